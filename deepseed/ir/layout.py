@@ -1,0 +1,190 @@
+"""How one global tensor lies on the mesh: one element per axis.
+
+An axis either replicates the tensor, splits one of its dimensions, or holds partial values that are still to be reduced.
+``Split(dim, outer)`` sees dimension ``dim`` as ``(outer, rest)`` and splits ``rest``: ``Split(0)`` is plain sharding,
+``Split(0, 3)`` shards each of three fused blocks. A rank's part is the intersection over the axes, hence two axes may
+share a dimension only in disjoint ranges of it (``check``).
+
+Text of a dimension: a product of factors, each split over its axes, major first:
+``11008@(tp,dp)``, ``3*768@tp``, ``8@dp*2@tp``. Partial values stand behind the type: ``sum@tp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from deepseed.ir.mesh import Mesh
+
+
+class LayoutError(ValueError):
+    """A layout that does not fit its shape or mesh."""
+
+
+@dataclass(frozen=True, order=True)
+class Split:
+    dim: int
+    outer: int = 1
+
+
+@dataclass(frozen=True, order=True)
+class Partial:
+    op: str = "sum"  # "sum" or "max"
+
+
+Element = Split | Partial | None  # None: replicate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The element of each axis that does not replicate, sorted by axis name. ``Layout.of(tp=Split(0))``."""
+
+    elements: tuple[tuple[str, Split | Partial], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.elements))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @staticmethod
+    def of(**elements: Element) -> Layout:
+        return Layout(tuple(sorted((axis, e) for axis, e in elements.items() if e is not None)))
+
+    def on(self, axis: str) -> Element:
+        for name, element in self.elements:
+            if name == axis:
+                return element
+        return None
+
+    def with_(self, axis: str, element: Element) -> Layout:
+        rest = [(a, e) for a, e in self.elements if a != axis]
+        if element is not None:
+            rest.append((axis, element))
+        return Layout(tuple(sorted(rest, key=lambda pair: pair[0])))
+
+    def splits(self, dim: int) -> tuple[tuple[str, int], ...]:
+        """(axis, outer) of the axes that split ``dim``, outermost first."""
+        found = [(a, e.outer) for a, e in self.elements if isinstance(e, Split) and e.dim == dim]
+        return tuple(sorted(found, key=lambda pair: pair[1]))
+
+    @property
+    def partials(self) -> tuple[tuple[str, str], ...]:
+        """(axis, "sum" | "max") of the axes over which values are still to be reduced."""
+        return tuple((a, e.op) for a, e in self.elements if isinstance(e, Partial))
+
+    def map_dims(self, where: Mapping[int, int]) -> Layout:
+        """The same layout with its dimensions renumbered (those not in ``where`` are dropped)."""
+        return Layout(
+            tuple(
+                (a, Split(where[e.dim], e.outer) if isinstance(e, Split) else e)
+                for a, e in self.elements
+                if not isinstance(e, Split) or e.dim in where
+            )
+        )
+
+
+REPLICATED = Layout()
+
+
+@lru_cache(maxsize=65536)
+def factors(size: int, dim: int, layout: Layout, mesh: Mesh) -> tuple[tuple[int, str | None], ...]:
+    """A dimension as the product of its factors, major first: ``((3, None), (4, "tp"), (192, None))`` for ``3*768@tp``.
+
+    Raises LayoutError where the axes overlap or do not divide the dimension.
+    """
+    out: list[tuple[int, str | None]] = []
+    done = 1
+    for axis, outer in layout.splits(dim):
+        n = mesh.size(axis)
+        if outer % done:
+            raise LayoutError(f"dimension {dim} of size {size}: {axis} splits it inside another axis's range (outer {outer}, {done} taken)")
+        if outer > done:
+            out.append((outer // done, None))
+        out.append((n, axis))
+        done = outer * n
+        if size % done:
+            raise LayoutError(f"dimension {dim}: {size} is not a multiple of {done} ({axis}={n}{f', {outer} blocks' if outer > 1 else ''}; {size} = {done} * {size // done} + {size % done})")
+    if size != done or not out:
+        out.append((size // done, None))
+    return tuple(out)
+
+
+def check(shape: Sequence[int], layout: Layout, mesh: Mesh) -> None:
+    """Raise LayoutError unless every axis exists, every dimension exists and divides, and no two axes overlap."""
+    for axis, element in layout.elements:
+        if axis not in mesh.sizes:
+            raise LayoutError(f"{mesh} has no axis {axis!r}")
+        if isinstance(element, Split):
+            if not 0 <= element.dim < len(shape) or element.outer < 1:
+                raise LayoutError(f"{axis} splits dimension {element.dim} (outer {element.outer}) of a tensor of {len(shape)} dimensions")
+        elif element.op not in ("sum", "max"):
+            raise LayoutError(f"{axis}: unknown reduction {element.op!r}")
+    for dim, size in enumerate(shape):
+        factors(size, dim, layout, mesh)
+
+
+def valid(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
+    try:
+        check(shape, layout, mesh)
+    except LayoutError:
+        return False
+    return True
+
+
+def local_shape(shape: Sequence[int], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of one rank's part."""
+    return tuple(
+        size // _product(n for n, axis in factors(size, dim, layout, mesh) if axis is not None) if size else 0
+        for dim, size in enumerate(shape)
+    )
+
+
+def local_indices(size: int, dim: int, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int]) -> list[int]:
+    """The global indices of ``dim`` that the rank at ``coordinate`` holds, in its local order."""
+    indices = [0]
+    for n, axis in factors(size, dim, layout, mesh):
+        taken = range(n) if axis is None else (coordinate[axis],)
+        indices = [i * n + j for i in indices for j in taken]
+    return indices
+
+
+def format_dim(size: int, dim: int, layout: Layout, mesh: Mesh) -> str:
+    groups: list[tuple[int, list[str]]] = []  # (size of the printed factor, its axes)
+    for n, axis in factors(size, dim, layout, mesh):
+        if axis is None and groups and groups[-1][1]:
+            groups[-1] = (groups[-1][0] * n, groups[-1][1])
+        elif axis is not None and groups and groups[-1][1] and groups[-1][0] == _product(mesh.size(a) for a in groups[-1][1]):
+            groups[-1] = (groups[-1][0] * n, [*groups[-1][1], axis])
+        else:
+            groups.append((n, [axis] if axis is not None else []))
+    return "*".join(str(n) + _axes(axes) for n, axes in groups)
+
+
+def parse_dim(text: str, dim: int) -> tuple[int, list[tuple[str, str, int]]]:
+    """``3*768@tp`` -> size and, per axis, (axis, preceding axes of its factor joined by commas, outer before the factor).
+
+    The outer of an axis needs the mesh: see ``deepseed.ir.text``.
+    """
+    size = 1
+    found: list[tuple[str, str, int]] = []
+    for factor in text.split("*"):
+        number, _, names = factor.partition("@")
+        axes = [name for name in names.strip("()").split(",") if name]
+        for i, axis in enumerate(axes):
+            found.append((axis, ",".join(axes[:i]), size))
+        size *= int(number)
+    return size, found
+
+
+def _axes(axes: Sequence[str]) -> str:
+    return "" if not axes else f"@{axes[0]}" if len(axes) == 1 else f"@({','.join(axes)})"
+
+
+def _product(numbers: Iterator[int] | Sequence[int]) -> int:
+    out = 1
+    for n in numbers:
+        out *= n
+    return out

@@ -1,0 +1,84 @@
+"""Is this text a program? Names, order, roles, layouts that fit their shapes. Layouts against rules is deepseed.check.typing.
+
+Invariants:
+1. every value has one definition, before its uses;
+2. every layout fits its shape and the mesh (axes exist, divide, do not overlap);
+3. roles and phases are known; an output param, buffer or state has an input of the same key, dtype and shape;
+4. once explicit, no use wants another layout than the value has; once lowered, no reshard is left;
+5. the result of ``*.start`` is used by ``wait`` only.
+"""
+
+from __future__ import annotations
+
+from deepseed.ir.layout import LayoutError, check
+from deepseed.ir.program import INPUT_ROLES, ITEMSIZE, OUTPUT_ROLES, PHASES, Op, Program, ProgramError, Ref, Type
+
+
+def verify(p: Program) -> Program:
+    """``p`` itself; raises ProgramError with the op's name, path and the numbers that disagree."""
+    defined: dict[str, Type] = {}
+    pending: set[str] = set()
+    for i in p.inputs:
+        _define(p, defined, i.name, i.type, f"input {i.role} {i.key!r}")
+        if i.role not in INPUT_ROLES:
+            raise ProgramError(f"%{i.name}: unknown role {i.role!r}")
+    for op in p.ops:
+        where = _where(op)
+        if op.phase not in PHASES:
+            raise ProgramError(f"{where}: unknown phase {op.phase!r}")
+        if len(op.results) != len(op.types) or not op.results:
+            raise ProgramError(f"{where}: {len(op.results)} results but {len(op.types)} types")
+        for ref in op.refs:
+            _use(p, defined, ref, where)
+            if ref.name in pending and op.target != "wait":
+                raise ProgramError(f"{where}: uses %{ref.name}, a collective that was started but not waited for")
+        if "lowered" in p.facts and op.target == "reshard":
+            raise ProgramError(f"{where}: a reshard in a lowered program")
+        for name, type_ in zip(op.results, op.types, strict=True):
+            _define(p, defined, name, type_, where)
+            if op.target.endswith(".start"):
+                pending.add(name)
+    inputs = {(i.role, i.key): i for i in p.inputs}
+    for o in p.outputs:
+        where = f"output {o.role} {o.key!r}"
+        if o.role not in OUTPUT_ROLES:
+            raise ProgramError(f"{where}: unknown role {o.role!r}")
+        _use(p, defined, o.ref, where)
+        if o.role in ("param", "buffer", "state"):
+            source = inputs.get((o.role, o.key))
+            if source is None:
+                raise ProgramError(f"{where}: no input with this role and key")
+            new = defined[o.ref.name]
+            if (new.dtype, new.shape) != (source.type.dtype, source.type.shape):
+                raise ProgramError(f"{where}: {new.dtype}{list(new.shape)} for an input of {source.type.dtype}{list(source.type.shape)}")
+            if "explicit" in p.facts and new.layout != source.type.layout:
+                raise ProgramError(f"{where}: comes back as {new.layout.elements}, was stored as {source.type.layout.elements}")
+    return p
+
+
+def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: str) -> None:
+    if name in defined:
+        raise ProgramError(f"{where}: %{name} is defined twice")
+    if t.dtype not in ITEMSIZE:
+        raise ProgramError(f"{where}: %{name} has unknown dtype {t.dtype!r}")
+    try:
+        check(t.shape, t.layout, p.mesh)
+    except LayoutError as error:
+        raise ProgramError(f"{where}: %{name}: {error}") from None
+    defined[name] = t
+
+
+def _use(p: Program, defined: dict[str, Type], ref: Ref, where: str) -> None:
+    if ref.name not in defined:
+        raise ProgramError(f"{where}: uses %{ref.name} before its definition")
+    if ref.want is not None:
+        if "explicit" in p.facts:
+            raise ProgramError(f"{where}: wants %{ref.name} in another layout than it has, in an explicit program")
+        try:
+            check(defined[ref.name].shape, ref.want, p.mesh)
+        except LayoutError as error:
+            raise ProgramError(f"{where}: wants %{ref.name}: {error}") from None
+
+
+def _where(op: Op) -> str:
+    return f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + (f" ({op.line})" if op.line else "")
