@@ -97,7 +97,7 @@ def factors(size: int, dim: int, layout: Layout, mesh: Mesh) -> tuple[tuple[int,
     """
     out: list[tuple[int, str | None]] = []
     done = 1
-    for axis, outer in layout.splits(dim):
+    for axis, outer in sorted(layout.splits(dim), key=lambda pair: (pair[1], mesh.size(pair[0]))):
         n = mesh.size(axis)
         if outer % done:
             raise LayoutError(f"dimension {dim} of size {size}: {axis} splits it inside another axis's range (outer {outer}, {done} taken)")

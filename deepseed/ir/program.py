@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Union
 
 from deepseed.ir.layout import REPLICATED, Layout, local_shape
 from deepseed.ir.mesh import Mesh
@@ -67,7 +66,7 @@ class Ref:
     want: Layout | None = None
 
 
-Arg = Union[Ref, bool, int, float, str, None, tuple["Arg", ...]]
+Arg = Ref | bool | int | float | str | None | tuple["Arg", ...]
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,7 @@ def parse(text: str) -> Program:
     ops: list[Op] = []
     outputs: list[Output] = []
     origins: list[tuple[str, Op]] = []
-    types: dict[str, Type] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(text.split("\n"), 1):
         if not raw.strip() or raw.lstrip().startswith("#"):
             continue
         line = _Line(raw, number)
@@ -139,11 +138,9 @@ def parse(text: str) -> Program:
             first = line.take(kind="ref")[1:]
             if line.accept(":"):
                 inputs.append(Input(first, _type(line, mesh), line.take(kind="word"), _unquote(line)))
-                types[first] = inputs[-1].type
             else:
                 line.at -= 1
                 ops.append(_op(line, mesh))
-                types.update(zip(ops[-1].results, ops[-1].types, strict=True))
         if line.at != len(line.tokens):
             raise line.error(f"unexpected {line.peek()!r}")
     if head is None:
@@ -181,7 +178,7 @@ def _op(line: _Line, mesh: Mesh) -> Op:
     args: list[Arg] = []
     kwargs: list[tuple[str, Arg]] = []
     while not line.accept(")"):
-        if line.kind() == "word" and line.at + 1 < len(line.tokens) and line.tokens[line.at + 1][1] == "=":
+        if line.kind() in ("word", "number") and line.at + 1 < len(line.tokens) and line.tokens[line.at + 1][1] == "=":
             key = line.take()
             line.take("=")
             kwargs.append((key, _value(line, mesh)))
@@ -192,6 +189,8 @@ def _op(line: _Line, mesh: Mesh) -> Op:
     types = [_type(line, mesh)]
     while line.accept(","):
         types.append(_type(line, mesh))
+    if len(types) != len(results):
+        raise line.error(f"{len(results)} results but {len(types)} types")
     line.take("{")
     meta: dict[str, str] = {"phase": ""}
     labels = dict(_META)

@@ -44,6 +44,8 @@ def verify(p: Program) -> Program:
         if o.role not in OUTPUT_ROLES:
             raise ProgramError(f"{where}: unknown role {o.role!r}")
         _use(p, defined, o.ref, where)
+        if o.ref.name in pending:
+            raise ProgramError(f"{where}: returns %{o.ref.name}, a collective that was started but not waited for")
         if o.role in ("param", "buffer", "state"):
             source = inputs.get((o.role, o.key))
             if source is None:
@@ -81,4 +83,4 @@ def _use(p: Program, defined: dict[str, Type], ref: Ref, where: str) -> None:
 
 
 def _where(op: Op) -> str:
-    return f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + (f" ({op.line})" if op.line else "")
+    return f"{', '.join(f'%{r}' for r in op.results) or 'no result'} = {op.target}" + (f" at {op.path}" if op.path else "") + (f" ({op.line})" if op.line else "")

@@ -1,1 +1,26 @@
+"""What each op does to its dimensions: one declarative line an op, and the strategies that follow from it."""
 
+from deepseed.rules.candidates import Candidates, candidates, op_strategies
+from deepseed.rules.local import localize_op
+from deepseed.rules.signature import Call, Rule, RuleError, Signature
+from deepseed.rules.strategy import Strategy, factor_outers, is_instance, show, signature, strategies
+from deepseed.rules.table import RULES, rule_of
+
+__all__ = [
+    "RULES",
+    "Call",
+    "Candidates",
+    "Rule",
+    "RuleError",
+    "Signature",
+    "Strategy",
+    "candidates",
+    "factor_outers",
+    "is_instance",
+    "localize_op",
+    "op_strategies",
+    "rule_of",
+    "show",
+    "signature",
+    "strategies",
+]

@@ -1,0 +1,77 @@
+"""What one step of a reshard does: read from the layouts before and after, which differ on one axis.
+
+| before -> after      | step           | sends |
+|---|---|---|
+| split -> replicate   | all_gather     | yes |
+| sum, max -> replicate| all_reduce     | yes |
+| sum, max -> split    | reduce_scatter | yes |
+| split -> split elsewhere | all_to_all | yes |
+| replicate -> split   | shard          | no  |
+| replicate -> sum     | summand        | no  |
+
+A local tensor is cut into the axis's n blocks at ``take`` and joined from them at ``put``; a ``Place(dim, outer)`` sees
+local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors
+from deepseed.ir.mesh import Mesh
+
+COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
+LOCAL = ("shard", "summand")
+
+
+@dataclass(frozen=True)
+class Place:
+    dim: int
+    outer: int
+
+
+@dataclass(frozen=True)
+class Step:
+    kind: str
+    axis: str
+    take: Place | None = None  # where the operand is cut into n blocks
+    put: Place | None = None  # where n blocks are joined to the result
+    reduce: str = "sum"  # of all_reduce and reduce_scatter
+
+
+@lru_cache(maxsize=65536)
+def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh: Mesh) -> Step:
+    """The step that turns ``before`` into ``after``; raises LayoutError where one step over ``axis`` cannot."""
+    here, there = before.on(axis), after.on(axis)
+    if before.with_(axis, None) != after.with_(axis, None):
+        raise LayoutError(f"a step over {axis} changes another axis: {before.elements} -> {after.elements}")
+    if isinstance(here, Split) and there is None:
+        return Step("all_gather", axis, put=_place(shape, before, here, axis, mesh))
+    if isinstance(here, Partial) and there is None:
+        return Step("all_reduce", axis, reduce=here.op)
+    if isinstance(here, Partial) and isinstance(there, Split):
+        return Step("reduce_scatter", axis, take=_place(shape, after, there, axis, mesh), reduce=here.op)
+    if here is None and isinstance(there, Split):
+        return Step("shard", axis, take=_place(shape, after, there, axis, mesh))
+    if here is None and there == Partial("sum"):
+        return Step("summand", axis)
+    if isinstance(here, Split) and isinstance(there, Split) and here != there:
+        twin = f"{axis}_after"  # both splits side by side: blocks of equal size exist only where that is a layout
+        both, wider = before.with_(twin, there), Mesh((*mesh.axes, (twin, mesh.size(axis))))
+        check(shape, both, wider)
+        return Step("all_to_all", axis, take=_place(shape, both, there, twin, wider), put=_place(shape, both, here, axis, wider))
+    raise LayoutError(f"no step over {axis} goes from {here} to {there}")
+
+
+def _place(shape: Sequence[int], layout: Layout, split: Split, axis: str, mesh: Mesh) -> Place:
+    """Where ``axis`` cuts the local tensor of a layout in which all other axes are taken already."""
+    outer: list[int] = []
+    for n, name in factors(shape[split.dim], split.dim, layout, mesh):
+        if name == axis:
+            break
+        if name is None:
+            outer.append(n)
+    return Place(split.dim, prod(outer))

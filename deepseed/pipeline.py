@@ -1,0 +1,80 @@
+"""The compiler, read top to bottom: one visible tuple of passes, run in order, checked after each.
+
+Flags change a pass's arguments (``arguments``), never the list. This is the only file that sees every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from deepseed.check.instances import check_instances
+from deepseed.check.typing import check_types
+from deepseed.ir.contract import Pass
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Program
+from deepseed.ir.verify import verify
+from deepseed.passes.canonicalize import canonicalize
+from deepseed.passes.group_kernels import group_kernels
+from deepseed.passes.insert_reshards import insert_reshards
+from deepseed.passes.localize import localize
+from deepseed.passes.lower_reshards import lower_reshards
+from deepseed.passes.solve_placements import solve_placements
+
+PIPELINE: tuple[Pass, ...] = (canonicalize, solve_placements, insert_reshards, lower_reshards, group_kernels, localize)
+BY_NAME: Mapping[str, Pass] = {p.name: p for p in PIPELINE}
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A program after one pass, with how long the pass and its checks took."""
+
+    name: str
+    program: Program
+    seconds: float
+    check_seconds: float = 0.0
+    instances: int = 0
+
+
+class CheckError(ValueError):
+    """A check that failed after a pass: names the pass; the cause names node, module path, layouts and numbers."""
+
+
+def arguments(mesh: Mesh, zero: int, coordinate: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """What a plan means, pass by pass."""
+    return {"solve_placements": {"mesh": mesh, "zero": zero}, "localize": {"coordinate": coordinate}}
+
+
+def run(
+    p: Program,
+    args: Mapping[str, Mapping[str, Any]],
+    passes: Sequence[Pass] = PIPELINE,
+    *,
+    check: bool = True,
+    on_pass: Callable[[Passed], None] | None = None,
+) -> list[Passed]:
+    """The program after each pass. With ``check``, every result is verified and typed, and what is lowered is also checked
+    instance by instance (deepseed.check)."""
+    done: list[Passed] = []
+    for each in passes:
+        started = perf_counter()
+        p = each(p, **args.get(each.name, {}))
+        finished = perf_counter()
+        instances = check_program(p, each.name) if check else 0
+        done.append(Passed(each.name, p, finished - started, perf_counter() - finished, instances))
+        if on_pass is not None:
+            on_pass(done[-1])
+    return done
+
+
+def check_program(p: Program, after: str) -> int:
+    """Verify, type and (when lowered) execute every distinct instance; the number of instances. Raises CheckError naming ``after``."""
+    try:
+        verify(p)
+        if "placed" in p.facts:
+            check_types(p)
+        return check_instances(p) if "lowered" in p.facts and "local" not in p.facts else 0
+    except ValueError as error:
+        raise CheckError(f"after pass {after}: {error}") from error

@@ -1,0 +1,41 @@
+"""What an op needs to know of its rank's coordinate: the only ops whose content depends on where they run.
+
+A lookup in a split table gets ``start``, the first row of this rank's part; a creation op gets ``index``, the global indices
+that it fills. Every other op is the same line on every rank: its shapes come from the layouts of its result types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from deepseed.ir.layout import factors, local_indices
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Arg, Op, Type
+
+LOOKUPS = ("embedding", "embedding_backward", "gather", "scatter_add")
+CREATIONS = ("iota", "bernoulli", "uniform", "normal")
+
+
+def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: Mapping[str, int]) -> Op:
+    """The op as the rank at ``coordinate`` runs it: ``op`` itself, or with ``start=`` or ``index=`` added.
+
+    ``operand_types`` carry the layouts in which the op reads its operands. ``index`` holds, per dimension, its factors as
+    (size, this rank's coordinate or none)."""
+    if op.target in LOOKUPS:
+        table = op.type if op.target in ("embedding_backward", "scatter_add") else operand_types[0]
+        dim = op.kw("dim", 0)
+        if isinstance(dim, int) and table.shape and table.layout.splits(dim % len(table.shape)):
+            dim %= len(table.shape)
+            return _with(op, "start", local_indices(table.shape[dim], dim, table.layout, mesh, coordinate)[0])
+    elif op.target in CREATIONS and any(op.type.layout.splits(d) for d in range(len(op.type.shape))):
+        index = tuple(
+            tuple((n, None if axis is None else coordinate[axis]) for n, axis in factors(size, dim, op.type.layout, mesh))
+            for dim, size in enumerate(op.type.shape)
+        )
+        return _with(op, "index", index)
+    return op
+
+
+def _with(op: Op, key: str, value: Arg) -> Op:
+    return replace(op, kwargs=(*((k, v) for k, v in op.kwargs if k != key), (key, value)))

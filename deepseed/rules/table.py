@@ -1,0 +1,214 @@
+"""The rules, one row an op. Where the arguments decide, the row holds a function that writes the form from them.
+
+The rows of pointwise ops are in ``deepseed.rules.pointwise``, those of ops that move elements in ``deepseed.rules.shapes``.
+An op without a row is replicated: never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deepseed.ir.program import FLOATS, Ref
+from deepseed.rules import pointwise, shapes
+from deepseed.rules.shapes import names_of, row, with_
+from deepseed.rules.signature import Call, Rule
+
+
+def created(call: Call) -> str:
+    """Born in any layout; the operand (seed and step) is whole."""
+    return ", ".join(["r!"] * len(call.operands)) + " -> " + row(names_of(len(call.out)))
+
+
+def gather(call: Call) -> str:
+    """As embedding: the gathered dimension split leaves partial sums. Dimensions of which the index covers a part are whole."""
+    dim = call.dim(2)
+    source, index = call.shape(0), call.shape(1)
+    if not source or not index:
+        return ", ".join("1" if t.shape else "." for t in call.operands) + " -> " + ("1" if call.out else ".")
+    names = names_of(len(index))
+    v = "v!" if call.operands[0].dtype == "bool" else "v~"  # a sum of bools is no gather
+    left = [v if d == dim else n if source[d] == index[d] else f"s{d}!" for d, n in enumerate(names)]
+    right = [n if d == dim or source[d] == index[d] else f"i{d}!" for d, n in enumerate(names)]
+    return f"{row(left)}, {row(right)} -> {row(right)}"
+
+
+def scatter_add(call: Call) -> str:
+    """Each rank adds what falls into its rows. The index's own dimension is whole: split, it would add x once a rank."""
+    dim = call.dim(3)
+    target, index, source = call.shape(0), call.shape(1), call.shape(2)
+    if not target or not index:
+        return ", ".join("1" if t.shape else "." for t in call.operands) + " -> " + ("1" if call.out else ".")
+    names = names_of(len(index))
+    free = [d != dim and target[d] == index[d] == source[d] for d in range(len(index))]
+    x = ["v~" if d == dim else n if free[d] else f"x{d}!" for d, n in enumerate(names)]
+    i = [n if free[d] else f"i{d}!" for d, n in enumerate(names)]
+    s = [n if free[d] else f"s{d}!" for d, n in enumerate(names)]
+    return f"{row(x)}, {row(i)}, {row(s)} -> {row(x)}"
+
+
+def index(call: Call) -> str | None:
+    """x[:, i, :]: the indexed dimension is whole. Several indices must stand side by side."""
+    where = call.arg(1, "indices")
+    if not isinstance(where, tuple) or any(t.dtype in ("bool", "u8") for t in call.operands[1:]):
+        return None
+    at = [d for d, a in enumerate(where) if isinstance(a, Ref)]
+    if not at or at != list(range(at[0], at[-1] + 1)):
+        return None
+    source = names_of(len(call.shape(0)))
+    n = len(call.out) - (len(source) - len(at))
+    chosen = call.out[at[0] : at[0] + n]
+    picked = [f"i{k}" for k in range(n)]
+    ids = [row([picked[n - len(t.shape) + k] if size == chosen[n - len(t.shape) + k] else "1" for k, size in enumerate(t.shape)]) for t in call.operands[1:]]
+    left = [f"v{d}!" if d in at else name for d, name in enumerate(source)]
+    return ", ".join([row(left), *ids]) + " -> " + row([*source[: at[0]], *picked, *source[at[-1] + 1 :]])
+
+
+def _heads(call: Call, q: int, k: int) -> tuple[str, str]:
+    """The head dimension of queries and of keys: query heads are (kv group)."""
+    kv = call.shape(k)[1]
+    return f"(h={kv} g={call.shape(q)[1] // kv})", "h"
+
+
+def _mask(call: Call, mask: int, heads: str) -> str:
+    words = ["b", heads, "s!", "t!"]
+    shape = call.shape(mask)
+    return row([w if size != 1 else "1" for w, size in zip(words[4 - len(shape) :], shape, strict=True)])
+
+
+def sdpa(call: Call) -> str:
+    """Batch, kv head and group are free; both sequences are whole (a split sequence becomes an all_to_all to heads)."""
+    heads, kv = _heads(call, 0, 1)
+    tensors = [f"b {heads} s! d!", f"b {kv} t! d!", f"b {kv} t! e!"]
+    if len(call.operands) == 4:
+        tensors.append(_mask(call, 3, heads))
+    return ", ".join(tensors) + f" -> b {heads} s! e!, b {heads} s!"
+
+
+def sdpa_backward(call: Call) -> str:
+    """Linear in the incoming gradient; k and v collect a partial sum over the group."""
+    heads, kv = _heads(call, 1, 2)
+    q, k, v, out = f"b {heads} s! d!", f"b {kv} t! d!", f"b {kv} t! e!", f"b {heads} s! e!"
+    mask = [_mask(call, 4, heads)] if len(call.operands) == 7 else []
+    return ", ".join([out, q, k, v, *mask, out, f"b {heads} s!"]) + f" -> {q}, {k}, {v}"
+
+
+def convolution(call: Call) -> str | None:
+    """Batch, groups and output channels are free, input channels where no bias would be added once a rank."""
+    transposed, groups = call.arg(6, "transposed", False), call.arg(8, "groups", 1)
+    if transposed or not isinstance(groups, int):
+        return None
+    bias = len(call.operands) == 3
+    c = "c!" if bias else "c"
+    n = len(call.out) - 2
+    s, w, t = (" ".join(f"{x}{i}!" for i in range(n)) for x in "swt")
+    return f"b (g={groups} {c}) {s}, (g k) {c} {w}" + (", (g k)" if bias else "") + f" -> b (g k) {t}"
+
+
+def whole_dim(position: int, linear: str = "") -> Rule:
+    """The same shape throughout, dimension ``args[position]`` whole: softmax, cumsum."""
+
+    def form(call: Call) -> str:
+        names = names_of(len(call.out))
+        one = with_(names, call.dim(position), "w!") if names else "."
+        return ", ".join([one] * len(call.operands)) + " -> " + ", ".join([one] * len(call.results))
+
+    return Rule(form, linear)
+
+
+def selection(position: int, keepdim: int | None = None, default: int | None = -1) -> Rule:
+    """Dimension ``args[position]`` is whole in the operand; whole in the results, or missing where ``keepdim`` is an argument."""
+
+    def form(call: Call) -> str:
+        names = names_of(len(call.shape(0)))
+        if not names:
+            return ". -> " + ", ".join(["."] * len(call.results))
+        if call.arg(position, "dim", default) is None:
+            return row([n + "!" for n in names]) + " -> " + row(["1"] * len(call.out))
+        dim = call.dim(position)
+        if keepdim is None:
+            out = with_(names, dim, "k!")
+        else:
+            out = with_(names, dim, "1") if call.arg(keepdim, "keepdim", False) else row(names[:dim] + names[dim + 1 :])
+        return with_(names, dim, "w!") + " -> " + ", ".join([out] * len(call.results))
+
+    return Rule(form)
+
+
+def last_two(call: Call) -> str:
+    """tril, triu: the matrix is whole, the batch is free."""
+    names = names_of(len(call.out))
+    one = row([n + "!" if d >= len(names) - 2 else n for d, n in enumerate(names)])
+    return f"{one} -> {one}"
+
+
+def flip(call: Call) -> str:
+    dims = call.arg(1, "dims")
+    turned = {d % len(call.out) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) and call.out else set()
+    one = row([n + "!" if d in turned else n for d, n in enumerate(names_of(len(call.out)))])
+    return f"{one} -> {one}"
+
+
+def _cast(call: Call) -> str:
+    """Casting summands is exact enough at float32 and above only."""
+    source, target = call.operands[0].dtype, call.results[0].dtype
+    return "0" if source == target or (source in FLOATS and target in ("f32", "f64")) else ""
+
+
+def _zero(key: str, then: str) -> Callable[[Call], str]:
+    return lambda call: then if call.op.kw(key) == 0 else ""
+
+
+RULES: dict[str, Rule] = {
+    # shape and dtype
+    "reshape": Rule(shapes.reshape, "0", "0"),
+    "permute": Rule(shapes.permute, "0", "0"),
+    "expand": Rule(pointwise.form, "0", "0"),
+    "cast": Rule(pointwise.form, _cast),
+    "slice": Rule(shapes.slice_, "0", "0"),
+    "unslice": Rule(shapes.unslice, "0"),
+    "pad": Rule(shapes.pad, _zero("value", "0")),
+    "cat": Rule(shapes.cat, "all"),
+    # creation
+    "full": Rule(created, _zero("value", "born")),
+    "iota": Rule(created),
+    "bernoulli": Rule(created),
+    "uniform": Rule(created),
+    "normal": Rule(created),
+    # reductions
+    "sum": Rule(shapes.reduction, "0"),
+    "amax": Rule(shapes.reduction, "", "0", reduce="max"),
+    "aten.cumsum": whole_dim(1, "0"),
+    "aten.argmax": selection(1, keepdim=2, default=None),
+    "aten.argmin": selection(1, keepdim=2, default=None),
+    "aten.max.dim": selection(1, keepdim=2),
+    "aten.min.dim": selection(1, keepdim=2),
+    "aten.topk": selection(2),
+    "aten.sort": selection(1),
+    "aten._softmax": whole_dim(1),
+    "aten._log_softmax": whole_dim(1),
+    "aten._softmax_backward_data": whole_dim(2, "0"),
+    "aten._log_softmax_backward_data": whole_dim(2, "0"),
+    "aten.tril": Rule(last_two, "0"),
+    "aten.triu": Rule(last_two, "0"),
+    "aten.flip": Rule(flip, "0", "0"),
+    # products
+    "aten.mm": Rule("m k, k n -> m n", "0|1"),
+    "aten.bmm": Rule("b m k, b k n -> b m n", "0|1"),
+    "aten.mv": Rule("m k, k -> m", "0|1"),
+    "aten.dot": Rule("k, k -> .", "0|1"),
+    "aten.convolution": Rule(convolution, lambda c: "0|1" if len(c.operands) == 2 else "0+2|1+2"),
+    # lookups
+    "embedding": Rule("v~ d, *b -> *b d", "0"),
+    "embedding_backward": Rule("*b d, *b -> v~ d", "0"),
+    "gather": Rule(gather, "0"),
+    "scatter_add": Rule(scatter_add, "0+2"),
+    "aten.index.Tensor": Rule(index, "0"),
+    # attention
+    "sdpa": Rule(sdpa),
+    "sdpa_backward": Rule(sdpa_backward, "0"),
+}
+
+
+def rule_of(target: str) -> Rule | None:
+    """The row of an op, or None: replicate."""
+    return RULES.get(target) or pointwise.rule(target)

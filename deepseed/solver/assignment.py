@@ -1,0 +1,152 @@
+"""The integer program of one mesh axis: one strategy a class of nodes, least cost of moving values between them.
+
+Variables: x[c, s] = 1 if class c uses strategy s, the only integers. Each use of a value is a continuous *transport*
+f[p, l] >= 0 from the producer's elements p to the consumer's elements l, with row sums given by the producer's strategies and
+column sums by the consumer's. A value pays each reshard once however many uses share it: z[p, l] >= f[p, l] carries the cost.
+The obvious form (want <= sum of y, y <= x) has the same optimum and is 100 times slower. Solved by HiGHS (scipy.optimize.milp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from deepseed.ir.layout import Element
+from deepseed.rules import Strategy
+
+Cost = Callable[[Element, Element], float | None]  # None: not allowed
+
+
+class Infeasible(ValueError):
+    """No assignment satisfies the constraints."""
+
+
+@dataclass
+class Choice:
+    """A class of nodes: its strategies, what each costs by itself, how many nodes it stands for."""
+
+    strategies: Sequence[Strategy]
+    costs: Sequence[float]
+    count: int = 1
+
+
+@dataclass
+class Use:
+    """One use of a class of values: operand ``operand`` of class ``user``. Uses of one ``share`` pay a common reshard once."""
+
+    user: int
+    operand: int
+    share: str
+    cost: Cost
+
+
+@dataclass
+class Flow:
+    """A class of values: who makes them and who uses them."""
+
+    producer: int
+    result: int
+    uses: tuple[Use, ...]
+    count: int = 1
+
+
+@dataclass
+class Solution:
+    picks: list[int]  # strategy of each class
+    objective: float
+    seconds: float
+    integers: int = 0
+    variables: int = 0
+
+
+@dataclass
+class _Rows:
+    """Sparse constraint rows under construction."""
+
+    row: list[int] = field(default_factory=list)
+    col: list[int] = field(default_factory=list)
+    val: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+    def add(self, terms: Sequence[tuple[int, float]], low: float, high: float) -> None:
+        for col, val in terms:
+            self.row.append(len(self.low))
+            self.col.append(col)
+            self.val.append(val)
+        self.low.append(low)
+        self.high.append(high)
+
+
+def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float = 120.0) -> Solution:
+    """The cheapest assignment; raises Infeasible."""
+    started = perf_counter()
+    first: list[int] = []
+    objective: list[float] = []
+    for choice in choices:
+        first.append(len(objective))
+        objective += [c * choice.count for c in choice.costs]
+    integers = len(objective)
+    rows = _Rows()
+    for i, choice in enumerate(choices):
+        rows.add([(first[i] + s, 1.0) for s in range(len(choice.strategies))], 1.0, 1.0)
+    for flow in flows:
+        _add_flow(flow, choices, first, objective, rows)
+    scale = _scale(objective)
+    bounds = Bounds(np.zeros(len(objective)), np.concatenate([np.ones(integers), np.full(len(objective) - integers, 1.0)]))
+    matrix = coo_array((rows.val, (rows.row, rows.col)), shape=(len(rows.low), len(objective))).tocsr()
+    result = milp(
+        np.array(objective) / scale,
+        integrality=np.concatenate([np.ones(integers), np.zeros(len(objective) - integers)]),
+        bounds=bounds,
+        constraints=LinearConstraint(matrix, rows.low, rows.high),
+        options={"mip_rel_gap": 1e-6, "time_limit": time_limit},
+    )
+    if result.x is None:
+        raise Infeasible(str(result.message))
+    picks = [int(np.argmax(result.x[first[i] : first[i] + len(c.strategies)])) for i, c in enumerate(choices)]
+    return Solution(picks, float(result.fun) * scale, perf_counter() - started, integers, len(objective))
+
+
+def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: _Rows) -> None:
+    source = _by_element(choices[flow.producer], first[flow.producer], lambda s: s.results[flow.result])
+    together: dict[str, dict[tuple[Element, Element], tuple[float, list[int]]]] = {}
+    alone: dict[str, int] = {}
+    for use in flow.uses:
+        alone[use.share] = alone.get(use.share, 0) + 1
+    for use in flow.uses:
+        want = _by_element(choices[use.user], first[use.user], lambda s, k=use.operand: s.operands[k])  # type: ignore[misc]
+        allowed = {(p, w): c for p in source for w in want if (c := use.cost(p, w)) is not None}
+        f: dict[tuple[Element, Element], int] = {}
+        for pair, cost in allowed.items():
+            f[pair] = len(objective)
+            objective.append(cost * flow.count if alone[use.share] == 1 else 0.0)
+            if cost and alone[use.share] > 1:
+                together.setdefault(use.share, {}).setdefault(pair, (cost, []))[1].append(f[pair])
+        for p, xs in source.items():
+            rows.add([(f[pair], 1.0) for pair in f if pair[0] == p] + [(x, -1.0) for x in xs], 0.0, 0.0)
+        for w, xs in want.items():
+            rows.add([(f[pair], 1.0) for pair in f if pair[1] == w] + [(x, -1.0) for x in xs], 0.0, 0.0)
+    for pairs in together.values():
+        for cost, variables in pairs.values():
+            z = len(objective)
+            objective.append(cost * flow.count)
+            for var in variables:
+                rows.add([(z, 1.0), (var, -1.0)], 0.0, np.inf)
+
+
+def _by_element(choice: Choice, first: int, element: Callable[[Strategy], Element]) -> Mapping[Element, list[int]]:
+    out: dict[Element, list[int]] = {}
+    for s, strategy in enumerate(choice.strategies):
+        out.setdefault(element(strategy), []).append(first + s)
+    return out
+
+
+def _scale(objective: Sequence[float]) -> float:
+    positive = [c for c in objective if c > 0]
+    return float(np.median(positive)) if positive else 1.0

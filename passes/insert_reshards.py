@@ -1,0 +1,60 @@
+"""Where a use wants another layout than its value has, put a ``reshard`` before it. How that is done is lower_reshards' choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deepseed.ir.contract import program_pass
+from deepseed.ir.layout import Layout, Partial, Split
+from deepseed.ir.program import Builder, Op, Program, Ref
+
+
+@program_pass(requires={"placed"}, provides={"explicit"})
+def insert_reshards(p: Program) -> Program:
+    """Make every operand arrive in the layout its use wants.
+
+    One reshard for each (value, layout, phase), just before the first use: a parameter stored in pieces is gathered once
+    for forward and once more for backward, and dropped in between.
+
+    before: %y : f32[8@dp, 16] sum@tp
+            %z = aten.relu(%y as [8@dp, 16]) : f32[8@dp, 16]
+    after:  %y : f32[8@dp, 16] sum@tp
+            %y.whole_tp = reshard(%y) : f32[8@dp, 16]
+            %z = aten.relu(%y.whole_tp) : f32[8@dp, 16]
+    """
+    out = Builder(p)
+    made: dict[tuple[str, Layout, str], Ref] = {}
+
+    def arrive(ref: Ref, phase: str, path: str, line: str) -> Ref:
+        type_ = out.types[ref.name]
+        if ref.want is None or ref.want == type_.layout:
+            return Ref(ref.name)
+        key = (ref.name, ref.want, phase)
+        if key not in made:
+            name = out.fresh(f"{ref.name}.{_short(type_.layout, ref.want)}")
+            out.emit(Op((name,), "reshard", (Ref(ref.name),), (type_.laid(ref.want),), phase=phase, path=path, line=line))
+            made[key] = Ref(name)
+        return made[key]
+
+    for op in p.ops:
+        out.emit(op.map_refs(lambda ref, op=op: arrive(ref, op.phase, op.path, op.line)))  # type: ignore[misc]
+    outputs = []
+    for o in p.outputs:
+        producer = p.producers.get(o.ref.name)
+        phase = producer.phase if producer else "update" if o.role in ("param", "buffer", "state") else "forward"
+        outputs.append(replace(o, ref=arrive(o.ref, phase, producer.path if producer else "", producer.line if producer else "")))
+    return out.program(outputs=outputs)
+
+
+def _short(before: Layout, after: Layout) -> str:
+    """What changes, as a word: ``whole_dp``, ``tp1`` (dimension 1 over tp), ``sum_tp``."""
+    words = []
+    for axis in sorted({a for a, _ in before.elements + after.elements}):
+        element = after.on(axis)
+        if element == before.on(axis):
+            continue
+        if isinstance(element, Split):
+            words.append(f"{axis}{element.dim}")
+        else:
+            words.append(f"{element.op if isinstance(element, Partial) else 'whole'}_{axis}")
+    return ".".join(words)

@@ -1,0 +1,21 @@
+"""Fix what depends on a rank's coordinate: index origins, random counters, shape arguments. Layouts stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from deepseed.ir.contract import program_pass
+from deepseed.ir.program import Program
+from deepseed.rules.local import localize_op
+
+
+@program_pass(requires={"lowered"}, provides={"local"})
+def localize(p: Program, coordinate: Mapping[str, int]) -> Program:
+    """The program of the rank at ``coordinate``: each op as it must be called on local tensors.
+
+    before: %i = iota(start=0, step=1) : i64[8@dp]
+    after:  %i = iota(start=4, step=1) : i64[8@dp]          at dp=1 of 2
+    """
+    ops = tuple(localize_op(op, tuple(p.types[ref.name] for ref in op.refs), p.mesh, dict(coordinate)) for op in p.ops)
+    return replace(p, ops=ops)

@@ -1,0 +1,120 @@
+"""Turn each reshard into the cheapest sequence of one-axis steps; collectives become start/wait pairs.
+
+The cheapest path is found by Dijkstra over the few layouts between the two: on each axis that changes, the element
+before, the element after, or whole. Local steps cost nothing, so shards come first, reductions before gathers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from functools import lru_cache
+
+from deepseed.cost import sent_bytes
+from deepseed.ir.collective import COLLECTIVES, step
+from deepseed.ir.contract import PassError, program_pass
+from deepseed.ir.layout import Layout, LayoutError, Partial, valid
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Builder, Op, Program, Ref, Type
+
+
+@program_pass(requires={"explicit"}, provides={"lowered"})
+def lower_reshards(p: Program) -> Program:
+    """Replace every ``reshard`` by collectives and local steps.
+
+    A collective starts where the reshard stood; its ``wait`` (and local steps after it) stand just before the first use.
+
+    before: %y.whole_tp = reshard(%y) : f32[8@dp, 16]
+    after:  %y.whole_tp.start = all_reduce.start(%y, axis="tp") : f32[8@dp, 16]
+            %y.whole_tp = wait(%y.whole_tp.start) : f32[8@dp, 16]
+    """
+    out = Builder(p)
+    late: dict[str, list[Op]] = {}  # value -> the ops that finish it, due before its first use
+    same: dict[str, str] = {}  # a reshard that changes nothing -> its operand
+
+    def due(ref: Ref) -> Ref:
+        ref = Ref(same.get(ref.name, ref.name), ref.want)
+        for op in late.pop(ref.name, ()):
+            out.emit(op)
+        return ref
+
+    for op in p.ops:
+        op = op.map_refs(due)
+        if op.target != "reshard":
+            out.emit(op)
+            continue
+        chain = list(_chain(op, out, p.mesh))
+        if not chain:
+            same[op.name] = op.refs[0].name
+        started = max((i + 1 for i, c in enumerate(chain) if c.target.endswith(".start")), default=0)
+        for early in chain[:started]:
+            out.emit(early)
+        late[op.name] = chain[started:]
+    outputs = [type(o)(due(o.ref), o.role, o.key) for o in p.outputs]
+    return out.program(outputs=outputs)
+
+
+def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
+    """The ops that replace one reshard; the last one defines its result."""
+    value = op.refs[0].name
+    before = out.types[value]
+    try:
+        path = steps(before, op.type.layout, mesh)
+    except LayoutError as error:
+        raise PassError(f"%{op.name} = reshard(%{value}) at {op.path or 'top'}, pass lower_reshards: {error}") from None
+    for i, (kind, axis, after) in enumerate(path):
+        name = op.name if i == len(path) - 1 else out.fresh(f"{op.name}.{kind}_{axis}")
+        arg: tuple[tuple[str, str], ...] = (("axis", axis),)
+        if kind in COLLECTIVES:
+            start = out.fresh(f"{name}.start")
+            yield Op((start,), f"{kind}.start", (Ref(value),), (after,), arg, op.phase, op.path, op.line)
+            yield Op((name,), "wait", (Ref(start),), (after,), (), op.phase, op.path, op.line)
+        else:
+            yield Op((name,), kind, (Ref(value),), (after,), arg, op.phase, op.path, op.line)
+        value = name
+
+
+@lru_cache(maxsize=65536)
+def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], ...]:
+    """The cheapest steps ``(kind, axis, type after)`` from ``before`` to layout ``to``: least bytes sent, then fewest collectives.
+
+    Raises LayoutError where there is no way (``max`` cannot be made from another layout).
+    """
+    changed = [axis for axis in mesh.names if before.layout.on(axis) != to.on(axis)]
+    for axis in changed:
+        if to.on(axis) == Partial("max"):
+            raise LayoutError(f"over {axis} candidates of a maximum are wanted, which only an amax makes; want it whole instead")
+    best: dict[Layout, tuple[int, int, int]] = {before.layout: (0, 0, 0)}
+    came: dict[Layout, tuple[Layout, str, str]] = {}
+    queue: list[tuple[tuple[int, int, int], int, Layout]] = [((0, 0, 0), 0, before.layout)]
+    order = 0
+    while queue:
+        cost, _, layout = heapq.heappop(queue)
+        if layout == to:
+            break
+        if cost > best[layout]:
+            continue
+        for axis in changed:
+            for element in (before.layout.on(axis), to.on(axis), None):
+                after = layout.with_(axis, element)
+                if after == layout or not valid(before.shape, after, mesh):
+                    continue
+                try:
+                    kind = step(before.shape, layout, after, axis, mesh).kind
+                except LayoutError:
+                    continue
+                sent = sent_bytes(kind, before.laid(layout), before.laid(after), axis, mesh)
+                total = (cost[0] + sent, cost[1] + (kind in COLLECTIVES), cost[2] + 1)
+                if after not in best or total < best[after]:
+                    best[after], came[after] = total, (layout, kind, axis)
+                    order += 1
+                    heapq.heappush(queue, (total, order, after))
+    else:
+        raise LayoutError(f"no way from {before.layout.elements} to {to.elements} for {list(before.shape)} on {mesh}")
+    path: list[tuple[str, str, Type]] = []
+    at = to
+    while at != before.layout:
+        source, kind, axis = came[at]
+        path.append((kind, axis, before.laid(at)))
+        at = source
+    return tuple(reversed(path))

@@ -1,0 +1,390 @@
+"""Choose a layout for every value and every use, one mesh axis at a time, by a minimum-cost assignment over the whole step.
+
+Order: ``dp`` for forward and backward (the data axis: splitting the batch is free, gathering what was split is forbidden),
+then the model axes (``tp``), then ``dp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that
+this last step pins on parameters, gradients and optimizer state. No op, module or model is known by name here: what an op
+allows comes from its rule, what a reshard costs from deepseed.cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from deepseed import cost
+from deepseed.ir.contract import PassError, program_pass
+from deepseed.ir.layout import REPLICATED, Element, Layout, Split, valid
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Input, Op, Output, Program, Ref, Type
+from deepseed.rules import Strategy, candidates, factor_outers, signature, strategies
+from deepseed.solver.assignment import Choice, Flow, Infeasible, Solution, Use, solve
+from deepseed.solver.classes import Node, colours
+
+DATA_AXIS = "dp"
+Item = Input | Op | Output
+Move = Callable[[Element, Element], float | None]
+Moves = Callable[[Type, Item, Item], Move]  # type of a value, its producer, its user -> cost of each reshard
+
+
+@program_pass(requires={"canonical"}, provides={"placed"})
+def solve_placements(p: Program, mesh: Mesh, zero: int = 0) -> Program:
+    """Give every value a layout, and mark each use that wants another one.
+
+    before: mesh(dp=2)
+        %w : f32[32, 64] param "w"
+        %x : f32[8, 32] batch "x"
+        %y = aten.mm(%x, %w) : f32[8, 64] {phase="forward"}
+    after, zero=3:
+        %w : f32[32@dp, 64] param "w"
+        %x : f32[8@dp, 32] batch "x"
+        %y = aten.mm(%x, %w as [32, 64]) : f32[8@dp, 64] {phase="forward"}
+    """
+    return Placement(replace(p, mesh=mesh), zero).run()
+
+
+@dataclass
+class AxisReport:
+    """What one axis's integer program looked like."""
+
+    axis: str
+    part: str
+    classes: int
+    solution: Solution
+
+
+class Placement:
+    """The layouts chosen so far, per node: of its operands (as wanted) and of its results."""
+
+    def __init__(self, p: Program, zero: int) -> None:
+        self.p, self.zero = p, zero
+        self.items: list[Item] = [*p.inputs, *p.ops, *p.outputs]
+        self.where = {name: (i, r) for i, item in enumerate(self.items) for r, name in enumerate(_results(item))}
+        self.refs = [_refs(item) for item in self.items]
+        self.wants: list[list[Layout]] = [[REPLICATED] * len(refs) for refs in self.refs]
+        self.has: list[list[Layout]] = [[REPLICATED] * len(_results(item)) for item in self.items]
+        self.outers = candidates(p)
+        self.reports: list[AxisReport] = []
+        self.stored = {(i.role, i.key): n for n, i in enumerate(p.inputs)}
+        self.weights = params_only(p)
+        self.updates = any(op.phase == "update" for op in p.ops)
+
+    def run(self) -> Program:
+        for axis, size in self.p.mesh.axes:
+            if size > 1 and axis == DATA_AXIS:
+                self._data(axis)
+        for axis, size in self.p.mesh.axes:
+            if size > 1 and axis != DATA_AXIS:
+                self._model(axis)
+        for axis, size in self.p.mesh.axes:
+            if size > 1 and axis == DATA_AXIS:
+                self._storage(axis)
+        return self._program()
+
+    # one axis each --------------------------------------------------------------------------------------------------
+
+    def _data(self, axis: str) -> None:
+        """The batch is split; what was split is never gathered; parameters are used whole; gradients may stay partial."""
+        n = self.p.mesh.size(axis)
+        batch = self._batch_size(axis)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            if isinstance(item, Input):
+                split = item.role == "batch" and item.type.shape[:1] == (batch,)
+                return [_same(Split(0) if split else None)]
+            if isinstance(item, Op) and (item.phase == "update" or item.name in self.weights):
+                return [self._whole(i)]
+            if isinstance(item, Output):
+                return self._shown(i, axis) if item.role == "output" else [_same(None)]
+            return None
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            if (isinstance(user, Op) and user.phase == "update") or (isinstance(user, Output) and user.role in ("grad", "param", "state", "norm")):
+                return _any  # settled with the storage
+            size = t.local_bytes(self.p.mesh)
+            return lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
+
+        try:
+            self._solve(axis, "data", pins, moves, self._work)
+        except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
+            self._solve(axis, "data", pins, lambda t, i, u: _priced(moves(t, i, u), t.local_bytes(self.p.mesh), n), self._work)
+
+    def _model(self, axis: str) -> None:
+        """Weights are split in use: no parameter is gathered over this axis, the batch is not split over it."""
+        n = self.p.mesh.size(axis)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            if isinstance(item, Input) and item.role not in ("param", "state"):
+                return [_same(None)]
+            if isinstance(item, Output):
+                return self._shown(i, axis) if item.role == "output" else [_same(None)]
+            return None
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            size = t.local_bytes(self.p.mesh)
+            scalar = t.numel == 1
+            if isinstance(user, Output) and user.role == "grad" and self.updates:
+                return _any
+            update = (isinstance(user, Op) and user.phase == "update") or isinstance(user, Output)
+            weight = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "state")
+            data = isinstance(item, Input) and item.role == "batch"
+
+            def move(p: Element, w: Element) -> float | None:
+                if isinstance(p, Split) and p != w and (weight or (update and not scalar)):
+                    return None
+                if data and isinstance(w, Split):
+                    return None
+                return cost.reshard(p, w, size, n)
+
+            return move
+
+        self._solve(axis, "model", pins, moves, self._work)
+
+    def _storage(self, axis: str) -> None:
+        """Where parameters and optimizer state live, and the update's own layouts; forward and backward are settled."""
+        n = self.p.mesh.size(axis)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            if isinstance(item, Input):
+                if item.role not in ("param", "state"):
+                    return self._settled(i, axis)
+                split = self.zero >= 3 or (self.zero >= 1 and item.role == "state")
+                options = [_same(e) for e in self._stored_elements(item, axis)]
+                return options if split and options else [_same(None)]
+            if isinstance(item, Op):
+                if item.phase == "update":
+                    return [self._whole(i)] if self.zero == 0 else None
+                return None if item.name in self.weights else self._settled(i, axis)
+            return self._settled(i, axis) if item.role == "output" else [_same(None)]
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            if isinstance(user, Output) and (user.role == "output" or (user.role == "grad" and self.updates)):
+                return _any
+            size = t.local_bytes(self.p.mesh)
+            return lambda p, w: cost.reshard(p, w, size, n)
+
+        self._solve(axis, "storage", pins, moves, self._upkeep)
+
+    # the integer program of one axis ----------------------------------------------------------------------------------
+
+    def _solve(
+        self,
+        axis: str,
+        part: str,
+        pins: Callable[[int, Item], Sequence[Strategy] | None],
+        moves: Moves,
+        work: Callable[[int, Strategy], float],
+    ) -> None:
+        classes, members = self._classes(part)
+        choices: list[Choice] = []
+        for c, nodes in enumerate(members):
+            i = nodes[0]
+            pinned = pins(i, self.items[i])
+            found = list(pinned) if pinned is not None else self._strategies(i, axis)
+            prices = [work(i, s) for s in found]
+            choices.append(Choice(found, [price - min(prices) for price in prices], len(nodes)))  # only differences count
+        flows = self._flows(classes, moves)
+        solution = solve(choices, flows)
+        self.reports.append(AxisReport(axis, part, len(choices), solution))
+        for i in range(len(self.items)):
+            s = choices[classes[i]].strategies[solution.picks[classes[i]]]
+            if len(s.operands) == len(self.wants[i]):
+                self.wants[i] = [lay.with_(axis, e) for lay, e in zip(self.wants[i], s.operands, strict=True)]
+            self.has[i] = [lay.with_(axis, e) for lay, e in zip(self.has[i], s.results, strict=False)]  # an output has no results
+        for i, item in enumerate(self.items):  # what is stored comes back as it is stored; a gradient that is only shown, as it is
+            if isinstance(item, Output):
+                source = self._tied(item)
+                if source is not None:
+                    self.wants[i] = [self.has[source][0]]
+                elif item.role == "grad":
+                    j, r = self.where[item.ref.name]
+                    self.wants[i] = [self.has[j][r]]
+
+    def _classes(self, part: str) -> tuple[list[int], list[list[int]]]:
+        nodes = [Node(self._label(i, part), tuple(self.where[r.name] for r in self.refs[i]), len(self.has[i])) for i in range(len(self.items))]
+        classes = colours(nodes)
+        members: list[list[int]] = [[] for _ in range(max(classes) + 1)]
+        for i, c in enumerate(classes):
+            members[c].append(i)
+        return classes, members
+
+    def _label(self, i: int, part: str) -> Hashable:
+        item = self.items[i]
+        settled = (tuple(self.wants[i]), tuple(self.has[i]))
+        if isinstance(item, Input):
+            return ("input", item.role, item.key if item.role == "batch" else "", item.type, settled)
+        if isinstance(item, Output):
+            return ("output", item.role, settled, part)
+        plain = item.map_refs(lambda r: None)
+        kwargs = tuple((k, v) for k, v in plain.kwargs if k != "site")
+        return (item.target, plain.args, kwargs, item.types, item.phase == "update", settled)
+
+    def _flows(self, classes: list[int], moves: Moves) -> list[Flow]:
+        """One flow a class of values: same producer class, same set of uses."""
+        users: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, refs in enumerate(self.refs):
+            for k, ref in enumerate(refs):
+                users.setdefault(self.where[ref.name], []).append((i, k))
+        flows: dict[Hashable, Flow] = {}
+        for (source, result), who in users.items():
+            item = self.items[source]
+            weight = _results(item)[result] in self.weights
+            t = self._type(source, result)
+            uses: dict[tuple[int, int, str], Use] = {}
+            for i, k in who:
+                user = self.items[i]
+                tied = self._tied(user)
+                share = f"output {tied}" if isinstance(user, Output) else user.phase if weight and isinstance(user, Op) else "once"
+                target = (classes[i if tied is None else tied], k, share)
+                if target not in uses:
+                    uses[target] = Use(*target, moves(t, item, user))
+            key = (classes[source], result, frozenset((u, k, s if not s.startswith("output") else "output") for u, k, s in uses))
+            if key in flows:
+                flows[key].count += 1
+            else:
+                flows[key] = Flow(classes[source], result, tuple(uses.values()))
+        return list(flows.values())
+
+    # strategies and prices ------------------------------------------------------------------------------------------
+
+    def _strategies(self, i: int, axis: str) -> list[Strategy]:
+        item = self.items[i]
+        if isinstance(item, Input):
+            return [_same(None), *(_same(e) for e in self._stored_elements(item, axis))]
+        assert isinstance(item, Op)
+        operands = [self.p.types[r.name].laid(w) for r, w in zip(self.refs[i], self.wants[i], strict=True)]
+        results = [t.laid(lay) for t, lay in zip(item.types, self.has[i], strict=True)]
+        sig = signature(item, operands)
+        names = [*(r.name for r in self.refs[i]), *item.results]
+        outers = None if sig is None else factor_outers(sig, [self.outers[name] for name in names])
+        return strategies(sig, operands, results, axis, self.p.mesh, outers)
+
+    def _stored_elements(self, item: Input, axis: str) -> list[Split]:
+        """Where an input's dimensions may be split: at a candidate position, or behind the axes that split it already."""
+        layout = self.has[self.where[item.name][0]][0]
+        found = []
+        for dim in range(len(item.type.shape)):
+            ends = [outer * self.p.mesh.size(a) for a, outer in layout.splits(dim)]
+            for outer in sorted({1, *ends, *self.outers[item.name][dim]}):
+                split = Split(dim, outer)
+                if valid(item.type.shape, layout.with_(axis, split), self.p.mesh):
+                    found.append(split)
+        return found
+
+    def _settled(self, i: int, axis: str) -> list[Strategy]:
+        results = tuple(lay.on(axis) for lay in self.has[i])
+        wants = results if isinstance(self.items[i], Input) else tuple(lay.on(axis) for lay in self.wants[i])
+        return [Strategy(wants, results)]
+
+    def _whole(self, i: int) -> Strategy:
+        return Strategy((None,) * len(self.refs[i]), (None,) * len(self.has[i]))
+
+    def _shown(self, i: int, axis: str) -> list[Strategy]:
+        """An output for the user: replicated, or split as its producer has it; never partial."""
+        source, result = self.where[self.refs[i][0].name]
+        found = {s.results[result] for s in self._strategies(source, axis)}
+        return [_same(None), *(_same(e) for e in sorted(e for e in found if isinstance(e, Split)))]
+
+    def _work(self, i: int, s: Strategy) -> float:
+        """Undivided compute, in bytes that could have been sent instead: matmul flops one for one, others a little."""
+        item = self.items[i]
+        if not isinstance(item, Op):
+            return 0.0
+        divided = any(isinstance(e, Split) for e in (*s.operands, *s.results))
+        price = 0.0 if divided else 1e-3 * sum(t.nbytes for t in item.types)
+        operands = [self.p.types[r.name] for r in self.refs[i]]
+        flops = cost.flops(item, operands)
+        if not divided:
+            price += flops
+        if flops or item.target == "embedding":  # a weight left whole is data parallelism by another name
+            for ref, t, e in zip(self.refs[i], operands, s.operands, strict=True):
+                if ref.name in self.weights and e is None:
+                    price += cost.WHOLE_WEIGHT * t.nbytes
+        return price
+
+    def _upkeep(self, i: int, s: Strategy) -> float:
+        """An update that every rank repeats, a little; between equals, the first dimension, whole: its shards are contiguous."""
+        item = self.items[i]
+        price = sum(1e-3 * (e.dim + 0.5 * (e.outer > 1)) for e in s.results if isinstance(e, Split))
+        if isinstance(item, Op) and item.phase == "update" and not any(isinstance(e, Split) for e in s.results):
+            price += 1e-3 * sum(t.nbytes for t in item.types)
+        return price
+
+    def _tied(self, item: Item) -> int | None:
+        """The input that an output is the new value of; a gradient's parameter when nothing updates it."""
+        if isinstance(item, Output):
+            role = "param" if item.role == "grad" and not self.updates else item.role
+            return self.stored.get((role, item.key))
+        return None
+
+    def _name(self, item: Item) -> str:
+        return item.name if isinstance(item, Input | Op) else ""
+
+    def _type(self, source: int, result: int) -> Type:
+        item = self.items[source]
+        name = _results(item)[result]
+        return self.p.types[name].laid(self.has[source][result])
+
+    def _batch_size(self, axis: str) -> int:
+        """The number of rows of the batch; refused unless the data axis divides it."""
+        rows = [i.type.shape[0] for i in self.p.by_role("batch") if i.type.shape]
+        if not rows:
+            return -1
+        batch = max(set(rows), key=rows.count)
+        n = self.p.mesh.size(axis)
+        if batch % n:
+            raise PassError(
+                f"the batch has {batch} rows, which is not a multiple of {axis}={n} ({batch} = {n} * {batch // n} + {batch % n})\n"
+                f"  fix: use a batch of {batch // n * n or n} or {(batch // n + 1) * n} rows, or a plan whose {axis} divides {batch}"
+            )
+        return batch
+
+    def _program(self) -> Program:
+        layouts = {name: self.has[i][r] for name, (i, r) in self.where.items()}
+
+        def use(i: int, refs: Sequence[Ref]) -> list[Ref]:
+            return [Ref(r.name, None if w == layouts[r.name] else w) for r, w in zip(refs, self.wants[i], strict=True)]
+
+        n = len(self.p.inputs)
+        inputs = tuple(replace(item, type=item.type.laid(self.has[i][0])) for i, item in enumerate(self.p.inputs))
+        ops = []
+        for i, op in enumerate(self.p.ops, n):
+            refs = iter(use(i, self.refs[i]))
+            laid = tuple(t.laid(lay) for t, lay in zip(op.types, self.has[i], strict=True))
+            ops.append(replace(op.map_refs(lambda r: next(refs)), types=laid))  # noqa: B023
+        outputs = tuple(replace(o, ref=use(i, [o.ref])[0]) for i, o in enumerate(self.p.outputs, n + len(ops)))
+        return replace(self.p, inputs=inputs, ops=tuple(ops), outputs=outputs)
+
+
+def params_only(p: Program) -> frozenset[str]:
+    """Parameters, and values of the forward and backward that depend on parameters alone (casts, transposes)."""
+    found = {i.name for i in p.inputs if i.role == "param"}
+    for op in p.ops:
+        if op.phase != "update" and op.refs and all(r.name in found for r in op.refs):
+            found.update(op.results)
+    return frozenset(found)
+
+
+def _same(element: Element) -> Strategy:
+    return Strategy((element,), (element,))
+
+
+def _any(produced: Element, wanted: Element) -> float:
+    return 0.0
+
+
+def _priced(move: Move, size: int, n: int) -> Move:
+    """Where ``move`` forbids, a price that is only paid when there is no other way."""
+
+    def priced(p: Element, w: Element) -> float | None:
+        found = move(p, w)
+        return found if found is not None else 1000.0 * cost.reshard(p, w, size, n) + 1e6 if w is None else None
+
+    return priced
+
+
+def _results(item: Item) -> tuple[str, ...]:
+    return item.results if isinstance(item, Op) else (item.name,) if isinstance(item, Input) else ()
+
+
+def _refs(item: Item) -> tuple[Ref, ...]:
+    return item.refs if isinstance(item, Op) else (item.ref,) if isinstance(item, Output) else ()
