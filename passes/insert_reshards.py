@@ -14,7 +14,7 @@ def insert_reshards(p: Program) -> Program:
     """Make every operand arrive in the layout its use wants.
 
     One reshard for each (value, layout, phase), just before the first use: a parameter stored in pieces is gathered once
-    for forward and once more for backward, and dropped in between.
+    for forward and once more for backward, and dropped in between. An output's reshard stands right after its producer.
 
     before: %y : f32[8@dp, 16] sum@tp
             %z = aten.relu(%y as [8@dp, 16]) : f32[8@dp, 16]
@@ -36,13 +36,19 @@ def insert_reshards(p: Program) -> Program:
             made[key] = Ref(name)
         return made[key]
 
+    returned: dict[str, list[Ref]] = {}
+    for o in p.outputs:
+        returned.setdefault(o.ref.name, []).append(o.ref)
     for op in p.ops:
         out.emit(op.map_refs(lambda ref, op=op: arrive(ref, op.phase, op.path, op.line)))  # type: ignore[misc]
+        for result in op.results:
+            for ref in returned.get(result, ()):  # outputs set off at once: their collectives end with the step
+                arrive(ref, op.phase, op.path, op.line)
     outputs = []
     for o in p.outputs:
         producer = p.producers.get(o.ref.name)
         phase = producer.phase if producer else "update" if o.role in ("param", "buffer", "state") else "forward"
-        outputs.append(replace(o, ref=arrive(o.ref, phase, producer.path if producer else "", producer.line if producer else "")))
+        outputs.append(replace(o, ref=arrive(o.ref, phase, "", "")))
     return out.program(outputs=outputs)
 
 

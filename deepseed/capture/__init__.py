@@ -1,1 +1,14 @@
+"""Capture: an unmodified model, its loss and its optimizer become one Program, without touching a parameter's value.
 
+    captured = capture(model, batch, optimizer=torch.optim.AdamW(model.parameters()), clip_grad_norm=1.0)
+    print(captured.program)
+"""
+
+from deepseed.capture.batch import BatchSpec
+from deepseed.capture.eager import eager_reference
+from deepseed.capture.errors import BatchError, CaptureError
+from deepseed.capture.guards import Guard
+from deepseed.capture.state import StateSlot
+from deepseed.capture.step import Captured, capture
+
+__all__ = ["BatchError", "BatchSpec", "CaptureError", "Captured", "Guard", "StateSlot", "capture", "eager_reference"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd
 
+from deepseed.ir.program import Arg, Op
 from deepseed.rules.signature import Call
 
 
@@ -31,7 +34,7 @@ def reshape(call: Call) -> str:
     Where two boundaries do not nest, what follows is whole until both sides have a boundary together."""
     sides = ([*call.shape(0)], [*call.out])
     if 0 in sides[0]:  # no elements: nothing to split
-        return row([f"a{i}!" for i in range(len(sides[0]))]) + " -> " + row([f"b{i}!" for i in range(len(sides[1]))])
+        return row([f"a{i}!^" for i in range(len(sides[0]))]) + " -> " + row([f"b{i}!^" for i in range(len(sides[1]))])
     words: tuple[list[list[str]], list[list[str]]] = ([[] for _ in sides[0]], [[] for _ in sides[1]])
     at = [0, 0]
     taken = [1, 1]  # since the last common boundary
@@ -50,7 +53,7 @@ def reshape(call: Call) -> str:
         else:
             s = 0 if taken[0] <= taken[1] else 1
             size = sides[s][at[s]]
-            words[s][at[s]].append(f"f{count}={size}!")
+            words[s][at[s]].append(f"f{count}={size}!^")
             taken[s] *= size
             sides[s][at[s]] = 1
         count += 1
@@ -71,7 +74,7 @@ def reduction(call: Call) -> str:
 
 def _blocks(size: int, b: int, inner: str, name: str) -> str:
     """A dimension as blocks of ``b``: only the inside of a block may be split."""
-    return f"({name}={size // b}! {inner}={b})"
+    return f"({name}={size // b}!^ {inner}={b})"
 
 
 def _window(call: Call, whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[str, str]:
@@ -87,8 +90,8 @@ def _window(call: Call, whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[
         if step == 1 and (b := gcd(start, length, size)) > 0:
             return with_(names, dim, _blocks(size, b, "i", "p")), with_(names, dim, _blocks(length, b, "i", "q"))
         if step > 1 and length * step == size and start < step:
-            return with_(names, dim, f"(i j={step}!)"), with_(names, dim, "i")
-    return with_(names, dim, "p!"), with_(names, dim, "q!")
+            return with_(names, dim, f"(i j={step}!^)"), with_(names, dim, "i")
+    return with_(names, dim, "p!^"), with_(names, dim, "q!^")
 
 
 def slice_(call: Call) -> str:
@@ -108,8 +111,8 @@ def pad(call: Call) -> str:
         low = pads[2 * d] if isinstance(pads, tuple) else 0
         b = gcd(size, new, low) if isinstance(low, int) else 0
         same = size == new
-        left.append(f"d{d}" if same else _blocks(size, b, f"d{d}", f"p{d}") if b else f"p{d}!")
-        right.append(f"d{d}" if same else _blocks(new, b, f"d{d}", f"q{d}") if b else f"q{d}!")
+        left.append(f"d{d}" if same else _blocks(size, b, f"d{d}", f"p{d}") if b else f"p{d}!^")
+        right.append(f"d{d}" if same else _blocks(new, b, f"d{d}", f"q{d}") if b else f"q{d}!^")
     return row(left) + " -> " + row(right)
 
 
@@ -120,6 +123,29 @@ def cat(call: Call) -> str:
     sizes = [t.shape[dim] for t in call.operands]
     b = gcd(*sizes)
     if b == 0:
-        return ", ".join(with_(names, dim, f"p{k}!") for k in range(len(sizes))) + " -> " + with_(names, dim, "q!")
+        return ", ".join(with_(names, dim, f"p{k}!^") for k in range(len(sizes))) + " -> " + with_(names, dim, "q!^")
     parts = [with_(names, dim, _blocks(size, b, "i", f"p{k}")) for k, size in enumerate(sizes)]
     return ", ".join(parts) + " -> " + with_(names, dim, _blocks(call.out[dim], b, "i", "q"))
+
+
+def resize_window(op: Op, now: Mapping[str, int], wanted: Mapping[str, int]) -> Op:
+    """slice and unslice with blocks of another size: the window starts at the same block."""
+    start = op.kw("start", 0)
+    if "i" not in now or "j" in now or not isinstance(start, int):
+        return op
+    return _with(op, "start", start // now["i"] * wanted["i"])
+
+
+def resize_pad(op: Op, now: Mapping[str, int], wanted: Mapping[str, int]) -> Op:
+    pads = op.kw("pads")
+    if not isinstance(pads, tuple):
+        return op
+    out: list[Arg] = []
+    for i, n in enumerate(pads):
+        name = f"d{i // 2}"
+        out.append(n // now[name] * wanted[name] if isinstance(n, int) and n and name in now else n)
+    return _with(op, "pads", tuple(out))
+
+
+def _with(op: Op, key: str, value: Arg) -> Op:
+    return replace(op, kwargs=tuple((k, value if k == key else v) for k, v in op.kwargs))

@@ -5,7 +5,8 @@ A form is one line, ``"m k, k n -> m n"``: operands in the order of ``op.refs``,
     form    ::= tensor ("," tensor)* "->" tensor ("," tensor)*      the left side is empty for a creation op
     tensor  ::= "." | dim+                                          "." has no dimension
     dim     ::= factor | "(" factor+ ")" | "1" | "*" name ["!"]     "1" has no factor, "*b" is any number of dimensions
-    factor  ::= name ["=" size] ["!" | "~"]                         "!" is never split, "~" only into one contiguous range a rank
+    factor  ::= name ["=" size] mark*
+    mark    ::= "!" | "~" | "^"     "!" is never split, "~" only into one contiguous range a rank, "^" has its size in the arguments
 
 A factor that a result lacks is contracted: its shards leave partial values, reduced by the rule's ``reduce``.
 """
@@ -70,7 +71,7 @@ class Rule:
     linear: str | Callable[[Call], str] = ""
     monotone: str = ""
     reduce: str = "sum"
-    note: str = ""
+    resize: Callable[[Op, Mapping[str, int], Mapping[str, int]], Op] | None = None  # op, sizes of factors now and wanted
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Signature:
     sizes: Mapping[str, int]
     whole: frozenset[str] = frozenset()
     contiguous: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()  # sizes that the arguments determine
     reduce: str = "sum"
     linear: tuple[frozenset[int], ...] = ()  # sets of operands that may be partial (sum) together
     monotone: tuple[frozenset[int], ...] = ()  # the same for max
@@ -125,7 +127,7 @@ class Signature:
 
     def __str__(self) -> str:
         def word(name: str) -> str:
-            return f"{name}={self.sizes[name]}" + ("!" if name in self.whole else "~" if name in self.contiguous else "")
+            return f"{name}={self.sizes[name]}" + ("!" if name in self.whole else "~" if name in self.contiguous else "")  # "^" concerns checks only
 
         def tensor(dims: Dims) -> str:
             return " ".join("1" if not d else word(d[0]) if len(d) == 1 else "(" + " ".join(map(word, d)) + ")" for d in dims) or "."
@@ -133,7 +135,7 @@ class Signature:
         return ", ".join(map(tensor, self.operands)) + " -> " + ", ".join(map(tensor, self.results))
 
 
-_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~]?)|(1)(?!\w)|(\.))")
+_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~^]*)|(1)(?!\w)|(\.))")
 
 Factor = tuple[str, int | None, str]  # name, size, mark
 
@@ -157,12 +159,14 @@ def build(call: Call, rule: Rule) -> Signature | None:
     marks = {name: mark for t in tensors for dim in t for name, _, mark in dim if mark}
     dims = tuple(tuple(tuple(name for name, _, _ in dim if sizes[name] != 1) for dim in t) for t in tensors)
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
+    whole, contiguous, fixed = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^")
     return Signature(
         dims[: len(operands)],
         dims[len(operands) :],
         sizes,
-        frozenset(n for n, mark in marks.items() if mark == "!"),
-        frozenset(n for n, mark in marks.items() if mark == "~"),
+        whole,
+        contiguous,
+        fixed,
         rule.reduce,
         _sets(linear, call),
         _sets(rule.monotone, call),

@@ -16,7 +16,7 @@ from deepseed.rules.signature import Call, Rule
 
 def created(call: Call) -> str:
     """Born in any layout; the operand (seed and step) is whole."""
-    return ", ".join(["r!"] * len(call.operands)) + " -> " + row(names_of(len(call.out)))
+    return ", ".join(["r!^"] * len(call.operands)) + " -> " + row(names_of(len(call.out)))
 
 
 def gather(call: Call) -> str:
@@ -27,8 +27,8 @@ def gather(call: Call) -> str:
         return ", ".join("1" if t.shape else "." for t in call.operands) + " -> " + ("1" if call.out else ".")
     names = names_of(len(index))
     v = "v!" if call.operands[0].dtype == "bool" else "v~"  # a sum of bools is no gather
-    left = [v if d == dim else n if source[d] == index[d] else f"s{d}!" for d, n in enumerate(names)]
-    right = [n if d == dim or source[d] == index[d] else f"i{d}!" for d, n in enumerate(names)]
+    left = [v if d == dim else n if source[d] == index[d] else f"s{d}!^" for d, n in enumerate(names)]
+    right = [n if d == dim or source[d] == index[d] else f"i{d}!^" for d, n in enumerate(names)]
     return f"{row(left)}, {row(right)} -> {row(right)}"
 
 
@@ -40,9 +40,9 @@ def scatter_add(call: Call) -> str:
         return ", ".join("1" if t.shape else "." for t in call.operands) + " -> " + ("1" if call.out else ".")
     names = names_of(len(index))
     free = [d != dim and target[d] == index[d] == source[d] for d in range(len(index))]
-    x = ["v~" if d == dim else n if free[d] else f"x{d}!" for d, n in enumerate(names)]
-    i = [n if free[d] else f"i{d}!" for d, n in enumerate(names)]
-    s = [n if free[d] else f"s{d}!" for d, n in enumerate(names)]
+    x = ["v~" if d == dim else n if free[d] else f"x{d}!^" for d, n in enumerate(names)]
+    i = [n if free[d] else f"i{d}!^" for d, n in enumerate(names)]
+    s = [n if free[d] else f"s{d}!^" for d, n in enumerate(names)]
     return f"{row(x)}, {row(i)}, {row(s)} -> {row(x)}"
 
 
@@ -100,8 +100,8 @@ def convolution(call: Call) -> str | None:
     bias = len(call.operands) == 3
     c = "c!" if bias else "c"
     n = len(call.out) - 2
-    s, w, t = (" ".join(f"{x}{i}!" for i in range(n)) for x in "swt")
-    return f"b (g={groups} {c}) {s}, (g k) {c} {w}" + (", (g k)" if bias else "") + f" -> b (g k) {t}"
+    s, w, t = (" ".join(f"{x}{i}!^" for i in range(n)) for x in "swt")
+    return f"b (g={groups}^ {c}) {s}, (g k) {c} {w}" + (", (g k)" if bias else "") + f" -> b (g k) {t}"
 
 
 def whole_dim(position: int, linear: str = "") -> Rule:
@@ -126,10 +126,10 @@ def selection(position: int, keepdim: int | None = None, default: int | None = -
             return row([n + "!" for n in names]) + " -> " + row(["1"] * len(call.out))
         dim = call.dim(position)
         if keepdim is None:
-            out = with_(names, dim, "k!")
+            out = with_(names, dim, "k!^")
         else:
             out = with_(names, dim, "1") if call.arg(keepdim, "keepdim", False) else row(names[:dim] + names[dim + 1 :])
-        return with_(names, dim, "w!") + " -> " + ", ".join([out] * len(call.results))
+        return with_(names, dim, "w!^" if keepdim is None else "w!") + " -> " + ", ".join([out] * len(call.results))
 
     return Rule(form)
 
@@ -164,9 +164,9 @@ RULES: dict[str, Rule] = {
     "permute": Rule(shapes.permute, "0", "0"),
     "expand": Rule(pointwise.form, "0", "0"),
     "cast": Rule(pointwise.form, _cast),
-    "slice": Rule(shapes.slice_, "0", "0"),
-    "unslice": Rule(shapes.unslice, "0"),
-    "pad": Rule(shapes.pad, _zero("value", "0")),
+    "slice": Rule(shapes.slice_, "0", "0", resize=shapes.resize_window),
+    "unslice": Rule(shapes.unslice, "0", resize=shapes.resize_window),
+    "pad": Rule(shapes.pad, _zero("value", "0"), resize=shapes.resize_pad),
     "cat": Rule(shapes.cat, "all"),
     # creation
     "full": Rule(created, _zero("value", "born")),

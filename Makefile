@@ -1,0 +1,47 @@
+# make demo | test | test-all | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+
+# 3.11 or newer
+PYTHON    ?= python3
+# for another package index, such as the one with PyTorch's CPU builds: PIP_FLAGS="--extra-index-url URL"
+PIP_FLAGS ?=
+# test processes
+WORKERS   ?= 2
+# more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH"
+BENCH     ?=
+VENV      := .venv
+BIN       := $(VENV)/bin
+READY     := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all bench lint docs clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=compat -e '.[dev,hf]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not wide'
+
+test-all: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+bench: $(READY)
+	$(BIN)/python tests/bench/bench_training.py $(BENCH)
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

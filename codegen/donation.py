@@ -1,0 +1,121 @@
+"""Where new parameters and state may be written into the stored tensors: after the last reader of the old value.
+
+A stored tensor is *donated* when the program returns a new value for it. A view of it (reshape, permute, slice …, or a
+collective that is under way) counts as a reader until its own last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from deepseed.ir.program import Op, Output, Program
+
+STORED = ("param", "buffer", "state")
+_VIEWS = {"reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax", "fused"}
+_ATEN_VIEWS = {
+    "alias", "as_strided", "contiguous", "detach", "diagonal", "expand", "imag", "lift_fresh", "movedim", "narrow", "permute", "real",
+    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "view_as_complex", "view_as_real", "_reshape_alias", "_unsafe_view", "_conj", "unsafe_split", "expand_as", "view_as",
+}  # fmt: skip
+
+
+def may_alias(op: Op, p: Program) -> bool:
+    """Whether a result can share memory with an operand (or memory that is still read, for a started collective)."""
+    if op.target.endswith(".start"):
+        return True
+    if op.target == "wait":
+        start = p.producers[op.refs[0].name]
+        return p.mesh.size(str(start.kw("axis"))) == 1
+    if op.target.startswith("aten."):
+        return op.target.split(".")[1] in _ATEN_VIEWS
+    return op.target in _VIEWS
+
+
+@dataclass(frozen=True)
+class Donation:
+    program: Program
+
+    @cached_property
+    def stored(self) -> Mapping[str, Output]:
+        """Donated input -> the output that replaces it."""
+        names = {(i.role, i.key): i.name for i in self.program.inputs}
+        return {names[o.role, o.key]: o for o in self.program.outputs if o.role in STORED}
+
+    @cached_property
+    def returned(self) -> tuple[Output, ...]:
+        """The outputs that the step returns: all but new stored values."""
+        return tuple(o for o in self.program.outputs if o.role not in STORED)
+
+    @cached_property
+    def roots(self) -> Mapping[str, frozenset[str]]:
+        """The donated inputs whose memory a value may share."""
+        out = {i.name: frozenset({i.name} if i.name in self.stored else ()) for i in self.program.inputs}
+        for op in self.program.ops:
+            shared = frozenset().union(*(out[r.name] for r in op.refs)) if may_alias(op, self.program) else frozenset()
+            out.update((result, shared) for result in op.results)
+        return out
+
+    @cached_property
+    def last_reader(self) -> Mapping[str, int]:
+        """Donated input -> position of the last op that reads it or a view of it; -1: none does."""
+        out = dict.fromkeys(self.stored, -1)
+        for n, op in enumerate(self.program.ops):
+            for ref in op.refs:
+                out.update((root, n) for root in self.roots[ref.name])
+        return out
+
+    @cached_property
+    def _defined(self) -> Mapping[str, int]:
+        """Value -> position of its op; inputs: -1."""
+        out = {i.name: -1 for i in self.program.inputs}
+        out.update((result, n) for n, op in enumerate(self.program.ops) for result in op.results)
+        return out
+
+    def in_place(self, position: int, stored: str, result: str) -> bool:
+        """Whether the op at ``position`` may turn ``stored`` into ``result`` in its own memory: it is the last reader."""
+        o = self.stored.get(stored)
+        return o is not None and o.ref.name == result and self.last_reader[stored] == position
+
+    @cached_property
+    def _kept(self) -> frozenset[str]:
+        """Stored tensors whose new value is in their own memory already: unchanged, or updated in place by an optimizer."""
+        out = set()
+        for name, o in self.stored.items():
+            producer = self.program.producers.get(o.ref.name)
+            if o.ref.name == name or (producer is not None and producer.target.startswith("optim.") and self.in_place(self._defined[o.ref.name], name, o.ref.name)):
+                out.add(name)
+        return frozenset(out)
+
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """Values that outlive an overwrite of memory they share (new values and returned ones): they are copied when made."""
+        late = [o.ref.name for name, o in self.stored.items() if name not in self._kept] + [o.ref.name for o in self.returned]
+        return frozenset(name for name in late if self.roots[name])
+
+    @cached_property
+    def written(self) -> Mapping[str, int]:
+        """Stored tensor -> the op after which its new value is copied into it (-1: before the first)."""
+        return {
+            name: max(self._defined[o.ref.name], self.last_reader[name]) for name, o in self.stored.items() if name not in self._kept
+        }
+
+    @cached_property
+    def dies(self) -> Mapping[int, tuple[str, ...]]:
+        """Position -> values whose last use is there (-1: inputs that nothing reads)."""
+        last = dict(self._defined)
+        for n, op in enumerate(self.program.ops):
+            last.update((ref.name, n) for ref in op.refs)
+        for name, at in self.written.items():
+            last[name] = max(last[name], at)
+            new = self.stored[name].ref.name
+            if new not in self.copied:
+                last[new] = max(last[new], at)
+        for o in self.returned:
+            if o.ref.name not in self.copied:
+                last.pop(o.ref.name, None)
+        out: dict[int, list[str]] = {}
+        for name, n in last.items():
+            out.setdefault(n, []).append(name)
+        return {n: tuple(names) for n, names in out.items()}

@@ -1,0 +1,66 @@
+"""The reference side of ``verify``: the user's own eager module, with DeepSeed's random draws and, on request, in float64.
+
+    with eager_reference(model, rng=torch.tensor([seed, step])):
+        loss = model(**batch).loss
+        loss.backward()
+
+One ``with`` a step: draws are named by module call, counted from the start of the step. No other op is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepseed.capture.metadata import Tracker
+from deepseed.capture.random import Draw, draw
+from deepseed.capture.switches import switched
+
+
+class _Eager(TorchDispatchMode):
+    def __init__(self, tracker: Tracker, draws: Draw | None, widen: bool) -> None:
+        super().__init__()
+        self.tracker, self.draws, self.widen = tracker, draws, widen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        self.tracker.here()  # records which module call an autograd node belongs to
+        if self.widen:
+            args, kwargs = _wide(func, args, kwargs)
+        if self.draws is not None:
+            drawn = draw(func, self.draws, args, kwargs)
+            if drawn is not NotImplemented:
+                return drawn
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def eager_reference(model: nn.Module, *, rng: Tensor | None = None, widen: bool = False) -> Iterator[None]:
+    """Run ``model`` eagerly inside.
+
+    ``rng`` i64[2] (seed, step): every draw is the one that the captured program makes; None: draws stay torch's own.
+    ``widen``: where the model asks for float32 (a cast, a created tensor) it gets float64; parameters and batch are the caller's to widen.
+    """
+    tracker = Tracker(model)
+    draws = None if rng is None else Draw(rng, tracker)
+    default = torch.get_default_dtype()
+    with switched(model), tracker.on(), _Eager(tracker, draws, widen):
+        if widen and default is torch.float32:
+            torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _wide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """float32 arguments become float64."""
+    change = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+    new = tuple(change.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+    named = {k: change.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
+    return new, named

@@ -1,0 +1,279 @@
+"""``capture``: from model, batch and optimizer to a Program with everything that the runtime needs to feed it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
+
+from deepseed.capture.batch import DTYPES, BatchSpec, leaves, rebuild, tensors, type_of
+from deepseed.capture.convert import Emitter, convert, live, reachable
+from deepseed.capture.errors import CaptureError
+from deepseed.capture.guards import Guard, Read, Reader
+from deepseed.capture.metadata import Tracker, Where
+from deepseed.capture.optimizer import Updates, fixed_options, groups
+from deepseed.capture.state import StateSlot
+from deepseed.capture.switches import switched
+from deepseed.capture.trace import Flat, functional, record
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Output, Program, Ref, Type
+from deepseed.ir.verify import verify
+
+Want = Literal["step", "loss_and_grads", "forward"]
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class Captured:
+    """A captured step and what feeds it. Values are looked up by the keys of the program's inputs."""
+
+    program: Program
+    constants: dict[str, Tensor]
+    guards: tuple[Guard, ...]
+    batch: BatchSpec
+    parameters: dict[str, nn.Parameter]
+    aliases: dict[str, str]  # further name of a tied parameter -> its first name
+    buffers: dict[str, Tensor]
+    state: dict[str, StateSlot]
+    hyper: dict[str, Callable[[], float]]
+    options: dict[str, Any]  # optimizer options baked into the program, e.g. "betas/0"
+    unused: tuple[str, ...]  # trainable parameters that the loss does not depend on: no gradient, no update
+    seed: int
+    output: Any = None  # want="forward": the model's output with keys in place of tensors
+
+    def rebuild_output(self, values: Mapping[str, Tensor]) -> Any:
+        """The model's output in its own form, from the tensors by key."""
+        return rebuild(self.output, values)
+
+
+@dataclass(frozen=True)
+class _Source:
+    role: str
+    key: str
+    fake: Tensor
+
+
+def capture(
+    model: Any,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    clip_grad_norm: float | None = None,
+    want: Want | None = None,
+    grads: bool = False,
+    seed: int = 0,
+) -> Captured:
+    """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
+
+    ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
+    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``want``: ``step`` (needs ``optimizer``; the default with
+    one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
+    gradients, before clipping. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
+    meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
+    """
+    want = want or ("step" if optimizer is not None else "loss_and_grads")
+    if want == "step" and optimizer is None:
+        raise CaptureError('want="step" needs an optimizer', fix='pass optimizer=, or want="loss_and_grads"')
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    spec = BatchSpec.of(batch)
+    parameters, aliases = dict(model.named_parameters()), _aliases(model)
+    buffers = dict(model.named_buffers())
+    group_of = groups(optimizer, parameters) if optimizer is not None and want == "step" else {}
+    traced = _Traced(model, batch, loss_fn, want, parameters, buffers)
+    e = Emitter()
+    refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
+    constants: dict[str, Tensor] = {}
+    lifted = [_constant(e, c, constants) for c in traced.flat.constants]
+    values = convert(traced.flat.graph, [*refs.values(), *lifted], traced.flat.outputs, e, traced.phases())
+    named = dict(zip(traced.names, values, strict=True))
+    outputs: list[Output] = []
+    hyper: dict[str, Callable[[], float]] = {}
+    state: dict[str, StateSlot] = {}
+    gradients = {key: v for (role, key), v in named.items() if role == "grad" and isinstance(v, Ref)}
+    for (role, key), v in named.items():
+        if role in ("loss", "output") and isinstance(v, Ref):
+            outputs.append(Output(v, role, key))
+        elif role == "grad" and isinstance(v, Ref) and (grads or want == "loss_and_grads"):
+            outputs.append(Output(v, "grad", key))
+    e.phase, e.where, origins = "update", Where(), {}
+    if clip_grad_norm is not None and gradients and want != "forward":
+        gradients, norm = _clip(e, gradients, float(clip_grad_norm))
+        outputs.append(Output(norm, "norm", "grad_norm"))
+    if want == "step" and optimizer is not None:
+        updates = Updates(e, optimizer, hyper, state, origins)
+        for name, grad in gradients.items():
+            if name in group_of:
+                new, states = updates.update(name, parameters[name], group_of[name], refs["param", name], grad)
+                outputs.append(Output(new, "param", name))
+                outputs += [Output(ref, "state", key) for key, ref in states.items()]
+    outputs += [Output(v, "buffer", key) for (role, key), v in named.items() if role == "buffer" and isinstance(v, Ref) and v != refs["buffer", key]]
+    ops = live(e.ops, [o.ref for o in outputs])
+    used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
+    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch") or i.name in used]
+    kept = {op.origin for op in ops}
+    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
+    return Captured(
+        verify(program), {i.key: constants[i.key] for i in inputs if i.role == "constant"}, tuple(_guard(r, traced.mode, spec) for r in traced.reads),
+        spec, parameters, aliases, buffers, state, hyper, fixed_options(optimizer) if optimizer is not None and want == "step" else {},
+        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
+    )  # fmt: skip
+
+
+class _Traced:
+    """The functional graph of forward, loss and gradients; ``names``: (role, key) of each of its outputs."""
+
+    def __init__(
+        self, model: nn.Module, batch: Any, loss_fn: LossFn | None, want: Want, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]
+    ) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.names: list[tuple[str, str]] = []
+        self.output: Any = None
+        trainable = [n for n, p in parameters.items() if p.requires_grad and want != "forward"]
+        with self.mode:
+            self.sources = [_Source("param", n, torch.empty(p.shape, dtype=p.dtype, requires_grad=n in trainable)) for n, p in parameters.items()]
+            self.sources += [_Source("buffer", n, torch.empty(b.shape, dtype=b.dtype)) for n, b in buffers.items()]
+            self.sources += [_Source("batch", n, torch.empty(t.shape, dtype=t.dtype)) for n, t in tensors(batch).items()]
+            self.sources += [_Source("rng", "rng", torch.empty(2, dtype=torch.int64))]
+        keys = [(s.role, s.key) for s in self.sources]
+
+        def step(*flat: Tensor) -> list[Any]:
+            given = dict(zip(keys, flat, strict=True))
+            swapped = {key: given["param", key] for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
+            inner = rebuild(batch, {key: t for (role, key), t in given.items() if role == "batch"})
+            found: dict[tuple[str, str], Any] = {}
+            with _reparametrize_module(model, swapped, tie_weights=True):
+                if want == "forward":
+                    with torch.no_grad():
+                        result = call(model, inner)
+                    self.output = rebuild(result, {key: key for key in tensors(result)})
+                    found = {("output", key): t for key, t in tensors(result).items()}
+                else:
+                    loss = _loss(model, inner, loss_fn)
+                    tracker.backward = True
+                    found["loss", "loss"] = loss
+                    wanted = [given["param", key] for key in trainable]
+                    got = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+                    found |= {("grad", key): g for key, g in zip(trainable, got, strict=True)}
+            found |= {("buffer", key): swapped[key] for key in buffers}
+            self.names = list(found)
+            return [v.detach() if isinstance(v, Tensor) else v for v in found.values()]
+
+        tracker = Tracker(model)
+        reader = Reader(tracker, keys, tensors(batch))
+        with switched(model), torch.enable_grad():
+            module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader)
+        _check_leaks(model)
+        self.reads: list[Read] = reader.reads
+        self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
+
+    def phases(self) -> dict[fx.Node, str]:
+        """Forward is what loss, outputs and buffers need, and what was traced outside autograd's backward."""
+        wanted = reachable(v for v, (role, _) in zip(self.flat.outputs, self.names, strict=True) if role != "grad")
+        return {
+            n: "backward" if n.meta.get("where", Where()).backward and n not in wanted else "forward"
+            for n in self.flat.graph.nodes if n.op == "call_function"
+        }  # fmt: skip
+
+
+def call(model: Any, batch: Any) -> Any:
+    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+    else:
+        result = call(model, batch)
+        loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result if isinstance(result, Tensor) else None)
+    name = type(model).__name__
+    if not isinstance(loss, Tensor):
+        raise CaptureError(f"{name} gave no loss (got {type(loss).__name__})", fix="put labels into the batch, or pass loss_fn(model, batch) -> scalar tensor")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise CaptureError(f"the loss of {name} is {DTYPES.get(loss.dtype)}{list(loss.shape)}, not one float", fix="reduce it: loss.mean() or loss.sum()")
+    if not loss.requires_grad:
+        raise CaptureError(f"the loss of {name} depends on no trainable parameter", fix="set requires_grad on the parameters to train, and compute the loss with grad enabled")
+    return loss.reshape(())
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
+
+
+def _constant(e: Emitter, value: Tensor, constants: dict[str, Tensor]) -> Ref:
+    if value.numel() == 1:
+        return e.full(value.item(), type_of(value))
+    t = value.detach().cpu().contiguous()
+    raw = t.reshape(-1).view(torch.uint8).numpy().tobytes()
+    key = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode() + raw).hexdigest()[:16]
+    if key in constants:
+        return next(Ref(i.name) for i in e.inputs if i.role == "constant" and i.key == key)
+    constants[key] = t
+    return e.input(type_of(t), "constant", key)
+
+
+def _clip(e: Emitter, gradients: Mapping[str, Ref], limit: float) -> tuple[dict[str, Ref], Ref]:
+    """Scaled gradients and their global norm: one sum of squares over all of them."""
+    dtypes = {e.type(g).dtype for g in gradients.values()}
+    wide = "f64" if "f64" in dtypes else "f32"
+    scalar = Type(wide, ())
+    e.base = "clip"
+    total: Ref | None = None
+    for g in gradients.values():
+        x = e.cast(g, wide)
+        t = e.type(x)
+        square = e.one("aten.mul.Tensor", (x, x), t)
+        part = e.one("sum", (square,), scalar, dims=tuple(range(len(t.shape))), keepdim=False) if t.shape else square
+        total = part if total is None else e.one("aten.add.Tensor", (total, part), scalar)
+    assert total is not None
+    norm = e.one("aten.sqrt", (total,), scalar)
+    inverse = e.one("aten.reciprocal", (e.one("aten.add.Tensor", (norm, 1e-6), scalar),), scalar)
+    factor = e.one("aten.clamp", (e.one("aten.mul.Tensor", (inverse, limit), scalar), None, 1.0), scalar)
+    clipped = {}
+    for name, g in gradients.items():
+        t = e.type(g)
+        clipped[name] = e.one("aten.mul.Tensor", (g, e.cast(factor, t.dtype)), t)
+    e.base = ""
+    return clipped, norm
+
+
+def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec) -> Guard:
+    e = Emitter(where=read.where)
+    types = [spec.types[key] for key in read.keys]
+    with mode:
+        fakes = [torch.empty(t.shape, dtype={v: k for k, v in DTYPES.items()}[t.dtype]) for t in types]
+    flat = functional(read.module, fakes, mode)
+    inputs = [e.input(t, "batch", key) for t, key in zip(types, read.keys, strict=True)]
+    constants: dict[str, Tensor] = {}
+    lifted = [_constant(e, c, constants) for c in flat.constants]
+    if constants:
+        raise CaptureError("a value that Python reads depends on a constant tensor of more than one element", path=read.where.path, line=read.where.line)
+    (out,) = convert(flat.graph, [*inputs, *lifted], flat.outputs, e)
+    assert isinstance(out, Ref)
+    program = Program("guard", Mesh(()), tuple(e.inputs), live(e.ops, [out]), (Output(out, "output", "value"),), frozenset({"captured"}))
+    return Guard(verify(program), read.value, read.where.path, read.where.line)
+
+
+def _check_leaks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            held = [*value.values()] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(v, FakeTensor) for v in held):
+                raise CaptureError(
+                    f"the model stores a tensor of its forward on itself ({type(module).__name__}.{attribute}), so steps would depend on one another",
+                    path=name, fix="return the tensor, or register it as a buffer",
+                )  # fmt: skip
+
+
+__all__: Sequence[str] = ("Captured", "LossFn", "call", "capture", "leaves")

@@ -1,0 +1,57 @@
+"""Switches that hold while a model is traced, all reversible: a table on configs and module attributes, never on models by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+CONFIG: dict[str, Any] = {
+    "use_cache": False,  # a key-value cache is an output nobody asked for
+    "_experts_implementation": "batched_mm",  # static shapes; the loop over experts reads tensor values
+}
+
+
+@contextmanager
+def switched(model: nn.Module) -> Iterator[None]:
+    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences."""
+    mkldnn = torch._C._get_mkldnn_enabled()
+    undo: list[tuple[Any, str, Any]] = []
+
+    def set_(holder: Any, name: str, value: Any) -> None:
+        old = getattr(holder, name)
+        if old is not value and old != value:
+            undo.append((holder, name, old))
+            setattr(holder, name, value)
+
+    try:
+        seen: set[int] = set()
+        for module in model.modules():
+            for config in _configs(getattr(module, "config", None), seen):
+                for name, value in CONFIG.items():
+                    if getattr(config, name, None) is not None:
+                        set_(config, name, value)
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is not False:
+                set_(module, "_gradient_checkpointing_func", functools.partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False}))
+        torch._C._set_mkldnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        for holder, name, old in reversed(undo):
+            setattr(holder, name, old)
+
+
+def _configs(config: Any, seen: set[int]) -> Iterator[Any]:
+    """A config and the configs inside it (text_config, vision_config)."""
+    if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+        return
+    seen.add(id(config))
+    yield config
+    for value in list(vars(config).values()):
+        if type(value).__name__.endswith("Config"):
+            yield from _configs(value, seen)

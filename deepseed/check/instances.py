@@ -1,0 +1,209 @@
+"""Is every rule that a program uses true? Each distinct instance is run once, sharded and whole, on small random tensors.
+
+With typing this is an argument by induction that the program means what the single-device program means: every op is an
+instance of a rule, and every instance that occurs was executed. Costs nothing in the size of the model: instances repeat, and
+what was checked is remembered, in the process and on disk, until the source of a rule or an op changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import deepseed
+from deepseed.check.collectives import perform
+from deepseed.check.shards import ShardsError, assemble, coordinates, shards
+from deepseed.check.shrink import Instance, shrink
+from deepseed.check.typing import MOVES, describe, instance_key, operand_types, why_not
+from deepseed.ir.layout import REPLICATED
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Op, Program, Type
+from deepseed.ops import OpError, run, torch_dtype
+from deepseed.rules import localize_op, signature
+
+TOLERANCE = 1e-10  # relative to the largest element of the result
+
+_passed: set[tuple[object, ...]] = set()  # instances as they stand in programs
+_hashes: dict[Path, set[str]] = {}  # shrunk instances, by the file that remembers them
+
+
+class InstanceError(ValueError):
+    """An op that gives another result sharded than whole: names op, module path, line, layouts and the two numbers."""
+
+
+def check_instances(p: Program, *, cache_dir: Path | str | None = None) -> int:
+    """Run every distinct instance of ``p`` that was not checked before; return how many distinct instances ``p`` has.
+
+    ``cache_dir``: default ``$DEEPSEED_CACHE_DIR`` or ``~/.cache/deepseed``. Raises InstanceError."""
+    found: dict[tuple[object, ...], tuple[Op, tuple[Type, ...]]] = {}
+    for op in p.ops:
+        operands = operand_types(p, op)
+        found.setdefault((instance_key(op, operands), p.mesh), (op, operands))
+    fresh = [(key, op, operands) for key, (op, operands) in found.items() if key not in _passed]
+    if fresh:
+        file = _file(cache_dir)
+        known = _known(file)
+        new: list[str] = []
+        for key, op, operands in fresh:
+            small = _small(Instance(op, operands, p.mesh))
+            digest = hashlib.sha256(repr((instance_key(small.op, small.operands), small.mesh)).encode()).hexdigest()[:24]
+            if digest not in known:
+                why = disagreement(small)
+                if why is not None:
+                    _remember(file, new)
+                    raise InstanceError(
+                        f"{describe(op, operands, p.mesh)}\n  {why}\n  checked as {describe(small.op, small.operands, small.mesh)}\n"
+                        f"  fix: the rule of {op.target} in deepseed/rules, or the op in deepseed/ops"
+                    )
+                known.add(digest)
+                new.append(digest)
+            _passed.add(key)
+        _remember(file, new)
+    return len(found)
+
+
+def disagreement(i: Instance) -> str | None:
+    """Run one instance whole and on every rank; None where both agree, else which element differs, and both numbers."""
+    op = i.op
+    if op.target in ("wait", "reshard") or not i.mesh.axes:
+        return None  # the same on both sides by definition
+    operands, wholes = _drawn(i)
+    parts = [shards(x, t, i.mesh, _generator(n)) for n, (x, t) in enumerate(zip(operands, i.operands, strict=True))]
+    if op.target in MOVES:
+        axis = str(op.kw("axis"))
+        results = [perform(op.target, parts[k], i.operands[k], t, axis, i.mesh) for k, t in enumerate(op.types)]
+    else:
+        try:
+            ranks = [run(localize_op(op, i.operands, i.mesh, c), [x[rank] for x in parts], i.mesh) for rank, c in enumerate(coordinates(i.mesh))]
+        except OpError as error:
+            return f"whole it runs, on a shard it does not: {error}"
+        results = [[outs[k] for outs in ranks] for k in range(len(op.types))]
+    for k, (whole, t) in enumerate(zip(wholes, op.types, strict=True)):
+        try:
+            got = assemble(results[k], t, i.mesh)
+        except ShardsError as error:
+            return f"result {k + 1}: {error}"
+        why = _compare(got, whole)
+        if why is not None:
+            return f"result {k + 1}: {why}"
+    return None
+
+
+def _drawn(i: Instance) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Random operands with the whole op's results: the first ranges of numbers on which it is finite."""
+    best: tuple[int, list[Tensor], tuple[Tensor, ...]] | None = None
+    whole_op = replace(i.op, types=tuple(t.laid(REPLICATED) for t in i.op.types))
+    failure: Exception | None = None
+    for seed, (low, high) in enumerate(((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))):
+        generator = _generator(seed)
+        operands = [_draw(i, k, t, low, high, generator) for k, t in enumerate(i.operands)]
+        if i.op.target in MOVES:
+            results: tuple[Tensor, ...] = tuple(operands)
+        else:
+            try:
+                results = run(whole_op, operands, Mesh())
+            except OpError as error:
+                failure = error
+                continue
+        wrong = sum(int((~torch.isfinite(x)).sum()) for x in results if x.dtype.is_floating_point)
+        if best is None or wrong < best[0]:
+            best = (wrong, operands, results)
+        if not wrong:
+            break
+    if best is None:
+        raise InstanceError(f"the whole op does not run on random operands: {failure}") from failure
+    return best[1], best[2]
+
+
+def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torch.Generator) -> Tensor:
+    dtype = torch_dtype(t.dtype)
+    if t.dtype == "bool":
+        return torch.rand(t.shape, generator=generator) < 0.7
+    if dtype.is_floating_point or dtype.is_complex:
+        real = torch.rand(t.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return torch.complex(real, real.flip(tuple(range(real.ndim)))) if dtype.is_complex else real.to(dtype)
+    first, last = 1, 5
+    if k > 0 and i.op.target in ("embedding", "gather", "aten.index.Tensor", "embedding_backward", "scatter_add"):
+        first, last = 0, _indexed(i, k)  # (an integer src of scatter_add included: any number serves)
+    return torch.randint(first, max(last, first + 1), t.shape, generator=generator).to(dtype)
+
+
+def _indexed(i: Instance, k: int) -> int:
+    """The size of the dimension into which integer operand ``k`` points."""
+    if i.op.target == "embedding_backward":
+        return i.op.type.shape[0]
+    if i.op.target == "aten.index.Tensor":
+        where = i.op.args[1]
+        assert isinstance(where, tuple)
+        return i.operands[0].shape[[d for d, a in enumerate(where) if a is not None][k - 1]]
+    dim = i.op.kw("dim", 0)
+    return i.operands[0].shape[dim] if isinstance(dim, int) and i.operands[0].shape else 1
+
+
+def _compare(got: Tensor, whole: Tensor) -> str | None:
+    if got.dtype.is_floating_point or got.dtype.is_complex:
+        scale = max(float(torch.nan_to_num(whole.abs(), 0.0, 0.0, 0.0).max()), 1e-3) if whole.numel() else 1.0
+        same = torch.isclose(got, whole, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
+    else:
+        same = got == whole
+    if bool(same.all()):
+        return None
+    at = int((~same).flatten().to(torch.uint8).argmax())
+    return f"element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} put together from the shards, {whole.flatten()[at].item()!r} whole"
+
+
+def _small(i: Instance) -> Instance:
+    """The instance at small sizes; as it is where it is no longer an instance of its rule then."""
+    if signature(i.op, i.operands) is None and i.op.target not in (*MOVES, "wait", "reshard"):
+        return replace(i, mesh=Mesh())  # no rule: replicated, typing says so
+    small = shrink(i)
+    if why_not(i.op, i.operands, i.mesh) is None and (why := why_not(small.op, small.operands, small.mesh)) is not None:
+        raise InstanceError(f"{describe(i.op, i.operands, i.mesh)}\n  is no instance of its rule at small sizes: {why}\n  as {describe(small.op, small.operands, small.mesh)}")
+    return small
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# memory -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Changes with the source of rules, ops, layouts and checks, and with torch."""
+    root = Path(deepseed.__file__).parent
+    files: Sequence[Path] = sorted([*(root / "rules").glob("*.py"), *(root / "ops").glob("*.py"), *(root / "check").glob("*.py"), root / "ir" / "layout.py"])
+    text = b"".join(f.read_bytes() for f in files) + torch.__version__.encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _file(cache_dir: Path | str | None) -> Path:
+    base = cache_dir or os.environ.get("DEEPSEED_CACHE_DIR") or Path.home() / ".cache" / "deepseed"
+    return Path(base) / f"instances-{source_hash()}.txt"
+
+
+def _known(file: Path) -> set[str]:
+    if file not in _hashes:
+        try:
+            _hashes[file] = set(file.read_text().split())
+        except OSError:
+            _hashes[file] = set()
+    return _hashes[file]
+
+
+def _remember(file: Path, digests: Sequence[str]) -> None:
+    if digests:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as f:
+                f.write("".join(d + "\n" for d in digests))
+        except OSError:
+            pass  # remembered in the process only

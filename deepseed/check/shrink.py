@@ -1,0 +1,136 @@
+"""The same instance at small sizes: what is right for factors of 2 and 3 is right for factors of 4096.
+
+A rule says nothing of the size of a factor, so a check may choose it. Kept are: sizes that arguments determine, how often an
+axis and its neighbours divide a dimension, and the order of axes in it; axes that the instance does not use are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from random import Random
+
+from deepseed.ir.layout import Split
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import FLOATS, Arg, Op, Ref, Type
+from deepseed.rules import Signature, rule_of, signature
+from deepseed.rules.pointwise import POINTWISE
+
+LARGE = 4  # larger axes become axes of 2
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One op with the types of its operands in the layouts that it reads; results are on ``op.types``."""
+
+    op: Op
+    operands: tuple[Type, ...]
+    mesh: Mesh
+
+
+def shrink(i: Instance) -> Instance:
+    """``i`` in float64 at small sizes, names and places dropped, scalars of about one; the same instance for checking purposes."""
+    types = (*i.operands, *i.op.types)
+    mesh = Mesh(tuple((a, n) for a, n in i.mesh.axes if any(t.layout.on(a) is not None for t in types)))
+    sig = signature(i.op, i.operands) or moved(i)
+    cuts = {name: _cuts(sig, name, types, mesh) for name in sig.places}
+    kept = {axis for name, c in cuts.items() if c is None or name in sig.fixed for axis in _axes(sig, name, types)}
+    small = Mesh(tuple((a, n if a in kept or n <= LARGE else 2) for a, n in mesh.axes))
+    sizes: dict[str, int] = dict(sig.sizes)
+    moved_to: dict[tuple[str, int], int] = {}  # (factor, cut) -> the cut at small size
+    for count, name in enumerate(n for n in sig.places if n not in sig.fixed):
+        steps = cuts[name]
+        if steps is None or not sig.sizes[name]:
+            continue
+        at, done = 1, 1
+        for n, axis in steps:
+            moved_to[name, at] = done
+            at *= n
+            done *= small.size(axis) if axis is not None else n if n <= 2 else 2 + count % 2
+        sizes[name] = done
+    new = [_type(t, slot, sig, sizes, moved_to, mesh) for slot, t in enumerate(types)]
+    rule = rule_of(i.op.target)
+    op = i.op if rule is None or rule.resize is None else rule.resize(i.op, sig.sizes, sizes)
+    operands, results = tuple(new[: len(i.operands)]), tuple(new[len(i.operands) :])
+    return Instance(_plain(op, results), operands, small)
+
+
+def moved(i: Instance) -> Signature:
+    """The factors of an op that moves data: one a dimension, the same on both sides."""
+    dims = [tuple((f"d{k}",) if size != 1 else () for k, size in enumerate(t.shape)) for t in (*i.operands, *i.op.types)]
+    sizes = {f"d{k}": size for t in i.operands for k, size in enumerate(t.shape)}
+    return Signature(tuple(dims[: len(i.operands)]), tuple(dims[len(i.operands) :]), sizes)
+
+
+def _axes(sig: Signature, name: str, types: Sequence[Type]) -> set[str]:
+    return {axis for place in sig.places[name] for axis, _ in types[place.slot].layout.splits(place.dim)}
+
+
+def _cuts(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> list[tuple[int, str | None]] | None:
+    """The factor as a product of parts (size, axis that splits it), from all its places; None where they do not nest."""
+    spans: dict[int, tuple[int, str]] = {}
+    for place in sig.places[name]:
+        for axis, outer in types[place.slot].layout.splits(place.dim):
+            found = sig.factor_at(place.slot, place.dim, outer, mesh.size(axis))
+            if found is not None and found[0] == name:
+                if spans.setdefault(found[1], (mesh.size(axis), axis)) != (mesh.size(axis), axis):
+                    return None
+            elif found is None:
+                return None
+    out: list[tuple[int, str | None]] = []
+    done = 1
+    for inner in sorted(spans):
+        n, axis = spans[inner]
+        if inner % done:
+            return None
+        if inner > done:
+            out.append((inner // done, None))
+        out.append((n, axis))
+        done = inner * n
+    if done == 0 or sig.sizes[name] % done:
+        return None
+    if sig.sizes[name] > done:
+        out.append((sig.sizes[name] // done, None))
+    return out
+
+
+def _type(t: Type, slot: int, sig: Signature, sizes: Mapping[str, int], moved_to: Mapping[tuple[str, int], int], mesh: Mesh) -> Type:
+    dims = (sig.operands + sig.results)[slot]
+    shape = tuple(prod(sizes[n] for n in names) if names else size for names, size in zip(dims, t.shape, strict=True))
+    layout = t.layout
+    for axis, element in t.layout.elements:
+        if isinstance(element, Split):
+            found = sig.factor_at(slot, element.dim, element.outer, mesh.size(axis))
+            if found is not None:
+                left = prod(sizes[n] for n in dims[element.dim][: dims[element.dim].index(found[0])])
+                layout = layout.with_(axis, Split(element.dim, left * moved_to.get(found, found[1])))
+    return Type(_double(t.dtype), shape, layout)
+
+
+def _double(dtype: str) -> str:
+    return "f64" if dtype in FLOATS else "c128" if dtype == "c64" else dtype
+
+
+def _plain(op: Op, types: tuple[Type, ...]) -> Op:
+    """Names numbered, module path and line dropped; float64 for every float dtype; scalars of pointwise ops drawn about one.
+
+    An epsilon of 1e-12 would hide a wrong rule; an exponent keeps its value, as do 0, whole numbers and infinities."""
+    count = iter(range(len(op.refs)))
+    random = Random(op.target)
+
+    def value(arg: Arg, exponent: bool = False) -> Arg:
+        if isinstance(arg, Ref):
+            return Ref(f"x{next(count)}")
+        if isinstance(arg, tuple):
+            return tuple(value(a) for a in arg)
+        if isinstance(arg, str):
+            return _double(arg)
+        if isinstance(arg, float) and op.target in POINTWISE and not exponent and (arg % 1 or abs(arg) > LARGE) and abs(arg) != float("inf"):
+            return (random.random() + 0.5) * (1 if arg > 0 else -1)
+        return arg
+
+    power = op.target.startswith(("aten.pow.", "aten.float_power."))
+    args = tuple(value(a, power and k == 1) for k, a in enumerate(op.args))
+    kwargs = tuple((k, v if k == "site" else value(v)) for k, v in op.kwargs)
+    return replace(op, results=tuple(f"y{k}" for k in range(len(types))), args=args, types=types, kwargs=kwargs, phase="forward", path="", line="", origin="")

@@ -1,0 +1,123 @@
+"""Is every op of a program an instance of its rule? Layouts of operands and results against the factors of the op.
+
+What moves data has no rule and a form of its own: ``reshard`` may change any element, a collective only the element of its
+axis, in the way of its kind (MOVES).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepseed.ir.layout import Element, Layout, Partial
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Arg, Op, Program, Ref, Type
+from deepseed.ir.text import format_type
+from deepseed.rules import is_instance, show
+
+# kind -> what the operand is on the axis, what the result is
+MOVES = {
+    "all_gather.start": ("split", "whole"),
+    "all_reduce.start": ("partial", "whole"),
+    "reduce_scatter.start": ("partial", "split"),
+    "all_to_all.start": ("split", "split"),
+    "shard": ("whole", "split"),
+    "summand": ("whole", "sum"),
+}
+_KINDS = {"whole": ("whole",), "split": ("split",), "partial": ("sum", "max"), "sum": ("sum",)}
+
+
+class TypingError(ValueError):
+    """An op whose layouts are no instance of its rule: names node, module path, line, layouts, and why."""
+
+
+def check_types(p: Program) -> None:
+    """Raise TypingError at the first op whose operand and result layouts are no instance of its rule."""
+    seen: set[tuple[object, ...]] = set()
+    for op in p.ops:
+        operands = operand_types(p, op)
+        key = instance_key(op, operands)
+        if key not in seen:
+            why = why_not(op, operands, p.mesh)
+            if why is not None:
+                raise TypingError(f"{describe(op, operands, p.mesh)}\n  {why}")
+            seen.add(key)
+
+
+def operand_types(p: Program, op: Op) -> tuple[Type, ...]:
+    """The types of an op's operands, in the layouts that it wants."""
+    return tuple(p.types[r.name] if r.want is None else p.types[r.name].laid(r.want) for r in op.refs)
+
+
+def instance_key(op: Op, operands: Sequence[Type]) -> tuple[object, ...]:
+    """Equal for ops that differ in names, module path and site only."""
+    return op.target, _nameless(op.args), tuple((k, _nameless(v)) for k, v in op.kwargs if k != "site"), tuple(operands), op.types
+
+
+def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
+    """None where the op is well typed; else the reason, which names axis, dimension and the elements that disagree."""
+    layouts = [t.layout for t in operands]
+    for name, layout in zip([*(f"%{r.name}" for r in op.refs), *(f"%{r}" for r in op.results)], [*layouts, *(t.layout for t in op.types)], strict=True):
+        if len({kind for _, kind in layout.partials}) > 1:
+            return f"{name} is a sum over one axis and a maximum over another: their order would matter"
+    if op.target in ("reshard", "wait") or op.target in MOVES:
+        return _moves(op, operands)
+    return is_instance(op, layouts, operands, mesh)
+
+
+def describe(op: Op, operands: Sequence[Type], mesh: Mesh) -> str:
+    """``%y = aten.mm(f32[8@dp, 4], f32[4, 6]) : f32[8@dp, 6] at mlp.up (train.py:12), mesh(dp=2)``."""
+    names = ", ".join(f"%{r}" for r in op.results)
+    args = ", ".join(f"%{r.name} {format_type(t, mesh)}" for r, t in zip(op.refs, operands, strict=True))
+    kwargs = "".join(f", {k}={v!r}" for k, v in op.kwargs)
+    where = (f"\n  at {op.path or 'the top level'}" + (f" ({op.line})" if op.line else "")) + f", {op.phase}, {mesh}"
+    return f"{names} = {op.target}({args}{kwargs}) : {', '.join(format_type(t, mesh) for t in op.types)}{where}"
+
+
+def _moves(op: Op, operands: Sequence[Type]) -> str | None:
+    if len(operands) != len(op.types):
+        return f"{op.target} has {len(operands)} operands and {len(op.types)} results"
+    for a, b in zip(operands, op.types, strict=True):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return f"{op.target} changes {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}; it may change the layout only"
+        if op.target == "wait" and a.layout != b.layout:
+            return f"wait changes the layout from {_elements(a.layout)} to {_elements(b.layout)}; it may not"
+        if op.target in MOVES:
+            why = _collective(op, a.layout, b.layout)
+            if why is not None:
+                return why
+    return None
+
+
+def _collective(op: Op, source: Layout, target: Layout) -> str | None:
+    axis = op.kw("axis")
+    if not isinstance(axis, str):
+        return f"{op.target} needs axis=, the mesh axis over which it runs"
+    for other in sorted({a for layout in (source, target) for a, _ in layout.elements} - {axis}):
+        if source.on(other) != target.on(other):
+            return f"{op.target} over {axis} changes {other} from {show(source.on(other))} to {show(target.on(other))}; it may change {axis} only"
+    a, b = source.on(axis), target.on(axis)
+    want_a, want_b = MOVES[op.target]
+    if _kind(a) not in _KINDS[want_a] or _kind(b) not in _KINDS[want_b]:
+        return f"{op.target} makes {want_b} of {want_a} over {axis}; here it makes {show(b)} of {show(a)}"
+    if op.target == "all_to_all.start" and a == b:
+        return f"{op.target} over {axis} changes nothing: both sides are {show(a)}"
+    return None
+
+
+def _kind(element: Element) -> str:
+    return "whole" if element is None else element.op if isinstance(element, Partial) else "split"
+
+
+def _elements(layout: Layout) -> str:
+    return ", ".join(f"{axis}: {show(e)}" for axis, e in layout.elements) or "whole"
+
+
+_ANY = Ref("")
+
+
+def _nameless(arg: Arg) -> Arg:
+    if isinstance(arg, Ref):
+        return _ANY
+    if isinstance(arg, tuple):
+        return tuple(map(_nameless, arg))
+    return arg

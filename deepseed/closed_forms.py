@@ -1,0 +1,64 @@
+"""What a plan costs, in closed form: bytes a rank and bytes sent a step, as sympy expressions.
+
+The counts of ``explain`` come from the program itself; these formulas come from the literature and share no code with them,
+so that each can be held against the other. All are of one optimizer step without accumulation. Sources: ZeRO (Rajbhandari et
+al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM (Shoeybi et al. 2019, section 3).
+
+| symbol | meaning |
+|---|---|
+| Psi | bytes of all parameters on one device |
+| G | bytes of all gradients on one device |
+| Omega | bytes of the optimizer state on one device |
+| N | data-parallel ranks |
+| t | tensor-parallel ranks |
+| F | matmul flops of the step on one device |
+| T | tokens that one tensor-parallel group works on |
+| h | width of the hidden state |
+| L | layers |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+Psi, G, Omega, N, t, F, T, h, L = sympy.symbols("Psi G Omega N t F T h L", positive=True)
+Expression = Any  # sympy carries no types
+
+
+def param_bytes(stage: int) -> Expression:
+    """Stored parameters: whole on each data-parallel rank below stage 3."""
+    return Psi / (t * N) if stage == 3 else Psi / t
+
+
+def grad_bytes(stage: int) -> Expression:
+    """Gradients when they are clipped: from stage 1 on each rank has only the part that it updates."""
+    return G / (t * N) if stage else G / t
+
+
+def optimizer_bytes(stage: int) -> Expression:
+    return Omega / (t * N) if stage else Omega / t
+
+
+def data_volume(stage: int) -> Expression:
+    """Bytes that a rank sends over the data axis: all_reduce = reduce_scatter + all_gather; stage 3 gathers twice (at most)."""
+    return (3 if stage == 3 else 2) * Psi / t * (N - 1) / N
+
+
+def tensor_volume() -> Expression:
+    """*Elements* that a rank sends over the tensor axis for the hidden states of L layers: forward and backward each have two
+    all_reduces a layer (or as many pairs of all_gather and reduce_scatter), each of 2 T h (t-1)/t."""
+    return L * 8 * T * h * (t - 1) / t
+
+
+def matmul_flops() -> Expression:
+    return F / (N * t)
+
+
+def value(form: Expression, **symbols: float) -> float:
+    """The expression with numbers for its symbols, by name. Raises ValueError naming a symbol that has none."""
+    out = form.subs({s: symbols[s.name] for s in form.free_symbols if s.name in symbols})
+    if out.free_symbols:
+        raise ValueError(f"{form} needs {', '.join(sorted(s.name for s in out.free_symbols))}")
+    return float(out)

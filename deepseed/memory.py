@@ -1,0 +1,229 @@
+"""How much memory one rank's step needs: liveness over storages, in the program's own order.
+
+A view shares its base's storage: whether ``reshape`` is one is decided as PyTorch decides it, from strides, which are tracked
+from op to op. A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
+updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
+``wait``. Scratch space inside kernels is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from deepseed.codegen.donation import Donation
+from deepseed.ir.collective import Place, Step, step
+from deepseed.ir.program import ITEMSIZE, Op, Program
+from deepseed.rules.pointwise import POINTWISE
+
+Strides = tuple[int, ...]
+STORED = ("param", "buffer", "state", "constant")  # what stays between steps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. ``peak_at``: the op during which ``peak_bytes`` are live; ``resident_bytes``: what stays between steps."""
+
+    peak_bytes: int
+    peak_at: str
+    resident_bytes: int
+
+
+def memory(p: Program) -> Memory:
+    """The liveness peak of a lowered program, or of what is executed of it (after group_kernels). Needs no values."""
+    return _Liveness(p).run()
+
+
+class _Liveness:
+    """Storages by number: their bytes, and how many values (and collectives under way) still need each."""
+
+    def __init__(self, p: Program) -> None:
+        self.p, self.donation = p, Donation(p)
+        self.nbytes: list[int] = []
+        self.needed: list[int] = []
+        self.storage: dict[str, int] = {}
+        self.strides: dict[str, Strides] = {}
+        self.under_way: dict[str, int] = {}  # started collective -> the storage that it reads
+        self.now = 0
+
+    def run(self) -> Memory:
+        for i in self.p.inputs:
+            self._new(i.name, i.type.local_bytes(self.p.mesh))
+            self.strides[i.name] = contiguous(i.type.local(self.p.mesh))
+            if i.role in STORED:
+                self.needed[self.storage[i.name]] += 1
+        resident = sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED)
+        peak, peak_at = self.now, "inputs"
+        self._free(self.donation.dies.get(-1, ()))
+        for n, op in enumerate(self.p.ops):
+            self._define(n, op)
+            if op.target.endswith(".start"):
+                self.under_way[op.name] = self._sent(op)
+            if self.now > peak:
+                peak, peak_at = self.now, op.name
+            if op.target == "wait":
+                self._release(self.under_way.pop(op.refs[0].name))
+            self._free(self.donation.dies.get(n, ()))
+        return Memory(peak, peak_at, resident)
+
+    def _new(self, value: str, nbytes: int) -> None:
+        self.nbytes.append(nbytes)
+        self.needed.append(1)
+        self.storage[value] = len(self.nbytes) - 1
+        self.now += nbytes
+
+    def _share(self, value: str, other: str) -> None:
+        self.storage[value] = self.storage[other]
+        self.needed[self.storage[other]] += 1
+
+    def _free(self, values: Sequence[str]) -> None:
+        for value in values:
+            self._release(self.storage[value])
+
+    def _release(self, storage: int) -> None:
+        self.needed[storage] -= 1
+        if self.needed[storage] == 0:
+            self.now -= self.nbytes[storage]
+
+    def _define(self, n: int, op: Op) -> None:
+        """Place the op's results."""
+        if op.target.startswith("optim."):
+            return self._update(n, op)
+        view = self._view(op)
+        for result, t in zip(op.results, op.types, strict=True):
+            shape = t.local(self.p.mesh)
+            if view is not None:
+                self._share(result, op.refs[0].name)
+                self.strides[result] = view
+            else:
+                self._new(result, t.local_bytes(self.p.mesh))
+                self.strides[result] = self._fresh(op, shape)
+            if result in self.donation.copied:
+                self._new(result, t.local_bytes(self.p.mesh))
+        return None
+
+    def _update(self, n: int, op: Op) -> None:
+        """A fused optimizer: each entry in place, or on a copy where its stored tensor has a later reader."""
+        stored = {o.ref.name: name for name, o in self.donation.stored.items()}
+        for result, t in zip(op.results, op.types, strict=True):
+            old = stored.get(result)
+            if old is not None and self.donation.in_place(n, old, result):
+                self._share(result, old)
+            else:
+                self._new(result, t.local_bytes(self.p.mesh))
+            self.strides[result] = contiguous(t.local(self.p.mesh))
+
+    def _view(self, op: Op) -> Strides | None:
+        """The result's strides where it shares its first operand's storage, else None."""
+        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait"):
+            return None
+        x = op.refs[0].name
+        old, strides = self.p.types[x], self.strides[x]
+        shape, out = old.local(self.p.mesh), op.type.local(self.p.mesh)
+        if op.target == "reshape":
+            return reshaped(shape, strides, out)
+        if op.target == "permute":
+            return tuple(strides[d] for d in _ints(op, "dims"))
+        if op.target == "expand":
+            lead = len(out) - len(shape)
+            return (0,) * lead + tuple(0 if size != new else s for size, new, s in zip(shape, out[lead:], strides, strict=True))
+        if op.target == "slice":
+            ((dim,), (by,)) = _ints(op, "dim"), _ints(op, "step", 1)
+            return tuple(s * by if d == dim else s for d, s in enumerate(strides))
+        if op.target == "shard":
+            place = self._step(op).take
+            return strides if place is not None and place.outer == 1 else None
+        if op.target == "wait":
+            return self._joined(op)
+        if op.target == "cast" or not _ints(op, "dims"):
+            return strides if old.dtype == op.type.dtype else None
+        return None
+
+    def _fresh(self, op: Op, shape: tuple[int, ...]) -> Strides:
+        """Strides of a new tensor: pointwise ops keep a dense operand's order, attention lays heads inside rows."""
+        if op.target in ("sdpa", "sdpa_backward") and len(shape) == 4:
+            _, h, s, d = shape
+            return (s * h * d, d, h * d, 1)
+        if op.target == "cast" or op.target in POINTWISE:
+            for ref in op.refs:
+                if self.p.types[ref.name].local(self.p.mesh) == shape and _dense(shape, self.strides[ref.name]):
+                    return self.strides[ref.name]
+        return contiguous(shape)
+
+    def _step(self, op: Op) -> Step:
+        before = self.p.types[op.refs[0].name]
+        return step(before.shape, before.layout, op.type.layout, str(op.kw("axis")), self.p.mesh)
+
+    def _joined(self, op: Op) -> Strides | None:
+        """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
+        start = self.p.producers[op.refs[0].name]
+        s, shape = self._step(start), op.type.local(self.p.mesh)
+        return contiguous(shape) if s.put is None or _in_front(shape, s.put) else None
+
+    def _sent(self, op: Op) -> int:
+        """The storage that a collective reads until its wait: contiguous, blocks first; a copy where the operand does not lie so."""
+        x = op.refs[0].name
+        s, shape = self._step(op), self.p.types[x].local(self.p.mesh)
+        if self.strides[x] == contiguous(shape) and (s.take is None or _in_front(shape, s.take)):
+            self.needed[self.storage[x]] += 1
+            return self.storage[x]
+        self._new("", prod(shape) * ITEMSIZE[self.p.types[x].dtype])
+        return len(self.nbytes) - 1
+
+
+# strides -------------------------------------------------------------------------------------------------------------
+
+
+def contiguous(shape: Sequence[int]) -> Strides:
+    out, n = [], 1
+    for size in reversed(shape):
+        out.append(n)
+        n *= max(size, 1)
+    return tuple(reversed(out))
+
+
+def reshaped(shape: Sequence[int], strides: Strides, new: Sequence[int]) -> Strides | None:
+    """The strides of a reshape that is a view; None where it must copy (ATen's computeStride).
+
+    >>> reshaped((4, 6), (6, 1), (2, 2, 6)), reshaped((4, 6), (1, 4), (24,))
+    ((12, 6, 1), None)
+    """
+    if prod(shape) == 0:
+        return contiguous(new)
+    out: list[int] = [1] * len(new)
+    d = len(new) - 1
+    have = want = 1
+    base = strides[-1] if shape else 1
+    for i in reversed(range(len(shape))):
+        have *= shape[i]
+        if i == 0 or (shape[i - 1] != 1 and strides[i - 1] != have * base):  # the end of a stretch that lies in order
+            while d >= 0 and (want < have or new[d] == 1):
+                out[d] = want * base
+                want *= new[d]
+                d -= 1
+            if want != have:
+                return None
+            if i > 0:
+                base, have, want = strides[i - 1], 1, 1
+    return tuple(out)
+
+
+def _dense(shape: Sequence[int], strides: Strides) -> bool:
+    """Every element once, without gaps, in some order of the dimensions."""
+    n = 1
+    for stride, size in sorted((s, size) for s, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != n:
+            return False
+        n *= size
+    return True
+
+
+def _in_front(shape: Sequence[int], place: Place) -> bool:
+    return place.outer * prod(shape[: place.dim]) == 1
+
+
+def _ints(op: Op, name: str, default: int | None = None) -> tuple[int, ...]:
+    value = op.kw(name, default)
+    items = value if isinstance(value, tuple) else (value,)
+    return tuple(i for i in items if isinstance(i, int))

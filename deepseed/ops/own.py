@@ -1,0 +1,120 @@
+"""DeepSeed's own ops as plain functions: the same ones that generated source calls.
+
+Shapes and dtypes that an op line reads from its result type are arguments here. ``start`` marks a shard of the indexed
+dimension: the operand holds the indices from ``start`` on, others give zeros (or are dropped), so that the results of all
+shards sum up to the whole.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseed.ops.rng import Index, indices
+
+_aten = torch.ops.aten
+
+Ints = tuple[int, ...] | list[int]
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.reshape(x, shape)
+
+
+def permute(x: Tensor, dims: Ints) -> Tensor:
+    return torch.permute(x, dims)
+
+
+def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.expand(shape)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def full(shape: Sequence[int], value: float, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def iota(n: int, start: float, step: float, dtype: torch.dtype, index: Index | None = None, device: torch.device | None = None) -> Tensor:
+    """``start + i * step`` for i < n, or for the global indices that ``index`` selects."""
+    if index is None:
+        i = torch.arange(n, dtype=torch.int64, device=device)
+    else:
+        (i,) = indices(index, device)
+    return i.to(dtype).mul_(step).add_(start) if dtype.is_floating_point else i.mul_(step).add_(start).to(dtype)
+
+
+def slice(x: Tensor, n: int, dim: int, start: int, step: int) -> Tensor:
+    """n elements of ``dim``, every ``step``-th from ``start``."""
+    out: Tensor = _aten.slice(x, dim, start, start + (n - 1) * step + 1 if n else start, step)
+    return out
+
+
+def unslice(x: Tensor, shape: Sequence[int], dim: int, start: int, step: int) -> Tensor:
+    out = x.new_zeros(tuple(shape))
+    slice(out, x.shape[dim], dim, start, step).copy_(x)
+    return out
+
+
+def pad(x: Tensor, pads: Sequence[int], value: float = 0) -> Tensor:
+    """``pads``: low and high of each dimension, dimension 0 first."""
+    reversed_pads: list[int] = []
+    for d in builtins.reversed(range(len(pads) // 2)):
+        reversed_pads += [pads[2 * d], pads[2 * d + 1]]
+    return torch.constant_pad_nd(x, reversed_pads, value)
+
+
+def cat(xs: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(tuple(xs), dim)
+
+
+def sum(x: Tensor, dims: Ints, keepdim: bool, dtype: torch.dtype) -> Tensor:
+    if not dims:
+        return x.to(dtype)
+    return torch.sum(x, dims, keepdim, dtype=dtype)
+
+
+def amax(x: Tensor, dims: Ints, keepdim: bool) -> Tensor:
+    return torch.amax(x, dims, keepdim) if dims else x
+
+
+def embedding(w: Tensor, ids: Tensor, start: int | None = None) -> Tensor:
+    if start is None:
+        return torch.embedding(w, ids)
+    local, inside = _local(ids, start, w.shape[0])
+    return torch.where(inside[..., None], torch.embedding(w, local), w.new_zeros(()))
+
+
+def embedding_backward(g: Tensor, ids: Tensor, rows: int, start: int | None = None) -> Tensor:
+    """[rows, d]: the rows of ``g`` added up by id."""
+    if start is not None:
+        local, inside = _local(ids, start, rows)
+        ids = torch.where(inside, local, -1)  # -1 is the padding index: skipped
+    out: Tensor = _aten.embedding_dense_backward(g, ids, rows, -1, False)
+    return out
+
+
+def gather(x: Tensor, index: Tensor, dim: int, start: int | None = None) -> Tensor:
+    if start is None:
+        return torch.gather(x, dim, index)
+    local, inside = _local(index, start, x.shape[dim])
+    return torch.where(inside, torch.gather(x, dim, local), x.new_zeros(()))
+
+
+def scatter_add(x: Tensor, index: Tensor, src: Tensor, dim: int, start: int | None = None) -> Tensor:
+    if start is None:
+        return torch.scatter_add(x, dim, index, src)
+    local, inside = _local(index, start, x.shape[dim])
+    return torch.scatter_add(x, dim, local, torch.where(inside, src, src.new_zeros(())))
+
+
+def _local(ids: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """Indices into a shard of n that begins at ``start`` (0 where outside), and which are inside."""
+    local = ids - start
+    inside = (local >= 0) & (local < n)
+    return torch.where(inside, local, 0), inside

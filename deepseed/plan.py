@@ -1,0 +1,178 @@
+"""What the user wants, as a string: ``"zero3+tp2+bf16"``.
+
+    plan ::= word ("+" word)*      word ::= ("dp" | "tp") N | "zero" 0..3 | "bf16" | "fp16" | "fp32" | "fp64"
+
+Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
+``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from math import gcd
+
+from deepseed.ir.mesh import Mesh
+
+
+class PlanError(ValueError):
+    """A plan that cannot be read, or that does not fit the ranks: says what, the numbers and the fix."""
+
+
+PRECISIONS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
+
+SPELLINGS = {  # what people write -> the word
+    "ddp": "zero0", "fsdp": "zero3",
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float64": "fp64", "double": "fp64",
+}  # fmt: skip
+
+LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
+    (r"sp\d+", "the sequence split over ranks", "tpN, which splits activations too"),
+    (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
+    (r"ep\d+", "experts split over ranks", "zero3 or tpN to fit the experts"),
+    (r"mb\d+", "microbatches", "a smaller batch"),
+    (r"gpipe|1f1b|interleaved\d+|zb", "a pipeline schedule", "a plan without stages"),
+    (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
+    (r"offload(\(.*\))?", "state kept on the host", "zero3 to divide the state by the ranks"),
+    (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
+    (r"auto", "a plan chosen by the compiler", "zero1 to begin with, zero3 when memory is short"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A parsed plan. ``None``: not said. ``str(plan)`` is the canonical form and parses back to the same plan."""
+
+    dp: int | None = None  # data-parallel ranks; inferred from the world size where missing
+    zero: int | None = None  # 0..3; not said means 0
+    tp: int | None = None  # ranks that split the weights in use
+    precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
+
+    def __str__(self) -> str:
+        """Words in the order dp, zero, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
+        sized = (("dp", self.dp), ("zero", self.zero), ("tp", self.tp))
+        words = [f"{word}{n}" for word, n in sized if n is not None]
+        return "+".join(words + ([self.precision] if self.precision else []))
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, 0 where the plan does not say."""
+        return self.zero or 0
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype in which the program computes (``"bf16"``, ``"f16"``, ``"f32"``, ``"f64"``), None for the model's own."""
+        return PRECISIONS[self.precision] if self.precision else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is legal but perhaps not what was meant, one sentence each; ask the resolved plan for what a run will do."""
+        if not self.stage:
+            return ()
+        if self.dp is None:
+            return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
+        if self.dp == 1:
+            return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
+        return ()
+
+    def resolve(self, world_size: int | None = None) -> Plan:
+        """The same plan with dp and tp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
+
+        Without a world size the plan stands for itself: its own sizes, and dp2 where it asks for ZeRO and does not say
+        how many ranks share the state. Raises PlanError where the plan does not divide the world size.
+        """
+        tp = self.tp or 1
+        if world_size is None:
+            return replace(self, dp=self.dp or (2 if self.stage else 1), tp=tp)
+        if world_size < 1:
+            raise PlanError(f"world size {world_size}: at least 1 rank is needed\n  fix: start 1 rank or more")
+        if world_size % tp:
+            raise PlanError(
+                f"plan {self}: tp{tp} splits each weight over {tp} ranks, but the world size {world_size} is not a multiple of {tp} "
+                f"({world_size} = {tp} * {world_size // tp} + {world_size % tp})\n  fix: {self._fix(world_size)}"
+            )
+        dp = self.dp or world_size // tp
+        if dp * tp != world_size:
+            product = f"dp{dp} x tp{tp} = {dp * tp}" if tp > 1 else f"{dp}"
+            raise PlanError(f"plan {self} is for {product} ranks, but the world size is {world_size}\n  fix: {self._fix(world_size)}")
+        return replace(self, dp=dp, tp=tp)
+
+    def mesh(self, world_size: int | None = None) -> Mesh:
+        """Axes ``dp, tp``, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
+
+        Raises PlanError where the plan does not fit ``world_size`` ranks: see ``resolve``.
+        """
+        sizes = self.resolve(world_size)
+        return Mesh(tuple((axis, n) for axis, n in (("dp", sizes.dp), ("tp", sizes.tp)) if n is not None and n > 1))
+
+    def _fix(self, world_size: int) -> str:
+        """The nearest plan that takes ``world_size`` ranks, and the nearest world size that this plan takes.
+
+        tp falls to its largest divisor that divides the world size: what splits over tp splits over that too.
+        """
+        tp = gcd(self.tp or 1, world_size)
+        plan = replace(self, dp=world_size // tp if self.dp is not None else None, tp=tp if tp > 1 else None)
+        size = (self.dp or max(1, round(world_size / (self.tp or 1)))) * (self.tp or 1)
+        return f'use plan "{str(plan) or "zero0"}", or start {size} ranks'
+
+
+_WORDS: tuple[tuple[str, str, Callable[[str], int | str]], ...] = (  # pattern, field, its value from the word
+    (r"dp(\d+)", "dp", int),
+    (r"zero([0-3])", "zero", int),
+    (r"tp(\d+)", "tp", int),
+    (rf"({'|'.join(PRECISIONS)})", "precision", str),
+)
+KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", "tpN", *PRECISIONS)
+
+
+def parse_plan(text: str) -> Plan:
+    """``"zero3+tp2"`` -> ``Plan(zero=3, tp=2)``; the empty string is one rank.
+
+    >>> str(parse_plan("bf16 + tp2+zero3"))
+    'zero3+tp2+bf16'
+
+    Raises PlanError on an unknown word (with the nearest known one), a word said twice, a size below 1, and on words that
+    this version does not carry out yet: none is ever ignored.
+    """
+    found: dict[str, int | str] = {}
+    said: dict[str, str] = {}
+    for word in _split(text):
+        name, value = _read(word, text)
+        if name in found:
+            raise PlanError(f"plan {text!r} says {said[name]} and {word}\n  fix: keep one of the two")
+        if value == 0 and name != "zero":
+            raise PlanError(f"plan {text!r}: {word} asks for 0 ranks\n  fix: use {name}1 or more, or leave {word} out")
+        found[name], said[name] = value, word
+    values = {f.name: found.get(f.name) for f in fields(Plan)}
+    return Plan(**values)  # type: ignore[arg-type]
+
+
+def _split(text: str) -> list[str]:
+    words = [word.strip().lower() for word in text.split("+")] if text.strip() else []
+    if "" in words:
+        raise PlanError(f"plan {text!r} has an empty word\n  fix: write words joined by single + signs, as in zero3+tp2")
+    return words
+
+
+def _read(word: str, text: str) -> tuple[str, int | str]:
+    for pattern, name, value in _WORDS:
+        if m := re.fullmatch(pattern, word):
+            return name, value(m.group(1))
+    for pattern, meaning, instead in LATER:
+        if re.fullmatch(pattern, word):
+            raise PlanError(f"not yet supported by this version: {word} ({meaning}), in plan {text!r}; use {instead}")
+    raise PlanError(f"unknown word {word!r} in plan {text!r}{_suggest(word)}\n  words: {', '.join(KNOWN)}; joined by +, as in zero3+tp2+bf16")
+
+
+def _suggest(word: str) -> str:
+    """The nearest known word, with the number that the user wrote: ``tpp4`` -> ``tp4``."""
+    if word in SPELLINGS:
+        return f": did you mean {SPELLINGS[word]}?"
+    if re.fullmatch(r"zero-?\d+", word):
+        return ": ZeRO has the stages 0, 1, 2 and 3"
+    number = "".join(re.findall(r"\d+", word)[:1])
+    candidates = [k.replace("N", number or "2") for k in KNOWN]
+    near = get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else ""

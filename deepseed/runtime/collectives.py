@@ -1,0 +1,103 @@
+"""The collectives that generated source calls, on local tensors of any layout, over flat exchanges that a back end gives.
+
+A local tensor is *cut* at (dim, outer) into the n blocks of an axis, exchanged as one contiguous [n, ...] buffer, and
+*joined* at (dim, outer): dimension ``dim`` is seen as (outer, n, rest), see deepseed/ir/collective.py. An axis of size 1
+sends nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepseed.ir.mesh import Mesh
+
+
+@dataclass
+class Handle:
+    """A collective under way: ``complete`` blocks and gives the exchanged buffer, ``finish`` makes the result of it."""
+
+    complete: Callable[[], Tensor]
+    finish: Callable[[Tensor], Tensor]
+
+
+class Runtime(ABC):
+    """One rank's view of the mesh. A back end gives four flat exchanges; each starts at once and returns how to wait for it."""
+
+    def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> None:
+        self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
+        self.coordinate = mesh.coordinate(rank)
+
+    @abstractmethod
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+        """Start one flat exchange of a contiguous ``x`` among the n ranks of ``axis``.
+
+        all_gather: [...] -> [n, ...]; all_reduce: [...] -> [...]; reduce_scatter: [n, ...] -> [...];
+        all_to_all: [n, ...] -> [n, ...], block i from rank i. ``reduce`` is "sum" or "max". ``x`` is not changed.
+        """
+
+    def all_gather_start(self, x: Tensor, axis: str, dim: int, outer: int) -> Handle:
+        if self.mesh.size(axis) == 1:
+            return _done(x)
+        return Handle(self.exchange("all_gather", x.contiguous(), axis, ""), lambda y: join(y, dim, outer))
+
+    def all_reduce_start(self, x: Tensor, axis: str, reduce: str = "sum") -> Handle:
+        if self.mesh.size(axis) == 1:
+            return _done(x)
+        return Handle(self.exchange("all_reduce", x.contiguous(), axis, reduce), _same)
+
+    def reduce_scatter_start(self, x: Tensor, axis: str, dim: int, outer: int, reduce: str = "sum") -> Handle:
+        n = self.mesh.size(axis)
+        if n == 1:
+            return _done(x)
+        return Handle(self.exchange("reduce_scatter", cut(x, n, dim, outer).contiguous(), axis, reduce), _same)
+
+    def all_to_all_start(self, x: Tensor, axis: str, take_dim: int, take_outer: int, put_dim: int, put_outer: int) -> Handle:
+        n = self.mesh.size(axis)
+        if n == 1:
+            return _done(x)
+        blocks = cut(x, n, take_dim, take_outer).contiguous()
+        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(y, put_dim, put_outer))
+
+    def wait(self, handle: Handle) -> Tensor:
+        return handle.finish(handle.complete())
+
+    def shard(self, x: Tensor, axis: str, dim: int, outer: int) -> Tensor:
+        """This rank's block; a view where one exists."""
+        n, i = self.mesh.size(axis), self.coordinate[axis]
+        shape = list(x.shape)
+        rest = shape[dim] // (outer * n)
+        if outer == 1:
+            return x.narrow(dim, i * rest, rest)
+        return x.reshape(*shape[:dim], outer, n, rest, *shape[dim + 1 :]).select(dim + 1, i).reshape(*shape[:dim], outer * rest, *shape[dim + 1 :])
+
+    def summand(self, x: Tensor, axis: str) -> Tensor:
+        """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
+        return x if self.coordinate[axis] == 0 else torch.zeros_like(x)
+
+
+def cut(x: Tensor, n: int, dim: int, outer: int) -> Tensor:
+    """[n, ...]: dimension ``dim`` seen as (outer, n, rest), n moved to the front. A view where one exists."""
+    shape = list(x.shape)
+    rest = shape[dim] // (outer * n)
+    blocks = x.reshape(*shape[:dim], outer, n, rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
+    return blocks.reshape(n, *shape[:dim], outer * rest, *shape[dim + 1 :])
+
+
+def join(blocks: Tensor, dim: int, outer: int) -> Tensor:
+    """The inverse of ``cut``."""
+    n, *shape = blocks.shape
+    seen = blocks.reshape(n, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :]).movedim(0, dim + 1)
+    return seen.reshape(*shape[:dim], shape[dim] * n, *shape[dim + 1 :])
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _done(x: Tensor) -> Handle:
+    return Handle(lambda: x, _same)

@@ -1,0 +1,166 @@
+"""All ranks of a mesh in one process: the same generated source, one thread a rank, collectives as a rendezvous.
+
+Deterministic: only the rank that holds the baton runs; it hands it on, in rank order, where it must wait for a collective.
+A collective is computed when its last rank arrives, in the order of the ranks. No run hangs: when every rank waits, the
+error says for what; when a rank raises, the others end and the error names the rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseed.ir.mesh import Mesh
+from deepseed.runtime.collectives import Runtime
+from deepseed.runtime.errors import RankError
+
+Step = Callable[[Any, list[Tensor]], tuple[Tensor, ...]]
+
+
+class _Aborted(BaseException):
+    """Unwinds a rank because another one failed."""
+
+
+@dataclass
+class _Meeting:
+    """One collective of one group: what has been brought, and, once all are there, what each rank gets."""
+
+    group: tuple[int, ...]
+    what: str
+    brought: dict[int, Tensor] = field(default_factory=dict)
+    results: dict[int, Tensor] = field(default_factory=dict)
+    complete: bool = False
+
+
+class _Simulation:
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.batons = [threading.Semaphore(0) for _ in range(mesh.ranks)]
+        self.waiting: list[_Meeting | None] = [None] * mesh.ranks
+        self.finished = [False] * mesh.ranks
+        self.meetings: dict[tuple[tuple[int, ...], int], _Meeting] = {}
+        self.counts: dict[tuple[tuple[int, ...], int], int] = {}
+        self.failure: tuple[int, BaseException] | None = None
+
+    def bring(self, rank: int, kind: str, x: Tensor, axis: str, reduce: str) -> _Meeting:
+        group = self.mesh.group(axis, rank)
+        number = self.counts.get((group, rank), 0)
+        self.counts[group, rank] = number + 1
+        what = f"{kind}{f' ({reduce})' if reduce else ''} over {axis} of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        meeting = self.meetings.setdefault((group, number), _Meeting(group, what))
+        if what != meeting.what:
+            others = ", ".join(map(str, meeting.brought))
+            raise RuntimeError(f"collective {number} of ranks {list(group)}: rank {rank} does {what}, rank {others} {meeting.what}")
+        meeting.brought[rank] = x
+        if len(meeting.brought) == len(group):
+            parts = [meeting.brought[r] for r in group]
+            meeting.results = dict(zip(group, _compute(kind, parts, reduce), strict=True))
+            meeting.brought.clear()
+            meeting.complete = True
+            del self.meetings[group, number]
+        return meeting
+
+    def wait(self, rank: int, meeting: _Meeting) -> Tensor:
+        while not meeting.complete:
+            self.waiting[rank] = meeting
+            self._hand_on(rank)
+            self.batons[rank].acquire()
+            if self.failure is not None:
+                raise _Aborted
+            self.waiting[rank] = None
+        return meeting.results.pop(rank)
+
+    def _hand_on(self, rank: int) -> None:
+        n = self.mesh.ranks
+        for other in ((rank + 1 + i) % n for i in range(n)):
+            blocked = self.waiting[other]
+            if not self.finished[other] and (blocked is None or blocked.complete):
+                self.batons[other].release()
+                return
+        if not all(self.finished):
+            lines = [
+                f"  rank {r} {'has finished' if m is None else f'waits for {sorted(set(m.group) - set(m.brought))} in {m.what}'}"
+                for r, m in enumerate(self.waiting)
+            ]
+            raise RuntimeError("deadlock: no rank can go on\n" + "\n".join(lines))
+
+    def run(self, rank: int, step: Callable[[], None]) -> None:
+        """The body of a rank's thread."""
+        self.batons[rank].acquire()
+        try:
+            if self.failure is None:
+                with torch.no_grad():
+                    step()
+                self.finished[rank] = True
+                self._hand_on(rank)
+        except _Aborted:
+            pass
+        except BaseException as error:
+            if self.failure is None:
+                self.failure = (rank, error)
+            for baton in self.batons:
+                baton.release()
+
+
+def _compute(kind: str, parts: Sequence[Tensor], reduce: str) -> list[Tensor]:
+    """What each rank gets; no result shares memory with another one or with an operand."""
+    if kind == "all_gather":
+        return [torch.stack(list(parts)) for _ in parts]
+    if kind == "all_to_all":
+        return [torch.stack([part[i] for part in parts]) for i in range(len(parts))]
+    total = parts[0].clone()
+    for part in parts[1:]:
+        if reduce == "max":
+            torch.maximum(total, part, out=total)
+        elif total.dtype is torch.bool:
+            total.logical_or_(part)
+        else:
+            total += part
+    if kind == "reduce_scatter":
+        return [total[i].clone() for i in range(len(parts))]
+    return [total, *(total.clone() for _ in parts[1:])]
+
+
+class SimulatedRuntime(Runtime):
+    def __init__(self, simulation: _Simulation, rank: int, device: torch.device | str) -> None:
+        super().__init__(simulation.mesh, rank, device)
+        self._simulation = simulation
+
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+        meeting = self._simulation.bring(self.rank, kind, x, axis, reduce)
+        return lambda: self._simulation.wait(self.rank, meeting)
+
+
+def simulate(
+    mesh: Mesh, steps: Sequence[Step], inputs: Sequence[list[Tensor]], device: torch.device | str = "cpu"
+) -> list[tuple[Tensor, ...]]:
+    """Run ``steps[rank](rt, inputs[rank])`` for every rank of the mesh; what each returned.
+
+    Raises RankError naming the rank that raised (its exception is the cause), or that no rank could go on.
+    """
+    if len(steps) != mesh.ranks or len(inputs) != mesh.ranks:
+        raise ValueError(f"{mesh} has {mesh.ranks} ranks, but {len(steps)} steps and {len(inputs)} lists of inputs are given")
+    simulation = _Simulation(mesh)
+    results: list[tuple[Tensor, ...]] = [()] * mesh.ranks
+
+    def body(rank: int) -> None:
+        results[rank] = steps[rank](SimulatedRuntime(simulation, rank, device), inputs[rank])
+
+    threads = [
+        threading.Thread(target=simulation.run, args=(rank, lambda rank=rank: body(rank)), name=f"rank {rank}", daemon=True)
+        for rank in range(mesh.ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    simulation.batons[0].release()
+    for thread in threads:
+        thread.join()
+    if simulation.failure is not None:
+        rank, error = simulation.failure
+        raise RankError(rank, f"rank {rank} of {mesh} at {mesh.coordinate(rank)}: {type(error).__name__}: {error}") from error
+    return results

@@ -1,0 +1,243 @@
+"""Parameters, buffers and optimizer state as they lie on the ranks; whole tensors cut into parts, and put together again.
+
+State belongs to the compiled model: its layouts are those of the first program, and generated source updates it in place.
+The module's own parameters *are* this state, no second copy: whole ones keep their storage, split ones become DTensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from deepseed.ir import layout as ir
+from deepseed.ir.collective import step
+from deepseed.ir.layout import Layout, factors
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Input, Program, Type
+from deepseed.runtime.collectives import Runtime, join
+
+Key = tuple[str, str]  # role, key
+
+
+class StateError(ValueError):
+    """A tensor that does not fit its input: names the key and both shapes or dtypes."""
+
+
+def shard(full: Tensor, type_: Type, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
+    """The part of a whole tensor at ``coordinate``: a view where one exists. A summand is the whole at coordinate 0, zeros elsewhere."""
+    if tuple(full.shape) != type_.shape:
+        raise StateError(f"a tensor of shape {list(full.shape)} for a value of shape {list(type_.shape)}")
+    out = full
+    for dim, size in enumerate(type_.shape):
+        if not type_.layout.splits(dim):
+            continue
+        parts = factors(size, dim, type_.layout, mesh)
+        seen = out.reshape(*out.shape[:dim], *(n for n, _ in parts), *out.shape[dim + 1 :])
+        at = dim
+        for _, axis in parts:
+            if axis is None:
+                at += 1
+            else:
+                seen = seen.select(at, coordinate[axis])
+        out = seen.flatten(dim, at - 1) if at > dim + 1 else seen if at == dim + 1 else seen.unsqueeze(dim)
+    if any(op == "sum" and coordinate[axis] for axis, op in type_.layout.partials):
+        return torch.zeros_like(out)
+    return out
+
+
+def gather(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
+    """The whole tensor from every rank's part, in the order of the ranks; partial values are reduced. Replicas: the first is taken."""
+    have = {rank: part for rank, part in enumerate(parts)}
+    for axis in mesh.names:
+        after = type_.laid(type_.layout.with_(axis, None))
+        element, n = type_.layout.on(axis), mesh.size(axis)
+        heads = [rank for rank in have if mesh.coordinate(rank)[axis] == 0]
+        merged: dict[int, Tensor] = {}
+        for rank in heads:
+            group = [have[r] for r in mesh.group(axis, rank)]
+            if element is None or n == 1:
+                merged[rank] = group[0]
+            elif isinstance(element, ir.Partial):
+                stacked = torch.stack(group)
+                merged[rank] = stacked.amax(0) if element.op == "max" else stacked.sum(0).to(group[0].dtype)
+            else:
+                place = step(type_.shape, type_.layout, after.layout, axis, mesh).put
+                assert place is not None
+                merged[rank] = join(torch.stack(group), place.dim, place.outer)
+        have, type_ = merged, after
+    return have[0]
+
+
+def gather_over(rt: Runtime, local: Tensor, type_: Type) -> Tensor:
+    """The whole tensor on every rank, by collectives (all ranks call it)."""
+    for axis in rt.mesh.names:
+        element = type_.layout.on(axis)
+        if element is None:
+            continue
+        after = type_.laid(type_.layout.with_(axis, None))
+        s = step(type_.shape, type_.layout, after.layout, axis, rt.mesh)
+        if s.put is not None:
+            local = rt.wait(rt.all_gather_start(local, axis, s.put.dim, s.put.outer))
+        else:
+            local = rt.wait(rt.all_reduce_start(local, axis, s.reduce))
+        type_ = after
+    return local
+
+
+def placements(type_: Type, mesh: Mesh) -> tuple[Placement, ...]:
+    """The layout as DTensor placements, one an axis of the mesh. DTensor splits in the order of the mesh, so an axis that lies
+    inside a later one's range becomes a strided shard."""
+    out: list[Placement] = []
+    for n, axis in enumerate(mesh.names):
+        element = type_.layout.on(axis)
+        if element is None:
+            out.append(Replicate())
+        elif isinstance(element, ir.Partial):
+            out.append(Partial(element.op))
+        else:
+            before = 1  # factors left of this one that are still whole when DTensor comes to this axis
+            for size, name in factors(type_.shape[element.dim], element.dim, type_.layout, mesh):
+                if name == axis:
+                    break
+                if name is None or mesh.names.index(name) > n:
+                    before *= size
+            out.append(Shard(element.dim) if before == 1 else _StridedShard(element.dim, split_factor=before))
+    return tuple(out)
+
+
+def layout_of(dtensor_placements: Sequence[Placement], shape: Sequence[int], mesh: Mesh) -> Layout:
+    """The inverse of ``placements``. Raises StateError where DTensor's parts are uneven."""
+    found = Layout()
+    for axis, placement in zip(mesh.names, dtensor_placements, strict=True):
+        if isinstance(placement, _StridedShard | Shard):
+            left = int(getattr(placement, "split_factor", 1))
+            for outer in (d for d in range(1, shape[placement.dim] + 1) if shape[placement.dim] % d == 0):
+                wider = found.with_(axis, ir.Split(placement.dim, outer))
+                if not ir.valid(shape, wider, mesh):
+                    continue
+                s = step(tuple(shape), found, wider, axis, mesh)
+                if s.take is not None and s.take.outer == left and _later(wider, placement.dim, axis):
+                    found = wider
+                    break
+            else:
+                raise StateError(f"{placement} of dimension {placement.dim} of {list(shape)} over {axis} is not an even split")
+        elif isinstance(placement, Partial):
+            found = found.with_(axis, ir.Partial(str(placement.reduce_op)))
+    return found
+
+
+def _later(layout: Layout, dim: int, axis: str) -> bool:
+    """DTensor cuts inside what earlier axes left: with none of its own blocks before it, the new axis is the innermost."""
+    return True if len(layout.splits(dim)) == 1 else layout.splits(dim)[-1][0] == axis or layout.splits(dim)[0][0] == axis
+
+
+@dataclass
+class State:
+    """One rank's stored tensors by (role, key)."""
+
+    mesh: Mesh
+    coordinate: Mapping[str, int]
+    device: torch.device
+    tensors: dict[Key, Tensor] = field(default_factory=dict)
+    types: dict[Key, Type] = field(default_factory=dict)
+
+    def put(self, entry: Input, full: Tensor) -> Tensor:
+        """Store this rank's part of a whole tensor (its own storage where the layout keeps it whole), contiguous."""
+        part = shard(full, entry.type, self.mesh, self.coordinate)
+        part = part.detach().to(self.device, _torch_dtype(entry.type.dtype))
+        whole = entry.type.layout == ir.REPLICATED
+        self.tensors[entry.role, entry.key] = part.contiguous() if whole else part.clone(memory_format=torch.contiguous_format)
+        self.types[entry.role, entry.key] = entry.type
+        return self.tensors[entry.role, entry.key]
+
+    def fill(self, entry: Input, value: float = 0) -> Tensor:
+        """Store a part filled with one value, without ever making the whole tensor."""
+        local = torch.full(entry.type.local(self.mesh), value, dtype=_torch_dtype(entry.type.dtype), device=self.device)
+        self.tensors[entry.role, entry.key], self.types[entry.role, entry.key] = local, entry.type
+        return local
+
+    def inputs(self, p: Program, others: Mapping[str, Tensor]) -> list[Tensor]:
+        """The arguments of a step, in the program's order: stored tensors, and ``others`` by value name (whole; this rank's part is
+        taken). Raises StateError where one is missing or does not fit."""
+        out = []
+        for i in p.inputs:
+            stored = self.tensors.get((i.role, i.key))
+            if stored is not None:
+                if self.types[i.role, i.key] != i.type:
+                    raise StateError(f"{i.role} {i.key!r} is stored as {self.types[i.role, i.key]}, the program wants {i.type}")
+                out.append(stored)
+            elif i.name in others:
+                x = others[i.name]
+                if tuple(x.shape) != i.type.shape or x.dtype is not _torch_dtype(i.type.dtype):
+                    given = f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+                    raise StateError(f"{i.role} {i.key!r}: {given} for an input of {i.type.dtype}{list(i.type.shape)}")
+                out.append(shard(x.to(self.device), i.type, self.mesh, self.coordinate))
+            else:
+                raise StateError(f"no value for {i.role} {i.key!r} (%{i.name})")
+        return out
+
+    def dtensor(self, key: Key, mesh: DeviceMesh) -> DTensor:
+        """A stored tensor as a DTensor on the same memory."""
+        type_ = self.types[key]
+        stride = torch.empty(type_.shape, device="meta").stride()
+        return DTensor.from_local(
+            self.tensors[key], mesh, placements(type_, self.mesh), run_check=False, shape=torch.Size(type_.shape), stride=stride
+        )
+
+    def bind(self, module: nn.Module, mesh: DeviceMesh | None) -> None:
+        """Make the module's parameters and buffers be this state: DTensors on ``mesh``, or the stored tensor itself where it is whole."""
+        for (role, key), tensor in self.tensors.items():
+            if role not in ("param", "buffer"):
+                continue
+            whole = self.types[role, key].layout == ir.REPLICATED
+            if not whole and mesh is None:
+                raise StateError(f"{role} {key!r} is split, which needs a DeviceMesh to show as a DTensor")
+            value = tensor if whole or mesh is None else self.dtensor((role, key), mesh)
+            for owner, name in _owners(module, role, key):
+                if role == "buffer":
+                    owner._buffers[name] = value
+                    continue
+                old = owner._parameters[name]
+                assert old is not None
+                if whole:
+                    old.data = value
+                else:
+                    owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+
+
+def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) -> dict[Key, Tensor]:
+    """Whole tensors from all ranks' states (a simulation)."""
+    wanted = list(states[0].tensors) if keys is None else list(keys)
+    return {key: gather([s.tensors[key] for s in states], states[0].types[key], states[0].mesh) for key in wanted}
+
+
+def write_back(module: nn.Module, states: Sequence[State]) -> None:
+    """Copy a simulation's parameters and buffers into the module, whole."""
+    with torch.no_grad():
+        for (role, key), full in gather_states(states, [k for k in states[0].tensors if k[0] in ("param", "buffer")]).items():
+            for owner, name in _owners(module, role, key):
+                target = owner._buffers[name] if role == "buffer" else owner._parameters[name]
+                assert target is not None
+                target.copy_(full)
+
+
+def _owners(module: nn.Module, role: str, key: str) -> list[tuple[nn.Module, str]]:
+    """Every place in the module that holds the tensor (tied weights have several), the one named ``key`` first."""
+    path, _, name = key.rpartition(".")
+    owner = module.get_submodule(path)
+    table = "_buffers" if role == "buffer" else "_parameters"
+    tensor = getattr(owner, table)[name]
+    tied = [(m, n) for m in module.modules() for n, t in getattr(m, table).items() if t is tensor and (m, n) != (owner, name)]
+    return [(owner, name), *tied]
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    from deepseed.ops import torch_dtype
+
+    return torch_dtype(name)

@@ -1,0 +1,98 @@
+"""Who failed: each rank beats in the shared store; when something goes wrong, the beats and what they say name the culprit.
+
+A thread of each rank posts, once a second, a count and what the rank is doing (``all_reduce over tp, number 12``). A rank
+that raises posts why. A rank whose collective fails or takes too long raises the alarm and looks: a rank that posted a
+failure is the culprit, else one whose count stands still (it died), else one that is not in a collective (it fell behind).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from deepseed.runtime.errors import RankError
+
+BEAT = 1.0  # seconds
+SILENCE = 4.0  # seconds without a beat: dead
+
+
+class Watch:
+    def __init__(self, store: Store, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.doing = "start"
+        clone = getattr(store, "clone", None)
+        self._mine = PrefixStore("deepseed.watch", clone() if clone else store)  # own connection: the other may block
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="deepseed watch", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(BEAT if count else 0):
+            count += 1
+            try:
+                self._mine.set(f"beat/{self.rank}", json.dumps([count, self.doing]))
+            except RuntimeError:
+                return  # the store is gone: whoever waits in a collective finds out
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(2 * BEAT)
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others that this rank raised ``error``."""
+        try:
+            self._mine.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+            self._mine.set("alarm", str(self.rank))
+        except RuntimeError:
+            pass
+
+    def alarmed(self) -> bool:
+        """Whether any rank is in trouble."""
+        try:
+            return bool(self._mine.check(["alarm"]))
+        except RuntimeError:
+            return True
+
+    def diagnose(self, error: BaseException, seconds: float) -> RankError:
+        """The error to raise where this rank's collective failed or took ``seconds``: names the culprit. Takes some seconds."""
+        what = f"rank {self.rank} gave up after {seconds:.1f} s in {self.doing}"
+        try:
+            self._mine.set("alarm", str(self.rank))
+            before = self._beats()
+            until = time.monotonic() + SILENCE
+            while time.monotonic() < until:
+                for rank in range(self.world):
+                    if rank != self.rank and self._mine.check([f"failed/{rank}"]):
+                        why = self._mine.get(f"failed/{rank}").decode()
+                        return RankError(rank, f"rank {rank} failed: {why}\n  {what}")
+                time.sleep(0.2)
+            after = self._beats()
+        except RuntimeError as gone:
+            return RankError(0, f"rank 0, which keeps the store where ranks meet, is gone ({_first_line(gone)})\n  {what}")
+        silent = [r for r in range(self.world) if r != self.rank and after.get(r, (0, ""))[0] <= before.get(r, (0, ""))[0]]
+        if silent:
+            last = after.get(silent[0], (0, "never seen"))[1]
+            many = f" (and {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
+            return RankError(silent[0], f"rank {silent[0]}{many} died, last seen in {last}\n  {what} ({_first_line(error)})")
+        late = [r for r in range(self.world) if r != self.rank and " over " not in after.get(r, (0, ""))[1]]
+        culprit = late[0] if late else -1
+        places = "\n".join(f"  rank {r}: {after[r][1]}" for r in sorted(after))
+        blame = f"rank {culprit} did not come to a collective" if late else "ranks wait for each other"
+        return RankError(culprit, f"{blame}\n  {what} ({_first_line(error)}); all ranks live:\n{places}")
+
+    def _beats(self) -> dict[int, tuple[int, str]]:
+        out: dict[int, tuple[int, str]] = {}
+        for rank in range(self.world):
+            key = f"beat/{rank}"
+            if self._mine.check([key]):
+                count, doing = json.loads(self._mine.get(key))
+                out[rank] = (count, doing)
+        return out
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

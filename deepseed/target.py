@@ -1,0 +1,136 @@
+"""What a command works on: ``path/to/file.py:name``, or ``hf:LlamaForCausalLM(num_hidden_layers=4,hidden_size=128)``.
+
+A name in a file is a callable that returns ``model, batch`` or ``model, batch, dict(loss_fn=, optimizer=, clip_grad_norm=)``,
+or such a tuple itself. A class of transformers is built small from its configuration class (``deepseed.tiny``). The same
+call notation serves optimizers: ``adamw``, ``sgd(momentum=0.9)``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+EXTRAS = ("loss_fn", "optimizer", "clip_grad_norm")
+
+
+class TargetError(ValueError):
+    """A target that cannot be read, found or called: says what, where and the fix."""
+
+
+@dataclass
+class Target:
+    """A model with a batch, and what else its file said (None: nothing)."""
+
+    name: str
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    clip_grad_norm: float | None = None
+
+
+def load(text: str, *, meta: bool = False) -> Target:
+    """The target that ``text`` names. ``meta``: an ``hf:`` model is built on the meta device, without memory for its values;
+    a file builds its model as it likes. Raises TargetError (or TinyError, of an ``hf:`` class)."""
+    if text.startswith("hf:"):
+        from deepseed.tiny import tiny_model
+
+        name, said = parse_call(text[3:], text)
+        model, batch = tiny_model(name, said, meta=meta)
+        return Target(text, model, batch)
+    path, colon, name = text.rpartition(":")
+    if not colon or not path or not name.isidentifier():
+        raise TargetError(f"{text!r} is no target\n  fix: write path/to/file.py:name, or hf:ClassName as in hf:LlamaForCausalLM")
+    return _from_file(Path(path), name, text)
+
+
+def parse_call(text: str, whole: str) -> tuple[str, dict[str, Any]]:
+    """``Name(a=1, b="x")`` -> ``("Name", {"a": 1, "b": "x"})``; only keyword arguments with literal values."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Name):
+            return tree.id, {}
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args and all(k.arg for k in tree.keywords):
+            return tree.func.id, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise TargetError(f"cannot read {whole!r}\n  fix: write Name or Name(field=value, ...) with numbers, strings, True, False or None as values")
+
+
+def optimizer_factory(text: str) -> OptimizerFactory | None:
+    """``adamw``, ``sgd(lr=0.1, momentum=0.9)``: a class of torch.optim by its name, case ignored; ``none`` is None."""
+    name, said = parse_call(text, text)
+    if name.lower() == "none":
+        return None
+    known = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    known.pop("optimizer", None)
+    cls = known.get(name.lower())
+    if cls is None:
+        near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        raise TargetError(f"torch.optim has no optimizer {name!r}{f'; did you mean {near[0]}?' if near else ''}\n  known: {', '.join(sorted(known))}, none")
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return cls(parameters, **said)
+        except TypeError as error:
+            raise TargetError(f"--optimizer {text}: {error}") from None
+
+    return make
+
+
+def _from_file(path: Path, name: str, text: str) -> Target:
+    if not path.is_file():
+        raise TargetError(f"no file {path} (target {text!r})" + ("" if path.suffix == ".py" else "\n  fix: write path/to/file.py:name, or hf:ClassName"))
+    module = _import(path)
+    if not hasattr(module, name):
+        near = get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1, cutoff=0.4)
+        raise TargetError(f"{path} has no {name!r}" + (f"\n  fix: did you mean {path}:{near[0]}?" if near else ""))
+    found = getattr(module, name)
+    made = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
+        raise TargetError(
+            f"{text} gives {_said(made)}, not a model and a batch\n"
+            "  fix: return model, batch or model, batch, dict(loss_fn=..., optimizer=..., clip_grad_norm=...)"
+        )
+    extras = made[2] if len(made) == 3 else {}
+    if not isinstance(extras, Mapping) or set(extras) - set(EXTRAS):
+        unknown = sorted(set(extras) - set(EXTRAS)) if isinstance(extras, Mapping) else type(extras).__name__
+        raise TargetError(f"{text}: the third value is a dict with {', '.join(EXTRAS)}; this one has {unknown}")
+    return Target(text, made[0], made[1], **extras)
+
+
+def _import(path: Path) -> Any:
+    """The file as a module of its own name; the modules beside it can be imported."""
+    name = f"_deepseed_target_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TargetError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        where = f"{path}:{frames[-1].lineno}" if frames else f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
+        raise TargetError(f"importing {where} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _said(made: Any) -> str:
+    return f"a tuple of {', '.join(type(m).__name__ for m in made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"

@@ -1,0 +1,352 @@
+"""What does a training step cost beside DDP, FSDP2, DeepSpeed and plain eager PyTorch?
+
+    python tests/bench/bench_training.py                                   # every engine that is installed, two ranks
+    python tests/bench/bench_training.py --engines ddp deepseed-zero1 --rounds 5
+    python tests/bench/bench_training.py --deepspeed-python PATH           # an interpreter that has DeepSpeed
+
+Engines take turns, round after round, each in fresh processes, so that drift of a shared machine falls on all alike. All
+start from the same weights, see the same tokens, use AdamW with the same settings and clip the gradient norm at 1.0, so in
+float32 their losses must agree: the run fails when they do not. The single-process engines see the ranks' batches put
+together: the same global batch, the same losses.
+
+The figure to compare is process CPU seconds a step and rank (median over steps and rounds): it repeats on a machine that
+other work shares, wall time does not. Compiling is in `setup` and `first step`, never in a step. Python 3.11, torch,
+transformers; CPU and gloo. This process itself imports neither, so that children do not inherit its peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter, process_time
+from typing import Any
+
+RANKED = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
+          "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3")  # fmt: skip
+SINGLE = ("eager", "deepseed-single")
+EXTRA = ("deepspeed-zero0", "torch-compile")  # by name only
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+CLIP = 1.0
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--engines", nargs="+", choices=[*RANKED, *SINGLE, *EXTRA], default=None, help="default: all that are installed")
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--rounds", type=int, default=3, help="turns of each engine")
+    p.add_argument("--steps", type=int, default=10, help="measured steps a round")
+    p.add_argument("--warmup", type=int, default=3, help="steps before them, the first one included")
+    p.add_argument("--batch", type=int, default=4, help="sequences a rank")
+    p.add_argument("--seq", type=int, default=128)
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--hidden", type=int, default=256)
+    p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--threads", type=int, default=1, help="torch threads a process")
+    p.add_argument("--fused", action="store_true", help="fused AdamW for the peers (DeepSeed's update is fused by itself)")
+    p.add_argument("--malloc", action="store_true", help="glibc keeps freed memory, for every engine (DeepSeed sets this by itself)")
+    p.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a loss between engines")
+    p.add_argument("--timeout", type=float, default=600, help="seconds for one turn")
+    p.add_argument("--deepspeed-python", default=sys.executable, help="interpreter that has DeepSpeed")
+    p.add_argument("--json", default="out/bench_training.json", help="where the figures go")
+    p.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    return p.parse_args()
+
+
+# the parent: starts engines in turn, gathers, prints -----------------------------------------------------------------
+
+
+def installed(a: argparse.Namespace) -> list[str]:
+    """The default engines that can run here; says what is left out."""
+    has = {name: importable(python, code) for name, python, code in (
+        ("deepspeed", a.deepspeed_python, "import deepspeed"),
+        ("deepseed", sys.executable, "import deepseed; deepseed.compile"),
+    )}  # fmt: skip
+    for name in [n for n, ok in has.items() if not ok]:
+        print(f"left out: {name} (not importable)", file=sys.stderr)
+    return [e for e in (*RANKED, *SINGLE) if has.get(e.split("-")[0], True)]
+
+
+def importable(python: str, code: str) -> bool:
+    return subprocess.run([python, "-c", code], capture_output=True, env=environment(), check=False).returncode == 0
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **more}
+
+
+def turn(a: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
+    """Run one engine once; one record a rank. Raises RuntimeError with the end of stderr when a rank fails."""
+    ranks = 1 if engine in SINGLE or engine == "torch-compile" else a.ranks
+    python = a.deepspeed_python if engine.startswith("deepspeed-") else sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        procs, logs = [], [Path(folder, f"log{r}") for r in range(ranks)]
+        for r in range(ranks):
+            env = environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), OMP_NUM_THREADS=str(a.threads),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", **(MALLOC if a.malloc else {}))  # fmt: skip
+            with logs[r].open("w") as log:
+                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}:{folder}"], env=env, stdout=log, stderr=log))
+        deadline = perf_counter() + a.timeout
+        try:
+            while any(p.poll() is None for p in procs) and not any(p.poll() for p in procs) and perf_counter() < deadline:
+                for p in procs:
+                    try:
+                        p.wait(timeout=0.2)
+                    except subprocess.TimeoutExpired:
+                        break
+        finally:
+            late = [r for r, p in enumerate(procs) if p.poll() is None]
+            for p in procs:
+                if p.poll() is None:
+                    p.kill()
+                p.wait()
+        bad = next((r for r, p in enumerate(procs) if p.returncode not in (0, -9)), None)
+        if bad is not None or late:
+            which = bad if bad is not None else late[0]
+            cause = f"rank {which} left with {procs[which].returncode}" if bad is not None else f"rank {which} was not done after {a.timeout:g} s"
+            raise RuntimeError(f"{engine}: {cause}\n" + "\n".join(logs[which].read_text().splitlines()[-15:]))
+        return [json.loads(Path(folder, f"rank{r}.json").read_text()) for r in range(ranks)]
+
+
+def summary(a: argparse.Namespace, engine: str, turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over all measured steps of all rounds; a step's figure is the mean over its ranks (losses too)."""
+    ranks = len(turns[0])
+
+    def over_ranks(key: str) -> list[list[float]]:
+        return [[mean(step) for step in zip(*(r[key] for r in records), strict=True)] for records in turns]
+
+    cpu, wall = over_ranks("cpu"), over_ranks("wall")
+    tokens = a.ranks * a.batch * a.seq
+    return {
+        "engine": engine,
+        "ranks": ranks,
+        "cpu_s": median(x for t in cpu for x in t),
+        "cpu_s_rounds": [median(t) for t in cpu],
+        "wall_s": median(x for t in wall for x in t),
+        "tokens_per_s": tokens / median(x for t in wall for x in t),
+        "setup_s": median(max(r["setup"] for r in t) for t in turns),
+        "first_step_s": median(max(r["first"] for r in t) for t in turns),
+        "peak_rss_mb": median(max(r["rss"] for r in t) for t in turns),
+        "rss_over_model_mb": median(max(r["rss"] - r["rss_model"] for r in t) for t in turns),
+        "losses": over_ranks("losses")[0],
+        "parameters": turns[0][0]["parameters"],
+    }
+
+
+def disagreement(results: Iterable[dict[str, Any]], tolerance: float) -> list[str]:
+    """Sets ``loss_diff`` (largest difference to the first engine's losses) and returns a line for each engine above tolerance."""
+    reference: dict[str, Any] | None = None
+    out = []
+    for r in results:
+        reference = reference or r
+        pairs = list(zip(r["losses"], reference["losses"], strict=True))
+        r["loss_diff"], at = max((abs(x - y), i) for i, (x, y) in enumerate(pairs))
+        if not r["loss_diff"] <= tolerance:
+            out.append(f"{r['engine']}: loss {pairs[at][0]:.6f} at step {at}, {reference['engine']} has {pairs[at][1]:.6f}: apart by {r['loss_diff']:.1e}, tolerance {tolerance:.0e}")
+    return out
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = ("engine", "ranks", "CPU s/step", "range", "ratio", "wall s/step", "tokens/s", "setup s", "first step s", "peak MB", "over model", "last loss", "max diff")
+    rows = [head]
+    for r in results:
+        base = next((x["cpu_s"] for x in results if x["ranks"] == r["ranks"]), r["cpu_s"])  # the first engine of its kind
+        rows.append((r["engine"], str(r["ranks"]), f"{r['cpu_s']:.4f}", f"{min(r['cpu_s_rounds']):.3f}-{max(r['cpu_s_rounds']):.3f}", f"{r['cpu_s'] / base:.2f}",
+                     f"{r['wall_s']:.4f}", f"{r['tokens_per_s']:.0f}", f"{r['setup_s']:.1f}", f"{r['first_step_s']:.2f}", f"{r['peak_rss_mb']:.0f}",
+                     f"{r['rss_over_model_mb']:.0f}", f"{r['losses'][-1]:.6f}", f"{r['loss_diff']:.0e}"))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def parent(a: argparse.Namespace) -> int:
+    engines = a.engines or installed(a)
+    turns: dict[str, list[list[dict[str, Any]]]] = {e: [] for e in engines}
+    failed: dict[str, str] = {}
+    for i in range(a.rounds):
+        for engine in engines if i % 2 == 0 else reversed(engines):
+            if engine in failed:
+                continue
+            began = perf_counter()
+            try:
+                turns[engine].append(turn(a, engine))
+                print(f"round {i + 1}/{a.rounds} {engine}: {perf_counter() - began:.1f} s", file=sys.stderr)
+            except RuntimeError as error:
+                failed[engine] = str(error)
+                print(f"round {i + 1}/{a.rounds} failed: {error}", file=sys.stderr)
+    results = [summary(a, e, turns[e]) for e in engines if e not in failed]
+    if not results:
+        return 1
+    wrong = disagreement(results, a.tolerance)
+    settings = {k: v for k, v in vars(a).items() if k not in ("child", "json", "deepspeed_python", "engines")}
+    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **turns[results[0]["engine"]][0][0]["versions"]}
+    target = Path(a.json)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"settings": settings, "machine": machine, "results": results, "failed": failed, "disagree": wrong}, indent=1) + "\n")
+    print(table(results))
+    print(f"\n{results[0]['parameters'] / 1e6:.2f} M parameters, {a.ranks} x {a.batch} x {a.seq} tokens a step, float32, {a.rounds} rounds of {a.steps} steps"
+          f"; ratio: CPU to the first engine with as many ranks\nfigures: {target}")  # fmt: skip
+    for line in [*wrong, *(f"failed: {x.splitlines()[0]}" for x in failed.values())]:
+        print(line)
+    return 1 if wrong or failed else 0
+
+
+# a child: one engine on one rank ------------------------------------------------------------------------------------
+
+
+def child(a: argparse.Namespace, engine: str, folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
+    import transformers
+
+    torch.set_num_threads(a.threads)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    config = transformers.LlamaConfig(vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 8 // 3 // 32 * 32, num_hidden_layers=a.layers,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max(a.seq, 128), use_cache=False)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    batches = [{"input_ids": x, "labels": x} for x in tokens(torch, a, [rank] if world > 1 else range(a.ranks))]
+    rss_model = peak_rss()
+
+    began = perf_counter()
+    step = ENGINES[engine.split("-")[0]](a, engine, model)
+    setup = perf_counter() - began
+    losses, cpu, wall = [], [], []
+    for i in range(a.warmup + a.steps):
+        if world > 1:
+            dist.barrier()
+        c, w = process_time(), perf_counter()
+        losses.append(float(step(batches[i % len(batches)])))
+        cpu.append(process_time() - c)
+        wall.append(perf_counter() - w)
+    record = {"setup": setup, "first": wall[0], "cpu": cpu[a.warmup :], "wall": wall[a.warmup :], "losses": losses, "rss": peak_rss(), "rss_model": rss_model,
+              "parameters": parameters, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}  # fmt: skip
+    if world > 1:
+        dist.barrier()
+    (folder / f"rank{rank}.json").write_text(json.dumps(record))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def tokens(torch: Any, a: argparse.Namespace, ranks: Iterable[int]) -> list[Any]:
+    """Four batches of token ids [len(ranks) * batch, seq]; a rank's stream depends on its number only."""
+    streams = []
+    for r in ranks:
+        g = torch.Generator().manual_seed(1000 + r)
+        streams.append([torch.randint(0, a.vocab, (a.batch, a.seq), generator=g) for _ in range(4)])
+    return [torch.cat(parts) for parts in zip(*streams, strict=True)]
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process, MB (2^20 bytes)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+Step = Callable[[dict[str, Any]], Any]
+
+
+def loop(a: argparse.Namespace, model: Any, trained: Any) -> Step:
+    """PyTorch's own training loop around ``trained``, which wraps ``model`` or is it."""
+    import torch
+
+    optimizer = torch.optim.AdamW(trained.parameters(), fused=a.fused or None, **ADAMW)
+
+    def step(batch: dict[str, Any]) -> Any:
+        loss = trained(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def eager(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    return loop(a, model, model)
+
+
+def torch_compile(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    import torch
+
+    return loop(a, model, torch.compile(model))
+
+
+def ddp(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    import torch
+
+    return loop(a, model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
+
+
+def fsdp2(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (a.ranks,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return loop(a, model, model)
+
+
+def deepspeed(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    import logging
+
+    import deepspeed
+    import torch
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes a minute and training does not use it
+    optimizer = torch.optim.AdamW(model.parameters(), fused=a.fused or None, **ADAMW)
+    config = {"train_micro_batch_size_per_gpu": a.batch, "gradient_clipping": CLIP, "steps_per_print": 10**9,
+              "zero_optimization": {"stage": int(engine[-1])}, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
+    trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=config)
+
+    def step(batch: dict[str, Any]) -> Any:
+        loss = trained(**batch).loss
+        trained.backward(loss)
+        trained.step()
+        return loss.detach()
+
+    return step
+
+
+def deepseed(a: argparse.Namespace, engine: str, model: Any) -> Step:
+    import torch
+
+    import deepseed
+
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    plan = engine.removeprefix("deepseed-").replace("single", "")
+    compiled: Step = deepseed.compile(model, plan=plan, optimizer=optimizer, clip_grad_norm=CLIP, batch="local")
+    return compiled
+
+
+ENGINES: dict[str, Callable[[argparse.Namespace, str, Any], Step]] = {
+    "eager": eager, "torch": torch_compile, "ddp": ddp, "fsdp2": fsdp2, "deepspeed": deepspeed, "deepseed": deepseed,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    given = arguments()
+    if given.child:
+        name, _, where = given.child.partition(":")
+        child(given, name, Path(where))
+    else:
+        sys.exit(parent(given))

@@ -1,0 +1,149 @@
+"""One or more examples of every rule: ``op(operands) : results``, types in place of names. Sizes divide by 2, 3 and 4."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from deepseed.ir.program import Op, Type
+from deepseed.ir.text import parse
+from deepseed.ops import dtype_name, overload
+from deepseed.rules.pointwise import POINTWISE
+
+EXAMPLES = """
+reshape(f32[12, 24]) : f32[288]
+reshape(f32[24, 12, 36]) : f32[24, 432]
+reshape(f32[24, 12]) : f32[12, 24]
+reshape(f32[12, 1, 36]) : f32[12, 3, 12]
+reshape(f32[30, 12]) : f32[12, 30]
+permute(f32[12, 24, 36], dims=[2, 0, 1]) : f32[36, 12, 24]
+expand(f32[12, 1, 24]) : f32[12, 12, 36, 24]
+cast(f32[12, 24]) : f64[12, 24]
+cast(f32[12, 24]) : i64[12, 24]
+cast(bool[12, 24]) : f32[12, 24]
+slice(f32[12, 72], dim=1, start=24, step=1) : f32[12, 24]
+slice(f32[12, 72], dim=1, start=12, step=1) : f32[12, 36]
+slice(f32[12, 24], dim=1, start=1, step=1) : f32[12, 23]
+slice(f32[12, 24], dim=1, start=1, step=2) : f32[12, 12]
+unslice(f32[12, 24], dim=1, start=24, step=1) : f32[12, 72]
+unslice(f32[12, 23], dim=1, start=1, step=1) : f32[12, 24]
+unslice(f32[12, 12], dim=1, start=1, step=2) : f32[12, 24]
+pad(f32[12, 24], pads=[0, 0, 0, 1], value=0) : f32[12, 25]
+pad(f32[12, 24], pads=[0, 0, 24, 12], value=0.5) : f32[12, 60]
+pad(i64[12, 24], pads=[12, 0, 0, 0], value=0) : i64[24, 24]
+cat([f32[12, 24], f32[12, 24], f32[12, 24]], dim=1) : f32[12, 72]
+cat([f32[24, 12], f32[48, 12]], dim=0) : f32[72, 12]
+cat([f32[12, 1], f32[12, 24]], dim=1) : f32[12, 25]
+full(value=0) : f32[12, 24]
+full(value=2.5) : f32[12, 24]
+iota(start=3, step=2) : i64[24]
+bernoulli(i64[2], p=0.4, site="a") : f32[12, 24]
+uniform(i64[2], low=-1.0, high=2.0, site="a") : f32[12, 24]
+normal(i64[2], mean=0.5, std=2.0, site="a") : f32[12, 24]
+sum(f32[12, 24, 36], dims=[1], keepdim=false) : f32[12, 36]
+sum(f32[12, 24], dims=[0, 1], keepdim=false) : f32[]
+sum(i64[12, 24], dims=[0], keepdim=true) : i64[1, 24]
+sum(bool[12, 24], dims=[0], keepdim=true) : i64[1, 24]
+amax(f32[12, 24, 36], dims=[1], keepdim=true) : f32[12, 1, 36]
+amax(f32[12, 24], dims=[0], keepdim=false) : f32[24]
+aten.cumsum(f32[12, 24], 1) : f32[12, 24]
+aten.argmax(f32[12, 24], 1) : i64[12]
+aten.argmax(f32[12, 24], -1, true) : i64[12, 1]
+aten.argmin(f32[12, 24], 0) : i64[24]
+aten.max.dim(f32[12, 24], 1, true) : f32[12, 1], i64[12, 1]
+aten.min.dim(f32[12, 24], 1) : f32[12], i64[12]
+aten.topk(f32[12, 24], 3, -1) : f32[12, 3], i64[12, 3]
+aten.sort(f32[12, 24], 1) : f32[12, 24], i64[12, 24]
+aten._softmax(f32[12, 24], -1, false) : f32[12, 24]
+aten._log_softmax(f32[12, 24], 1, false) : f32[12, 24]
+aten._softmax_backward_data(f32[12, 24], f32[12, 24], -1, "f32") : f32[12, 24]
+aten._log_softmax_backward_data(f32[12, 24], f32[12, 24], 1, "f32") : f32[12, 24]
+aten.tril(f32[12, 24, 24], 0) : f32[12, 24, 24]
+aten.triu(f32[12, 24, 24], 1) : f32[12, 24, 24]
+aten.flip(f32[12, 24, 36], [1]) : f32[12, 24, 36]
+aten.mm(f32[12, 24], f32[24, 36]) : f32[12, 36]
+aten.bmm(f32[12, 24, 36], f32[12, 36, 24]) : f32[12, 24, 24]
+aten.mv(f32[12, 24], f32[24]) : f32[12]
+aten.dot(f32[12], f32[12]) : f32[]
+aten.convolution(f32[12, 24, 5, 6], f32[36, 24, 3, 3], none, [1, 1], [1, 1], [1, 1], false, [0, 0], 1) : f32[12, 36, 5, 6]
+aten.convolution(f32[12, 24, 9], f32[36, 2, 3], f32[36], [1], [0], [1], false, [0], 12) : f32[12, 36, 7]
+embedding(f32[24, 36], i64[12, 24]) : f32[12, 24, 36]
+embedding_backward(f32[12, 24, 36], i64[12, 24]) : f32[24, 36]
+gather(f32[12, 24], i64[12, 12], dim=1) : f32[12, 12]
+gather(f32[24, 24], i64[12, 12], dim=1) : f32[12, 12]
+gather(bool[12, 24], i64[12, 12], dim=1) : bool[12, 12]
+scatter_add(f32[12, 24], i64[12, 12], f32[12, 12], dim=1) : f32[12, 24]
+scatter_add(f32[24, 24], i64[12, 12], f32[12, 12], dim=0) : f32[24, 24]
+aten.index.Tensor(f32[12, 24, 36], [none, i64[12]]) : f32[12, 12, 36]
+aten.index.Tensor(f32[12, 24, 36], [i64[12, 1], i64[24]]) : f32[12, 24, 36]
+sdpa(f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8], none, causal=false, scale=0.3) : f32[12, 24, 4, 8], f32[12, 24, 4]
+sdpa(f32[12, 144, 4, 8], f32[12, 12, 4, 8], f32[12, 12, 4, 8], none, causal=true, scale=0.3) : f32[12, 144, 4, 8], f32[12, 144, 4]
+sdpa(f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8], f32[12, 1, 4, 6], causal=false, scale=0.3) : f32[12, 24, 4, 8], f32[12, 24, 4]
+sdpa_backward(f32[12, 24, 4, 8], f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8], none, f32[12, 24, 4, 8], f32[12, 24, 4], causal=false, scale=0.3) : f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8]
+sdpa_backward(f32[12, 144, 4, 8], f32[12, 144, 4, 8], f32[12, 12, 4, 8], f32[12, 12, 4, 8], none, f32[12, 144, 4, 8], f32[12, 144, 4], causal=true, scale=0.3) : f32[12, 144, 4, 8], f32[12, 12, 4, 8], f32[12, 12, 4, 8]
+sdpa_backward(f32[12, 24, 4, 8], f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8], bool[1, 24, 4, 6], f32[12, 24, 4, 8], f32[12, 24, 4], causal=false, scale=0.3) : f32[12, 24, 4, 8], f32[12, 24, 6, 8], f32[12, 24, 6, 8]
+""".strip().splitlines()
+
+_TYPE = re.compile(r"\b(f64|f32|bf16|i64|i32|bool)\[[\d, ]*\]")
+
+
+@lru_cache(maxsize=4096)
+def example(text: str) -> tuple[Op, tuple[Type, ...]]:
+    """The op and its operand types."""
+    call, _, results = text.rpartition(" : ")
+    inputs: list[str] = []
+
+    def name(m: re.Match[str]) -> str:
+        inputs.append(f'%x{len(inputs)} : {m.group(0)} batch "x{len(inputs)}"')
+        return f"%x{len(inputs) - 1}"
+
+    call = _TYPE.sub(name, call)
+    left = ", ".join(f"%y{i}" for i in range(len(_TYPE.findall(results))))
+    p = parse("\n".join(["program example mesh() facts()", *inputs, f'{left} = {call} : {results} {{phase="forward"}}', 'return %y0 output "y"']))
+    return p.ops[0], tuple(i.type for i in p.inputs)
+
+
+INTEGER = re.compile(r"aten\.(bitwise|__|gcd|lcm)")
+SHAPES = ([[12, 24], [24], [12, 1]], [[12, 24]] * 3, [[12, 24], [], []])
+
+
+def pointwise_examples(target: str) -> list[str]:
+    """Examples made from the op's schema: broadcast operands, equal ones, and a 0-d second operand where the op runs on them."""
+    return [text for shapes in SHAPES for text in [_pointwise(target, shapes)] if text is not None] if target in POINTWISE else []
+
+
+def _pointwise(target: str, shapes: list[list[int]]) -> str | None:
+    function: Any = overload(target)
+    integer = bool(INTEGER.match(target))
+    values: list[Any] = []
+    words: list[str] = []
+    tensors = 0
+    for a in function._schema.arguments:
+        kind = str(a.type)
+        if a.kwarg_only:
+            continue
+        if kind in ("Tensor", "Optional[Tensor]"):
+            boolean = (target.startswith("aten.where") and tensors == 0) or (target in ("aten.masked_fill.Scalar", "aten.native_dropout_backward") and tensors == 1)
+            shape = shapes[tensors]
+            x = torch.rand(shape, dtype=torch.float64) * 0.5 + 0.25
+            values.append(x > 0.5 if boolean else (x * 8).long() if integer else x)
+            words.append(f"{dtype_name(values[-1].dtype)}{shape}")
+            tensors += 1
+        else:
+            scalar = a.default_value if a.has_default_value() and a.name not in ("min", "max") else {"int": 1, "bool": False, "Optional[int]": None}.get(kind, 1 if integer else 0.7)
+            values.append(scalar)
+            words.append({None: "none", True: "true", False: "false"}[scalar] if scalar is None or isinstance(scalar, bool) else f'"{scalar}"' if isinstance(scalar, str) else repr(scalar))
+    keywords = {a.name: "floor" for a in function._schema.arguments if a.name == "rounding_mode"}
+    keywords |= {"decimals": 1} if target == "aten.round.decimals" else {}
+    try:
+        out = function(*values, **keywords)
+    except (RuntimeError, TypeError):
+        return None
+    words += [f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in keywords.items()]
+    results = [out] if isinstance(out, torch.Tensor) else list(out)
+    if any(list(r.shape) != [12, 24] for r in results):
+        return None
+    return f"{target}({', '.join(words)}) : " + ", ".join(f"{dtype_name(r.dtype)}{list(r.shape)}" for r in results)

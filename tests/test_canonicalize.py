@@ -1,0 +1,222 @@
+"""Canonicalize: texts in and out, and every decomposition against the aten op in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Arg, Input, Op, Output, Program, Ref, Type
+from deepseed.ir.text import parse
+from deepseed.ir.verify import verify
+from deepseed.ops import dtype_name, evaluate, overload
+from deepseed.passes.canonicalize import DECOMPOSITIONS, canonicalize
+from deepseed.passes.simplify import SIMPLIFICATIONS
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+def type_of(x: Tensor) -> Type:
+    return Type(dtype_name(x.dtype), tuple(x.shape))
+
+
+def program_of(target: str, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Program, dict[str, Tensor]]:
+    """The program of one aten op and its operands."""
+    values: dict[str, Tensor] = {}
+
+    def plain(a: Any) -> Arg:
+        if isinstance(a, Tensor):
+            values[f"x{len(values)}"] = a
+            return Ref(f"x{len(values) - 1}")
+        if isinstance(a, list | tuple):
+            return tuple(plain(x) for x in a)
+        return dtype_name(a) if isinstance(a, torch.dtype) else a
+
+    plain_args = tuple(plain(a) for a in args)
+    plain_kwargs = tuple((k, plain(v)) for k, v in (kwargs or {}).items())
+    out = overload(target)(*args, **(kwargs or {}))
+    results = [r for r in ((out,) if isinstance(out, Tensor) else out) if r is not None]
+    names = tuple(f"y{i}" if i else "y" for i in range(len(results)))
+    op = Op(names, target, plain_args, tuple(map(type_of, results)), plain_kwargs, "forward", "m", "train.py:1")
+    inputs = tuple(Input(n, type_of(v), "batch", n) for n, v in values.items())
+    outputs = tuple(Output(Ref(n), "output", n) for n in names)
+    return Program("one", Mesh(), inputs, (op,), outputs, frozenset({"captured"})), values
+
+
+def check(target: str, args: Sequence[Any], kwargs: dict[str, Any] | None = None, tolerance: float = 1e-12, kept: bool = False) -> Program:
+    """The canonical program gives what the op gives; nothing of ``target`` is left."""
+    p, values = program_of(target, args, kwargs)
+    before = evaluate(p, values)
+    q = verify(canonicalize(p))
+    assert parse(str(q)) == q
+    assert kept or all(op.target != target for op in q.ops)
+    after = evaluate(q, values)
+    for old, new in zip(p.outputs, q.outputs, strict=True):
+        x, y = before[old.ref.name], after[new.ref.name]
+        assert x.dtype == y.dtype and x.shape == y.shape
+        torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return q
+
+
+def rand(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+X = rand(4, 6)
+MASKED = X.masked_fill(rand(4, 6) > 0.8, -torch.inf)
+LOGP = torch.log_softmax(rand(7, 5), 1)
+LABELS = torch.tensor([0, 4, -100, 2, -100, 1, 3])
+IMAGE = rand(2, 6, 3, 5)
+LABELS2D = torch.tensor([0, 1, -100, 4, 5]).repeat(2, 3, 1)
+WEIGHT6 = torch.rand(6, dtype=F64, generator=torch.Generator().manual_seed(0)) + 0.5
+UNIT = torch.sigmoid(rand(4, 6))
+
+
+def norm_cases() -> list[tuple[str, list[Any]]]:
+    cases: list[tuple[str, list[Any]]] = []
+    aten = torch.ops.aten
+    for shape, normalized in (((2, 3, 6), [6]), ((2, 3, 6), [3, 6]), ((6,), [6])):
+        x, w, b, g = rand(*shape), rand(*normalized), rand(*normalized) + 1, rand(*shape) * 2
+        for weight, bias in ((w, b), (w, None), (None, None)):
+            cases.append(("aten.native_layer_norm", [x, normalized, weight, bias, 1e-5]))
+            _, mean, rstd = aten.native_layer_norm(x, normalized, weight, bias, 1e-5)
+            mask = [True, weight is not None, bias is not None]
+            cases.append(("aten.native_layer_norm_backward", [g, x, normalized, mean, rstd, weight, bias, mask]))
+            if bias is None:
+                for eps in (None, 1e-6):
+                    cases.append(("aten._fused_rms_norm", [x, normalized, weight, eps]))
+                _, rstd = aten._fused_rms_norm(x, normalized, weight, 1e-6)
+                cases.append(("aten._fused_rms_norm_backward", [g, x, normalized, rstd, weight, [True, weight is not None]]))
+    n, c, inner = 2, 6, 15
+    for weight, bias in ((WEIGHT6, WEIGHT6 + 1), (None, None)):
+        for groups in (1, 2, 6):
+            cases.append(("aten.native_group_norm", [IMAGE, weight, bias, n, c, inner, groups, 1e-5]))
+            _, mean, rstd = aten.native_group_norm(IMAGE, weight, bias, n, c, inner, groups, 1e-5)
+            mask = [True, weight is not None, bias is not None]
+            cases.append(("aten.native_group_norm_backward", [IMAGE * 2 + 1, IMAGE, mean, rstd, weight, n, c, inner, groups, mask]))
+        for x in (IMAGE, rand(8, 6)):
+            rm, rv = rand(6), rand(6).abs() + 0.1
+            for training in (True, False):
+                cases.append(("aten._native_batch_norm_legit_functional", [x, weight, bias, rm, rv, training, 0.1, 1e-5]))
+                mean, rstd = aten._native_batch_norm_legit_functional(x, weight, bias, rm, rv, training, 0.1, 1e-5)[1:3]
+                mask = [True, weight is not None, bias is not None]
+                cases.append(("aten.native_batch_norm_backward", [x * 2 + 1, x, weight, rm, rv, mean, rstd, training, 1e-5, mask]))
+            cases.append(("aten._native_batch_norm_legit_no_training", [x, weight, bias, rm, rv, 0.1, 1e-5]))
+            cases.append(("aten._native_batch_norm_legit.no_stats", [x, weight, bias, True, 0.1, 1e-5]))
+            cases.append(("aten._batch_norm_with_update_functional", [x, weight, bias, rm, rv, 0.1, 1e-5]))
+            reserve = aten._batch_norm_with_update_functional(x, weight, bias, rm, rv, 0.1, 1e-5)
+            if weight is not None:
+                saved = [rm, rv, reserve[1], reserve[2], True, 1e-5, [True, True, True], reserve[3]]
+                cases.append(("aten.batch_norm_backward", [x * 2 + 1, x, weight, *saved]))
+    return cases
+
+
+def nll_cases() -> list[tuple[str, list[Any]]]:
+    cases: list[tuple[str, list[Any]]] = []
+    x2d = torch.log_softmax(IMAGE, 1)
+    for suffix, x, labels, w in (("", LOGP, LABELS, WEIGHT6[:5]), ("", LOGP[0], torch.tensor(2), None), ("2d", x2d, LABELS2D, WEIGHT6)):
+        for weight in (w, None):
+            for reduction in (0, 1, 2):
+                for ignore in (-100, 1):
+                    valid = labels.masked_fill(labels == -100, ignore)
+                    cases.append((f"aten.nll_loss{suffix}_forward", [x, valid, weight, reduction, ignore]))
+                    out, total = overload(f"aten.nll_loss{suffix}_forward")(x, valid, weight, reduction, ignore)
+                    g = torch.randn_like(out)
+                    cases.append((f"aten.nll_loss{suffix}_backward", [g, x, valid, weight, reduction, ignore, total]))
+    cases.append(("aten.nll_loss_forward", [LOGP, torch.full_like(LABELS, -100), None, 1, -100]))  # nothing is counted: nan
+    return cases
+
+
+def loss_cases() -> list[tuple[str, list[Any]]]:
+    cases: list[tuple[str, list[Any]]] = []
+    a, b = rand(4, 6) * 2, rand(4, 6) + 0.3
+    for r in (0, 1, 2):
+        g = rand(4, 6) if r == 0 else torch.tensor(0.7, dtype=F64)
+        cases += [("aten.mse_loss", [a, b, r]), ("aten.mse_loss_backward", [g, a, b, r])]
+        for beta in (0.5, 1.0):
+            cases += [("aten.smooth_l1_loss", [a, b, r, beta]), ("aten.smooth_l1_loss_backward", [g, a, b, r, beta])]
+            cases += [("aten.huber_loss", [a, b, r, beta]), ("aten.huber_loss_backward", [g, a, b, r, beta])]
+        for weight in (None, UNIT + 1):
+            x, t = UNIT.clone(), torch.sigmoid(b)
+            x[0, 0], x[1, 1] = 0, 1
+            cases.append(("aten.binary_cross_entropy", [x, t, weight, r]))
+            cases.append(("aten.binary_cross_entropy_backward", [g, UNIT, t, weight, r]))
+    cases += [("aten.mse_loss", [a, b]), ("aten.mse_loss", [a, b[:1]])]
+    return cases
+
+
+CASES: list[tuple[str, list[Any]] | tuple[str, list[Any], dict[str, Any]]] = [
+    ("aten.addmm", [rand(6), rand(4, 3), rand(3, 6)]),
+    ("aten.addmm", [X, rand(4, 3), rand(3, 6)], {"beta": 0.5, "alpha": -2}),
+    ("aten.addmm", [X * torch.nan, rand(4, 3), rand(3, 6)], {"beta": 0}),
+    ("aten.baddbmm", [rand(2, 1, 6), rand(2, 4, 3), rand(2, 3, 6)], {"alpha": 0.3}),
+    ("aten.linear", [rand(2, 4, 3), rand(6, 3), rand(6)]),
+    ("aten.linear", [rand(3), rand(6, 3)]),
+    ("aten.mv", [X, rand(6)]),
+    ("aten.dot", [rand(6), rand(6) * 2]),
+    ("aten.sum", [X]),
+    ("aten.sum.dim_IntList", [X, [-1], True]),
+    ("aten.sum.dim_IntList", [X > 0, [0]]),
+    ("aten.sum.dim_IntList", [X, None]),
+    ("aten.amax", [X, [0, -1]]),
+    ("aten.max", [X]),
+    ("aten.min", [X]),
+    ("aten.amin", [X, [1], True]),
+    ("aten.mean", [X]),
+    ("aten.mean.dim", [X, [-1], True]),
+    ("aten.mean.dim", [X.float(), [0]], {"dtype": F64}),
+    ("aten.mean.dim", [rand(2, 3, 4), [0, 2]]),
+    *[(f"aten.{n}", [X, unbiased]) for n in ("var", "std", "var_mean", "std_mean") for unbiased in (True, False)],
+    *[(f"aten.{n}.dim", [X, [1], False, True]) for n in ("var", "std", "var_mean", "std_mean")],
+    *[(f"aten.{n}.correction", [X, [0]], {"correction": c}) for n in ("var", "std", "var_mean", "std_mean") for c in (0, 1, 2.5, 4)],
+    ("aten.var.correction", [X]),
+    *[("aten.linalg_vector_norm", [X, p, dim, keep]) for p in (2, 1, 0, 3.5, float("inf")) for dim, keep in ((None, False), ([1], True))],
+    ("aten.linalg_vector_norm", [X.float()], {"dtype": F64}),
+    ("aten.norm.Scalar", [X, 2]),
+    ("aten.norm.ScalarOpt_dim", [X, 2, [0], True]),
+    ("aten.logsumexp", [X, [1]]),
+    ("aten.logsumexp", [torch.full((2, 3), -torch.inf, dtype=F64), [0], True]),
+    *[(f"aten.{n}", [x, d, False]) for n in ("_softmax", "_log_softmax") for x in (X, MASKED) for d in (0, -1)],
+    ("aten._softmax", [torch.tensor(2.0, dtype=F64), 0, False]),
+    *[(f"aten.{n}_backward_data", [X * 2, f(rand(4, 6), -1), -1, F64]) for n, f in (("_softmax", torch.softmax), ("_log_softmax", torch.log_softmax))],
+    ("aten._safe_softmax", [torch.cat([MASKED, torch.full((1, 6), -torch.inf, dtype=F64)]), -1]),
+    ("aten._safe_softmax", [X.float(), -1, F64]),
+    *nll_cases(),
+    *loss_cases(),
+    *norm_cases(),
+    ("aten.embedding", [X, torch.tensor([[1, 3], [0, 0]]), 0]),
+    ("aten.embedding_dense_backward", [rand(2, 2, 5), torch.tensor([[1, 3], [0, 0]]), 4, 0, False]),
+    ("aten.embedding_dense_backward", [rand(2, 2, 5), torch.tensor([[1, 3], [0, 0]]), 4, -1, False]),
+    ("aten.glu", [X, 0]),
+    ("aten.glu_backward", [rand(4, 3), X, -1]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_decomposition_in_float64(case: Any) -> None:
+    check(*case)
+
+
+def test_every_decomposition_has_a_case() -> None:
+    assert set(DECOMPOSITIONS) - {c[0] for c in CASES} == {"aten.l1_loss"}  # PyTorch takes it apart itself
+
+
+LOW = (
+    "aten.native_layer_norm", "aten.native_layer_norm_backward", "aten._log_softmax", "aten._softmax", "aten.mean.dim",
+    "aten._log_softmax_backward_data", "aten._softmax_backward_data", "aten.logsumexp", "aten.linalg_vector_norm", "aten.var.correction",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] in LOW and len(c) == 2 or c[0] == "aten._softmax"], ids=lambda case: case[0])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_lower_precision(case: Any, dtype: torch.dtype) -> None:
+    """The same steps in the same dtypes: float32 to rounding, bfloat16 to one unit in the last place."""
+
+    def lower(a: Any) -> Any:
+        return a.to(dtype) if isinstance(a, Tensor) and a.dtype is F64 else dtype if a is F64 else a
+
+    check(case[0], [lower(a) for a in case[1]], tolerance=2e-6 if dtype is F32 else 2**-7)

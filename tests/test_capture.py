@@ -1,0 +1,220 @@
+"""Captured programs against the user's own eager module, loss and optimizer: several steps, two batches, float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseed.capture import BatchError, Captured, CaptureError, capture, eager_reference
+from deepseed.ir.text import parse
+from deepseed.ops import evaluate
+
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)
+
+
+class Runner:
+    """Feeds a captured program step after step, as a runtime does."""
+
+    def __init__(self, c: Captured) -> None:
+        assert parse(str(c.program)) == c.program
+        self.c = c
+        self.values: dict[tuple[str, str], Tensor] = {("param", k): p.detach().clone() for k, p in c.parameters.items()}
+        self.values |= {("buffer", k): b.clone() for k, b in c.buffers.items()}
+        self.values |= {("constant", k): v for k, v in c.constants.items()}
+        for key, slot in c.state.items():
+            dtype = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}[slot.type.dtype]
+            start = torch.full(slot.type.shape, slot.fill, dtype=dtype)
+            self.values["state", key] = slot.existing.clone() if slot.existing is not None else start
+        self.step = 0
+
+    def __call__(self, batch: Any) -> dict[tuple[str, str], Tensor]:
+        given = dict(self.values)
+        given |= {("batch", k): t for k, t in self.c.batch.flatten(batch).items()}
+        given |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in self.c.hyper.items()}
+        given["rng", "rng"] = torch.tensor([self.c.seed, self.step])
+        found = evaluate(self.c.program, {i.name: given[i.role, i.key] for i in self.c.program.inputs})
+        out = {(o.role, o.key): found[o.ref.name] for o in self.c.program.outputs}
+        self.values |= {k: v for k, v in out.items() if k[0] in ("param", "buffer", "state")}
+        self.step += 1
+        return out
+
+
+def close(a: Tensor, b: Tensor, scale: float | None = None, tol: float = 1e-12) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+    if a.is_floating_point():
+        size = max(scale or 0.0, float(b.abs().max()) if b.numel() else 0.0, 1e-30)
+        assert float((a - b).abs().max() if b.numel() else 0.0) <= tol * size
+    else:
+        assert torch.equal(a, b)
+
+
+def loss_of(model: nn.Module, batch: Any, loss_fn: Any) -> Tensor:
+    return loss_fn(model, batch) if loss_fn is not None else model(**batch).loss
+
+
+def check_gradients(model: nn.Module, batches: list[Any], loss_fn: Any = None, tol: float = 1e-12, **options: Any) -> Captured:
+    """Loss, every gradient and every buffer on each batch, counter-based draws in both."""
+    c = capture(model, batches[0], loss_fn=loss_fn, seed=5, **options)
+    run = Runner(c)
+    eager = copy.deepcopy(model)
+    for n, batch in enumerate(batches):
+        got = run(batch)
+        eager.zero_grad(set_to_none=True)
+        with eager_reference(eager, rng=torch.tensor([5, n])):
+            loss = loss_of(eager, batch, loss_fn)
+            loss.backward()
+        close(got["loss", "loss"], loss.detach().reshape(()), tol=tol)
+        wanted = {k: p.grad for k, p in eager.named_parameters() if p.grad is not None}
+        largest = max(float(g.abs().max()) for g in wanted.values())
+        assert {k for r, k in got if r == "grad"} == set(wanted)
+        for key, g in wanted.items():
+            close(got["grad", key], g, largest, tol)
+        for key, b in eager.named_buffers():
+            close(run.values["buffer", key], b, tol=tol)
+    return c
+
+
+def check_training(
+    model: nn.Module, batches: list[Any], make: Callable[[Any], torch.optim.Optimizer], loss_fn: Any = None, clip: float | None = None, tol: float = 1e-12
+) -> Captured:
+    """Three steps of the compiled step and of the user's loop: loss, norm, parameters, optimizer state."""
+    opt = make(model.parameters())
+    c = capture(model, batches[0], loss_fn=loss_fn, optimizer=opt, clip_grad_norm=clip, seed=3)
+    run = Runner(c)
+    eager = copy.deepcopy(model)
+    theirs = make(eager.parameters())
+    names = {id(p): k for k, p in eager.named_parameters()}
+    for n in range(3):
+        batch = batches[n % len(batches)]
+        for o in (opt, theirs):
+            o.param_groups[0]["lr"] = o.param_groups[0]["lr"] * 0.9
+        got = run(batch)
+        theirs.zero_grad()
+        with eager_reference(eager, rng=torch.tensor([3, n])):
+            loss = loss_of(eager, batch, loss_fn)
+            loss.backward()
+        if clip is not None:
+            close(got["norm", "grad_norm"], torch.nn.utils.clip_grad_norm_(eager.parameters(), clip), tol=tol)
+        theirs.step()
+        close(got["loss", "loss"], loss.detach().reshape(()), tol=tol)
+        for key, p in eager.named_parameters():
+            close(run.values["param", key], p.detach(), tol=tol)
+        for p, state in theirs.state.items():
+            for slot, value in state.items():
+                if isinstance(value, Tensor):
+                    close(run.values["state", f"{slot}/{names[id(p)]}"], value, tol=tol)
+    return c
+
+
+# models -----------------------------------------------------------------------------------------------------------
+
+
+def ids(vocab: int, n: int = 2, shape: tuple[int, int] = (2, 12)) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for _ in range(n):
+        x = torch.randint(0, vocab, shape, generator=generator)
+        out.append({"input_ids": x, "labels": x.clone()})
+    return out
+
+
+def padded(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    for n, batch in enumerate(batches):
+        mask = torch.ones_like(batch["input_ids"])
+        if n:
+            mask[0, 8:] = 0
+            batch["labels"][0, 8:] = -100
+        batch["attention_mask"] = mask
+    return batches
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{**dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32), **options}
+    )
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)).double()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, max_position_embeddings=32)
+    return transformers.BertForMaskedLM(config).double()
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.gelu(self.norm(self.up(x))))
+
+
+def mse(model: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return torch.nn.functional.mse_loss(model(x), y)
+
+
+def pairs(n: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [(torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.randn(5, 4, generator=generator, dtype=torch.float64)) for _ in range(n)]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP().double()
+
+
+@pytest.mark.parametrize(
+    ("make", "mask", "tol"),
+    [(llama, False, 1e-6), (llama, True, 1e-6), (lambda: llama(tie_word_embeddings=True), False, 1e-6), (gpt2, False, 1e-6), (gpt2, True, 1e-6), (bert, True, 1e-12)],
+    ids=["llama", "llama-padded", "llama-tied", "gpt2-dropout", "gpt2-dropout-padded", "bert-dropout"],
+)  # HF causal losses cast logits to float32
+def test_transformers_gradients(make: Any, mask: bool, tol: float) -> None:
+    batches = ids(40)
+    check_gradients(make(), padded(batches) if mask else batches, tol=tol)
+
+
+def test_mlp_gradients() -> None:
+    check_gradients(mlp(), pairs(), mse)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1),
+    "adamw-amsgrad-maximize": lambda ps: torch.optim.AdamW(ps, lr=1e-2, amsgrad=True, maximize=True),
+    "adam": lambda ps: torch.optim.Adam(ps, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-2),
+    "sgd-momentum": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "sgd-nesterov": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True),
+    "sgd-dampening": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, dampening=0.5),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-2, momentum=0.5, centered=True),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2, initial_accumulator_value=0.1),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps),
+    "adamax": lambda ps: torch.optim.Adamax(ps),
+    "nadam": lambda ps: torch.optim.NAdam(ps),
+    "radam": lambda ps: torch.optim.RAdam(ps),
+    "rprop": lambda ps: torch.optim.Rprop(ps),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_over_three_steps(name: str) -> None:
+    check_training(mlp(), pairs(), OPTIMIZERS[name], mse, clip=0.1)
+
+
+def test_llama_adamw_clipped() -> None:
+    c = check_training(llama(), padded(ids(40)), OPTIMIZERS["adamw"], clip=0.5, tol=1e-6)
+    assert {"forward", "backward", "update"} == {op.phase for op in c.program.ops}
+    assert len(c.program.origins) == len(c.parameters)

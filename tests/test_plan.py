@@ -1,0 +1,125 @@
+"""Plans: the words, the canonical form, the mesh of a world size, and what each refusal says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseed.ir.mesh import Mesh
+from deepseed.plan import PRECISIONS, Plan, PlanError, parse_plan
+
+sizes = st.none() | st.integers(1, 64)
+plans = st.builds(Plan, dp=sizes, zero=st.none() | st.integers(0, 3), tp=sizes, precision=st.none() | st.sampled_from(sorted(PRECISIONS)))
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(PlanError) as caught:
+        parse_plan(text)
+    return str(caught.value)
+
+
+@given(plans)
+def test_the_canonical_form_parses_back_to_the_same_plan(plan: Plan) -> None:
+    assert parse_plan(str(plan)) == plan
+    assert str(parse_plan(str(plan))) == str(plan)
+
+
+@given(plans, st.randoms())
+def test_order_case_and_blanks_do_not_matter(plan: Plan, random: object) -> None:
+    words = str(plan).split("+")
+    random.shuffle(words)  # type: ignore[attr-defined]
+    assert parse_plan(" + ".join(words).upper()) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "axes"),
+    [
+        ("", None, ()),
+        ("", 4, (("dp", 4),)),
+        ("zero0", None, ()),
+        ("zero1", None, (("dp", 2),)),  # nobody to share with otherwise
+        ("zero3", 8, (("dp", 8),)),
+        ("zero3+tp2", None, (("dp", 2), ("tp", 2))),
+        ("zero3+tp2", 8, (("dp", 4), ("tp", 2))),
+        ("tp4", 4, (("tp", 4),)),
+        ("tp4+dp2", 8, (("dp", 2), ("tp", 4))),
+        ("dp3", 3, (("dp", 3),)),
+        ("dp1+tp1", 1, ()),
+        ("zero2", 1, ()),
+    ],
+)
+def test_mesh(text: str, world_size: int | None, axes: tuple[tuple[str, int], ...]) -> None:
+    assert parse_plan(text).mesh(world_size) == Mesh(axes)
+
+
+@given(plans, st.integers(1, 64))
+def test_a_mesh_has_exactly_the_ranks_of_the_world_and_every_advice_works(plan: Plan, world_size: int) -> None:
+    try:
+        assert plan.mesh(world_size).ranks == world_size
+    except PlanError as error:
+        found = re.search(r'use plan "([^"]+)", or start (\d+) ranks', str(error))
+        assert found is not None and str(world_size) in str(error)
+        nearest = parse_plan(found[1])
+        assert nearest.mesh(world_size).ranks == world_size
+        assert (nearest.stage, nearest.precision) == (plan.stage, plan.precision)
+        assert plan.mesh(int(found[2])).ranks == int(found[2])
+
+
+def test_a_world_that_tp_does_not_divide_is_refused_with_both_numbers() -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan("zero3+tp4").mesh(6)
+    assert str(caught.value) == (
+        "plan zero3+tp4: tp4 splits each weight over 4 ranks, but the world size 6 is not a multiple of 4 (6 = 4 * 1 + 2)\n"
+        '  fix: use plan "zero3+tp2", or start 8 ranks'
+    )
+
+
+def test_a_world_of_another_size_is_refused_with_both_numbers() -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan("dp2+tp2").mesh(8)
+    assert str(caught.value) == 'plan dp2+tp2 is for dp2 x tp2 = 4 ranks, but the world size is 8\n  fix: use plan "dp4+tp2", or start 4 ranks'
+    with pytest.raises(PlanError, match="world size 0"):
+        parse_plan("").mesh(0)
+
+
+def test_zero_alone_says_that_it_does_nothing() -> None:
+    assert parse_plan("zero2+tp2").resolve(2).notes == ("zero2 does nothing with dp1: no other data-parallel rank to share the state with",)
+    assert parse_plan("zero2").resolve(2).notes == ()
+    assert "dp2" in parse_plan("zero1").notes[0]
+    assert parse_plan("zero0").resolve(1).notes == parse_plan("tp2").notes == ()
+
+
+def test_precision() -> None:
+    assert [parse_plan(word).dtype for word in ("bf16", "fp16", "fp32", "fp64", "zero1")] == ["bf16", "f16", "f32", "f64", None]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["sp2", "pp4", "ep8", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
+)  # fmt: skip
+def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
+    message = refusal(f"zero3+{word}")
+    assert message.startswith(f"not yet supported by this version: {word.lower()} (") and "; use " in message
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [("tpp4", "tp4"), ("zer3", "zero3"), ("bf61", "bf16"), ("bfloat16", "bf16"), ("zero", "zero3"), ("ddp", "zero0"), ("fsdp", "zero3"), ("tp", "tp2")],
+)
+def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
+    message = refusal(f"dp2+{word}")
+    assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, tpN, bf16, fp16, fp32, fp64" in message
+
+
+def test_other_refusals() -> None:
+    assert "ZeRO has the stages 0, 1, 2 and 3" in refusal("zero4")
+    assert "did you mean" not in refusal("qqqqqq")
+    assert "says zero1 and zero3" in refusal("zero1+zero3")
+    assert "says bf16 and fp32" in refusal("bf16+fp32")
+    assert "tp0 asks for 0 ranks" in refusal("tp0")
+    assert "empty word" in refusal("zero1++tp2")
+    assert "unknown word 'tp-2'" in refusal("tp-2")
