@@ -1,1 +1,25 @@
+"""DeepSeed: distributed training and inference of large models, as a compiler.
 
+    step = deepseed.compile(model, plan="zero3+tp2", optimizer=torch.optim.AdamW(model.parameters(), lr=3e-4))
+    loss = step(batch)
+
+Names are looked up when first used, so that ``import deepseed.ir`` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseed.api import compile as compile
+    from deepseed.plan import parse_plan as parse_plan
+
+__version__ = "0.1.0"
+_WHERE = {"compile": "deepseed.api", "parse_plan": "deepseed.plan"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'deepseed' has no attribute {name!r}")

@@ -13,6 +13,7 @@ from typing import Any
 from deepseed.check.instances import check_instances
 from deepseed.check.typing import check_types
 from deepseed.ir.contract import Pass
+from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.verify import verify
@@ -24,6 +25,7 @@ from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.solve_placements import solve_placements
 
 PIPELINE: tuple[Pass, ...] = (canonicalize, solve_placements, insert_reshards, lower_reshards, group_kernels, localize)
+SHARED, EACH_RANK = PIPELINE[:-1], PIPELINE[-1:]  # rank 0 runs the first part for all; the last one knows a coordinate
 BY_NAME: Mapping[str, Pass] = {p.name: p for p in PIPELINE}
 
 
@@ -42,9 +44,11 @@ class CheckError(ValueError):
     """A check that failed after a pass: names the pass; the cause names node, module path, layouts and numbers."""
 
 
-def arguments(mesh: Mesh, zero: int, coordinate: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def arguments(
+    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None
+) -> dict[str, dict[str, Any]]:
     """What a plan means, pass by pass."""
-    return {"solve_placements": {"mesh": mesh, "zero": zero}, "localize": {"coordinate": coordinate}}
+    return {"solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}}, "localize": {"coordinate": coordinate}}
 
 
 def run(

@@ -176,3 +176,13 @@ def _suggest(word: str) -> str:
     candidates = [k.replace("N", number or "2") for k in KNOWN]
     near = get_close_matches(word, candidates, n=1, cutoff=0.5)
     return f": did you mean {near[0]}?" if near else ""
+
+
+def with_dtype(plan: Plan, dtype: str) -> Plan:
+    """``plan`` computing in ``dtype`` (a precision word, or torch's name: ``"bfloat16"``). Raises PlanError where the plan says another."""
+    word = SPELLINGS.get(dtype, dtype)
+    if word not in PRECISIONS:
+        raise PlanError(f"unknown dtype {dtype!r}\n  fix: one of {', '.join(PRECISIONS)}")
+    if plan.precision not in (None, word):
+        raise PlanError(f"plan {plan} computes in {plan.precision}, dtype= says {word}\n  fix: say it once")
+    return replace(plan, precision=word)

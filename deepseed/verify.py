@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
-from deepseed.compile import TrainStep
+from deepseed.api import TrainStep
 
 LOSS_TOLERANCE = 1e-12
 TOLERANCE = 1e-10  # gradients and parameters, relative to the largest of the model: rounding of ~1e3 float64 additions
@@ -114,14 +114,14 @@ def _eager(
     grads: list[dict[str, Tensor]] = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad()
-        with eager_reference(model, seed=seed, step=number, widen=True):
+        with eager_reference(model, rng=torch.tensor([seed, number]), widen=True):
             loss = _loss(model, batch, loss_fn)
             loss.backward()  # type: ignore[no-untyped-call]
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, grads
 
 
@@ -129,7 +129,8 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor] | None) -
     if loss_fn is not None:
         return loss_fn(model, batch)
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    return out.loss if hasattr(out, "loss") else out["loss"] if isinstance(out, Mapping) else out
+    loss: Tensor = out.loss if hasattr(out, "loss") else out["loss"] if isinstance(out, Mapping) else out
+    return loss
 
 
 def _compare(have: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[float, str]:

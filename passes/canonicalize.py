@@ -41,6 +41,7 @@ class _Canonicalizer:
     def __init__(self, p: Program) -> None:
         self.out = Builder(p)
         self.equal: dict[str, Ref] = {}  # a value that is gone -> the one that stands for it
+        self.written: dict[str, Ref] = {}  # a buffer -> its new value, for whoever reads it from here on
         self.producers: dict[str, Op] = {}
         self.seen: dict[tuple[object, ...], Op] = {}
 
@@ -51,7 +52,7 @@ class _Canonicalizer:
         if functional is not None:
             self.put(functional)
             for buffer, new in zip(op.refs[-2:], functional.results[len(op.results) :], strict=False):
-                self.equal[buffer.name] = Ref(new)  # whoever reads the buffer from here on reads the new one
+                self.written[buffer.name] = Ref(new)
         elif not self._replace(op, SIMPLIFICATIONS) and not self._replace(op, DECOMPOSITIONS):
             self._emit(op)
 
@@ -86,13 +87,23 @@ class _Canonicalizer:
         self.producers.update(dict.fromkeys(op.results, op))
 
     def current(self, ref: Ref) -> Ref:
+        ref = self.same(ref)
+        while ref.name in self.written:
+            ref = self.same(self.written[ref.name])
+        return ref
+
+    def same(self, ref: Ref) -> Ref:
         while ref.name in self.equal:
             ref = self.equal[ref.name]
         return ref
 
     def program(self) -> Program:
         outputs = [Output(self.current(o.ref), o.role, o.key) for o in self.out.base.outputs]
-        self.out.origins = {key: op.map_refs(self.current) for key, op in self.out.origins.items()}
+        returned = {(o.role, o.key) for o in outputs}
+        for i in self.out.base.inputs:
+            if i.name in self.written and (i.role, i.key) not in returned:
+                outputs.append(Output(self.current(Ref(i.name)), i.role, i.key))
+        self.out.origins = {key: op.map_refs(self.same) for key, op in self.out.origins.items()}
         return self.out.program(outputs=outputs)
 
 

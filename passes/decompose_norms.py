@@ -120,35 +120,36 @@ def group_norm_backward(g: Group) -> Results:
 # over the batch -----------------------------------------------------------------------------------------------------
 
 
-def batch_norm(training: int | bool, momentum: int, running: bool = True, reserve: bool = False) -> Decomposition:
-    """Positions of ``training`` (or its value) and of momentum (eps follows). Results: out, mean, rstd, [reserve], new running
-    mean and variance where the op returns them: the running variance is the unbiased one."""
+def batch_norm(training: int | bool, momentum: int, running: bool = True) -> Decomposition:
+    """Positions of ``training`` (or its value) and of momentum (eps follows). Results: out, mean, rstd, then what the op has of:
+    reserve (bytes for its backward), new running mean and variance (the unbiased one)."""
 
     def decompose(g: Group) -> Results:
         x, weight, bias = g.wide(g.ref(0)), g.optional(1), g.optional(2)
-        old = [g.optional(3), g.optional(4)] if running else [None, None]
-        train = training if isinstance(training, bool) else bool(g.arg(training))
+        old = (g.ref(3), g.ref(4)) if running else ()
         factor, eps = g.number(momentum), g.number(momentum + 1)
         dims, row = _channels(g, x)
-        if not train:
-            assert old[0] is not None and old[1] is not None
-            mean, variance = (g.reshape(g.cast(v, g.dtype(x)), row) for v in old if v is not None)
-            rstd = g.rsqrt(g.add(variance, eps))
-            out = _affine(g, g.mul(g.sub(x, mean), rstd), weight, bias, row)
-            empty = [g.full(t.shape, 0, t.dtype) if 0 in t.shape else v for t, v in zip(g.op.types[1:3], (mean, rstd), strict=True)]
-            return _finish(g, (out, *empty, *([g.full(g.op.types[3].shape, 0, g.op.types[3].dtype)] if reserve else []), *old))
-        mean, centred, variance = moments(g, x, dims)
+        if training if isinstance(training, bool) else g.arg(training):
+            mean, centred, variance = moments(g, x, dims)
+            n = g.numel(x, dims)
+            unbiased = n / (n - 1) if n > 1 else float("inf")
+            new = [_running(g, o, b, factor, s) for o, b, s in zip(old, (mean, variance), (1.0, unbiased), strict=False)]
+        else:
+            mean, variance = (g.reshape(g.cast(v, g.dtype(x)), row) for v in old)
+            centred, new = g.sub(x, mean), list(old)
         rstd = g.rsqrt(g.add(variance, eps))
         out = _affine(g, g.mul(centred, rstd), weight, bias, row)
-        n = g.numel(x, dims)
-        new: list[Ref | None] = []
-        for before, now, scale in zip(old, (mean, variance), (1.0, n / (n - 1) if n > 1 else float("inf")), strict=True):
-            if before is not None:
-                batch = g.reshape(g.mul(now, factor * scale), g.shape(before))
-                new.append(g.cast(g.add(g.mul(g.cast(before, g.dtype(batch)), 1 - factor), batch), g.dtype(before)))
-        return _finish(g, (out, mean, rstd, *([g.full(g.op.types[3].shape, 0, g.op.types[3].dtype)] if reserve else []), *new))
+        types = g.op.types
+        saved = [g.full(t.shape, 0, t.dtype) if t.shape == (0,) else v for t, v in zip(types[1:3], (mean, rstd), strict=True)]
+        reserve = [g.full(t.shape, 0, t.dtype) for t in types[3:4] if len(types) == 6]
+        return _finish(g, (out, *saved, *reserve, *(new if len(types) > 3 else ())))
 
     return decompose
+
+
+def _running(g: Group, old: Ref, batch: Ref, factor: float, scale: float) -> Ref:
+    """(1 - factor) * old + factor * scale * batch"""
+    return g.add(g.mul(g.cast(old, g.dtype(batch)), 1 - factor), g.reshape(g.mul(batch, factor * scale), g.shape(old)))
 
 
 def batch_norm_backward(g: Group) -> Results:
@@ -187,7 +188,7 @@ NORMS: dict[str, Decomposition] = {
     "aten._native_batch_norm_legit_functional": batch_norm(5, 6),
     "aten._native_batch_norm_legit_no_training": batch_norm(False, 5),
     "aten._native_batch_norm_legit.no_stats": batch_norm(3, 4, running=False),
-    "aten._batch_norm_with_update_functional": batch_norm(True, 5, reserve=True),
+    "aten._batch_norm_with_update_functional": batch_norm(True, 5),
     "aten.native_batch_norm_backward": batch_norm_backward,
     "aten.batch_norm_backward": batch_norm_backward,
 }

@@ -143,7 +143,7 @@ class Group:
         return self.cast(x, wide(self.dtype(x)))
 
     def full(self, shape: Sequence[int], value: Number, dtype: str) -> Ref:
-        return self.emit("full", (), dtype, shape, value=value)
+        return self.emit("full", (), dtype, shape, value=float(value) if is_float(dtype) else value)
 
     def reshape(self, x: Ref, shape: Sequence[int]) -> Ref:
         return x if self.shape(x) == tuple(shape) else self.emit("reshape", (x,), self.dtype(x), shape)

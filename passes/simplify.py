@@ -144,6 +144,16 @@ def sub(g: Group) -> Results:
     return _neutral(g, 0, 0.0)
 
 
+def both(g: Group) -> Results:
+    """x and true; the operands are bool."""
+    return _neutral(g, 0, 1.0) or _neutral(g, 1, 1.0) if g.op.type.dtype == "bool" else None
+
+
+def either(g: Group) -> Results:
+    """x or false; the operands are bool."""
+    return _neutral(g, 0, 0.0) or _neutral(g, 1, 0.0) if g.op.type.dtype == "bool" else None
+
+
 def where(g: Group) -> Results:
     a, b = g.op.args[1:3]
     if a != b or not isinstance(a, Ref):
@@ -289,6 +299,10 @@ SIMPLIFICATIONS: dict[str, Decomposition] = {
     "aten.div.Scalar": div,
     "aten.add.Tensor": add,
     "aten.sub.Tensor": sub,
+    "aten.bitwise_and.Tensor": both,
+    "aten.logical_and": both,
+    "aten.bitwise_or.Tensor": either,
+    "aten.logical_or": either,
     "aten.where.self": where,
     "aten.index.Tensor": index,
 }

@@ -8,7 +8,7 @@ allows comes from its rule, what a reshard costs from deepseed.cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deepseed import cost
@@ -27,7 +27,7 @@ Moves = Callable[[Type, Item, Item], Move]  # type of a value, its producer, its
 
 
 @program_pass(requires={"canonical"}, provides={"placed"})
-def solve_placements(p: Program, mesh: Mesh, zero: int = 0) -> Program:
+def solve_placements(p: Program, mesh: Mesh, zero: int = 0, stored: Mapping[tuple[str, str], Layout] | None = None) -> Program:
     """Give every value a layout, and mark each use that wants another one.
 
     before: mesh(dp=2)
@@ -39,7 +39,7 @@ def solve_placements(p: Program, mesh: Mesh, zero: int = 0) -> Program:
         %x : f32[8@dp, 32] batch "x"
         %y = aten.mm(%x, %w as [32, 64]) : f32[8@dp, 64] {phase="forward"}
     """
-    return Placement(replace(p, mesh=mesh), zero).run()
+    return Placement(replace(p, mesh=mesh), zero, stored or {}).run()
 
 
 @dataclass
@@ -50,13 +50,17 @@ class AxisReport:
     part: str
     classes: int
     solution: Solution
+    choices: Sequence[Choice] = ()  # so that a decision can be questioned: see deepseed.why
+    flows: Sequence[Flow] = ()
+    class_of: Sequence[int] = ()  # of each item
 
 
 class Placement:
     """The layouts chosen so far, per node: of its operands (as wanted) and of its results."""
 
-    def __init__(self, p: Program, zero: int) -> None:
+    def __init__(self, p: Program, zero: int, pinned: Mapping[tuple[str, str], Layout] | None = None) -> None:
         self.p, self.zero = p, zero
+        self.pinned = pinned or {}  # where an earlier program stored an input, by role and key
         self.items: list[Item] = [*p.inputs, *p.ops, *p.outputs]
         self.where = {name: (i, r) for i, item in enumerate(self.items) for r, name in enumerate(_results(item))}
         self.refs = [_refs(item) for item in self.items]
@@ -113,8 +117,9 @@ class Placement:
         n = self.p.mesh.size(axis)
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
-            if isinstance(item, Input) and item.role not in ("param", "state"):
-                return [_same(None)]
+            if isinstance(item, Input):
+                pinned = self._pinned(item, axis)
+                return pinned if pinned is not None or item.role in ("param", "state") else [_same(None)]
             if isinstance(item, Output):
                 return self._shown(i, axis) if item.role == "output" else [_same(None)]
             return None
@@ -137,7 +142,7 @@ class Placement:
 
             return move
 
-        self._solve(axis, "model", pins, moves, self._work)
+        self._solve(axis, "model", pins, moves, self._use)
 
     def _storage(self, axis: str) -> None:
         """Where parameters and optimizer state live, and the update's own layouts; forward and backward are settled."""
@@ -147,6 +152,8 @@ class Placement:
             if isinstance(item, Input):
                 if item.role not in ("param", "state"):
                     return self._settled(i, axis)
+                if (pinned := self._pinned(item, axis)) is not None:
+                    return pinned
                 split = self.zero >= 3 or (self.zero >= 1 and item.role == "state")
                 options = [_same(e) for e in self._stored_elements(item, axis)]
                 return options if split and options else [_same(None)]
@@ -184,7 +191,7 @@ class Placement:
             choices.append(Choice(found, [price - min(prices) for price in prices], len(nodes)))  # only differences count
         flows = self._flows(classes, moves)
         solution = solve(choices, flows)
-        self.reports.append(AxisReport(axis, part, len(choices), solution))
+        self.reports.append(AxisReport(axis, part, len(choices), solution, choices, flows, classes))
         for i in range(len(self.items)):
             s = choices[classes[i]].strategies[solution.picks[classes[i]]]
             if len(s.operands) == len(self.wants[i]):
@@ -211,7 +218,7 @@ class Placement:
         item = self.items[i]
         settled = (tuple(self.wants[i]), tuple(self.has[i]))
         if isinstance(item, Input):
-            return ("input", item.role, item.key if item.role == "batch" else "", item.type, settled)
+            return ("input", item.role, item.key if item.role == "batch" else "", item.type, settled, self.pinned.get((item.role, item.key)))
         if isinstance(item, Output):
             return ("output", item.role, settled, part)
         plain = item.map_refs(lambda r: None)
@@ -270,6 +277,10 @@ class Placement:
                     found.append(split)
         return found
 
+    def _pinned(self, item: Input, axis: str) -> Sequence[Strategy] | None:
+        layout = self.pinned.get((item.role, item.key))
+        return None if layout is None else [_same(layout.on(axis))]
+
     def _settled(self, i: int, axis: str) -> list[Strategy]:
         results = tuple(lay.on(axis) for lay in self.has[i])
         wants = results if isinstance(self.items[i], Input) else tuple(lay.on(axis) for lay in self.wants[i])
@@ -284,22 +295,24 @@ class Placement:
         found = {s.results[result] for s in self._strategies(source, axis)}
         return [_same(None), *(_same(e) for e in sorted(e for e in found if isinstance(e, Split)))]
 
+    def _use(self, i: int, s: Strategy) -> float:
+        """``_work``, and the price of a weight left whole: that is data parallelism by another name."""
+        item, price = self.items[i], self._work(i, s)
+        if isinstance(item, Op) and (item.target == "embedding" or cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])):
+            price += sum(
+                cost.WHOLE_WEIGHT * self.p.types[r.name].nbytes for r, e in zip(self.refs[i], s.operands, strict=True) if r.name in self.weights and e is None
+            )
+        return price
+
     def _work(self, i: int, s: Strategy) -> float:
         """Undivided compute, in bytes that could have been sent instead: matmul flops one for one, others a little."""
         item = self.items[i]
         if not isinstance(item, Op):
             return 0.0
         divided = any(isinstance(e, Split) for e in (*s.operands, *s.results))
-        price = 0.0 if divided else 1e-3 * sum(t.nbytes for t in item.types)
-        operands = [self.p.types[r.name] for r in self.refs[i]]
-        flops = cost.flops(item, operands)
-        if not divided:
-            price += flops
-        if flops or item.target == "embedding":  # a weight left whole is data parallelism by another name
-            for ref, t, e in zip(self.refs[i], operands, s.operands, strict=True):
-                if ref.name in self.weights and e is None:
-                    price += cost.WHOLE_WEIGHT * t.nbytes
-        return price
+        if divided:
+            return 0.0
+        return 1e-3 * sum(t.nbytes for t in item.types) + cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
 
     def _upkeep(self, i: int, s: Strategy) -> float:
         """An update that every rank repeats, a little; between equals, the first dimension, whole: its shards are contiguous."""
@@ -377,7 +390,7 @@ def _priced(move: Move, size: int, n: int) -> Move:
 
     def priced(p: Element, w: Element) -> float | None:
         found = move(p, w)
-        return found if found is not None else 1000.0 * cost.reshard(p, w, size, n) + 1e6 if w is None else None
+        return found if found is not None else 1000.0 * (cost.reshard(p, w, size, n) or 0.0) + 1e6 if w is None else None
 
     return priced
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepseed.capture import BatchError, Captured, CaptureError, capture, eager_reference
+from deepseed.capture import Captured, capture, eager_reference
 from deepseed.ir.text import parse
 from deepseed.ops import evaluate
 
@@ -93,7 +93,7 @@ def check_training(
     for n in range(3):
         batch = batches[n % len(batches)]
         for o in (opt, theirs):
-            o.param_groups[0]["lr"] = o.param_groups[0]["lr"] * 0.9
+            o.param_groups[0]["lr"] *= 0.9 if n else 1.0
         got = run(batch)
         theirs.zero_grad()
         with eager_reference(eager, rng=torch.tensor([3, n])):
@@ -218,3 +218,156 @@ def test_llama_adamw_clipped() -> None:
     c = check_training(llama(), padded(ids(40)), OPTIMIZERS["adamw"], clip=0.5, tol=1e-6)
     assert {"forward", "backward", "update"} == {op.phase for op in c.program.ops}
     assert len(c.program.origins) == len(c.parameters)
+    assert all(op.path and op.line for op in c.program.ops if op.phase == "forward" and op.path.startswith("model"))
+
+
+def test_float32_loss_is_bitwise_eager() -> None:
+    for model, batches, fn in ((mlp().float(), [tuple(t.float() for t in b) for b in pairs()], mse), (llama().float(), padded(ids(40)), None)):
+        run = Runner(capture(model, batches[0], loss_fn=fn))
+        for batch in batches:
+            got = run(batch)
+            model.zero_grad()
+            loss = loss_of(model, batch, fn)
+            loss.backward()
+            assert torch.equal(got["loss", "loss"], loss.detach())
+            for key, p in model.named_parameters():
+                close(got["grad", key], p.grad, tol=1e-5)  # type: ignore[arg-type]
+
+
+def test_resumed_optimizer_state_is_the_start() -> None:
+    for make in (OPTIMIZERS["adamw"], OPTIMIZERS["sgd-momentum"], OPTIMIZERS["sgd-dampening"]):
+        model = mlp()
+        opt = make(model.parameters())
+        for batch in pairs():
+            opt.zero_grad()
+            mse(model, batch).backward()
+            opt.step()
+        run = Runner(capture(model, pairs()[0], loss_fn=mse, optimizer=opt))
+        run(pairs()[1])
+        opt.zero_grad()
+        mse(model, pairs()[1]).backward()
+        opt.step()
+        for key, p in model.named_parameters():
+            close(run.values["param", key], p.detach())
+
+
+def test_parameter_groups_schedulers_and_unused_parameters() -> None:
+    model = mlp()
+    model.spare = nn.Linear(2, 2).double()  # type: ignore[assignment]
+    model.down.bias.requires_grad_(False)  # type: ignore[union-attr]
+    eager = copy.deepcopy(model)
+
+    def make(m: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        named = [(n, p) for n, p in m.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for n, p in named if "weight" in n], "weight_decay": 0.2}, {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0, "lr": 3e-2}]
+        o = torch.optim.AdamW(groups, lr=1e-2)
+        return o, torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3)
+
+    (opt, schedule), (theirs, its) = make(model), make(eager)
+    c = capture(model, pairs()[0], loss_fn=mse, optimizer=opt, grads=True)
+    assert c.unused == ("spare.weight", "spare.bias") and set(c.hyper) == {"lr/0", "lr/1"} and c.options["weight_decay/0"] == 0.2
+    run = Runner(c)
+    for batch in pairs(3):
+        got = run(batch)
+        mse(eager, batch).backward()
+        close(got["grad", "up.weight"], eager.up.weight.grad)  # type: ignore[union-attr, arg-type]
+        theirs.step()
+        theirs.zero_grad()
+        opt._opt_called = True
+        schedule.step()
+        its.step()
+    for key, p in eager.named_parameters():
+        close(run.values["param", key], p.detach())
+
+
+class Norms(nn.Module):
+    """Batch norm's running statistics, convolution, embedding with padding, a frozen weight, a module called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6, padding_idx=0)
+        self.conv, self.bn = nn.Conv1d(6, 5, 3, padding=1), nn.BatchNorm1d(5)
+        self.twice, self.drop = nn.Linear(5, 5), nn.Dropout(0.3)
+        self.twice.bias.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.bn(self.conv(self.embed(x).transpose(1, 2))).transpose(1, 2)
+        h = self.drop(self.twice(self.drop(torch.relu(self.twice(h)))))
+        h[:, 0] = h[:, 1] * 2
+        h = torch.cat([torch.stack(h.chunk(2, dim=1)[0].unbind(1), 1), h[..., 1:].roll(1, 1).repeat(1, 1, 2)[..., :5]], 1)
+        return h.flatten(1).logsumexp(-1).mean()
+
+
+def test_buffers_shared_calls_views_and_mutation() -> None:
+    torch.manual_seed(0)
+    batches = [{"x": torch.randint(0, 7, (3, 8), generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    c = check_gradients(Norms().double(), batches, lambda model, batch: model(batch["x"]))
+    sites = [op.kw("site") for op in c.program.ops if op.target == "bernoulli"]
+    assert sites == ["drop/0", "drop#2/0"]
+    assert {"twice", "twice#2"} <= {op.path for op in c.program.ops}
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_checkpointed_draws_repeat(make: Any) -> None:
+    model = make()
+    model.gradient_checkpointing_enable()
+    model.train()
+    c = check_gradients(model, ids(40), tol=1e-6)
+    sites = [op.kw("site") for op in c.program.ops if op.target == "bernoulli"]
+    assert len(set(sites)) < len(sites) if sites else make is llama
+
+
+def test_functional_transforms_in_the_loss() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        x, _ = batch
+        slope = torch.func.vmap(torch.func.grad(lambda row: model(row[None]).sum()))(x)  # type: ignore[attr-defined]
+        return mse(model, batch) + 0.1 * slope.pow(2).mean()
+
+    check_gradients(mlp(), pairs(), loss)
+
+
+def test_exported_program_as_a_model() -> None:
+    model = mlp()
+    exported = torch.export.export(model, (pairs()[0][0],))
+    module = exported.module()
+    run = Runner(capture(module, pairs()[0], loss_fn=mse))
+    assert set(run.c.parameters) == {n for n, _ in model.named_parameters()}
+    got = run(pairs()[1])
+    loss = mse(model, pairs()[1])
+    loss.backward()
+    close(got["loss", "loss"], loss.detach())
+    for key, p in model.named_parameters():
+        close(got["grad", key], p.grad)  # type: ignore[arg-type]
+
+
+def test_forward_gives_the_output_in_its_own_form() -> None:
+    model = llama().eval()
+    batch = {"input_ids": ids(40)[0]["input_ids"], "output_hidden_states": True}
+    run = Runner(capture(model, batch, want="forward"))
+    out = run.c.rebuild_output({key: t for (role, key), t in run(batch).items() if role == "output"})
+    with torch.no_grad():
+        want = model(**batch, use_cache=False)
+    assert type(out) is type(want) and len(out.hidden_states) == 3
+    close(out.logits, want.logits)
+    assert model.config.use_cache is True
+
+
+def test_meta_device_gives_the_same_program() -> None:
+    real, batch = llama(), ids(40)[0]
+    with torch.device("meta"):
+        meta = type(real)(real.config).double()
+    make = OPTIMIZERS["adamw"]
+    there = capture(meta, {k: v.to("meta") for k, v in batch.items()}, optimizer=make(meta.parameters()), clip_grad_norm=1.0)
+    here = capture(real, batch, optimizer=make(real.parameters()), clip_grad_norm=1.0)
+    assert str(there.program) == str(here.program)
+
+
+def test_widened_reference_is_float64_throughout() -> None:
+    model, batch = llama(), ids(40)[0]
+    with eager_reference(model, widen=True):
+        loss = model(**batch).loss
+    assert loss.dtype is torch.float64
+    assert abs(float(loss - model(**batch).loss)) < 1e-6
+    assert torch.get_default_dtype() is torch.float32

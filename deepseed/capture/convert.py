@@ -61,7 +61,7 @@ class Emitter:
         types = (types,) if isinstance(types, Type) else tuple(types)
         short = target.split(".")[1] if target.startswith("aten.") else target.split(".")[-1]
         stem = short.strip("_")
-        results = (self.name(stem),)
+        results: tuple[str, ...] = (self.name(stem),)
         for i, t in enumerate(types):
             if i == 0:
                 self.types[results[0]] = t
@@ -122,8 +122,8 @@ def convert(graph: fx.Graph, inputs: Sequence[Arg], outputs: Sequence[Any], emit
             continue
         if phases is not None:
             emit.where, emit.phase = n.meta.get("where", own), phases[n]
-        args = fx.node.map_arg(n.args, env.__getitem__)
-        kwargs = fx.node.map_arg(n.kwargs, env.__getitem__)
+        args: Any = fx.node.map_arg(n.args, lambda a: env[a])  # type: ignore[arg-type, return-value]
+        kwargs: Any = fx.node.map_arg(n.kwargs, lambda a: env[a])  # type: ignore[arg-type, return-value]
         if n.target is operator.getitem:
             env[n] = args[0][args[1]]
             continue

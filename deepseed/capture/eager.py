@@ -22,9 +22,9 @@ from deepseed.capture.random import Draw, draw
 from deepseed.capture.switches import switched
 
 
-class _Eager(TorchDispatchMode):
+class _Eager(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tracker: Tracker, draws: Draw | None, widen: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracker, self.draws, self.widen = tracker, draws, widen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

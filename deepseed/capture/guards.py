@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -55,7 +56,8 @@ class Reader:
         if mode is None or mode.tracer is None:
             raise CaptureError(f"{func} outside a trace")
         tensors = [a for a in args if isinstance(a, Tensor)]
-        slots = [get_proxy_slot(t, mode.tracer, None) for t in tensors]
+        tracer: Any = mode.tracer
+        slots: list[Any] = [get_proxy_slot(t, tracer, None) for t in tensors]
         where = self.tracker.here()
         if any(slot is None for slot in slots):  # a real tensor that the trace never saw: a constant
             if all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
@@ -63,34 +65,33 @@ class Reader:
                     return func(*args)
             raise CaptureError(f"{func} reads a tensor that is not part of the trace", path=where.path, line=where.line)
         nodes = [slot.proxy.node for slot in slots]
-        needed = _closure(nodes, mode.tracer.graph)
-        names = {n: self.sources[i] for i, n in enumerate(n for n in mode.tracer.graph.nodes if n.op == "placeholder")}
+        needed = _closure(nodes, tracer.graph)
+        names = {n: self.sources[i] for i, n in enumerate(n for n in tracer.graph.nodes if n.op == "placeholder")}
         used = [names[n] for n in needed if n.op == "placeholder"]
         random = next((n for n in needed if getattr(n.target, "namespace", "") == "deepseed"), None)
-        bad = [key for role, key in used if role not in ("batch", "constant")]
+        bad = [f"{role} {key!r}" for role, key in used if role != "batch"]
         if bad or random is not None:
+            cause = "random numbers" if random is not None else bad[0]
             raise CaptureError(
-                f"Python reads the value of a tensor that depends on {f'{used[0][0]} {bad[0]!r}' if bad and random is None else 'random numbers' if random is not None else bad[0]}, so the program would differ from step to step",
+                f"Python reads the value of a tensor that depends on {cause}, so the program would differ from step to step",
                 path=where.path, line=where.line, fix="use torch.where (or torch.clamp, multiplication by a mask) in place of the Python branch",
             )  # fmt: skip
-        module, keys = _cut(nodes, needed, names, func, mode.tracer.root)
+        module, keys = _cut(nodes, needed, names, func, tracer.root)
         value = self._evaluate(module, keys, where)
         if keys:
             self.reads.append(Read(module, keys, value, where))
         return value
 
     def _evaluate(self, module: fx.GraphModule, keys: tuple[str, ...], where: Where) -> Any:
-        real: list[Tensor] = []
         for key in keys:
-            t = self.batch.get(key)
-            if t is None or t.is_meta or isinstance(t, torch._subclasses.FakeTensor):
+            t = self.batch[key]
+            if t.is_meta or isinstance(t, FakeTensor):
                 raise CaptureError(
                     f"Python reads a value computed from batch entry {key!r}, and the example batch holds no values there (meta or fake tensor)",
                     path=where.path, line=where.line, fix="capture with a real example batch",
                 )  # fmt: skip
-            real.append(t.detach().cpu().clone())
         with _disable_current_modes(), torch.no_grad():
-            return module(*real).item()
+            return module(*(self.batch[key].detach().cpu().clone() for key in keys)).item()
 
 
 def read_value(func: OpOverload, read: Callable[[OpOverload, tuple[Any, ...]], Any], args: tuple[Any, ...]) -> Any:

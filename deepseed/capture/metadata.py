@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from deepseed.capture.errors import CaptureError
 _OWN = str(Path(__file__).resolve().parent.parent) + "/"
 _TORCH = str(Path(torch.__file__).resolve().parent) + "/"
 _FUNCTORCH = str(Path(torch.__file__).resolve().parent.parent / "functorch") + "/"
+_STEP = _OWN + "capture/step.py"
 _skipped: dict[str, bool] = {}
 
 
@@ -48,16 +50,18 @@ class Call:
 
 
 def source_line() -> str:
-    """``train.py:12``, the innermost frame outside torch and deepseed."""
-    frame = sys._getframe(1)
+    """``train.py:12``, the innermost frame outside torch and deepseed, within the captured step; else empty."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
+        if name == _STEP:
+            return ""
         skip = _skipped.get(name)
         if skip is None:
             skip = _skipped[name] = name.startswith((_OWN, _TORCH, _FUNCTORCH, "<")) or "/contextlib.py" in name
         if not skip:
             return f"{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

@@ -2,12 +2,13 @@
 
 The class's plain loop form is traced with ``lr`` as a float64 scalar input. ``.item()`` of a step count gives the count as a
 float64 tensor, as the eager loop computes with Python doubles, and scalar arguments (``alpha``, ``value``) that turned out to be
-tensors are multiplied in. An optimizer that branches on such a value is tried once more in its ``differentiable`` form.
+tensors are multiplied in. An optimizer that branches on such a value is tried again in its ``capturable`` form, without branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,17 @@ def _scaled(func: Any, word: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     return x.copy_(new) if name.endswith("_") else (kwargs["out"].copy_(new) if "out" in kwargs else new)
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """The flag under which torch.optim skips its device checks and keeps step counts as tensors."""
+    old = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = old
+
+
 def groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Parameter name -> index of its group. Raises CaptureError for parameters that are not the model's."""
     names = {id(p): name for name, p in parameters.items()}
@@ -115,10 +127,10 @@ def trace_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape
     """Trace one class of parameters. Raises CaptureError naming the optimizer and why."""
     slots = discover(optimizer, group, shape, dtype)
     errors: list[Exception] = []
-    for differentiable in (False, True) if "differentiable" in group else (False,):
+    for capturable in (False, True) if "capturable" in group else (False,):
         try:
-            always = _trace(optimizer, group, shape, dtype, slots, list(slots.fill), differentiable)
-            first = _trace(optimizer, group, shape, dtype, slots, [], differentiable) if slots.two_formulas else None
+            always = _trace(optimizer, group, shape, dtype, slots, list(slots.fill), capturable)
+            first = _trace(optimizer, group, shape, dtype, slots, [], capturable) if slots.two_formulas else None
         except Exception as error:
             errors.append(error)
         else:
@@ -132,7 +144,7 @@ def trace_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape
 
 def _trace(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, slots: Slots,
-    given: Sequence[str], differentiable: bool,
+    given: Sequence[str], capturable: bool,
 ) -> Flat:  # fmt: skip
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     names = list(slots.fill)
@@ -146,10 +158,10 @@ def _trace(
         state: dict[str, Any] = {}
         for name, s in zip(names, states, strict=True):
             if name in given:
-                wide = differentiable and slots.scalar[name] and s.is_floating_point()
+                wide = capturable and slots.scalar[name] and s.is_floating_point()
                 state[name] = s.to(torch.float64) if wide else s.clone()
-        one = shadow(optimizer, {**group, "lr": lr}, p, state, differentiable)
-        with torch.no_grad(), _Numbers(lr):
+        one = shadow(optimizer, {**group, "lr": lr}, p, state, capturable)
+        with torch.no_grad(), _compiling() if capturable else _Numbers(lr):
             one.step()
         kept = one.state[p]
         return p, *(_as(kept[n], slots.dtype[n]) for n in names)

@@ -99,7 +99,7 @@ def draw(func: OpOverload, draws: Draw, args: tuple[Any, ...], kwargs: dict[str,
     known = DRAWS.get(func)
     if known is not None:
         return known(draws, *args, **kwargs)
-    if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name():
+    if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in str(func):
         where = draws.tracker.here()
         raise CaptureError(
             f"{func} draws random numbers, and DeepSeed has no counter-based form of it", path=where.path, line=where.line,

@@ -60,12 +60,12 @@ class _Recorder(dict[str, Any]):
         super().__setitem__(name, value)
 
 
-def shadow(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param: Tensor, state: dict[str, Any], differentiable: bool = False) -> Any:
+def shadow(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param: Tensor, state: dict[str, Any], capturable: bool = False) -> Any:
     """An optimizer of the same class with one parameter and the group's options, in its plain loop form."""
     other = object.__new__(type(optimizer))
     other.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
     options = {k: v if isinstance(v, Tensor) else copy.copy(v) for k, v in group.items() if k not in ("params", "param_names")}
-    options.update({k: v for k, v in (("foreach", False), ("fused", False), ("capturable", False), ("differentiable", differentiable)) if k in options})
+    options.update({k: v for k, v in (("foreach", False), ("fused", False), ("capturable", capturable), ("differentiable", False)) if k in options})
     other.defaults = {**optimizer.defaults, **{k: v for k, v in options.items() if k in optimizer.defaults}}
     other.param_groups = [{**options, "params": [param]}]
     other.state = defaultdict(dict)

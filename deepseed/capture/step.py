@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deepseed.capture.batch import DTYPES, BatchSpec, leaves, rebuild, tensors, type_of
+from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Guard, Read, Reader
@@ -22,7 +22,7 @@ from deepseed.capture.state import StateSlot
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import Flat, functional, record
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Output, Program, Ref, Type
+from deepseed.ir.program import Op, Output, Program, Ref, Type
 from deepseed.ir.verify import verify
 
 Want = Literal["step", "loss_and_grads", "forward"]
@@ -103,7 +103,8 @@ def capture(
             outputs.append(Output(v, role, key))
         elif role == "grad" and isinstance(v, Ref) and (grads or want == "loss_and_grads"):
             outputs.append(Output(v, "grad", key))
-    e.phase, e.where, origins = "update", Where(), {}
+    e.phase, e.where = "update", Where()
+    origins: dict[str, Op] = {}
     if clip_grad_norm is not None and gradients and want != "forward":
         gradients, norm = _clip(e, gradients, float(clip_grad_norm))
         outputs.append(Output(norm, "norm", "grad_norm"))
@@ -191,6 +192,7 @@ def call(model: Any, batch: Any) -> Any:
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
     else:
@@ -274,6 +276,3 @@ def _check_leaks(model: nn.Module) -> None:
                     f"the model stores a tensor of its forward on itself ({type(module).__name__}.{attribute}), so steps would depend on one another",
                     path=name, fix="return the tensor, or register it as a buffer",
                 )  # fmt: skip
-
-
-__all__: Sequence[str] = ("Captured", "LossFn", "call", "capture", "leaves")

@@ -33,11 +33,11 @@ class Flat:
     outputs: tuple[Any, ...]  # fx nodes, or Python values where an output is none
 
 
-class _Intercept(TorchDispatchMode):
+class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Below autograd, above the proxies: draws, reads, and the user's place in errors."""
 
     def __init__(self, tracker: Tracker, draws: Draw, reader: Reader) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracker, self.draws, self.reader = tracker, draws, reader
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

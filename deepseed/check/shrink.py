@@ -35,7 +35,7 @@ def shrink(i: Instance) -> Instance:
     mesh = Mesh(tuple((a, n) for a, n in i.mesh.axes if any(t.layout.on(a) is not None for t in types)))
     sig = signature(i.op, i.operands) or moved(i)
     cuts = {name: _cuts(sig, name, types, mesh) for name in sig.places}
-    kept = {axis for name, c in cuts.items() if c is None or name in sig.fixed for axis in _axes(sig, name, types)}
+    kept = {axis for name, c in cuts.items() if c is None or name in sig.fixed for axis in _axes(sig, name, types, mesh)}
     small = Mesh(tuple((a, n if a in kept or n <= LARGE else 2) for a, n in mesh.axes))
     sizes: dict[str, int] = dict(sig.sizes)
     moved_to: dict[tuple[str, int], int] = {}  # (factor, cut) -> the cut at small size
@@ -63,8 +63,15 @@ def moved(i: Instance) -> Signature:
     return Signature(tuple(dims[: len(i.operands)]), tuple(dims[len(i.operands) :]), sizes)
 
 
-def _axes(sig: Signature, name: str, types: Sequence[Type]) -> set[str]:
-    return {axis for place in sig.places[name] for axis, _ in types[place.slot].layout.splits(place.dim)}
+def _axes(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> set[str]:
+    """The axes that split factor ``name``, or a dimension with it across factors."""
+    out: set[str] = set()
+    for place in sig.places[name]:
+        for axis, outer in types[place.slot].layout.splits(place.dim):
+            found = sig.factor_at(place.slot, place.dim, outer, mesh.size(axis))
+            if found is None or found[0] == name:
+                out.add(axis)
+    return out
 
 
 def _cuts(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> list[tuple[int, str | None]] | None:

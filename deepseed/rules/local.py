@@ -1,13 +1,15 @@
-"""What an op needs to know of its rank's coordinate: the only ops whose content depends on where they run.
+"""What an op needs to know of its rank: the only ops whose arguments depend on where they run.
 
 A lookup in a split table gets ``start``, the first row of this rank's part; a creation op gets ``index``, the global indices
-that it fills. Every other op is the same line on every rank: its shapes come from the layouts of its result types.
+that it fills. Where each block of a dimension is split, positions that count blocks shrink with them: the ``start`` of slice and
+unslice, the ``pads`` of pad, the ``groups`` of a convolution. Every other op is the same line on every rank: its shapes come from the layouts of its result types.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 from deepseed.ir.layout import factors, local_indices
 from deepseed.ir.mesh import Mesh
@@ -34,7 +36,22 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
             for dim, size in enumerate(op.type.shape)
         )
         return _with(op, "index", index)
+    elif op.target in ("slice", "unslice"):
+        dim, start = op.kw("dim"), op.kw("start", 0)
+        if isinstance(dim, int) and isinstance(start, int) and start and op.kw("step", 1) == 1:
+            return _with(op, "start", start // _pieces(op.type, dim, mesh))
+    elif op.target == "pad":
+        pads = op.kw("pads")
+        if isinstance(pads, tuple) and any(op.type.layout.splits(k // 2) for k, n in enumerate(pads) if n):
+            return _with(op, "pads", tuple(n // _pieces(op.type, k // 2, mesh) if isinstance(n, int) else n for k, n in enumerate(pads)))
+    elif op.target == "aten.convolution" and isinstance(groups := op.args[8], int) and groups > 1:
+        return replace(op, args=(*op.args[:8], groups // _pieces(operand_types[0], 1, mesh)))
     return op
+
+
+def _pieces(t: Type, dim: int, mesh: Mesh) -> int:
+    """Into how many parts a dimension is split."""
+    return prod(mesh.size(axis) for axis, _ in t.layout.splits(dim))
 
 
 def _with(op: Op, key: str, value: Arg) -> Op:

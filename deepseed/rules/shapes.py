@@ -60,6 +60,7 @@ def reshape(call: Call) -> str:
 
 
 def permute(call: Call) -> str:
+    """The same factors in the order of ``dims``."""
     names = names_of(len(call.out))
     return row(names) + " -> " + row([names[d] for d in dims_of(call)])
 
@@ -78,7 +79,7 @@ def _blocks(size: int, b: int, inner: str, name: str) -> str:
 
 
 def _window(call: Call, whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[str, str]:
-    """slice and unslice: the tensor that is cut, and what is cut out.
+    """The tensor that is cut, and what is cut out.
 
     A window that starts and ends at multiples of b is a number of blocks of b, and each block may be split. With a step j
     that covers the dimension, ``(n j) -> n``."""
@@ -95,10 +96,12 @@ def _window(call: Call, whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[
 
 
 def slice_(call: Call) -> str:
+    """A window of whole blocks of b: ``(p! b) -> (q! b)``; every j-th element: ``(n j!) -> n``; else the dimension is whole."""
     return " -> ".join(_window(call, call.shape(0), call.out))
 
 
 def unslice(call: Call) -> str:
+    """As slice, from right to left."""
     return " -> ".join(reversed(_window(call, call.out, call.shape(0))))
 
 

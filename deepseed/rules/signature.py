@@ -168,7 +168,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         contiguous,
         fixed,
         rule.reduce,
-        _sets(linear, call),
+        _sets(linear, call, "bool"),  # bools have no sum
         _sets(rule.monotone, call),
     )
 
@@ -252,8 +252,13 @@ def _solve(tensors: Sequence[list[list[Factor]]], shapes: Sequence[tuple[int, ..
     return sizes
 
 
-def _sets(spec: str, call: Call) -> tuple[frozenset[int], ...]:
-    """``"0|1+2"`` as sets of operand numbers."""
+def _sets(spec: str, call: Call, without: str = "") -> tuple[frozenset[int], ...]:
+    """``"0|1+2"`` as sets of operand numbers; none with an operand or result of dtype ``without``."""
+    found = () if any(t.dtype == without for t in call.results) else _members(spec, call)
+    return tuple(members for members in found if all(call.operands[k].dtype != without for k in members))
+
+
+def _members(spec: str, call: Call) -> tuple[frozenset[int], ...]:
     if not spec:
         return ()
     if spec == "all":

@@ -82,9 +82,11 @@ def strategies(
                 found = split(sig, name, inner)
                 if _fits(found, types, layouts, axis, mesh):
                     out.append(found)
-    for sets, op_ in ((sig.linear, "sum"), (sig.monotone, "max")):
+    for sets, reduction in ((sig.linear, "sum"), (sig.monotone, "max")):
         for members in sets:
-            out.append(partial(sig, members, op_))
+            found = partial(sig, members, reduction)
+            if _fits(found, types, layouts, axis, mesh):
+                out.append(found)
     return out
 
 
@@ -136,10 +138,13 @@ def _splits(sig: Signature, name: str, place: Place, layout: Layout, mesh: Mesh)
 
 
 def _fits(found: Strategy, types: Sequence[Type], layouts: Sequence[Layout], axis: str, mesh: Mesh) -> bool:
-    return all(
-        not isinstance(e, Split) or valid(t.shape, layout.with_(axis, e), mesh)
-        for e, t, layout in zip(found.operands + found.results, types, layouts, strict=True)
-    )
+    """No dimension split twice at one place, no tensor a sum over one axis and a maximum over another."""
+    for e, t, layout in zip(found.operands + found.results, types, layouts, strict=True):
+        if isinstance(e, Split) and not valid(t.shape, layout.with_(axis, e), mesh):
+            return False
+        if isinstance(e, Partial) and any(op != e.op for _, op in layout.partials):
+            return False
+    return True
 
 
 def is_instance(op: Op, operand_layouts: Sequence[Layout], types: Sequence[Type], mesh: Mesh) -> str | None:

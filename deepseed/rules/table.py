@@ -93,12 +93,12 @@ def sdpa_backward(call: Call) -> str:
 
 
 def convolution(call: Call) -> str | None:
-    """Batch, groups and output channels are free, input channels where no bias would be added once a rank."""
+    """Batch, groups and output channels are free; input channels where there is one group and no bias to be added once a rank."""
     transposed, groups = call.arg(6, "transposed", False), call.arg(8, "groups", 1)
     if transposed or not isinstance(groups, int):
         return None
     bias = len(call.operands) == 3
-    c = "c!" if bias else "c"
+    c = "c!" if bias or groups > 1 else "c"
     n = len(call.out) - 2
     s, w, t = (" ".join(f"{x}{i}!^" for i in range(n)) for x in "swt")
     return f"b (g={groups}^ {c}) {s}, (g k) {c} {w}" + (", (g k)" if bias else "") + f" -> b (g k) {t}"
@@ -108,6 +108,7 @@ def whole_dim(position: int, linear: str = "") -> Rule:
     """The same shape throughout, dimension ``args[position]`` whole: softmax, cumsum."""
 
     def form(call: Call) -> str:
+        """The same shape throughout; the dimension in the arguments is whole."""
         names = names_of(len(call.out))
         one = with_(names, call.dim(position), "w!") if names else "."
         return ", ".join([one] * len(call.operands)) + " -> " + ", ".join([one] * len(call.results))
@@ -119,6 +120,7 @@ def selection(position: int, keepdim: int | None = None, default: int | None = -
     """Dimension ``args[position]`` is whole in the operand; whole in the results, or missing where ``keepdim`` is an argument."""
 
     def form(call: Call) -> str:
+        """The dimension in the arguments is whole, the others are free."""
         names = names_of(len(call.shape(0)))
         if not names:
             return ". -> " + ", ".join(["."] * len(call.results))
@@ -142,6 +144,7 @@ def last_two(call: Call) -> str:
 
 
 def flip(call: Call) -> str:
+    """The dimensions that are turned are whole."""
     dims = call.arg(1, "dims")
     turned = {d % len(call.out) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) and call.out else set()
     one = row([n + "!" if d in turned else n for d, n in enumerate(names_of(len(call.out)))])
@@ -149,13 +152,22 @@ def flip(call: Call) -> str:
 
 
 def _cast(call: Call) -> str:
-    """Casting summands is exact enough at float32 and above only."""
+    """0, between floats where the result is f32 or f64"""
     source, target = call.operands[0].dtype, call.results[0].dtype
     return "0" if source == target or (source in FLOATS and target in ("f32", "f64")) else ""
 
 
 def _zero(key: str, then: str) -> Callable[[Call], str]:
-    return lambda call: then if call.op.kw(key) == 0 else ""
+    def linear(call: Call) -> str:
+        return then if call.op.kw(key, 0) == 0 else ""
+
+    linear.__doc__ = f"{then}, where {key} is 0"
+    return linear
+
+
+def _bias(call: Call) -> str:
+    """0|1, with a bias 0+2|1+2"""
+    return "0|1" if len(call.operands) == 2 else "0+2|1+2"
 
 
 RULES: dict[str, Rule] = {
@@ -196,7 +208,7 @@ RULES: dict[str, Rule] = {
     "aten.bmm": Rule("b m k, b k n -> b m n", "0|1"),
     "aten.mv": Rule("m k, k -> m", "0|1"),
     "aten.dot": Rule("k, k -> .", "0|1"),
-    "aten.convolution": Rule(convolution, lambda c: "0|1" if len(c.operands) == 2 else "0+2|1+2"),
+    "aten.convolution": Rule(convolution, _bias),
     # lookups
     "embedding": Rule("v~ d, *b -> *b d", "0"),
     "embedding_backward": Rule("*b d, *b -> v~ d", "0"),

@@ -34,20 +34,19 @@ def broadcast_text(text: str | None, device: torch.device | str = "cpu") -> str:
 def agree_on_text(text: str, what: str = "program", device: torch.device | str = "cpu") -> str:
     """``text``, which every rank must hold alike; its sha256.
 
-    Raises AgreementError on every rank where one differs: both hashes and the first line that differs from rank 0's.
+    Raises AgreementError on every rank where one differs: both hashes and the first line that differs.
     """
     mine = digest(text)
     if not _differs(mine, device):
         return mine
-    reference = broadcast_text(text, device)
-    hashes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hashes, mine)
-    others = [r for r, h in enumerate(hashes) if h != hashes[0]]
-    line = _first_difference(reference, text)
-    where = f"\n  first difference here, line {line[0]}:\n    rank 0: {line[1]}\n    here:   {line[2]}" if line else ""
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    others = [r for r, t in enumerate(texts) if t != texts[0]]
+    line, first, theirs = _first_difference(texts[0], texts[others[0]])
     raise AgreementError(
-        f"ranks would run different {what}s: rank 0 has {hashes[0][:16]}, rank {', '.join(map(str, others))} "
-        f"{', '.join(sorted({hashes[r][:16] for r in others}))}{where}\n  fix: give every rank the same model, plan and versions"
+        f"ranks would run different {what}s: rank 0 has {digest(texts[0])[:16]}, rank {others[0]} {digest(texts[others[0]])[:16]} "
+        f"({len(others)} of {len(texts)} ranks differ from rank 0)\n  first difference, line {line}:\n    rank 0: {first}\n    rank {others[0]}: {theirs}\n"
+        "  fix: give every rank the same model, plan and versions"
     )
 
 
@@ -68,6 +67,11 @@ def agree_on_values(values: Sequence[tuple[str, object]], device: torch.device |
     raise AgreementError(f"ranks disagree: {len(everyone[0])} values on rank 0, {sorted({len(v) for v in everyone})} on all")
 
 
+def differs(text: str, device: torch.device | str = "cpu") -> bool:
+    """Whether some rank holds another text."""
+    return _differs(digest(text), device)
+
+
 def _differs(mine: str, device: torch.device | str) -> bool:
     """Whether a hash is not the same on all ranks: the maximum of it and of its negative, 62 bits twice."""
     parts = [int(mine[i : i + 15], 16) for i in (0, 15)]
@@ -77,10 +81,10 @@ def _differs(mine: str, device: torch.device | str) -> bool:
     return bool(high0 != -low0 or high1 != -low1)
 
 
-def _first_difference(a: str, b: str) -> tuple[int, str, str] | None:
+def _first_difference(a: str, b: str) -> tuple[int, str, str]:
     left, right = a.splitlines(), b.splitlines()
     for n in range(max(len(left), len(right))):
         x, y = (t[n] if n < len(t) else "(end)" for t in (left, right))
         if x != y:
             return n + 1, x, y
-    return None
+    return len(left), "(the same lines)", "(the same lines)"

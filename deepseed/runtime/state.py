@@ -122,7 +122,7 @@ def layout_of(dtensor_placements: Sequence[Placement], shape: Sequence[int], mes
                 if not ir.valid(shape, wider, mesh):
                     continue
                 s = step(tuple(shape), found, wider, axis, mesh)
-                if s.take is not None and s.take.outer == left and _later(wider, placement.dim, axis):
+                if s.take is not None and s.take.outer == left:
                     found = wider
                     break
             else:
@@ -130,11 +130,6 @@ def layout_of(dtensor_placements: Sequence[Placement], shape: Sequence[int], mes
         elif isinstance(placement, Partial):
             found = found.with_(axis, ir.Partial(str(placement.reduce_op)))
     return found
-
-
-def _later(layout: Layout, dim: int, axis: str) -> bool:
-    """DTensor cuts inside what earlier axes left: with none of its own blocks before it, the new axis is the innermost."""
-    return True if len(layout.splits(dim)) == 1 else layout.splits(dim)[-1][0] == axis or layout.splits(dim)[0][0] == axis
 
 
 @dataclass

@@ -1,0 +1,390 @@
+"""The front door: ``step = deepseed.compile(model, plan="zero3+tp2", optimizer=opt)``, then ``loss = step(batch)``.
+
+A compiled model captures, solves and checks at its first batch (or at ``example_batch``), once for each batch shape and each
+value that the model reads out of a tensor. Its parameters and optimizer state belong to it, not to one program: where the
+first program stored them they stay. There is no global state: two compiled models live in one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseed import ops
+from deepseed.build import Built, build
+from deepseed.capture import BatchSpec, capture
+from deepseed.capture.batch import rebuild, tensors
+from deepseed.capture.step import Want
+from deepseed.explain import Explanation, explain
+from deepseed.ir.layout import Layout
+from deepseed.ir.program import Program
+from deepseed.ir.widen import widen
+from deepseed.pipeline import Passed
+from deepseed.plan import Plan, parse_plan, with_dtype
+from deepseed.runtime.host import BACKENDS, DistributedHost, Host, SimulatedHost, launched
+from deepseed.runtime.host import world_size as launched_ranks
+from deepseed.runtime.state import State, shard
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+MOST_PROGRAMS = 16  # batch shapes and guard values that one compiled model keeps programs for
+
+
+class CompileError(ValueError):
+    """An argument of ``compile`` or a batch that cannot be served: says what, the numbers and the fix."""
+
+
+def compile(  # noqa: A001
+    model: Any,
+    plan: str = "zero0",
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    clip_grad_norm: float | None = None,
+    example_batch: Any = None,
+    world_size: int | None = None,
+    backend: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch: str = "global",
+    seed: int = 0,
+) -> TrainStep | Module:
+    """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
+
+    With ``optimizer``: a ``TrainStep``; ``step(batch)`` does forward, backward, clipping and update, and returns the global
+    mean loss. Without: a ``Module``; ``compiled(batch)`` runs the forward, ``compiled.loss_and_grads(batch)`` both.
+
+    model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters; its ``lr`` is read at
+    every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
+    clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
+    ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
+    simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
+    ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops.
+
+    Raises PlanError, CaptureError, CompileError, PassError, CheckError.
+    """
+    common: dict[str, Any] = {
+        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed
+    }  # fmt: skip
+    compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
+    if example_batch is not None:
+        compiled.compile(example_batch)
+    return compiled
+
+
+class _Compiled:
+    """What train step and module share: the plan on its ranks, the state, and the programs by batch."""
+
+    def __init__(
+        self,
+        model: Any,
+        plan: str,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss_fn: LossFn | None = None,
+        clip_grad_norm: float | None = None,
+        world_size: int | None = None,
+        backend: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        batch: str = "global",
+        seed: int = 0,
+        widen: bool = False,
+        grads: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        if batch not in ("global", "local"):
+            raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
+        self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        self.optimizer, self.loss_fn, self.clip_grad_norm, self.seed = optimizer, loss_fn, clip_grad_norm, seed
+        self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
+        self.plan, self.host = _place(plan, dtype, world_size, backend, quiet)
+        self.mesh, self.backend = self.host.mesh, self.host.backend
+        self.steps = 0
+        self.states: list[State] = []
+        self._built: dict[tuple[str, str], list[Built]] = {}
+        self._latest: Built | None = None
+        self._seen = 0
+        self._shown: Mapping[tuple[str, str], Tensor] = {}
+
+    # what it did ----------------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Program:
+        """The program of the latest batch shape, as all ranks share it (before ``localize``)."""
+        return self._current().program
+
+    @property
+    def passes(self) -> Sequence[Passed]:
+        """The program after each pass, with seconds."""
+        return self._current().passes
+
+    @property
+    def program_hash(self) -> str:
+        """sha256 of the program's text."""
+        return self._current().digest
+
+    @property
+    def instances_checked(self) -> int:
+        return self._current().instances
+
+    def explain(self) -> Explanation:
+        """What lies where, what is sent, what it costs."""
+        built = self._current()
+        return explain(self._after("lower_reshards"), executed=built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes})
+
+    def _after(self, name: str) -> Program:
+        return next(p.program for p in self.passes if p.name == name)
+
+    def _current(self) -> Built:
+        if self._latest is None:
+            raise CompileError("nothing is compiled yet\n  fix: call it with a batch first, or pass example_batch=")
+        return self._latest
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+        """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
+        DTensors under a process group. Every rank must call it."""
+        if not full or not self.states:
+            return dict(self.model.state_dict())
+        captured = self._current().captured
+        own = {key: self._whole((role, key)) for role, key in self.states[0].tensors if role in ("param", "buffer")}
+        alias = captured.aliases
+        return {name: own[alias.get(name, name)] if alias.get(name, name) in own else t for name, t in self.model.state_dict(keep_vars=True).items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Optimizer state by ``slot/parameter``, whole. Every rank must call it."""
+        return {key: self._whole((role, key)) for role, key in self.states[0].tensors if role == "state"} if self.states else {}
+
+    def _whole(self, key: tuple[str, str]) -> Tensor:
+        return self.host.whole([s.tensors[key] for s in self.states], self.states[0].types[key])
+
+    def _adopt(self, built: Built) -> None:
+        """The first program decides where state lies; a later one finds it there."""
+        first = not self.states
+        if first:
+            self.states = [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        captured = built.captured
+        for entry in built.program.inputs:
+            if (entry.role, entry.key) in self.states[0].tensors or entry.role not in ("param", "buffer", "state"):
+                continue
+            for state in self.states:
+                if entry.role == "state":
+                    slot = captured.state[entry.key]
+                    state.fill(entry, slot.fill) if slot.existing is None else state.put(entry, _as(slot.existing, self._widen))
+                else:
+                    state.put(entry, captured.parameters[entry.key] if entry.role == "param" else captured.buffers[entry.key])
+        if first:
+            self.host.bind(self.model, self.states)
+
+    # programs -------------------------------------------------------------------------------------------------------
+
+    def _find(self, batch: Any, want: Want) -> tuple[Built, dict[str, Tensor], bool]:
+        """The program for this batch, compiled if there is none yet; the batch by key; whether it is this rank's part only."""
+        if not self._seen:
+            self._check_mix_up(batch)
+        self._seen += 1
+        spec = BatchSpec.of(batch)
+        if self.local and self._parts > 1:
+            known = self._known(_times(spec, self._parts), want)
+            if self.host.same(str(spec)) and known and not known[0].captured.guards:
+                self._latest = known[0]
+                return known[0], spec.flatten(batch), True
+            batch = self._global(batch)
+            spec = BatchSpec.of(batch)
+        else:
+            self.host.agree([("batch", str(spec))])
+        known = self._known(spec, want)
+        built = next((b for b in known if self._holds(b, batch)), None)
+        if built is None:
+            built = self._compile(batch, want)
+            known.append(built)
+        self._latest = built
+        return built, spec.flatten(batch), False
+
+    def _known(self, spec: BatchSpec, want: Want) -> list[Built]:
+        return self._built.setdefault((want, f"{spec} training={self.model.training}"), [])
+
+    @property
+    def _parts(self) -> int:
+        return self.mesh.sizes.get("dp", 1)
+
+    def _global(self, batch: Any) -> Any:
+        """The rows of all data-parallel ranks, in their order; entries that are no rows are the first rank's."""
+        have = [(where.get("dp", 0), given) for where, given in self.host.everyone((self.host.coordinates[0], tensors(batch)))]
+        parts = [next(given for at, given in have if at == part) for part in range(self._parts)]
+        rows = [_rows(part) for part in parts]
+        joined = {
+            key: torch.cat([part[key] for part in parts]) if t.dim() and t.shape[0] == rows[0] else t for key, t in parts[0].items()
+        }  # fmt: skip
+        return rebuild(batch, joined)
+
+    def _check_mix_up(self, batch: Any) -> None:
+        """A global batch where local ones are due, or the reverse: found on the first step, from what the ranks hold."""
+        if self.mesh.ranks == 1 or self.backend == "simulate":
+            return
+        seen = self.host.everyone((self.host.coordinates[0].get("dp", 0), str(BatchSpec.of(batch)), _content(batch)))
+        by_part: dict[int, set[str]] = {}
+        for part, _, content in seen:
+            by_part.setdefault(part, set()).add(content)
+        different = [rank for rank, (_, _, content) in enumerate(seen) if content != seen[0][2]]
+        if not self.local and different:
+            rank = different[0]
+            raise CompileError(
+                f'batch="global" means the same whole batch on every rank, but rank 0 and rank {rank} hold different ones:\n  rank 0: {seen[0][1]}\n'
+                f'  rank {rank}: {seen[rank][1]}\n  fix: compile(..., batch="local") if each rank loads its own rows, else load the same rows everywhere'
+            )
+        if self.local and (odd := [part for part, contents in by_part.items() if len(contents) > 1]):
+            raise CompileError(
+                f'batch="local": the ranks of data-parallel part {odd[0]} differ only along tp and must hold the same rows, but they do not\n'
+                "  fix: choose rows by the dp coordinate, not by the rank"
+            )
+        if self.local and self._parts > 1 and not different:
+            raise CompileError(
+                f'batch="local" means each data-parallel rank\'s own rows, but all {self._parts} hold the same ones: {seen[0][1]}\n'
+                '  fix: compile(..., batch="global") if every rank loads the whole batch, else use a DistributedSampler'
+            )
+
+    def _holds(self, built: Built, batch: Any) -> bool:
+        given = tensors(batch)
+        for guard in built.captured.guards:
+            program = widen(guard.program) if self._widen else guard.program
+            (value,) = ops.evaluate(program, {i.name: given[i.key] for i in program.inputs}).values()
+            if value.item() != guard.value:
+                return False
+        return True
+
+    def _compile(self, batch: Any, want: Want) -> Built:
+        count = sum(map(len, self._built.values()))
+        if count >= MOST_PROGRAMS:
+            raise CompileError(f"{count} programs are compiled for batches of this model, which is the bound\n  fix: pad batches to few shapes")
+        if count and not self._quiet and self.host.first:
+            print(f"deepseed: compiling program {count + 1} for another batch shape or value", file=sys.stderr)
+        captured = capture(
+            self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
+            want=want, grads=self._grads, seed=self.seed,
+        )  # fmt: skip
+        stored: dict[tuple[str, str], Layout] = {k: t.layout for k, t in self.states[0].types.items()} if self.states else {}
+        built = build(captured, self.plan, self.host, stored=stored, wide=self._widen, quiet=self._quiet or not self.host.first)
+        self._adopt(built)
+        return built
+
+    def _run(self, built: Built, batch: Mapping[str, Tensor], local: bool) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key. ``local``: the batch is this rank's part already."""
+        others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in batch.items()}
+        others |= {("constant", k): t for k, t in built.constants.items()}
+        others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
+        others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        results = self.host.run(built.executables, [self._inputs(built.program, state, others, local) for state in self.states])
+        self.host.settle(self.model, self.states)
+        shown = [o for o in built.program.outputs if o.role not in ("param", "buffer", "state")]
+        types = built.program.types
+        return {(o.role, o.key): self.host.whole([r[n] for r in results], types[o.ref.name]) for n, o in enumerate(shown)}
+
+    def _inputs(self, p: Program, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+        out = []
+        for i in p.inputs:
+            key = (i.role, i.key)
+            if key in state.tensors:
+                out.append(state.tensors[key])
+            else:
+                x = others[key].to(self.host.device)
+                out.append(x if local and i.role == "batch" else shard(x, i.type, self.mesh, state.coordinate))
+        return out
+
+
+class TrainStep(_Compiled):
+    """``loss = step(batch)``: forward, backward, clipping and update, as one compiled program on every rank."""
+
+    def __call__(self, batch: Any) -> Tensor:
+        """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
+        self._shown = self._run(*self._find(batch, "step"))
+        self.steps += 1
+        return self._shown["loss", "loss"]
+
+    def compile(self, example_batch: Any) -> TrainStep:
+        """Compile for batches like this one, without a step."""
+        self._find(example_batch, "step")
+        return self
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The global gradient norm of the latest step, before clipping; needs ``clip_grad_norm``."""
+        if ("norm", "grad_norm") not in self._shown:
+            raise CompileError("the gradient norm is computed only where it is needed\n  fix: compile(..., clip_grad_norm=...); float('inf') clips nothing")
+        return self._shown["norm", "grad_norm"]
+
+    def grads(self) -> dict[str, Tensor]:
+        """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
+        return {key: t for (role, key), t in self._shown.items() if role == "grad"}
+
+
+class Module(_Compiled):
+    """A compiled model without an optimizer."""
+
+    def __call__(self, batch: Any) -> Any:
+        """The model's output in its own form, whole, without gradients."""
+        built, flat, local = self._find(batch, "forward")
+        shown = self._run(built, flat, local)
+        return built.captured.rebuild_output({key: t for (role, key), t in shown.items() if role == "output"})
+
+    def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The global mean loss and the whole gradient of every trainable parameter."""
+        shown = self._run(*self._find(batch, "loss_and_grads"))
+        return shown["loss", "loss"], {key: t for (role, key), t in shown.items() if role == "grad"}
+
+    def compile(self, example_batch: Any) -> Module:
+        """Compile the forward for batches like this one, without running it."""
+        self._find(example_batch, "forward")
+        return self
+
+
+def _place(plan: str, dtype: str | torch.dtype | None, ranks: int | None, backend: str | None, quiet: bool) -> tuple[Plan, Host]:
+    """The parsed plan and the ranks that it runs on."""
+    parsed = parse_plan(plan)
+    if dtype is not None:
+        parsed = with_dtype(parsed, str(dtype).removeprefix("torch."))
+    if backend not in (None, *BACKENDS):
+        raise CompileError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}, or none: what the launcher started, else simulate")
+    if backend is None:
+        backend = None if launched() else "simulate"
+        if backend == "simulate" and not quiet and parsed.mesh(ranks).ranks > 1:
+            print(f"deepseed: no launcher, no process group: simulating {parsed.mesh(ranks)} in this process", file=sys.stderr)
+    if backend == "simulate":
+        return parsed.resolve(ranks), SimulatedHost(parsed.mesh(ranks))
+    if not launched():
+        raise CompileError(f"backend={backend!r} needs one process a rank\n  fix: start the script by `deepseed run script.py` or torchrun, or use backend=\"simulate\"")
+    if ranks is not None and ranks != launched_ranks():
+        raise CompileError(f"world_size={ranks}, but {launched_ranks()} processes were started\n  fix: leave world_size out, or start {ranks}")
+    return parsed.resolve(launched_ranks()), DistributedHost(parsed.mesh(launched_ranks()), backend)
+
+
+def _times(spec: BatchSpec, parts: int) -> BatchSpec:
+    """The global batch of ``parts`` equal local ones."""
+    rows = _most([t.shape[0] for t in spec.types.values() if t.shape])
+    types = {k: replace(t, shape=(t.shape[0] * parts, *t.shape[1:])) if t.shape and t.shape[0] == rows else t for k, t in spec.types.items()}
+    return BatchSpec(types, spec.constants)
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return _most([t.shape[0] for t in batch.values() if t.dim()])
+
+
+def _most(sizes: Sequence[int]) -> int:
+    return max(set(sizes), key=sizes.count) if sizes else -1
+
+
+def _content(batch: Any) -> str:
+    digest = hashlib.sha256()
+    for key, t in tensors(batch).items():
+        digest.update(key.encode())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as(t: Tensor, wide: bool) -> Tensor:
+    return t.double() if wide and t.is_floating_point() else t

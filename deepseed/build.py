@@ -1,0 +1,83 @@
+"""From a captured step to what each hosted rank executes: passes on rank 0, one program text for all, source a rank."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from torch import Tensor
+
+from deepseed import pipeline
+from deepseed.capture import Captured
+from deepseed.codegen.python import generate
+from deepseed.ir.layout import Layout
+from deepseed.ir.program import Program
+from deepseed.ir.text import parse
+from deepseed.ir.widen import widen
+from deepseed.pipeline import Passed
+from deepseed.plan import Plan
+from deepseed.runtime.executable import Executable
+from deepseed.runtime.host import Host
+
+SLOW = 2.0  # seconds of compiling after which each pass says that it is done
+
+
+@dataclass
+class Built:
+    """One compiled shape: the program that all ranks share, and this process's executables."""
+
+    captured: Captured
+    program: Program  # after the last pass that all ranks share
+    passes: Sequence[Passed]
+    executables: Sequence[Executable]
+    constants: Mapping[str, Tensor]
+    digest: str
+    seconds: float
+
+    @property
+    def instances(self) -> int:
+        return max((p.instances for p in self.passes), default=0)
+
+
+def build(
+    captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None, wide: bool = False, quiet: bool = False
+) -> Built:
+    """Run the pipeline. ``stored`` pins the layouts of parameters and state that an earlier program fixed. Raises CheckError,
+    PassError, and AgreementError where ranks captured different programs."""
+    started = perf_counter()
+    if wide:
+        captured = replace(captured, program=widen(captured.program))
+    host.agree([("plan", str(plan)), ("captured program", _digest(str(captured.program)))])
+    done: list[Passed] = []
+
+    def solve() -> str:
+        args = pipeline.arguments(host.mesh, plan.stage, {}, stored or {})
+        done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
+        return str(done[-1].program)
+
+    text = host.decide(solve)
+    if not done:
+        program = parse(text)
+        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, 0.0, pipeline.check_program(program, "the one that rank 0 sent")))
+    program = done[-1].program
+    executables = []
+    for coordinate in host.coordinates:
+        args = pipeline.arguments(host.mesh, plan.stage, coordinate, stored or {})
+        local = pipeline.run(program, args, pipeline.EACH_RANK)
+        executables.append(Executable(generate(local[-1].program), program.name))
+        if len(executables) == 1:
+            done += local
+    constants = {k: v.double() if wide and v.is_floating_point() else v for k, v in captured.constants.items()}
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _say(p: Passed, started: float, quiet: bool) -> None:
+    if not quiet and perf_counter() - started > SLOW:
+        print(f"deepseed: {p.name} {p.seconds:.1f} s, {len(p.program.ops)} ops", file=sys.stderr, flush=True)

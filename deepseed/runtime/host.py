@@ -1,0 +1,156 @@
+"""The ranks that this process runs: all of them (``simulate``), or its own (``gloo``, ``nccl``). Front doors see no other difference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Type
+from deepseed.runtime import agree
+from deepseed.runtime.collectives import Runtime
+from deepseed.runtime.distributed import DistributedRuntime, guarded, start
+from deepseed.runtime.executable import Executable
+from deepseed.runtime.simulate import simulate
+from deepseed.runtime.state import Key, State, gather, gather_over, write_back
+
+BACKENDS = ("simulate", "gloo", "nccl")
+
+
+class Host(Protocol):
+    """``run`` gives what each hosted rank's executable returned, in the order of ``coordinates``."""
+
+    mesh: Mesh
+    backend: str
+    first: bool  # whether rank 0 is here: it solves, and it speaks
+    device: torch.device
+    coordinates: Sequence[Mapping[str, int]]
+
+    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
+    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor: ...
+    def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
+    def settle(self, module: nn.Module, states: Sequence[State]) -> None: ...
+    def decide(self, make: Callable[[], str]) -> str: ...
+    def agree(self, values: Sequence[tuple[str, object]]) -> None: ...
+    def same(self, text: str) -> bool: ...
+    def everyone(self, value: Any) -> list[Any]: ...
+
+
+class _Alone(Runtime):
+    """The runtime of a mesh of one rank: there is nobody to exchange with."""
+
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+        raise RuntimeError(f"{kind} over {axis} on a mesh of one rank")
+
+
+class SimulatedHost:
+    """Every rank of the mesh in this process, one thread each; one rank runs without a thread."""
+
+    backend: str = "simulate"
+    first: bool = True
+
+    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu") -> None:
+        self.mesh, self.device = mesh, torch.device(device)
+        self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
+
+    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+        if self.mesh.ranks == 1:
+            return [executables[0](_Alone(self.mesh, 0, self.device), inputs[0])]
+        return simulate(self.mesh, executables, inputs, self.device)
+
+    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor:
+        return gather(parts, type_, self.mesh)
+
+    def bind(self, module: nn.Module, states: Sequence[State]) -> None:
+        """One rank's tensors are the module's own; several ranks need a storage each."""
+        if self.mesh.ranks == 1:
+            states[0].bind(module, None)
+            return
+        for state in states:
+            state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+
+    def settle(self, module: nn.Module, states: Sequence[State]) -> None:
+        """After a step: show the module what the simulated ranks hold."""
+        if self.mesh.ranks > 1:
+            write_back(module, states)
+
+    def decide(self, make: Callable[[], str]) -> str:
+        return make()
+
+    def agree(self, values: Sequence[tuple[str, object]]) -> None:
+        return None
+
+    def same(self, text: str) -> bool:
+        return True
+
+    def everyone(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class DistributedHost:
+    """This process's rank under torch.distributed."""
+
+    def __init__(self, mesh: Mesh, backend: str | None = None) -> None:
+        self.device = start(backend)
+        self.mesh = mesh
+        self.rt = DistributedRuntime(mesh, self.device)
+        self.backend = str(dist.get_backend())
+        self.first = self.rt.rank == 0
+        self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(self.rt.rank)]
+
+    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+        with guarded(self.rt):
+            return [executables[0](self.rt, inputs[0])]
+
+    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor:
+        with guarded(self.rt), torch.no_grad():
+            return gather_over(self.rt, parts[0], type_)
+
+    def bind(self, module: nn.Module, states: Sequence[State]) -> None:
+        states[0].bind(module, self.rt.device_mesh)
+
+    def settle(self, module: nn.Module, states: Sequence[State]) -> None:
+        return None
+
+    def decide(self, make: Callable[[], str]) -> str:
+        """Rank 0's text on every rank; if making it fails there, every rank raises."""
+        if self.first:
+            try:
+                text = make()
+            except Exception as error:
+                agree.broadcast_text(f"error {type(error).__name__}: {error}", self.device)
+                raise
+            return agree.broadcast_text(text, self.device)
+        text = agree.broadcast_text(None, self.device)
+        if text.startswith("error "):
+            raise agree.AgreementError(f"rank 0 could not compile: {text.removeprefix('error ')}")
+        return text
+
+    def agree(self, values: Sequence[tuple[str, object]]) -> None:
+        with guarded(self.rt):
+            agree.agree_on_values(values, self.device)
+
+    def same(self, text: str) -> bool:
+        """Whether every rank holds this text: one small collective."""
+        with guarded(self.rt):
+            return not agree.differs(text, self.device)
+
+    def everyone(self, value: Any) -> list[Any]:
+        out: list[Any] = [None] * self.mesh.ranks
+        dist.all_gather_object(out, value)
+        return out
+
+
+def launched() -> bool:
+    """Whether this process is one of several ranks: a process group exists, or a launcher's environment."""
+    return dist.is_available() and (dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+
