@@ -13,7 +13,7 @@ from functools import cached_property
 from deepseed.ir.program import Op, Output, Program
 
 STORED = ("param", "buffer", "state")
-_VIEWS = {"reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax", "fused"}
+_VIEWS = {"reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax"}
 _ATEN_VIEWS = {
     "alias", "as_strided", "contiguous", "detach", "diagonal", "expand", "imag", "lift_fresh", "movedim", "narrow", "permute", "real",
     "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind", "unfold", "unsqueeze", "view",

@@ -1,48 +1,22 @@
 """Writes to stored tensors: torch's fused optimizers in place, ``copy_`` for all other new parameters and state.
 
-An optimizer op updates a group of parameters at once; its tensor operands are tuples, one entry a parameter, and its results
-are the new values in the same order, list by list (all new parameters, then all new first moments, …):
+    optim.adamw(param, grad, states.., lr, states=[..], betas=, eps=, weight_decay=, amsgrad=, maximize=)
+    optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
 
-    optim.adamw(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1=, beta2=, weight_decay=, eps=, amsgrad=, maximize=)
-    optim.adam(the same)
-    optim.sgd(params, grads, momentum_buffers, lr, momentum=, dampening=, weight_decay=, nesterov=, maximize=)
-
-``max_exp_avg_sqs`` is empty without amsgrad, ``momentum_buffers`` without momentum. ``steps`` come in as they were before the
-update and out increased by one. An entry is updated in place where its stored tensor has no later reader, else on a copy.
+``states`` names the state operands as torch.optim does; results are the new parameter and each new state. Updates that stand
+side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
+has no later reader, else on a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepseed.codegen.donation import Donation
 from deepseed.ir.program import Arg, Op, Ref
 
-
-@dataclass(frozen=True)
-class Kernel:
-    """A fused optimizer of torch: its operand lists in order, and which of them it updates (the op's results)."""
-
-    function: str
-    lists: tuple[str, ...]
-    updated: tuple[str, ...]
-    scalars: tuple[str, ...]
-
-
-_ADAM_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
-_ADAM_UPDATED = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
-_ADAM_SCALARS = ("beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
-OPTIMIZERS = {
-    "optim.adamw": Kernel("torch._fused_adamw_", _ADAM_LISTS, _ADAM_UPDATED, _ADAM_SCALARS),
-    "optim.adam": Kernel("torch._fused_adam_", _ADAM_LISTS, _ADAM_UPDATED, _ADAM_SCALARS),
-    "optim.sgd": Kernel(
-        "torch._fused_sgd_",
-        ("params", "grads", "momentum_buffers"),
-        ("params", "momentum_buffers"),
-        ("weight_decay", "momentum", "dampening", "nesterov", "maximize"),
-    ),
-}
+KERNELS = {"optim.adamw": "torch._fused_adamw_", "optim.adam": "torch._fused_adam_", "optim.sgd": "torch._fused_sgd_"}
 
 
 @dataclass
@@ -61,48 +35,65 @@ class Update:
                 new += ".copy" if new in self.donation.copied else ""
                 self.emit(f"{self.name(stored)}.copy_({self.name(new)})")
 
-    def optimizer(self, position: int, op: Op) -> None:
-        """One fused update. The lists are named, so that a debugger shows them."""
-        kernel = OPTIMIZERS[op.target]
-        lists = {label: _refs(arg) for label, arg in zip(kernel.lists, op.args, strict=False)}
-        results = iter(op.results)
-        seen: set[str] = set()
-        after: list[str] = []
-        for label in kernel.lists:
-            values = lists[label]
-            entries = [self.name(v) for v in values]
-            if label in kernel.updated:
-                new = [next(results) for _ in values]
-                for i, (value, result) in enumerate(zip(values, new, strict=True)):
-                    if value in seen or not self.donation.in_place(position, value, result):
-                        entries[i] += ".clone()"
-                    seen.add(value)
-                if new:
-                    after.append(f"{', '.join(map(self.name, new))}, = {label}")
-            self.emit(f"{label} = [{', '.join(entries)}]")
-        lr = op.args[len(kernel.lists)]
+    def run_from(self, position: int, ops: Sequence[Op]) -> Sequence[Op]:
+        """The updates from ``position`` on that one call can do."""
+        first = ops[position]
+        end, made = position + 1, set(first.results)
+        while end < len(ops) and _options(ops[end]) == _options(first) and not any(r.name in made for r in ops[end].refs):
+            made.update(ops[end].results)
+            end += 1
+        return ops[position:end]
+
+    def optimizer(self, position: int, ops: Sequence[Op]) -> None:
+        """One fused call. The lists are named, so that a debugger shows them."""
+        first = ops[0]
+        states = _words(first.kw("states", ()))
+        columns = ["params", "grads", *(f"{name}s" for name in states)]
+        taken: set[str] = set()
+        for c, column in enumerate(columns):
+            entries = [self._entry(position + n, op, c, taken) for n, op in enumerate(ops)]
+            self.emit(f"{column} = [{', '.join(entries)}]")
+        lr = first.args[-1]
         assert isinstance(lr, Ref)
-        scalars = ", ".join([f"lr={self.name(lr.name)}", *(f"{k}={_number(op, k)}" for k in kernel.scalars)])
-        state = "max_exp_avg_sqs, [s.float() for s in steps]" if "steps" in kernel.lists else "momentum_buffers"
-        moments = "exp_avgs, exp_avg_sqs, " if "steps" in kernel.lists else ""
-        if "steps" in kernel.lists:
-            self.emit("torch._foreach_add_(steps, 1)")
+        given = [f"lr={self.name(lr.name)}", f"weight_decay={_number(first, 'weight_decay')}"]
+        if first.target == "optim.sgd":
+            lists = ["params", "grads", "momentum_buffers" if "momentum_buffer" in states else "[]"]
+            given += [f"{k}={_number(first, k)}" for k in ("momentum", "dampening")] + [f"nesterov={bool(first.kw('nesterov', False))}", "is_first_step=False"]
         else:
-            scalars += ", is_first_step=False"
-        self.emit(f"{kernel.function}(params, grads, {moments}{state}, {scalars})")
-        for line in after:
-            self.emit(line)
-        self.emit(f"del {', '.join(kernel.lists)}")
+            self.emit("torch._foreach_add_(steps, 1)")
+            most = "max_exp_avg_sqs" if "max_exp_avg_sq" in states else "[]"
+            lists = ["params", "grads", "exp_avgs", "exp_avg_sqs", most, "[s.float() for s in steps]"]
+            betas = first.kw("betas")
+            assert isinstance(betas, tuple)
+            given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
+        given.append(f"maximize={bool(first.kw('maximize', False))}")
+        self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
+        for c, column in enumerate(columns[:1] + columns[2:]):
+            self.emit(f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column}")
+        self.emit(f"del {', '.join(columns)}")
+
+    def _entry(self, position: int, op: Op, column: int, taken: set[str]) -> str:
+        """One tensor of a list, contiguous as the kernels want it; a copy of what must not change."""
+        ref = op.args[column]
+        assert isinstance(ref, Ref)
+        name = self.name(ref.name)
+        if column == 1:
+            return f"{name}.contiguous()"
+        result = op.results[max(column - 1, 0)]
+        if ref.name not in taken and self.donation.in_place(position, ref.name, result):
+            taken.add(ref.name)
+            return name
+        return f"{name}.clone(memory_format=torch.contiguous_format)"
 
 
-def _refs(arg: Arg) -> tuple[str, ...]:
-    items = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
-    return tuple(item.name for item in items if isinstance(item, Ref))
+def _options(op: Op) -> tuple[object, ...]:
+    return op.target, op.kwargs, op.args[-1], len(op.args), op.type.dtype
 
 
-_DEFAULTS: dict[str, Arg] = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0}
+def _words(value: Arg) -> tuple[str, ...]:
+    return tuple(str(v) for v in value) if isinstance(value, tuple) else ()
 
 
 def _number(op: Op, key: str) -> str:
-    value = op.kw(key, _DEFAULTS.get(key, False))
-    return repr(value if isinstance(value, bool) else float(value))  # type: ignore[arg-type]
+    value = op.kw(key, 0.0)
+    return repr(float(value)) if isinstance(value, int | float) else repr(value)

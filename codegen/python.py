@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.optim import OPTIMIZERS, Update
+from deepseed.codegen.optim import KERNELS, Update
 from deepseed.ir.collective import COLLECTIVES, step
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.text import format_type
@@ -90,16 +90,22 @@ def generate(p: Program) -> str:
     _prologue(out)
     _close(out, update, -1, [i.name for i in p.inputs])
     place = ("", "")
-    for n, op in enumerate(p.ops):
+    n = 0
+    while n < len(p.ops):
+        op = p.ops[n]
         if (op.path, op.phase) != place:
             place = (op.path, op.phase)
             out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-        types = ", ".join(format_type(t, p.mesh) for t in op.types)
-        if op.target in OPTIMIZERS:
-            update.optimizer(n, op)
+        together: Sequence[Op] = (op,)
+        if op.target in KERNELS:
+            together = update.run_from(n, p.ops)
+            update.optimizer(n, together)
         else:
+            types = ", ".join(format_type(t, p.mesh) for t in op.types)
             out.emit(f"{', '.join(map(out.name, op.results))} = {_expression(out, op)}", types)
-        _close(out, update, n, op.results)
+        for each in together:
+            _close(out, update, n, each.results)
+            n += 1
     returned = [out.name(o.ref.name + (".copy" if o.ref.name in donation.copied else "")) for o in donation.returned]
     out.emit(f"return {_tuple(returned)}")
     return "\n".join(out.lines) + "\n"

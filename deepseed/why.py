@@ -38,7 +38,7 @@ class Alternative:
 
 def why(p: Program, mesh: Mesh, zero: int, name: str) -> str:
     """The answer for the value ``name`` (or the parameter with that key) of a canonical program. Raises ValueError for an unknown name."""
-    placement = Placement(replace(p, mesh=mesh), zero)
+    placement = Placement(replace(p, mesh=mesh), zero, {})
     placed = placement.run()
     i = find(p, name)
     item = placement.items[i]

@@ -15,6 +15,7 @@ from deepseed.ir.program import Builder, Op, Output, Program, Ref
 from deepseed.passes.decompose import DECOMPOSITIONS as _REDUCTIONS
 from deepseed.passes.decompose_norms import NORMS
 from deepseed.passes.group import Decomposition, Group
+from deepseed.passes.repeated_heads import merge_repeated_heads
 from deepseed.passes.simplify import SIMPLIFICATIONS, functional_batch_norm
 
 DECOMPOSITIONS: dict[str, Decomposition] = {**_REDUCTIONS, **NORMS}
@@ -31,6 +32,7 @@ def canonicalize(p: Program) -> Program:
             %y.sum = sum(%y.exp, dims=[1], keepdim=true) : f32[4, 1] {phase="forward", origin="y"}
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[4, 8] {phase="forward", origin="y"}
     """
+    p = merge_repeated_heads(p)
     work = _Canonicalizer(p)
     for op in p.ops:
         work.put(op)

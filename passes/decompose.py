@@ -49,6 +49,30 @@ def dot(g: Group) -> Results:
     return (g.sum(g.mul(g.ref(0), g.ref(1)), (0,)),)
 
 
+def convolution(g: Group) -> Results:
+    """The bias is added once, so that the input's channels may be split."""
+    x, w, bias = g.ref(0), g.ref(1), g.optional(2)
+    if bias is None:
+        return None
+    out = g.emit("aten.convolution", (x, w, None, *g.op.args[3:]), g.op.type.dtype, g.op.type.shape)
+    return (g.add(out, g.reshape(bias, (*g.shape(bias), *(1 for _ in g.op.type.shape[2:])))),)
+
+
+def convolution_backward(g: Group) -> Results:
+    """One op for each gradient: only the input's is sent on, the bias's is a sum."""
+    grad, x, w, want = g.ref(0), g.ref(1), g.ref(2), g.flags(10)
+    if sum(want) < 2 and not want[2]:
+        return None
+    rest = (None, *g.op.args[4:10])
+    out: list[Ref] = []
+    for value, mask in ((x, (True, False, False)), (w, (False, True, False))):
+        if want[mask.index(True)]:
+            out.append(g.emit("aten.convolution_backward", (grad, x, w, *rest, mask), g.dtype(value), g.shape(value)))
+    if want[2]:
+        out.append(g.sum(grad, [d for d in range(len(g.shape(grad))) if d != 1]))
+    return out
+
+
 # sums, means, norms of vectors --------------------------------------------------------------------------------------
 
 
@@ -333,6 +357,8 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "aten.linear": linear,
     "aten.mv": mv,
     "aten.dot": dot,
+    "aten.convolution": convolution,
+    "aten.convolution_backward": convolution_backward,
     "aten.sum": sum_,
     "aten.sum.dim_IntList": sum_,
     "aten.amax": amax,

@@ -15,14 +15,15 @@ from deepseed.ir.collective import COLLECTIVES, step
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Layout, LayoutError, Partial, valid
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Builder, Op, Program, Ref, Type
+from deepseed.ir.program import Builder, Op, Output, Program, Ref, Type
 
 
 @program_pass(requires={"explicit"}, provides={"lowered"})
 def lower_reshards(p: Program) -> Program:
     """Replace every ``reshard`` by collectives and local steps.
 
-    A collective starts where the reshard stood; its ``wait`` (and local steps after it) stand just before the first use.
+    A collective starts where the reshard stood; its ``wait`` (and local steps after it) stand just before the first use. What
+    only leaves the program is waited for when the next such collective starts: overlap, without holding them all.
 
     before: %y.whole_tp = reshard(%y) : f32[8@dp, 16]
     after:  %y.whole_tp.start = all_reduce.start(%y, axis="tp") : f32[8@dp, 16]
@@ -31,6 +32,7 @@ def lower_reshards(p: Program) -> Program:
     out = Builder(p)
     late: dict[str, list[Op]] = {}  # value -> the ops that finish it, due before its first use
     same: dict[str, str] = {}  # a reshard that changes nothing -> its operand
+    leaving = ""  # the reshard last begun of those that only outputs read
 
     def due(ref: Ref) -> Ref:
         ref = Ref(same.get(ref.name, ref.name), ref.want)
@@ -50,6 +52,9 @@ def lower_reshards(p: Program) -> Program:
         for early in chain[:started]:
             out.emit(early)
         late[op.name] = chain[started:]
+        if all(isinstance(user, Output) for user in p.uses[op.name]):
+            due(Ref(leaving))
+            leaving = op.name
     outputs = [type(o)(due(o.ref), o.role, o.key) for o in p.outputs]
     return out.program(outputs=outputs)
 

@@ -206,12 +206,47 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "nadam": lambda ps: torch.optim.NAdam(ps),
     "radam": lambda ps: torch.optim.RAdam(ps),
     "rprop": lambda ps: torch.optim.Rprop(ps),
+    "asgd": lambda ps: torch.optim.ASGD(ps),
+    "adafactor": lambda ps: torch.optim.Adafactor(ps),
+    "sgd-tensor-lr": lambda ps: torch.optim.SGD(ps, lr=torch.tensor(0.1, dtype=torch.float64)),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_over_three_steps(name: str) -> None:
     check_training(mlp(), pairs(), OPTIMIZERS[name], mse, clip=0.1)
+
+
+def test_muon() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10, bias=False), nn.ReLU(), nn.Linear(10, 4, bias=False)).double()
+    check_training(model, pairs(), lambda ps: torch.optim.Muon(ps, lr=1e-2), mse)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.core = getattr(nn, kind)(6, 5, 2, batch_first=True, dropout=0.2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)[0]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_unroll(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(kind).double()
+    batches = [{"x": torch.randn(3, 4, 6, dtype=torch.float64)} for _ in range(2)]
+    check_gradients(model, batches, lambda model, batch: model(batch["x"]).pow(2).mean())
+    assert all(type(w) is nn.Parameter for w in model.core._flat_weights)
+
+
+def test_autocast_to_bfloat16() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mse(model, batch)
+
+    check_gradients(mlp().float(), [tuple(t.float() for t in b) for b in pairs()], loss, tol=1e-2)
 
 
 def test_llama_adamw_clipped() -> None:

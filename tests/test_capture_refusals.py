@@ -84,6 +84,29 @@ def test_equal_and_constants() -> None:
     assert [tuple(t.shape) for t in c.constants.values()] == [(3,)]
 
 
+def test_a_guard_may_use_a_constant_tensor() -> None:
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    c = capture(Model(lambda self, x: x * self.w if (x * weights).sum() > -1e9 else x), {"x": X}, loss_fn=loss)
+    (guard,) = c.guards
+    given = {i.name: c.constants[i.key] if i.role == "constant" else X for i in guard.program.inputs}
+    assert len(given) == 2 and bool(*evaluate(guard.program, given).values()) is guard.value is True
+
+
+def test_embeddings_with_unsupported_options() -> None:
+    for option in ({"sparse": True}, {"scale_grad_by_freq": True}):
+        with pytest.raises(CaptureError, match="an embedding with"):
+            capture(nn.Sequential(nn.Embedding(5, 4, **option)), torch.tensor([1, 2]), loss_fn=lambda model, batch: model(batch).sum())
+
+
+def test_errors_of_the_model_say_where() -> None:
+    def body(self: Any, x: Tensor) -> Tensor:
+        return (x * self.w) @ x
+
+    with pytest.raises(RuntimeError) as error:
+        capture(Model(body), {"x": X}, loss_fn=loss)
+    assert any("last op at inner, test_capture_refusals.py" in note for note in error.value.__notes__)
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepseed.capture.batch import type_of
-from deepseed.capture.convert import Emitter
+from deepseed.capture.convert import Emitter, as_aten
 from deepseed.capture.errors import CaptureError
 from deepseed.ir.program import FLOATS, Arg, Ref, Type
 
@@ -270,6 +270,17 @@ def _scatter_add(e: Emitter, val: Any, self: Ref, dim: int, index: Ref, src: Ref
     return e.one("scatter_add", (self, index, src), type_of(val), dim=_dim(dim, len(e.type(self).shape)))
 
 
+def _norm(target: Any) -> Callable[..., Arg]:
+    """Layer and group norm keep mean and rstd in float32 where a narrow input meets a float32 weight, as their kernels do."""
+
+    def norm(e: Emitter, val: Any, input: Ref, weight: Ref | None = None, **rest: Any) -> Arg:
+        if weight is not None and e.type(weight).dtype == "f32" != e.type(input).dtype:
+            val = (val[0], val[1].float(), val[2].float())
+        return as_aten(e, target, val, {"input": input, "weight": weight, **rest})
+
+    return norm
+
+
 # attention, random draws ------------------------------------------------------------------------------------------
 
 
@@ -318,6 +329,7 @@ LOWERINGS: dict[Any, Callable[..., Arg]] = {
     _aten.split: _split, _aten.split_with_sizes: _split_sizes, _aten.unbind: _unbind, _aten.cat: _cat, _aten.stack: _stack,
     _aten.sum: _reduce("sum"), _aten.amax: _reduce("amax"), _aten.max.default: _reduce("amax"),
     _aten.embedding: _embedding, _aten.embedding_dense_backward: _embedding_backward,
+    **{norm: _norm(norm) for norm in (_aten.native_layer_norm.default, _aten.native_group_norm.default)},
     _aten.gather: _gather, _aten.scatter_add: _scatter_add,
     _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,

@@ -72,6 +72,7 @@ class Tracker:
         self.names = {id(m): name for name, m in model.named_modules()}
         self.base = Call(0, "", "", None)
         self.stack: list[Call] = []
+        self.last = Where()
         self.backward = False  # set once the loss is known: what follows outside autograd's nodes seeds them
         self._taken: dict[str, int] = {"loss_fn": 1}
         self._forward: dict[int, tuple[Call, str]] = {}  # autograd sequence number -> call, line
@@ -87,6 +88,10 @@ class Tracker:
             leave.remove()
 
     def here(self) -> Where:
+        self.last = self._here()
+        return self.last
+
+    def _here(self) -> Where:
         node = torch._C._current_autograd_node()
         if node is None:
             call, line = self.stack[-1] if self.stack else self.base, source_line()

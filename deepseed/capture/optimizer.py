@@ -7,6 +7,9 @@ tensors are multiplied in. An optimizer that branches on such a value is tried a
 
 from __future__ import annotations
 
+import builtins
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +82,7 @@ def _scaled(func: Any, word: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     name = getattr(func, "__name__", "")
     x, a, *more = args
     factor = kwargs[word]
+    a = a.to(torch.result_type(x, a))  # the kernels multiply in the result's dtype
     plain = name.rstrip("_")
     if plain in ("add", "sub") and word == "alpha":
         new = torch.add(x, a * factor) if plain == "add" else torch.sub(x, a * factor)
@@ -98,6 +102,30 @@ def _compiling() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = old
+
+
+@contextmanager
+def _extremes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """``min`` and ``max`` of the modules that define the optimizer's class, for numbers that are tensors too."""
+    modules = [vars(sys.modules[c.__module__]) for c in type(optimizer).__mro__ if c.__module__ in sys.modules and c is not object]
+    places = [(names, word) for names in {id(m): m for m in modules}.values() for word in ("min", "max") if word not in names]
+    for names, word in places:
+        names[word] = _extreme(getattr(builtins, word), torch.minimum if word == "min" else torch.maximum)
+    try:
+        yield
+    finally:
+        for names, word in places:
+            del names[word]
+
+
+def _extreme(plain: Callable[..., Any], op: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def extreme(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) < 2 or not any(isinstance(a, Tensor) for a in args):
+            return plain(*args, **kwargs)
+        like = next(a for a in args if isinstance(a, Tensor))
+        return functools.reduce(op, (a if isinstance(a, Tensor) else torch.full_like(like, a) for a in args))
+
+    return extreme
 
 
 def groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -150,7 +178,7 @@ def _trace(
     names = list(slots.fill)
     with mode:
         fakes = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)]
-        fakes += [torch.empty(() if slots.scalar[n] else shape, dtype=slots.dtype[n]) for n in names]
+        fakes += [torch.empty(slots.shape[n], dtype=slots.dtype[n]) for n in names]
 
     def step(param: Tensor, grad: Tensor, lr: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         p = param.clone()
@@ -158,10 +186,10 @@ def _trace(
         state: dict[str, Any] = {}
         for name, s in zip(names, states, strict=True):
             if name in given:
-                wide = capturable and slots.scalar[name] and s.is_floating_point()
+                wide = capturable and not slots.shape[name] and s.is_floating_point()
                 state[name] = s.to(torch.float64) if wide else s.clone()
         one = shadow(optimizer, {**group, "lr": lr}, p, state, capturable)
-        with torch.no_grad(), _compiling() if capturable else _Numbers(lr):
+        with torch.no_grad(), _extremes(optimizer), _compiling() if capturable else _Numbers(lr):
             one.step()
         kept = one.state[p]
         return p, *(_as(kept[n], slots.dtype[n]) for n in names)
@@ -238,7 +266,7 @@ class Updates:
         existing = self.optimizer.state.get(parameter, {})
         refs: dict[str, Ref] = {}
         for slot, fill in slots.fill.items():
-            t = Type(DTYPES[slots.dtype[slot]], () if slots.scalar[slot] else tuple(parameter.shape))
+            t = Type(DTYPES[slots.dtype[slot]], slots.shape[slot])
             held = existing.get(slot)
             held = held if isinstance(held, Tensor) or held is None else torch.tensor(float(held), dtype=slots.dtype[slot])
             self._add(refs, StateSlot(name, slot, t, fill, held, False))

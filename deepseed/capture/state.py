@@ -39,10 +39,10 @@ class StateSlot:
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots of a class of parameters: name -> fill; ``scalar``: 0-dim (a step count), else of the parameter's shape."""
+    """Slots of a class of parameters, each by name: what it holds before the first step, its shape and dtype."""
 
     fill: Mapping[str, float]
-    scalar: Mapping[str, bool]
+    shape: Mapping[str, tuple[int, ...]]
     dtype: Mapping[str, torch.dtype]
     two_formulas: bool  # the first step differs from the others
 
@@ -75,15 +75,15 @@ def shadow(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param: Te
 
 
 def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Slots:
-    """Run the first step on a sample of at most 3 elements a dimension."""
+    """Run the first step on a small sample of the parameter's rank."""
     name = type(optimizer).__name__
-    small = tuple(min(n, 3) for n in shape)
+    small = tuple(1 if n == 1 else 3 + i for i, n in enumerate(shape))
     generator = torch.Generator().manual_seed(0)
     p0, g0 = (torch.randn(small, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
 
-    def step(state: dict[str, Any]) -> Tensor:
-        p = p0.clone()
-        p.grad = g0.clone()
+    def step(state: dict[str, Any], param: Tensor = p0, grad: Tensor = g0) -> Tensor:
+        p = param.clone()
+        p.grad = grad.clone()
         with torch.no_grad():
             shadow(optimizer, group, p, state).step()
         return p
@@ -96,14 +96,16 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
                            fix="use an optimizer whose step() needs no closure and works on dense gradients") from error  # fmt: skip
     after = {k: _tensor(v, name, k) for k, v in record.items()}
     fill: dict[str, float] = {}
-    for slot, value in after.items():
-        if value.shape not in (torch.Size(), torch.Size(small)):
-            raise CaptureError(f"optimizer {name} keeps state {slot!r} of shape {list(value.shape)} for a parameter {list(small)}",
-                               fix="only state of the parameter's shape and scalars can be sharded with it")  # fmt: skip
+    for slot in after:
         first = _tensor(record.first[slot], name, slot)
         fill[slot] = float(first.flatten()[0]) if first.numel() and bool((first == first.flatten()[0]).all()) and _settled(record.first[slot]) else 0.0
     candidates = [fill, dict.fromkeys(fill, 0.0)]
-    scalar = {k: v.dim() == 0 for k, v in after.items()}
+    shapes = {k: tuple(v.shape) for k, v in after.items()}
+    real = {1: 1, **dict(zip(small, shape, strict=True))}  # sizes of the sample are distinct, so each names its dimension
+    if not all(n in real for s in shapes.values() for n in s):
+        raise CaptureError(f"optimizer {name} keeps state of shapes {shapes} for a parameter {list(small)}",
+                           fix="state must be made of the parameter's own dimensions")  # fmt: skip
+    shapes = {k: tuple(real[n] for n in s) for k, s in shapes.items()}
     dtypes = {k: v.dtype for k, v in after.items()}
     if not after:
         return Slots({}, {}, {}, False)
@@ -114,8 +116,8 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
         except Exception:
             continue
         if torch.equal(again, reached) and all(torch.equal(_tensor(state[k], name, k), after[k]) for k in after):
-            return Slots(candidate, scalar, dtypes, False)
-    return Slots(dict.fromkeys(after, 0.0), scalar, dtypes, True)
+            return Slots(candidate, shapes, dtypes, False)
+    return Slots(dict.fromkeys(after, 0.0), shapes, dtypes, True)
 
 
 def _settled(value: Any) -> bool:

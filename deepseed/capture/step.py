@@ -26,6 +26,7 @@ from deepseed.ir.program import Op, Output, Program, Ref, Type
 from deepseed.ir.verify import verify
 
 Want = Literal["step", "loss_and_grads", "forward"]
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -120,9 +121,11 @@ def capture(
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
     inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch") or i.name in used]
     kept = {op.origin for op in ops}
+    guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
+    needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
     program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
     return Captured(
-        verify(program), {i.key: constants[i.key] for i in inputs if i.role == "constant"}, tuple(_guard(r, traced.mode, spec) for r in traced.reads),
+        verify(program), {key: t for key, t in constants.items() if key in needed}, guards,
         spec, parameters, aliases, buffers, state, hyper, fixed_options(optimizer) if optimizer is not None and want == "step" else {},
         tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
     )  # fmt: skip
@@ -145,8 +148,13 @@ class _Traced:
             self.sources += [_Source("rng", "rng", torch.empty(2, dtype=torch.int64))]
         keys = [(s.role, s.key) for s in self.sources]
 
+        real: dict[int, Tensor] = {}
+        held: list[Tensor] = []  # keeps the ids of ``real``
+
         def step(*flat: Tensor) -> list[Any]:
             given = dict(zip(keys, flat, strict=True))
+            real.update({id(given["param", key]): p for key, p in parameters.items()})
+            held.extend(flat)
             swapped = {key: given["param", key] for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
             inner = rebuild(batch, {key: t for (role, key), t in given.items() if role == "batch"})
             found: dict[tuple[str, str], Any] = {}
@@ -171,7 +179,7 @@ class _Traced:
         reader = Reader(tracker, keys, tensors(batch))
         with switched(model), torch.enable_grad():
             module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader)
-        _check_leaks(model)
+        _check_leaks(model, real)
         self.reads: list[Read] = reader.reads
         self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
 
@@ -219,10 +227,9 @@ def _constant(e: Emitter, value: Tensor, constants: dict[str, Tensor]) -> Ref:
     t = value.detach().cpu().contiguous()
     raw = t.reshape(-1).view(torch.uint8).numpy().tobytes()
     key = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode() + raw).hexdigest()[:16]
-    if key in constants:
-        return next(Ref(i.name) for i in e.inputs if i.role == "constant" and i.key == key)
     constants[key] = t
-    return e.input(type_of(t), "constant", key)
+    known = next((i for i in e.inputs if i.role == "constant" and i.key == key), None)
+    return Ref(known.name) if known is not None else e.input(type_of(t), "constant", key)
 
 
 def _clip(e: Emitter, gradients: Mapping[str, Ref], limit: float) -> tuple[dict[str, Ref], Ref]:
@@ -250,28 +257,33 @@ def _clip(e: Emitter, gradients: Mapping[str, Ref], limit: float) -> tuple[dict[
     return clipped, norm
 
 
-def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec) -> Guard:
+def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec, constants: dict[str, Tensor]) -> Guard:
     e = Emitter(where=read.where)
     types = [spec.types[key] for key in read.keys]
     with mode:
-        fakes = [torch.empty(t.shape, dtype={v: k for k, v in DTYPES.items()}[t.dtype]) for t in types]
+        fakes = [torch.empty(t.shape, dtype=_TORCH[t.dtype]) for t in types]
     flat = functional(read.module, fakes, mode)
     inputs = [e.input(t, "batch", key) for t, key in zip(types, read.keys, strict=True)]
-    constants: dict[str, Tensor] = {}
     lifted = [_constant(e, c, constants) for c in flat.constants]
-    if constants:
-        raise CaptureError("a value that Python reads depends on a constant tensor of more than one element", path=read.where.path, line=read.where.line)
     (out,) = convert(flat.graph, [*inputs, *lifted], flat.outputs, e)
     assert isinstance(out, Ref)
     program = Program("guard", Mesh(()), tuple(e.inputs), live(e.ops, [out]), (Output(out, "output", "value"),), frozenset({"captured"}))
     return Guard(verify(program), read.value, read.where.path, read.where.line)
 
 
-def _check_leaks(model: nn.Module) -> None:
+def _check_leaks(model: nn.Module, real: Mapping[int, Tensor]) -> None:
+    """Give back parameters that a module cached while it ran on fakes; refuse any other fake tensor left on a module."""
     for name, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
-            held = [*value.values()] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(v, FakeTensor) for v in held):
+            if isinstance(value, FakeTensor) and id(value) in real:
+                setattr(module, attribute, real[id(value)])
+            elif isinstance(value, (list, dict)):
+                for key, held in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    if isinstance(held, FakeTensor) and id(held) in real:
+                        value[key] = real[id(held)]
+            value = vars(module)[attribute]
+            left = [*value.values()] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(v, FakeTensor) for v in left):
                 raise CaptureError(
                     f"the model stores a tensor of its forward on itself ({type(module).__name__}.{attribute}), so steps would depend on one another",
                     path=name, fix="return the tensor, or register it as a buffer",

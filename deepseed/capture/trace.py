@@ -89,7 +89,14 @@ def record(
 
     def run(*flat: Tensor) -> Sequence[Any]:
         with tagged(tracker.here), tracker.on(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
-            return step(*flat)
+            try:
+                return step(*flat)
+            except CaptureError:
+                raise
+            except Exception as error:
+                place = ", ".join(part for part in (tracker.last.path, tracker.last.line) if part)
+                error.add_note(f"while DeepSeed traced the model with fake tensors on the CPU; last op at {place or 'the start'}")
+                raise
 
     return make_fx(run, tracing_mode="fake")(*fakes)
 

@@ -7,7 +7,7 @@ slower call path, and the overload itself elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -116,13 +116,14 @@ def overload(target: str) -> Any:
 def arguments(op: Op, operands: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments with tensors in place of references and torch dtypes in place of their names."""
     left = iter(operands)
+    args = [_value(a, left) for a in op.args]
+    return args, {key: _value(a, left) for key, a in op.kwargs}
 
-    def value(arg: Arg) -> Any:
-        if isinstance(arg, Ref):
-            return next(left)
-        if isinstance(arg, tuple):
-            return [value(a) for a in arg]
-        return _DTYPES.get(arg, arg) if isinstance(arg, str) else arg
 
-    args = [value(a) for a in op.args]
-    return args, {key: value(a) for key, a in op.kwargs}
+def _value(arg: Arg, left: Iterator[Tensor]) -> Any:
+    # not a closure in ``arguments``: one that calls itself is a cycle, and would keep the operands until the next collection
+    if isinstance(arg, Ref):
+        return next(left)
+    if isinstance(arg, tuple):
+        return [_value(a, left) for a in arg]
+    return _DTYPES.get(arg, arg) if isinstance(arg, str) else arg

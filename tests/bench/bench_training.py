@@ -90,10 +90,11 @@ def turn(a: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         procs, logs = [], [Path(folder, f"log{r}") for r in range(ranks)]
         for r in range(ranks):
-            env = environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), OMP_NUM_THREADS=str(a.threads),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", **(MALLOC if a.malloc else {}))  # fmt: skip
+            env = environment(OMP_NUM_THREADS=str(a.threads), **(MALLOC if a.malloc else {}))
+            if ranks > 1:  # as a launcher sets it; the group itself meets in a file, so that no port can be taken
+                env |= {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
             with logs[r].open("w") as log:
-                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}:{folder}"], env=env, stdout=log, stderr=log))
+                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}:{r}:{ranks}:{folder}"], env=env, stdout=log, stderr=log))
         deadline = perf_counter() + a.timeout
         try:
             while any(p.poll() is None for p in procs) and not any(p.poll() for p in procs) and perf_counter() < deadline:
@@ -202,13 +203,12 @@ def parent(a: argparse.Namespace) -> int:
 # a child: one engine on one rank ------------------------------------------------------------------------------------
 
 
-def child(a: argparse.Namespace, engine: str, folder: Path) -> None:
+def child(a: argparse.Namespace, engine: str, rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
     import transformers
 
     torch.set_num_threads(a.threads)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     config = transformers.LlamaConfig(vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 8 // 3 // 32 * 32, num_hidden_layers=a.layers,
@@ -346,7 +346,7 @@ ENGINES: dict[str, Callable[[argparse.Namespace, str, Any], Step]] = {
 if __name__ == "__main__":
     given = arguments()
     if given.child:
-        name, _, where = given.child.partition(":")
-        child(given, name, Path(where))
+        name, at, of, where = given.child.split(":", 3)
+        child(given, name, int(at), int(of), Path(where))
     else:
         sys.exit(parent(given))

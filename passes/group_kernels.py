@@ -1,0 +1,196 @@
+"""Emit what was taken apart, and needed not be, as the op it came from; and the updates of one optimizer side by side.
+
+An origin group becomes its op again where nothing came between (no collective inside, no inner value read outside) and the
+layouts are an instance of that op's own rule in deepseed.rules; an op without a rule only where everything is whole. So typing
+and the instance checks judge the result like any other op. Decomposing then costs nothing where it was not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+from deepseed.ir.contract import program_pass
+from deepseed.ir.layout import Element, Layout, Partial
+from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
+from deepseed.rules import is_instance, rule_of
+
+_MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start")
+OPTIMIZER = "optim."
+
+
+@program_pass(requires={"lowered"}, provides={"grouped"})
+def group_kernels(p: Program) -> Program:
+    """Replace origin groups by their ops, then put the updates of equal options side by side.
+
+    before: %y.amax = amax(%x, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
+            %y.sub = aten.sub.Tensor(%x, %y.amax) : f32[8@dp, 16] {origin="y"}
+            %y.exp = aten.exp(%y.sub) : f32[8@dp, 16] {origin="y"}
+            %y.sum = sum(%y.exp, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
+            %y = aten.div.Tensor(%y.exp, %y.sum) : f32[8@dp, 16] {origin="y"}
+    after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
+    """
+    return _gather_updates(_regroup(p))
+
+
+# groups -------------------------------------------------------------------------------------------------------------
+
+
+def _regroup(p: Program) -> Program:
+    at = {op.name: n for n, op in enumerate(p.ops)}
+    members: dict[str, list[int]] = {}
+    for n, op in enumerate(p.ops):
+        if op.origin:
+            members.setdefault(op.origin, []).append(n)
+    gone: set[int] = set()
+    before: dict[int, list[Op]] = {}  # position -> whole ops to emit there
+    for key, whole in p.origins:
+        found = _whole_op(p, at, whole, members.get(key, ()))
+        if found is not None:
+            position, op = found
+            gone.update(members[key])
+            before.setdefault(position, []).append(op)
+    out = Builder(p)
+    out.origins = {key: op for key, op in p.origins if key in members and members[key][0] not in gone}
+    for n, op in enumerate(p.ops):
+        for whole in before.get(n, ()):
+            out.emit(whole)
+        if n not in gone:
+            out.emit(op)
+    return out.program()
+
+
+def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[int, Op] | None:
+    """The op that its group amounts to, and where it can stand; None where the group must stay as it is."""
+    if not members or (whole.target.startswith(OPTIMIZER) and not _fusable(p, whole)):
+        return None
+    ops = [p.ops[n] for n in members]
+    made = {result for op in ops for result in op.results}
+    if any(r in p.types and r not in made for r in whole.results):
+        return None
+    operands = {ref.name for ref in whole.refs}
+    arrived: dict[str, str] = {}  # operand -> the value in which the group reads it, in the layout that it wants
+    for op in ops:
+        for ref in op.refs:
+            if ref.name in made:
+                continue
+            source = _source(p, ref.name, operands)
+            if source not in operands or arrived.setdefault(source, ref.name) != ref.name:
+                return None
+    if any(name not in p.types for name in operands):
+        return None
+    outside = [u for r in made for u in p.uses[r] if not isinstance(u, Op) or u.origin != ops[0].origin]
+    inner = made - set(whole.results)
+    if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
+        return None
+    position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
+    op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
+    if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
+        return None
+    typed = _typed(p, op)
+    if typed is None:
+        return None
+    return position, replace(typed, phase=ops[-1].phase, path=ops[-1].path, line=ops[-1].line, origin="")
+
+
+def _source(p: Program, name: str, operands: set[str]) -> str:
+    """The operand that a value brings, in another layout maybe."""
+    while name not in operands and name in p.producers and p.producers[name].target in _MOVES:
+        name = p.producers[name].refs[0].name
+    return name
+
+
+def _typed(p: Program, op: Op) -> Op | None:
+    """The op with the layouts that its results have in the program, if these are an instance of its rule. A result that nothing
+    reads (and that the group does not make) gets whatever layout makes it one."""
+    operands = [p.types[ref.name] for ref in op.refs]
+    types = [p.types.get(r, t) for r, t in zip(op.results, op.types, strict=True)]
+    if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in zip(types, op.types, strict=True)):
+        return None
+    free = [n for n, r in enumerate(op.results) if r not in p.types]
+    for axis in p.mesh.names if free else ():
+        elements = _elements_on(axis, [*operands, *types])
+        one = [t.laid(Layout.of(**{axis: t.layout.on(axis)})) for t in (*operands, *types)]
+        for choice in product(elements, repeat=len(free)):
+            tried = list(one[len(operands) :])
+            for n, element in zip(free, choice, strict=True):
+                tried[n] = tried[n].laid(Layout.of(**{axis: element}))
+            if _instance(p, replace(op, types=tuple(tried)), one[: len(operands)]):
+                for n, element in zip(free, choice, strict=True):
+                    types[n] = types[n].laid(types[n].layout.with_(axis, element))
+                break
+        else:
+            return None
+    op = replace(op, types=tuple(types))
+    return op if _instance(p, op, operands) else None
+
+
+def _elements_on(axis: str, types: Sequence[Type]) -> list[Element]:
+    found: list[Element] = [None, Partial("sum")]
+    for t in types:
+        if t.layout.on(axis) not in found:
+            found.append(t.layout.on(axis))
+    return found
+
+
+def _instance(p: Program, op: Op, operands: Sequence[Type]) -> bool:
+    try:
+        return is_instance(op, [t.layout for t in operands], operands, p.mesh) is None
+    except ValueError:
+        return False
+
+
+# optimizers ---------------------------------------------------------------------------------------------------------
+
+
+def _fusable(p: Program, op: Op) -> bool:
+    """A fused update needs a rule to be judged by, one float dtype for parameter, gradient and moments, and known states."""
+    dtypes = {t.dtype for t in (p.types.get(r.name) for r in op.refs[:-1]) if t is not None and t.shape}
+    floating = not dtypes or (len(dtypes) == 1 and dtypes <= set(FLOATS))
+    return rule_of(op.target) is not None and floating
+
+
+def _gather_updates(p: Program) -> Program:
+    """All updates of one optimizer with the same options side by side, where the last one stood, so that a back end can make one
+    call of them. What reads a result earlier follows them.
+
+    before: %a.new = optim.sgd(%a, %a.g, %lr)           after: %b.g = ..
+            %a.out.start = all_gather.start(%a.new)            %a.new = optim.sgd(%a, %a.g, %lr)
+            %b.g = ..                                          %b.new = optim.sgd(%b, %b.g, %lr)
+            %b.new = optim.sgd(%b, %b.g, %lr)                  %a.out.start = all_gather.start(%a.new)
+    """
+    groups: dict[tuple[object, ...], list[Op]] = {}
+    for op in p.ops:
+        if op.target.startswith(OPTIMIZER):
+            groups.setdefault((op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype), []).append(op)
+    last = {ops[-1].name: ops for ops in groups.values()}
+    early = {op.name for ops in groups.values() for op in ops[:-1]}
+    out = Builder(p)
+    for op in _held_back(p.ops, early, last):
+        out.emit(op)
+    return out.program()
+
+
+def _held_back(ops: Sequence[Op], early: set[str], last: Mapping[str, Sequence[Op]]) -> Iterator[Op]:
+    missing: set[str] = set()  # results of updates, and of ops that wait for them
+    waiting: list[Op] = []
+    for op in ops:
+        if op.name not in last:
+            if op.name in early or any(ref.name in missing for ref in op.refs):
+                missing.update(op.results)
+                if op.name not in early:
+                    waiting.append(op)
+            else:
+                yield op
+            continue
+        for update in last[op.name]:
+            yield update
+            missing.difference_update(update.results)
+        held, waiting = waiting, []
+        for other in held:
+            if any(ref.name in missing for ref in other.refs):
+                waiting.append(other)
+            else:
+                yield other
+                missing.difference_update(other.results)
