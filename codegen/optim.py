@@ -3,8 +3,8 @@
     optim.adamw(param, grad, states.., lr, states=[..], betas=, eps=, weight_decay=, amsgrad=, maximize=)
     optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
 
-``states`` names the state operands as torch.optim does; results are the new parameter and each new state. Updates that stand
-side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
+``states`` names the state operands as torch.optim does; results are the new parameter and each new state but ``step``, which
+comes in counted up already. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
 has no later reader, else on a copy.
 """
 
@@ -49,9 +49,11 @@ class Update:
         first = ops[0]
         states = _words(first.kw("states", ()))
         columns = ["params", "grads", *(f"{name}s" for name in states)]
+        updated = [c for c in columns if c not in ("grads", "steps")]  # one result each
         taken: set[str] = set()
         for c, column in enumerate(columns):
-            entries = [self._entry(position + n, op, c, taken) for n, op in enumerate(ops)]
+            result = updated.index(column) if column in updated else None
+            entries = [self._entry(position + n, op, c, result, taken) for n, op in enumerate(ops)]
             self.emit(f"{column} = [{', '.join(entries)}]")
         lr = first.args[-1]
         assert isinstance(lr, Ref)
@@ -60,7 +62,6 @@ class Update:
             lists = ["params", "grads", "momentum_buffers" if "momentum_buffer" in states else "[]"]
             given += [f"{k}={_number(first, k)}" for k in ("momentum", "dampening")] + [f"nesterov={bool(first.kw('nesterov', False))}", "is_first_step=False"]
         else:
-            self.emit("torch._foreach_add_(steps, 1)")
             most = "max_exp_avg_sqs" if "max_exp_avg_sq" in states else "[]"
             lists = ["params", "grads", "exp_avgs", "exp_avg_sqs", most, "[s.float() for s in steps]"]
             betas = first.kw("betas")
@@ -68,19 +69,18 @@ class Update:
             given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
         given.append(f"maximize={bool(first.kw('maximize', False))}")
         self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
-        for c, column in enumerate(columns[:1] + columns[2:]):
+        for c, column in enumerate(updated):
             self.emit(f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column}")
         self.emit(f"del {', '.join(columns)}")
 
-    def _entry(self, position: int, op: Op, column: int, taken: set[str]) -> str:
+    def _entry(self, position: int, op: Op, column: int, result: int | None, taken: set[str]) -> str:
         """One tensor of a list, contiguous as the kernels want it; a copy of what must not change."""
         ref = op.args[column]
         assert isinstance(ref, Ref)
         name = self.name(ref.name)
-        if column == 1:
+        if result is None:
             return f"{name}.contiguous()"
-        result = op.results[max(column - 1, 0)]
-        if ref.name not in taken and self.donation.in_place(position, ref.name, result):
+        if ref.name not in taken and self.donation.in_place(position, ref.name, op.results[result]):
             taken.add(ref.name)
             return name
         return f"{name}.clone(memory_format=torch.contiguous_format)"

@@ -13,7 +13,8 @@ from deepseed.ir.layout import Element, Partial, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Type
 
-LATENCY = 256.0  # a collective costs what sending this many bytes would: it breaks ties between equal volumes
+LATENCY = 65536.0  # a collective costs what sending this many bytes would: between equal volumes, fewer collectives
+FLOP = 8.0  # a flop that every rank repeats, in bytes sent: compute is never repeated to save a message
 LOCAL = 1e-3  # a local slice or mask, for each byte it reads
 WHOLE_WEIGHT = 1000.0  # a weight left whole on a model axis, for each of its bytes
 

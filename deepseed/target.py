@@ -90,6 +90,18 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
     return make
 
 
+def like(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerFactory:
+    """Makes an optimizer of the same class, groups and options for the parameters of another copy of ``model``, in its order."""
+    position = {id(p): n for n, p in enumerate(model.parameters())}
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        given = list(parameters)
+        groups = [{**group, "params": [given[position[id(p)]] for p in group["params"]]} for group in optimizer.param_groups]
+        return type(optimizer)(groups)
+
+    return make
+
+
 def _from_file(path: Path, name: str, text: str) -> Target:
     if not path.is_file():
         raise TargetError(f"no file {path} (target {text!r})" + ("" if path.suffix == ".py" else "\n  fix: write path/to/file.py:name, or hf:ClassName"))

@@ -27,6 +27,10 @@ PARTS = {
 }
 
 
+class UnknownName(ValueError):
+    """A name that is no value of the program and no input's key: gives the nearest ones."""
+
+
 @dataclass(frozen=True)
 class Alternative:
     """``more``: how much worse the whole step would be (None: impossible, whatever the other nodes do)."""
@@ -37,7 +41,7 @@ class Alternative:
 
 
 def why(p: Program, mesh: Mesh, zero: int, name: str) -> str:
-    """The answer for the value ``name`` (or the parameter with that key) of a canonical program. Raises ValueError for an unknown name."""
+    """The answer for the value ``name`` (or the parameter with that key) of a canonical program. Raises UnknownName."""
     placement = Placement(replace(p, mesh=mesh), zero, {})
     placed = placement.run()
     i = find(p, name)
@@ -80,7 +84,7 @@ def find(p: Program, name: str) -> int:
             return i
     known = [*p.types, *(i.key for i in p.inputs)]
     near = get_close_matches(wanted, known, n=3, cutoff=0.3) or [k for k in known if wanted in k][:3]
-    raise ValueError(f"the program has no value %{wanted}" + (f"\n  fix: did you mean {', '.join('%' + n for n in near)}?" if near else ""))
+    raise UnknownName(f"the program has no value %{wanted}" + (f"\n  fix: did you mean {', '.join('%' + n for n in near)}?" if near else ""))
 
 
 def _line(placed: Program, i: int) -> str:

@@ -38,7 +38,7 @@ def facts(names: frozenset[str]) -> str:
 
 def summary(p: Pass) -> str:
     """The first paragraph of the docstring, on one line."""
-    return " ".join(inspect.cleandoc(p.doc).split("\n\n")[0].split())
+    return " ".join(inspect.cleandoc(p.doc).split("\n\n")[0].split()).replace("``", "`")
 
 
 def section(p: Pass) -> list[str]:

@@ -1,18 +1,16 @@
 """Ops that hide a reduction, taken apart, so that each reduction can be sharded by its own rule: a table for ``canonicalize``.
 
 A decomposition gets the ``Group`` that replaces an op and returns the op's results, or None to keep the op. Formulas follow
-PyTorch's kernels (ATen/native), the dtype of each step included. Norms are in ``deepseed.passes.decompose_norms``.
+PyTorch's kernels (ATen/native), the dtype of each step included. Norms are in ``decompose_norms``, losses in ``decompose_losses``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 
 from deepseed.ir.program import Ref
 from deepseed.passes.group import Decomposition, Group, is_float, wide
-
-NONE, MEAN, SUM = 0, 1, 2  # the reductions of losses
 
 Results = Sequence[Ref] | None
 
@@ -194,128 +192,6 @@ def log_softmax_backward(g: Group) -> Results:
     return (g.cast(g.sub(grad, g.mul(g.exp(out), g.sum(grad, dims, True))), g.op.type.dtype),)
 
 
-# losses -------------------------------------------------------------------------------------------------------------
-
-
-def _targets(g: Group, x: Ref, target: Ref, weight: Ref | None, ignore: int) -> tuple[int, Ref, Ref, Ref | None]:
-    """Class dimension, the target as an index of x (1 along that dimension, 0 where ignored), what is ignored, weights."""
-    dim = min(1, len(g.shape(x)) - 1)
-    ignored = g.compare("eq", target, ignore)
-    safe = g.masked_fill(target, ignored, 0)
-    shape = list(g.shape(x))
-    shape[dim] = 1
-    weights = None
-    if weight is not None:
-        flat = g.gather(weight, g.reshape(safe, (g.numel(safe, range(len(g.shape(safe)))),)), 0)
-        weights = g.masked_fill(g.reshape(flat, g.shape(target)), ignored, 0)
-    return dim, g.reshape(safe, shape), ignored, weights
-
-
-def nll_loss(g: Group) -> Results:
-    x, target, reduction = g.ref(0), g.ref(1), g.integer(3)
-    dtype = g.dtype(x)
-    dim, index, ignored, weights = _targets(g, x, target, g.optional(2), g.integer(4))
-    loss = g.neg(g.masked_fill(g.reshape(g.gather(x, index, dim), g.shape(target)), ignored, 0))
-    every = range(len(g.shape(target)))
-    if weights is None:
-        counted = g.cast(g.pointwise("logical_not", ignored), wide(dtype))
-    else:
-        loss, counted = g.mul(loss, weights), g.wide(weights)
-    if reduction == NONE and len(every):
-        return loss, g.full((), 0, dtype)
-    total = g.sum(counted, every)
-    out = g.sum(loss, every, dtype=wide(dtype))
-    return g.cast(g.div(out, total) if reduction == MEAN else out, dtype), g.cast(total, dtype)
-
-
-def nll_loss_backward(g: Group) -> Results:
-    grad, x, target, reduction = g.ref(0), g.ref(1), g.ref(2), g.integer(4)
-    dim, index, ignored, weights = _targets(g, x, target, g.optional(3), g.integer(5))
-    each = g.neg(g.div(grad, g.ref(6)) if reduction == MEAN else grad)
-    if weights is not None:
-        each = g.mul(weights, each)
-    each = g.masked_fill(g.expand(each, g.shape(target)), ignored, 0)
-    return (g.scatter_add(g.full(g.shape(x), 0, g.dtype(x)), index, g.reshape(each, g.shape(index)), dim),)
-
-
-def loss(position: int, name: str, pointwise: Callable[[Group, Ref, Ref], Ref]) -> Decomposition:
-    """An elementwise loss of (input, target) and its reduction, an argument at ``position``."""
-
-    def decompose(g: Group) -> Results:
-        reduction, dtype = g.integer(position, name, MEAN), g.op.type.dtype
-        out = pointwise(g, g.wide(g.ref(0)), g.wide(g.ref(1)))
-        if reduction != NONE:
-            every = range(len(g.shape(out)))
-            n = g.numel(out, every)
-            out = g.sum(out, every)
-            out = g.div(out, n) if reduction == MEAN else out
-        return (g.cast(out, dtype),)
-
-    return decompose
-
-
-def loss_backward(position: int, name: str, slope: Callable[[Group, Ref, Ref], Ref]) -> Decomposition:
-    """grad * d loss / d input, over n for a mean."""
-
-    def decompose(g: Group) -> Results:
-        grad, x, target = (g.wide(g.ref(i)) for i in range(3))
-        out = slope(g, x, target)
-        if g.integer(position, name, MEAN) == MEAN:
-            grad = g.div(grad, g.numel(out, range(len(g.shape(out)))))
-        return (g.cast(g.mul(out, grad), g.op.type.dtype),)
-
-    return decompose
-
-
-def _squared(g: Group, x: Ref, target: Ref) -> Ref:
-    d = g.sub(x, target)
-    return g.mul(d, d)
-
-
-def _smooth(g: Group, x: Ref, target: Ref) -> Ref:
-    d = g.abs(g.sub(x, target))
-    beta = g.number(3, "beta", 1.0)
-    if beta == 0:
-        return d
-    return g.where(g.compare("lt", d, beta), g.div(g.mul(g.mul(d, d), 0.5), beta), g.sub(d, 0.5 * beta))
-
-
-def _smooth_slope(g: Group, x: Ref, target: Ref) -> Ref:
-    d = g.sub(x, target)
-    beta = g.number(4, "beta", 1.0)
-    sign = g.pointwise("sign", d)
-    return sign if beta == 0 else g.where(g.compare("lt", g.abs(d), beta), g.div(d, beta), sign)
-
-
-def _huber(g: Group, x: Ref, target: Ref) -> Ref:
-    d = g.abs(g.sub(x, target))
-    delta = g.number(3, "delta", 1.0)
-    return g.where(g.compare("lt", d, delta), g.mul(g.mul(d, d), 0.5), g.mul(g.sub(d, 0.5 * delta), delta))
-
-
-def _huber_slope(g: Group, x: Ref, target: Ref) -> Ref:
-    delta = g.number(4, "delta", 1.0)
-    return g.emit("aten.clamp", (d := g.sub(x, target), -delta, delta), g.dtype(d), g.shape(d))
-
-
-def _bce(g: Group, x: Ref, target: Ref) -> Ref:
-    def log(v: Ref) -> Ref:
-        return g.pointwise("clamp_min", v, -100)
-
-    miss = g.mul(g.sub(target, 1), log(g.pointwise("log1p", g.neg(x))))
-    return _weighted(g, 2, g.sub(miss, g.mul(target, log(g.log(x)))))
-
-
-def _bce_slope(g: Group, x: Ref, target: Ref) -> Ref:
-    spread = g.pointwise("clamp_min", g.mul(g.pointwise("rsub.Scalar", x, 1), x), 1e-12)
-    return _weighted(g, 3, g.div(g.sub(x, target), spread))
-
-
-def _weighted(g: Group, position: int, x: Ref) -> Ref:
-    weight = g.optional(position, "weight")
-    return x if weight is None else g.mul(x, g.wide(weight))
-
-
 # others -------------------------------------------------------------------------------------------------------------
 
 
@@ -376,19 +252,6 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "aten._log_softmax": log_softmax,
     "aten._softmax_backward_data": softmax_backward,
     "aten._log_softmax_backward_data": log_softmax_backward,
-    "aten.nll_loss_forward": nll_loss,
-    "aten.nll_loss2d_forward": nll_loss,
-    "aten.nll_loss_backward": nll_loss_backward,
-    "aten.nll_loss2d_backward": nll_loss_backward,
-    "aten.mse_loss": loss(2, "reduction", _squared),
-    "aten.mse_loss_backward": loss_backward(3, "reduction", lambda g, x, target: g.mul(g.sub(x, target), 2)),
-    "aten.l1_loss": loss(2, "reduction", lambda g, x, target: g.abs(g.sub(x, target))),
-    "aten.smooth_l1_loss": loss(2, "reduction", _smooth),
-    "aten.smooth_l1_loss_backward": loss_backward(3, "reduction", _smooth_slope),
-    "aten.huber_loss": loss(2, "reduction", _huber),
-    "aten.huber_loss_backward": loss_backward(3, "reduction", _huber_slope),
-    "aten.binary_cross_entropy": loss(3, "reduction", _bce),
-    "aten.binary_cross_entropy_backward": loss_backward(4, "reduction", _bce_slope),
     "aten.embedding": embedding,
     "aten.embedding_dense_backward": embedding_backward,
     "aten.glu": glu,

@@ -48,22 +48,27 @@ def _regroup(p: Program) -> Program:
     for key, whole in p.origins:
         found = _whole_op(p, at, whole, members.get(key, ()))
         if found is not None:
-            position, op = found
-            gone.update(members[key])
+            position, op, replaced = found
+            gone.update(replaced)
             before.setdefault(position, []).append(op)
+    done = {p.ops[n].origin for n in gone}
     out = Builder(p)
-    out.origins = {key: op for key, op in p.origins if key in members and members[key][0] not in gone}
+    out.origins = {key: op for key, op in p.origins if key in members and key not in done}
     for n, op in enumerate(p.ops):
         for whole in before.get(n, ()):
             out.emit(whole)
         if n not in gone:
-            out.emit(op)
+            out.emit(replace(op, origin="") if op.origin in done else op)
     return out.program()
 
 
-def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[int, Op] | None:
-    """The op that its group amounts to, and where it can stand; None where the group must stay as it is."""
-    if not members or (whole.target.startswith(OPTIMIZER) and not _fusable(p, whole)):
+def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[int, Op, Sequence[int]] | None:
+    """The op that its group amounts to, where it can stand, and what it replaces; None where the group must stay as it is."""
+    if whole.target.startswith(OPTIMIZER):
+        if not _fusable(p, whole):
+            return None
+        whole, members = _without_step(p, at, whole, members)
+    if not members:
         return None
     ops = [p.ops[n] for n in members]
     made = {result for op in ops for result in op.results}
@@ -91,7 +96,7 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     typed = _typed(p, op)
     if typed is None:
         return None
-    return position, replace(typed, phase=ops[-1].phase, path=ops[-1].path, line=ops[-1].line, origin="")
+    return position, replace(typed, phase=ops[-1].phase, path=ops[-1].path, line=ops[-1].line, origin=""), members
 
 
 def _source(p: Program, name: str, operands: set[str]) -> str:
@@ -149,6 +154,33 @@ def _fusable(p: Program, op: Op) -> bool:
     dtypes = {t.dtype for t in (p.types.get(r.name) for r in op.refs[:-1]) if t is not None and t.shape}
     floating = not dtypes or (len(dtypes) == 1 and dtypes <= set(FLOATS))
     return rule_of(op.target) is not None and floating
+
+
+def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[Op, Sequence[int]]:
+    """The update without its step count: the kernel reads the new count, ops that make it stay on their own.
+
+    before: %w.new, %step.new, %m.new = optim.x(%w, %g, %step, %m, %lr, states=["step", "m"])
+    after:  %w.new, %m.new = optim.x(%w, %g, %step.new, %m, %lr, states=["step", "m"])
+    """
+    states = whole.kw("states")
+    if not isinstance(states, tuple) or "step" not in states:
+        return whole, members
+    i = states.index("step")
+    new = whole.results[1 + i]
+    alone: set[int] = set()
+    pending = [new]
+    while pending:
+        op = p.producers.get(pending.pop())
+        if op is not None and op.origin and at[op.name] in members and at[op.name] not in alone:
+            alone.add(at[op.name])
+            pending += [ref.name for ref in op.refs]
+    whole = replace(
+        whole,
+        args=(*whole.args[: 2 + i], Ref(new), *whole.args[3 + i :]),
+        results=(*whole.results[: 1 + i], *whole.results[2 + i :]),
+        types=(*whole.types[: 1 + i], *whole.types[2 + i :]),
+    )
+    return whole, [n for n in members if n not in alone]
 
 
 def _gather_updates(p: Program) -> Program:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Layout, Partial, Split
-from deepseed.ir.program import Builder, Op, Program, Ref
+from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 
 @program_pass(requires={"placed"}, provides={"explicit"})
@@ -23,13 +23,14 @@ def insert_reshards(p: Program) -> Program:
             %z = aten.relu(%y.whole_tp) : f32[8@dp, 16]
     """
     out = Builder(p)
+    weights = params_only(p)
     made: dict[tuple[str, Layout, str], Ref] = {}
 
     def arrive(ref: Ref, phase: str, path: str, line: str) -> Ref:
         type_ = out.types[ref.name]
         if ref.want is None or ref.want == type_.layout:
             return Ref(ref.name)
-        key = (ref.name, ref.want, phase)
+        key = (ref.name, ref.want, phase if ref.name in weights else "")
         if key not in made:
             name = out.fresh(f"{ref.name}.{_short(type_.layout, ref.want)}")
             out.emit(Op((name,), "reshard", (Ref(ref.name),), (type_.laid(ref.want),), phase=phase, path=path, line=line))

@@ -16,7 +16,7 @@ def merge_repeated_heads(p: Program) -> Program:
     after:  %o, %l = sdpa(%q, %k, %v, ..)
     """
     ops: list[Op] = []
-    taken = set(p.types)
+    types = dict(p.types)
     summed: dict[str, Op] = {}  # result of a sum over the repetition -> the op that stands for it
     gone: set[str] = set()
 
@@ -33,10 +33,10 @@ def merge_repeated_heads(p: Program) -> Program:
         before = p.producers.get(source.name)
         if before is not None and before.target == "reshape" and p.types[before.refs[0].name].shape == (b, heads, t, d):
             return before.refs[0]
-        while name in taken:
+        while name in types:
             name += "_"
-        taken.add(name)
-        ops.append(replace(last, results=(name,), args=(source,), types=(Type(last.type.dtype, (b, heads, t, d)),)))
+        types[name] = Type(last.type.dtype, (b, heads, t, d))
+        ops.append(replace(last, results=(name,), args=(source,), types=(types[name],)))
         return Ref(name)
 
     def total(gradient: str, shape: tuple[int, ...]) -> tuple[Op, Op] | None:
@@ -61,12 +61,12 @@ def merge_repeated_heads(p: Program) -> Program:
         elif op.target == "sdpa" and (pair := _both(few(op.refs[1], f"{op.name}.k"), few(op.refs[2], f"{op.name}.v"))):
             ops.append(replace(op, args=(op.args[0], *pair, *op.args[3:])))
         elif op.target == "sdpa_backward" and (pair := _both(few(op.refs[2], f"{op.name}.k"), few(op.refs[3], f"{op.name}.v"))):
-            kinds = [next((o.type for o in ops if o.name == r.name), p.types.get(r.name)) for r in pair]
-            sums = [total(name, t.shape) for name, t in zip(op.results[1:], kinds, strict=True) if t is not None]
+            kinds = [types[r.name] for r in pair]
+            sums = [total(name, t.shape) for name, t in zip(op.results[1:], kinds, strict=True)]
             if None in sums:
                 ops.append(op)
                 continue
-            ops.append(replace(op, args=(*op.args[:2], *pair, *op.args[4:]), types=(op.types[0], *(t for t in kinds if t is not None))))
+            ops.append(replace(op, args=(*op.args[:2], *pair, *op.args[4:]), types=(op.types[0], *kinds)))
             for name, found in zip(op.results[1:], sums, strict=True):
                 assert found is not None
                 split, added = found

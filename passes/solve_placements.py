@@ -15,10 +15,10 @@ from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import REPLICATED, Element, Layout, Split, valid
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Input, Op, Output, Program, Ref, Type
+from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_only
 from deepseed.rules import Strategy, candidates, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Infeasible, Solution, Use, solve
-from deepseed.solver.classes import Node, colours
+from deepseed.solver.classes import Node, by_part, colours
 
 DATA_AXIS = "dp"
 Item = Input | Op | Output
@@ -71,6 +71,7 @@ class Placement:
         self.stored = {(i.role, i.key): n for n, i in enumerate(p.inputs)}
         self.weights = params_only(p)
         self.updates = any(op.phase == "update" for op in p.ops)
+        self.upkeep = self._upkeep_of_parameters()
 
     def run(self) -> Program:
         for axis, size in self.p.mesh.axes:
@@ -208,11 +209,27 @@ class Placement:
 
     def _classes(self, part: str) -> tuple[list[int], list[list[int]]]:
         nodes = [Node(self._label(i, part), tuple(self.where[r.name] for r in self.refs[i]), len(self.has[i])) for i in range(len(self.items))]
-        classes = colours(nodes)
+        heads = [i for i, item in enumerate(self.items) if isinstance(item, Input) and item.role == "param"]
+        classes = by_part(colours(nodes), nodes, self.upkeep, heads, lambda i, r: self.p.types[_results(self.items[i])[r]].numel > 1)
         members: list[list[int]] = [[] for _ in range(max(classes) + 1)]
         for i, c in enumerate(classes):
             members[c].append(i)
         return classes, members
+
+    def _upkeep_of_parameters(self) -> list[bool]:
+        """Which items belong to one parameter: itself, what is computed from it alone, its gradient's last views, its update and state."""
+        users: list[list[int]] = [[] for _ in self.items]
+        for i, refs in enumerate(self.refs):
+            for ref in refs:
+                users[self.where[ref.name][0]].append(i)
+        inside = [False] * len(self.items)
+        for i, item in reversed(list(enumerate(self.items))):
+            if isinstance(item, Op):
+                last = item.phase == "backward" and len(self.refs[i]) == 1 and bool(users[i]) and all(inside[u] for u in users[i])
+                inside[i] = item.phase == "update" or item.name in self.weights or last
+            else:
+                inside[i] = item.role in ("param", "state", "grad")
+        return inside
 
     def _label(self, i: int, part: str) -> Hashable:
         item = self.items[i]
@@ -305,14 +322,14 @@ class Placement:
         return price
 
     def _work(self, i: int, s: Strategy) -> float:
-        """Undivided compute, in bytes that could have been sent instead: matmul flops one for one, others a little."""
+        """Undivided compute, in bytes that could have been sent instead: matmuls by their flops, others a little."""
         item = self.items[i]
         if not isinstance(item, Op):
             return 0.0
         divided = any(isinstance(e, Split) for e in (*s.operands, *s.results))
         if divided:
             return 0.0
-        return 1e-3 * sum(t.nbytes for t in item.types) + cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
+        return 1e-3 * sum(t.nbytes for t in item.types) + cost.FLOP * cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
 
     def _upkeep(self, i: int, s: Strategy) -> float:
         """An update that every rank repeats, a little; between equals, the first dimension, whole: its shards are contiguous."""
@@ -366,15 +383,6 @@ class Placement:
             ops.append(replace(op.map_refs(lambda r: next(refs)), types=laid))  # noqa: B023
         outputs = tuple(replace(o, ref=use(i, [o.ref])[0]) for i, o in enumerate(self.p.outputs, n + len(ops)))
         return replace(self.p, inputs=inputs, ops=tuple(ops), outputs=outputs)
-
-
-def params_only(p: Program) -> frozenset[str]:
-    """Parameters, and values of the forward and backward that depend on parameters alone (casts, transposes)."""
-    found = {i.name for i in p.inputs if i.role == "param"}
-    for op in p.ops:
-        if op.phase != "update" and op.refs and all(r.name in found for r in op.refs):
-            found.update(op.results)
-    return frozenset(found)
 
 
 def _same(element: Element) -> Strategy:

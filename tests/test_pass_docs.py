@@ -22,7 +22,8 @@ from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 
 FOLDER = Path(__file__).resolve().parent.parent / "passes"
-EXTRA = {"canonicalize": "%x : f32[4, 8]", "lower_reshards": "%y : f32[8@dp, 16] sum@tp"}
+EXTRA = {"canonicalize": "%x : f32[4, 8]", "lower_reshards": "%y : f32[8@dp, 16] sum@tp",
+         "group_kernels": '%x : f32[8@dp, 16]\norigin "y" %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]'}  # fmt: skip
 ARGUMENTS: dict[str, dict[str, Any]] = {"localize": {"coordinate": {"dp": 1, "tp": 0}}}
 
 
@@ -42,8 +43,9 @@ def complete(text: str, mesh: Mesh, facts: frozenset[str], extra: str = "") -> P
     lines = [*extra.splitlines(), *(re.sub(r" {5,}.*", "", line.strip()) for line in text.strip().splitlines())]
     body = []
     for line in lines:
-        if re.match(r"(%[^\s,]+(, )?)+ = ", line):
-            body.append(line if line.endswith("}") else line + ' {phase="forward"}')
+        if re.match(r'(origin ".*?" )?(%[^\s,]+(, )?)+ = ', line):
+            op, brace, meta = line.partition(" {")
+            body.append(line if "phase=" in meta else f'{op} {{phase="forward"{", " if brace else ""}{meta or "}"}')
         elif not line.endswith('"'):
             body.append(line + f' batch "{line.split()[0]}"')
         else:
@@ -68,4 +70,4 @@ def test_before_becomes_after(each: Pass) -> None:
     got = each(start, **arguments)
     want = complete(after, mesh, got.facts, extra)
     ends = tuple(o.ref.name for o in got.outputs)
-    assert str(replace(got, outputs=(), origins=())) == str(replace(want, outputs=())), f"returned: {ends}"
+    assert str(replace(got, outputs=(), origins=())) == str(replace(want, outputs=(), origins=())), f"returned: {ends}"

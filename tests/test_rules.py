@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from rule_examples import EXAMPLES, example, pointwise_examples
 from deepseed.check.instances import InstanceError, disagreement
 from deepseed.check.shrink import Instance, shrink
 from deepseed.check.typing import why_not
-from deepseed.ir.layout import Layout, Partial, Split
+from deepseed.ir.layout import Layout, Partial, Split, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Type
 from deepseed.ir.text import parse
 from deepseed.rules import RULES, Rule, RuleError, candidates, op_strategies, signature, strategies
 from deepseed.rules import strategy as strategy_module
+from deepseed.rules.__main__ import page as rules_page
 from deepseed.rules.pointwise import LINEAR, MONOTONE, POINTWISE
 from deepseed.rules.pointwise import form as pointwise_form
 
@@ -173,6 +175,7 @@ MUTANTS: list[tuple[str, str, Rule]] = [
     ("embedding leaves max", "embedding(f32[24, 36], i64[12, 24]) : f32[12, 24, 36]", Rule("v~ d, *b -> *b d", "0", reduce="max")),
     ("embedding_backward of ids swapped", "embedding_backward(f32[24, 24, 36], i64[24, 24]) : f32[24, 36]", Rule("a b d, b a -> v~ d")),
     ("scatter_add of a split index", "scatter_add(f32[12, 24], i64[12, 12], f32[12, 12], dim=1) : f32[12, 24]", Rule("a v!, a i, a i -> a v!")),
+    ("index_put of a split index", "aten.index_put(f32[24, 36], [i64[12]], f32[12, 36], true) : f32[24, 36]", Rule("v! d, i, i d -> v! d")),
     ("scatter_add linear in src alone", "scatter_add(f32[12, 24], i64[12, 12], f32[12, 12], dim=1) : f32[12, 24]", Rule("a v!, a i!, a i! -> a v!", "2")),
     ("gather splits a longer source", "gather(f32[24, 24], i64[12, 12], dim=1) : f32[12, 12]", Rule("(a p=2!) v!, a i -> a i")),
     ("index of a split dimension", "aten.index.Tensor(f32[12, 24], [none, i64[24]]) : f32[12, 24]", Rule("a v, v -> a v")),
@@ -275,3 +278,40 @@ def test_the_blocks_of_a_fused_weight_are_found() -> None:
 
 def test_candidates_are_capped() -> None:
     assert all(len(outers) <= 2 for dims in candidates(parse(FUSED_QKV.strip()), cap=2).values() for outers in dims)
+
+
+def test_what_a_contraction_is_added_to_is_partial() -> None:
+    op, operands = example("aten.index_put(f32[12, 24, 36], [none, i64[12]], f32[12, 12, 36], true) : f32[12, 24, 36]")
+    found = strategies(op, operands, op.types, "tp", Mesh((("tp", 2),)))
+    assert ((Partial(), Split(0), Split(1)), (Partial(),)) in [(s.operands, s.results) for s in found]
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_whatever_passes_typing_is_right(text: str) -> None:
+    """Layouts one or two elements away from a strategy: typing refuses them or they compute the same."""
+    op, operands = example(text)
+    pick = random.Random(text)
+    found = list(placed(op, operands, [("a", 2)]))
+    mesh = Mesh((("a", 2), ("b", 3)))
+    passed = 0
+    for _ in range(60):
+        i = pick.choice(found)
+        types = [*i.operands, *i.op.types]
+        for _ in range(pick.choice((1, 2))):
+            k = pick.randrange(len(types))
+            elements = [None, Partial(), Partial("max"), *(Split(d, o) for d in range(len(types[k].shape)) for o in (1, 2, 3, 12))]
+            types[k] = types[k].laid(types[k].layout.with_(pick.choice("ab"), pick.choice(elements)))
+        if not all(valid(t.shape, t.layout, mesh) for t in types):
+            continue
+        changed = Instance(replace(i.op, types=tuple(types[len(operands) :])), tuple(types[: len(operands)]), mesh)
+        if why_not(changed.op, changed.operands, mesh) is None:
+            passed += 1
+            assert wrong(shrink(changed)) is None, changed
+            full, double_types = double(changed.op, changed.operands)
+            assert wrong(Instance(full, double_types, mesh)) is None, changed
+    assert passed < 60
+
+
+def test_the_page_of_rules_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "rules.md"
+    assert page.read_text() == rules_page(), "python -m deepseed.rules > docs/rules.md"

@@ -108,7 +108,7 @@ def read_value(func: OpOverload, read: Callable[[OpOverload, tuple[Any, ...]], A
 def _closure(targets: Sequence[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     """The nodes that compute ``targets``, in order, with the in-place ops on any storage that they touch."""
     needed: set[fx.Node] = set()
-    storages: set[int] = set()
+    written: set[int] = set()
     todo = list(targets)
     order = list(graph.nodes)
     while todo:
@@ -116,9 +116,9 @@ def _closure(targets: Sequence[fx.Node], graph: fx.Graph) -> list[fx.Node]:
             n = todo.pop()
             if n not in needed:
                 needed.add(n)
-                storages.update(_storages(n))
+                written.update(storages(n))
                 todo += n.all_input_nodes
-        todo = [n for n in order if n not in needed and _mutates(n) and storages.intersection(_storages(n.all_input_nodes[0]))]
+        todo = [n for n in order if n not in needed and _mutates(n) and written.intersection(storages(n.all_input_nodes[0]))]
     return [n for n in order if n in needed]
 
 
@@ -126,10 +126,11 @@ def _mutates(n: fx.Node) -> bool:
     return isinstance(n.target, OpOverload) and n.target._schema.is_mutable and bool(n.all_input_nodes)
 
 
-def _storages(n: fx.Node) -> list[int]:
+def storages(n: fx.Node) -> list[int]:
+    """The identities of the storages of a node's fake values: equal for views of one another."""
     value = n.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
-    return [t.untyped_storage()._cdata for t in values if isinstance(t, Tensor)]
+    return [t.untyped_storage()._cdata for t in values if isinstance(t, Tensor) and t.layout is torch.strided]
 
 
 def _cut(

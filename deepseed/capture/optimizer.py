@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from deepseed.capture.batch import DTYPES
 from deepseed.capture.convert import Emitter, convert
 from deepseed.capture.errors import CaptureError
+from deepseed.capture.functional import Flat, functional
 from deepseed.capture.metadata import Where
 from deepseed.capture.state import STARTED, Slots, StateSlot, discover, shadow
-from deepseed.capture.trace import Flat, functional
 from deepseed.ir.program import Arg, Op, Ref, Type
 
 FUSED = {torch.optim.AdamW: "optim.adamw", torch.optim.Adam: "optim.adam", torch.optim.SGD: "optim.sgd"}
@@ -106,9 +106,10 @@ def _compiling() -> Iterator[None]:
 
 @contextmanager
 def _extremes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """``min`` and ``max`` of the modules that define the optimizer's class, for numbers that are tensors too."""
-    modules = [vars(sys.modules[c.__module__]) for c in type(optimizer).__mro__ if c.__module__ in sys.modules and c is not object]
-    places = [(names, word) for names in {id(m): m for m in modules}.values() for word in ("min", "max") if word not in names]
+    """``min`` and ``max`` where the optimizer's step is defined, for numbers that are tensors too."""
+    steps = [inspect.unwrap(vars(c)["step"]) for c in type(optimizer).__mro__ if "step" in vars(c)]
+    spaces: dict[int, dict[str, Any]] = {id(f.__globals__): f.__globals__ for f in steps if hasattr(f, "__globals__")}
+    places = [(names, word) for names in spaces.values() for word in ("min", "max") if word not in names]
     for names, word in places:
         names[word] = _extreme(getattr(builtins, word), torch.minimum if word == "min" else torch.maximum)
     try:

@@ -15,12 +15,13 @@ from torch.nn.utils.stateless import _reparametrize_module
 from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
+from deepseed.capture.functional import Flat, functional
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.optimizer import Updates, fixed_options, groups
 from deepseed.capture.state import StateSlot
 from deepseed.capture.switches import switched
-from deepseed.capture.trace import Flat, functional, record
+from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Output, Program, Ref, Type
 from deepseed.ir.verify import verify

@@ -1,20 +1,18 @@
-"""The whole step as one flat, functional aten graph, by fake tensors: no parameter value is needed or touched.
+"""The whole step as one flat aten graph, by fake tensors: no parameter value is needed or touched.
 
-Two stages. ``make_fx`` over the step as the user wrote it (in-place ops, views, hooks and all), with random draws and value
-reads intercepted below autograd; then the flat graph is run again under functionalisation. Each node of the result has
-``meta["where"]`` (module path, source line, forward or backward) and ``meta["val"]`` (a fake tensor).
+``make_fx`` over the step as the user wrote it (in-place ops, views, hooks and all), with random draws and value reads
+intercepted below autograd. Each node has ``meta["where"]`` (module path, source line, forward or backward) and ``meta["val"]``
+(a fake tensor). In-place ops go afterwards: ``deepseed.capture.functional``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,15 +20,6 @@ from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Reader, read_value
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.random import Draw, draw
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A functional graph: its placeholders are the given inputs, then ``constants``; its output is one flat tuple."""
-
-    graph: fx.Graph
-    constants: tuple[Tensor, ...]
-    outputs: tuple[Any, ...]  # fx nodes, or Python values where an output is none
 
 
 class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -99,47 +88,3 @@ def record(
                 raise
 
     return make_fx(run, tracing_mode="fake")(*fakes)
-
-
-class _Replay(fx.Interpreter):
-    """Runs the graph of stage one, showing each node's place while its ops run."""
-
-    def __init__(self, module: fx.GraphModule, constants: dict[str, Tensor]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.constants = constants
-        self.where = Where()
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.where = n.meta.get("where", Where())
-        return super().run_node(n)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.constants[target]
-
-
-def functional(module: fx.GraphModule, fakes: Sequence[Tensor], mode: FakeTensorMode) -> Flat:
-    """Stage two: the same graph without in-place ops, tensor constants lifted to inputs behind ``fakes``."""
-    attrs = list(dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr"))
-    constants = tuple(_attribute(module, name) for name in attrs)
-
-    def replay(*flat: Tensor) -> Any:
-        def run(*given: Tensor) -> Any:
-            interpreter.constants = dict(zip(attrs, given[len(fakes) :], strict=True))
-            return interpreter.run(*given[: len(fakes)])
-
-        interpreter = _Replay(module, {})
-        with tagged(lambda: interpreter.where):
-            return torch.func.functionalize(run, remove="mutations")(*flat)
-
-    with torch.no_grad():
-        lifted = [mode.from_tensor(c.detach()) for c in constants]
-        out = make_fx(replay, tracing_mode="fake")(*[f.detach() for f in fakes], *lifted)
-    result = next(n for n in out.graph.nodes if n.op == "output").args[0]
-    return Flat(out.graph, constants, tuple(result) if isinstance(result, (tuple, list)) else (result,))
-
-
-def _attribute(module: fx.GraphModule, name: str) -> Tensor:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[no-any-return]

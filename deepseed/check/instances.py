@@ -30,6 +30,18 @@ from deepseed.rules import localize_op, signature
 
 TOLERANCE = 1e-10  # relative to the largest element of the result
 
+# op -> the operand that points, the operand into which it points, its dimension (a string: position or keyword of the argument)
+INDEXED: dict[str, tuple[int, int, int | str]] = {
+    "embedding": (1, 0, 0),
+    "gather": (1, 0, "dim"),
+    "scatter_add": (1, 0, "dim"),
+    "aten.scatter.src": (1, 0, "1"),
+    "aten.scatter.value": (1, 0, "1"),
+    "aten.index_select": (1, 0, "1"),
+    "aten.nll_loss_forward": (1, 0, 1),
+    "aten.nll_loss_backward": (2, 1, 1),
+}
+
 _passed: set[tuple[object, ...]] = set()  # instances as they stand in programs
 _hashes: dict[Path, set[str]] = {}  # shrunk instances, by the file that remembers them
 
@@ -129,22 +141,27 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
     if dtype.is_floating_point or dtype.is_complex:
         real = torch.rand(t.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return torch.complex(real, real.flip(tuple(range(real.ndim)))) if dtype.is_complex else real.to(dtype)
-    first, last = 1, 5
-    if k > 0 and i.op.target in ("embedding", "gather", "aten.index.Tensor", "embedding_backward", "scatter_add"):
-        first, last = 0, _indexed(i, k)  # (an integer src of scatter_add included: any number serves)
-    return torch.randint(first, max(last, first + 1), t.shape, generator=generator).to(dtype)
+    last = _indexed(i, k)
+    if last is not None:
+        return torch.randint(0, max(last, 1), t.shape, generator=generator).to(dtype)
+    return torch.randint(1, 5, t.shape, generator=generator).to(dtype)
 
 
-def _indexed(i: Instance, k: int) -> int:
-    """The size of the dimension into which integer operand ``k`` points."""
-    if i.op.target == "embedding_backward":
-        return i.op.type.shape[0]
-    if i.op.target == "aten.index.Tensor":
-        where = i.op.args[1]
-        assert isinstance(where, tuple)
-        return i.operands[0].shape[[d for d, a in enumerate(where) if a is not None][k - 1]]
-    dim = i.op.kw("dim", 0)
-    return i.operands[0].shape[dim] if isinstance(dim, int) and i.operands[0].shape else 1
+def _indexed(i: Instance, k: int) -> int | None:
+    """The size of the dimension into which integer operand ``k`` points; None where it is no index."""
+    op = i.op
+    if op.target == "embedding_backward":
+        return op.type.shape[0] if k == 1 else None
+    if op.target in ("aten.index.Tensor", "aten.index_put"):
+        where = op.args[1]
+        at = [d for d, a in enumerate(where) if a is not None] if isinstance(where, tuple) else []
+        return i.operands[0].shape[at[k - 1]] if 1 <= k <= len(at) else None
+    pointer, table, where = INDEXED.get(op.target, (-1, 0, 0))
+    if k != pointer:
+        return None
+    dim = where if isinstance(where, int) else op.args[int(where)] if where.isdigit() else op.kw(where)
+    shape = i.operands[table].shape
+    return shape[dim] if isinstance(dim, int) and shape else 1
 
 
 def _compare(got: Tensor, whole: Tensor) -> str | None:

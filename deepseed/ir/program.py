@@ -215,6 +215,15 @@ class Builder:
         )
 
 
+def params_only(p: Program) -> frozenset[str]:
+    """Parameters, and values of the forward and backward that depend on parameters alone (casts, transposes)."""
+    found = {i.name for i in p.inputs if i.role == "param"}
+    for op in p.ops:
+        if op.phase != "update" and op.refs and all(r.name in found for r in op.refs):
+            found.update(op.results)
+    return frozenset(found)
+
+
 def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:
     for a in args:
         if isinstance(a, Ref):

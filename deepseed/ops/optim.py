@@ -1,7 +1,7 @@
 """Fused optimizer updates as functions: torch's own kernels on copies, so that the reference interpreter can run them.
 
-``optim.adamw(param, grad, state, .., lr, states=[..], options)``: results are the new parameter and each new state. Options
-have the names of torch.optim's.
+``optim.adamw(param, grad, state, .., lr, states=[..], options)``: results are the new parameter and each new state but ``step``,
+which comes in counted up already. Options have the names of torch.optim's.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tupl
     else:
         fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
         beta1, beta2 = kw["betas"]
-        torch._foreach_add_(states["step"], 1)
         fused(
             [param], [grad], states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), [s.float() for s in states["step"]],
             lr=lr, beta1=float(beta1), beta2=float(beta2), weight_decay=decay, eps=float(kw["eps"]), amsgrad=bool(kw.get("amsgrad", False)),
             maximize=maximize,
         )  # fmt: skip
-    return param, *(s for (s,) in states.values())
+    return param, *(s for name, (s,) in states.items() if name != "step")

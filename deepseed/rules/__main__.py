@@ -14,7 +14,7 @@ Written by `python -m deepseed.rules` from the table of rules; edit the rules, n
 
 A rule names the dimensions of an op's operands and results: equal names are one *factor*. A factor split over a mesh axis is
 split wherever it stands, an operand without it is whole, and a result without it is partial over the axis: a sum, or what the
-column *leaves* says. `(a b)` is one dimension made of two factors, `name!` is never split, `name~` only so that a rank has one
+column *leaves* says; "added to 0" means that operand 0 is partial then too. `(a b)` is one dimension made of two factors, `name!` is never split, `name~` only so that a rank has one
 contiguous range, `*b` is any number of dimensions. *Partial together* lists the operands that may be partial sums when the
 result is one: `0|1` either alone, `0+1` both together, `all` every operand, `born` a result without operands.
 
@@ -41,8 +41,9 @@ def page() -> str:
 
 def _row(name: str, rule: Rule) -> str:
     form = f"`{rule.form}`" if isinstance(rule.form, str) else _first(rule.form)
-    linear = rule.linear if isinstance(rule.linear, str) else _first(rule.linear)
-    return f"| {name} | {form} | {_cell(linear)} | {_cell(rule.monotone)} | {rule.reduce} |"
+    linear = _cell(rule.linear) if isinstance(rule.linear, str) else _first(rule.linear)
+    leaves = rule.reduce + (f", added to {rule.adds}" if rule.adds is not None else "")
+    return f"| {name} | {form} | {linear} | {_cell(rule.monotone)} | {leaves} |"
 
 
 def _first(function: Callable[[Call], str | None]) -> str:

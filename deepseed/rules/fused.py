@@ -84,19 +84,27 @@ def safe_softmax(call: Call) -> str:
     return f"{one} -> {one}"
 
 
+def mean(call: Call) -> str:
+    """The dimensions of the mean are whole."""
+    given = call.arg(1, "dim")
+    rank = len(call.shape(0))
+    listed = given if isinstance(given, tuple) else () if given is None else (given,)
+    dims = {d % rank for d in listed if isinstance(d, int)} if rank and listed else set(range(rank))
+    kept = [f"d{i}" if i not in dims else "1" for i in range(rank) if i not in dims or call.arg(2, "keepdim", False)]
+    return (" ".join(f"d{i}!" if i in dims else f"d{i}" for i in range(rank)) or ".") + " -> " + (" ".join(kept) or ".")
+
+
 def optimizer(call: Call) -> str:
     """Parameter, gradient and each state alike, element by element; step count and learning rate whole"""
     param = " ".join(f"d{i}" for i in range(len(call.out))) or "."
-
-    def word(slot: int, shape: tuple[int, ...]) -> str:
-        return param if shape == call.out else " ".join(f"s{slot}d{i}!" for i in range(len(shape))) or "."
-
-    operands = [word(slot, t.shape) for slot, t in enumerate(call.operands)]
-    return ", ".join(operands) + " -> " + ", ".join(word(slot + 1 if slot else 0, t.shape) for slot, t in enumerate(call.results))
+    operands = [param if t.shape == call.out else " ".join(f"s{n}d{i}!" for i in range(len(t.shape))) or "." for n, t in enumerate(call.operands)]
+    return ", ".join(operands) + " -> " + ", ".join([param] * len(call.results))
 
 
 FUSED: dict[str, Rule] = {
     "aten.addmm": Rule(addmm),
+    "aten.mean": Rule(mean, "0"),
+    "aten.mean.dim": Rule(mean, "0"),
     "aten._safe_softmax": Rule(safe_softmax),
     "aten.native_layer_norm": Rule(layer_norm),
     "aten.native_layer_norm_backward": Rule(layer_norm_backward, "0"),

@@ -2,7 +2,8 @@
 
 A lookup in a split table gets ``start``, the first row of this rank's part; a creation op gets ``index``, the global indices
 that it fills. Where each block of a dimension is split, positions that count blocks shrink with them: the ``start`` of slice and
-unslice, the ``pads`` of pad, the ``groups`` of a convolution. Every other op is the same line on every rank: its shapes come from the layouts of its result types.
+unslice, the ``pads`` of pad, the ``groups`` of a convolution. Every other op is the same line on every rank: its shapes come
+from the layouts of its result types.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Type
 
 LOOKUPS = ("embedding", "embedding_backward", "gather", "scatter_add")
+GROUPS = {"aten.convolution": (8, 0), "aten.convolution_backward": (9, 1)}  # argument, and the operand that is the input
 CREATIONS = ("iota", "bernoulli", "uniform", "normal")
 
 
@@ -44,8 +46,11 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
         pads = op.kw("pads")
         if isinstance(pads, tuple) and any(op.type.layout.splits(k // 2) for k, n in enumerate(pads) if n):
             return _with(op, "pads", tuple(n // _pieces(op.type, k // 2, mesh) if isinstance(n, int) else n for k, n in enumerate(pads)))
-    elif op.target == "aten.convolution" and isinstance(groups := op.args[8], int) and groups > 1:
-        return replace(op, args=(*op.args[:8], groups // _pieces(operand_types[0], 1, mesh)))
+    elif op.target in GROUPS:
+        at, x = GROUPS[op.target]
+        groups = op.args[at]
+        if isinstance(groups, int) and groups > 1:
+            return replace(op, args=(*op.args[:at], groups // _pieces(operand_types[x], 1, mesh), *op.args[at + 1 :]))
     return op
 
 

@@ -65,12 +65,14 @@ class Call:
 class Rule:
     """One row of the table. ``linear`` and ``monotone`` name the sets of arguments that may be partial together
     (sum, max): ``"0|1"`` is either alone, ``"0+1"`` both together, ``"all"`` every operand together, ``"born"`` a result
-    that may be created partial. A scalar 0 in a set counts as partial, another scalar forbids the set."""
+    that may be created partial. A scalar 0 in a set counts as partial, another scalar forbids the set. ``adds`` is the argument to
+    which a contraction is added: where a factor is contracted it must be partial, or each rank would add it once."""
 
     form: str | Callable[[Call], str | None]
     linear: str | Callable[[Call], str] = ""
     monotone: str = ""
     reduce: str = "sum"
+    adds: int | None = None
     resize: Callable[[Op, Mapping[str, int], Mapping[str, int]], Op] | None = None  # op, sizes of factors now and wanted
 
 
@@ -96,6 +98,7 @@ class Signature:
     reduce: str = "sum"
     linear: tuple[frozenset[int], ...] = ()  # sets of operands that may be partial (sum) together
     monotone: tuple[frozenset[int], ...] = ()  # the same for max
+    adds: frozenset[int] = frozenset()  # operands to which a contraction is added: partial where a factor is contracted
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Place, ...]]:
@@ -157,7 +160,10 @@ def build(call: Call, rule: Rule) -> Signature | None:
     tensors = [_unstar(t, stars) for t in operands + results]
     sizes = _solve(tensors, shapes, form, call)
     marks = {name: mark for t in tensors for dim in t for name, _, mark in dim if mark}
-    dims = tuple(tuple(tuple(name for name, _, _ in dim if sizes[name] != 1) for dim in t) for t in tensors)
+    dims = tuple(
+        tuple(tuple(name for name, _, _ in dim if sizes[name] != 1) if size else () for dim, size in zip(t, shape, strict=True))
+        for t, shape in zip(tensors, shapes, strict=True)
+    )  # a dimension without elements has nothing to split
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
     whole, contiguous, fixed = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^")
     return Signature(
@@ -170,6 +176,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         rule.reduce,
         _sets(linear, call, "bool"),  # bools have no sum
         _sets(rule.monotone, call),
+        frozenset() if rule.adds is None else frozenset().union(*_members(str(rule.adds), call)),
     )
 
 

@@ -95,6 +95,9 @@ def split(sig: Signature, name: str, inner: int = 1) -> Strategy:
     elements: list[Element] = [*(None for _ in sig.operands), *(Partial(sig.reduce) for _ in sig.results)]
     for place in sig.places[name]:
         elements[place.slot] = Split(place.dim, place.left * inner)
+    for k in sig.adds:
+        if elements[k] is None and all(isinstance(e, Partial) for e in elements[len(sig.operands) :]):
+            elements[k] = Partial(sig.reduce)
     return Strategy(tuple(elements[: len(sig.operands)]), tuple(elements[len(sig.operands) :]))
 
 

@@ -1,6 +1,7 @@
 """The rules, one row an op. Where the arguments decide, the row holds a function that writes the form from them.
 
-The rows of pointwise ops are in ``deepseed.rules.pointwise``, those of ops that move elements in ``deepseed.rules.shapes``.
+The rows of pointwise ops are in ``deepseed.rules.pointwise``, the forms of ops that move elements in
+``deepseed.rules.shapes``, convolutions in ``deepseed.rules.spatial``, whole ops that kernels emit again in ``deepseed.rules.fused``.
 An op without a row is replicated: never a wrong answer.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepseed.ir.program import FLOATS, Ref
-from deepseed.rules import pointwise, shapes
+from deepseed.rules import fused, pointwise, shapes, spatial
 from deepseed.rules.shapes import names_of, row, with_
 from deepseed.rules.signature import Call, Rule
 
@@ -33,13 +34,13 @@ def gather(call: Call) -> str:
 
 
 def scatter_add(call: Call) -> str:
-    """Each rank adds what falls into its rows. The index's own dimension is whole: split, it would add x once a rank."""
+    """Each rank adds what falls into its rows; an index that is split leaves a partial sum, to which x adds a partial sum."""
     dim = call.dim(3)
     target, index, source = call.shape(0), call.shape(1), call.shape(2)
     if not target or not index:
         return ", ".join("1" if t.shape else "." for t in call.operands) + " -> " + ("1" if call.out else ".")
     names = names_of(len(index))
-    free = [d != dim and target[d] == index[d] == source[d] for d in range(len(index))]
+    free = [index[d] == source[d] and (d == dim or target[d] == index[d]) for d in range(len(index))]
     x = ["v~" if d == dim else n if free[d] else f"x{d}!^" for d, n in enumerate(names)]
     i = [n if free[d] else f"i{d}!^" for d, n in enumerate(names)]
     s = [n if free[d] else f"s{d}!^" for d, n in enumerate(names)]
@@ -61,6 +62,53 @@ def index(call: Call) -> str | None:
     ids = [row([picked[n - len(t.shape) + k] if size == chosen[n - len(t.shape) + k] else "1" for k, size in enumerate(t.shape)]) for t in call.operands[1:]]
     left = [f"v{d}!" if d in at else name for d, name in enumerate(source)]
     return ", ".join([row(left), *ids]) + " -> " + row([*source[: at[0]], *picked, *source[at[-1] + 1 :]])
+
+
+def index_put(call: Call) -> str | None:
+    """x[i] += values: x's indexed dimension is whole; a split i leaves a partial sum. Without accumulate, i is whole too."""
+    where = call.arg(1, "indices")
+    if not isinstance(where, tuple) or any(t.dtype in ("bool", "u8") for t in call.operands[1:-1]):
+        return None
+    at = [d for d, a in enumerate(where) if isinstance(a, Ref)]
+    if not at or at != list(range(at[0], at[-1] + 1)):
+        return None
+    source = names_of(len(call.out))
+    chosen = call.operands[1].shape  # of several indices, all must have the shape of the first
+    shape = (*call.out[: at[0]], *chosen, *call.out[at[-1] + 1 :])
+    if any(t.shape != chosen for t in call.operands[1:-1]) or call.operands[-1].shape != shape:
+        return None
+    mark = "" if call.arg(3, "accumulate", False) else "!"
+    picked = [f"i{k}{mark}" for k in range(len(chosen))]
+    x = row([f"v{d}!" if d in at else name for d, name in enumerate(source)])
+    values = row([*source[: at[0]], *picked, *source[at[-1] + 1 :]])
+    return ", ".join([x, *[row(picked)] * len(at), values]) + f" -> {x}"
+
+
+def index_select(call: Call) -> str:
+    """The indexed dimension is whole, the index is free."""
+    if not call.shape(0):
+        return "., " + ("." if not call.shape(1) else "i!") + " -> ."
+    names = names_of(len(call.shape(0)))
+    dim = call.dim(1)
+    return with_(names, dim, "v!") + ", " + ("i" if call.shape(1) else ".") + " -> " + with_(names, dim, "i" if call.shape(1) else "1")
+
+
+def scatter(call: Call) -> str:
+    """The dimension in the arguments is whole; dimensions of which the index covers a part are whole."""
+    target = call.out
+    if not target:
+        return ", ".join("1" if t.shape else "." for t in call.operands) + " -> ."
+    dim = call.dim(1)
+    covered = [all(t.shape[d] == size for t in call.operands) and d != dim for d, size in enumerate(target)]
+    words = [row([f"d{d}" if covered[d] else f"{x}{d}!^" for d in range(len(target))]) for x in "xis"[: len(call.operands)]]
+    return ", ".join(words) + f" -> {words[0]}"
+
+
+def baddbmm(call: Call) -> str:
+    """x, b m k, b k n -> b m n, x broadcast"""
+    shape = call.shape(0)
+    words = [w if size != 1 else "1" for w, size in zip("bmn"[3 - len(shape) :], shape, strict=True)]
+    return f"{row(words)}, b m k, b k n -> b m n"
 
 
 def _heads(call: Call, q: int, k: int) -> tuple[str, str]:
@@ -90,18 +138,6 @@ def sdpa_backward(call: Call) -> str:
     q, k, v, out = f"b {heads} s! d!", f"b {kv} t! d!", f"b {kv} t! e!", f"b {heads} s! e!"
     mask = [_mask(call, 4, heads)] if len(call.operands) == 7 else []
     return ", ".join([out, q, k, v, *mask, out, f"b {heads} s!"]) + f" -> {q}, {k}, {v}"
-
-
-def convolution(call: Call) -> str | None:
-    """Batch, groups and output channels are free; input channels where there is one group and no bias to be added once a rank."""
-    transposed, groups = call.arg(6, "transposed", False), call.arg(8, "groups", 1)
-    if transposed or not isinstance(groups, int):
-        return None
-    bias = len(call.operands) == 3
-    c = "c!" if bias or groups > 1 else "c"
-    n = len(call.out) - 2
-    s, w, t = (" ".join(f"{x}{i}!^" for i in range(n)) for x in "swt")
-    return f"b (g={groups}^ {c}) {s}, (g k) {c} {w}" + (", (g k)" if bias else "") + f" -> b (g k) {t}"
 
 
 def whole_dim(position: int, linear: str = "") -> Rule:
@@ -143,12 +179,17 @@ def last_two(call: Call) -> str:
     return f"{one} -> {one}"
 
 
-def flip(call: Call) -> str:
-    """The dimensions that are turned are whole."""
-    dims = call.arg(1, "dims")
-    turned = {d % len(call.out) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) and call.out else set()
-    one = row([n + "!" if d in turned else n for d, n in enumerate(names_of(len(call.out)))])
-    return f"{one} -> {one}"
+def turned(position: int) -> Callable[[Call], str]:
+    """flip, roll: the dimensions ``args[position]`` are whole (all, where there are none: roll of the flat tensor)."""
+
+    def form(call: Call) -> str:
+        """The dimensions in the arguments are whole, the others are free."""
+        dims = call.arg(position, "dims", ())
+        whole = {d % len(call.out) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) and call.out else set()
+        one = row([n + "!" if d in whole or not whole else n for d, n in enumerate(names_of(len(call.out)))])
+        return f"{one} -> {one}"
+
+    return form
 
 
 def _cast(call: Call) -> str:
@@ -163,11 +204,6 @@ def _zero(key: str, then: str) -> Callable[[Call], str]:
 
     linear.__doc__ = f"{then}, where {key} is 0"
     return linear
-
-
-def _bias(call: Call) -> str:
-    """0|1, with a bias 0+2|1+2"""
-    return "0|1" if len(call.operands) == 2 else "0+2|1+2"
 
 
 RULES: dict[str, Rule] = {
@@ -190,6 +226,13 @@ RULES: dict[str, Rule] = {
     "sum": Rule(shapes.reduction, "0"),
     "amax": Rule(shapes.reduction, "", "0", reduce="max"),
     "aten.cumsum": whole_dim(1, "0"),
+    "aten.cumprod": whole_dim(1),
+    "aten.logcumsumexp": whole_dim(1),
+    "aten.prod.dim_int": selection(1, keepdim=2),
+    "aten.any.dim": selection(1, keepdim=2),
+    "aten.all.dim": selection(1, keepdim=2),
+    "aten.median.dim": selection(1, keepdim=2),
+    "aten.kthvalue": selection(2, keepdim=3),
     "aten.argmax": selection(1, keepdim=2, default=None),
     "aten.argmin": selection(1, keepdim=2, default=None),
     "aten.max.dim": selection(1, keepdim=2),
@@ -202,22 +245,29 @@ RULES: dict[str, Rule] = {
     "aten._log_softmax_backward_data": whole_dim(2, "0"),
     "aten.tril": Rule(last_two, "0"),
     "aten.triu": Rule(last_two, "0"),
-    "aten.flip": Rule(flip, "0", "0"),
+    "aten.flip": Rule(turned(1), "0", "0"),
+    "aten.roll": Rule(turned(2), "0", "0"),
     # products
     "aten.mm": Rule("m k, k n -> m n", "0|1"),
     "aten.bmm": Rule("b m k, b k n -> b m n", "0|1"),
     "aten.mv": Rule("m k, k -> m", "0|1"),
     "aten.dot": Rule("k, k -> .", "0|1"),
-    "aten.convolution": Rule(convolution, _bias),
+    "aten.baddbmm": Rule(baddbmm, "0+1|0+2", adds=0),
     # lookups
     "embedding": Rule("v~ d, *b -> *b d", "0"),
     "embedding_backward": Rule("*b d, *b -> v~ d", "0"),
     "gather": Rule(gather, "0"),
-    "scatter_add": Rule(scatter_add, "0+2"),
+    "scatter_add": Rule(scatter_add, "0+2", adds=0),
     "aten.index.Tensor": Rule(index, "0"),
+    "aten.index_select": Rule(index_select, "0"),
+    "aten.index_put": Rule(index_put, lambda c: "0+2" if c.arg(3, "accumulate", False) else "", adds=0),
+    "aten.scatter.src": Rule(scatter),
+    "aten.scatter.value": Rule(scatter),
     # attention
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
+    **spatial.RULES,
+    **fused.FUSED,
 }
 
 

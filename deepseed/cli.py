@@ -1,0 +1,366 @@
+"""``deepseed dump | opt | diff | explain | plan | verify | run``: look at a program, change it, ask about it, prove it, start it.
+
+A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
+answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Program
+
+if TYPE_CHECKING:
+    from deepseed.pipeline import Passed
+    from deepseed.plan import Plan
+    from deepseed.target import OptimizerFactory, Target
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+
+TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
+PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]
+RanksOption = Annotated[int | None, typer.Option("--world-size", help="number of ranks; left out, what the plan says")]
+OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="of torch.optim, such as sgd(momentum=0.9), or none  [default: the target's, else adamw]")]
+ClipOption = Annotated[float | None, typer.Option("--clip", help="global gradient norm; 0: no clipping  [default: the target's, else 1.0]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="as JSON")]
+CheckOption = Annotated[bool, typer.Option("--check/--no-check", help="check the program after each pass")]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UsageError(ValueError):
+    """Options that do not go together, or name something unknown."""
+
+
+def _friendly(command: Callable[P, R]) -> Callable[P, R]:
+    """DeepSeed's own errors and missing files as a message on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, RuntimeError, OSError) as error:
+            ours = type(error).__module__.split(".")[0] == "deepseed" or isinstance(error, OSError)
+            if not ours or os.environ.get("DEEPSEED_DEBUG", "0") not in ("", "0"):
+                raise
+            typer.echo(f"deepseed: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.command()
+@_friendly
+def dump(
+    target: TargetArg,
+    plan: PlanOption = "zero0",
+    world_size: RanksOption = None,
+    after: Annotated[str, typer.Option(help="a pass, or all")] = "all",
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for NN-pass.ir; - prints")] = Path("dump"),
+    optimizer: OptimizerOption = None,
+    clip: ClipOption = None,
+    check: CheckOption = True,
+) -> None:
+    """Write the program after each pass as text, NN-pass.ir."""
+    from deepseed import pipeline
+
+    names = ["capture", *pipeline.BY_NAME]
+    if after not in ("all", *names):
+        raise UsageError(f"no pass is called {after!r}{_nearest(after, names)}\n  passes: {', '.join(names)}")
+    p, mesh, zero, seconds = _captured(target, plan, world_size, optimizer, clip)
+    done = _pipeline(p, mesh, zero, seconds, list(pipeline.PIPELINE), check)
+    chosen = [(n, each) for n, each in enumerate(done) if after in ("all", each.name)]
+    if str(out) == "-":
+        for _, each in chosen:
+            typer.echo(str(each.program), nl=False)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for n, each in chosen:
+        (out / f"{n:02d}-{each.name}.ir").write_text(str(each.program))
+    typer.echo("\n".join(_passes_table(done)))
+    first, last = chosen[0], chosen[-1]
+    typer.echo(f"wrote {len(chosen)} file{'s' if len(chosen) > 1 else ''} to {out}/")
+    if len(chosen) > 1:
+        typer.echo(f"next: deepseed diff {out}/{last[0] - 1:02d}-{done[last[0] - 1].name}.ir {out}/{last[0]:02d}-{last[1].name}.ir")
+    else:
+        typer.echo(f"next: deepseed opt {out}/{first[0]:02d}-{first[1].name}.ir --passes {','.join(n for n in names[first[0] + 1 :][:1])}")
+
+
+@app.command()
+@_friendly
+def opt(
+    file: Annotated[Path, typer.Argument(metavar="FILE.ir", help="a program as text; - reads stdin")],
+    passes: Annotated[str, typer.Option(help="names joined by commas; none: parse and print")] = "",
+    mesh: Annotated[str, typer.Option(help="for solve_placements: dp=2,tp=2")] = "",
+    zero: Annotated[int, typer.Option(min=0, max=3, help="for solve_placements: the ZeRO stage")] = 0,
+    rank: Annotated[int, typer.Option(help="for localize: the rank")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="a file instead of stdout")] = None,
+    check: CheckOption = True,
+) -> None:
+    """Run passes on a program text and print what comes out."""
+    from deepseed import pipeline
+    from deepseed.ir.verify import verify
+
+    p = verify(_read(file))
+    names = [name.strip() for name in passes.split(",") if name.strip()]
+    for name in names:
+        if name not in pipeline.BY_NAME:
+            raise UsageError(f"no pass is called {name!r}{_nearest(name, list(pipeline.BY_NAME))}\n  passes: {', '.join(pipeline.BY_NAME)}")
+    where = _mesh(mesh) if mesh else p.mesh
+    args = pipeline.arguments(where, zero, where.coordinate(rank) if where.axes else {})
+    done = pipeline.run(p, args, [pipeline.BY_NAME[name] for name in names], check=check)
+    text = str(done[-1].program if done else p)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+
+
+@app.command()
+@_friendly
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A.ir")],
+    b: Annotated[Path, typer.Argument(metavar="B.ir")],
+    full: Annotated[bool, typer.Option("--all", help="every line of each section")] = False,
+) -> None:
+    """Say what changed from one program to another, in ops, layouts and collectives."""
+    from deepseed.ir.diff import diff as compare
+
+    typer.echo(compare(_read(a), _read(b), limit=None if full else 12), nl=False)
+
+
+@app.command()
+@_friendly
+def explain(
+    target: TargetArg,
+    plan: PlanOption = "zero0",
+    world_size: RanksOption = None,
+    why: Annotated[str | None, typer.Option("--why", metavar="NODE", help="why this value (or parameter) lies as it does")] = None,
+    optimizer: OptimizerOption = None,
+    clip: ClipOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
+    from deepseed import pipeline
+    from deepseed.explain import explain as count
+
+    p, mesh, zero, seconds = _captured(target, plan, world_size, optimizer, clip)
+    if why is not None:
+        from deepseed.why import why as answer
+
+        typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, mesh, zero, why))
+        return
+    done = _pipeline(p, mesh, zero, seconds, list(pipeline.SHARED), check=False)
+    lowered = next(each.program for each in done if each.name == "lower_reshards")
+    found = count(lowered, executed=done[-1].program, seconds={each.name: each.seconds for each in done}, zero=zero)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    typer.echo(str(found))
+    name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")
+    typer.echo(f"\nnext: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''} --why {name}")
+
+
+@app.command()
+@_friendly
+def plan(text: Annotated[str, typer.Argument(metavar="PLAN")], world_size: RanksOption = None) -> None:
+    """Print the mesh of a plan and what it means."""
+    from deepseed.plan import parse_plan
+
+    parsed = parse_plan(text)
+    typer.echo("\n".join(_meaning(parsed, parsed.resolve(world_size), parsed.mesh(world_size))))
+
+
+@app.command()
+@_friendly
+def verify(
+    target: TargetArg,
+    plan: PlanOption = "zero0",
+    world_size: RanksOption = None,
+    backend: Annotated[str, typer.Option(help="simulate (all ranks in this process), gloo or nccl (one process a rank)")] = "simulate",
+    steps: Annotated[int, typer.Option(min=1)] = 3,
+    optimizer: OptimizerOption = None,
+    clip: ClipOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
+    from deepseed.plan import parse_plan
+    from deepseed.runtime.host import launched
+    from deepseed.target import load
+    from deepseed.verify import verify as check
+
+    ranks = parse_plan(plan).mesh(world_size).ranks
+    if backend not in ("simulate", "gloo", "nccl"):
+        raise UsageError(f"unknown backend {backend!r}\n  fix: one of simulate, gloo, nccl")
+    if backend != "simulate" and not launched():
+        raise typer.Exit(_launch(ranks, ["-m", "deepseed", *_own_arguments()]))
+    found = load(target)
+    report = check(
+        found.model, found.batch, plan, world_size=None if launched() else world_size, optimizer_factory=_factory(found, optimizer),
+        loss_fn=found.loss_fn, clip_grad_norm=_clip(found, clip), steps=steps, backend=backend,
+    )  # fmt: skip
+    rank = int(os.environ.get("RANK", "0")) if backend != "simulate" else 0
+    if backend != "simulate":
+        typer.echo(f"rank {rank} of {ranks}: program sha256 {report.program_hash}", err=True)
+    if rank == 0:
+        typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+        if not as_json:
+            typer.echo(f"next: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@_friendly
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="its own arguments follow it")],
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    nnodes: Annotated[int, typer.Option(min=1)] = 1,
+    node_rank: Annotated[int, typer.Option(min=0)] = 0,
+    rdzv_endpoint: Annotated[str, typer.Option(help="host:port of the first node; needed with --nnodes")] = "",
+) -> None:
+    """Start a script on several ranks, by torchrun's own machinery."""
+    if not script.is_file():
+        raise UsageError(f"no file {script}")
+    if nnodes > 1 and not rdzv_endpoint:
+        raise UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every node")
+    nodes = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}"] if nnodes > 1 else None
+    raise typer.Exit(_launch(nproc_per_node, [str(script), *context.args], nodes))
+
+
+# helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _captured(target: str, plan: str, world_size: int | None, optimizer: str | None, clip: float | None) -> tuple[Program, Mesh, int, float]:
+    """The captured step, the plan's mesh and ZeRO stage, and the seconds that it took."""
+    from time import perf_counter
+
+    from deepseed.capture import capture
+    from deepseed.plan import parse_plan
+    from deepseed.target import load
+
+    parsed = parse_plan(plan)
+    mesh = parsed.mesh(world_size)
+    found = load(target, meta=True)
+    factory = _factory(found, optimizer)
+    started = perf_counter()
+    captured = capture(
+        found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
+        clip_grad_norm=_clip(found, clip) if factory else None,
+    )  # fmt: skip
+    return captured.program, mesh, parsed.stage, perf_counter() - started
+
+
+def _pipeline(p: Program, mesh: Mesh, zero: int, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
+    from deepseed import pipeline
+
+    args = pipeline.arguments(mesh, zero, mesh.coordinate(0) if mesh.axes else {})
+    return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
+
+
+def _factory(found: Target, said: str | None) -> Any:
+    """What --optimizer says, else one like the target's, else AdamW. None: no optimizer."""
+    from deepseed.target import like, optimizer_factory
+
+    if said is None and found.optimizer is not None:
+        return like(found.optimizer, found.model)
+    factory: OptimizerFactory | None = optimizer_factory(said or "adamw")
+    return factory
+
+
+def _clip(found: Target, said: float | None) -> float | None:
+    value = said if said is not None else found.clip_grad_norm if found.clip_grad_norm is not None else 1.0
+    return value or None
+
+
+def _passes_table(done: Sequence[Passed]) -> list[str]:
+    from deepseed.explain import amount, count_collectives
+
+    lines = [f"{'pass':18}{'ops':>14}{'collectives':>14}{'moved/step':>17}{'time':>9}"]
+    before = len(done[0].program.ops)
+    for each in done:
+        ops = len(each.program.ops)
+        found = count_collectives(each.program)
+        moved = f"{amount(sum(c.bytes for c in found))}/rank" if found else "-"
+        lines.append(f"{each.name:18}{f'{before} -> {ops}':>14}{sum(c.count for c in found):>14}{moved:>17}{each.seconds:>7.2f} s")
+        before = ops
+    return lines
+
+
+def _meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
+    from deepseed import closed_forms as form
+
+    n, t = plan.dp or 1, plan.tp or 1
+    stored = ("everything whole on each rank", "optimizer state split over dp", "optimizer state and gradients split over dp",
+              "optimizer state, gradients and parameters split over dp; parameters gathered for use")  # fmt: skip
+    lines = [f"{said or 'one rank'} on {mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh}"]
+    lines.append(f"  dp{n:<6} " + (f"the batch is split over {n} ranks" if n > 1 else "one data-parallel rank has the whole batch"))
+    lines.append(f"  zero{plan.stage:<4} {stored[plan.stage]}")
+    if t > 1:
+        lines.append(f"  tp{t:<6} each weight is split over {t} neighbouring ranks")
+    if plan.dtype:
+        lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
+    lines += [f"  {'':8} {note}" for note in plan.notes]
+    lines.append("")
+    lines.append("  of the whole, a rank holds      closed form")
+    one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "N": float(n), "t": float(t)}
+    for what, e in (("parameters", form.param_bytes), ("gradients", form.grad_bytes), ("optimizer", form.optimizer_bytes)):
+        lines.append(f"  {what:14}{form.value(e(plan.stage), **one):>10.4f}        {e(plan.stage)}")
+    if n > 1:
+        lines.append(f"  {'sent over dp':14}{form.value(form.data_volume(plan.stage), **one):>10.4f}        {form.data_volume(plan.stage)}")
+    if mesh.ranks > 1:
+        lines.append("")
+        shown = [f"{rank}: " + " ".join(f"{a}={i}" for a, i in mesh.coordinate(rank).items()) for rank in range(min(mesh.ranks, 8))]
+        lines.append("  rank " + ", ".join(shown) + (" ..." if mesh.ranks > 8 else ""))
+    lines.append(f"next: deepseed explain TARGET --plan {said or 'zero0'}" + (f" --world-size {mesh.ranks}" if mesh.ranks > 1 else ""))
+    return lines
+
+
+def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = None) -> int:
+    """``torch.distributed.run`` with this Python; its exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}"]
+    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([*launcher, *command], env=environment, check=False).returncode
+
+
+def _own_arguments() -> list[str]:
+    return sys.argv[1:]
+
+
+def _read(file: Path) -> Program:
+    from deepseed.ir.text import parse
+
+    return parse(sys.stdin.read() if str(file) == "-" else file.read_text())
+
+
+def _mesh(text: str) -> Mesh:
+    axes = []
+    for word in text.split(","):
+        name, _, size = word.partition("=")
+        if not size.strip().isdigit():
+            raise UsageError(f"--mesh {text!r}: {word!r} is no axis\n  fix: write axes as dp=2,tp=2")
+        axes.append((name.strip(), int(size)))
+    return Mesh(tuple(axes))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def main() -> None:
+    """The ``deepseed`` command."""
+    app()
