@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepseed.plan import Plan
     from deepseed.target import OptimizerFactory, Target
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]

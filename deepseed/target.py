@@ -92,12 +92,14 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
 
 def like(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerFactory:
     """Makes an optimizer of the same class, groups and options for the parameters of another copy of ``model``, in its order."""
+    cls: Any = type(optimizer)
     position = {id(p): n for n, p in enumerate(model.parameters())}
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         given = list(parameters)
         groups = [{**group, "params": [given[position[id(p)]] for p in group["params"]]} for group in optimizer.param_groups]
-        return type(optimizer)(groups)
+        made: torch.optim.Optimizer = cls(groups)
+        return made
 
     return make
 

@@ -18,6 +18,7 @@ from deepseed.rules import is_instance, rule_of
 
 _MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start")
 OPTIMIZER = "optim."
+APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
 @program_pass(requires={"lowered"}, provides={"grouped"})
@@ -68,7 +69,7 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
         if not _fusable(p, whole):
             return None
         whole, members = _without_step(p, at, whole, members)
-    if not members:
+    if not members or whole.target in APART:
         return None
     ops = [p.ops[n] for n in members]
     made = {result for op in ops for result in op.results}

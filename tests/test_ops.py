@@ -171,6 +171,23 @@ def test_results_that_were_not_asked_for_are_left_out() -> None:
     op = Op(("dw",), "aten.convolution_backward", args, (Type("f64", (4, 3, 3, 3)),))
     (dw,) = run(op, (g, x, w), Mesh())
     assert dw.shape == w.shape
+    assert ops.present((None, dw, None)) is dw and ops.present(dw) is dw
+    assert ops.present((None, dw, x)) == (dw, x)
+
+
+def test_fused_optimizers_run() -> None:
+    """Parameter and moments anew, the operands untouched; torch.optim is the yardstick."""
+    w, g = rand(4, 3), rand(3, 4).t()
+    p = torch.nn.Parameter(w.clone())
+    p.grad = g
+    torch.optim.AdamW([p], lr=0.1).step()
+    options = (("states", ("step", "exp_avg", "exp_avg_sq")), ("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.01))
+    names = ("w", "g", "step", "m", "v", "lr")
+    op = Op(("w2", "m2", "v2"), "optim.adamw", tuple(map(Ref, names)), (Type("f64", (4, 3)),) * 3, options)
+    new, m, _ = run(op, (w, g, torch.tensor(1.0), torch.zeros_like(w), torch.zeros_like(w), torch.tensor(0.1, dtype=F64)), Mesh())
+    torch.testing.assert_close(new, p.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(m, 0.1 * g, rtol=1e-12, atol=1e-12)
+    assert torch.equal(w, rand(4, 3))
 
 
 def test_local_shapes_on_a_mesh() -> None:

@@ -25,6 +25,7 @@ from deepseed.rules.pointwise import LINEAR, MONOTONE, POINTWISE
 from deepseed.rules.pointwise import form as pointwise_form
 
 torch.set_num_threads(1)
+WHOLE_ONLY = {"aten.mean"}  # rules that split nothing, and only pass partial values
 EXTRA = (2, 3)  # further inner outers that are tried for every factor
 
 
@@ -86,7 +87,7 @@ def check(text: str, *, small_only: bool = False) -> int:
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_every_strategy_gives_the_whole_op(text: str) -> None:
-    assert check(text) > 0
+    assert (check(text) > 0) != (text.partition("(")[0] in WHOLE_ONLY)
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
@@ -111,7 +112,7 @@ def test_every_pointwise_op() -> None:
 
 
 def test_every_rule_has_an_example() -> None:
-    assert set(RULES) <= {text.partition("(")[0] for text in EXAMPLES}
+    assert set(RULES) == {text.partition("(")[0] for text in EXAMPLES}
     assert set(LINEAR) | set(MONOTONE) <= POINTWISE
 
 

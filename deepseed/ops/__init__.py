@@ -26,6 +26,7 @@ from deepseed.ops.own import (
     iota,
     pad,
     permute,
+    present,
     reshape,
     scatter_add,
     slice,
@@ -37,7 +38,7 @@ from deepseed.ops.table import OWN, OpError, Shape, arguments, dtype_name, funct
 
 __all__ = [
     "OWN", "OpError", "amax", "arguments", "bernoulli", "cast", "cat", "dtype_name", "embedding", "embedding_backward", "evaluate",
-    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "reshape", "run", "scatter_add", "sdpa",
+    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "run", "scatter_add", "sdpa",
     "sdpa_backward", "slice", "sum", "torch_dtype", "uniform", "unslice",
 ]  # fmt: skip
 
@@ -90,7 +91,8 @@ def _run(op: Op, operands: Sequence[Tensor], shapes: Sequence[Shape]) -> tuple[T
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         given = ", ".join(f"{dtype_name(x.dtype)}{list(x.shape)}" for x in operands)
         raise OpError(f"{_where(op)} on {given}: {error}") from error
-    out = (results,) if isinstance(results, Tensor) else tuple(r for r in results if isinstance(r, Tensor))  # None: not asked for
+    out = present(results)
+    out = (out,) if isinstance(out, Tensor) else out
     if len(out) < len(op.results):
         raise OpError(f"{_where(op)}: {len(out)} results, the op line names {len(op.results)}")
     for name, result, shape, type_ in zip(op.results, out, shapes, op.types, strict=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.program import Arg, Op, Ref
-from deepseed.ops import attention, own, rng
+from deepseed.ops import attention, optim, own, rng
 
 Shape = tuple[int, ...]
 
@@ -68,6 +68,10 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "bernoulli": lambda xs, kw, out, dtype: rng.bernoulli(xs[0], out[0], kw["p"], kw["site"], dtype, kw.get("index")),
     "uniform": lambda xs, kw, out, dtype: rng.uniform(xs[0], out[0], kw["low"], kw["high"], kw["site"], dtype, kw.get("index")),
     "normal": lambda xs, kw, out, dtype: rng.normal(xs[0], out[0], kw["mean"], kw["std"], kw["site"], dtype, kw.get("index")),
+    **{
+        f"optim.{kind}": lambda xs, kw, out, dtype, kind=kind: optim.update(kind, xs, kw)  # type: ignore[misc]
+        for kind in ("adamw", "adam", "sgd")
+    },
 }
 
 

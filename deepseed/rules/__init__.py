@@ -1,6 +1,6 @@
 """What each op does to its dimensions: one declarative line an op, and the strategies that follow from it."""
 
-from deepseed.rules.candidates import Candidates, candidates, op_strategies
+from deepseed.rules.blocks import Candidates, candidates, op_strategies
 from deepseed.rules.local import localize_op
 from deepseed.rules.signature import Call, Rule, RuleError, Signature
 from deepseed.rules.strategy import Strategy, factor_outers, is_instance, show, signature, strategies

@@ -35,24 +35,6 @@ def layer_norm_backward(call: Call) -> str | None:
     return rows + " -> " + ", ".join([x, n, n][: len(call.results)])
 
 
-def rms_norm(call: Call) -> str | None:
-    """b n!, n! -> b n!, b 1"""
-    names = _normed(call, 1)
-    if names is None:
-        return None
-    x, n, stat = names
-    return ", ".join([x, *[n] * (len(call.operands) - 1)]) + " -> " + ", ".join([x, stat][: len(call.results)])
-
-
-def rms_norm_backward(call: Call) -> str | None:
-    """b n!, b n!, b 1, n! -> b n!, n!"""
-    names = _normed(call, 2)
-    if names is None:
-        return None
-    x, n, stat = names
-    return ", ".join([x, x, stat, *[n] * (len(call.operands) - 3)]) + " -> " + ", ".join([x, n][: len(call.results)])
-
-
 def addmm(call: Call) -> str | None:
     """n, m k!, k! n -> m n"""
     m, n = call.out
@@ -103,13 +85,10 @@ def optimizer(call: Call) -> str:
 
 FUSED: dict[str, Rule] = {
     "aten.addmm": Rule(addmm),
-    "aten.mean": Rule(mean, "0"),
     "aten.mean.dim": Rule(mean, "0"),
     "aten._safe_softmax": Rule(safe_softmax),
     "aten.native_layer_norm": Rule(layer_norm),
     "aten.native_layer_norm_backward": Rule(layer_norm_backward, "0"),
-    "aten._fused_rms_norm": Rule(rms_norm),
-    "aten._fused_rms_norm_backward": Rule(rms_norm_backward, "0"),
     "aten.nll_loss_forward": Rule(nll_loss_forward),
     "aten.nll_loss_backward": Rule(nll_loss_backward, "0"),
     "optim.adamw": Rule(optimizer),

@@ -206,6 +206,9 @@ def _zero(key: str, then: str) -> Callable[[Call], str]:
     return linear
 
 
+# A rule that the brute-force test cannot run does not exist: no CPU kernel, or no function in deepseed.ops.
+UNTESTED = ("aten._fused_rms_norm_backward", "optim.adamw", "optim.adam", "optim.sgd")
+
 RULES: dict[str, Rule] = {
     # shape and dtype
     "reshape": Rule(shapes.reshape, "0", "0"),
@@ -267,7 +270,7 @@ RULES: dict[str, Rule] = {
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
     **spatial.RULES,
-    **fused.FUSED,
+    **{target: rule for target, rule in fused.FUSED.items() if target not in UNTESTED},
 }
 
 

@@ -6,6 +6,7 @@ dimension that holds the same factor. A slice of block length b at a multiple of
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from deepseed.ir.mesh import Mesh
@@ -15,43 +16,51 @@ from deepseed.rules.strategy import Strategy, factor_outers, signature, strategi
 
 CAP = 6  # candidate outers a dimension
 
+Link = tuple[int, list[tuple[set[int], int]]]  # a factor of an op: its size; the outers of each dimension it is in, and its left product
 Candidates = Mapping[str, tuple[frozenset[int], ...]]  # value -> per dimension its outers
 
 
 def candidates(p: Program, cap: int = CAP) -> Candidates:
     """The candidate outers of every dimension of every value; 1 is always one."""
     found: dict[str, list[set[int]]] = {name: [{1} for _ in t.shape] for name, t in p.types.items()}
-    links: list[list[tuple[int, list[tuple[set[int], int]]]]] = []  # per op, per factor: its size, (outers of a dimension, left product)
+    links: list[Link] = []
+    of: dict[int, list[int]] = {}  # id of a dimension's outers -> the links that read it
     for op in p.ops:
         sig = signature(op, [p.types[r.name] for r in op.refs])
         if sig is None:
             continue
         names = [r.name for r in op.refs] + list(op.results)
-        link = [(sig.sizes[f], [(found[names[x.slot]][x.dim], x.left) for x in sig.places[f]]) for f in sig.free]
-        links.append([(size, places) for size, places in link if len(places) > 1 or places[0][1] > 1])
-    changed = True
-    while changed:
-        changed = False
-        for direction in (links, links[::-1]):
-            for link in direction:
-                for size, places in link:
-                    if _share(size, places, cap):
-                        changed = True
+        for factor in sig.free:
+            places = [(found[names[x.slot]][x.dim], x.left) for x in sig.places[factor]]
+            if len(places) > 1 or places[0][1] > 1:
+                for outers, _ in places:
+                    of.setdefault(id(outers), []).append(len(links))
+                links.append((sig.sizes[factor], places))
+    queue = deque(range(len(links)))
+    waiting = set(queue)
+    while queue:
+        n = queue.popleft()
+        waiting.discard(n)
+        for outers in _share(*links[n], cap):
+            for reader in of[id(outers)]:
+                if reader != n and reader not in waiting:
+                    waiting.add(reader)
+                    queue.append(reader)
     return {name: tuple(frozenset(outers) for outers in dims) for name, dims in found.items()}
 
 
-def _share(size: int, places: Sequence[tuple[set[int], int]], cap: int) -> bool:
-    """Give every place of a factor the outers of the others; True where something was new."""
+def _share(size: int, places: Sequence[tuple[set[int], int]], cap: int) -> list[set[int]]:
+    """Give every place of a factor the outers of the others; the places for which something was new."""
     inner = {1}
     for outers, left in places:
-        if len(outers) > 1 or left > 1:
-            inner.update(o // left for o in outers if o % left == 0 and size % (o // left) == 0 and o // left < size)
-    changed = False
+        if len(outers) > 1:
+            inner.update(o // left for o in outers if o % left == 0 and o // left < size and size % (o // left) == 0)
+    changed: list[set[int]] = []
     for outers, left in places:
-        for o in sorted(inner):
-            if left * o not in outers and len(outers) < cap:
-                outers.add(left * o)
-                changed = True
+        new = [left * o for o in sorted(inner) if left * o not in outers][: cap - len(outers)]
+        if new:
+            outers.update(new)
+            changed.append(outers)
     return changed
 
 
