@@ -45,7 +45,7 @@ class Update:
         return ops[position:end]
 
     def optimizer(self, position: int, ops: Sequence[Op]) -> None:
-        """One fused call. The lists are named, so that a debugger shows them."""
+        """One fused call. The lists are named, so that a debugger shows them. (CUDA kernels read the learning rate as float32.)"""
         first = ops[0]
         states = _words(first.kw("states", ()))
         columns = ["params", "grads", *(f"{name}s" for name in states)]
@@ -57,7 +57,8 @@ class Update:
             self.emit(f"{column} = [{', '.join(entries)}]")
         lr = first.args[-1]
         assert isinstance(lr, Ref)
-        given = [f"lr={self.name(lr.name)}", f"weight_decay={_number(first, 'weight_decay')}"]
+        rate = self.name(lr.name)
+        given = [f"lr={rate}.float() if {rate}.is_cuda else {rate}", f"weight_decay={_number(first, 'weight_decay')}"]
         if first.target == "optim.sgd":
             lists = ["params", "grads", "momentum_buffers" if "momentum_buffer" in states else "[]"]
             given += [f"{k}={_number(first, k)}" for k in ("momentum", "dampening")] + [f"nesterov={bool(first.kw('nesterov', False))}", "is_first_step=False"]

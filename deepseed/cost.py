@@ -58,6 +58,8 @@ def flops(op: Op, operands: Sequence[Type]) -> int:
         return 2 * prod(operands[0].shape) * operands[1].shape[1]
     if op.target == "aten.bmm":
         return 2 * prod(operands[0].shape) * operands[1].shape[2]
+    if op.target in ("aten.addmm", "aten.baddbmm"):
+        return 2 * prod(operands[1].shape) * operands[2].shape[-1]
     if op.target == "sdpa":
         (b, h, s, d), t = operands[0].shape, operands[1].shape[2]
         return 2 * b * h * s * t * (d + operands[2].shape[3])

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     if args.ranks > 1 and "RANK" not in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        return torchrun(["--standalone", f"--nproc-per-node={args.ranks}", __file__, *arguments])
+        return torchrun(["--standalone", f"--nproc-per-node={args.ranks}", "--", __file__, *arguments])
 
     tokenizer = make_tokenizer(args.vocab)
     model = make_model(args)

@@ -96,11 +96,11 @@ def trouble(folder: Path, kind: str) -> None:
     executable = Executable(sources(p)[rt.rank])
     with guarded(rt):
         executable(rt, state.inputs(p, full))
-        if rt.rank == (0 if kind == "raise0" else 3):
-            if kind == "die":
+        if rt.rank == (0 if kind.endswith("0") else 3):
+            if kind.startswith("die"):
                 os._exit(7)
             if kind == "sleep":
-                time.sleep(15)
+                time.sleep(10)
             raise ValueError("the batch has a hole")
         executable(rt, state.inputs(p, full))
     print("not reached", flush=True)
@@ -115,12 +115,23 @@ def slow(folder: Path) -> None:
     torch.save(total, folder / f"{rt.rank}.pt")
 
 
-if __name__ == "__main__":
+def main(mode: str, folder: Path) -> None:
     torch.set_num_threads(1)
     start("gloo", timeout=60.0)
-    mode, where = sys.argv[1], Path(sys.argv[2])
     if mode.startswith("trouble."):
-        trouble(where, mode.partition(".")[2])
+        trouble(folder, mode.partition(".")[2])
     else:
-        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow}[mode](where)
+        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow}[mode](folder)
     stop()
+
+
+def child(mode: str, folder: str, environment: dict[str, str]) -> None:
+    """A process forked from one that has torch loaded: ``main`` with its output in files."""
+    os.environ.update(environment)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{environment['RANK']}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+    main(mode, Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -38,7 +38,7 @@ class Runner:
         given |= {("batch", k): t for k, t in self.c.batch.flatten(batch).items()}
         given |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in self.c.hyper.items()}
         given["rng", "rng"] = torch.tensor([self.c.seed, self.step])
-        found = evaluate(self.c.program, {i.name: given[i.role, i.key] for i in self.c.program.inputs})
+        found = evaluate(self.c.program, {i.name: given[i.role, i.key].clone() for i in self.c.program.inputs})
         out = {(o.role, o.key): found[o.ref.name] for o in self.c.program.outputs}
         self.values |= {k: v for k, v in out.items() if k[0] in ("param", "buffer", "state")}
         self.step += 1
@@ -342,6 +342,38 @@ def test_buffers_shared_calls_views_and_mutation() -> None:
     sites = [op.kw("site") for op in c.program.ops if op.target == "bernoulli"]
     assert sites == ["drop/0", "drop#2/0"]
     assert {"twice", "twice#2"} <= {op.path for op in c.program.ops}
+
+
+def test_batch_norm_statistics_and_nothing_else_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU(inplace=True)).double()
+    batches = [{"x": torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    loss = lambda model, batch: model(batch["x"]).pow(2).mean()  # noqa: E731
+    c = check_gradients(model, batches, loss)
+    assert {o.key for o in c.program.outputs if o.role == "buffer"} == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    c = check_gradients(model.eval(), batches, loss)
+    assert not any(o.role == "buffer" for o in c.program.outputs)
+
+
+class Windows(nn.Module):
+    """Overlapping windows, permuted and scattered strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x * self.w).reshape(4, 6)
+        windows = h.as_strided((3, 12), (6, 1)).tanh()
+        turned = h.t().as_strided((3, 4, 2), (1, 6, 3)).exp()
+        patch = torch.as_strided_scatter(h, x[:6].reshape(2, 3) * self.w[0], (2, 3), (12, 2), 1).cos()
+        return windows.sum() + turned.pow(2).mean() + patch.pow(3).sum()
+
+
+def test_strides_become_positions() -> None:
+    batches = [{"x": torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    c = check_gradients(Windows().double(), batches, lambda model, batch: model(batch["x"]))
+    assert not any("strided" in op.target for op in c.program.ops)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])

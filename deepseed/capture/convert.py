@@ -33,6 +33,7 @@ class Emitter:
     where: Where = field(default_factory=Where)
     phase: str = "forward"
     origin: str = ""
+    node: fx.Node | None = None  # what is being lowered
     base: str = ""  # names begin with it, where it is not empty, in place of the module path
     _taken: dict[str, int] = field(default_factory=dict)
 
@@ -129,6 +130,7 @@ def convert(graph: fx.Graph, inputs: Sequence[Arg], outputs: Sequence[Any], emit
             continue
         if not isinstance(n.target, OpOverload):
             raise CaptureError(f"{n.target} in the traced graph is no tensor op", path=emit.where.path, line=emit.where.line)
+        emit.node = n
         lowering = LOWERINGS.get(n.target) or LOWERINGS.get(n.target.overloadpacket)
         given = _by_schema(n.target, args, kwargs)
         env[n] = lowering(emit, n.meta.get("val"), **given) if lowering else as_aten(emit, n.target, n.meta.get("val"), given)

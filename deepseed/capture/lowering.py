@@ -15,6 +15,7 @@ import torch
 from deepseed.capture.batch import type_of
 from deepseed.capture.convert import Emitter, as_aten
 from deepseed.capture.errors import CaptureError
+from deepseed.capture.strides import as_strided, as_strided_scatter
 from deepseed.ir.program import FLOATS, Arg, Ref, Type
 
 _aten = torch.ops.aten
@@ -325,6 +326,7 @@ LOWERINGS: dict[Any, Callable[..., Arg]] = {
     **dict.fromkeys((_aten.full, _aten.full_like, _aten.new_full), _full), _aten.scalar_tensor: _scalar, _aten.fill: _fill,
     _aten.arange: _arange, _aten.slice: _slice, _aten.select: _select,
     _aten.slice_backward: _slice_backward, _aten.select_backward: _select_backward,
+    _aten.as_strided: as_strided, _aten.as_strided_scatter: as_strided_scatter,
     _aten.slice_scatter: _slice_scatter, _aten.select_scatter: _select_scatter, _aten.constant_pad_nd: _pad,
     _aten.split: _split, _aten.split_with_sizes: _split_sizes, _aten.unbind: _unbind, _aten.cat: _cat, _aten.stack: _stack,
     _aten.sum: _reduce("sum"), _aten.amax: _reduce("amax"), _aten.max.default: _reduce("amax"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -20,6 +21,8 @@ from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Reader, read_value
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.random import Draw, draw
+
+_aten = torch.ops.aten
 
 
 class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -37,6 +40,8 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = read_value(func, self.reader.read, args)
         if value is not NotImplemented:
             return value
+        if func is _aten.native_batch_norm.default:
+            return _batch_norm(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except DynamicOutputShapeException:
@@ -48,6 +53,20 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except DataDependentOutputException:
             where = self.tracker.here()
             raise CaptureError(f"{func} gives Python a value that depends on data", path=where.path, line=where.line, fix="use torch.where in place of the Python branch") from None
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float, eps: float
+) -> Any:
+    """``native_batch_norm`` writes running statistics without a word in its schema: the same op with the writes shown."""
+    if mean is None or var is None:
+        return _aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+    if not training:
+        return _aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)
+    *results, new_mean, new_var = _aten._native_batch_norm_legit_functional.default(x, weight, bias, mean, var, training, momentum, eps)
+    _aten.copy_.default(mean, new_mean)
+    _aten.copy_.default(var, new_var)
+    return tuple(results)
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Exact cost: what explain says, what closed forms say, and what real ranks use, counted by code that shares nothing with either."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseed import closed_forms as form
+from deepseed.plan import parse_plan
+
+pytest.importorskip("transformers")
+
+LLAMA, GPT2 = "hf:LlamaForCausalLM(vocab_size=1024)", "hf:GPT2LMHeadModel(vocab_size=1024)"
+SCALARS = 1024  # bytes: norms, losses, label counts, and the small collectives in which ranks agree before a step
+
+
+def counted(target: str, plan: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank counted."""
+    ranks = parse_plan(plan).mesh().ranks if "dp" in plan else parse_plan(f"dp2+{plan}").mesh().ranks
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    worker = [str(Path(__file__).with_name("cost_worker.py")), target, plan, str(folder)]
+    done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    for each in found:
+        each["explain"] = found[0]["explain"]  # one program serves all ranks
+    return found
+
+
+wide = pytest.mark.wide
+CASES = [
+    (LLAMA, "zero0"), (LLAMA, "zero1"), pytest.param(LLAMA, "zero2", marks=wide), (LLAMA, "zero3"), (LLAMA, "dp1+tp2"),
+    pytest.param(LLAMA, "zero3+tp2", marks=wide), pytest.param(GPT2, "zero3", marks=wide), pytest.param(GPT2, "dp1+tp2", marks=wide),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "plan"), CASES)
+def test_real_ranks_use_what_explain_says(target: str, plan: str, tmp_path: Path) -> None:
+    for rank in counted(target, plan, tmp_path):
+        e = rank["explain"]
+        said = e["ranks"][0]
+        assert rank["params"] == said["param_bytes"]
+        assert abs(rank["rest"] - said["optimizer_bytes"]) <= 0.01 * said["optimizer_bytes"]
+        assert abs(rank["grads"] - said["grad_bytes"]) <= 0.01 * said["grad_bytes"]
+        assert rank["flops"] == e["matmul_flops"]
+        assert rank["whole_flops"] == e["matmul_flops_one_device"]
+        for axis, sent in rank["sent"].items():
+            assert abs(sent - sum(c["bytes"] for c in e["collectives"] if c["axis"] == axis)) <= SCALARS
+        made = said["peak_bytes"] - said["param_bytes"] - said["optimizer_bytes"] - said["other_bytes"]
+        assert abs(rank["peak"] - made) <= 0.02 * made + 4096
+
+
+@pytest.mark.parametrize(("target", "plan"), CASES)
+def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str, tmp_path: Path) -> None:
+    parsed = parse_plan(plan).resolve(None if "dp" in plan else 2 * (parse_plan(plan).tp or 1))
+    stage, n, t = parsed.stage, parsed.dp or 1, parsed.tp or 1
+    for rank in counted(target, plan, tmp_path):
+        psi = whole_parameter_bytes(target)
+        known = {"Psi": psi, "G": psi, "Omega": 2 * psi, "N": n, "t": t, "F": rank["whole_flops"]}
+        near = 0.02 if t > 1 else 0.01  # norms are whole on every rank of tp
+        assert rank["params"] == pytest.approx(form.value(form.param_bytes(stage), **known), rel=near)
+        assert rank["rest"] == pytest.approx(form.value(form.optimizer_bytes(stage), **known), rel=near)
+        assert rank["grads"] == pytest.approx(form.value(form.grad_bytes(stage), **known), rel=near)
+        assert rank["flops"] == pytest.approx(form.value(form.matmul_flops(), **known), rel=0.02)
+        if n > 1:
+            volume = form.value(form.data_volume(stage), **known)
+            assert rank["sent"]["dp"] <= volume * (1 + near) + SCALARS
+            if stage < 3:
+                assert rank["sent"]["dp"] >= volume * (1 - near)
+
+
+def whole_parameter_bytes(target: str) -> int:
+    from deepseed.target import load
+
+    return sum(p.numel() * p.element_size() for p in load(target, meta=True).model.parameters())
