@@ -266,7 +266,7 @@ class _Compiled:
             print(f"deepseed: compiling program {count + 1} for another batch shape or value", file=sys.stderr)
         captured = capture(
             self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
-            want=want, grads=self._grads, seed=self.seed,
+            want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
         )  # fmt: skip
         stored: dict[tuple[str, str], Layout] = {k: t.layout for k, t in self.states[0].types.items()} if self.states else {}
         built = build(captured, self.plan, self.host, stored=stored, wide=self._widen, quiet=self._quiet or not self.host.first)
@@ -304,6 +304,7 @@ class TrainStep(_Compiled):
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
         self._shown = self._run(*self._find(batch, "step"))
         self.steps += 1
+        self.optimizer._opt_called = True  # type: ignore[union-attr]  # LR schedulers look whether the optimizer stepped
         return self._shown["loss", "loss"]
 
     def compile(self, example_batch: Any) -> TrainStep:

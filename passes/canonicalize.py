@@ -18,6 +18,7 @@ from deepseed.passes.decompose_norms import NORMS
 from deepseed.passes.group import Decomposition, Group
 from deepseed.passes.repeated_heads import merge_repeated_heads
 from deepseed.passes.simplify import SIMPLIFICATIONS, functional_batch_norm
+from deepseed.passes.weights_per_phase import per_phase
 
 DECOMPOSITIONS: dict[str, Decomposition] = {**_REDUCTIONS, **LOSSES, **NORMS}
 
@@ -37,7 +38,7 @@ def canonicalize(p: Program) -> Program:
     work = _Canonicalizer(p)
     for op in p.ops:
         work.put(op)
-    return _tidy(work.program())
+    return per_phase(_tidy(work.program()))
 
 
 class _Canonicalizer:

@@ -14,6 +14,7 @@ from itertools import product
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
+from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
 _MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start")
@@ -32,7 +33,7 @@ def group_kernels(p: Program) -> Program:
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[8@dp, 16] {origin="y"}
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
-    return _gather_updates(_regroup(p))
+    return _gather_updates(_regroup(once(p)))
 
 
 # groups -------------------------------------------------------------------------------------------------------------

@@ -332,9 +332,10 @@ class Placement:
         return 1e-3 * sum(t.nbytes for t in item.types) + cost.FLOP * cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
 
     def _upkeep(self, i: int, s: Strategy) -> float:
-        """An update that every rank repeats, a little; between equals, the first dimension, whole: its shards are contiguous."""
+        """An update that every rank repeats, a little; and the copy that a shard of an inner dimension, or of blocks, takes."""
         item = self.items[i]
-        price = sum(1e-3 * (e.dim + 0.5 * (e.outer > 1)) for e in s.results if isinstance(e, Split))
+        types = item.types if isinstance(item, Op) else (item.type,) if isinstance(item, Input) else ()
+        price = sum(cost.LOCAL * t.nbytes * (e.dim + 0.5 * (e.outer > 1)) for e, t in zip(s.results, types, strict=False) if isinstance(e, Split))
         if isinstance(item, Op) and item.phase == "update" and not any(isinstance(e, Split) for e in s.results):
             price += 1e-3 * sum(t.nbytes for t in item.types)
         return price

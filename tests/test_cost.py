@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepseed import closed_forms as form
-from deepseed.plan import parse_plan
+from deepseed.plan import Plan, parse_plan
 
 pytest.importorskip("transformers")
 
@@ -20,17 +22,26 @@ LLAMA, GPT2 = "hf:LlamaForCausalLM(vocab_size=1024)", "hf:GPT2LMHeadModel(vocab_
 SCALARS = 1024  # bytes: norms, losses, label counts, and the small collectives in which ranks agree before a step
 
 
-def counted(target: str, plan: str, folder: Path) -> list[dict[str, Any]]:
+@cache
+def counted(target: str, plan: str) -> list[dict[str, Any]]:
     """What each rank counted."""
-    ranks = parse_plan(plan).mesh().ranks if "dp" in plan else parse_plan(f"dp2+{plan}").mesh().ranks
+    ranks = resolved(plan).mesh().ranks
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    worker = [str(Path(__file__).with_name("cost_worker.py")), target, plan, str(folder)]
-    done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        worker = [str(Path(__file__).with_name("cost_worker.py")), target, plan, folder]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env=env, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     for each in found:
         each["explain"] = found[0]["explain"]  # one program serves all ranks
     return found
+
+
+def resolved(plan: str) -> Plan:
+    """With dp2 where the plan does not say."""
+    parsed = parse_plan(plan)
+    return parsed.resolve((parsed.dp or 2) * (parsed.tp or 1))
 
 
 wide = pytest.mark.wide
@@ -41,8 +52,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("target", "plan"), CASES)
-def test_real_ranks_use_what_explain_says(target: str, plan: str, tmp_path: Path) -> None:
-    for rank in counted(target, plan, tmp_path):
+def test_real_ranks_use_what_explain_says(target: str, plan: str) -> None:
+    for rank in counted(target, plan):
         e = rank["explain"]
         said = e["ranks"][0]
         assert rank["params"] == said["param_bytes"]
@@ -57,10 +68,10 @@ def test_real_ranks_use_what_explain_says(target: str, plan: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("target", "plan"), CASES)
-def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str, tmp_path: Path) -> None:
-    parsed = parse_plan(plan).resolve(None if "dp" in plan else 2 * (parse_plan(plan).tp or 1))
+def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str) -> None:
+    parsed = resolved(plan)
     stage, n, t = parsed.stage, parsed.dp or 1, parsed.tp or 1
-    for rank in counted(target, plan, tmp_path):
+    for rank in counted(target, plan):
         psi = whole_parameter_bytes(target)
         known = {"Psi": psi, "G": psi, "Omega": 2 * psi, "N": n, "t": t, "F": rank["whole_flops"]}
         near = 0.02 if t > 1 else 0.01  # norms are whole on every rank of tp

@@ -21,7 +21,8 @@ from deepseed.target import load
 
 pytest.importorskip("transformers")
 
-VOCABULARY, HIDDEN, TOKENS = 1024, 64, 8 * 16
+VOCABULARY, HIDDEN, ROWS, LENGTH = 32000, 512, 8, 256  # real sizes: nothing is computed
+TOKENS = ROWS * LENGTH
 MODELS = ("LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM")
 RANKS = (2, pytest.param(4, marks=pytest.mark.wide))
 every = pytest.mark.parametrize("ranks", RANKS)
@@ -35,7 +36,7 @@ def lowered(name: str, layers: int, ranks: int) -> tuple[Program, Explanation]:
     from deepseed.capture import capture
 
     kv = f", num_key_value_heads={ranks}" if name.startswith("Llama") and ranks > 2 else ""
-    found = load(f"hf:{name}(num_hidden_layers={layers}, vocab_size={VOCABULARY}, hidden_size={HIDDEN}{kv})", meta=True)
+    found = load(f"hf:{name}(num_hidden_layers={layers}, vocab_size={VOCABULARY}, hidden_size={HIDDEN}, batch_size={ROWS}, sequence_length={LENGTH}{kv})", meta=True)
     captured = capture(found.model, found.batch, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
     args = pipeline.arguments(Mesh((("tp", ranks),)), 0, {"tp": 0})
     done = pipeline.run(captured.program, args, pipeline.SHARED[:4], check=False)

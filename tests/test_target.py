@@ -62,7 +62,7 @@ def test_a_file_that_fails_names_its_line(tmp_path: Path) -> None:
         load(f"{path}:build")
     with pytest.raises(TargetError, match="no file"):
         load(f"{tmp_path}/none.py:build")
-    with pytest.raises(TargetError, match="write path/to/file.py:name, or hf:ClassName"):
+    with pytest.raises(TargetError, match=r"write path/to/file\.py:name, or hf:ClassName"):
         load("LlamaForCausalLM")
 
 

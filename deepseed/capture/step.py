@@ -70,6 +70,7 @@ def capture(
     clip_grad_norm: float | None = None,
     want: Want | None = None,
     grads: bool = False,
+    compute: torch.dtype | None = None,
     seed: int = 0,
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
@@ -77,7 +78,7 @@ def capture(
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
-    gradients, before clipping. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
+    gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
     """
     want = want or ("step" if optimizer is not None else "loss_and_grads")
@@ -89,7 +90,7 @@ def capture(
     parameters, aliases = dict(model.named_parameters()), _aliases(model)
     buffers = dict(model.named_buffers())
     group_of = groups(optimizer, parameters) if optimizer is not None and want == "step" else {}
-    traced = _Traced(model, batch, loss_fn, want, parameters, buffers)
+    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -136,7 +137,14 @@ class _Traced:
     """The functional graph of forward, loss and gradients; ``names``: (role, key) of each of its outputs."""
 
     def __init__(
-        self, model: nn.Module, batch: Any, loss_fn: LossFn | None, want: Want, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss_fn: LossFn | None,
+        want: Want,
+        parameters: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, Tensor],
+        compute: torch.dtype | None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.names: list[tuple[str, str]] = []
@@ -156,8 +164,8 @@ class _Traced:
             given = dict(zip(keys, flat, strict=True))
             real.update({id(given["param", key]): p for key, p in parameters.items()})
             held.extend(flat)
-            swapped = {key: given["param", key] for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
-            inner = rebuild(batch, {key: t for (role, key), t in given.items() if role == "batch"})
+            swapped = {key: _cast(given["param", key], compute) for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
+            inner = rebuild(batch, {key: _cast(t, compute) for (role, key), t in given.items() if role == "batch"})
             found: dict[tuple[str, str], Any] = {}
             with _reparametrize_module(model, swapped, tie_weights=True):
                 if want == "forward":
@@ -191,6 +199,10 @@ class _Traced:
             n: "backward" if n.meta.get("where", Where()).backward and n not in wanted else "forward"
             for n in self.flat.graph.nodes if n.op == "call_function"
         }  # fmt: skip
+
+
+def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t.to(dtype) if dtype is not None and t.is_floating_point() else t
 
 
 def call(model: Any, batch: Any) -> Any:

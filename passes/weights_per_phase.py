@@ -1,0 +1,59 @@
+"""What depends on parameters alone follows its users: the backward has its own casts and transposes of a weight.
+
+One cast for both phases would have to be gathered for forward and kept until backward: a whole model in memory. Two casts
+let each phase gather its own; where nothing came between them after all (no reshard), ``once`` makes them one again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deepseed.ir.program import Arg, Builder, Op, Program, Ref, params_only
+
+
+def per_phase(p: Program) -> Program:
+    """Give the backward its own copy of every forward op on parameters alone that it reads.
+
+    before: %c = cast(%w) : bf16[8, 8] {phase="forward"}
+            %y = aten.mm(%x, %c) : bf16[8, 8] {phase="forward"}
+            %d = aten.mm(%g, %c) : bf16[8, 8] {phase="backward"}
+    after:  %c = cast(%w) : bf16[8, 8] {phase="forward"}
+            %y = aten.mm(%x, %c) : bf16[8, 8] {phase="forward"}
+            %c.again = cast(%w) : bf16[8, 8] {phase="backward"}
+            %d = aten.mm(%g, %c.again) : bf16[8, 8] {phase="backward"}
+    """
+    weights = params_only(p)
+    out = Builder(p)
+    again: dict[str, Ref] = {}
+
+    def own(ref: Ref) -> Arg:
+        made = p.producers.get(ref.name)
+        if made is None or made.phase != "forward" or ref.name not in weights:
+            return ref
+        if ref.name not in again:
+            copy = made.map_refs(own)
+            names = tuple(out.fresh(f"{r}.again") for r in copy.results)
+            out.emit(replace(copy, results=names, phase="backward", origin=""))
+            again.update((r, Ref(n)) for r, n in zip(made.results, names, strict=True))
+        return again[ref.name]
+
+    for op in p.ops:
+        out.emit(op.map_refs(own) if op.phase == "backward" else op)
+    return out.program()
+
+
+def once(p: Program) -> Program:
+    """Ops on parameters alone that have the same operands and layouts, whatever their phase, are computed once."""
+    weights = params_only(p)
+    out = Builder(p)
+    seen: dict[tuple[object, ...], Op] = {}
+    same: dict[str, Ref] = {}
+    for op in p.ops:
+        op = op.map_refs(lambda ref: same.get(ref.name, ref))
+        if op.phase != "update" and op.name in weights and not op.origin and "." not in op.target.removeprefix("aten."):
+            found = seen.setdefault((op.target, op.args, op.kwargs, op.types), op)
+            if found is not op:
+                same.update((r, Ref(s)) for r, s in zip(op.results, found.results, strict=True))
+                continue
+        out.emit(op)
+    return out.program(outputs=[replace(o, ref=same.get(o.ref.name, o.ref)) for o in p.outputs])

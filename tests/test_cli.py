@@ -1,0 +1,185 @@
+"""The commands, as a user types them: output, files, exit codes, and mistakes answered without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from deepseed.cli import app
+from deepseed.ir.text import parse
+from deepseed.pipeline import BY_NAME
+
+LLAMA = "hf:LlamaForCausalLM"
+MLP = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    return model, torch.randn(8, 8), dict(loss_fn=lambda m, x: m(x).square().mean(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+def no_loss():
+    return nn.Linear(8, 8), torch.randn(8, 8)
+"""
+
+
+def deepseed(*words: str, ok: bool = True) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    if ok:
+        assert result.exit_code == 0, result.output
+    return result
+
+
+def refusal(*words: str) -> str:
+    """What is said on stderr; nothing else, and exit code 2."""
+    result = deepseed(*words, ok=False)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return result.stderr
+
+
+@pytest.fixture
+def mlp(tmp_path: Path) -> str:
+    (tmp_path / "mlp.py").write_text(MLP)
+    return f"{tmp_path}/mlp.py:build"
+
+
+def test_help_names_every_command() -> None:
+    out = deepseed("--help").output
+    assert all(f" {word} " in out for word in ("dump", "opt", "diff", "explain", "plan", "verify", "run"))
+
+
+def test_python_m_deepseed() -> None:
+    done = subprocess.run([sys.executable, "-m", "deepseed", "plan", "tp2"], capture_output=True, text=True, check=True)
+    assert "mesh(tp=2)" in done.stdout
+
+
+# plan ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_mesh_and_meaning() -> None:
+    out = deepseed("plan", "zero3+tp2", "--world-size", "8").output
+    assert "mesh(dp=4, tp=2)" in out and "0.1250" in out and "3*Psi*(N - 1)/(N*t)" in out
+    assert "next: deepseed explain TARGET --plan zero3+tp2 --world-size 8" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan", "zer3"], "did you mean zero3"),
+        (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
+        (["plan", "pp2"], "not yet supported"),
+        (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
+        (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
+        (["explain", LLAMA, "--plan", "dp3"], "8 = 3 * 2 + 2"),
+        (["explain", "nothing"], "path/to/file.py:name"),
+        (["dump", LLAMA, "--after", "solve_placement"], "did you mean solve_placements"),
+        (["opt", "/nowhere/a.ir"], "/nowhere/a.ir"),
+        (["verify", LLAMA, "--backend", "mpi"], "one of simulate, gloo, nccl"),
+        (["run", "/nowhere/train.py"], "no file /nowhere/train.py"),
+    ],
+)
+def test_mistakes(words: list[str], says: str) -> None:
+    pytest.importorskip("transformers")
+    assert says in refusal(*words)
+
+
+def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEED_DEBUG", "1")
+    assert type(deepseed("plan", "zer3", ok=False).exception).__name__ == "PlanError"
+
+
+def test_a_model_without_a_loss(mlp: str) -> None:
+    assert "loss" in refusal("explain", mlp.replace(":build", ":no_loss"))
+
+
+# programs ------------------------------------------------------------------------------------------------------------
+
+
+def test_dump_opt_and_diff_fit_together(mlp: str, tmp_path: Path) -> None:
+    folder = tmp_path / "ir"
+    out = deepseed("dump", mlp, "--plan", "zero1", "--world-size", "2", "-o", str(folder)).output
+    files = sorted(f.name for f in folder.iterdir())
+    assert files == [f"{n:02d}-{name}.ir" for n, name in enumerate(["capture", *BY_NAME])]
+    assert all(name in out for name in BY_NAME) and "/rank" in out and out.splitlines()[-1].startswith("next: deepseed diff ")
+    for f in folder.iterdir():
+        assert deepseed("opt", str(f)).output == f.read_text()  # an empty list of passes parses and prints
+    again = deepseed("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements,insert_reshards,lower_reshards", "--mesh", "dp=2", "--zero", "1").output
+    assert again == (folder / "04-lower_reshards.ir").read_text()
+    changed = deepseed("diff", str(folder / "03-insert_reshards.ir"), str(folder / "04-lower_reshards.ir")).output
+    assert "all_gather over dp" in changed and "reshard" in changed
+    assert "no pass is called" in refusal("opt", str(folder / "00-capture.ir"), "--passes", "solve")
+    assert "dp=2,tp=2" in refusal("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements", "--mesh", "dp2")
+
+
+def test_dump_of_one_pass(mlp: str, tmp_path: Path) -> None:
+    out = deepseed("dump", mlp, "--after", "canonicalize", "-o", str(tmp_path / "one")).output
+    assert [f.name for f in (tmp_path / "one").iterdir()] == ["01-canonicalize.ir"] and "wrote 1 file to" in out
+    text = deepseed("dump", mlp, "--after", "canonicalize", "-o", "-").output
+    assert "canonical" in parse(text).facts
+
+
+def test_a_text_that_is_no_program_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.ir").write_text("program p mesh() facts(captured)\n%x : f32[8 batch\n")
+    assert "line 2" in refusal("opt", str(tmp_path / "bad.ir"))
+
+
+# explain and verify --------------------------------------------------------------------------------------------------
+
+
+def test_explain_as_a_table_and_as_json(mlp: str) -> None:
+    words = ["explain", mlp, "--plan", "zero3", "--world-size", "2"]
+    table = deepseed(*words).output
+    assert "closed form" in table and table.splitlines()[-1].startswith("next: deepseed explain ")
+    found = json.loads(deepseed(*words, "--json").output)
+    assert len(found["ranks"]) == 2 and set(found["seconds"]) >= {"capture", "solve_placements"}
+    psi = (8 * 16 + 16 + 16 * 8 + 8) * 4
+    assert found["ranks"][0]["param_bytes"] == psi // 2 == found["ranks"][0]["optimizer_bytes"]  # the file's own SGD: one momentum
+
+
+def test_options_win_over_the_file(mlp: str) -> None:
+    found = json.loads(deepseed("explain", mlp, "--optimizer", "adamw", "--clip", "0", "--json").output)
+    assert found["ranks"][0]["optimizer_bytes"] > 2 * found["ranks"][0]["param_bytes"]
+
+
+def test_explain_why(mlp: str) -> None:
+    out = deepseed("explain", mlp, "--plan", "tp2", "--why", "0.weight").output
+    assert "chosen" in out and "a step" in out
+    assert "did you mean" in refusal("explain", mlp, "--plan", "tp2", "--why", "0.wieght")
+
+
+def test_verify_locally(mlp: str) -> None:
+    out = deepseed("verify", mlp, "--plan", "zero2", "--world-size", "2", "--json").output
+    found = json.loads(out)
+    assert found["ok"] and found["param_max_rel_error"] <= 1e-10 and found["instances_checked"] > 0
+    assert {"loss_rel_error", "grad_max_rel_error", "seconds"} <= set(found)
+    assert "equal to eager PyTorch" in deepseed("verify", mlp, "--plan", "tp2", "--steps", "1").output
+
+
+def shell(*words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "deepseed", *words], capture_output=True, text=True, timeout=240, env=env, check=False)
+
+
+def test_verify_on_gloo_runs_the_program_that_simulate_ran(mlp: str) -> None:
+    here = json.loads(shell("verify", mlp, "--plan", "zero3", "--world-size", "2", "--json").stdout)
+    done = shell("verify", mlp, "--plan", "zero3", "--world-size", "2", "--backend", "gloo", "--json")
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)
+    assert there["ok"] and there["backend"] == "gloo" and there["program_hash"] == here["program_hash"]
+    assert all(f"rank {rank} of 2: program sha256 {here['program_hash']}" in done.stderr for rank in range(2))
+
+
+def test_run_starts_ranks_and_gives_the_script_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import os, sys\nopen(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(' '.join(sys.argv[2:]))\nsys.exit(3 if sys.argv[-1] == 'fail' else 0)\n")
+    done = shell("run", "--nproc-per-node", "2", str(script), str(tmp_path), "--lr", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--lr 0.1"] * 2
+    assert shell("run", str(script), str(tmp_path), "fail").returncode != 0
