@@ -159,14 +159,17 @@ def _expression(out: Source, op: Op) -> str:
 
 
 def _communication(out: Source, op: Op) -> str:
-    x = op.refs[0].name
     axis = str(op.kw("axis"))
-    before = out.p.types[x]
-    s = step(before.shape, before.layout, op.type.layout, axis, out.p.mesh)
-    places = [f"{place.dim}, {place.outer}" for place in (s.take, s.put) if place is not None]
-    reduce = [repr(s.reduce)] if s.kind in ("all_reduce", "reduce_scatter") else []
-    call = f"{s.kind}_start" if s.kind in COLLECTIVES else s.kind
-    return f"rt.{call}({', '.join([out.name(x), repr(axis), *places, *reduce])})"
+    done = [step(out.p.types[r.name].shape, out.p.types[r.name].layout, t.layout, axis, out.p.mesh) for r, t in zip(op.refs, op.types, strict=True)]
+    kind, xs = done[0].kind, [out.name(r.name) for r in op.refs]
+    if len(xs) > 1:
+        found = [s.put or s.take for s in done]
+        places = "" if kind == "all_reduce" else ", [" + ", ".join(f"({p.dim}, {p.outer})" for p in found if p is not None) + "]"
+        reduce = f", reduce={done[0].reduce!r}" if kind != "all_gather" else ""
+        return f"rt.bucket_start({kind!r}, [{', '.join(xs)}], {axis!r}{places}{reduce})"
+    places = "".join(f", {place.dim}, {place.outer}" for place in (done[0].take, done[0].put) if place is not None)
+    reduce = f", {done[0].reduce!r}" if kind in ("all_reduce", "reduce_scatter") else ""
+    return f"rt.{f'{kind}_start' if kind in COLLECTIVES else kind}({xs[0]}, {axis!r}{places}{reduce})"
 
 
 Expression = Callable[[Source, Op], str]
@@ -291,6 +294,7 @@ OWN: dict[str, Expression] = {
     "pad": _called("ops.pad", "pads", "value"),
     "cat": lambda out, op: f"torch.cat({out.arg(op.args[0] if isinstance(op.args[0], tuple) else op.args)}, {op.kw('dim', 0)})",
     "sum": _sum,
+    "sum_of_squares": lambda out, op: f"ops.sum_of_squares({_x(out, op)}, {_dtype(op)})",
     "amax": _amax,
     "embedding": _embedding,
     "embedding_backward": _embedding_backward,

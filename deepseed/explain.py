@@ -172,7 +172,8 @@ def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
 
 def sent_bytes(p: Program, op: Op) -> int:
     """Bytes that one rank sends for a started collective."""
-    return cost.sent_bytes(op.target.removesuffix(".start"), p.types[op.refs[0].name], op.type, str(op.kw("axis")), p.mesh)
+    kind, axis = op.target.removesuffix(".start"), str(op.kw("axis"))
+    return sum(cost.sent_bytes(kind, p.types[r.name], t, axis, p.mesh) for r, t in zip(op.refs, op.types, strict=True))
 
 
 def matmul_flops(p: Program) -> int:

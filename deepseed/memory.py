@@ -59,7 +59,7 @@ class _Liveness:
         for n, op in enumerate(self.p.ops):
             self._define(n, op)
             if op.target.endswith(".start"):
-                self.under_way[op.name] = self._sent(op)
+                self.under_way.update((result, self._sent(op, i)) for i, result in enumerate(op.results))
             if self.now > peak:
                 peak, peak_at = self.now, op.name
             if op.target == "wait":
@@ -90,6 +90,8 @@ class _Liveness:
         """Place the op's results."""
         if op.target.startswith("optim."):
             return self._update(n, op)
+        if op.target.endswith(".start") and len(op.results) > 1:
+            return self._bucket(op)
         view = self._view(op)
         for result, t in zip(op.results, op.types, strict=True):
             shape = t.local(self.p.mesh)
@@ -102,6 +104,14 @@ class _Liveness:
             if result in self.donation.copied:
                 self._new(result, t.local_bytes(self.p.mesh))
         return None
+
+    def _bucket(self, op: Op) -> None:
+        """Several tensors in one packed buffer, which lives as long as any of them."""
+        self._new(op.results[0], sum(t.local_bytes(self.p.mesh) for t in op.types))
+        for result, t in zip(op.results, op.types, strict=True):
+            if result != op.results[0]:
+                self._share(result, op.results[0])
+            self.strides[result] = contiguous(t.local(self.p.mesh))
 
     def _update(self, n: int, op: Op) -> None:
         """A fused optimizer: each entry in place, or on a copy where its stored tensor has a later reader."""
@@ -158,12 +168,17 @@ class _Liveness:
     def _joined(self, op: Op) -> Strides | None:
         """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
         start = self.p.producers[op.refs[0].name]
+        if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
+            return None if start.target == "all_gather.start" else contiguous(op.type.local(self.p.mesh))
         s, shape = self._step(start), op.type.local(self.p.mesh)
         return contiguous(shape) if s.put is None or _in_front(shape, s.put) else None
 
-    def _sent(self, op: Op) -> int:
+    def _sent(self, op: Op, operand: int = 0) -> int:
         """The storage that a collective reads until its wait: contiguous, blocks first; a copy where the operand does not lie so."""
-        x = op.refs[0].name
+        x = op.refs[operand].name
+        if len(op.results) > 1:  # a packed copy; an all_reduce works in it
+            self._new("", 0 if op.target == "all_reduce.start" else self.p.types[x].local_bytes(self.p.mesh))
+            return len(self.nbytes) - 1
         s, shape = self._step(op), self.p.types[x].local(self.p.mesh)
         if self.strides[x] == contiguous(shape) and (s.take is None or _in_front(shape, s.take)):
             self.needed[self.storage[x]] += 1

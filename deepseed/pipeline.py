@@ -22,9 +22,18 @@ from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
 from deepseed.passes.lower_reshards import lower_reshards
+from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
 
-PIPELINE: tuple[Pass, ...] = (canonicalize, solve_placements, insert_reshards, lower_reshards, group_kernels, localize)
+PIPELINE: tuple[Pass, ...] = (
+    canonicalize,
+    solve_placements,
+    insert_reshards,
+    lower_reshards,
+    schedule_collectives,
+    group_kernels,
+    localize,
+)
 SHARED, EACH_RANK = PIPELINE[:-1], PIPELINE[-1:]  # rank 0 runs the first part for all; the last one knows a coordinate
 BY_NAME: Mapping[str, Pass] = {p.name: p for p in PIPELINE}
 

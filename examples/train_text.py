@@ -77,8 +77,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--plan", default="eager", help='"zero3", "tp2", "zero1+tp2" ..., or "eager": plain PyTorch (default)')
     p.add_argument("--ranks", type=int, default=1, help="processes to start, unless a launcher has (default 1)")
     p.add_argument("--steps", type=int, default=50)
-    p.add_argument("--batch", type=int, default=8, help="sequences in the global batch")
-    p.add_argument("--seq", type=int, default=128, help="tokens in a sequence")
+    p.add_argument("--batch", type=int, default=16, help="sequences in the global batch")
+    p.add_argument("--seq", type=int, default=64, help="tokens in a sequence")
     p.add_argument("--lr", type=float, default=3e-3, help="the schedule's highest learning rate")
     p.add_argument("--vocab", type=int, default=4096)
     p.add_argument("--hidden", type=int, default=256)
@@ -96,8 +96,9 @@ def make_tokenizer(vocab: int) -> ByteLevelBPETokenizer:
 
 
 def text() -> str:
-    """Python's own manual of the language, some 465 thousand characters."""
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    """Python's own manual of the language, some 430 thousand characters; a paragraph is a line."""
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
 
 
 def make_batches(tokenizer: ByteLevelBPETokenizer, args: argparse.Namespace) -> Iterator[Batch]:
@@ -113,11 +114,11 @@ def make_batches(tokenizer: ByteLevelBPETokenizer, args: argparse.Namespace) -> 
 def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """Random weights; 7.2 million of them with the default sizes."""
     torch.manual_seed(0)
-    heads = args.hidden // 64
+    heads = max(args.hidden // 64, 2)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 2, num_hidden_layers=args.layers,
-            num_attention_heads=heads, num_key_value_heads=max(heads // 2, 1), max_position_embeddings=args.seq,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=4 * args.seq, initializer_range=args.hidden**-0.5,
         )
     )  # fmt: skip
 

@@ -253,10 +253,7 @@ def _clip(e: Emitter, gradients: Mapping[str, Ref], limit: float) -> tuple[dict[
     e.base = "clip"
     total: Ref | None = None
     for g in gradients.values():
-        x = e.cast(g, wide)
-        t = e.type(x)
-        square = e.one("aten.mul.Tensor", (x, x), t)
-        part = e.one("sum", (square,), scalar, dims=tuple(range(len(t.shape))), keepdim=False) if t.shape else square
+        part = e.one("sum_of_squares", (g,), scalar)
         total = part if total is None else e.one("aten.add.Tensor", (total, part), scalar)
     assert total is not None
     norm = e.one("aten.sqrt", (total,), scalar)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -55,9 +55,10 @@ def check_instances(p: Program, *, cache_dir: Path | str | None = None) -> int:
 
     ``cache_dir``: default ``$DEEPSEED_CACHE_DIR`` or ``~/.cache/deepseed``. Raises InstanceError."""
     found: dict[tuple[object, ...], tuple[Op, tuple[Type, ...]]] = {}
-    for op in p.ops:
-        operands = operand_types(p, op)
-        found.setdefault((instance_key(op, operands), p.mesh), (op, operands))
+    for bucket in p.ops:
+        for op in _members(bucket):
+            operands = operand_types(p, op)
+            found.setdefault((instance_key(op, operands), p.mesh), (op, operands))
     fresh = [(key, op, operands) for key, (op, operands) in found.items() if key not in _passed]
     if fresh:
         file = _file(cache_dir)
@@ -79,6 +80,15 @@ def check_instances(p: Program, *, cache_dir: Path | str | None = None) -> int:
             _passed.add(key)
         _remember(file, new)
     return len(found)
+
+
+def _members(op: Op) -> Iterator[Op]:
+    """A bucket of collectives one by one: each tensor's is independent of the others'."""
+    if op.target not in MOVES or len(op.results) == 1:
+        yield op
+        return
+    for ref, result, type_ in zip(op.refs, op.results, op.types, strict=True):
+        yield replace(op, results=(result,), args=(ref,), types=(type_,))
 
 
 def disagreement(i: Instance) -> str | None:

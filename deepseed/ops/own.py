@@ -80,6 +80,11 @@ def sum(x: Tensor, dims: Ints, keepdim: bool, dtype: torch.dtype) -> Tensor:
     return torch.sum(x, dims, keepdim, dtype=dtype)
 
 
+def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over all elements, added up in ``dtype``; no squared copy is made."""
+    return torch.linalg.vector_norm(x, dtype=dtype).square()
+
+
 def amax(x: Tensor, dims: Ints, keepdim: bool) -> Tensor:
     return torch.amax(x, dims, keepdim) if dims else x
 

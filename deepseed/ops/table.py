@@ -58,6 +58,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "pad": lambda xs, kw, out, dtype: own.pad(xs[0], kw["pads"], kw.get("value", 0)),
     "cat": lambda xs, kw, out, dtype: own.cat(xs, kw.get("dim", 0)),
     "sum": lambda xs, kw, out, dtype: own.sum(xs[0], kw["dims"], kw.get("keepdim", False), dtype),
+    "sum_of_squares": lambda xs, kw, out, dtype: own.sum_of_squares(xs[0], dtype),
     "amax": lambda xs, kw, out, dtype: own.amax(xs[0], kw["dims"], kw.get("keepdim", False)),
     "embedding": lambda xs, kw, out, dtype: own.embedding(xs[0], xs[1], kw.get("start")),
     "embedding_backward": lambda xs, kw, out, dtype: own.embedding_backward(xs[0], xs[1], out[0][0], kw.get("start")),

@@ -8,7 +8,7 @@ sends nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,11 @@ class Runtime(ABC):
         self.coordinate = mesh.coordinate(rank)
 
     @abstractmethod
-    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         """Start one flat exchange of a contiguous ``x`` among the n ranks of ``axis``.
 
         all_gather: [...] -> [n, ...]; all_reduce: [...] -> [...]; reduce_scatter: [n, ...] -> [...];
-        all_to_all: [n, ...] -> [n, ...], block i from rank i. ``reduce`` is "sum" or "max". ``x`` is not changed.
+        all_to_all: [n, ...] -> [n, ...], block i from rank i. ``reduce`` is "sum" or "max". ``x`` is not changed, unless it is ``owned``: a buffer that nobody else reads.
         """
 
     def all_gather_start(self, x: Tensor, axis: str, dim: int, outer: int) -> Handle:
@@ -63,6 +63,30 @@ class Runtime(ABC):
         blocks = cut(x, n, take_dim, take_outer).contiguous()
         return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(y, put_dim, put_outer))
 
+    def bucket_start(self, kind: str, xs: Sequence[Tensor], axis: str, places: Sequence[tuple[int, int]] = (), reduce: str = "sum") -> list[Handle]:
+        """One exchange for several tensors of one dtype, packed side by side. ``places``: (dim, outer) of each, where it is cut
+        (reduce_scatter) or joined (all_gather)."""
+        n = self.mesh.size(axis)
+        if n == 1:
+            return [_done(x) for x in xs]
+        if kind == "reduce_scatter":
+            blocks = [cut(x, n, *place) for x, place in zip(xs, places, strict=True)]
+            shapes = [b.shape[1:] for b in blocks]
+            packed = torch.cat([b.reshape(n, -1) for b in blocks], 1)
+        else:
+            shapes = [x.shape for x in xs]
+            packed = torch.cat([x.reshape(-1) for x in xs])
+        complete = _Once(self.exchange(kind, packed, axis, "" if kind == "all_gather" else reduce, owned=True))
+        handles, at = [], 0
+        for i, shape in enumerate(shapes):
+            size = shape.numel()
+            if kind == "all_gather":
+                handles.append(Handle(complete, _Unpack(at, size, (n, *shape), places[i])))
+            else:
+                handles.append(Handle(complete, _Unpack(at, size, tuple(shape))))
+            at += size
+        return handles
+
     def wait(self, handle: Handle) -> Tensor:
         return handle.finish(handle.complete())
 
@@ -78,6 +102,34 @@ class Runtime(ABC):
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
         return x if self.coordinate[axis] == 0 else torch.zeros_like(x)
+
+
+class _Once:
+    """Waits once, and remembers."""
+
+    def __init__(self, complete: Callable[[], Tensor]) -> None:
+        self._complete: Callable[[], Tensor] | None = complete
+        self._result: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._complete is not None:
+            self._result, self._complete = self._complete(), None
+        assert self._result is not None
+        return self._result
+
+
+@dataclass(frozen=True)
+class _Unpack:
+    """One tensor's part of a packed buffer; a gathered part is joined at ``place``."""
+
+    at: int
+    size: int
+    shape: tuple[int, ...]
+    place: tuple[int, int] | None = None
+
+    def __call__(self, packed: Tensor) -> Tensor:
+        part = packed.narrow(-1, self.at, self.size).view(self.shape)
+        return part if self.place is None else join(part, *self.place)
 
 
 def cut(x: Tensor, n: int, dim: int, outer: int) -> Tensor:

@@ -43,16 +43,19 @@ class DistributedRuntime(Runtime):
         self._groups: dict[str, ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in mesh.names}
         self._number = 0
 
-    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         group, n = self._groups[axis], self.mesh.size(axis)
+        by_blocks = kind == "reduce_scatter" and reduce == "sum" and self.device.type == "cpu"  # gloo reduces all and throws away
         if kind == "all_gather":
             out = x.new_empty((n, *x.shape))
-        elif kind == "reduce_scatter":
+        elif kind == "reduce_scatter" and not by_blocks:
             out = x.new_empty(x.shape[1:])
+        elif kind == "all_reduce":
+            out = x if owned else x.clone()
         else:
-            out = x.clone() if kind == "all_reduce" else torch.empty_like(x)
+            out = torch.empty_like(x)
         if not x.numel():
-            return lambda: out
+            return lambda: out.sum(0) if by_blocks else out
         self._number += 1
         what = f"{kind} over {axis}, number {self._number}"
         sent, received = _plain(x), _plain(out)
@@ -62,7 +65,7 @@ class DistributedRuntime(Runtime):
                 work = dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group, async_op=True)
             elif kind == "all_reduce":
                 work = dist.all_reduce(received, _REDUCE[reduce], group, async_op=True)
-            elif kind == "reduce_scatter":
+            elif kind == "reduce_scatter" and not by_blocks:
                 work = dist.reduce_scatter_tensor(received.view(-1), sent.view(-1), _REDUCE[reduce], group, async_op=True)
             else:
                 work = dist.all_to_all_single(received, sent, group=group, async_op=True)
@@ -74,7 +77,7 @@ class DistributedRuntime(Runtime):
             self._wait(work, what)
             nonlocal sent  # kept until the exchange is over
             del sent
-            return out
+            return out.sum(0) if by_blocks else out
 
         return complete
 

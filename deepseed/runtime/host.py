@@ -44,7 +44,7 @@ class Host(Protocol):
 class _Alone(Runtime):
     """The runtime of a mesh of one rank: there is nobody to exchange with."""
 
-    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         raise RuntimeError(f"{kind} over {axis} on a mesh of one rank")
 
 

@@ -131,7 +131,7 @@ class SimulatedRuntime(Runtime):
         super().__init__(simulation.mesh, rank, device)
         self._simulation = simulation
 
-    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str) -> Callable[[], Tensor]:
+    def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, kind, x, axis, reduce)
         return lambda: self._simulation.wait(self.rank, meeting)
 

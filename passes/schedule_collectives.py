@@ -1,0 +1,160 @@
+"""Issue early, wait late, and send small things together: bucket collectives, prefetch the gathers of weights.
+
+A value that is computed joins the open bucket of its kind as soon as it is there; the bucket starts when it is full or when
+something needs one of its values. A weight is there from the beginning, so its gather looks ahead instead: the first use starts a
+bucket of the next weights in the order of their uses, and the bucket after it, so that it arrives during the computation. A bucket
+never reaches into another phase: the backward's gathers start in the backward. Every ``wait`` stands just before the first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from deepseed.ir.contract import program_pass
+from deepseed.ir.layout import Partial
+from deepseed.ir.program import Builder, Op, Program, Ref, params_only
+
+BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
+Key = tuple[object, ...]
+
+
+@program_pass(requires={"lowered"}, provides={"scheduled"})
+def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Program:
+    """Put collectives of one kind, axis and dtype into buckets, each one ``start`` with several operands.
+
+    before: %g1.s = all_reduce.start(%g1, axis="dp") : f32[8]
+            %g1.w = wait(%g1.s) : f32[8]
+            %a = aten.neg(%g1.w) : f32[8]
+            %g2.s = all_reduce.start(%g2, axis="dp") : f32[4]
+            %g2.w = wait(%g2.s) : f32[4]
+            %b = aten.neg(%g2.w) : f32[4]
+    after:  %g1.s, %g2.s = all_reduce.start(%g1, %g2, axis="dp") : f32[8], f32[4]
+            %g1.w = wait(%g1.s) : f32[8]
+            %a = aten.neg(%g1.w) : f32[8]
+            %g2.w = wait(%g2.s) : f32[4]
+            %b = aten.neg(%g2.w) : f32[4]
+    """
+    return _Schedule(p, bucket_bytes).run()
+
+
+@dataclass
+class _Bucket:
+    starts: list[Op] = field(default_factory=list)
+    nbytes: int = 0
+
+
+class _Schedule:
+    def __init__(self, p: Program, limit: int) -> None:
+        self.p, self.limit = p, limit
+        self.out = Builder(p)
+        self.waits = {op.name: op for op in p.ops if op.target == "wait"}
+        self.starts = {op.name: op for op in p.ops if op.target.endswith(".start")}
+        self.of_value: dict[str, list[Op]] = {}  # operand -> the collectives that it joins when it is there
+        weights = params_only(p)
+        self.ahead = [s for s in self._by_use() if s.target == "all_gather.start" and s.refs[0].name in weights]
+        looking = {s.name for s in self.ahead}
+        for s in self.starts.values():
+            if s.name not in looking:
+                self.of_value.setdefault(s.refs[0].name, []).append(s)
+        self.looking = looking
+        self.open: dict[Key, _Bucket] = {}
+        self.bucket_of: dict[str, int] = {}  # collective that was started -> a number, one a bucket
+        self.in_use: set[int] = set()
+        self.there: set[str] = set()
+
+    def run(self) -> Program:
+        for i in self.p.inputs:
+            self._there(i.name)
+        for op in self.p.ops:
+            if op.name not in self.waits and op.name not in self.starts:
+                self._emit(op)
+        for o in self.p.outputs:
+            self._need(o.ref.name)
+        return self.out.program()
+
+    def _emit(self, op: Op) -> None:
+        for ref in op.refs:
+            self._need(ref.name)
+        self.out.emit(op)
+        for result in op.results:
+            self._there(result)
+
+    def _there(self, value: str) -> None:
+        self.there.add(value)
+        for start in self.of_value.get(value, ()):
+            bucket = self.open.setdefault(self._key(start), _Bucket())
+            bucket.starts.append(start)
+            bucket.nbytes += start.type.local_bytes(self.p.mesh)
+            if bucket.nbytes >= self.limit:
+                self._flush(self._key(start))
+
+    def _need(self, value: str) -> None:
+        """Have a wait's result: its collective started, the wait emitted."""
+        if value in self.there:
+            return
+        wait = self.waits[value]
+        start = self.starts[wait.refs[0].name]
+        self._need(start.refs[0].name)
+        if start.name in self.looking:
+            if start.name not in self.bucket_of:
+                self._look_ahead(start)
+            if (number := self.bucket_of[start.name]) not in self.in_use:
+                self.in_use.add(number)
+                if self.ahead and self.ahead[0].phase == start.phase:  # the next bucket, while this one is used
+                    self._look_ahead(self.ahead[0])
+        elif start.name not in self.bucket_of:
+            self._flush(self._key(start))
+        self.out.emit(wait)
+        self._there(value)
+
+    def _look_ahead(self, first: Op) -> None:
+        """Start the next weights' gathers, in the order of their uses, up to a bucket."""
+        bucket = _Bucket()
+        self._take(first, bucket)
+        for start in list(self.ahead):
+            if bucket.nbytes >= self.limit or start.phase != first.phase:
+                break
+            if self._key(start) == self._key(first) and start.refs[0].name in self.there:
+                self._take(start, bucket)
+        self._start(bucket.starts)
+
+    def _take(self, start: Op, bucket: _Bucket) -> None:
+        self.ahead.remove(start)
+        bucket.starts.append(start)
+        bucket.nbytes += start.type.local_bytes(self.p.mesh)
+
+    def _flush(self, key: Key) -> None:
+        bucket = self.open.pop(key, None)
+        if bucket is not None:
+            self._start(bucket.starts)
+
+    def _start(self, starts: Sequence[Op]) -> None:
+        self.bucket_of.update(dict.fromkeys((s.name for s in starts), len(self.bucket_of)))
+        if len(starts) == 1:
+            self.out.emit(starts[0])
+        elif starts:
+            self.out.emit(
+                replace(
+                    starts[0],
+                    results=tuple(s.name for s in starts),
+                    args=tuple(Ref(s.refs[0].name) for s in starts),
+                    types=tuple(s.type for s in starts),
+                )
+            )
+
+    def _key(self, start: Op) -> Key:
+        """What may share a bucket: one kind over one axis, of one dtype and reduction."""
+        element = self.p.types[start.refs[0].name].layout.on(str(start.kw("axis")))
+        phase = "update" if start.phase == "update" else "step"
+        return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase
+
+    def _by_use(self) -> Iterator[Op]:
+        """The collectives in the order in which their results are first used."""
+        seen: set[str] = set()
+        for op in self.p.ops:
+            for ref in op.refs:
+                wait = self.waits.get(ref.name)
+                if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
+                    seen.add(wait.refs[0].name)
+                    yield self.starts[wait.refs[0].name]
