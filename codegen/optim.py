@@ -68,6 +68,9 @@ class Update:
             betas = first.kw("betas")
             assert isinstance(betas, tuple)
             given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
+        scale = first.kw("scale")
+        if isinstance(scale, Ref):
+            self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
         given.append(f"maximize={bool(first.kw('maximize', False))}")
         self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
         for c, column in enumerate(updated):

@@ -134,10 +134,7 @@ class _Compiled:
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
         built = self._current()
-        return explain(self._after("lower_reshards"), executed=built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes})
-
-    def _after(self, name: str) -> Program:
-        return next(p.program for p in self.passes if p.name == name)
+        return explain(built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes})
 
     def _current(self) -> Built:
         if self._latest is None:

@@ -33,7 +33,7 @@ def group_kernels(p: Program) -> Program:
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[8@dp, 16] {origin="y"}
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
-    return _gather_updates(_regroup(once(p)))
+    return _gather_updates(_scale_in_update(_regroup(once(p))))
 
 
 # groups -------------------------------------------------------------------------------------------------------------
@@ -183,6 +183,43 @@ def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequenc
         types=(*whole.types[: 1 + i], *whole.types[2 + i :]),
     )
     return whole, [n for n in members if n not in alone]
+
+
+def _scale_in_update(p: Program) -> Program:
+    """A gradient that is scaled for its update only is scaled by the update: no scaled copy is made.
+
+    before: %c = aten.mul.Tensor(%g, %factor) : f32[8]
+            %w.new = optim.x(%w, %c, %lr) : f32[8]
+    after:  %w.new = optim.x(%w, %g, %lr, scale=%factor) : f32[8]
+    """
+    scaled = {
+        op.name: op for op in p.ops
+        if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and p.uses[op.name] and all(_updates(u) for u in p.uses[op.name])
+        and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and _last_read_by(p, op)
+    }  # fmt: skip
+    out = Builder(p)
+    for op in p.ops:
+        grad = op.args[1] if _updates(op) else None
+        if isinstance(grad, Ref) and grad.name in scaled:
+            g, factor = scaled[grad.name].refs
+            out.emit(replace(op, args=(op.args[0], g, *op.args[2:]), kwargs=(*op.kwargs, ("scale", factor))))
+        elif op.name not in scaled:
+            out.emit(op)
+    return out.program()
+
+
+def _updates(user: object) -> bool:
+    return isinstance(user, Op) and user.target in ("optim.adamw", "optim.adam", "optim.sgd")
+
+
+def _last_read_by(p: Program, scaling: Op) -> bool:
+    """Whether the gradient's memory may be overwritten: it is a collective's or a matmul's own result, and nothing reads it later."""
+    g = scaling.refs[0].name
+    made = p.producers.get(g)
+    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum"):
+        return False
+    order = {op.name: n for n, op in enumerate(p.ops)}
+    return all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 
 def _gather_updates(p: Program) -> Program:

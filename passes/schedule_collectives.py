@@ -16,6 +16,7 @@ from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
+ALONE = 1 / 16  # of a bucket: a tensor of this size goes by itself, packing it would cost more than a message
 Key = tuple[object, ...]
 
 
@@ -83,6 +84,9 @@ class _Schedule:
     def _there(self, value: str) -> None:
         self.there.add(value)
         for start in self.of_value.get(value, ()):
+            if self._alone(start):
+                self._start([start])
+                continue
             bucket = self.open.setdefault(self._key(start), _Bucket())
             bucket.starts.append(start)
             bucket.nbytes += start.type.local_bytes(self.p.mesh)
@@ -111,18 +115,21 @@ class _Schedule:
     def _look_ahead(self, first: Op) -> None:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
         bucket = _Bucket()
-        self._take(first, bucket)
-        for start in list(self.ahead):
+        alone: list[Op] = []
+        for start in [first, *(s for s in self.ahead if s is not first)]:
             if bucket.nbytes >= self.limit or start.phase != first.phase:
                 break
-            if self._key(start) == self._key(first) and start.refs[0].name in self.there:
-                self._take(start, bucket)
-        self._start(bucket.starts)
+            if start is first or (self._key(start) == self._key(first) and start.refs[0].name in self.there):
+                self.ahead.remove(start)
+                bucket.nbytes += start.type.local_bytes(self.p.mesh)
+                (alone if self._alone(start) else bucket.starts).append(start)
+        number = len(self.bucket_of)
+        for starts in (*([s] for s in alone), bucket.starts):
+            self._start(starts)
+        self.bucket_of.update(dict.fromkeys((s.name for s in (*alone, *bucket.starts)), number))  # waited for as one
 
-    def _take(self, start: Op, bucket: _Bucket) -> None:
-        self.ahead.remove(start)
-        bucket.starts.append(start)
-        bucket.nbytes += start.type.local_bytes(self.p.mesh)
+    def _alone(self, start: Op) -> bool:
+        return start.type.local_bytes(self.p.mesh) >= ALONE * self.limit
 
     def _flush(self, key: Key) -> None:
         bucket = self.open.pop(key, None)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import deepseed
+from deepseed.ops import rng
 from deepseed.target import load
 
 warnings.filterwarnings("ignore")
@@ -131,6 +132,7 @@ def main(target: str, plan: str, folder: Path) -> None:
     found.model.zero_grad(set_to_none=True)
     step = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
     step(found.batch)
+    rng._counters.cache_clear()  # a table of fixed size, no state of the model
     gc.collect()
     params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
     param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}

@@ -1,7 +1,7 @@
 """Fused optimizer updates as functions: torch's own kernels on copies, so that the reference interpreter can run them.
 
 ``optim.adamw(param, grad, state, .., lr, states=[..], options)``: results are the new parameter and each new state but ``step``,
-which comes in counted up already. Options have the names of torch.optim's.
+which comes in counted up already. ``scale=``: the gradient is multiplied by it first (it is the last operand then). Options have the names of torch.optim's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from torch import Tensor
 
 def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """``operands``: param, grad, states, lr. ``kind``: "adamw", "adam" or "sgd"."""
+    scale = operands[-1] if kw.get("scale") is not None else None
+    operands = operands if scale is None else operands[:-1]
     param, grad, *old = (t.clone(memory_format=torch.contiguous_format) for t in operands[:-1])
+    if scale is not None:
+        grad.mul_(scale)
     lr, states = operands[-1], {name: [t] for name, t in zip(kw.get("states", ()), old, strict=True)}
     decay, maximize = float(kw.get("weight_decay", 0)), bool(kw.get("maximize", False))
     if kind == "sgd":
