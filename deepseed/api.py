@@ -1,15 +1,17 @@
 """The front door: ``step = deepseed.compile(model, plan="zero3+tp2", optimizer=opt)``, then ``loss = step(batch)``.
 
-A compiled model captures, solves and checks at its first batch (or at ``example_batch``), once for each batch shape and each
-value that the model reads out of a tensor. Its parameters and optimizer state belong to it, not to one program: where the
-first program stored them they stay. There is no global state: two compiled models live in one process.
+A compiled model captures, solves and checks at its first batch (or at ``example_batch``), once for each batch shape, each
+value that the model reads out of a tensor, and each setting that is a fact of the program (``training``, ``requires_grad``, the
+optimizer's options but ``lr``). Its parameters and optimizer state belong to it, not to one program: where the first program
+stored them they stay. The state that the optimizer held is taken over; ``step.optimizer_state()`` gives it from then on, and
+``optimizer.state`` is empty. There is no global state: two compiled models live in one process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from deepseed import ops
 from deepseed.build import Built, build
 from deepseed.capture import BatchSpec, capture
 from deepseed.capture.batch import rebuild, tensors
+from deepseed.capture.optimizer import changed_options, fixed_options
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.ir.layout import Layout
@@ -39,7 +42,7 @@ class CompileError(ValueError):
     """An argument of ``compile`` or a batch that cannot be served: says what, the numbers and the fix."""
 
 
-def compile(  # noqa: A001
+def compile(
     model: Any,
     plan: str = "zero0",
     *,
@@ -101,13 +104,15 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.loss_fn, self.clip_grad_norm, self.seed = optimizer, loss_fn, clip_grad_norm, seed
         self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
-        self.plan, self.host = _place(plan, dtype, world_size, backend, quiet)
+        self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet)
         self.mesh, self.backend = self.host.mesh, self.host.backend
         self.steps = 0
         self.states: list[State] = []
-        self._built: dict[tuple[str, str], list[Built]] = {}
+        self._built: dict[str, list[Built]] = {}
         self._latest: Built | None = None
         self._seen = 0
+        self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
+        self._stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
         self._shown: Mapping[tuple[str, str], Tensor] = {}
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -151,10 +156,11 @@ class _Compiled:
         captured = self._current().captured
         own = {key: self._whole((role, key)) for role, key in self.states[0].tensors if role in ("param", "buffer")}
         alias = captured.aliases
-        return {name: own[alias.get(name, name)] if alias.get(name, name) in own else t for name, t in self.model.state_dict(keep_vars=True).items()}
+        return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Optimizer state by ``slot/parameter``, whole. Every rank must call it."""
+        """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
+        compiled step has taken it over. Every rank must call it."""
         return {key: self._whole((role, key)) for role, key in self.states[0].tensors if role == "state"} if self.states else {}
 
     def _whole(self, key: tuple[str, str]) -> Tensor:
@@ -163,20 +169,31 @@ class _Compiled:
     def _adopt(self, built: Built) -> None:
         """The first program decides where state lies; a later one finds it there."""
         first = not self.states
-        if first:
-            self.states = [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
-        captured = built.captured
-        for entry in built.program.inputs:
-            if (entry.role, entry.key) in self.states[0].tensors or entry.role not in ("param", "buffer", "state"):
-                continue
-            for state in self.states:
-                if entry.role == "state":
-                    slot = captured.state[entry.key]
-                    state.fill(entry, slot.fill) if slot.existing is None else state.put(entry, _as(slot.existing, self._widen))
+        parameters = dict(self.model.named_parameters())
+        values: dict[tuple[str, str], Tensor] = {("param", k): t for k, t in parameters.items()}
+        values |= {("buffer", k): t for k, t in self.model.named_buffers()}
+        values |= {("state", k): s.existing for k, s in built.captured.state.items() if s.existing is not None}
+        new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].tensors)]
+        for role, key in ((i.role, i.key) for i in new):
+            if (role, key) in values and values[role, key].is_meta:
+                raise CompileError(
+                    f"{ {'param': 'parameter', 'state': 'optimizer state'}.get(role, role)} {key!r} of {type(self.model).__name__} is on the meta device: "
+                    "it has a shape and no values, so that nothing can be run\n"
+                    "  fix: model.to_empty(device=...) and load or initialise its values, before the optimizer is made; explain() needs no values"
+                )
+        states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        for entry in new:
+            value = values.get((entry.role, entry.key))
+            for state in states:
+                if value is not None:
+                    state.put(entry, _as(value, self._widen and entry.role == "state"))
                 else:
-                    state.put(entry, captured.parameters[entry.key] if entry.role == "param" else captured.buffers[entry.key])
-        if first:
+                    state.fill(entry, built.captured.state[entry.key].fill)
+        self.states, built.adopted = states, True
+        if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
+        if self.optimizer is not None:
+            _take_over(self.optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
 
     # programs -------------------------------------------------------------------------------------------------------
 
@@ -185,26 +202,40 @@ class _Compiled:
         if not self._seen:
             self._check_mix_up(batch)
         self._seen += 1
-        spec = BatchSpec.of(batch)
+        spec, settings = BatchSpec.of(batch), self._settings(want)
         if self.local and self._parts > 1:
-            known = self._known(_times(spec, self._parts), want)
-            if self.host.same(str(spec)) and known and not known[0].captured.guards:
+            known = self._known(_times(spec, self._parts), settings)
+            if self.host.same(f"{spec} {settings}") and known and not known[0].captured.guards and self._fits(known[0]):
                 self._latest = known[0]
                 return known[0], spec.flatten(batch), True
             batch = self._global(batch)
             spec = BatchSpec.of(batch)
         else:
-            self.host.agree([("batch", str(spec))])
-        known = self._known(spec, want)
-        built = next((b for b in known if self._holds(b, batch)), None)
+            self.host.agree([("batch", str(spec)), ("settings of model and optimizer", settings)])
+        known = self._known(spec, settings)
+        built = next((b for b in known if self._fits(b) and self._holds(b, batch)), None)
         if built is None:
             built = self._compile(batch, want)
             known.append(built)
         self._latest = built
         return built, spec.flatten(batch), False
 
-    def _known(self, spec: BatchSpec, want: Want) -> list[Built]:
-        return self._built.setdefault((want, f"{spec} training={self.model.training}"), [])
+    def _settings(self, want: Want) -> str:
+        """What beside the batch a program is made for: modes, what is trained, the optimizer's options."""
+        modes = [m.training for m in self.model.modules()]
+        trained = [p.requires_grad for p in self.model.parameters()] if want != "forward" else []
+        digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
+        return f"{want} modes={digest}" + (f" optimizer={self._options(())}" if want == "step" else "")
+
+    def _known(self, spec: BatchSpec, settings: str) -> list[Built]:
+        return self._built.setdefault(f"{spec} {settings.partition(' optimizer=')[0]}", [])
+
+    def _options(self, moved: Collection[str]) -> dict[str, Any]:
+        return fixed_options(self.optimizer, moved) if self.optimizer is not None else {}
+
+    def _fits(self, built: Built) -> bool:
+        """Whether the optimizer's options are still those of the program."""
+        return not built.captured.options or built.captured.options == self._options(built.captured.moved)
 
     @property
     def _parts(self) -> int:
@@ -258,20 +289,31 @@ class _Compiled:
     def _compile(self, batch: Any, want: Want) -> Built:
         count = sum(map(len, self._built.values()))
         if count >= MOST_PROGRAMS:
-            raise CompileError(f"{count} programs are compiled for batches of this model, which is the bound\n  fix: pad batches to few shapes")
+            raise CompileError(
+                f"{count} programs are compiled for this model, which is the bound: one a batch shape, value read from a batch, mode and set of optimizer options\n"
+                "  fix: pad batches to few shapes; change options of the optimizer other than lr seldom"
+            )
+        if want == "step" and self.optimizer is not None and self._latest is not None:
+            self._moving |= changed_options(self.optimizer, self._latest.captured.options)
         if count and not self._quiet and self.host.first:
-            print(f"deepseed: compiling program {count + 1} for another batch shape or value", file=sys.stderr)
+            print(f"deepseed: compiling program {count + 1}, for another batch shape, value, mode or optimizer option", file=sys.stderr)
         captured = capture(
             self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
             want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
+            moving=self._moving,
         )  # fmt: skip
-        stored: dict[tuple[str, str], Layout] = {k: t.layout for k, t in self.states[0].types.items()} if self.states else {}
-        built = build(captured, self.plan, self.host, stored=stored, wide=self._widen, quiet=self._quiet or not self.host.first)
-        self._adopt(built)
+        built = build(captured, self.plan, self.host, stored=self._stored, wide=self._widen, quiet=self._quiet or not self.host.first)
+        for i in built.program.inputs:
+            if i.role in ("param", "buffer", "state"):
+                self._stored.setdefault((i.role, i.key), i.type.layout)
+        if not any(p.is_meta for p in self.model.parameters()):
+            self._adopt(built)
         return built
 
     def _run(self, built: Built, batch: Mapping[str, Tensor], local: bool) -> dict[tuple[str, str], Tensor]:
         """One step; the returned outputs whole, by role and key. ``local``: the batch is this rank's part already."""
+        if not built.adopted:
+            self._adopt(built)
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
@@ -341,7 +383,9 @@ class Module(_Compiled):
         return self
 
 
-def _place(plan: str, dtype: str | torch.dtype | None, ranks: int | None, backend: str | None, quiet: bool) -> tuple[Plan, Host]:
+def _place(
+    plan: str, dtype: str | torch.dtype | None, ranks: int | None, backend: str | None, device: torch.device, quiet: bool
+) -> tuple[Plan, Host]:
     """The parsed plan and the ranks that it runs on."""
     parsed = parse_plan(plan)
     if dtype is not None:
@@ -353,12 +397,32 @@ def _place(plan: str, dtype: str | torch.dtype | None, ranks: int | None, backen
         if backend == "simulate" and not quiet and parsed.mesh(ranks).ranks > 1:
             print(f"deepseed: no launcher, no process group: simulating {parsed.mesh(ranks)} in this process", file=sys.stderr)
     if backend == "simulate":
-        return parsed.resolve(ranks), SimulatedHost(parsed.mesh(ranks))
+        return parsed.resolve(ranks), SimulatedHost(parsed.mesh(ranks), device)
     if not launched():
         raise CompileError(f"backend={backend!r} needs one process a rank\n  fix: start the script by `deepseed run script.py` or torchrun, or use backend=\"simulate\"")
     if ranks is not None and ranks != launched_ranks():
         raise CompileError(f"world_size={ranks}, but {launched_ranks()} processes were started\n  fix: leave world_size out, or start {ranks}")
     return parsed.resolve(launched_ranks()), DistributedHost(parsed.mesh(launched_ranks()), backend)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where simulated ranks run: on the device of the model's parameters; the CPU where these have no values."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _take_over(
+    optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter], taken: Sequence[str]
+) -> None:
+    """Point the optimizer at the model's bound parameters, and drop the state (``slot/parameter``) that the step has now: one copy."""
+    for key in taken:
+        slot, _, name = key.partition("/")
+        held = optimizer.state.get(old[name], {})
+        held.pop(slot, None)
+        if not held:
+            optimizer.state.pop(old[name], None)
+    bound = {id(p): new[name] for name, p in old.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [bound.get(id(p), p) for p in group["params"]]
 
 
 def _times(spec: BatchSpec, parts: int) -> BatchSpec:

@@ -37,6 +37,7 @@ class Built:
     constants: Mapping[str, Tensor]
     digest: str
     seconds: float
+    adopted: bool = False  # whether the state that it reads is stored
 
     @property
     def instances(self) -> int:
@@ -71,7 +72,7 @@ def build(
         executables.append(Executable(generate(local[-1].program), program.name))
         if len(executables) == 1:
             done += local
-    constants = {k: v.double() if wide and v.is_floating_point() else v for k, v in captured.constants.items()}
+    constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
     return Built(captured, program, done, executables, constants, _digest(texts[-1]), perf_counter() - started)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseed.api import TrainStep
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
-from deepseed.api import TrainStep
 
 LOSS_TOLERANCE = 1e-12
 TOLERANCE = 1e-10  # gradients and parameters, relative to the largest of the model: rounding of ~1e3 float64 additions

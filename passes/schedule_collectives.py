@@ -24,13 +24,17 @@ Key = tuple[object, ...]
 def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Program:
     """Put collectives of one kind, axis and dtype into buckets, each one ``start`` with several operands.
 
-    before: %g1.s = all_reduce.start(%g1, axis="dp") : f32[8]
+    before: %g1 : f32[8] sum@dp
+            %g2 : f32[4] sum@dp
+            %g1.s = all_reduce.start(%g1, axis="dp") : f32[8]
             %g1.w = wait(%g1.s) : f32[8]
             %a = aten.neg(%g1.w) : f32[8]
             %g2.s = all_reduce.start(%g2, axis="dp") : f32[4]
             %g2.w = wait(%g2.s) : f32[4]
             %b = aten.neg(%g2.w) : f32[4]
-    after:  %g1.s, %g2.s = all_reduce.start(%g1, %g2, axis="dp") : f32[8], f32[4]
+    after:  %g1 : f32[8] sum@dp
+            %g2 : f32[4] sum@dp
+            %g1.s, %g2.s = all_reduce.start(%g1, %g2, axis="dp") : f32[8], f32[4]
             %g1.w = wait(%g1.s) : f32[8]
             %a = aten.neg(%g1.w) : f32[8]
             %g2.w = wait(%g2.s) : f32[4]

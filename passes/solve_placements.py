@@ -184,7 +184,7 @@ class Placement:
     ) -> None:
         classes, members = self._classes(part)
         choices: list[Choice] = []
-        for c, nodes in enumerate(members):
+        for nodes in members:
             i = nodes[0]
             pinned = pins(i, self.items[i])
             found = list(pinned) if pinned is not None else self._strategies(i, axis)

@@ -41,11 +41,14 @@ class Sent:
         self.on = False
         for name, position, share in (
             ("all_gather_into_tensor", 1, lambda n: n - 1),
+            ("all_gather_single", 1, lambda n: n - 1),
             ("all_reduce", 0, lambda n: 2 * (n - 1) / n),
             ("reduce_scatter_tensor", 1, lambda n: (n - 1) / n),
+            ("reduce_scatter_single", 1, lambda n: (n - 1) / n),
             ("all_to_all_single", 1, lambda n: (n - 1) / n),
         ):
-            setattr(dist, name, self._counting(name, getattr(dist, name), position, share))
+            if hasattr(dist, name):  # torch 2.13 renamed two of them
+                setattr(dist, name, self._counting(name, getattr(dist, name), position, share))
 
     def _counting(self, name: str, call: Callable[..., Any], position: int, share: Callable[[int], float]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,37 +32,60 @@ from deepseed.ir.program import Arg, Op, Ref, Type
 
 FUSED = {torch.optim.AdamW: "optim.adamw", torch.optim.Adam: "optim.adam", torch.optim.SGD: "optim.sgd"}
 _HIDDEN = ("params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_COMPARISONS = {"__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge", **{n: n for n in ("eq", "ne", "lt", "le", "gt", "ge")}}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A float of an option: ``betas[1]`` is ``("betas", 1)``, ``momentum`` is ``("momentum", None)``."""
+
+    option: str
+    at: int | None
+
+    def read(self, group: Mapping[str, Any]) -> float:
+        return float(group[self.option] if self.at is None else group[self.option][self.at])
+
+    def __str__(self) -> str:
+        return self.option if self.at is None else f"{self.option}.{self.at}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The update of a class of parameters: (param, grad, lr, *slots) -> (param, *slots); ``first``: that of step one."""
+    """The update of a class of parameters: (param, grad, lr, *numbers, *slots) -> (param, *slots); ``first``: that of step one."""
 
     slots: Slots
     always: Flat
     first: Flat | None
+    numbers: tuple[Number, ...] = ()  # options that are inputs
 
 
 class _Numbers(TorchFunctionMode):
     """Python numbers read from tensors stay tensors, in float64, and are numbers to the ops that meet them.
 
-    A number beside tensors takes their dtype, a number beside numbers stays float64: as with Python's own.
+    A number beside tensors takes their dtype, a number beside numbers stays float64: as with Python's own. ``known``: numbers
+    whose sign is a fact of the program, so that ``momentum != 0`` is a Python value.
     """
 
-    def __init__(self, *numbers: Tensor) -> None:
+    def __init__(self, *numbers: Tensor, known: Sequence[tuple[Tensor, float]] = ()) -> None:
         super().__init__()
-        self.numbers = {id(t): t for t in numbers}  # held, so that an id stays its tensor's
+        self.numbers = {id(t): t for t in (*numbers, *(t for t, _ in known))}  # held, so that an id stays its tensor's
+        self.known = {id(t): value for t, value in known}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if func is Tensor.item:
-            return self._number(args[0].to(torch.float64))
+            return args[0] if id(args[0]) in self.numbers else self._number(args[0].to(torch.float64))
+        if name in _COMPARISONS and len(args) == 2 and id(args[0]) in self.known and type(args[1]) in (int, float) and args[1] == 0:
+            return getattr(operator, _COMPARISONS[name])(self.known[id(args[0])], 0)
+        if name == "to" and id(args[0]) in self.numbers:
+            return args[0]
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         beside = [a for a in given if id(a) not in self.numbers]
         if given and not beside:
             result = func(*args, **kwargs)
             return self._number(result) if isinstance(result, Tensor) else result
-        if len(beside) < len(given) and all(a.dim() == 0 and a.is_floating_point() for a in beside):
+        if len(beside) < len(given) and (name.startswith("lerp") or all(a.dim() == 0 and a.is_floating_point() for a in beside)):
             args = tuple(self._cast(a, beside[0].dtype) for a in args)
             kwargs = {k: self._cast(a, beside[0].dtype) for k, a in kwargs.items()}
         for word in ("alpha", "value"):
@@ -152,18 +176,22 @@ def groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Paramet
     return found
 
 
-def trace_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
-    """Trace one class of parameters. Raises CaptureError naming the optimizer and why."""
+def trace_rule(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, numbers: tuple[Number, ...] = ()
+) -> Rule:
+    """Trace one class of parameters. ``numbers`` are inputs where the step can be traced so, else values of the program.
+    Raises CaptureError naming the optimizer and why."""
     slots = discover(optimizer, group, shape, dtype)
     errors: list[Exception] = []
-    for capturable in (False, True) if "capturable" in group else (False,):
+    ways = [(numbers, False)] if numbers else []
+    for given, capturable in [*ways, ((), False), *([((), True)] if "capturable" in group else [])]:
         try:
-            always = _trace(optimizer, group, shape, dtype, slots, list(slots.fill), capturable)
-            first = _trace(optimizer, group, shape, dtype, slots, [], capturable) if slots.two_formulas else None
+            always = _trace(optimizer, group, shape, dtype, slots, list(slots.fill), capturable, given)
+            first = _trace(optimizer, group, shape, dtype, slots, [], capturable, given) if slots.two_formulas else None
         except Exception as error:
             errors.append(error)
         else:
-            return Rule(slots, always, first)
+            return Rule(slots, always, first, given)
     reason = str(errors[0]).strip().splitlines()
     raise CaptureError(
         f"optimizer {type(optimizer).__name__} cannot be traced: {reason[0] if reason else type(errors[0]).__name__}",
@@ -173,15 +201,17 @@ def trace_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape
 
 def _trace(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, slots: Slots,
-    given: Sequence[str], capturable: bool,
+    given: Sequence[str], capturable: bool, numbers: Sequence[Number],
 ) -> Flat:  # fmt: skip
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     names = list(slots.fill)
     with mode:
-        fakes = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)]
+        fakes = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)]
+        fakes += [torch.empty((), dtype=torch.float64) for _ in ("lr", *numbers)]
         fakes += [torch.empty(slots.shape[n], dtype=slots.dtype[n]) for n in names]
 
-    def step(param: Tensor, grad: Tensor, lr: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    def step(param: Tensor, grad: Tensor, lr: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        moving, states = rest[: len(numbers)], rest[len(numbers) :]
         p = param.clone()
         p.grad = grad.clone()
         state: dict[str, Any] = {}
@@ -189,8 +219,9 @@ def _trace(
             if name in given:
                 wide = capturable and not slots.shape[name] and s.is_floating_point()
                 state[name] = s.to(torch.float64) if wide else s.clone()
-        one = shadow(optimizer, {**group, "lr": lr}, p, state, capturable)
-        with torch.no_grad(), _extremes(optimizer), _compiling() if capturable else _Numbers(lr):
+        known = [(t, n.read(group)) for t, n in zip(moving, numbers, strict=True)]
+        one = shadow(optimizer, {**_with(group, dict(zip(numbers, moving, strict=True))), "lr": lr}, p, state, capturable)
+        with torch.no_grad(), _extremes(optimizer), _compiling() if capturable else _Numbers(lr, known=known):
             one.step()
         kept = one.state[p]
         return p, *(_as(kept[n], slots.dtype[n]) for n in names)
@@ -203,27 +234,62 @@ def _as(value: Any, dtype: torch.dtype) -> Tensor:
     return (value if isinstance(value, Tensor) else torch.tensor(float(value))).to(dtype)
 
 
+def _with(group: Mapping[str, Any], values: Mapping[Number, Any]) -> dict[str, Any]:
+    """The group's options with some numbers replaced."""
+    out = dict(group)
+    for number, value in values.items():
+        old = out[number.option]
+        out[number.option] = value if number.at is None else tuple(value if i == number.at else o for i, o in enumerate(old))
+    return out
+
+
+def _numbers(group: Mapping[str, Any], options: Collection[str]) -> tuple[Number, ...]:
+    """The floats of these options."""
+    out: list[Number] = []
+    for option in sorted(options):
+        value = group.get(option)
+        if isinstance(value, (tuple, list)):
+            out += [Number(option, i) for i, v in enumerate(value) if _is_number(v)]
+        elif _is_number(value):
+            out.append(Number(option, None))
+    return tuple(out)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass
 class Updates:
-    """Emits the update of each parameter; collects the state inputs and the fused op that a group of ops amounts to."""
+    """Emits the update of each parameter; collects the state inputs and the fused op that a group of ops amounts to.
+
+    ``moving``: names of options that change from step to step and become inputs, as lr is. ``moved``: those that did, as
+    ``"betas/0"`` (option and group).
+    """
 
     emit: Emitter
     optimizer: torch.optim.Optimizer
     hyper: dict[str, Callable[[], float]]
     states: dict[str, StateSlot]
     origins: dict[str, Op]
+    moving: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self._rules: dict[Any, Rule] = {}
-        self._lr: dict[int, Ref] = {}
-        self._fixed: dict[tuple[str, str], Ref] = {}
+        self._hyper: dict[str, Ref] = {}
+        self._baked: set[str] = set()
 
-    def lr(self, index: int) -> Ref:
-        if index not in self._lr:
-            key = f"lr/{index}"
-            self._lr[index] = self.emit.input(Type("f64", ()), "hyper", key)
-            self.hyper[key] = _reader(self.optimizer, index)
-        return self._lr[index]
+    @property
+    def moved(self) -> frozenset[str]:
+        return frozenset({f"{n.option}/{key[-1]}" for key, rule in self._rules.items() for n in rule.numbers} - self._baked)
+
+    def number(self, index: int, number: Number) -> Ref:
+        """An option of a group as an input."""
+        key = f"{number}/{index}"
+        if key not in self._hyper:
+            self._hyper[key] = self.emit.input(Type("f64", ()), "hyper", key)
+            self.hyper[key] = lambda: number.read(self.optimizer.param_groups[index])
+        return self._hyper[key]
 
     def update(self, name: str, parameter: nn.Parameter, group: int, param: Ref, grad: Ref) -> tuple[Ref, dict[str, Ref]]:
         """The new parameter, and the new state by key."""
@@ -231,20 +297,24 @@ class Updates:
         key = (tuple(parameter.shape), parameter.dtype, group)
         rule = self._rules.get(key)
         if rule is None:
-            rule = self._rules[key] = trace_rule(self.optimizer, options, tuple(parameter.shape), parameter.dtype)
+            numbers = _numbers(options, self.moving)
+            rule = self._rules[key] = trace_rule(self.optimizer, options, tuple(parameter.shape), parameter.dtype, numbers)
+            self._baked |= {f"{n.option}/{group}" for n in numbers if n not in rule.numbers}
         e = self.emit
         old = self._state_inputs(name, parameter, rule.slots)
+        lr = self.number(group, Number("lr", None))
+        moving = [self.number(group, n) for n in rule.numbers]
         e.where, e.phase, e.base = Where(name.rpartition(".")[0]), "update", f"{name}.update"
         fused = FUSED.get(type(self.optimizer))
-        e.origin = f"{fused.split('.')[1]}:{name}" if fused and rule.first is None else ""
+        e.origin = f"{fused.split('.')[1]}:{name}" if fused and rule.first is None and not moving else ""
         slots = list(rule.slots.fill)
-        given = [param, grad, self.lr(group), *(old[s] for s in slots)]
+        given = [param, grad, lr, *moving, *(old[s] for s in slots)]
         new = self._instance(rule.always, given)
         if rule.first is not None:
             new = self._choose(name, old[STARTED], self._instance(rule.first, given), new)
         result, states = new[0], dict(zip(slots, new[1:], strict=True))
         if e.origin:
-            self.origins[e.origin] = _fused(fused or "", options, param, grad, slots, old, self.lr(group), [result, *states.values()], e)
+            self.origins[e.origin] = _fused(fused or "", options, param, grad, slots, old, lr, [result, *states.values()], e)
         out = {f"{s}/{name}": states[s] for s in slots}
         if rule.first is not None:
             out[f"{STARTED}/{name}"] = e.full(1.0, Type("f32", ()))
@@ -287,16 +357,23 @@ def _constant(e: Emitter, c: Tensor) -> Ref:
     return e.full(c.item(), Type(DTYPES[c.dtype], tuple(c.shape)))
 
 
-def _reader(optimizer: torch.optim.Optimizer, index: int) -> Callable[[], float]:
-    return lambda: float(optimizer.param_groups[index]["lr"])
+def fixed_options(optimizer: torch.optim.Optimizer, moved: Collection[str] = ()) -> dict[str, Any]:
+    """What the program has of the optimizer's options: ``"weight_decay/0"`` -> its value; of one that is an input (``moved``) the
+    signs of its numbers; ``"params/0"`` -> how many parameters the group has. If anything changes, capture again."""
+    out: dict[str, Any] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        out[f"params/{i}"] = len(group["params"])
+        for option, value in group.items():
+            if option not in _HIDDEN:
+                key = f"{option}/{i}"
+                out[key] = [(n.read(group) > 0) - (n.read(group) < 0) for n in _numbers(group, (option,))] if key in moved else _number(value)
+    return out
 
 
-def fixed_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The options that are numbers of the program (betas, weight decay): ``"weight_decay/0"`` -> value now. If one changes, capture again."""
-    return {
-        f"{k}/{i}": float(v) if isinstance(v, Tensor) and v.numel() == 1 else v
-        for i, group in enumerate(optimizer.param_groups) for k, v in group.items() if k not in _HIDDEN
-    }  # fmt: skip
+def changed_options(optimizer: torch.optim.Optimizer, before: Mapping[str, Any]) -> set[str]:
+    """Names of the options whose numbers differ from ``fixed_options`` of before: worth being inputs from now on."""
+    now = fixed_options(optimizer)
+    return {key.rpartition("/")[0] for key, value in now.items() if not key.startswith("params/") and before.get(key, value) != value}
 
 
 def _fused(
@@ -314,6 +391,6 @@ def _fused(
 def _number(value: Any) -> Arg:
     if isinstance(value, (tuple, list)):
         return tuple(_number(v) for v in value)
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return value if isinstance(value, (bool, int, float, str)) or value is None else repr(value)

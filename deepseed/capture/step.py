@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class Captured:
     buffers: dict[str, Tensor]
     state: dict[str, StateSlot]
     hyper: dict[str, Callable[[], float]]
-    options: dict[str, Any]  # optimizer options baked into the program, e.g. "betas/0"
+    options: dict[str, Any]  # what the program has of the optimizer's options (``fixed_options``), e.g. "betas/0"
+    moved: frozenset[str]  # options that are inputs of the program, e.g. "momentum/0"
     unused: tuple[str, ...]  # trainable parameters that the loss does not depend on: no gradient, no update
     seed: int
     output: Any = None  # want="forward": the model's output with keys in place of tensors
@@ -71,12 +72,13 @@ def capture(
     want: Want | None = None,
     grads: bool = False,
     compute: torch.dtype | None = None,
+    moving: Collection[str] = (),
     seed: int = 0,
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
-    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``want``: ``step`` (needs ``optimizer``; the default with
+    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
     gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
@@ -108,16 +110,20 @@ def capture(
             outputs.append(Output(v, "grad", key))
     e.phase, e.where = "update", Where()
     origins: dict[str, Op] = {}
+    options: dict[str, Any] = {}
+    moved: frozenset[str] = frozenset()
     if clip_grad_norm is not None and gradients and want != "forward":
         gradients, norm = _clip(e, gradients, float(clip_grad_norm))
         outputs.append(Output(norm, "norm", "grad_norm"))
     if want == "step" and optimizer is not None:
-        updates = Updates(e, optimizer, hyper, state, origins)
+        updates = Updates(e, optimizer, hyper, state, origins, moving)
         for name, grad in gradients.items():
             if name in group_of:
                 new, states = updates.update(name, parameters[name], group_of[name], refs["param", name], grad)
                 outputs.append(Output(new, "param", name))
                 outputs += [Output(ref, "state", key) for key, ref in states.items()]
+        moved = updates.moved
+        options = fixed_options(optimizer, moved)
     outputs += [Output(v, "buffer", key) for (role, key), v in named.items() if role == "buffer" and isinstance(v, Ref) and v != refs["buffer", key]]
     ops = live(e.ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
@@ -128,7 +134,7 @@ def capture(
     program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards,
-        spec, parameters, aliases, buffers, state, hyper, fixed_options(optimizer) if optimizer is not None and want == "step" else {},
+        spec, parameters, aliases, buffers, state, hyper, options, moved,
         tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
     )  # fmt: skip
 

@@ -82,7 +82,8 @@ def sum(x: Tensor, dims: Ints, keepdim: bool, dtype: torch.dtype) -> Tensor:
 
 def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Over all elements, added up in ``dtype``; no squared copy is made."""
-    return torch.linalg.vector_norm(x, dtype=dtype).square()
+    out: Tensor = torch.linalg.vector_norm(x, dtype=dtype).square()
+    return out
 
 
 def amax(x: Tensor, dims: Ints, keepdim: bool) -> Tensor:

@@ -62,11 +62,11 @@ class DistributedRuntime(Runtime):
         began = time.monotonic()
         try:
             if kind == "all_gather":
-                work = dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group, async_op=True)
+                work = _named("all_gather_single", "all_gather_into_tensor")(received.view(-1), sent.view(-1), group, async_op=True)
             elif kind == "all_reduce":
                 work = dist.all_reduce(received, _REDUCE[reduce], group, async_op=True)
             elif kind == "reduce_scatter" and not by_blocks:
-                work = dist.reduce_scatter_tensor(received.view(-1), sent.view(-1), _REDUCE[reduce], group, async_op=True)
+                work = _named("reduce_scatter_single", "reduce_scatter_tensor")(received.view(-1), sent.view(-1), _REDUCE[reduce], group, async_op=True)
             else:
                 work = dist.all_to_all_single(received, sent, group=group, async_op=True)
         except (RuntimeError, ValueError) as error:
@@ -102,6 +102,12 @@ class DistributedRuntime(Runtime):
 
     def close(self) -> None:
         self.watch.close()
+
+
+def _named(new: str, old: str) -> Callable[..., dist.Work]:
+    """A collective by its name since torch 2.13, else by the one before."""
+    found: Callable[..., dist.Work] = getattr(dist, new, None) or getattr(dist, old)
+    return found
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from deepseed.ir.program import Type
 from deepseed.runtime import agree
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, guarded, start
+from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
-from deepseed.runtime.state import Key, State, gather, gather_over, write_back
+from deepseed.runtime.state import State, gather, gather_over, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
 
@@ -128,7 +129,7 @@ class DistributedHost:
             return agree.broadcast_text(text, self.device)
         text = agree.broadcast_text(None, self.device)
         if text.startswith("error "):
-            raise agree.AgreementError(f"rank 0 could not compile: {text.removeprefix('error ')}")
+            raise AgreementError(f"rank 0 could not compile: {text.removeprefix('error ')}")
         return text
 
     def agree(self, values: Sequence[tuple[str, object]]) -> None:
