@@ -155,7 +155,10 @@ def _expression(out: Source, op: Op) -> str:
         return f"torch.{name}({out.args(op)})"
     if namespace == "aten" and rest in _NN_BINDINGS:
         return f"torch._C._nn.{name}({out.args(op)})"
-    return f"torch.ops.{namespace}.{name}.{overload or 'default'}({out.args(op)})"
+    called = f"torch.ops.{namespace}.{name}.{overload or 'default'}({out.args(op)})"
+    if any(isinstance(a, tuple) and any(b is False for b in a) for a in op.args):  # an output mask: what is not asked for comes as None
+        called = f"ops.present({called})"
+    return called
 
 
 def _communication(out: Source, op: Op) -> str:

@@ -3,8 +3,8 @@
 A compiled model captures, solves and checks at its first batch (or at ``example_batch``), once for each batch shape, each
 value that the model reads out of a tensor, and each setting that is a fact of the program (``training``, ``requires_grad``, the
 optimizer's options but ``lr``). Its parameters and optimizer state belong to it, not to one program: where the first program
-stored them they stay. The state that the optimizer held is taken over; ``step.optimizer_state()`` gives it from then on, and
-``optimizer.state`` is empty. There is no global state: two compiled models live in one process.
+stored them they stay. The state that the optimizer held moves to the step: ``step.optimizer_state()`` and ``optimizer.state_dict()``
+give it from then on, ``optimizer.state`` is empty. There is no global state: two compiled models live in one process.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deepseed import ops
-from deepseed.build import Built, build
+from deepseed.batches import check_mix_up, joined, said, times
+from deepseed.build import Built, CompileError, build
 from deepseed.capture import BatchSpec, capture
-from deepseed.capture.batch import rebuild, tensors
+from deepseed.capture.batch import tensors
+from deepseed.capture.guards import Guard
 from deepseed.capture.optimizer import changed_options, fixed_options
+from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
+from deepseed.handover import follow, take_over
 from deepseed.ir.layout import Layout
 from deepseed.ir.program import Program
 from deepseed.ir.widen import widen
 from deepseed.pipeline import Passed
-from deepseed.plan import Plan, parse_plan, with_dtype
-from deepseed.runtime.host import BACKENDS, DistributedHost, Host, SimulatedHost, launched
-from deepseed.runtime.host import world_size as launched_ranks
+from deepseed.plan import Plan, PlanError, parse_plan, with_dtype
+from deepseed.runtime.host import BACKENDS, DistributedHost, Host, SimulatedHost, join, launched
 from deepseed.runtime.state import State, shard
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 MOST_PROGRAMS = 16  # batch shapes and guard values that one compiled model keeps programs for
-
-
-class CompileError(ValueError):
-    """An argument of ``compile`` or a batch that cannot be served: says what, the numbers and the fix."""
 
 
 def compile(
@@ -79,6 +78,22 @@ def compile(
     return compiled
 
 
+Self = TypeVar("Self", bound="_Compiled")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+    """Every rank makes this call; where one fails the others are told."""
+
+    @wraps(method)
+    def call(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.host.together():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class _Compiled:
     """What train step and module share: the plan on its ranks, the state, and the programs by batch."""
 
@@ -104,7 +119,8 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.loss_fn, self.clip_grad_norm, self.seed = optimizer, loss_fn, clip_grad_norm, seed
         self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
-        self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet)
+        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", type(optimizer).__name__)]
+        self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet, said)
         self.mesh, self.backend = self.host.mesh, self.host.backend
         self.steps = 0
         self.states: list[State] = []
@@ -148,6 +164,7 @@ class _Compiled:
 
     # state ----------------------------------------------------------------------------------------------------------
 
+    @_together
     def state_dict(self, full: bool = True) -> dict[str, Tensor]:
         """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
         DTensors under a process group. Every rank must call it."""
@@ -158,6 +175,7 @@ class _Compiled:
         alias = captured.aliases
         return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
 
+    @_together
     def optimizer_state(self) -> dict[str, Tensor]:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
@@ -181,39 +199,53 @@ class _Compiled:
                     "it has a shape and no values, so that nothing can be run\n"
                     "  fix: model.to_empty(device=...) and load or initialise its values, before the optimizer is made; explain() needs no values"
                 )
+        changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
+        if changed and self.host.first and not self._quiet:
+            print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
         states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].tensors}
         for entry in new:
             value = values.get((entry.role, entry.key))
             for state in states:
                 if value is not None:
                     state.put(entry, _as(value, self._widen and entry.role == "state"))
                 else:
-                    state.fill(entry, built.captured.state[entry.key].fill)
+                    slot = built.captured.state[entry.key]
+                    state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
         self.states, built.adopted = states, True
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
         if self.optimizer is not None:
-            _take_over(self.optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
+            take_over(self.optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
+            if first:
+                follow(self.optimizer, self.model, self.host, self.states)
 
     # programs -------------------------------------------------------------------------------------------------------
 
     def _find(self, batch: Any, want: Want) -> tuple[Built, dict[str, Tensor], bool]:
         """The program for this batch, compiled if there is none yet; the batch by key; whether it is this rank's part only."""
         if not self._seen:
-            self._check_mix_up(batch)
+            check_mix_up(self.host, batch, self.local)
         self._seen += 1
         spec, settings = BatchSpec.of(batch), self._settings(want)
         if self.local and self._parts > 1:
-            known = self._known(_times(spec, self._parts), settings)
+            known = self._known(times(spec, self._parts), settings)
             if self.host.same(f"{spec} {settings}") and known and not known[0].captured.guards and self._fits(known[0]):
                 self._latest = known[0]
                 return known[0], spec.flatten(batch), True
-            batch = self._global(batch)
+            batch = joined(self.host, batch)
             spec = BatchSpec.of(batch)
-        else:
-            self.host.agree([("batch", str(spec)), ("settings of model and optimizer", settings)])
         known = self._known(spec, settings)
-        built = next((b for b in known if self._fits(b) and self._holds(b, batch)), None)
+        built: Built | None = None
+        read: list[tuple[str, object]] = []
+        for each in known:
+            if self._fits(each):
+                values = self._read(each, batch)
+                read += [(f"the value that the model reads from the batch at {g.path or 'its top'}, {g.line}", v) for g, v in values]
+                if all(v == g.value for g, v in values):
+                    built = each
+                    break
+        self.host.agree([("batch", said(spec)), ("settings of model and optimizer", settings), *read])
         if built is None:
             built = self._compile(batch, want)
             known.append(built)
@@ -241,50 +273,15 @@ class _Compiled:
     def _parts(self) -> int:
         return self.mesh.sizes.get("dp", 1)
 
-    def _global(self, batch: Any) -> Any:
-        """The rows of all data-parallel ranks, in their order; entries that are no rows are the first rank's."""
-        have = [(where.get("dp", 0), given) for where, given in self.host.everyone((self.host.coordinates[0], tensors(batch)))]
-        parts = [next(given for at, given in have if at == part) for part in range(self._parts)]
-        rows = [_rows(part) for part in parts]
-        joined = {
-            key: torch.cat([part[key] for part in parts]) if t.dim() and t.shape[0] == rows[0] else t for key, t in parts[0].items()
-        }  # fmt: skip
-        return rebuild(batch, joined)
-
-    def _check_mix_up(self, batch: Any) -> None:
-        """A global batch where local ones are due, or the reverse: found on the first step, from what the ranks hold."""
-        if self.mesh.ranks == 1 or self.backend == "simulate":
-            return
-        seen = self.host.everyone((self.host.coordinates[0].get("dp", 0), str(BatchSpec.of(batch)), _content(batch)))
-        by_part: dict[int, set[str]] = {}
-        for part, _, content in seen:
-            by_part.setdefault(part, set()).add(content)
-        different = [rank for rank, (_, _, content) in enumerate(seen) if content != seen[0][2]]
-        if not self.local and different:
-            rank = different[0]
-            raise CompileError(
-                f'batch="global" means the same whole batch on every rank, but rank 0 and rank {rank} hold different ones:\n  rank 0: {seen[0][1]}\n'
-                f'  rank {rank}: {seen[rank][1]}\n  fix: compile(..., batch="local") if each rank loads its own rows, else load the same rows everywhere'
-            )
-        if self.local and (odd := [part for part, contents in by_part.items() if len(contents) > 1]):
-            raise CompileError(
-                f'batch="local": the ranks of data-parallel part {odd[0]} differ only along tp and must hold the same rows, but they do not\n'
-                "  fix: choose rows by the dp coordinate, not by the rank"
-            )
-        if self.local and self._parts > 1 and not different:
-            raise CompileError(
-                f'batch="local" means each data-parallel rank\'s own rows, but all {self._parts} hold the same ones: {seen[0][1]}\n'
-                '  fix: compile(..., batch="global") if every rank loads the whole batch, else use a DistributedSampler'
-            )
-
-    def _holds(self, built: Built, batch: Any) -> bool:
-        given = tensors(batch)
+    def _read(self, built: Built, batch: Any) -> list[tuple[Guard, object]]:
+        """What the program's guards give on this batch."""
+        out: list[tuple[Guard, object]] = []
+        given = {("batch", key): t for key, t in tensors(batch).items()} | {("constant", key): t for key, t in built.constants.items()}
         for guard in built.captured.guards:
             program = widen(guard.program) if self._widen else guard.program
-            (value,) = ops.evaluate(program, {i.name: given[i.key] for i in program.inputs}).values()
-            if value.item() != guard.value:
-                return False
-        return True
+            (value,) = ops.evaluate(program, {i.name: given[i.role, i.key].cpu() for i in program.inputs}).values()
+            out.append((guard, value.item()))
+        return out
 
     def _compile(self, batch: Any, want: Want) -> Built:
         count = sum(map(len, self._built.values()))
@@ -339,6 +336,7 @@ class _Compiled:
 class TrainStep(_Compiled):
     """``loss = step(batch)``: forward, backward, clipping and update, as one compiled program on every rank."""
 
+    @_together
     def __call__(self, batch: Any) -> Tensor:
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
         self._shown = self._run(*self._find(batch, "step"))
@@ -346,6 +344,7 @@ class TrainStep(_Compiled):
         self.optimizer._opt_called = True  # type: ignore[union-attr]  # LR schedulers look whether the optimizer stepped
         return self._shown["loss", "loss"]
 
+    @_together
     def compile(self, example_batch: Any) -> TrainStep:
         """Compile for batches like this one, without a step."""
         self._find(example_batch, "step")
@@ -366,17 +365,20 @@ class TrainStep(_Compiled):
 class Module(_Compiled):
     """A compiled model without an optimizer."""
 
+    @_together
     def __call__(self, batch: Any) -> Any:
         """The model's output in its own form, whole, without gradients."""
         built, flat, local = self._find(batch, "forward")
         shown = self._run(built, flat, local)
         return built.captured.rebuild_output({key: t for (role, key), t in shown.items() if role == "output"})
 
+    @_together
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The global mean loss and the whole gradient of every trainable parameter."""
         shown = self._run(*self._find(batch, "loss_and_grads"))
         return shown["loss", "loss"], {key: t for (role, key), t in shown.items() if role == "grad"}
 
+    @_together
     def compile(self, example_batch: Any) -> Module:
         """Compile the forward for batches like this one, without running it."""
         self._find(example_batch, "forward")
@@ -384,68 +386,39 @@ class Module(_Compiled):
 
 
 def _place(
-    plan: str, dtype: str | torch.dtype | None, ranks: int | None, backend: str | None, device: torch.device, quiet: bool
-) -> tuple[Plan, Host]:
-    """The parsed plan and the ranks that it runs on."""
-    parsed = parse_plan(plan)
-    if dtype is not None:
-        parsed = with_dtype(parsed, str(dtype).removeprefix("torch."))
+    plan: str, dtype: str | torch.dtype | None, ranks: int | None, backend: str | None, device: torch.device, quiet: bool,
+    said: Sequence[tuple[str, object]],
+) -> tuple[Plan, Host]:  # fmt: skip
+    """The parsed plan and the ranks that it runs on. ``said``: what else every rank must say alike."""
     if backend not in (None, *BACKENDS):
         raise CompileError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}, or none: what the launcher started, else simulate")
-    if backend is None:
-        backend = None if launched() else "simulate"
-        if backend == "simulate" and not quiet and parsed.mesh(ranks).ranks > 1:
+    implied = backend is None and not launched()
+    if implied or backend == "simulate":
+        parsed = _parse(plan, dtype)
+        if implied and not quiet and parsed.mesh(ranks).ranks > 1:
             print(f"deepseed: no launcher, no process group: simulating {parsed.mesh(ranks)} in this process", file=sys.stderr)
-    if backend == "simulate":
         return parsed.resolve(ranks), SimulatedHost(parsed.mesh(ranks), device)
     if not launched():
         raise CompileError(f"backend={backend!r} needs one process a rank\n  fix: start the script by `deepseed run script.py` or torchrun, or use backend=\"simulate\"")
-    if ranks is not None and ranks != launched_ranks():
-        raise CompileError(f"world_size={ranks}, but {launched_ranks()} processes were started\n  fix: leave world_size out, or start {ranks}")
-    return parsed.resolve(launched_ranks()), DistributedHost(parsed.mesh(launched_ranks()), backend)
+    started = join(backend, [("plan", plan), ("dtype", str(dtype)), ("world_size", ranks), *said])
+    if ranks is not None and ranks != started:
+        raise CompileError(f"world_size={ranks}, but {started} processes were started\n  fix: leave world_size out, or start {ranks}")
+    parsed = _parse(plan, dtype)
+    return parsed.resolve(started), DistributedHost(parsed.mesh(started), backend)
+
+
+def _parse(plan: str, dtype: str | torch.dtype | None) -> Plan:
+    parsed = parse_plan(plan)
+    if dtype is not None:
+        parsed = with_dtype(parsed, str(dtype).removeprefix("torch."))
+    if parsed.precision == "fp16":
+        raise PlanError(f"plan {parsed}: fp16 needs loss scaling, which this version does not do\n  fix: use bf16, which has the range of fp32")
+    return parsed
 
 
 def _device(model: nn.Module) -> torch.device:
     """Where simulated ranks run: on the device of the model's parameters; the CPU where these have no values."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-
-def _take_over(
-    optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter], taken: Sequence[str]
-) -> None:
-    """Point the optimizer at the model's bound parameters, and drop the state (``slot/parameter``) that the step has now: one copy."""
-    for key in taken:
-        slot, _, name = key.partition("/")
-        held = optimizer.state.get(old[name], {})
-        held.pop(slot, None)
-        if not held:
-            optimizer.state.pop(old[name], None)
-    bound = {id(p): new[name] for name, p in old.items()}
-    for group in optimizer.param_groups:
-        group["params"] = [bound.get(id(p), p) for p in group["params"]]
-
-
-def _times(spec: BatchSpec, parts: int) -> BatchSpec:
-    """The global batch of ``parts`` equal local ones."""
-    rows = _most([t.shape[0] for t in spec.types.values() if t.shape])
-    types = {k: replace(t, shape=(t.shape[0] * parts, *t.shape[1:])) if t.shape and t.shape[0] == rows else t for k, t in spec.types.items()}
-    return BatchSpec(types, spec.constants)
-
-
-def _rows(batch: Mapping[str, Tensor]) -> int:
-    return _most([t.shape[0] for t in batch.values() if t.dim()])
-
-
-def _most(sizes: Sequence[int]) -> int:
-    return max(set(sizes), key=sizes.count) if sizes else -1
-
-
-def _content(batch: Any) -> str:
-    digest = hashlib.sha256()
-    for key, t in tensors(batch).items():
-        digest.update(key.encode())
-        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _as(t: Tensor, wide: bool) -> Tensor:

@@ -26,6 +26,10 @@ SLOW = 2.0  # seconds of compiling after which each pass says that it is done
 SENT = ("lower_reshards", pipeline.SHARED[-1].name)  # what rank 0 sends: the program that explain counts, and the one that ranks run
 
 
+class CompileError(ValueError):
+    """An argument of ``compile`` or a batch that cannot be served: says what, the numbers and the fix."""
+
+
 @dataclass
 class Built:
     """One compiled shape: the program that all ranks share, and this process's executables."""
@@ -52,7 +56,8 @@ def build(
     started = perf_counter()
     if wide:
         captured = replace(captured, program=widen(captured.program))
-    host.agree([("plan", str(plan)), ("captured program", _digest(str(captured.program)))])
+    host.agree([("plan", str(plan))])
+    host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
     def solve() -> str:

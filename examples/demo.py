@@ -120,7 +120,7 @@ def train(runs: Sequence[Run], folder: Path, arguments: Sequence[str]) -> None:
 
 
 def table(runs: Sequence[Run], args: argparse.Namespace) -> Table:
-    title = f"Llama of {size(args)} parameters, {args.batch} x {args.seq} tokens a step, AdamW, float32; MiB of one rank"
+    title = f"Llama, {size(args)} parameters, AdamW, float32, {args.batch * args.seq} tokens a step; MiB of one rank"
     out = Table("", *(run.title for run in runs), title=title, title_justify="left")
     for column in out.columns[1:]:
         column.justify = "right"
@@ -147,10 +147,10 @@ def draw(runs: Sequence[Run], path: Path) -> Path:
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(2, 1), layout="constrained")
     x = range(1, len(runs[0].losses) + 1)
-    for run, width, style in zip(runs, (9, 5, 2.5, 1), ("-", "-", "-", "--"), strict=True):
-        above.plot(x, run.losses, style, linewidth=width, label=run.title, color=None if width > 1 else "black")
+    for run, width, color, style in zip(runs, (9, 5, 2.5, 1), ("tab:gray", "tab:orange", "tab:blue", "black"), ("-", "-", "-", "--"), strict=True):
+        above.plot(x, run.losses, style, linewidth=width, color=color, label=run.title)
         if run is not runs[0]:
-            below.semilogy(x, [min(max(d, 1e-9), 1) for d in run.differences(runs[0])], label=run.title)
+            below.semilogy(x, [min(max(d, 1e-9), 1) for d in run.differences(runs[0])], style, color=color, label=run.title)
     below.axhline(TOLERANCE, color="red", linestyle=":", label="allowed")
     above.set_ylabel("loss")
     below.set(ylabel="relative to PyTorch", xlabel="step")

@@ -72,7 +72,7 @@ class _Schedule:
         for i in self.p.inputs:
             self._there(i.name)
         for op in self.p.ops:
-            if op.name not in self.waits and op.name not in self.starts:
+            if op.name not in self.waits and op.name not in self.starts and op.name not in self.there:
                 self._emit(op)
         for o in self.p.outputs:
             self._need(o.ref.name)
@@ -109,7 +109,7 @@ class _Schedule:
                 self._look_ahead(start)
             if (number := self.bucket_of[start.name]) not in self.in_use:
                 self.in_use.add(number)
-                if self.ahead and self.ahead[0].phase == start.phase:  # the next bucket, while this one is used
+                if self.ahead and self.ahead[0].phase == start.phase and self._made(self.ahead[0].refs[0].name):  # the next bucket, while this one is used
                     self._look_ahead(self.ahead[0])
         elif start.name not in self.bucket_of:
             self._flush(self._key(start))
@@ -123,7 +123,7 @@ class _Schedule:
         for start in [first, *(s for s in self.ahead if s is not first)]:
             if bucket.nbytes >= self.limit or start.phase != first.phase:
                 break
-            if start is first or (self._key(start) == self._key(first) and start.refs[0].name in self.there):
+            if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
                 bucket.nbytes += start.type.local_bytes(self.p.mesh)
                 (alone if self._alone(start) else bucket.starts).append(start)
@@ -131,6 +131,16 @@ class _Schedule:
         for starts in (*([s] for s in alone), bucket.starts):
             self._start(starts)
         self.bucket_of.update(dict.fromkeys((s.name for s in (*alone, *bucket.starts)), number))  # waited for as one
+
+    def _made(self, value: str) -> bool:
+        """Compute what a look-ahead sends, a weight's cast, ahead of its place. False where a collective comes before it."""
+        if value in self.there:
+            return True
+        op = self.p.producers[value]
+        if op.target == "wait" or not all(self._made(ref.name) for ref in op.refs):
+            return False
+        self._emit(op)
+        return True
 
     def _alone(self, start: Op) -> bool:
         return start.type.local_bytes(self.p.mesh) >= ALONE * self.limit

@@ -132,6 +132,11 @@ def mul(g: Group) -> Results:
     return _fold(g) or _neutral(g, 0, 1.0) or _neutral(g, 1, 1.0) or square_of_roots(g)
 
 
+def power(g: Group) -> Results:
+    """x to the 1."""
+    return _neutral(g, 0, 1.0) if g.op.args[1] == 1 else None
+
+
 def div(g: Group) -> Results:
     return _fold(g) or _neutral(g, 0, 1.0)
 
@@ -297,6 +302,7 @@ SIMPLIFICATIONS: dict[str, Decomposition] = {
     "aten.mul.Scalar": mul,
     "aten.div.Tensor": div,
     "aten.div.Scalar": div,
+    "aten.pow.Tensor_Scalar": power,
     "aten.add.Tensor": add,
     "aten.sub.Tensor": sub,
     "aten.bitwise_and.Tensor": both,

@@ -31,7 +31,6 @@ def reshards(folder: Path) -> None:
         rt = DistributedRuntime(p.mesh)
         with guarded(rt):
             out.append(Executable(sources(p)[rt.rank])(rt, [parts[rt.rank]])[0])
-        rt.close()
     torch.save(out, folder / f"{dist.get_rank()}.pt")
 
 

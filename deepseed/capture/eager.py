@@ -47,7 +47,8 @@ def eager_reference(model: nn.Module, *, rng: Tensor | None = None, widen: bool 
     ``widen``: where the model asks for float32 (a cast, a created tensor) it gets float64; parameters and batch are the caller's to widen.
     """
     tracker = Tracker(model)
-    draws = None if rng is None else Draw(rng, tracker)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    draws = None if rng is None else Draw(rng.to(device), tracker)
     default = torch.get_default_dtype()
     with switched(model), tracker.on(), _Eager(tracker, draws, widen):
         if widen and default is torch.float32:

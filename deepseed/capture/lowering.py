@@ -287,24 +287,52 @@ def _norm(target: Any) -> Callable[..., Arg]:
 
 def _sdpa(
     e: Emitter, val: Any, query: Ref, key: Ref, value: Ref, dropout_p: float = 0.0, is_causal: bool = False,
-    attn_mask: Ref | None = None, scale: float | None = None, **_: Any,
+    attn_mask: Ref | None = None, attn_bias: Ref | None = None, scale: float | None = None, **_: Any,
 ) -> Arg:  # fmt: skip
-    if dropout_p:
-        raise CaptureError(f"a fused attention kernel with dropout {dropout_p}", path=e.where.path, line=e.where.line, fix="use the math kernel")
+    """Any kernel of attention, by its first two results; what else it gives (sequence offsets, the state of its generator) only
+    its own backward reads, and that is raised too. A row's logsumexp is [b, h, s], however the kernel pads it."""
+    causal = _causal(e, query, key, dropout_p, is_causal)
     q = e.type(query)
     out, lse = Type(q.dtype, (*q.shape[:-1], e.type(value).shape[-1])), Type("f64" if q.dtype == "f64" else "f32", q.shape[:-1])
-    return e.op("sdpa", (query, key, value, attn_mask), (out, lse), causal=is_causal, scale=scale or 1 / math.sqrt(q.shape[-1]))
+    mask = attn_mask if attn_bias is None else attn_bias
+    results = e.op("sdpa", (query, key, value, mask), (out, lse), causal=causal, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return (*results, *(v if isinstance(v, int) else None for v in (val or ())[2:]))
 
 
 def _sdpa_backward(
-    e: Emitter, val: Any, grad_out: Ref, query: Ref, key: Ref, value: Ref, out: Ref, logsumexp: Ref, dropout_p: float = 0.0,
-    is_causal: bool = False, attn_mask: Ref | None = None, scale: float | None = None, **_: Any,
+    e: Emitter, val: Any, query: Ref, key: Ref, value: Ref, out: Ref, logsumexp: Ref, grad_out: Ref | None = None, grad_out_: Ref | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, attn_mask: Ref | None = None, attn_bias: Ref | None = None, scale: float | None = None,
+    grad_input_mask: Sequence[bool] = (), **_: Any,
 ) -> Arg:  # fmt: skip
-    q = e.type(query)
-    return e.op(
-        "sdpa_backward", (grad_out, query, key, value, attn_mask, out, logsumexp), (q, e.type(key), e.type(value)),
-        causal=is_causal, scale=scale or 1 / math.sqrt(q.shape[-1]),
+    causal = _causal(e, query, key, dropout_p, is_causal)
+    if len(grad_input_mask) == 4 and grad_input_mask[3]:
+        raise CaptureError(
+            "a fused attention kernel that computes the gradient of its mask", path=e.where.path, line=e.where.line,
+            fix="use the math kernel there: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+        )  # fmt: skip
+    q, grad = e.type(query), grad_out if grad_out_ is None else grad_out_
+    results = e.op(
+        "sdpa_backward", (grad, query, key, value, attn_mask if attn_bias is None else attn_bias, out, logsumexp), (q, e.type(key), e.type(value)),
+        causal=causal, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
     )  # fmt: skip
+    return (*results, None) if len(grad_input_mask) == 4 else results
+
+
+def _causal(e: Emitter, query: Ref, key: Ref, dropout_p: float, is_causal: bool) -> bool:
+    """Whether query i sees keys 0..i only; refuses what the own op does not mean."""
+    s, t = e.type(query).shape[2], e.type(key).shape[2]
+    name = str(e.node.target) if e.node is not None else "attention"
+    if dropout_p:
+        raise CaptureError(
+            f"{name} with dropout {dropout_p} draws its random numbers inside the kernel", path=e.where.path, line=e.where.line,
+            fix="use the math kernel, whose dropout is drawn by counter: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+        )  # fmt: skip
+    if is_causal and s != t and "flash_attention" in name and not name.partition(".default")[0].partition("_backward")[0].endswith("cpu"):
+        raise CaptureError(
+            f"{name}, causal, of {s} queries and {t} keys: this kernel lets the last query see all keys", path=e.where.path, line=e.where.line,
+            fix="give the mask as a tensor",
+        )  # fmt: skip
+    return is_causal
 
 
 def _draw(target: str) -> Callable[..., Arg]:
@@ -313,6 +341,8 @@ def _draw(target: str) -> Callable[..., Arg]:
 
     return drawn
 
+
+_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
 
 LOWERINGS: dict[Any, Callable[..., Arg]] = {
     **dict.fromkeys((_aten.view.default, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.unsqueeze, _aten.squeeze), _reshape),
@@ -333,7 +363,7 @@ LOWERINGS: dict[Any, Callable[..., Arg]] = {
     _aten.embedding: _embedding, _aten.embedding_dense_backward: _embedding_backward,
     **{norm: _norm(norm) for norm in (_aten.native_layer_norm.default, _aten.native_group_norm.default)},
     _aten.gather: _gather, _aten.scatter_add: _scatter_add,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}"): _sdpa for kernel in _KERNELS},
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}_backward"): _sdpa_backward for kernel in _KERNELS},
     torch.ops.deepseed.bernoulli: _draw("bernoulli"), torch.ops.deepseed.uniform: _draw("uniform"), torch.ops.deepseed.normal: _draw("normal"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.functional import Flat, functional
 from deepseed.capture.guards import Guard, Read, Reader
+from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.optimizer import Updates, fixed_options, groups
 from deepseed.capture.state import StateSlot
@@ -125,7 +126,8 @@ def capture(
         moved = updates.moved
         options = fixed_options(optimizer, moved)
     outputs += [Output(v, "buffer", key) for (role, key), v in named.items() if role == "buffer" and isinstance(v, Ref) and v != refs["buffer", key]]
-    ops = live(e.ops, [o.ref for o in outputs])
+    whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
+    ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
     inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch") or i.name in used]
     kept = {op.origin for op in ops}

@@ -34,6 +34,9 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type not in ("cpu", "meta"):
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # no op names a device: fakes are the CPU's, the runtime binds its own
         drawn = draw(func, self.draws, args, kwargs)
         if drawn is not NotImplemented:
             return drawn

@@ -71,7 +71,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) 
     if q.device.type == "cpu":
         dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         return "cpu" if q.dtype in dtypes and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 else "math"
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         square = not causal or q.shape[2] == k.shape[2]
         if mask is None and square and q.dtype is not torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
             return "flash"

@@ -1,7 +1,8 @@
 """The collectives over torch.distributed: gloo on CPU, nccl on GPU, one process a rank, started by torchrun.
 
 ``start`` joins the process group, ``DistributedRuntime`` is the ``rt`` of generated source, ``stop`` leaves. Use ``guarded``
-around a run, so that a rank that raises tells the others; they end with a RankError that names it instead of hanging.
+around whatever all ranks do together, so that a rank that raises tells the others; they end with a RankError that names it
+instead of hanging.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,24 +21,102 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.collectives import Runtime
-from deepseed.runtime.errors import RankError
+from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.watch import Watch
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in one collective
+LINGER = 3.0  # seconds that the first rank stays after an error, for the others to read what happened
 _SLICE = timedelta(seconds=1)  # how often a waiting rank looks whether another one is in trouble
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class World:
+    """This process among all ranks of the process group: waiting for the others, and being told of their troubles."""
+
+    def __init__(self, device: torch.device | str, timeout: float) -> None:
+        self.device, self.timeout = torch.device(device), timeout
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
+        self._depth = 0
+
+    def run(self, begin: Callable[[], dist.Work | None], what: str) -> None:
+        """Start a collective and wait for it; RankError where another rank failed, died or stays away for ``timeout`` seconds."""
+        self.watch.doing = what
+        started = time.monotonic()
+        try:
+            work = begin()
+        except (RuntimeError, ValueError) as error:
+            raise self.watch.diagnose(error, time.monotonic() - started) from error
+        if work is not None:
+            self.wait(work, what)
+
+    def wait(self, work: dist.Work, what: str) -> None:
+        """Wait for a collective that is under way."""
+        self.watch.doing = what
+        began = time.monotonic()
+        while True:
+            try:
+                if self.device.type == "cpu":
+                    work.wait(_SLICE)
+                else:
+                    work.wait()  # waits on the stream; the watchdog of the back end holds the timeout
+                break
+            except (RuntimeError, ValueError) as error:
+                waited = time.monotonic() - began
+                if work.is_completed() or waited > self.timeout or self.watch.alarmed():
+                    if work.is_completed() and _succeeded(work):
+                        break
+                    raise self.watch.diagnose(error, waited) from error
+        self.watch.doing = "computation after " + what.replace(" over ", " on ")
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Tell the other ranks when the body raises, and stay until they have heard (the first rank may keep the store)."""
+        if not self._depth:
+            self.watch.turn += 1
+        self._depth += 1
+        try:
+            yield
+        except BaseException as error:
+            if self._depth == 1:
+                if not isinstance(error, RankError | AgreementError):  # those every rank has
+                    self.watch.failed(error)
+                self.watch.leaves()
+                self._linger()
+            raise
+        finally:
+            self._depth -= 1
+
+    def _linger(self) -> None:
+        until = time.monotonic() + LINGER
+        while self.rank == 0 and time.monotonic() < until and not self.watch.all_left():
+            time.sleep(0.1)
+
+
+_worlds: WeakKeyDictionary[ProcessGroup, World] = WeakKeyDictionary()
+
+
+def world(device: torch.device | str = "cpu", timeout: float | None = None) -> World:
+    """The one World of the process group; a ``timeout`` given changes its."""
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("there is no process group\n  fix: deepseed.runtime.distributed.start() under a launcher")
+    found = _worlds.get(group)
+    if found is None:
+        found = _worlds[group] = World(device, TIMEOUT)
+    found.timeout = found.timeout if timeout is None else timeout
+    return found
 
 
 class DistributedRuntime(Runtime):
     """One process's rank of the mesh; the world must have exactly the mesh's ranks."""
 
-    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu", timeout: float = TIMEOUT) -> None:
-        world = dist.get_world_size()
-        if world != mesh.ranks:
-            raise ValueError(f"{mesh} has {mesh.ranks} ranks, but {world} processes were started\n  fix: start {mesh.ranks}, or choose a plan for {world}")
+    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu", timeout: float | None = None) -> None:
+        size = dist.get_world_size()
+        if size != mesh.ranks:
+            raise ValueError(f"{mesh} has {mesh.ranks} ranks, but {size} processes were started\n  fix: start {mesh.ranks}, or choose a plan for {size}")
         super().__init__(mesh, dist.get_rank(), device)
-        self.timeout = timeout
-        self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, world)
+        self.world = world(self.device, timeout)
         self.device_mesh: DeviceMesh = init_device_mesh(
             self.device.type, tuple(n for _, n in mesh.axes) or (1,), mesh_dim_names=mesh.names or ("world",)
         )
@@ -55,7 +135,7 @@ class DistributedRuntime(Runtime):
         else:
             out = torch.empty_like(x)
         if not x.numel():
-            return lambda: out.sum(0) if by_blocks else out
+            return lambda: out.sum(0, dtype=out.dtype) if by_blocks else out
         self._number += 1
         what = f"{kind} over {axis}, number {self._number}"
         sent, received = _plain(x), _plain(out)
@@ -70,38 +150,16 @@ class DistributedRuntime(Runtime):
             else:
                 work = dist.all_to_all_single(received, sent, group=group, async_op=True)
         except (RuntimeError, ValueError) as error:
-            self.watch.doing = what
-            raise self.watch.diagnose(error, time.monotonic() - began) from error
+            self.world.watch.doing = what
+            raise self.world.watch.diagnose(error, time.monotonic() - began) from error
 
         def complete() -> Tensor:
-            self._wait(work, what)
+            self.world.wait(work, what)
             nonlocal sent  # kept until the exchange is over
             del sent
-            return out.sum(0) if by_blocks else out
+            return out.sum(0, dtype=out.dtype) if by_blocks else out
 
         return complete
-
-    def _wait(self, work: dist.Work, what: str) -> None:
-        """Wait for a collective; RankError where another rank failed, died or stays away for ``timeout`` seconds."""
-        self.watch.doing = what
-        began = time.monotonic()
-        while True:
-            try:
-                if self.device.type == "cpu":
-                    work.wait(_SLICE)
-                else:
-                    work.wait()  # waits on the stream; the watchdog of the back end holds the timeout
-                break
-            except (RuntimeError, ValueError) as error:
-                waited = time.monotonic() - began
-                if work.is_completed() or waited > self.timeout or self.watch.alarmed():
-                    if work.is_completed() and _succeeded(work):
-                        break
-                    raise self.watch.diagnose(error, waited) from error
-        self.watch.doing = "computation after " + what.replace(" over ", " on ")
-
-    def close(self) -> None:
-        self.watch.close()
 
 
 def _named(new: str, old: str) -> Callable[..., dist.Work]:
@@ -132,26 +190,17 @@ def start(backend: str | None = None, timeout: float = TIMEOUT) -> torch.device:
 
 def stop() -> None:
     if dist.is_initialized():
+        found = _worlds.pop(dist.group.WORLD, None) if dist.group.WORLD is not None else None
+        if found is not None:
+            found.watch.close()
         dist.destroy_process_group()
 
 
 @contextmanager
 def guarded(rt: DistributedRuntime) -> Iterator[None]:
-    """Tell the other ranks when the body raises, and stay until they have heard (the first rank keeps the store)."""
-    try:
+    """``World.guarded`` of the runtime's world."""
+    with rt.world.guarded():
         yield
-    except RankError:
-        _linger(rt)
-        raise
-    except BaseException as error:
-        rt.watch.failed(error)
-        _linger(rt)
-        raise
-
-
-def _linger(rt: DistributedRuntime) -> None:
-    if rt.rank == 0:
-        time.sleep(3.0)
 
 
 def _local_rank() -> int:

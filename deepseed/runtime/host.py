@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
 from deepseed.runtime import agree
 from deepseed.runtime.collectives import Runtime
-from deepseed.runtime.distributed import DistributedRuntime, guarded, start
+from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
@@ -37,8 +38,11 @@ class Host(Protocol):
     def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
+    def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]: ...
     def agree(self, values: Sequence[tuple[str, object]]) -> None: ...
+    def agree_on(self, text: str, what: str) -> None: ...
     def same(self, text: str) -> bool: ...
+    def together(self) -> AbstractContextManager[None]: ...
     def everyone(self, value: Any) -> list[Any]: ...
 
 
@@ -83,11 +87,20 @@ class SimulatedHost:
     def decide(self, make: Callable[[], str]) -> str:
         return make()
 
+    def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]:
+        return []
+
     def agree(self, values: Sequence[tuple[str, object]]) -> None:
+        return None
+
+    def agree_on(self, text: str, what: str) -> None:
         return None
 
     def same(self, text: str) -> bool:
         return True
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def everyone(self, value: Any) -> list[Any]:
         return [value]
@@ -105,11 +118,11 @@ class DistributedHost:
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(self.rt.rank)]
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
-        with guarded(self.rt):
+        with self.together():
             return [executables[0](self.rt, inputs[0])]
 
     def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor:
-        with guarded(self.rt), torch.no_grad():
+        with self.together(), torch.no_grad():
             return gather_over(self.rt, parts[0], type_)
 
     def bind(self, module: nn.Module, states: Sequence[State]) -> None:
@@ -120,38 +133,58 @@ class DistributedHost:
 
     def decide(self, make: Callable[[], str]) -> str:
         """Rank 0's text on every rank; if making it fails there, every rank raises."""
+        run = self.rt.world.run
         if self.first:
+            self.rt.world.watch.doing = "compiling"
             try:
                 text = make()
             except Exception as error:
-                agree.broadcast_text(f"error {type(error).__name__}: {error}", self.device)
+                agree.broadcast_text(f"error {type(error).__name__}: {error}", self.device, run)
                 raise
-            return agree.broadcast_text(text, self.device)
-        text = agree.broadcast_text(None, self.device)
+            return agree.broadcast_text(text, self.device, run)
+        text = agree.broadcast_text(None, self.device, run)
         if text.startswith("error "):
             raise AgreementError(f"rank 0 could not compile: {text.removeprefix('error ')}")
         return text
 
     def agree(self, values: Sequence[tuple[str, object]]) -> None:
-        with guarded(self.rt):
-            agree.agree_on_values(values, self.device)
+        with self.together():
+            agree.agree_on_values(values, self.device, self.rt.world.run)
+
+    def agree_on(self, text: str, what: str) -> None:
+        """Like ``agree`` for a long text: the error shows the first line that differs."""
+        with self.together():
+            agree.agree_on_text(text, what, self.device, self.rt.world.run)
 
     def same(self, text: str) -> bool:
         """Whether every rank holds this text: one small collective."""
-        with guarded(self.rt):
-            return not agree.differs(text, self.device)
+        with self.together():
+            return not agree.differs(text, self.device, self.rt.world.run)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what all ranks do: an error of one is told to the others, which raise RankError instead of waiting."""
+        return self.rt.world.guarded()
+
+    def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]:
+        """Make tensors that differ between ranks those of rank 0, in place; their names."""
+        with self.together():
+            return agree.as_on_rank_0(named, self.device, self.rt.world.run)
 
     def everyone(self, value: Any) -> list[Any]:
-        out: list[Any] = [None] * self.mesh.ranks
-        dist.all_gather_object(out, value)
-        return out
+        with self.together():
+            return agree.everyone(value, self.device, self.rt.world.run)
+
+
+def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:
+    """Join the process group; every rank must say the same of ``said``, before anything is made of it. The number of ranks."""
+    device = start(backend)
+    here = world(device)
+    with here.guarded():
+        agree.agree_on_values(said, device, here.run)
+    return here.size
 
 
 def launched() -> bool:
     """Whether this process is one of several ranks: a process group exists, or a launcher's environment."""
     return dist.is_available() and (dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ))
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
 

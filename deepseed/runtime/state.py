@@ -194,6 +194,7 @@ class State:
             if not whole and mesh is None:
                 raise StateError(f"{role} {key!r} is split, which needs a DeviceMesh to show as a DTensor")
             value = tensor if whole or mesh is None else self.dtensor((role, key), mesh)
+            split: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
                     owner._buffers[name] = value
@@ -203,7 +204,8 @@ class State:
                 if whole:
                     old.data = value
                 else:
-                    owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+                    split = nn.Parameter(value, requires_grad=old.requires_grad) if split is None else split
+                    owner._parameters[name] = split
 
 
 def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) -> dict[Key, Tensor]:

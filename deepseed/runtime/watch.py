@@ -3,6 +3,7 @@
 A thread of each rank posts, once a second, a count and what the rank is doing (``all_reduce over tp, number 12``). A rank
 that raises posts why. A rank whose collective fails or takes too long raises the alarm and looks: a rank that posted a
 failure is the culprit, else one whose count stands still (it died), else one that is not in a collective (it fell behind).
+Failures belong to a turn, one call into DeepSeed: all ranks make the same calls, and an error that was caught is over.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -23,6 +25,7 @@ class Watch:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.doing = "start"
+        self.turn = 0
         clone = getattr(store, "clone", None)
         self._mine = PrefixStore("deepseed.watch", clone() if clone else store)  # own connection: the other may block
         self._stop = threading.Event()
@@ -45,15 +48,26 @@ class Watch:
     def failed(self, error: BaseException) -> None:
         """Tell the others that this rank raised ``error``."""
         try:
-            self._mine.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
-            self._mine.set("alarm", str(self.rank))
+            self._mine.set(f"failed/{self.turn}/{self.rank}", f"{type(error).__name__}: {error}")
+            self._mine.set(f"alarm/{self.turn}", str(self.rank))
         except RuntimeError:
             pass
+
+    def leaves(self) -> None:
+        """Tell the others that this rank's turn has ended in an error."""
+        with suppress(RuntimeError):
+            self._mine.set(f"left/{self.turn}/{self.rank}", "")
+
+    def all_left(self) -> bool:
+        try:
+            return bool(self._mine.check([f"left/{self.turn}/{rank}" for rank in range(self.world)]))
+        except RuntimeError:
+            return True
 
     def alarmed(self) -> bool:
         """Whether any rank is in trouble."""
         try:
-            return bool(self._mine.check(["alarm"]))
+            return bool(self._mine.check([f"alarm/{self.turn}"]))
         except RuntimeError:
             return True
 
@@ -61,13 +75,13 @@ class Watch:
         """The error to raise where this rank's collective failed or took ``seconds``: names the culprit. Takes some seconds."""
         what = f"rank {self.rank} gave up after {seconds:.1f} s in {self.doing}"
         try:
-            self._mine.set("alarm", str(self.rank))
+            self._mine.set(f"alarm/{self.turn}", str(self.rank))
             before = self._beats()
             until = time.monotonic() + SILENCE
             while time.monotonic() < until:
                 for rank in range(self.world):
-                    if rank != self.rank and self._mine.check([f"failed/{rank}"]):
-                        why = self._mine.get(f"failed/{rank}").decode()
+                    if rank != self.rank and self._mine.check([f"failed/{self.turn}/{rank}"]):
+                        why = self._mine.get(f"failed/{self.turn}/{rank}").decode()
                         return RankError(rank, f"rank {rank} failed: {why}\n  {what}")
                 time.sleep(0.2)
             after = self._beats()

@@ -1,0 +1,83 @@
+"""Global and local batches: joining each data-parallel rank's rows, and finding a mix-up of the two on the first step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseed.build import CompileError
+from deepseed.capture import BatchSpec
+from deepseed.capture.batch import rebuild, tensors
+from deepseed.runtime.host import Host
+
+
+def joined(host: Host, batch: Any) -> Any:
+    """The rows of all data-parallel ranks, in their order; entries that are no rows are the first rank's."""
+    have = [(where.get("dp", 0), given) for where, given in host.everyone((host.coordinates[0], tensors(batch)))]
+    parts = [next(given for at, given in have if at == part) for part in range(host.mesh.sizes.get("dp", 1))]
+    rows = [_rows(part) for part in parts]
+    joined = {
+        key: torch.cat([part[key] for part in parts]) if t.dim() and t.shape[0] == rows[0] else t for key, t in parts[0].items()
+    }  # fmt: skip
+    return rebuild(batch, joined)
+
+
+def check_mix_up(host: Host, batch: Any, local: bool) -> None:
+    """A global batch where local ones are due, or the reverse: found on the first step, from what the ranks hold."""
+    if host.mesh.ranks == 1 or host.backend == "simulate":
+        return
+    parts = host.mesh.sizes.get("dp", 1)
+    seen = host.everyone((host.coordinates[0].get("dp", 0), said(BatchSpec.of(batch)), _content(batch)))
+    by_part: dict[int, set[str]] = {}
+    for part, _, content in seen:
+        by_part.setdefault(part, set()).add(content)
+    different = [rank for rank, (_, _, content) in enumerate(seen) if content != seen[0][2]]
+    if not local and different:
+        rank = different[0]
+        raise CompileError(
+            f'batch="global" means the same whole batch on every rank, but rank 0 and rank {rank} hold different ones:\n  rank 0: {seen[0][1]}\n'
+            f'  rank {rank}: {seen[rank][1]}\n  fix: compile(..., batch="local") if each rank loads its own rows, else load the same rows everywhere'
+        )
+    if local and (odd := [part for part, contents in by_part.items() if len(contents) > 1]):
+        raise CompileError(
+            f'batch="local": the ranks of data-parallel part {odd[0]} differ only along tp and must hold the same rows, but they do not\n'
+            "  fix: choose rows by the dp coordinate, not by the rank"
+        )
+    if local and parts > 1 and not different:
+        raise CompileError(
+            f'batch="local" means each data-parallel rank\'s own rows, but all {parts} hold the same ones: {seen[0][1]}\n'
+            '  fix: compile(..., batch="global") if every rank loads the whole batch, else use a DistributedSampler'
+        )
+
+
+def said(spec: BatchSpec) -> str:
+    """As messages show it: ``input_ids i64[8, 16], flag=True``."""
+    return ", ".join([*(f"{key} {t.dtype}{list(t.shape)}" for key, t in spec.types.items()), *(f"{key}={v!r}" for key, v in spec.constants.items())])
+
+
+def times(spec: BatchSpec, parts: int) -> BatchSpec:
+    """The global batch of ``parts`` equal local ones."""
+    rows = _most([t.shape[0] for t in spec.types.values() if t.shape])
+    types = {k: replace(t, shape=(t.shape[0] * parts, *t.shape[1:])) if t.shape and t.shape[0] == rows else t for k, t in spec.types.items()}
+    return BatchSpec(types, spec.constants)
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return _most([t.shape[0] for t in batch.values() if t.dim()])
+
+
+def _most(sizes: Sequence[int]) -> int:
+    return max(set(sizes), key=sizes.count) if sizes else -1
+
+
+def _content(batch: Any) -> str:
+    digest = hashlib.sha256()
+    for key, t in tensors(batch).items():
+        digest.update(key.encode())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

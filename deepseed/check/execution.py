@@ -1,0 +1,75 @@
+"""Run a program on every rank of its mesh at once, op by op: the meaning of a program, shared with neither back end nor runtime.
+
+Works on the program after any pass. One that has no mesh yet runs whole; a use that wants another layout is put together and
+cut again; collectives follow ``deepseed.check.collectives``; once localized, every rank runs its own program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deepseed.check.collectives import perform
+from deepseed.check.shards import ShardsError, assemble, coordinates, shards
+from deepseed.check.typing import MOVES, describe, operand_types
+from deepseed.ir.program import Op, Program, Ref
+from deepseed.ops import OpError, run
+from deepseed.rules import localize_op
+
+Values = dict[str, list[Tensor]]  # by value name: every rank's part, in rank order
+
+
+class ExecutionError(ValueError):
+    """An op that does not run on the parts that the ranks hold; ``op`` is the one."""
+
+    def __init__(self, op: Op, message: str) -> None:
+        super().__init__(message)
+        self.op = op
+
+
+def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program] = (), known: Mapping[str, list[Tensor]] | None = None) -> Values:
+    """Every rank's part of every value of ``p``.
+
+    ``inputs``: by value name, whole. ``ranks``: the program of each rank, where ``p`` is localized (``p`` is then any of them).
+    ``known``: values that need not be computed again. Raises ExecutionError naming op and module path; nothing is freed, so a
+    program is as large as all its values.
+    """
+    generator = torch.Generator().manual_seed(0)  # draws the summands of values that are cut into partial ones
+    values: Values = dict(known or {})
+    for i in p.inputs:
+        if i.name not in values:
+            values[i.name] = shards(inputs[i.name], i.type, p.mesh, generator)
+    where = list(coordinates(p.mesh))
+    for n, op in enumerate(p.ops):
+        if all(r in values for r in op.results):
+            continue
+        try:
+            results = _step(p, op, [r.ops[n] for r in ranks], [_read(p, ref, values, generator) for ref in op.refs], where, generator)
+        except (OpError, ShardsError, RuntimeError, IndexError, ValueError) as error:
+            raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}") from error
+        values.update(zip(op.results, results, strict=True))
+    return values
+
+
+def _read(p: Program, ref: Ref, values: Mapping[str, list[Tensor]], generator: torch.Generator) -> list[Tensor]:
+    """The operand in the layout that the use wants."""
+    t, parts = p.types[ref.name], values[ref.name]
+    return parts if ref.want is None or ref.want == t.layout else shards(assemble(parts, t, p.mesh), t.laid(ref.want), p.mesh, generator)
+
+
+def _step(
+    p: Program, op: Op, local: Sequence[Op], operands: list[list[Tensor]], where: Sequence[Mapping[str, int]], generator: torch.Generator
+) -> list[list[Tensor]]:
+    types = operand_types(p, op)
+    if op.target == "wait":
+        return operands
+    if op.target == "reshard":
+        return [shards(assemble(operands[0], types[0], p.mesh), op.type, p.mesh, generator)]
+    if op.target in MOVES:
+        axis = str(op.kw("axis"))
+        return [perform(op.target, x, s, t, axis, p.mesh) for x, s, t in zip(operands, types, op.types, strict=True)]
+    mine = local or [localize_op(op, types, p.mesh, c) for c in where]
+    ranks = [run(each, [x[rank] for x in operands], p.mesh) for rank, each in enumerate(mine)]
+    return [[results[k] for results in ranks] for k in range(len(op.results))]

@@ -1,0 +1,232 @@
+"""Checking catches errors: programs with one error each, drawn at random in the output of every pass, are all caught.
+
+A mutation counts if the numbers change by more than 1e-6 (of the largest of their role) or the program no longer runs. What may
+catch it, in order: ``verify`` and ``typing`` and ``instances``, which every compile runs (deepseed.pipeline.check_program), and,
+for what is a well-typed program with another meaning, ``lock-step``: the comparison with the program before the pass, by which
+``deepseed.verify`` names pass, node and module path once eager PyTorch disagrees. The table of a run is printed (pytest -s).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+from mutate import Mutation, mutate
+from test_equality import built
+from torch import Tensor
+
+from deepseed import pipeline
+from deepseed.api import TrainStep
+from deepseed.bisect import inputs_of
+from deepseed.capture.batch import rebuild, tensors
+from deepseed.check.equivalence import Difference, compare
+from deepseed.check.execution import ExecutionError, Values, execute
+from deepseed.check.shards import ShardsError, assemble
+from deepseed.ir.program import Program
+from deepseed.verify import adamw
+
+COUNTS = 1e-6
+MODELS = ("mlp", "llama", "gpt2", "bert")
+PLANS = ("zero1+dp2", "zero3+dp2", "tp2", "zero3+tp2+dp2")
+SOME = (("mlp", "zero1+dp2"), ("mlp", "zero3+tp2+dp2"), ("llama", "zero3+tp2+dp2"), ("gpt2", "tp2"), ("bert", "zero3+dp2"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def instances_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path_factory.mktemp("instances")))
+        yield
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The program after one pass (of every rank, once localized), executed."""
+
+    name: str
+    program: Program
+    ranks: tuple[Program, ...]
+    values: Values
+
+
+@cache
+def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]:
+    """Inputs, then the captured program and the one after each pass."""
+    module, batch, loss_fn = built(model)
+    ours = copy.deepcopy(module).double()
+    step = TrainStep(ours, plan, optimizer=adamw(list(ours.parameters())), loss_fn=loss_fn, clip_grad_norm=1.0, widen=True, grads=True, quiet=True)
+    wide = rebuild(batch, {k: t.double() for k, t in tensors(batch).items() if t.is_floating_point()})
+    step.compile(wide)
+    done = step._current()
+    values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): t for k, t in module.named_buffers()}
+    inputs = inputs_of(done, values | {("batch", k): t for k, t in done.captured.batch.flatten(wide).items()}, torch.tensor([0, 0]))
+    found = [Stage("capture", done.captured.program, (), execute(done.captured.program, inputs))]
+    for each in done.passes:
+        ranks: tuple[Program, ...] = ()
+        if "local" in each.program.facts:
+            mesh = each.program.mesh
+            ranks = tuple(pipeline.BY_NAME[each.name](done.program, mesh.coordinate(r)) for r in range(mesh.ranks))
+        found.append(Stage(each.name, each.program, ranks, execute(each.program, inputs, ranks=ranks)))
+    return inputs, tuple(found)
+
+
+# one draw -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Draw:
+    where: str  # model, plan, pass
+    mutation: Mutation
+    caught: str = ""  # by which check; "" where it does not count
+    report: str = ""
+    wrong: str = ""  # what is missing of the report
+    exact: bool = False
+
+
+@dataclass
+class Table:
+    draws: list[Draw] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        columns = ["drawn", "counted", "verify", "typing", "instances", "lock-step", "missed"]
+        rows = [f"{'':22}" + "".join(f"{c:>11}" for c in columns)]
+        for title, of in (("pass", lambda d: d.where.split()[-1]), ("mutation", lambda d: d.mutation.kind)):
+            keys = list(dict.fromkeys(sorted(map(of, self.draws)) if title == "mutation" else map(of, sorted(self.draws, key=_order))))
+            for key in [*keys, "all"]:
+                draws = [d for d in self.draws if key in (of(d), "all")]
+                by = Counter(d.caught for d in draws)
+                counts = [len(draws), len(draws) - by[""], *(by[c] for c in columns[2:])]
+                rows.append(f"{key:22}" + "".join(f"{n:>11}" for n in counts))
+            rows.append("")
+        return "\n".join(rows)
+
+
+def _order(d: Draw) -> int:
+    return list(pipeline.BY_NAME).index(d.where.split()[-1])
+
+
+def draw(model: str, plan: str, at: int, rng: Random) -> Draw:
+    """One mutation of the program after pass ``at``, and which check catches it."""
+    inputs, all_stages = stages(model, plan)
+    before, stage = all_stages[at], all_stages[at + 1]
+    mutation, programs = _mutated(stage, rng)
+    out = Draw(f"{model} {plan} {stage.name}", mutation)
+    bad = mutation.program
+    values: Values | ExecutionError | Exception
+    try:
+        values = execute(bad, inputs, ranks=programs, known=_untouched(stage, bad, programs))
+    except (ValueError, KeyError, AssertionError, StopIteration) as error:
+        values = error
+    if isinstance(values, dict) and not _changed(stage, bad, values):
+        return out
+    try:
+        pipeline.check_program(bad, stage.name)
+        for program in programs:
+            pipeline.check_program(program, stage.name)
+    except pipeline.CheckError as error:
+        out.report = str(error)
+        out.caught = {"ProgramError": "verify", "TypingError": "typing", "InstanceError": "instances"}.get(type(error.__cause__).__name__, "typing")
+        out.wrong = _missing_in(out.report, stage.name, bad, mutation.node)
+        return out
+    if isinstance(values, dict):
+        found = compare(before.program, before.values, bad, values)
+    elif isinstance(values, ExecutionError):
+        found = Difference(values.op.name, values.op.path, values.op.line, str(values), "", "", (), "")
+    else:
+        raise values
+    out.caught, out.report = ("lock-step", f"after pass {stage.name}: {found}") if found is not None else ("missed", "")
+    if found is not None:
+        out.exact = mutation.node in out.report
+        out.wrong = _missing_in(out.report, stage.name, bad, mutation.node)
+    return out
+
+
+def _mutated(stage: Stage, rng: Random) -> tuple[Mutation, tuple[Program, ...]]:
+    """A mutation of the stage's program; of every rank's, once localized, or of one rank's alone where only arguments changed."""
+    while True:
+        if not stage.ranks:
+            return mutate(stage.program, rng), ()
+        seed, alone = rng.random(), rng.randrange(len(stage.ranks)) if rng.random() < 0.5 else None
+        each = [mutate(p, Random(seed)) for p in stage.ranks]
+        if len({(m.kind, m.node, len(m.program.ops)) for m in each}) > 1:
+            continue
+        if alone is None:
+            return each[0], tuple(m.program for m in each)
+        same = tuple(m.program if r == alone else p for r, (m, p) in enumerate(zip(each, stage.ranks, strict=True)))
+        if _skeleton(same[alone]) == _skeleton(stage.ranks[alone]):
+            return each[alone], same
+
+
+def _skeleton(p: Program) -> object:
+    """All but the arguments of ops that no other rank takes part in."""
+    return p.inputs, p.outputs, [(op.results, op.target, op.types, op.kwargs if op.target.endswith(".start") else (), op.refs) for op in p.ops]
+
+
+def _untouched(stage: Stage, bad: Program, ranks: Sequence[Program]) -> Values:
+    """The values that the mutation cannot reach."""
+    olds = [*(stage.ranks or (stage.program,))]
+    touched = {i.name for i, old in zip(bad.inputs, stage.program.inputs, strict=True) if i.type != old.type}
+    old = [{op.name: op for op in p.ops} for p in olds]
+    for ops in zip(*(p.ops for p in ranks or (bad,)), strict=True):
+        if any(was.get(op.name) != op for was, op in zip(old, ops, strict=True)) or any(r.name in touched for r in ops[0].refs):
+            touched.update(ops[0].results)
+    return {name: parts for name, parts in stage.values.items() if name not in touched}
+
+
+def _changed(stage: Stage, bad: Program, values: Values) -> bool:
+    """Whether an output differs by more than 1e-6 of the largest of its role, on any rank."""
+    p = stage.program
+    largest: dict[str, float] = {}
+    wholes = {(o.role, o.key): assemble(stage.values[o.ref.name], p.types[o.ref.name], p.mesh) for o in p.outputs}
+    for (role, _), x in wholes.items():
+        largest[role] = max(largest.get(role, 0.0), float(x.abs().max()))
+    for now, was in zip(bad.outputs, p.outputs, strict=True):
+        t = bad.types[now.ref.name]
+        try:
+            x, y = [assemble(values[now.ref.name], t, bad.mesh)], [wholes[was.role, was.key]]
+        except ShardsError:
+            x, y = values[now.ref.name], stage.values[was.ref.name]
+        for a, b in zip(x, y, strict=True):
+            if a.shape != b.shape or not bool(((a - b).abs() <= COUNTS * largest[was.role]).all()):
+                return True
+    return False
+
+
+def _missing_in(report: str, name: str, bad: Program, node: str) -> str:
+    """A report names the pass, a node that the error touches, and that node's module path; what it lacks."""
+    near: dict[str, str] = {}
+    for op in bad.ops:
+        touched = {*op.results, *(r.name for r in op.refs)}
+        if node in touched or touched & near.keys():
+            near.update(dict.fromkeys(op.results, op.path))
+    if f"after pass {name}: " not in report:
+        return f"pass {name}"
+    named = [path for n, path in near.items() if f"%{n} " in report or f"%{n}," in report or f"%{n}:" in report]
+    if not named and node not in report:
+        return f"node {node}"
+    return "" if node in report or any(not path or f"at {path}" in report for path in named) else "module path"
+
+
+def drawn(count: int, cases: Sequence[tuple[str, str]], seed: int) -> Table:
+    rng = Random(seed)
+    table = Table()
+    places = list(itertools.product(cases, range(len(pipeline.PIPELINE))))
+    for n in range(count):
+        (model, plan), at = places[n % len(places)]
+        table.draws.append(draw(model, plan, at, rng))
+    print(f"\n{table}")
+    return table
+
+
+def all_caught(table: Table) -> None:
+    counted = [d for d in table.draws if d.caught]
+    missed = [d for d in counted if d.caught == "missed"]
+    assert not missed, "\n".join(f"{d.where}: {d.mutation.kind} of {d.mutation.node}" for d in missed)
+    vague = [d for d in counted if d.wrong]
+    assert not vague, "\n\n".join(f"{d.where}: {d.mutation.kind} of {d.mutation.node}: no {d.wrong} in\n{d.report}" for d in vague[:5])
