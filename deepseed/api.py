@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -213,6 +214,9 @@ class _Compiled:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
         self.states, built.adopted = states, True
+        built.captured = replace(  # the values are in the states now: no second copy
+            built.captured, parameters={}, buffers={}, state={k: replace(slot, existing=None) for k, slot in built.captured.state.items()}
+        )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
         if self.optimizer is not None:

@@ -23,7 +23,6 @@ from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 
 SLOW = 2.0  # seconds of compiling after which each pass says that it is done
-SENT = ("lower_reshards", pipeline.SHARED[-1].name)  # what rank 0 sends: the program that explain counts, and the one that ranks run
 
 
 class CompileError(ValueError):
@@ -63,12 +62,12 @@ def build(
     def solve() -> str:
         args = pipeline.arguments(host.mesh, plan.stage, {}, stored or {})
         done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
-        return "\f".join(str(p.program) for p in done if p.name in SENT)
+        return str(done[-1].program)
 
-    texts = host.decide(solve).split("\f")
+    text = host.decide(solve)
     if not done:
-        done.extend(Passed(name, parse(text), 0.0) for name, text in zip(SENT, texts, strict=True))
-        done[-1] = replace(done[-1], instances=pipeline.check_program(done[-1].program, "the one that rank 0 sent"))
+        program = parse(text)
+        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
     executables = []
     for coordinate in host.coordinates:
@@ -78,7 +77,7 @@ def build(
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(texts[-1]), perf_counter() - started)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started)
 
 
 def _digest(text: str) -> str:

@@ -329,7 +329,7 @@ def _meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
 
 def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = None) -> int:
     """``torch.distributed.run`` with this Python; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}", "--"]
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([*launcher, *command], env=environment, check=False).returncode
 

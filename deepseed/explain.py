@@ -141,12 +141,12 @@ def gradients(p: Program) -> tuple[str, ...]:
     """The gradients as the update reads them: values that cross from backward into update, after the collectives that they
     cross by."""
     update = {result for op in p.ops if op.phase == "update" for result in op.results}
-    moved = {op.name for op in p.ops if op.phase == "update" and _moves(op)}
+    moved = {result for op in p.ops if op.phase == "update" and _moves(op) for result in op.results}
     backward = {result for op in p.ops if op.phase == "backward" for result in op.results}
     source: dict[str, str] = {}  # a value that only moved -> where it came from
     for op in p.ops:
         if op.name in moved:
-            source[op.name] = source.get(op.refs[0].name, op.refs[0].name)
+            source |= {result: source.get(ref.name, ref.name) for result, ref in zip(op.results, op.refs, strict=False)}  # of a bucket, each
     found: dict[str, None] = {}
     for op in p.ops:
         if op.phase != "update" or op.name in moved:

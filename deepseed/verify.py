@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseed.api import TrainStep
+from deepseed.bisect import Blame, diagnose
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
 
@@ -42,6 +43,7 @@ class VerifyReport:
     instances_checked: int
     program_hash: str
     seconds: float
+    blame: str = ""  # where it differs: the pass, node and module path that changed the numbers (deepseed.bisect)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +56,7 @@ class VerifyReport:
             f"  gradients   {self.grad_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest gradient)\n"
             f"  parameters  {self.param_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest parameter)\n"
             f"  instances   {self.instances_checked} checked one by one\n"
-            f"  program     sha256 {self.program_hash[:16]}" + (f"\n  worst       {self.worst}" if not self.ok else "")
+            f"  program     sha256 {self.program_hash[:16]}" + (f"\n  worst       {self.worst}\n  {self.blame}" if not self.ok else "")
         )
 
 
@@ -102,7 +104,23 @@ def verify(
     return VerifyReport(
         bool(ok), str(step.plan), step.mesh.ranks, step.backend, steps, loss_error, grad_error, param_error,
         worst_grad if grad_error >= param_error else worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
+        "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
+
+
+def _blame(
+    step: TrainStep, model: nn.Module, batch: Any, factory: OptimizerFactory, loss_fn: Callable[..., Tensor] | None, clip: float | None, seed: int
+) -> Blame:
+    """Which pass, or what before or after them, makes one step from the start differ."""
+    built = step._current()
+    eager = copy.deepcopy(model).double()
+    values = {("param", name): p.detach().clone() for name, p in eager.named_parameters()}
+    values |= {("buffer", name): b.clone() for name, b in eager.named_buffers()}
+    values |= {("batch", key): t for key, t in built.captured.batch.flatten(batch).items()}
+    losses, grads = _eager(eager, [batch], factory, loss_fn, clip, seed)
+    want = {("loss", "loss"): torch.tensor(losses[0], dtype=torch.float64)} | {("grad", name): g for name, g in grads[0].items()}
+    want |= {("param", name): p.detach() for name, p in eager.named_parameters()}
+    return diagnose(built, values, torch.tensor([seed, 0]), want)
 
 
 def _eager(

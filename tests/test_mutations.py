@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from random import Random
 
@@ -29,8 +30,14 @@ from deepseed.capture.batch import rebuild, tensors
 from deepseed.check.equivalence import Difference, compare
 from deepseed.check.execution import ExecutionError, Values, execute
 from deepseed.check.shards import ShardsError, assemble
+from deepseed.check.typing import MOVES
+from deepseed.codegen.python import generate
+from deepseed.ir.contract import Pass
 from deepseed.ir.program import Program
-from deepseed.verify import adamw
+from deepseed.runtime.executable import Executable
+from deepseed.runtime.simulate import simulate
+from deepseed.runtime.state import shard
+from deepseed.verify import adamw, verify
 
 COUNTS = 1e-6
 MODELS = ("mlp", "llama", "gpt2", "bert")
@@ -132,7 +139,7 @@ def draw(model: str, plan: str, at: int, rng: Random) -> Draw:
     except pipeline.CheckError as error:
         out.report = str(error)
         out.caught = {"ProgramError": "verify", "TypingError": "typing", "InstanceError": "instances"}.get(type(error.__cause__).__name__, "typing")
-        out.wrong = _missing_in(out.report, stage.name, bad, mutation.node)
+        out.wrong = _missing_in(out.report, stage.name, stage.program, bad, mutation.node)
         return out
     if isinstance(values, dict):
         found = compare(before.program, before.values, bad, values)
@@ -143,7 +150,7 @@ def draw(model: str, plan: str, at: int, rng: Random) -> Draw:
     out.caught, out.report = ("lock-step", f"after pass {stage.name}: {found}") if found is not None else ("missed", "")
     if found is not None:
         out.exact = mutation.node in out.report
-        out.wrong = _missing_in(out.report, stage.name, bad, mutation.node)
+        out.wrong = _missing_in(out.report, stage.name, stage.program, bad, mutation.node)
     return out
 
 
@@ -198,19 +205,23 @@ def _changed(stage: Stage, bad: Program, values: Values) -> bool:
     return False
 
 
-def _missing_in(report: str, name: str, bad: Program, node: str) -> str:
-    """A report names the pass, a node that the error touches, and that node's module path; what it lacks."""
-    near: dict[str, str] = {}
-    for op in bad.ops:
-        touched = {*op.results, *(r.name for r in op.refs)}
-        if node in touched or touched & near.keys():
-            near.update(dict.fromkeys(op.results, op.path))
+def _missing_in(report: str, name: str, good: Program, bad: Program, node: str) -> str:
+    """A report names the pass, a node that is wrong or reads or feeds what is, and its module path. What this one lacks."""
     if f"after pass {name}: " not in report:
         return f"pass {name}"
-    named = [path for n, path in near.items() if f"%{n} " in report or f"%{n}," in report or f"%{n}:" in report]
-    if not named and node not in report:
+    near: dict[str, str] = {}  # value -> module path
+    touched = {node}
+    for p in (good, bad):
+        for op in p.ops:
+            if touched.intersection((*op.results, *(r.name for r in op.refs))):
+                near.update(dict.fromkeys(op.results, op.path))
+                touched.update(op.results if node in op.results or op.target in (*MOVES, "wait", "reshard") else ())
+    words = set(re.split(r"[ ,:()\n]+", report))
+    named = [path for value, path in near.items() if f"%{value}" in words]
+    said = [f"{i.role} {i.key!r}" for i in good.inputs if i.name == node] + [node]
+    if not named and not any(text in report for text in said):
         return f"node {node}"
-    return "" if node in report or any(not path or f"at {path}" in report for path in named) else "module path"
+    return "" if not named or any(not path or f"at {path}" in report for path in named) else "module path"
 
 
 def drawn(count: int, cases: Sequence[tuple[str, str]], seed: int) -> Table:
@@ -230,3 +241,93 @@ def all_caught(table: Table) -> None:
     assert not missed, "\n".join(f"{d.where}: {d.mutation.kind} of {d.mutation.node}" for d in missed)
     vague = [d for d in counted if d.wrong]
     assert not vague, "\n\n".join(f"{d.where}: {d.mutation.kind} of {d.mutation.node}: no {d.wrong} in\n{d.report}" for d in vague[:5])
+
+
+def test_every_error_is_caught_and_named() -> None:
+    table = drawn(210, SOME, seed=0)
+    all_caught(table)
+    assert sum(bool(d.caught) for d in table.draws) >= 140
+
+
+@pytest.mark.wide
+def test_every_error_is_caught_and_named_wide() -> None:
+    all_caught(drawn(2016, list(itertools.product(MODELS, PLANS)), seed=1))
+
+
+# from end to end ----------------------------------------------------------------------------------------------------
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Program], Program]) -> None:
+    """The pipeline, with a pass that makes an error."""
+
+    def wrong(each: Pass) -> Pass:
+        return replace(each, run=lambda p, **kw: change(each.run(p, **kw))) if each.name == name else each
+
+    monkeypatch.setattr(pipeline, "SHARED", tuple(map(wrong, pipeline.SHARED)))
+    monkeypatch.setattr(pipeline, "EACH_RANK", tuple(map(wrong, pipeline.EACH_RANK)))
+
+
+def lock_step(model: str, plan: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> bool:
+    """One mutation that only the lock-step sees, made by its pass inside ``verify``; False where the draw is none."""
+    at = seed % len(pipeline.PIPELINE)
+    _, found = stages(model, plan)
+    name = found[at + 1].name
+    if found[at + 1].ranks:
+        return False
+    one = draw(model, plan, at, Random(seed))
+    if one.caught != "lock-step" or "reads %" in one.report or "does not run" in one.report:
+        return False
+    module, batch, loss_fn = built(model)
+    with monkeypatch.context() as patch:
+        broken(patch, name, lambda p: mutate(p, Random(seed)).program)
+        report = verify(module, batch, plan, optimizer_factory=adamw, loss_fn=loss_fn, clip_grad_norm=1.0, steps=2)
+    if not one.mutation.node.startswith(SHOWN):
+        assert not report.ok, f"{one.where}: {one.mutation.kind} of {one.mutation.node} is not seen by eager PyTorch\n{one.report}"
+        assert report.blame.startswith(f"after pass {name}: "), report.blame
+        assert not _missing_in(report.blame, name, found[at + 1].program, one.mutation.program, one.mutation.node), report.blame
+    return True
+
+
+SHOWN = "output norm"  # what eager PyTorch returns nowhere
+
+
+def test_verify_names_pass_node_and_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(lock_step("mlp", plan, monkeypatch, seed) for plan in ("zero1+dp2", "zero3+tp2+dp2") for seed in range(8)) >= 5
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("model", "plan"), list(itertools.product(("mlp", "llama"), PLANS)))
+def test_verify_names_pass_node_and_module_path_wide(model: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(lock_step(model, plan, monkeypatch, seed) for seed in range(28)) >= 8
+
+
+def test_verify_tells_a_wrong_back_end_from_a_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepseed.build
+
+    generate = deepseed.build.generate
+    monkeypatch.setattr(deepseed.build, "generate", lambda p: generate(replace(p, ops=tuple(replace(o, target="aten.neg") if o.target == "aten.relu" else o for o in p.ops))))
+    module, batch, loss_fn = built("mlp")
+    report = verify(module, batch, "tp2", loss_fn=loss_fn, steps=1)
+    assert not report.ok and report.blame.startswith("execution: ")
+
+
+def test_no_false_alarm() -> None:
+    """Unchanged, every pass's program passes every check and equals the one before."""
+    for model, plan in SOME:
+        _, found = stages(model, plan)
+        for before, stage in itertools.pairwise(found):
+            assert compare(before.program, before.values, stage.program, stage.values) is None
+            pipeline.check_program(stage.program, stage.name)
+
+
+def test_the_checks_execute_as_the_ranks_do() -> None:
+    """The interpreter of the checks against generated source on simulated ranks: outputs of one step."""
+    for model, plan in SOME[1:3]:
+        inputs, found = stages(model, plan)
+        p = found[-1].program
+        parts = [[shard(inputs[i.name], i.type, p.mesh, p.mesh.coordinate(r)).clone() for i in p.inputs] for r in range(p.mesh.ranks)]
+        results = simulate(p.mesh, [Executable(generate(each), p.name) for each in found[-1].ranks], parts)
+        shown = [o for o in p.outputs if o.role not in ("param", "buffer", "state")]
+        for n, o in enumerate(shown):
+            for rank in range(p.mesh.ranks):
+                torch.testing.assert_close(results[rank][n], found[-1].values[o.ref.name][rank], rtol=1e-10, atol=1e-12)

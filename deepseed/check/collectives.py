@@ -56,7 +56,8 @@ def _reduced(parts: list[Tensor], element: object) -> Tensor:
 def _left(t: Type, layout: Layout, axis: str, mesh: Mesh) -> tuple[int, int]:
     """The dimension that ``axis`` splits, and the local product of the factors before it."""
     element = layout.on(axis)
-    assert isinstance(element, Split)
+    if not isinstance(element, Split):
+        raise ValueError(f"{t.dtype}{list(t.shape)} is not split over {axis}")
     left = []
     for n, a in factors(t.shape[element.dim], element.dim, layout, mesh):
         if a == axis:

@@ -70,9 +70,9 @@ def compare(before: Program, want: Values, after: Program, got: Values) -> Diffe
     scales = {name: max(map(_largest, parts)) for name, parts in got.items()}
     for op in after.ops:
         operands = max((scales[r.name] for r in op.refs), default=0.0)
-        for result in op.results:
-            if len(op.refs) == 1:  # what is made of one value is as uncertain as that is
-                scales[result] = max(scales[result], operands)
+        for n, result in enumerate(op.results):
+            if len(op.refs) == 1 or op.target in MOVES:  # what is made of one value is as uncertain as that is
+                scales[result] = max(scales[result], scales[op.refs[n if op.target in MOVES else 0].name])
             if result not in same:
                 continue
             why = _unequal(before, want, same[result], after, got, result, max(scales[result], operands))
@@ -83,8 +83,10 @@ def compare(before: Program, want: Values, after: Program, got: Values) -> Diffe
     last = after.producers.get(returned)
     if last is not None and returned not in agrees:
         return _named(before, after, last, returned, numbers, agrees, shown)
-    was = next((f"return %{o.ref.name}" for o in before.outputs if _shown(o) == shown), "")
-    return Difference(shown, "", "", f"return %{returned}: {shown}", numbers, was, (), shown)
+    old = next(o.ref.name for o in before.outputs if _shown(o) == shown)
+    made = before.producers.get(old)
+    path, line = (made.path, made.line) if made is not None else ("", "")
+    return Difference(shown, path, line, f"return %{returned}: {shown}\n  at {path or 'the top level'}" + (f" ({line})" if line else ""), numbers, f"return %{old}", (), shown)
 
 
 def _wrong_output(before: Program, want: Values, after: Program, got: Values) -> tuple[str, str, str] | None:

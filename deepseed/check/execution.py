@@ -42,7 +42,13 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
         if i.name not in values:
             values[i.name] = shards(inputs[i.name], i.type, p.mesh, generator)
     where = list(coordinates(p.mesh))
+    defined, pending = {i.name for i in p.inputs}, set[str]()
     for n, op in enumerate(p.ops):
+        early = next((r.name for r in op.refs if r.name not in defined or (r.name in pending and op.target != "wait")), None)
+        if early is not None:
+            raise ExecutionError(op, f"%{op.name} = {op.target} at {op.path or 'the top level'}, {op.phase}\n  reads %{early} before it is there")
+        defined.update(op.results)
+        pending.update(op.results if op.target.endswith(".start") else ())
         if all(r in values for r in op.results):
             continue
         try:
@@ -50,6 +56,9 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
         except (OpError, ShardsError, RuntimeError, IndexError, ValueError) as error:
             raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}") from error
         values.update(zip(op.results, results, strict=True))
+    for o in p.outputs:
+        if o.ref.name not in defined or o.ref.name in pending:
+            raise ExecutionError(p.ops[-1], f"output {o.role} {o.key!r}\n  reads %{o.ref.name} before it is there")
     return values
 
 

@@ -126,4 +126,4 @@ def test_attention_equals_plain_matrix_products(cuda: torch.device, dtype: torch
     tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(lse.cpu().double(), torch.logsumexp(scores, -1).detach(), rtol=tol, atol=tol)
     for mine, theirs in zip((out, *got), (want, *grads), strict=True):
-        torch.testing.assert_close(mine.cpu().double(), theirs.detach(), rtol=tol, atol=tol * float(theirs.abs().max()))
+        torch.testing.assert_close(mine.cpu().double(), theirs.detach(), rtol=tol, atol=tol * float(theirs.detach().abs().max()))
