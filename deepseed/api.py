@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseed import ops
-from deepseed.batches import check_mix_up, joined, said, times
+from deepseed.batches import check_mix_up, joined, said, times, unfit
 from deepseed.build import Built, CompileError, build
-from deepseed.capture import BatchSpec, capture
+from deepseed.capture import BatchSpec, CaptureError, capture
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.optimizer import changed_options, fixed_options
@@ -249,7 +249,8 @@ class _Compiled:
                 if all(v == g.value for g, v in values):
                     built = each
                     break
-        self.host.agree([("batch", said(spec)), ("settings of model and optimizer", settings), *read])
+        modes, _, options = settings.partition(" optimizer=")
+        self.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), ("the optimizer's options", options), *read])
         if built is None:
             built = self._compile(batch, want)
             known.append(built)
@@ -298,11 +299,16 @@ class _Compiled:
             self._moving |= changed_options(self.optimizer, self._latest.captured.options)
         if count and not self._quiet and self.host.first:
             print(f"deepseed: compiling program {count + 1}, for another batch shape, value, mode or optimizer option", file=sys.stderr)
-        captured = capture(
-            self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
-            want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
-            moving=self._moving,
-        )  # fmt: skip
+        try:
+            captured = capture(
+                self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
+                want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
+                moving=self._moving,
+            )  # fmt: skip
+        except CaptureError:
+            raise
+        except Exception as error:  # the user's model or loss raised
+            raise CompileError(unfit(type(self.model).__name__, batch, [each for built in self._built.values() for each in built], error)) from error
         built = build(captured, self.plan, self.host, stored=self._stored, wide=self._widen, quiet=self._quiet or not self.host.first)
         for i in built.program.inputs:
             if i.role in ("param", "buffer", "state"):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.build import CompileError
+from deepseed.build import Built, CompileError
 from deepseed.capture import BatchSpec
 from deepseed.capture.batch import rebuild, tensors
+from deepseed.ir.program import Type
 from deepseed.runtime.host import Host
 
 
@@ -58,6 +59,25 @@ def check_mix_up(host: Host, batch: Any, local: bool) -> None:
 def said(spec: BatchSpec) -> str:
     """As messages show it: ``input_ids i64[8, 16], flag=True``."""
     return ", ".join([*(f"{key} {t.dtype}{list(t.shape)}" for key, t in spec.types.items()), *(f"{key}={v!r}" for key, v in spec.constants.items())])
+
+
+def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception) -> str:
+    """What to say where the model raised ``error`` on a batch: the batch, the nearest one that was served, and the place."""
+    spec = BatchSpec.of(batch)
+    lines = [f"{model} cannot run on this batch: {type(error).__name__}: {error}", f"  batch: {said(spec)}"]
+    if served:
+        before = served[-1].captured.batch
+        names = [{*s.types, *s.constants} for s in (before, spec)]
+        odd = [f"missing {', '.join(sorted(names[0] - names[1]))}"] if names[0] - names[1] else []
+        odd += [f"unexpected {', '.join(sorted(names[1] - names[0]))}"] if names[1] - names[0] else []
+        odd += [f"{k} is {_type(spec.types[k])}, was {_type(t)}" for k, t in before.types.items() if k in spec.types and spec.types[k] != t]
+        lines.append(f"  the one before: {said(before)}" + (f" ({'; '.join(odd)})" if odd else ""))
+    lines += [f"  {note}" for note in getattr(error, "__notes__", [])]
+    return "\n".join([*lines, "  fix: give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed"])
+
+
+def _type(t: Type) -> str:
+    return f"{t.dtype}{list(t.shape)}"
 
 
 def times(spec: BatchSpec, parts: int) -> BatchSpec:

@@ -3,7 +3,7 @@
 A view shares its base's storage: whether ``reshape`` is one is decided as PyTorch decides it, from strides, which are tracked
 from op to op. A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
 updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
-``wait``. Scratch space inside kernels is not counted.
+``wait``. Scratch space inside kernels and collectives (the blocks that gloo's reduce_scatter receives) is not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
 Strides = tuple[int, ...]
+SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it (deepseed.runtime.collectives)
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
 
@@ -169,7 +170,8 @@ class _Liveness:
         """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
         start = self.p.producers[op.refs[0].name]
         if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
-            return None if start.target == "all_gather.start" else contiguous(op.type.local(self.p.mesh))
+            small = SMALL * prod(op.type.local(self.p.mesh)) < sum(prod(t.local(self.p.mesh)) for t in start.types)
+            return None if small or start.target == "all_gather.start" else contiguous(op.type.local(self.p.mesh))
         s, shape = self._step(start), op.type.local(self.p.mesh)
         return contiguous(shape) if s.put is None or _in_front(shape, s.put) else None
 

@@ -99,7 +99,9 @@ def verify(
     loss_error = max(abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, want_losses, strict=True))
     grad_error, worst_grad = max(_compare(g, w) for g, w in zip(grads, want_grads, strict=True))
     params = {name: p.detach() for name, p in theirs.named_parameters()}
-    param_error, worst_param = _compare({name: state[name] for name in params}, params)
+    written = {o.key for o in step.program.outputs if o.role == "buffer"}  # running statistics and the like
+    buffers = {name: b.double() for name, b in theirs.named_buffers() if name in written and name in state}
+    param_error, worst_param = max(_compare({name: state[name].double() for name in want}, want) for want in (params, buffers))
     ok = loss_error <= LOSS_TOLERANCE and grad_error <= TOLERANCE and param_error <= TOLERANCE
     return VerifyReport(
         bool(ok), str(step.plan), step.mesh.ranks, step.backend, steps, loss_error, grad_error, param_error,

@@ -36,8 +36,8 @@ def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Progra
             %g2 : f32[4] sum@dp
             %g1.s, %g2.s = all_reduce.start(%g1, %g2, axis="dp") : f32[8], f32[4]
             %g1.w = wait(%g1.s) : f32[8]
-            %a = aten.neg(%g1.w) : f32[8]
             %g2.w = wait(%g2.s) : f32[4]
+            %a = aten.neg(%g1.w) : f32[8]
             %b = aten.neg(%g2.w) : f32[4]
     """
     return _Schedule(p, bucket_bytes).run()
@@ -54,6 +54,7 @@ class _Schedule:
         self.p, self.limit = p, limit
         self.out = Builder(p)
         self.waits = {op.name: op for op in p.ops if op.target == "wait"}
+        self.wait_of = {op.refs[0].name: op for op in self.waits.values()}
         self.starts = {op.name: op for op in p.ops if op.target.endswith(".start")}
         self.of_value: dict[str, list[Op]] = {}  # operand -> the collectives that it joins when it is there
         weights = params_only(p)
@@ -65,6 +66,7 @@ class _Schedule:
         self.looking = looking
         self.open: dict[Key, _Bucket] = {}
         self.bucket_of: dict[str, int] = {}  # collective that was started -> a number, one a bucket
+        self.buckets: list[Sequence[Op]] = []
         self.in_use: set[int] = set()
         self.there: set[str] = set()
 
@@ -113,8 +115,16 @@ class _Schedule:
                     self._look_ahead(self.ahead[0])
         elif start.name not in self.bucket_of:
             self._flush(self._key(start))
-        self.out.emit(wait)
-        self._there(value)
+        for each in self._together(start):
+            self.out.emit(each)
+        for each in self._together(start):
+            self._there(each.name)
+
+    def _together(self, start: Op) -> Sequence[Op]:
+        """The waits to emit for one: reduced values arrive with their bucket, a gathered weight is laid out when it is used."""
+        if start.target == "all_gather.start":
+            return (self.wait_of[start.name],)
+        return tuple(self.wait_of[s.name] for s in self.buckets[self.bucket_of[start.name]])
 
     def _look_ahead(self, first: Op) -> None:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
@@ -127,7 +137,7 @@ class _Schedule:
                 self.ahead.remove(start)
                 bucket.nbytes += start.type.local_bytes(self.p.mesh)
                 (alone if self._alone(start) else bucket.starts).append(start)
-        number = len(self.bucket_of)
+        number = len(self.buckets)
         for starts in (*([s] for s in alone), bucket.starts):
             self._start(starts)
         self.bucket_of.update(dict.fromkeys((s.name for s in (*alone, *bucket.starts)), number))  # waited for as one
@@ -151,7 +161,8 @@ class _Schedule:
             self._start(bucket.starts)
 
     def _start(self, starts: Sequence[Op]) -> None:
-        self.bucket_of.update(dict.fromkeys((s.name for s in starts), len(self.bucket_of)))
+        self.bucket_of.update(dict.fromkeys((s.name for s in starts), len(self.buckets)))
+        self.buckets.append(starts)
         if len(starts) == 1:
             self.out.emit(starts[0])
         elif starts:

@@ -144,6 +144,27 @@ class Placement:
             return move
 
         self._solve(axis, "model", pins, moves, self._use)
+        self._check_split(axis)
+
+    def _check_split(self, axis: str) -> None:
+        """A model axis that splits no weight is refused: its ranks would all compute the same."""
+        n = self.p.mesh.size(axis)
+        weights = [item for item in self.p.by_role("param") if len(item.type.shape) > 1]
+        used = (want for refs, wants in zip(self.refs, self.wants, strict=True) for ref, want in zip(refs, wants, strict=True) if ref.name in self.weights)
+        if not weights or any(isinstance(layout.on(axis), Split) for layout in used):
+            return
+
+        def serves(t: int) -> bool:
+            return all(any(size % t == 0 for size in w.type.shape) for w in weights)
+
+        largest = max(weights, key=lambda w: w.type.numel)
+        sizes = ", ".join(f"{size} = {n} * {size // n} + {size % n}" for size in largest.type.shape)
+        top = max(size for w in weights for size in w.type.shape)
+        near = [t for t in (next(filter(serves, range(n - 1, 1, -1)), 0), next(filter(serves, range(n + 1, top + 1)), 0)) if t]
+        raise PassError(
+            f"{axis}={n} splits no weight: of {len(weights)} weights none has a dimension that {n} ranks can share; the largest, {largest.key!r}, has {sizes}\n"
+            f"  fix: use {' or '.join(f'{axis}={t}' for t in near)}" + (", which divide every weight, or " if len(near) > 1 else ", which divides every weight, or " if near else "") + f"a plan without {axis}"
+        )
 
     def _storage(self, axis: str) -> None:
         """Where parameters and optimizer state live, and the update's own layouts; forward and backward are settled."""

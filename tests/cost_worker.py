@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,6 +75,7 @@ class AtTheClip(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten.sqrt.default and args[0].dim() == 0 and self.bytes is None:
+            time.sleep(0.1)  # a thread of gloo may still hold the buffer of a collective that is over
             alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for ref in self.made if (t := ref()) is not None}
             self.bytes = sum(alive.values())
         out = func(*args, **(kwargs or {}))
@@ -110,7 +113,7 @@ class Peak(TorchDispatchMode):
 
 def storages() -> dict[int, int]:
     """Storages of all tensors that the garbage collector knows, DTensors by their local part."""
-    found = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+    found = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor | FakeTensor)]  # a fake has no memory
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu" and t.untyped_storage().nbytes()}
 
 

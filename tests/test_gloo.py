@@ -5,13 +5,19 @@ Each run over several cases is one start of processes. One plan of each kind run
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
+import torch
+from gloo import state
 from gloo.equality import LR, MODELS, OPTIMIZERS, STEPS, Case, float32, simulated_hash, verified
 from gloo.launch import ranks
 
+from deepseed.plan import PlanError
+from deepseed.runtime.errors import RankError
 from deepseed.verify import LOSS_TOLERANCE, TOLERANCE
+from deepseed.verify_ranks import verify_ranks
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,3 +75,47 @@ def test_float32_stays_beside_eager_float32() -> None:
 @pytest.mark.parametrize("number", KINDS)
 def test_float32_on_every_model_and_plan(number: int) -> None:
     check_float32(number, list(itertools.product(MODELS, KINDS[number], OPTIMIZERS)))
+
+
+# what a rank stores -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["zero1", "zero3", pytest.param("zero0", marks=pytest.mark.wide), pytest.param("zero2", marks=pytest.mark.wide), pytest.param("tp2", marks=pytest.mark.wide)])
+def test_a_rank_stores_its_share_and_trains_without_the_models_forward(plan: str) -> None:
+    want, parameters = state.reference()
+    for got in ranks(2, state.stored, plan):
+        numel = got["numel"]
+        share = 8 * numel * {"zero0": 3, "zero1": 2, "zero2": 2}.get(plan, 1.5)  # parameters, and two moments of AdamW
+        for when in ("compiled", "trained"):
+            assert abs(got[when] - share) <= 0.01 * share, f"{when}: {got[when]} bytes live, {share} are the rank's share"
+        assert got["same objects"] and got["tied"] and got["equal"]
+        assert got["lr"] == pytest.approx(1e-2 * 0.5**4)
+        assert got["losses"] == pytest.approx(want, rel=1e-12)
+        names = ["down.bias", "down.weight", "embed.weight", "head.weight", "up.weight"]
+        assert got["dtensors"] == (names if plan in ("zero3", "tp2") else [])
+        assert all(len(p) == 1 and p[0].startswith(("S(", "_S")) for p in got["placements"].values())
+        whole = torch.load(io.BytesIO(got["whole"]))
+        assert list(whole) == list(parameters)  # the user's own names, in the module's own order, tied ones included
+        for name, p in parameters.items():
+            torch.testing.assert_close(whole[name], p, rtol=1e-10, atol=1e-10)
+        assert {key.partition("/")[2] for key in got["optimizer"]} == {"down.bias", "down.weight", "embed.weight", "up.weight"}
+
+
+def test_the_users_module_is_usable_after_training_on_one_rank() -> None:
+    state.one_rank()
+
+
+# verify_ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_ranks_starts_the_ranks_itself() -> None:
+    report = verify_ranks("hf:BertForMaskedLM", "zero2", world_size=2, optimizer="sgd(lr=0.01, momentum=0.9)", steps=2)
+    assert report.ok, str(report)
+    assert (report.backend, report.world_size, report.steps) == ("gloo", 2, 2)
+
+
+def test_verify_ranks_says_what_a_rank_said() -> None:
+    with pytest.raises(PlanError, match="did you mean zero2"):
+        verify_ranks("hf:BertForMaskedLM", "zer2", world_size=2)
+    with pytest.raises(RankError, match=r"rank 0 of 2: CaptureError: LBFGS cannot be traced(.|\n)*fix:"):
+        verify_ranks("hf:BertForMaskedLM", "zero1", world_size=2, optimizer="lbfgs")

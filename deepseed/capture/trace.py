@@ -23,6 +23,7 @@ from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.random import Draw, draw
 
 _aten = torch.ops.aten
+_ONE_DTYPE = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default)
 
 
 class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -45,6 +46,8 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if func is _aten.native_batch_norm.default:
             return _batch_norm(*args, **kwargs)
+        if func in _ONE_DTYPE and len(dtypes := {a.dtype for a in args if isinstance(a, Tensor)}) > 1:
+            raise RuntimeError(f"{func}: operands of {' and '.join(sorted(map(str, dtypes)))}, where one dtype is needed")  # fake tensors let it pass
         try:
             return func(*args, **kwargs)
         except DynamicOutputShapeException:

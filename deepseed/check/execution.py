@@ -53,7 +53,7 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
             continue
         try:
             results = _step(p, op, [r.ops[n] for r in ranks], [_read(p, ref, values, generator) for ref in op.refs], where, generator)
-        except (OpError, ShardsError, RuntimeError, IndexError, ValueError) as error:
+        except (OpError, ShardsError, RuntimeError, LookupError, TypeError, ValueError) as error:
             raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}") from error
         values.update(zip(op.results, results, strict=True))
     for o in p.outputs:
@@ -79,6 +79,19 @@ def _step(
     if op.target in MOVES:
         axis = str(op.kw("axis"))
         return [perform(op.target, x, s, t, axis, p.mesh) for x, s, t in zip(operands, types, op.types, strict=True)]
+    if op.target.startswith("optim."):
+        _fits(op, operands)
     mine = local or [localize_op(op, types, p.mesh, c) for c in where]
     ranks = [run(each, [x[rank] for x in operands], p.mesh) for rank, each in enumerate(mine)]
     return [[results[k] for results in ranks] for k in range(len(op.results))]
+
+
+def _fits(op: Op, operands: Sequence[Sequence[Tensor]]) -> None:
+    """A fused update reads gradient and moments with the parameter's shape and dtype, whatever they have: past their end."""
+    names = ("parameter", "gradient", *map(str, states if isinstance(states := op.kw("states"), tuple) else ()))
+    for name, parts in zip(names, operands, strict=False):
+        for rank, (x, parameter) in enumerate(zip(parts, operands[0], strict=True)):
+            if name != "step" and (x.shape, x.dtype) != (parameter.shape, parameter.dtype):
+                raise OpError(f"rank {rank}: {name} is {x.dtype}{list(x.shape)}, the parameter {parameter.dtype}{list(parameter.shape)}")
+            if name == "step" and x.numel() != 1:
+                raise OpError(f"rank {rank}: step has {x.numel()} elements")

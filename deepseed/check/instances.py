@@ -96,7 +96,10 @@ def disagreement(i: Instance) -> str | None:
     op = i.op
     if op.target in ("wait", "reshard") or not i.mesh.axes:
         return None  # the same on both sides by definition
-    operands, wholes = _drawn(i)
+    try:
+        operands, wholes = _drawn(i)
+    except InstanceError as error:
+        return str(error)
     parts = [shards(x, t, i.mesh, _generator(n)) for n, (x, t) in enumerate(zip(operands, i.operands, strict=True))]
     if op.target in MOVES:
         axis = str(op.kw("axis"))
@@ -104,7 +107,7 @@ def disagreement(i: Instance) -> str | None:
     else:
         try:
             ranks = [run(localize_op(op, i.operands, i.mesh, c), [x[rank] for x in parts], i.mesh) for rank, c in enumerate(coordinates(i.mesh))]
-        except OpError as error:
+        except (OpError, LookupError) as error:
             return f"whole it runs, on a shard it does not: {error}"
         results = [[outs[k] for outs in ranks] for k in range(len(op.types))]
     for k, (whole, t) in enumerate(zip(wholes, op.types, strict=True)):
@@ -131,7 +134,7 @@ def _drawn(i: Instance) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         else:
             try:
                 results = run(whole_op, operands, Mesh())
-            except OpError as error:
+            except (OpError, LookupError) as error:
                 failure = error
                 continue
         wrong = sum(int((~torch.isfinite(x)).sum()) for x in results if x.dtype.is_floating_point)

@@ -54,6 +54,9 @@ def assemble(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
                 raise ShardsError(f"ranks that should hold the same part differ: {_difference(seen[place], part)} (at {_where(c)})")
             continue
         seen[place] = part
+        if not split:
+            wholes[key] = part
+            continue
         whole = wholes.setdefault(key, part.new_zeros(type_.shape))
         whole[_index(type_, mesh, c)] = part
     for n, (_, op) in reversed(list(enumerate(partials))):

@@ -51,6 +51,8 @@ def verify(p: Program) -> Program:
             if source is None:
                 raise ProgramError(f"{where}: no input with this role and key")
             new = defined[o.ref.name]
+            made = next((op for op in p.ops if o.ref.name in op.results), None) if new != source.type else None
+            where += f", {_where(made)}" if made is not None else f", %{o.ref.name}"
             if (new.dtype, new.shape) != (source.type.dtype, source.type.shape):
                 raise ProgramError(f"{where}: {new.dtype}{list(new.shape)} for an input of {source.type.dtype}{list(source.type.shape)}")
             if "explicit" in p.facts and new.layout != source.type.layout:

@@ -17,6 +17,9 @@ from torch import Tensor
 from deepseed.ir.mesh import Mesh
 
 
+SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it: a loss must not keep the whole buffer alive
+
+
 @dataclass
 class Handle:
     """A collective under way: ``complete`` blocks and gives the exchanged buffer, ``finish`` makes the result of it."""
@@ -129,8 +132,8 @@ class _Unpack:
 
     def __call__(self, packed: Tensor) -> Tensor:
         part = packed.narrow(-1, self.at, self.size).view(self.shape)
-        if self.place is None and 16 * self.size < packed.numel():
-            return part.clone()  # a loss must not keep the whole buffer alive
+        if self.place is None and SMALL * self.size < packed.numel():
+            return part.clone()
         return part if self.place is None else join(part, *self.place)
 
 

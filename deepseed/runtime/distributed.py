@@ -25,7 +25,7 @@ from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.watch import Watch
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in one collective
-LINGER = 3.0  # seconds that the first rank stays after an error, for the others to read what happened
+LINGER = 3.0  # seconds that a rank stays after an error, at most, for the others to read what happened
 _SLICE = timedelta(seconds=1)  # how often a waiting rank looks whether another one is in trouble
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -38,6 +38,7 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
         self._depth = 0
+        self.broken = ""  # what put the ranks out of step: no collective can be trusted from then on
 
     def run(self, begin: Callable[[], dist.Work | None], what: str) -> None:
         """Start a collective and wait for it; RankError where another rank failed, died or stays away for ``timeout`` seconds."""
@@ -71,8 +72,11 @@ class World:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Tell the other ranks when the body raises, and stay until they have heard (the first rank may keep the store)."""
+        """Tell the other ranks when the body raises, and stay until they have heard: the first rank may keep the store. An error
+        that all have leaves them in step; where one failed alone the others left a collective, and nothing can follow it."""
         if not self._depth:
+            if self.broken:
+                raise RankError(-1, f"ranks are out of step since this error: {self.broken}\n  fix: end all processes and start again")
             self.watch.turn += 1
         self._depth += 1
         try:
@@ -81,16 +85,15 @@ class World:
             if self._depth == 1:
                 if not isinstance(error, RankError | AgreementError):  # those every rank has
                     self.watch.failed(error)
-                self.watch.leaves()
-                self._linger()
+                self.watch.leaves(out_of_step=isinstance(error, RankError))
+                until = time.monotonic() + LINGER
+                while len(said := self.watch.left()) < self.size and time.monotonic() < until:
+                    time.sleep(0.1)
+                if "out of step" in said:
+                    self.broken = f"{type(error).__name__}: {error}"
             raise
         finally:
             self._depth -= 1
-
-    def _linger(self) -> None:
-        until = time.monotonic() + LINGER
-        while self.rank == 0 and time.monotonic() < until and not self.watch.all_left():
-            time.sleep(0.1)
 
 
 _worlds: WeakKeyDictionary[ProcessGroup, World] = WeakKeyDictionary()

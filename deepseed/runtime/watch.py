@@ -53,16 +53,18 @@ class Watch:
         except RuntimeError:
             pass
 
-    def leaves(self) -> None:
-        """Tell the others that this rank's turn has ended in an error."""
+    def leaves(self, out_of_step: bool) -> None:
+        """Tell the others that this rank's turn has ended in an error, and whether it left a collective that was under way."""
         with suppress(RuntimeError):
-            self._mine.set(f"left/{self.turn}/{self.rank}", "")
+            self._mine.set(f"left/{self.turn}/{self.rank}", "out of step" if out_of_step else "in step")
 
-    def all_left(self) -> bool:
+    def left(self) -> list[str]:
+        """What the ranks that have left this turn said; one that is gone with the store has left."""
+        keys = [f"left/{self.turn}/{rank}" for rank in range(self.world)]
         try:
-            return bool(self._mine.check([f"left/{self.turn}/{rank}" for rank in range(self.world)]))
+            return [self._mine.get(key).decode() for key in keys if self._mine.check([key])]
         except RuntimeError:
-            return True
+            return ["out of step"] * self.world
 
     def alarmed(self) -> bool:
         """Whether any rank is in trouble."""

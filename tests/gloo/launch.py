@@ -18,7 +18,7 @@ def ranks(number: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``body(*args)`` returns on each of ``number`` ranks, which are joined in no process group yet."""
     multiprocessing.set_forkserver_preload([*PRELOAD, "gloo.equality"])
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=number, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=f"test-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
         start_method="forkserver", monitor_interval=0.1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import warnings
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def batches(number: int, seed: int = 1) -> list[dict[str, Tensor]]:
 def live() -> int:
     """Bytes of the storages of all tensors that this process holds."""
     gc.collect()
+    warnings.simplefilter("ignore")
     found = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor | FakeTensor) and t.device.type == "cpu"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
@@ -54,7 +56,7 @@ def stored(plan: str) -> dict[str, Any]:
     data = batches(4)
     before = live()
     torch.manual_seed(0)
-    model = Wide()
+    model = Wide().double()
     numel = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -90,7 +92,7 @@ def stored(plan: str) -> dict[str, Any]:
 def reference() -> tuple[list[float], dict[str, Tensor]]:
     """The same training by PyTorch alone."""
     torch.manual_seed(0)
-    model = Wide()
+    model = Wide().double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     losses = []
@@ -108,7 +110,7 @@ def reference() -> tuple[list[float], dict[str, Tensor]]:
 def one_rank() -> None:
     """``step.model`` is the user's module, usable after training on one rank."""
     torch.manual_seed(0)
-    model = Wide()
+    model = Wide().double()
     start = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step = deepseed.compile(model, "zero3+dp1", optimizer=optimizer, loss_fn=cross_entropy, clip_grad_norm=1.0)
