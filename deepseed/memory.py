@@ -63,8 +63,10 @@ class _Liveness:
                 self.under_way.update((result, self._sent(op, i)) for i, result in enumerate(op.results))
             if self.now > peak:
                 peak, peak_at = self.now, op.name
-            if op.target == "wait":
-                self._release(self.under_way.pop(op.refs[0].name))
+            if op.target == "wait":  # the first wait of a bucket ends what all of it reads
+                for started in self.p.producers[op.refs[0].name].results:
+                    if started in self.under_way:
+                        self._release(self.under_way.pop(started))
             self._free(self.donation.dies.get(n, ()))
         return Memory(peak, peak_at, resident)
 
