@@ -162,8 +162,7 @@ def explain(
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, mesh, zero, why))
         return
     done = _pipeline(p, mesh, zero, seconds, list(pipeline.SHARED), check=False)
-    lowered = next(each.program for each in done if each.name == "lower_reshards")
-    found = count(lowered, executed=done[-1].program, seconds={each.name: each.seconds for each in done}, zero=zero)
+    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=zero)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
         return

@@ -112,8 +112,8 @@ class Explanation:
         return "\n".join(_lines(self))
 
 
-def explain(p: Program, *, executed: Program | None = None, seconds: Mapping[str, float] | None = None, zero: int | None = None) -> Explanation:
-    """Count a lowered program. ``executed``: what is run of it (after group_kernels), for the memory peak; ``seconds`` by pass.
+def explain(p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None) -> Explanation:
+    """Count a lowered program, best the one that ranks run (after group_kernels); ``seconds`` by pass.
 
     ``zero``: the stage of the closed forms; read from the layouts where it is not given (2 lays everything out as 1 does).
     Raises ValueError on a program that still has reshards."""
@@ -122,7 +122,7 @@ def explain(p: Program, *, executed: Program | None = None, seconds: Mapping[str
     grads = [p.types[name] for name in gradients(p)]
     params, state = [i.type for i in p.by_role("param")], [i.type for i in p.by_role("state")]
     others = [i.type for role in ("buffer", "constant") for i in p.by_role(role)]
-    live = memory(executed or p)
+    live = memory(p)
     one = RankBytes(0, {}, _local(p, params), _local(p, grads), _local(p, state), _local(p, others), live.peak_bytes)
     ranks = tuple(replace(one, rank=rank, coordinate=p.mesh.coordinate(rank)) for rank in range(p.mesh.ranks))  # shards are equal
     stage = zero if zero is not None else _stage(p)

@@ -33,6 +33,7 @@ from deepseed.check.shards import ShardsError, assemble
 from deepseed.check.typing import MOVES
 from deepseed.codegen.python import generate
 from deepseed.ir.contract import Pass
+from deepseed.ir.layout import LayoutError
 from deepseed.ir.program import Program
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
@@ -197,6 +198,8 @@ def _changed(stage: Stage, bad: Program, values: Values) -> bool:
         t = bad.types[now.ref.name]
         try:
             x, y = [assemble(values[now.ref.name], t, bad.mesh)], [wholes[was.role, was.key]]
+        except LayoutError:
+            return True  # no such parts exist
         except ShardsError:
             x, y = values[now.ref.name], stage.values[was.ref.name]
         for a, b in zip(x, y, strict=True):
