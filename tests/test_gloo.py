@@ -117,5 +117,5 @@ def test_verify_ranks_starts_the_ranks_itself() -> None:
 def test_verify_ranks_says_what_a_rank_said() -> None:
     with pytest.raises(PlanError, match="did you mean zero2"):
         verify_ranks("hf:BertForMaskedLM", "zer2", world_size=2)
-    with pytest.raises(RankError, match=r"rank 0 of 2: CaptureError: LBFGS cannot be traced(.|\n)*fix:"):
+    with pytest.raises(RankError, match=r"rank 0 of 2: CaptureError: optimizer LBFGS cannot be traced(.|\n)*fix:"):
         verify_ranks("hf:BertForMaskedLM", "zero1", world_size=2, optimizer="lbfgs")
