@@ -194,28 +194,30 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
-    from deepseed.plan import parse_plan
-    from deepseed.runtime.host import launched
     from deepseed.target import load
+    from deepseed.verify import VerifyReport
     from deepseed.verify import verify as check
+    from deepseed.verify_ranks import verify_ranks
 
-    ranks = parse_plan(plan).mesh(world_size).ranks
     if backend not in ("simulate", "gloo", "nccl"):
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of simulate, gloo, nccl")
-    if backend != "simulate" and not launched():
-        raise typer.Exit(_launch(ranks, ["-m", "deepseed", *_own_arguments()]))
     found = load(target)
-    report = check(
-        found.model, found.batch, plan, world_size=None if launched() else world_size, optimizer_factory=_factory(found, optimizer),
-        loss_fn=found.loss_fn, clip_grad_norm=_clip(found, clip), steps=steps, backend=backend,
-    )  # fmt: skip
-    rank = int(os.environ.get("RANK", "0")) if backend != "simulate" else 0
-    if backend != "simulate":
-        typer.echo(f"rank {rank} of {ranks}: program sha256 {report.program_hash}", err=True)
-    if rank == 0:
-        typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
-        if not as_json:
-            typer.echo(f"next: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''}")
+    if backend == "simulate":
+        report = check(
+            found.model, found.batch, plan, world_size=world_size, optimizer_factory=_factory(found, optimizer), loss_fn=found.loss_fn,
+            clip_grad_norm=_clip(found, clip), steps=steps, backend=backend,
+        )  # fmt: skip
+    else:
+
+        def tell(rank: int, each: VerifyReport) -> None:
+            typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
+
+        report = verify_ranks(
+            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=_clip(found, clip), steps=steps, tell=tell
+        )  # fmt: skip
+    typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    if not as_json:
+        typer.echo(f"next: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''}")
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -331,10 +333,6 @@ def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = No
     launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}", "--"]
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([*launcher, *command], env=environment, check=False).returncode
-
-
-def _own_arguments() -> list[str]:
-    return sys.argv[1:]
 
 
 def _read(file: Path) -> Program:

@@ -91,13 +91,15 @@ def verify(
     )  # fmt: skip
     losses: list[float] = []
     grads: list[Mapping[str, Tensor]] = []
+    norms: list[Mapping[str, Tensor]] = []
     for each in batches:
         losses.append(float(step(each)))
         grads.append(step.grads())
+        norms.append({"the gradient norm": step.grad_norm} if clip_grad_norm is not None else {})
     state = step.state_dict()
-    want_losses, want_grads = _eager(theirs, batches, optimizer_factory, loss_fn, clip_grad_norm, seed)
+    want_losses, want_grads, want_norms = _eager(theirs, batches, optimizer_factory, loss_fn, clip_grad_norm, seed)
     loss_error = max(abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, want_losses, strict=True))
-    grad_error, worst_grad = max(_compare(g, w) for g, w in zip(grads, want_grads, strict=True))
+    grad_error, worst_grad = max(_compare(g, w) for g, w in zip([*grads, *norms], [*want_grads, *want_norms], strict=True))
     params = {name: p.detach() for name, p in theirs.named_parameters()}
     written = {o.key for o in step.program.outputs if o.role == "buffer"}  # running statistics and the like
     buffers = {name: b.double() for name, b in theirs.named_buffers() if name in written and name in state}
@@ -119,30 +121,31 @@ def _blame(
     values = {("param", name): p.detach().clone() for name, p in eager.named_parameters()}
     values |= {("buffer", name): b.clone() for name, b in eager.named_buffers()}
     values |= {("batch", key): t for key, t in built.captured.batch.flatten(batch).items()}
-    losses, grads = _eager(eager, [batch], factory, loss_fn, clip, seed)
+    losses, grads, norms = _eager(eager, [batch], factory, loss_fn, clip, seed)
     want = {("loss", "loss"): torch.tensor(losses[0], dtype=torch.float64)} | {("grad", name): g for name, g in grads[0].items()}
+    want |= {("norm", "grad_norm"): n for n in norms[0].values()}
     want |= {("param", name): p.detach() for name, p in eager.named_parameters()}
     return diagnose(built, values, torch.tensor([seed, 0]), want)
 
 
 def _eager(
     model: nn.Module, batches: Sequence[Any], factory: OptimizerFactory, loss_fn: Callable[..., Tensor] | None, clip: float | None, seed: int
-) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """The user's own training loop. Losses and, per step, gradients before clipping."""
+) -> tuple[list[float], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """The user's own training loop. Losses and, per step, gradients before clipping and their norm."""
     optimizer = factory(list(model.parameters()))
     losses: list[float] = []
     grads: list[dict[str, Tensor]] = []
+    norms: list[dict[str, Tensor]] = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad()
         with eager_reference(model, rng=torch.tensor([seed, number]), widen=True):
             loss = _loss(model, batch, loss_fn)
             loss.backward()  # type: ignore[no-untyped-call]
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norms.append({"the gradient norm": nn.utils.clip_grad_norm_(model.parameters(), clip)} if clip is not None else {})
         optimizer.step()
         losses.append(float(loss.detach()))
-    return losses, grads
+    return losses, grads, norms
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor] | None) -> Tensor:

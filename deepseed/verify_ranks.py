@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,10 +24,11 @@ def verify_ranks(
     clip_grad_norm: float | None = 1.0,
     steps: int = 3,
     seed: int = 0,
+    tell: Callable[[int, VerifyReport], None] | None = None,
 ) -> VerifyReport:
     """``verify`` of a TARGET (``path/to/file.py:name`` or ``hf:ClassName``) with one process a rank on this machine.
 
-    optimizer: of torch.optim, such as ``"sgd(momentum=0.9)"``; by default one like the target's, else AdamW. Returns the report
+    optimizer: of torch.optim, such as ``"sgd(momentum=0.9)"``; by default one like the target's, else AdamW. ``tell(rank, report)`` is called for each rank. Returns the report
     of the first rank that differs from eager PyTorch, else rank 0's. Call it from a script's ``if __name__ == "__main__":``.
 
     Raises PlanError, and RankError with what the first failing rank said.
@@ -51,6 +53,8 @@ def verify_ranks(
         if isinstance(got[rank], str):
             raise RankError(rank, f"rank {rank} of {ranks}: {got[rank]}")
         reports.append(got[rank])
+        if tell is not None:
+            tell(rank, got[rank])
     return next((report for report in reports if not report.ok), reports[0])
 
 

@@ -53,22 +53,41 @@ def difference(
     """
     want = execute(before, inputs, ranks=before_ranks)
     try:
-        got = execute(after, inputs, ranks=after_ranks)
+        got: Values | ExecutionError = execute(after, inputs, ranks=after_ranks)
     except ExecutionError as error:
-        return Difference(error.op.name, error.op.path, error.op.line, str(error), "before the pass it ran", _was(before, error.op), (), "no output: it ends here")
+        got = error
     return compare(before, want, after, got)
 
 
-def compare(before: Program, want: Values, after: Program, got: Values) -> Difference | None:
-    """``difference`` of two programs that were executed already."""
+def compare(before: Program, want: Values, after: Program, got: Values | ExecutionError) -> Difference | None:
+    """``difference`` of two programs that were executed already; ``got``: or how far ``after`` came."""
+    if isinstance(got, ExecutionError):
+        first, _ = _first_wrong(before, want, after, got.values, f"no output: %{got.op.name} does not run")
+        return first or Difference(got.op.name, got.op.path, got.op.line, str(got), "before the pass it ran", _was(before, got.op), (), "no output")
     wrong = _wrong_output(before, want, after, got)
     if wrong is None:
         return None
     shown, numbers, returned = wrong
+    first, agrees = _first_wrong(before, want, after, got, shown)
+    if first is not None:
+        return first
+    last = after.producers.get(returned)
+    if last is not None and returned not in agrees:
+        return _named(before, after, last, returned, numbers, agrees, shown)
+    old = next(o.ref.name for o in before.outputs if _shown(o) == shown)
+    made = before.producers.get(old)
+    path, line = (made.path, made.line) if made is not None else ("", "")
+    return Difference(shown, path, line, f"return %{returned}: {shown}\n  at {path or 'the top level'}" + (f" ({line})" if line else ""), numbers, f"return %{old}", (), shown)
+
+
+def _first_wrong(before: Program, want: Values, after: Program, got: Values, shown: str) -> tuple[Difference | None, set[str]]:
+    """The first op whose value is not its counterpart's; the values that were found to agree before it."""
     same = _counterparts(before, after)
     agrees: set[str] = {i.name for i in after.inputs}
     scales = {name: max(map(_largest, parts)) for name, parts in got.items()}
     for op in after.ops:
+        if any(name not in got for name in (*op.results, *(r.name for r in op.refs))):
+            break
         operands = max((scales[r.name] for r in op.refs), default=0.0)
         for n, result in enumerate(op.results):
             if len(op.refs) == 1 or op.target in MOVES:  # what is made of one value is as uncertain as that is
@@ -77,16 +96,10 @@ def compare(before: Program, want: Values, after: Program, got: Values) -> Diffe
                 continue
             why = _unequal(before, want, same[result], after, got, result, max(scales[result], operands))
             if why is not None:
-                return _named(before, after, op, result, why, agrees, shown)
+                return _named(before, after, op, result, why, agrees, shown), agrees
             if result in before.types:
                 agrees.add(result)
-    last = after.producers.get(returned)
-    if last is not None and returned not in agrees:
-        return _named(before, after, last, returned, numbers, agrees, shown)
-    old = next(o.ref.name for o in before.outputs if _shown(o) == shown)
-    made = before.producers.get(old)
-    path, line = (made.path, made.line) if made is not None else ("", "")
-    return Difference(shown, path, line, f"return %{returned}: {shown}\n  at {path or 'the top level'}" + (f" ({line})" if line else ""), numbers, f"return %{old}", (), shown)
+    return None, agrees
 
 
 def _wrong_output(before: Program, want: Values, after: Program, got: Values) -> tuple[str, str, str] | None:

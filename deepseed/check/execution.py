@@ -22,11 +22,11 @@ Values = dict[str, list[Tensor]]  # by value name: every rank's part, in rank or
 
 
 class ExecutionError(ValueError):
-    """An op that does not run on the parts that the ranks hold; ``op`` is the one."""
+    """An op that does not run on the parts that the ranks hold: ``op``, with the ``values`` computed before it."""
 
-    def __init__(self, op: Op, message: str) -> None:
+    def __init__(self, op: Op, message: str, values: Values) -> None:
         super().__init__(message)
-        self.op = op
+        self.op, self.values = op, values
 
 
 def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program] = (), known: Mapping[str, list[Tensor]] | None = None) -> Values:
@@ -46,7 +46,7 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
     for n, op in enumerate(p.ops):
         early = next((r.name for r in op.refs if r.name not in defined or (r.name in pending and op.target != "wait")), None)
         if early is not None:
-            raise ExecutionError(op, f"%{op.name} = {op.target} at {op.path or 'the top level'}, {op.phase}\n  reads %{early} before it is there")
+            raise ExecutionError(op, f"%{op.name} = {op.target} at {op.path or 'the top level'}, {op.phase}\n  reads %{early} before it is there", values)
         defined.update(op.results)
         pending.update(op.results if op.target.endswith(".start") else ())
         if all(r in values for r in op.results):
@@ -54,11 +54,11 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
         try:
             results = _step(p, op, [r.ops[n] for r in ranks], [_read(p, ref, values, generator) for ref in op.refs], where, generator)
         except (OpError, ShardsError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}") from error
+            raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}", values) from error
         values.update(zip(op.results, results, strict=True))
     for o in p.outputs:
         if o.ref.name not in defined or o.ref.name in pending:
-            raise ExecutionError(p.ops[-1], f"output {o.role} {o.key!r}\n  reads %{o.ref.name} before it is there")
+            raise ExecutionError(p.ops[-1], f"output {o.role} {o.key!r}\n  reads %{o.ref.name} before it is there", values)
     return values
 
 

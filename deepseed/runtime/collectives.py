@@ -16,7 +16,6 @@ from torch import Tensor
 
 from deepseed.ir.mesh import Mesh
 
-
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it: a loss must not keep the whole buffer alive
 
 
