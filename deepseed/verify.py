@@ -123,7 +123,7 @@ def _blame(
     values |= {("batch", key): t for key, t in built.captured.batch.flatten(batch).items()}
     losses, grads, norms = _eager(eager, [batch], factory, loss_fn, clip, seed)
     want = {("loss", "loss"): torch.tensor(losses[0], dtype=torch.float64)} | {("grad", name): g for name, g in grads[0].items()}
-    want |= {("norm", "grad_norm"): n for n in norms[0].values()}
+    want |= {("norm", "grad_norm"): next(iter(norms[0].values()))} if norms[0] else {}
     want |= {("param", name): p.detach() for name, p in eager.named_parameters()}
     return diagnose(built, values, torch.tensor([seed, 0]), want)
 
