@@ -115,6 +115,14 @@ class _Compiled:
         grads: bool = False,
         quiet: bool = False,
     ) -> None:
+        if not isinstance(plan, str):
+            raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
+        if not isinstance(model, nn.Module | torch.export.ExportedProgram):
+            raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise CompileError(f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters())")
+        if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
+            raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
         if batch not in ("global", "local"):
             raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
@@ -325,6 +333,7 @@ class _Compiled:
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        self.host.begin(self.model, self.states)
         results = self.host.run(built.executables, [self._inputs(built.program, state, others, local) for state in self.states])
         self.host.settle(self.model, self.states)
         shown = [o for o in built.program.outputs if o.role not in ("param", "buffer", "state")]

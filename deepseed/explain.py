@@ -18,7 +18,7 @@ from deepseed.ir.layout import Partial, Split
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
-from deepseed.rules import signature
+from deepseed.rules import rule_of
 
 DATA_AXIS = "dp"
 MOVES = ("reshard", "shard", "summand", "wait")  # and *.start
@@ -209,7 +209,7 @@ def _unruled(p: Program) -> Iterable[UnruledOp]:
     for op in p.ops:
         if _moves(op) or op.target == "fused" or op.target.startswith("optim."):
             continue
-        if signature(op, [p.types[r.name] for r in op.refs]) is None:
+        if rule_of(op.target) is None:
             starts = [s for r in op.refs for s in _arrived_by(p, r.name)]
             yield UnruledOp(op.name, op.target, op.path, sum(sent_bytes(p, s) for s in starts))
 

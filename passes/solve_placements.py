@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
-from deepseed.ir.layout import REPLICATED, Element, Layout, Split, valid
+from deepseed.ir.layout import REPLICATED, Element, Layout, Partial, Split, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_only
 from deepseed.rules import Strategy, candidates, factor_outers, signature, strategies
@@ -189,7 +189,15 @@ class Placement:
             if isinstance(user, Output) and (user.role == "output" or (user.role == "grad" and self.updates)):
                 return _any
             size = t.local_bytes(self.p.mesh)
-            return lambda p, w: cost.reshard(p, w, size, n)
+            reduced = self.zero and t.numel > 1 and isinstance(item, Op) and item.phase != "update" and isinstance(user, Op)
+
+            def move(p: Element, w: Element) -> float | None:
+                price = cost.reshard(p, w, size, n)
+                if reduced and isinstance(p, Partial) and w is None and price is not None:
+                    price *= cost.WHOLE_WEIGHT  # a gradient is reduced to the shard that is updated, however small
+                return price
+
+            return move
 
         self._solve(axis, "storage", pins, moves, self._upkeep)
 

@@ -20,7 +20,7 @@ from deepseed.ir.program import Op, Output, Program
 from deepseed.ir.text import format_op
 
 TOLERANCE = 1e-10  # of an output, relative to the largest of its role
-INNER = 1e-9  # of a value on the way, relative to the largest of it and its operands
+INNER = 1e-11  # of a value on the way, relative to the largest of it and its operands
 HUGE = 1e6  # operands of this size are masks: nothing is relative to them
 
 

@@ -5,7 +5,7 @@ Invariants:
 2. every layout fits its shape and the mesh (axes exist, divide, do not overlap);
 3. roles and phases are known; an output param, buffer or state has an input of the same key, dtype and shape;
 4. once explicit, no use wants another layout than the value has; once lowered, no reshard is left;
-5. the result of ``*.start`` is used by ``wait`` only.
+5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def verify(p: Program) -> Program:
             _use(p, defined, ref, where)
             if ref.name in pending and op.target != "wait":
                 raise ProgramError(f"{where}: uses %{ref.name}, a collective that was started but not waited for")
+            if ref.name not in pending and op.target == "wait":
+                raise ProgramError(f"{where}: waits for %{ref.name}, which is no collective that was started")
         if "lowered" in p.facts and op.target == "reshard":
             raise ProgramError(f"{where}: a reshard in a lowered program")
         for name, type_ in zip(op.results, op.types, strict=True):

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Type
+from deepseed.ir.program import Input, Type
 from deepseed.runtime import agree
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
-from deepseed.runtime.state import State, gather, gather_over, write_back
+from deepseed.runtime.state import Key, State, gather, gather_over, held, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
 
@@ -36,6 +36,7 @@ class Host(Protocol):
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
     def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor: ...
     def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
+    def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
     def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]: ...
@@ -62,6 +63,7 @@ class SimulatedHost:
     def __init__(self, mesh: Mesh, device: torch.device | str = "cpu") -> None:
         self.mesh, self.device = mesh, torch.device(device)
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
+        self._shown: dict[Key, tuple[int, int]] = {}  # the module's tensors as they were last seen equal to the ranks'
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
@@ -78,11 +80,27 @@ class SimulatedHost:
             return
         for state in states:
             state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+        self._remember(module, states)
+
+    def begin(self, module: nn.Module, states: Sequence[State]) -> None:
+        """Before a step: what was written into the module since (load_state_dict, another step) goes to the simulated ranks."""
+        if self.mesh.ranks == 1:
+            return
+        for role, key in states[0].tensors:
+            if role in ("param", "buffer"):
+                mine = held(module, role, key)
+                if self._shown.get((role, key), _mark(mine)) != _mark(mine):
+                    for state in states:
+                        state.put(Input("", state.types[role, key], role, key), mine.detach().clone())
 
     def settle(self, module: nn.Module, states: Sequence[State]) -> None:
         """After a step: show the module what the simulated ranks hold."""
         if self.mesh.ranks > 1:
             write_back(module, states)
+            self._remember(module, states)
+
+    def _remember(self, module: nn.Module, states: Sequence[State]) -> None:
+        self._shown = {(role, key): _mark(held(module, role, key)) for role, key in states[0].tensors if role in ("param", "buffer")}
 
     def decide(self, make: Callable[[], str]) -> str:
         return make()
@@ -106,6 +124,11 @@ class SimulatedHost:
         return [value]
 
 
+def _mark(t: Tensor) -> tuple[int, int]:
+    """Changes whenever a tensor is written or given other memory."""
+    return t._version, t.data_ptr()
+
+
 class DistributedHost:
     """This process's rank under torch.distributed."""
 
@@ -127,6 +150,9 @@ class DistributedHost:
 
     def bind(self, module: nn.Module, states: Sequence[State]) -> None:
         states[0].bind(module, self.rt.device_mesh)
+
+    def begin(self, module: nn.Module, states: Sequence[State]) -> None:
+        return None
 
     def settle(self, module: nn.Module, states: Sequence[State]) -> None:
         return None

@@ -224,6 +224,14 @@ def write_back(module: nn.Module, states: Sequence[State]) -> None:
                 target.copy_(full)
 
 
+def held(module: nn.Module, role: str, key: str) -> Tensor:
+    """The module's own tensor for a parameter or buffer."""
+    owner, name = _owners(module, role, key)[0]
+    found = owner._buffers[name] if role == "buffer" else owner._parameters[name]
+    assert found is not None
+    return found
+
+
 def _owners(module: nn.Module, role: str, key: str) -> list[tuple[nn.Module, str]]:
     """Every place in the module that holds the tensor (tied weights have several), the one named ``key`` first."""
     path, _, name = key.rpartition(".")
