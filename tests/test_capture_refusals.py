@@ -158,7 +158,7 @@ def test_optimizers_that_do_not_trace() -> None:
 
 def test_batches_that_do_not_fit() -> None:
     c = capture(Model(lambda self, x, flag: x * self.w if flag else x), {"x": X, "flag": True}, loss_fn=loss)
-    assert c.batch.matches({"x": X + 1, "flag": True})
+    assert set(c.batch.flatten({"x": X + 1, "flag": True})) == {"x"}
     for batch, what in [
         ({"x": X}, "missing flag"),
         ({"x": X, "flag": True, "y": X}, "unexpected y"),

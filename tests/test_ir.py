@@ -129,7 +129,6 @@ def test_layout_values() -> None:
     assert a == Layout.of(dp=Partial(), tp=Split(1), sp=None) and hash(a) == hash(Layout.of(dp=Partial(), tp=Split(1)))
     assert a.on("tp") == Split(1) and a.on("dp") == Partial("sum") and a.on("sp") is None
     assert a.with_("dp", None) == Layout.of(tp=Split(1)) and a.with_("tp", Split(0)) == Layout.of(dp=Partial(), tp=Split(0))
-    assert a.map_dims({1: 0}) == Layout.of(dp=Partial(), tp=Split(0)) and a.map_dims({}) == Layout.of(dp=Partial())
     assert Layout.of() == REPLICATED
 
 
@@ -248,9 +247,9 @@ X = '%x : f32[8@dp, 4] batch "x"\n%w : f32[4, 8] param "w"\n'
         ("", '%y = aten.relu(%x) : f32[8, 4] {phase="sideways"}\n', "unknown phase 'sideways'"),
         ("", '%y = aten.relu(%x) : f32[8, 4] {}\n', "unknown phase ''"),
         ("", 'return %w param "v"\n', "output param 'v': no input with this role and key"),
-        ("", 'return %x param "w"\n', "output param 'w': f32[8, 4] for an input of f32[4, 8]"),
+        ("", 'return %x param "w"\n', "output param 'w', %x: f32[8, 4] for an input of f32[4, 8]"),
         ("explicit", '%y = aten.relu(%x as [8, 4]) : f32[8, 4] {phase="forward"}\n', "wants %x in another layout than it has, in an explicit program"),
-        ("explicit", '%y = aten.neg(%w) : f32[4, 8@tp] {phase="update"}\nreturn %y param "w"\n', "output param 'w': comes back as"),
+        ("explicit", '%y = aten.neg(%w) : f32[4, 8@tp] {phase="update"}\nreturn %y param "w"\n', "output param 'w', %y = aten.neg: comes back as"),
         ("explicit, lowered", '%y = reshard(%x) : f32[8, 4] {phase="forward"}\n', "%y = reshard: a reshard in a lowered program"),
         (
             "",

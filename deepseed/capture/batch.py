@@ -128,11 +128,3 @@ class BatchSpec:
                 )
             out[key] = t
         return out
-
-    def matches(self, batch: Any) -> bool:
-        """Does this batch fit?"""
-        try:
-            self.flatten(batch)
-        except BatchError:
-            return False
-        return True

@@ -75,16 +75,6 @@ class Layout:
         """(axis, "sum" | "max") of the axes over which values are still to be reduced."""
         return tuple((a, e.op) for a, e in self.elements if isinstance(e, Partial))
 
-    def map_dims(self, where: Mapping[int, int]) -> Layout:
-        """The same layout with its dimensions renumbered (those not in ``where`` are dropped)."""
-        return Layout(
-            tuple(
-                (a, Split(where[e.dim], e.outer) if isinstance(e, Split) else e)
-                for a, e in self.elements
-                if not isinstance(e, Split) or e.dim in where
-            )
-        )
-
 
 REPLICATED = Layout()
 
