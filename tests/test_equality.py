@@ -64,7 +64,7 @@ def built(model: str) -> tuple[nn.Module, Any, Any]:
 
 def check(model: str, plan: str, optimizer: str) -> None:
     module, batch, loss_fn = built(model)
-    report = verify(module, batch, plan, optimizer_factory=OPTIMIZERS[optimizer], loss_fn=loss_fn, clip_grad_norm=1.0, steps=3)
+    report = verify(module, batch, plan, optimizer_factory=OPTIMIZERS[optimizer], loss_fn=loss_fn, clip_grad_norm=0.1, steps=3)  # every model clips at 0.1
     assert report.ok, str(report)
     assert report.instances_checked > 20
 
