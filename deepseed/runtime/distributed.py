@@ -7,6 +7,7 @@ instead of hanging.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,7 @@ def start(backend: str | None = None, timeout: float = TIMEOUT) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(backend or ("nccl" if gpu else "gloo"), timeout=timedelta(seconds=timeout))
+        atexit.register(stop)  # its threads must not outlive the interpreter
     return device
 
 
