@@ -69,3 +69,8 @@ def flops(op: Op, operands: Sequence[Type]) -> int:
     if op.target == "aten.convolution":
         return 2 * prod(op.types[0].shape) * prod(operands[1].shape[1:])
     return 0
+
+
+def reads_weights(op: Op, operands: Sequence[Type]) -> bool:
+    """Whether a model axis is there to split this op's weights: a matmul's, or a table that rows are looked up in."""
+    return op.target == "embedding" or flops(op, operands) > 0

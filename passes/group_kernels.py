@@ -209,7 +209,7 @@ def _scale_in_update(p: Program) -> Program:
 
 
 def _updates(user: object) -> bool:
-    return isinstance(user, Op) and user.target in ("optim.adamw", "optim.adam", "optim.sgd")
+    return isinstance(user, Op) and user.target.startswith(OPTIMIZER)
 
 
 def _last_read_by(p: Program, scaling: Op) -> bool:

@@ -344,7 +344,7 @@ class Placement:
     def _use(self, i: int, s: Strategy) -> float:
         """``_work``, and the price of a weight left whole: that is data parallelism by another name."""
         item, price = self.items[i], self._work(i, s)
-        if isinstance(item, Op) and (item.target == "embedding" or cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])):
+        if isinstance(item, Op) and cost.reads_weights(item, [self.p.types[r.name] for r in self.refs[i]]):
             price += sum(
                 cost.WHOLE_WEIGHT * self.p.types[r.name].nbytes for r, e in zip(self.refs[i], s.operands, strict=True) if r.name in self.weights and e is None
             )

@@ -8,7 +8,6 @@ Failures belong to a turn, one call into DeepSeed: all ranks make the same calls
 
 from __future__ import annotations
 
-import atexit
 import json
 import threading
 import time
@@ -32,7 +31,6 @@ class Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="deepseed watch", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # a thread that is inside the store when the interpreter goes down would abort the process
 
     def _beat(self) -> None:
         count = 0
@@ -44,7 +42,6 @@ class Watch:
                 return  # the store is gone: whoever waits in a collective finds out
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self._stop.set()
         self._thread.join(2 * BEAT)
 
