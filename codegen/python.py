@@ -166,10 +166,10 @@ def _communication(out: Source, op: Op) -> str:
     done = [step(out.p.types[r.name].shape, out.p.types[r.name].layout, t.layout, axis, out.p.mesh) for r, t in zip(op.refs, op.types, strict=True)]
     kind, xs = done[0].kind, [out.name(r.name) for r in op.refs]
     if len(xs) > 1:
-        found = [s.put or s.take for s in done]
-        places = "" if kind == "all_reduce" else ", [" + ", ".join(f"({p.dim}, {p.outer})" for p in found if p is not None) + "]"
-        reduce = f", reduce={done[0].reduce!r}" if kind != "all_gather" else ""
-        return f"rt.bucket_start({kind!r}, [{', '.join(xs)}], {axis!r}{places}{reduce})"
+        found = {"take": [s.take for s in done if s.take is not None], "put": [s.put for s in done if s.put is not None]}
+        where = "".join(f", {name}=[{', '.join(f'({p.dim}, {p.outer})' for p in places)}]" for name, places in found.items() if places)
+        reduced = f", reduce={done[0].reduce!r}" if kind in ("all_reduce", "reduce_scatter") else ""
+        return f"rt.bucket_start({kind!r}, [{', '.join(xs)}], {axis!r}{where}{reduced})"
     places = "".join(f", {place.dim}, {place.outer}" for place in (done[0].take, done[0].put) if place is not None)
     reduce = f", {done[0].reduce!r}" if kind in ("all_reduce", "reduce_scatter") else ""
     return f"rt.{f'{kind}_start' if kind in COLLECTIVES else kind}({xs[0]}, {axis!r}{places}{reduce})"

@@ -18,6 +18,7 @@ from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
 Strides = tuple[int, ...]
+LAID_OUT = ("all_gather.start", "all_to_all.start")  # what they bring is joined from blocks
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it (deepseed.runtime.collectives)
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
@@ -173,7 +174,7 @@ class _Liveness:
         start = self.p.producers[op.refs[0].name]
         if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
             small = SMALL * prod(op.type.local(self.p.mesh)) < sum(prod(t.local(self.p.mesh)) for t in start.types)
-            return None if small or start.target == "all_gather.start" else contiguous(op.type.local(self.p.mesh))
+            return None if small or start.target in LAID_OUT else contiguous(op.type.local(self.p.mesh))
         s, shape = self._step(start), op.type.local(self.p.mesh)
         return contiguous(shape) if s.put is None or _in_front(shape, s.put) else None
 

@@ -1,6 +1,6 @@
 """What the user wants, as a string: ``"zero3+tp2+bf16"``.
 
-    plan ::= word ("+" word)*      word ::= ("dp" | "tp") N | "zero" 0..3 | "bf16" | "fp16" | "fp32" | "fp64"
+    plan ::= word ("+" word)*      word ::= ("dp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
 ``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
@@ -21,7 +21,7 @@ class PlanError(ValueError):
     """A plan that cannot be read, or that does not fit the ranks: says what, the numbers and the fix."""
 
 
-PRECISIONS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
+PRECISIONS = {"bf16": "bf16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
 
 SPELLINGS = {  # what people write -> the word
     "ddp": "zero0", "fsdp": "zero3",
@@ -29,6 +29,7 @@ SPELLINGS = {  # what people write -> the word
 }  # fmt: skip
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
+    (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
     (r"sp\d+", "the sequence split over ranks", "tpN, which splits activations too"),
     (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
     (r"ep\d+", "experts split over ranks", "zero3 or tpN to fit the experts"),
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype in which the program computes (``"bf16"``, ``"f16"``, ``"f32"``, ``"f64"``), None for the model's own."""
+        """The dtype in which the program computes (``"bf16"``, ``"f32"``, ``"f64"``), None for the model's own."""
         return PRECISIONS[self.precision] if self.precision else None
 
     @property
@@ -182,6 +183,9 @@ def with_dtype(plan: Plan, dtype: str) -> Plan:
     """``plan`` computing in ``dtype`` (a precision word, or torch's name: ``"bfloat16"``). Raises PlanError where the plan says another."""
     word = SPELLINGS.get(dtype, dtype)
     if word not in PRECISIONS:
+        for pattern, meaning, instead in LATER:
+            if re.fullmatch(pattern, word):
+                raise PlanError(f"not yet supported by this version: {word} ({meaning}), in dtype={dtype!r}; use {instead}")
         raise PlanError(f"unknown dtype {dtype!r}\n  fix: one of {', '.join(PRECISIONS)}")
     if plan.precision not in (None, word):
         raise PlanError(f"plan {plan} computes in {plan.precision}, dtype= says {word}\n  fix: say it once")

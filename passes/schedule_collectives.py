@@ -121,8 +121,8 @@ class _Schedule:
             self._there(each.name)
 
     def _together(self, start: Op) -> Sequence[Op]:
-        """The waits to emit for one: reduced values arrive with their bucket, a gathered weight is laid out when it is used."""
-        if start.target == "all_gather.start":
+        """The waits to emit for one: reduced values arrive with their bucket, what is joined from blocks is laid out when it is used."""
+        if start.target in ("all_gather.start", "all_to_all.start"):
             return (self.wait_of[start.name],)
         return tuple(self.wait_of[s.name] for s in self.buckets[self.bucket_of[start.name]])
 

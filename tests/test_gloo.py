@@ -11,8 +11,9 @@ import itertools
 import pytest
 import torch
 from gloo import state
-from gloo.equality import LR, MODELS, OPTIMIZERS, STEPS, Case, float32, simulated_hash, verified
+from gloo.equality import Case, float32, simulated_hash, verified
 from gloo.launch import ranks
+from matrix import LR, MODELS, OPTIMIZERS, STEPS
 
 from deepseed.plan import PlanError
 from deepseed.runtime.errors import RankError

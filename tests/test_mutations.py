@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import built
 from mutate import Mutation, mutate
-from test_equality import built
 from torch import Tensor, nn
 
 from deepseed import pipeline

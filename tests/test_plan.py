@@ -93,7 +93,7 @@ def test_zero_alone_says_that_it_does_nothing() -> None:
 
 
 def test_precision() -> None:
-    assert [parse_plan(word).dtype for word in ("bf16", "fp16", "fp32", "fp64", "zero1")] == ["bf16", "f16", "f32", "f64", None]
+    assert [parse_plan(word).dtype for word in ("bf16", "fp32", "fp64", "zero1")] == ["bf16", "f32", "f64", None]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, tpN, bf16, fp16, fp32, fp64" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, tpN, bf16, fp32, fp64" in message
 
 
 def test_other_refusals() -> None:

@@ -65,25 +65,27 @@ class Runtime(ABC):
         blocks = cut(x, n, take_dim, take_outer).contiguous()
         return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(y, put_dim, put_outer))
 
-    def bucket_start(self, kind: str, xs: Sequence[Tensor], axis: str, places: Sequence[tuple[int, int]] = (), reduce: str = "sum") -> list[Handle]:
-        """One exchange for several tensors of one dtype, packed side by side. ``places``: (dim, outer) of each, where it is cut
-        (reduce_scatter) or joined (all_gather)."""
+    def bucket_start(
+        self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[tuple[int, int]] = (), put: Sequence[tuple[int, int]] = (), reduce: str = "sum"
+    ) -> list[Handle]:
+        """One exchange for several tensors of one dtype, packed side by side. (dim, outer) of each: ``take``, where it is cut
+        (reduce_scatter, all_to_all), ``put``, where it is joined (all_gather, all_to_all)."""
         n = self.mesh.size(axis)
         if n == 1:
             return [_done(x) for x in xs]
-        if kind == "reduce_scatter":
-            blocks = [cut(x, n, *place) for x, place in zip(xs, places, strict=True)]
+        if take:
+            blocks = [cut(x, n, *place) for x, place in zip(xs, take, strict=True)]
             shapes = [b.shape[1:] for b in blocks]
             packed = torch.cat([b.reshape(n, -1) for b in blocks], 1)
         else:
             shapes = [x.shape for x in xs]
             packed = torch.cat([x.reshape(-1) for x in xs])
-        complete = _Once(self.exchange(kind, packed, axis, "" if kind == "all_gather" else reduce, owned=True))
+        complete = _Once(self.exchange(kind, packed, axis, reduce if kind in ("all_reduce", "reduce_scatter") else "", owned=True))
         handles, at = [], 0
         for i, shape in enumerate(shapes):
             size = shape.numel()
-            if kind == "all_gather":
-                handles.append(Handle(complete, _Unpack(at, size, (n, *shape), places[i])))
+            if put:
+                handles.append(Handle(complete, _Unpack(at, size, (n, *shape), put[i])))
             else:
                 handles.append(Handle(complete, _Unpack(at, size, tuple(shape))))
             at += size

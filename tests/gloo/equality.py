@@ -5,56 +5,17 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from matrix import CLIP, OPTIMIZERS, STEPS, built
+from torch import nn
 
 import deepseed
 from deepseed.api import TrainStep
 from deepseed.capture.eager import eager_reference
-from deepseed.target import load
 from deepseed.verify import VerifyReport, verify
 
-LR = {"adamw": 1e-3, "sgd": 1e-2}
-OPTIMIZERS = {
-    "adamw": lambda ps: torch.optim.AdamW(ps, lr=LR["adamw"]),
-    "sgd": lambda ps: torch.optim.SGD(ps, lr=LR["sgd"], momentum=0.9),
-}
-MODELS = {
-    "llama": "hf:LlamaForCausalLM",
-    "tied llama": "hf:LlamaForCausalLM(tie_word_embeddings=True)",
-    "gpt2": "hf:GPT2LMHeadModel",
-    "bert": "hf:BertForMaskedLM",
-    "mlp": "",
-}
-STEPS = 3
-CLIP = 1.0
 Case = tuple[str, str, str]  # model, plan, optimizer
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
-
-
-def squared_error(model: nn.Module, batch: Any) -> Tensor:
-    x, y = batch
-    return ((model(x) - y) ** 2).mean()
-
-
-@cache
-def built(model: str) -> tuple[nn.Module, Any, Any]:
-    torch.manual_seed(0)
-    if model == "mlp":
-        return Mlp(), (torch.randn(8, 32), torch.randn(8, 16)), squared_error
-    target = load(MODELS[model])
-    return target.model, target.batch, None
 
 
 def verified(cases: Sequence[Case]) -> list[VerifyReport]:
