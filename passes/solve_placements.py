@@ -90,12 +90,12 @@ class Placement:
     def _data(self, axis: str) -> None:
         """The batch is split; what was split is never gathered; parameters are used whole; gradients may stay partial."""
         n = self.p.mesh.size(axis)
-        batch = self._batch_size(axis)
+        batch = self._batch_size()
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
             if isinstance(item, Input):
-                split = item.role == "batch" and item.type.shape[:1] == (batch,)
-                return [_same(Split(0) if split else None)]
+                split = item.role == "batch" and item.type.shape[:1] == (batch,) and batch > 1
+                return [_same(Split(0, 1, batch if batch % n else 0) if split else None)]
             if isinstance(item, Op) and (item.phase == "update" or item.name in self.weights):
                 return [self._whole(i)]
             if isinstance(item, Output):
@@ -316,11 +316,13 @@ class Placement:
         layout = self.has[self.where[item.name][0]][0]
         found = []
         for dim in range(len(item.type.shape)):
-            ends = [outer * self.p.mesh.size(a) for a, outer in layout.splits(dim)]
-            for outer in sorted({1, *ends, *self.outers[item.name][dim]}):
-                split = Split(dim, outer)
-                if valid(item.type.shape, layout.with_(axis, split), self.p.mesh):
-                    found.append(split)
+            ends = [e.outer * (e.of or self.p.mesh.size(a)) for a, e in layout.splits(dim)]
+            size, n = item.type.shape[dim], self.p.mesh.size(axis)
+            borders = sorted(b for b in {1, *ends, *self.outers[item.name][dim]} if size % max(b, 1) == 0)
+            even = [Split(dim, outer) for outer in borders if size % (outer * n) == 0]
+            pairs = {*zip(borders, borders[1:], strict=False), (borders[-1], size), (1, size)}
+            uneven = [Split(dim, a, b // a) for a, b in sorted(pairs) if b > a and b % a == 0 and b // a % n]
+            found += [e for e in even + uneven if valid(item.type.shape, layout.with_(axis, e), self.p.mesh)]
         return found
 
     def _pinned(self, item: Input, axis: str) -> Sequence[Strategy] | None:
@@ -384,19 +386,12 @@ class Placement:
         name = _results(item)[result]
         return self.p.types[name].laid(self.has[source][result])
 
-    def _batch_size(self, axis: str) -> int:
-        """The number of rows of the batch; refused unless the data axis divides it."""
+    def _batch_size(self) -> int:
+        """The number of rows of the batch."""
         rows = [i.type.shape[0] for i in self.p.by_role("batch") if i.type.shape]
         if not rows:
             return -1
-        batch = max(set(rows), key=rows.count)
-        n = self.p.mesh.size(axis)
-        if batch % n:
-            raise PassError(
-                f"the batch has {batch} rows, which is not a multiple of {axis}={n} ({batch} = {n} * {batch // n} + {batch % n})\n"
-                f"  fix: use a batch of {batch // n * n or n} or {(batch // n + 1) * n} rows, or a plan whose {axis} divides {batch}"
-            )
-        return batch
+        return max(set(rows), key=rows.count)
 
     def _program(self) -> Program:
         layouts = {name: self.has[i][r] for name, (i, r) in self.where.items()}

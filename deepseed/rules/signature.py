@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from deepseed.ir.layout import Split
 from deepseed.ir.program import Arg, Op, Ref, Type
 
 Dims = tuple[tuple[str, ...], ...]  # one tensor: per dimension its factors, major first
@@ -117,14 +118,15 @@ class Signature:
         """The factors that may be split."""
         return tuple(name for name in self.places if name not in self.whole and self.sizes[name] > 1)
 
-    def factor_at(self, slot: int, dim: int, outer: int, n: int) -> tuple[str, int] | None:
-        """Which factor ``Split(dim, outer)`` over ``n`` ranks splits, and the outer inside that factor; None: it crosses factors."""
+    def factor_at(self, slot: int, split: Split, n: int) -> tuple[str, int] | None:
+        """Which factor ``split`` over ``n`` ranks splits, and the outer inside that factor; None: it crosses factors."""
         dims = (self.operands + self.results)[slot]
         left = 1
-        for name in dims[dim] if dim < len(dims) else ():
+        for name in dims[split.dim] if split.dim < len(dims) else ():
             size = self.sizes[name]
-            if outer % left == 0 and outer // left < size:
-                return (name, outer // left) if size % (outer // left * n) == 0 else None
+            if split.outer % left == 0 and split.outer // left < size:
+                inner = split.outer // left
+                return (name, inner) if size % (inner * (split.of or n)) == 0 else None
             left *= size
         return None
 
