@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, Update
 from deepseed.ir.collective import COLLECTIVES, step
+from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.text import format_type
 
@@ -114,7 +115,7 @@ def generate(p: Program) -> str:
 def _prologue(out: Source) -> None:
     p = out.p
     out.lines += [
-        f'"""Generated from program {p.name} on {p.mesh}: one rank\'s step on local tensors, see deepseed/codegen/python.py."""',
+        f'"""Generated from program {p.name} on {Mesh(p.mesh.axes)}: one rank\'s step on local tensors, see deepseed/codegen/python.py."""',
         "",
         "import torch",
         "",
@@ -143,6 +144,10 @@ def _close(out: Source, update: Update, n: int, made: Sequence[str]) -> None:
 
 
 def _expression(out: Source, op: Op) -> str:
+    local = [t.local(out.p.mesh) for t in op.types]
+    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand"):
+        empty = [f"torch.empty({_tuple(shape)}, dtype={_DTYPES[t.dtype]}, device=device)" for shape, t in zip(local, op.types, strict=True)]
+        return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
         return OWN[op.target](out, op)
     if op.target.endswith(".start") or op.target in ("shard", "summand"):

@@ -183,9 +183,9 @@ def parse_dim(text: str, dim: int, mesh: Mesh) -> tuple[int, dict[str, Split]]:
         number, _, names = factor.partition("@")
         outer, n = size, int(number)
         for axis in [name for name in names.strip("()").split(",") if name]:
-            uneven = names == axis and n % mesh.size(axis) != 0
-            found[axis] = Split(dim, outer, n if uneven else 0)
-            outer *= mesh.size(axis)
+            ranks = mesh.sizes.get(axis, 1)  # an axis that the mesh lacks is the verifier's to refuse
+            found[axis] = Split(dim, outer, n if names == axis and n % ranks else 0)
+            outer *= ranks
         size *= n
     return size, found
 

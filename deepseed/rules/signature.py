@@ -6,7 +6,8 @@ A form is one line, ``"m k, k n -> m n"``: operands in the order of ``op.refs``,
     tensor  ::= "." | dim+                                          "." has no dimension
     dim     ::= factor | "(" factor+ ")" | "1" | "*" name ["!"]     "1" has no factor, "*b" is any number of dimensions
     factor  ::= name ["=" size] mark*
-    mark    ::= "!" | "~" | "^"     "!" is never split, "~" only into one contiguous range a rank, "^" has its size in the arguments
+    mark    ::= "!" | "~" | "^" | "+"     "!" is never split, "~" only into one contiguous range a rank, "^" has its size in the
+                                    arguments, "+" is never split so unevenly that a rank holds nothing of it
 
 A factor that a result lacks is contracted: its shards leave partial values, reduced by the rule's ``reduce``.
 """
@@ -96,6 +97,7 @@ class Signature:
     whole: frozenset[str] = frozenset()
     contiguous: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()  # sizes that the arguments determine
+    filled: frozenset[str] = frozenset()  # every rank holds some of it
     reduce: str = "sum"
     linear: tuple[frozenset[int], ...] = ()  # sets of operands that may be partial (sum) together
     monotone: tuple[frozenset[int], ...] = ()  # the same for max
@@ -140,7 +142,7 @@ class Signature:
         return ", ".join(map(tensor, self.operands)) + " -> " + ", ".join(map(tensor, self.results))
 
 
-_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~^]*)|(1)(?!\w)|(\.))")
+_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~^+]*)|(1)(?!\w)|(\.))")
 
 Factor = tuple[str, int | None, str]  # name, size, mark
 
@@ -167,7 +169,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         for t, shape in zip(tensors, shapes, strict=True)
     )  # a dimension without elements has nothing to split
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
-    whole, contiguous, fixed = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^")
+    whole, contiguous, fixed, filled = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^+")
     return Signature(
         dims[: len(operands)],
         dims[len(operands) :],
@@ -175,6 +177,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         whole,
         contiguous,
         fixed,
+        filled,
         rule.reduce,
         _sets(linear, call, "bool"),  # bools have no sum
         _sets(rule.monotone, call),

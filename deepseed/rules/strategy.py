@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepseed.ir.layout import Element, Layout, Partial, Split, valid
+from deepseed.ir.layout import Element, Layout, Partial, Split, chunk, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Ref, Type
 from deepseed.rules.signature import Call, Place, RuleError, Signature, build
@@ -133,7 +133,8 @@ def _cuts(sig: Signature, name: str, layouts: Sequence[Layout], axis: str, mesh:
     even = [(inner, 0) for inner in borders if size % (inner * n) == 0]
     ends = [b for b in borders if size % b == 0 and b < size] + [size]
     pairs = {*zip(ends, ends[1:], strict=False), (1, size)}
-    return even + sorted((a, b // a) for a, b in pairs if b % a == 0 and b > a and b // a % n)
+    uneven = [(a, b // a) for a, b in sorted(pairs) if b % a == 0 and b > a and b // a % n]
+    return even + [(inner, of) for inner, of in uneven if name not in sig.filled or chunk(of, n, n - 1)]
 
 
 def _splits(sig: Signature, name: str, place: Place, layout: Layout, mesh: Mesh) -> list[tuple[str, int, int]]:
@@ -196,6 +197,8 @@ def _on_axis(sig: Signature, elements: Sequence[Element], axis: str, n: int) -> 
         name, inner = found
         if name in sig.whole:
             return f"{axis} splits {name}, which every rank needs whole ({sig})"
+        if of and name in sig.filled and not chunk(of, n, n - 1):
+            return f"{axis}={n} splits {of} of {name} so that a rank holds nothing of it, which {sig} does not allow"
         legal = split(sig, name, inner, of)
         if (operands, results) == (legal.operands, legal.results):
             return None
