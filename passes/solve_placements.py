@@ -1,9 +1,10 @@
 """Choose a layout for every value and every use, one mesh axis at a time, by a minimum-cost assignment over the whole step.
 
 Order: ``dp`` for forward and backward (the data axis: splitting the batch is free, gathering what was split is forbidden),
-then the model axes (``tp``), then ``dp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that
-this last step pins on parameters, gradients and optimizer state. No op, module or model is known by name here: what an op
-allows comes from its rule, what a reshard costs from deepseed.cost.
+``sp`` (the sequence: weights are used whole, activations go where they are cheapest), then the model axes (``tp``), then ``dp``
+and ``sp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that this last step pins on parameters,
+gradients and optimizer state. No op, module or model is known by name here: what an op allows comes from its rule, what a
+reshard costs from deepseed.cost.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Op, Output, Program, Type
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
+from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
 from deepseed.rules import Strategy
 from deepseed.solver.assignment import Infeasible
 
 __all__ = ["AxisReport", "Placement", "solve_placements"]
-DATA_AXIS = "dp"
+DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
 
 
 @program_pass(requires={"canonical"}, provides={"placed"})
@@ -50,15 +52,14 @@ class Placement(Assignment):
         self.zero = zero
 
     def run(self) -> Program:
-        for axis, size in self.p.mesh.axes:
-            if size > 1 and axis == DATA_AXIS:
-                self._data(axis)
-        for axis, size in self.p.mesh.axes:
-            if size > 1 and axis != DATA_AXIS:
-                self._model(axis)
-        for axis, size in self.p.mesh.axes:
-            if size > 1 and axis == DATA_AXIS:
-                self._storage(axis)
+        axes = [axis for axis, size in self.p.mesh.axes if size > 1]
+        batch = {DATA_AXIS: self._data, SEQUENCE_AXIS: self._sequence}
+        for axis in (a for a in axes if a in batch):
+            batch[axis](axis)
+        for axis in (a for a in axes if a not in batch):
+            self._model(axis)
+        for axis in (a for a in axes if a in batch):
+            self._storage(axis)
         return self._program()
 
     def _data(self, axis: str) -> None:
@@ -67,18 +68,12 @@ class Placement(Assignment):
         batch = self._batch_size(axis)
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
-            if isinstance(item, Input):
-                split = item.role == "batch" and item.type.shape[:1] == (batch,)
-                return [same(Split(0) if split else None)]
-            if isinstance(item, Op) and (item.phase == "update" or item.name in self.weights):
-                return [self._whole(i)]
-            if isinstance(item, Output):
-                return self._shown(i, axis) if item.role == "output" else [same(None)]
-            return None
+            split = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (batch,)
+            return self._used_whole(i, item, axis, Split(0) if split else None)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
-            if (isinstance(user, Op) and user.phase == "update") or (isinstance(user, Output) and user.role in ("grad", "param", "state", "norm")):
-                return free  # settled with the storage
+            if _settled_later(user):
+                return free
             size = t.local_bytes(self.p.mesh)
             return lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
 
@@ -86,6 +81,36 @@ class Placement(Assignment):
             self._solve(axis, "data", pins, moves, partial(work, self))
         except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
             self._solve(axis, "data", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), partial(work, self))
+
+    def _sequence(self, axis: str) -> None:
+        """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""
+        n = self.p.mesh.size(axis)
+        length = tokens(self.p, axis, self.p.mesh)
+        marks = follow(self.p, length)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            pinned = self._used_whole(i, item, axis, Split(1) if isinstance(item, Input) and has_sequence(item, length) else None)
+            if pinned is not None or not isinstance(item, Op):
+                return pinned
+            return without_rows(self._strategies(i, axis), [marks[name] for name in (*(r.name for r in item.refs), *item.results)])
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            if _settled_later(user):
+                return free
+            size = t.local_bytes(self.p.mesh)
+            weight = self._name(item) in self.weights and isinstance(user, Op) and cost.reads_weights(user, [self.p.types[r.name] for r in user.refs])
+            fixed = weight or (isinstance(item, Input) and item.role == "batch")
+            return lambda p, w: None if fixed and isinstance(w, Split) and p != w else cost.reshard(p, w, size, n)
+
+        self._solve(axis, "sequence", pins, moves, partial(work, self))
+
+    def _used_whole(self, i: int, item: Item, axis: str, batch: Split | None) -> list[Strategy] | None:
+        """What a data axis and a sequence axis pin: an input as given, weights and the update whole, what is shown never partial."""
+        if isinstance(item, Input):
+            return [same(batch)]
+        if isinstance(item, Output):
+            return self._shown(i, axis) if item.role == "output" else [same(None)]
+        return [self._whole(i)] if item.phase == "update" or item.name in self.weights else None
 
     def _model(self, axis: str) -> None:
         """Weights are split in use: no parameter is gathered over this axis, the batch is not split over it."""
@@ -188,3 +213,8 @@ class Placement(Assignment):
                 f"  fix: use a batch of {batch // n * n or n} or {(batch // n + 1) * n} rows, or a plan whose {axis} divides {batch}"
             )
         return batch
+
+
+def _settled_later(user: Item) -> bool:
+    """Whether a use is placed with the storage: by the update, or what the step returns of it."""
+    return user.phase == "update" if isinstance(user, Op) else isinstance(user, Output) and user.role in ("grad", "param", "state", "norm")
