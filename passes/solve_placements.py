@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Input, Op, Output, Program, Type
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
 from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
+from deepseed.passes.placement_subaxes import with_sub_axes
 from deepseed.rules import Strategy
 from deepseed.solver.assignment import Infeasible
 
@@ -48,17 +50,19 @@ class Placement(Assignment):
     """Which axis is placed when, what is pinned there, and what moves."""
 
     def __init__(self, p: Program, zero: int, pinned: Mapping[tuple[str, str], Layout] | None = None) -> None:
+        if not pinned:  # else the mesh is that of the program that stored them
+            p = replace(p, mesh=with_sub_axes(p, p.mesh, [axis for axis in p.mesh.names if axis != DATA_AXIS]))
         super().__init__(p, pinned or {})
         self.zero = zero
 
     def run(self) -> Program:
         axes = [axis for axis, size in self.p.mesh.axes if size > 1]
         batch = {DATA_AXIS: self._data, SEQUENCE_AXIS: self._sequence}
-        for axis in (a for a in axes if a in batch):
-            batch[axis](axis)
-        for axis in (a for a in axes if a not in batch):
+        for axis in (a for a in axes if whole_axis(a) in batch):
+            batch[whole_axis(axis)](axis)
+        for axis in (a for a in axes if whole_axis(a) not in batch):
             self._model(axis)
-        for axis in (a for a in axes if a in batch):
+        for axis in (a for a in axes if whole_axis(a) in batch):
             self._storage(axis)
         return self._program()
 
@@ -85,14 +89,16 @@ class Placement(Assignment):
     def _sequence(self, axis: str) -> None:
         """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""
         n = self.p.mesh.size(axis)
-        length = tokens(self.p, axis, self.p.mesh)
+        length = tokens(self.p, whole_axis(axis), self.p.mesh)
         marks = follow(self.p, length)
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
-            pinned = self._used_whole(i, item, axis, Split(1) if isinstance(item, Input) and has_sequence(item, length) else None)
+            split = Split(1, self._behind(i, 1)) if isinstance(item, Input) and has_sequence(item, length) else None
+            pinned = self._used_whole(i, item, axis, split)
             if pinned is not None or not isinstance(item, Op):
                 return pinned
-            return without_rows(self._strategies(i, axis), [marks[name] for name in (*(r.name for r in item.refs), *item.results)])
+            named = [marks[name] for name in (*(r.name for r in item.refs), *item.results)]
+            return self._following(i, axis) or without_rows(self._strategies(i, axis), named)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
             if _settled_later(user):
@@ -103,6 +109,10 @@ class Placement(Assignment):
             return lambda p, w: None if fixed and isinstance(w, Split) and p != w else cost.reshard(p, w, size, n)
 
         self._solve(axis, "sequence", pins, moves, partial(work, self))
+
+    def _behind(self, i: int, dim: int) -> int:
+        """The outer of a split behind those that dimension ``dim`` of input ``i`` has, all on one axis."""
+        return prod(self.p.mesh.size(axis) for axis, _ in self.has[i][0].splits(dim))
 
     def _used_whole(self, i: int, item: Item, axis: str, batch: Split | None) -> list[Strategy] | None:
         """What a data axis and a sequence axis pin: an input as given, weights and the update whole, what is shown never partial."""
@@ -122,7 +132,7 @@ class Placement(Assignment):
                 return pinned if pinned is not None or item.role in ("param", "state") else [same(None)]
             if isinstance(item, Output):
                 return self._shown(i, axis) if item.role == "output" else [same(None)]
-            return None
+            return self._following(i, axis)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
             size = t.local_bytes(self.p.mesh)
@@ -144,6 +154,16 @@ class Placement(Assignment):
 
         self._solve(axis, "model", pins, moves, partial(use, self))
         self._check_split(axis)
+
+    def _following(self, i: int, axis: str) -> list[Strategy] | None:
+        """For the next sub-axis of an axis: what continues the split that the one before made of op ``i``, if it can be continued."""
+        parts = self.p.mesh.parts(whole_axis(axis))
+        if axis == parts[0]:
+            return None
+        before = parts[parts.index(axis) - 1]
+        n = self.p.mesh.size(before)
+        wanted = [Split(e.dim, e.outer * n) if isinstance(e, Split) else e for e in (lay.on(before) for lay in (*self.wants[i], *self.has[i]))]
+        return [s for s in self._strategies(i, axis) if [*s.operands, *s.results] == wanted] or None
 
     def _check_split(self, axis: str) -> None:
         """A model axis that splits no weight is refused: its ranks would all compute the same."""
