@@ -86,7 +86,7 @@ class Plan:
             return ()
         if self.dp is None:
             return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
-        if self.dp == 1:
+        if self.dp == 1 and (self.sp or 1) == 1:
             return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
         return ()
 
