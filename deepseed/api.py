@@ -240,6 +240,8 @@ class _Compiled:
         self.host.begin(self.model, self.states)
         results = self.host.run(built.executables, [self._inputs(built.program, state, others, found.local) for state in self.states])
         self.host.settle(self.model, self.states)
+        for write in built.captured.reads.writes:
+            write.apply()
         shown = [o for o in built.program.outputs if o.role not in ("param", "buffer", "state")]
         types = built.program.types
         return {(o.role, o.key): self.host.whole([r[n] for r in results], types[o.ref.name]) for n, o in enumerate(shown)}

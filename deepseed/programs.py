@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from deepseed import ops
 from deepseed.batches import check_mix_up, joined, said, times, unfit
 from deepseed.build import Built, CompileError, build
 from deepseed.capture import BatchSpec, CaptureError, capture
+from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.optimizer import changed_options, fixed_options
 from deepseed.capture.step import Want
+from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
 from deepseed.ir.widen import widen
 from deepseed.plan import Plan
@@ -96,6 +99,8 @@ class Programs:
         self.stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
         self.compiled = 0
         self._seen = 0
+        self._made_for = ""  # the settings of the latest program
+        self._streak = Streak()
         self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
 
     def find(self, batch: Any, want: Want) -> Found:
@@ -107,8 +112,9 @@ class Programs:
         parts = s.host.mesh.sizes.get("dp", 1)
         if s.local and parts > 1:
             known = self.cache.under(_key(times(spec, parts), settings))
-            if s.host.same(f"{spec} {settings}") and known and not known[0].captured.guards and self._fits(known[0]):
-                self.latest = self.cache.use(known[0])
+            changed = _changed(known[0]) if known else []
+            if s.host.same(f"{spec} {settings} {changed}") and known and not known[0].captured.guards and not changed and self._fits(known[0]):
+                self.latest, self._made_for = self.cache.use(known[0]), settings
                 return Found(known[0], spec.flatten(batch), True)
             batch = joined(s.host, batch)
             spec = BatchSpec.of(batch)
@@ -117,6 +123,10 @@ class Programs:
         read: list[tuple[str, object]] = []
         for each in self.cache.under(key):
             if self._fits(each):
+                changed = _changed(each)
+                read += [(f"the Python value {c.path}" + (f", {c.line}" if c.line else ""), c.now) for c in changed]
+                if changed:
+                    continue
                 values = self._read(each, batch)
                 read += [(f"the value that the model reads from the batch at {g.path or 'its top'}, {g.line}", v) for g, v in values]
                 if all(v == g.value for g, v in values):
@@ -125,9 +135,9 @@ class Programs:
         modes, _, options = settings.partition(" optimizer=")
         s.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), ("the optimizer's options", options), *read])
         if built is None:
-            built = self._compile(batch, want)
+            built = self._compile(batch, want, self._causes(spec, settings, batch))
             self._drop(self.cache.add(key, built))
-        self.latest = built
+        self.latest, self._made_for = built, settings
         return Found(built, spec.flatten(batch), False)
 
     def current(self) -> Built:
@@ -161,12 +171,27 @@ class Programs:
             out.append((guard, value.item()))
         return out
 
-    def _compile(self, batch: Any, want: Want) -> Built:
+    def _causes(self, spec: BatchSpec, settings: str, batch: Any) -> list[Cause]:
+        """What differs from the latest program."""
+        if self.latest is None:
+            return []
+        before = self.latest.captured
+        same = causes(before.batch, spec, (), (), ()) == []
+        read = [(f"the value that is read at {g.path or 'the top'}, {g.line},", g.value, v) for g, v in self._read(self.latest, batch)] if same else []
+        options = [(f"option {k} of the optimizer", before.options.get(k), v) for k, v in self._options(before.moved).items()] if before.options else []
+        (then, now) = (text.partition(" optimizer=")[0].split(" modes=") for text in (self._made_for, settings))
+        named = [("function", then[0], now[0]), ("training modes, or which parameters are trained,", then[1], now[1])]
+        return causes(before.batch, spec, [*named, *options], _changed(self.latest), read)
+
+    def _compile(self, batch: Any, want: Want, why: list[Cause]) -> Built:
         s = self.subject
+        started, number = perf_counter(), self.compiled + 1
         if want == "step" and s.optimizer is not None and self.latest is not None:
             self._moving |= changed_options(s.optimizer, self.latest.captured.options)
         if self.compiled:
-            self._say(f"compiling program {self.compiled + 1}, for another batch shape, value, mode or optimizer option")
+            self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
+            for cause in self._streak.often(why):
+                self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
         try:
             captured = capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
@@ -182,6 +207,8 @@ class Programs:
             if i.role in ("param", "buffer", "state"):
                 self.stored.setdefault((i.role, i.key), i.type.layout)
         self.compiled += 1
+        if number > 1:
+            self._say(f"program {number} took {perf_counter() - started:.1f} s")
         return built
 
     def _drop(self, gone: list[Built]) -> None:
@@ -191,6 +218,11 @@ class Programs:
     def _say(self, line: str) -> None:
         if not self.subject.quiet and self.subject.host.first:
             print(f"deepseed: {line}", file=sys.stderr)
+
+
+def _changed(built: Built) -> list[Change]:
+    """What differs of the modules, hooks and Python values that the program was made for."""
+    return built.captured.structure.changed() or built.captured.reads.changed()
 
 
 def _key(spec: BatchSpec, settings: str) -> str:
