@@ -24,6 +24,7 @@ from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.handover import follow, take_over
 from deepseed.ir.program import Program
+from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
@@ -130,6 +131,7 @@ class _Compiled:
         self.steps = 0
         self.states: list[State] = []
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet), max_programs)
+        self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -237,6 +239,9 @@ class _Compiled:
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        if self._places is None or self._places.structure is not self.programs.structure or self._places.count != len(self.states[0].tensors):
+            self._places = Places(self.model, self.programs.structure, self.states)
+        self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
         results = self.host.run(built.executables, [self._inputs(built.program, state, others, found.local) for state in self.states])
         self.host.settle(self.model, self.states)

@@ -25,6 +25,7 @@ from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.optimizer import changed_options, fixed_options
 from deepseed.capture.step import Want
+from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
 from deepseed.ir.widen import widen
@@ -97,6 +98,7 @@ class Programs:
         self.subject, self.cache = subject, Cache(most)
         self.latest: Built | None = None
         self.stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
+        self.structure = Structure(subject.model)  # as the latest batch found it
         self.compiled = 0
         self._seen = 0
         self._made_for = ""  # the settings of the latest program
@@ -148,9 +150,10 @@ class Programs:
 
     def _settings(self, want: Want) -> str:
         """What beside the batch a program is made for: modes, what is trained, the optimizer's options."""
-        model = self.subject.model
-        modes = [m.training for m in model.modules()]
-        trained = [p.requires_grad for p in model.parameters()] if want != "forward" else []
+        if self.structure.changed():
+            self.structure = Structure(self.subject.model)
+        modes = [m.training for m in self.structure.modules]
+        trained = [p.requires_grad for p in self.structure.parameters()] if want != "forward" else []
         digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
         return f"{want} modes={digest}" + (f" optimizer={self._options(())}" if want == "step" else "")
 

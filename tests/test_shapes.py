@@ -19,6 +19,7 @@ import deepseed
 from deepseed.api import Module, TrainStep
 from deepseed.capture import CaptureError
 from deepseed.capture.errors import BatchError
+from deepseed.runtime.state import StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -329,3 +330,44 @@ def test_a_numpy_entry_is_named_without_its_values() -> None:
 
 
 _ = (contextlib, copy)
+
+
+# the module's own tensors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2"])
+def test_a_tensor_in_a_parameters_place_is_taken_over(plan: str) -> None:
+    model, theirs = fresh(), fresh()
+    made = deepseed.compile(model, plan, loss_fn=mse)
+    assert isinstance(made, Module)
+    same(made, theirs, batch())
+    other = {name: t * 2 for name, t in fresh().state_dict().items()}
+    for each in (model, theirs):
+        each.load_state_dict({name: t.clone() for name, t in other.items()}, assign=True)
+    same(made, theirs, batch(1))
+    for each in (model, theirs):
+        each.head = nn.Linear(8, 4).double()
+        each.head.load_state_dict({"weight": torch.ones(4, 8), "bias": torch.ones(4)})
+    same(made, theirs, batch(2))
+    model.float()
+    with pytest.raises(StateError, match=r"'inner.lin.weight' is f32\[8, 8\] now, f64\[8, 8\] in the compiled step"):
+        made.loss_and_grads(batch())
+
+
+def test_a_weight_that_is_untied_is_noticed() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.b(self.a(x)))
+
+    model, theirs = fresh(Tied), fresh(Tied)
+    made = deepseed.compile(model, "zero0", loss_fn=mse)
+    assert isinstance(made, Module)
+    close(made(batch()["x"]), theirs(batch()["x"]))
+    for each in (model, theirs):
+        each.b.weight = nn.Parameter(torch.eye(8).double())  # type: ignore[union-attr]
+    close(made(batch()["x"]), theirs(batch()["x"]))

@@ -258,8 +258,8 @@ class Recorder:
     def _hook(self, cls: type) -> None:
         if cls in self._hooked:
             return
-        get: Callable[[Any, str], Any] = cls.__getattribute__
-        put: Callable[[Any, str, Any], None] = cls.__setattr__
+        get: Any = cls.__getattribute__
+        put: Any = cls.__setattr__
         own = [(name, vars(cls).get(name)) for name in ("__getattribute__", "__setattr__")]
 
         def reading(holder: Any, name: str) -> Any:

@@ -23,14 +23,21 @@ class Structure:
         self._children = [m._modules for m in self.modules]
         self._hooks = [_table(holder, name) for holder in (_global, *self.modules) for name in _HOOKS]
         self._names = [t for m in self.modules for t in (m._parameters, m._buffers)]
-        self._then = (_values(self._children), _values(self._hooks), _keys(self._names))
+        self._then = self._now()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return (_values(self._children), _values(self._hooks), _keys(self._names), _tied(self._names))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters as they are now, a tied one once for each of its names."""
+        return [p for m in self.modules for p in m._parameters.values() if p is not None]
 
     def changed(self) -> list[Change]:
         """What differs: empty where a program made for this may serve."""
-        now = (_values(self._children), _values(self._hooks), _keys(self._names))
-        if all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now[:2], self._then[:2], strict=True)) and now[2] == self._then[2]:
+        now = self._now()
+        if all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now[:2], self._then[:2], strict=True)) and now[2:] == self._then[2:]:
             return []
-        words = ("submodules", "hooks", "names of parameters and buffers")
+        words = ("submodules", "hooks", "names of parameters and buffers", "tied parameters")
         return [
             Change(f"the {word} of the model", "", f"{len(then)} {_shown(then, current)}", f"{len(current)} {_shown(current, then)}")
             for word, then, current in zip(words, self._then, now, strict=True)
@@ -51,7 +58,13 @@ def _keys(tables: Iterable[dict[Any, Any]]) -> list[Any]:
     return [name if value is not None else f"no {name}" for table in tables for name, value in table.items()]
 
 
+def _tied(tables: Iterable[dict[Any, Any]]) -> list[int]:
+    """For each parameter the number of the first one that it is."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(t), n) for n, t in enumerate(_values(tables)) if t is not None]
+
+
 def _shown(these: list[Any], those: list[Any]) -> str:
     """The first one that the other side lacks."""
     odd = [x for x in these if not any(x is y for y in those)]
-    return f"(with {getattr(odd[0], '__qualname__', None) or (odd[0] if isinstance(odd[0], str) else type(odd[0]).__name__)})" if odd else ""
+    return f"(with {getattr(odd[0], '__qualname__', None) or (odd[0] if isinstance(odd[0], str | int) else type(odd[0]).__name__)})" if odd else ""
