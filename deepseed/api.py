@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
@@ -47,6 +48,7 @@ def compile(
     batch: str = "global",
     seed: int = 0,
     max_programs: int = MOST_PROGRAMS,
+    buckets: Bucket | Sequence[Bucket] = (),
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -59,13 +61,15 @@ def compile(
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
-    programs are kept, one a batch shape, value read, mode and set of options; the one used longest ago is dropped for a new one.
+    programs are kept, one a batch shape, value read, mode and set of options; the one used longest ago is dropped for a new one. buckets:
+    ``deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 0, "labels": -100}, to=64)`` pads batches to few shapes for steps and
+    losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
-        "max_programs": max_programs,
+        "max_programs": max_programs, "buckets": buckets,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -106,6 +110,7 @@ class _Compiled:
         batch: str = "global",
         seed: int = 0,
         max_programs: int = MOST_PROGRAMS,
+        buckets: Bucket | Sequence[Bucket] = (),
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -122,6 +127,11 @@ class _Compiled:
             raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
         if not isinstance(max_programs, int) or max_programs < 1:
             raise CompileError(f"max_programs={max_programs!r}\n  fix: a whole number of programs to keep, at least 1")
+        pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
+        if not all(isinstance(each, Bucket) for each in pads):
+            raise CompileError(f"buckets={buckets!r}\n  fix: a deepseed.Bucket, or several")
+        if pads and batch == "local":
+            raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
@@ -130,7 +140,7 @@ class _Compiled:
         self.mesh, self.backend = self.host.mesh, self.host.backend
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
 
@@ -228,7 +238,17 @@ class _Compiled:
         found = self.programs.find(batch, want)
         if not found.built.adopted and not any(p.is_meta for p in self.model.parameters()):
             self._adopt(found.built)
+        if found.unchecked is not None and found.built.adopted:
+            self._ready()
+            self.programs.check_padding(found, self.states)
         return found
+
+    def _ready(self) -> None:
+        """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
+        if self._places is None or self._places.structure is not self.programs.structure or self._places.count != len(self.states[0].tensors):
+            self._places = Places(self.model, self.programs.structure, self.states)
+        self._places.take_over(self.model, self.host, self.states)
+        self.host.begin(self.model, self.states)
 
     def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
         """One step; the returned outputs whole, by role and key."""
@@ -239,10 +259,7 @@ class _Compiled:
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
-        if self._places is None or self._places.structure is not self.programs.structure or self._places.count != len(self.states[0].tensors):
-            self._places = Places(self.model, self.programs.structure, self.states)
-        self._places.take_over(self.model, self.host, self.states)
-        self.host.begin(self.model, self.states)
+        self._ready()
         results = self.host.run(built.executables, [self._inputs(built.program, state, others, found.local) for state in self.states])
         self.host.settle(self.model, self.states)
         for write in built.captured.reads.writes:

@@ -62,7 +62,7 @@ def said(spec: BatchSpec) -> str:
     return ", ".join([*(f"{key} {type_text(t)}" for key, t in spec.types.items()), *(f"{key}={short(v)}" for key, v in spec.constants.items())])
 
 
-def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception) -> str:
+def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception, without_loss: bool = False) -> str:
     """What to say where the model raised ``error`` on a batch: the batch, the nearest one that was served, and the place."""
     spec = BatchSpec.of(batch)
     lines = [f"{model} cannot run on this batch: {type(error).__name__}: {error}", f"  batch: {said(spec)}"]
@@ -74,6 +74,8 @@ def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception) -> 
         odd += [f"{k} is {type_text(spec.types[k])}, was {type_text(t)}" for k, t in before.types.items() if k in spec.types and spec.types[k] != t]
         lines.append(f"  the one before: {said(before)}" + (f" ({'; '.join(odd)})" if odd else ""))
     lines += [f"  {note}" for note in getattr(error, "__notes__", [])]
+    if without_loss and isinstance(error, TypeError):
+        return "\n".join([*lines, "  fix: compiled(batch) calls the model itself, a mapping as keywords: give it what the forward takes; loss_and_grads(batch) calls loss_fn"])
     return "\n".join([*lines, "  fix: give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed"])
 
 

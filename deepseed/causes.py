@@ -69,7 +69,7 @@ def _entries(types: Mapping[str, Any], new: Mapping[str, Any], constants: Mappin
     return out
 
 
-_SHAPE = "pad batches to few lengths: compile(..., buckets=deepseed.Buckets(...))"
+_SHAPE = "pad batches to few lengths: compile(..., buckets=deepseed.Bucket(...))"
 _DTYPE = "give it one dtype"
 _OPTION = "change it seldom, or use an option that is an input of the program, as lr is"
 _MODE = "change it seldom: each combination is a program"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from deepseed import ops
 from deepseed.batches import check_mix_up, joined, said, times, unfit
+from deepseed.bucket import Bucket, checkable, compare, padded
 from deepseed.build import Built, CompileError, build
-from deepseed.capture import BatchSpec, CaptureError, capture
+from deepseed.capture import BatchSpec, Captured, CaptureError, capture
 from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
@@ -31,6 +32,7 @@ from deepseed.ir.layout import Layout
 from deepseed.ir.widen import widen
 from deepseed.plan import Plan
 from deepseed.runtime.host import Host
+from deepseed.runtime.state import State
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -50,6 +52,7 @@ class Subject:
     wide: bool = False
     grads: bool = False
     quiet: bool = False
+    buckets: Sequence[Bucket] = ()
 
 
 class Cache:
@@ -84,11 +87,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class Found:
-    """The program that serves a batch; the batch by key; whether that is this rank's part only."""
+    """The program that serves a batch; the batch by key; whether that is this rank's part only; as it was before padding that no
+    check has seen yet."""
 
     built: Built
     batch: dict[str, Tensor]
     local: bool
+    unchecked: Any = None
 
 
 class Programs:
@@ -103,6 +108,7 @@ class Programs:
         self._seen = 0
         self._made_for = ""  # the settings of the latest program
         self._streak = Streak()
+        self._checked: set[str] = set()  # kinds of batches whose padding was compared
         self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
 
     def find(self, batch: Any, want: Want) -> Found:
@@ -110,6 +116,9 @@ class Programs:
         if not self._seen:
             check_mix_up(s.host, batch, s.local)
         self._seen += 1
+        given = batch
+        if s.buckets and want != "forward":
+            batch = padded(batch, s.buckets)
         spec, settings = BatchSpec.of(batch), self._settings(want)
         parts = s.host.mesh.sizes.get("dp", 1)
         if s.local and parts > 1:
@@ -140,7 +149,26 @@ class Programs:
             built = self._compile(batch, want, self._causes(spec, settings, batch))
             self._drop(self.cache.add(key, built))
         self.latest, self._made_for = built, settings
-        return Found(built, spec.flatten(batch), False)
+        return Found(built, spec.flatten(batch), False, given if batch is not given and self._kind(given, settings) not in self._checked else None)
+
+    def check_padding(self, found: Found, states: Sequence[State]) -> None:
+        """Compare loss and gradients of a padded batch with those of the batch itself. Raises CompileError where they differ."""
+        s = self.subject
+        started = perf_counter()
+        pair: list[tuple[Built, Mapping[str, Tensor]]] = []
+        for batch in (found.unchecked, padded(found.unchecked, s.buckets)):
+            captured = self._capture(batch, "loss_and_grads")
+            captured = replace(captured, program=checkable(captured.program))
+            pair.append((build(captured, s.plan, s.host, stored=self.stored, wide=True, quiet=True), captured.batch.flatten(batch)))
+        compare(s.host, states, pair[0], pair[1])
+        self._checked.add(self._kind(found.unchecked, self._made_for))
+        self._say(f"padding is exact: loss and gradients of {said(pair[0][0].captured.batch)} are those of the padded batch ({perf_counter() - started:.1f} s)")
+
+    def _kind(self, batch: Any, settings: str) -> str:
+        """What one check of padding speaks for: entries and their dimensions, modes and what is trained, which buckets pad."""
+        given = tensors(batch)
+        now = {k: (t.dtype, t.dim()) for k, t in given.items()}
+        return f"{now} {[any(a is not b for a, b in zip(given.values(), each.pad(given).values(), strict=True)) for each in self.subject.buckets]} {settings.partition(' modes=')[2]}"
 
     def current(self) -> Built:
         """The program of the latest batch."""
@@ -195,16 +223,7 @@ class Programs:
             self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
             for cause in self._streak.often(why):
                 self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
-        try:
-            captured = capture(
-                s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
-                want=want, grads=s.grads, seed=s.seed, compute=None if s.plan.dtype is None else ops.torch_dtype(s.plan.dtype),
-                moving=self._moving,
-            )  # fmt: skip
-        except CaptureError:
-            raise
-        except Exception as error:  # the user's model or loss raised
-            raise CompileError(unfit(type(s.model).__name__, batch, list(self.cache), error)) from error
+        captured = self._capture(batch, want)
         built = build(captured, s.plan, s.host, stored=self.stored, wide=s.wide, quiet=s.quiet or not s.host.first)
         for i in built.program.inputs:
             if i.role in ("param", "buffer", "state"):
@@ -213,6 +232,19 @@ class Programs:
         if number > 1:
             self._say(f"program {number} took {perf_counter() - started:.1f} s")
         return built
+
+    def _capture(self, batch: Any, want: Want) -> Captured:
+        s = self.subject
+        try:
+            return capture(
+                s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
+                want=want, grads=s.grads, seed=s.seed, compute=None if s.plan.dtype is None else ops.torch_dtype(s.plan.dtype),
+                moving=self._moving,
+            )  # fmt: skip
+        except CaptureError:
+            raise
+        except Exception as error:  # the user's model or loss raised
+            raise CompileError(unfit(type(s.model).__name__, batch, list(self.cache), error, want == "forward" and s.loss_fn is not None)) from error
 
     def _drop(self, gone: list[Built]) -> None:
         for each in gone:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 
 import deepseed
 from deepseed.api import Module, TrainStep
-from deepseed.capture import CaptureError
+from deepseed.build import CompileError
+from deepseed.capture import CaptureError, eager_reference
 from deepseed.capture.errors import BatchError
 from deepseed.runtime.state import StateError
+from deepseed.target import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def batch(seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(torch.as_tensor(a).detach(), torch.as_tensor(b).detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64).detach(), torch.as_tensor(b).detach(), rtol=tolerance, atol=tolerance)
 
 
 def grads_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -252,6 +253,25 @@ def test_a_counter_in_the_forward_is_refused_by_name_and_line() -> None:
     assert model.body.calls == 0 and nn.Module.__getattribute__ is object.__getattribute__
 
 
+def test_a_parameter_in_a_plain_list_is_refused() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 4)
+            self.weights = [self.lin.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x) @ self.weights[0]
+
+    with pytest.raises(CaptureError, match=r"reads parameter 'lin.weight' through weights(.|\n)*test_shapes.py:(.|\n)*ParameterList"):
+        deepseed.compile(fresh(Listed), "zero0").compile(batch()["x"])  # type: ignore[union-attr]
+    model = fresh()
+    parameters = list(model.parameters())
+    with pytest.raises(CaptureError, match=r"loss_fn reads parameter 'inner.lin.weight' through parameters(.|\n)*named_parameters"):
+        deepseed.compile(model, "zero0", loss_fn=lambda m, b: mse(m, b) + sum(p.square().sum() for p in parameters)).loss_and_grads(batch())  # type: ignore[union-attr]
+    assert nn.Module.__getattribute__ is object.__getattribute__
+
+
 # the cache --------------------------------------------------------------------------------------------------------------
 
 
@@ -329,9 +349,6 @@ def test_a_numpy_entry_is_named_without_its_values() -> None:
         made({**batch(), "y": batch()["y"].numpy()})
 
 
-_ = (contextlib, copy)
-
-
 # the module's own tensors -----------------------------------------------------------------------------------------------
 
 
@@ -371,3 +388,113 @@ def test_a_weight_that_is_untied_is_noticed() -> None:
     for each in (model, theirs):
         each.b.weight = nn.Parameter(torch.eye(8).double())  # type: ignore[union-attr]
     close(made(batch()["x"]), theirs(batch()["x"]))
+
+
+# buckets ----------------------------------------------------------------------------------------------------------------
+
+TEXT = deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 0, "labels": -100}, to=8)
+ROWS = deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 1, "labels": -100}, dim=0, to=[4])
+
+
+def text(seed: int, rows: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 100, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+
+
+@pytest.mark.parametrize(("target", "plan", "buckets"), [("hf:LlamaForCausalLM", "zero1+dp2", [TEXT]), ("hf:LlamaForCausalLM", "tp2", [TEXT, ROWS]), ("hf:BertForMaskedLM", "zero0", [TEXT, ROWS])])
+def test_padded_batches_train_as_the_batches_themselves(target: str, plan: str, buckets: list[deepseed.Bucket], capsys: pytest.CaptureFixture[str]) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(load(target).model.double().eval())  # no dropout: which bits are drawn depends on the padded length
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    step = TrainStep(models[0], plan, optimizer=optimizers[0], buckets=buckets, clip_grad_norm=1.0, widen=True)
+    rows = (4, 4, 3) if len(buckets) == 2 else (4, 4, 4)
+    for n, (r, length) in enumerate(zip((*rows, 4), (8, 7, 5, 13), strict=True)):
+        data = text(n, r, length)
+        optimizers[1].zero_grad()
+        with eager_reference(models[1], rng=torch.tensor([0, n]), widen=True):
+            want = models[1](**data).loss
+            want.backward()
+        torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        optimizers[1].step()
+        close(step(data), want, 1e-12)
+    state = step.state_dict()
+    for name, p in models[1].named_parameters():
+        close(state[name], p, 1e-10)
+    assert sorted(built.captured.batch.types["input_ids"].shape for built in step.programs.cache) == [(4, 8), (4, 16)]
+    assert capsys.readouterr().err.count("padding is exact: loss and gradients of") == len(buckets)
+
+
+def test_padding_that_changes_the_numbers_is_refused_with_both() -> None:
+    """A mean over all positions, a recurrence without a mask, and batch statistics: nothing is trusted."""
+    made = deepseed.compile(fresh(), "zero0+dp2", loss_fn=mse, buckets=deepseed.Bucket(fill={"x": 0, "y": 0}, dim=0, to=8))
+    assert isinstance(made, Module)
+    with pytest.raises(CompileError, match=r"the loss is (\S+) without padding and (\S+) with it(.|\n)*x \[4, 8\](.|\n)*x \[8, 8\](.|\n)*fix:") as error:
+        made.loss_and_grads(batch())
+    found = re.search(r"loss is (\S+) without padding and (\S+) with", str(error.value))
+    assert found is not None
+    close(float(found[1]), mse(fresh(), batch()), 1e-14)
+    close(float(found[2]), mse(fresh(), {k: torch.cat([t, torch.zeros_like(t)]) for k, t in batch().items()}), 1e-14)
+    with pytest.raises(CompileError, match="padding changes"):  # and again: it was not remembered as exact
+        made.loss_and_grads(batch())
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.drop, self.lin = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(self.drop(self.norm(self.first(x))))
+
+    def masked(model: Any, b: Any) -> Tensor:
+        return ((model(b["x"]) - b["y"]).square().mean(1) * b["w"]).sum() / b["w"].sum()
+
+    model = fresh(Normed)
+    step = deepseed.compile(model, "zero0", loss_fn=masked, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), buckets=deepseed.Bucket(fill={"x": 0, "y": 0, "w": 0}, dim=0, to=8))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(CompileError, match="padding changes"):
+        step({**batch(), "w": torch.ones(4).double()})
+    for name, t in model.state_dict().items():  # neither a step nor its check has written anything
+        assert torch.equal(t, before[name])
+
+
+def test_dropout_does_not_hide_or_feign_a_difference() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.drop, self.out = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.drop(self.lin(x)))
+
+    def masked(model: Any, b: Any) -> Tensor:
+        return ((model(b["x"]) - b["y"]).square().mean(1) * b["w"]).sum() / b["w"].sum()
+
+    model = fresh(Dropping)
+    step = deepseed.compile(model, "zero0", loss_fn=masked, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), buckets=deepseed.Bucket(fill={"x": 0, "y": 0, "w": 0}, dim=0, to=8))
+    assert torch.isfinite(step({**batch(), "w": torch.ones(4).double()}))
+
+
+def test_buckets_that_do_not_fit_the_batch() -> None:
+    def refused(match: str, data: dict[str, Tensor], **options: Any) -> None:
+        made = deepseed.compile(fresh(), "zero0", loss_fn=mse, buckets=deepseed.Bucket(**options))
+        assert isinstance(made, Module)
+        with pytest.raises(CompileError, match=match):
+            made.loss_and_grads(data)
+
+    refused(r"'y' \[4, 4\] has the length 4 in dimension 0, as 'x' has, and no fill value", batch(), fill={"x": 0}, dim=0, to=8)
+    refused("none of the entries z", batch(), fill={"z": 0})
+    refused("differ in length: x 8, y 4", batch(), fill={"x": 0, "y": 0})
+    refused("a batch of length 4 in dimension 0, but the longest bucket is 3", batch(), fill={"x": 0, "y": 0}, dim=0, to=[2, 3])
+    refused("has 2 dimensions, none of number 2", batch(), fill={"x": 0, "y": 0}, dim=2)
+    for wrong in ({"fill": {}}, {"fill": {"x": 0}, "to": 0}, {"fill": {"x": 0}, "to": []}):
+        with pytest.raises(CompileError, match="name the entries"):
+            deepseed.Bucket(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(CompileError, match=r"a deepseed\.Bucket, or several"):
+        deepseed.compile(fresh(), "zero0", buckets=[64])  # type: ignore[list-item]
+    with pytest.raises(CompileError, match='buckets need batch="global"'):
+        deepseed.compile(fresh(), "zero0", buckets=TEXT, batch="local")

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deepseed.capture.attributes import Reads, Recorder, short
+from deepseed.capture.attributes import Reads, short
 from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
@@ -21,6 +21,7 @@ from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.optimizer import Updates, fixed_options, groups
+from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
 from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
