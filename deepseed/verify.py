@@ -116,7 +116,7 @@ def _blame(
     step: TrainStep, model: nn.Module, batch: Any, factory: OptimizerFactory, loss_fn: Callable[..., Tensor] | None, clip: float | None, seed: int
 ) -> Blame:
     """Which pass, or what before or after them, makes one step from the start differ."""
-    built = step._current()
+    built = step.programs.current()
     eager = copy.deepcopy(model).double()
     values = {("param", name): p.detach().clone() for name, p in eager.named_parameters()}
     values |= {("buffer", name): b.clone() for name, b in eager.named_buffers()}

@@ -82,7 +82,7 @@ def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]
     step = TrainStep(ours, plan, optimizer=adamw(list(ours.parameters())), loss_fn=loss_fn, clip_grad_norm=1.0, widen=True, grads=True, quiet=True)
     wide = rebuild(batch, {k: t.double() for k, t in tensors(batch).items() if t.is_floating_point()})
     step.compile(wide)
-    done = step._current()
+    done = step.programs.current()
     values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): t for k, t in module.named_buffers()}
     inputs = inputs_of(done, values | {("batch", k): t for k, t in done.captured.batch.flatten(wide).items()}, torch.tensor([0, 0]))
     found = [Stage("capture", done.captured.program, (), execute(done.captured.program, inputs))]

@@ -288,7 +288,8 @@ class Updates:
         key = f"{number}/{index}"
         if key not in self._hyper:
             self._hyper[key] = self.emit.input(Type("f64", ()), "hyper", key)
-            self.hyper[key] = lambda: number.read(self.optimizer.param_groups[index])
+            optimizer = self.optimizer  # and no more of this: the traced graphs must not outlive the capture
+            self.hyper[key] = lambda: number.read(optimizer.param_groups[index])
         return self._hyper[key]
 
     def update(self, name: str, parameter: nn.Parameter, group: int, param: Ref, grad: Ref) -> tuple[Ref, dict[str, Ref]]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
+from deepseed.capture.attributes import Reads, short
 from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
@@ -20,7 +21,9 @@ from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.optimizer import Updates, fixed_options, groups
+from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
+from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
@@ -39,6 +42,8 @@ class Captured:
     program: Program
     constants: dict[str, Tensor]
     guards: tuple[Guard, ...]
+    reads: Reads  # the Python values that the model read, and those that it writes
+    structure: Structure
     batch: BatchSpec
     parameters: dict[str, nn.Parameter]
     aliases: dict[str, str]  # further name of a tied parameter -> its first name
@@ -89,11 +94,13 @@ def capture(
         raise CaptureError('want="step" needs an optimizer', fix='pass optimizer=, or want="loss_and_grads"')
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
-    spec = BatchSpec.of(batch)
+    spec, structure = BatchSpec.of(batch), Structure(model)
     parameters, aliases = dict(model.named_parameters()), _aliases(model)
     buffers = dict(model.named_buffers())
     group_of = groups(optimizer, parameters) if optimizer is not None and want == "step" else {}
     traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
+    if traced.python.writes:
+        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute).python)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -135,7 +142,7 @@ def capture(
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
     program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
     return Captured(
-        verify(program), {key: t for key, t in constants.items() if key in needed}, guards,
+        verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases, buffers, state, hyper, options, moved,
         tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
     )  # fmt: skip
@@ -194,9 +201,11 @@ class _Traced:
 
         tracker = Tracker(model)
         reader = Reader(tracker, keys, tensors(batch))
-        with switched(model), torch.enable_grad():
+        recorder = Recorder(model, loss_fn)
+        with switched(model), recorder.on(), torch.enable_grad():
             module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader)
         _check_leaks(model, real)
+        self.python = recorder.reads()
         self.reads: list[Read] = reader.reads
         self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
 
@@ -287,6 +296,26 @@ def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec, constants: dict[st
     assert isinstance(out, Ref)
     program = Program("guard", Mesh(()), tuple(e.inputs), live(e.ops, [out]), (Output(out, "output", "value"),), frozenset({"captured"}))
     return Guard(verify(program), read.value, read.where.path, read.where.line)
+
+
+def _check_settles(once: Reads, trace_again: Callable[[], Reads]) -> None:
+    """A value that is made once (a cache) is the same from the second step on; refuse one that each step changes and reads."""
+    for write in once.writes:
+        write.apply()
+    try:
+        twice = trace_again()
+    finally:
+        for write in once.writes:
+            write.undo()
+    for write in once.writes:
+        more = next((w for w in twice.writes if w.holder is write.holder and w.name == write.name), None)
+        if more is not None:
+            path, _, name = write.path.rpartition(".")
+            raise CaptureError(
+                f"the forward reads {name!r} of {type(write.holder).__name__} and changes it each time: {short(write.before)}, {short(write.after)}, "
+                f"{short(more.after)}; each step would be another program",
+                path=path, line=write.line, fix=f"keep it in a buffer: self.register_buffer({name!r}, torch.tensor(...)); or count outside of the forward",
+            )  # fmt: skip
 
 
 def _check_leaks(model: nn.Module, real: Mapping[int, Tensor]) -> None:

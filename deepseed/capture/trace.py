@@ -7,6 +7,7 @@ intercepted below autograd. Each node has ``meta["where"]`` (module path, source
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -112,4 +113,16 @@ def record(
                 error.add_note(f"while DeepSeed traced the model with fake tensors on the CPU; last op at {place or 'the start'}")
                 raise
 
-    return make_fx(run, tracing_mode="fake")(*fakes)
+    with _silent("torch._subclasses.fake_tensor"):
+        return make_fx(run, tracing_mode="fake")(*fakes)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Torch logs a stack of its own before an op of the user's raises; the error says it all."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
