@@ -145,6 +145,8 @@ def _close(out: Source, update: Update, n: int, made: Sequence[str]) -> None:
 def _expression(out: Source, op: Op) -> str:
     if op.target in OWN:
         return OWN[op.target](out, op)
+    if op.target.startswith("sized."):
+        return f"ops.sized({op.target.partition('.')[2]!r}, [{_x(out, op)}], {out.arg(op.kw('args'))}, {out.shape(op.type)})"
     if op.target.endswith(".start") or op.target in ("shard", "summand"):
         return _communication(out, op)
     namespace, _, rest = op.target.partition(".")
