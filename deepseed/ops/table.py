@@ -70,7 +70,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "uniform": lambda xs, kw, out, dtype: rng.uniform(xs[0], out[0], kw["low"], kw["high"], kw["site"], dtype, kw.get("index")),
     "normal": lambda xs, kw, out, dtype: rng.normal(xs[0], out[0], kw["mean"], kw["std"], kw["site"], dtype, kw.get("index")),
     **{
-        f"sized.{name}": lambda xs, kw, out, dtype, name=name: own.sized(name, xs, kw["args"], out[0])  # type: ignore[misc]
+        f"sized.{name}": lambda xs, kw, out, dtype, name=name: own.sized(name, xs, kw["given"], out[0])  # type: ignore[misc]
         for name in own.SIZED
     },
     **{
