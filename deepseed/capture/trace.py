@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseed.capture.assign import MaskedAssignment
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Reader, read_value
 from deepseed.capture.metadata import Tracker, Where
@@ -117,7 +118,7 @@ def record(
     """Stage one: ``step(*fakes)`` as it is written. ``rng``: the position of the generator's seed and step among ``fakes``."""
 
     def run(*flat: Tensor) -> Sequence[Any]:
-        with tagged(tracker.here), tracker.on(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
+        with tagged(tracker.here), tracker.on(), MaskedAssignment(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
             try:
                 return step(*flat)
             except CaptureError:
