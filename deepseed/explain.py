@@ -20,6 +20,7 @@ from deepseed.ir.mesh import whole_axis
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
+from deepseed.passes.canonicalize import DECOMPOSITIONS
 from deepseed.rules import rule_of
 
 DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
@@ -210,8 +211,8 @@ def _stage(p: Program) -> int:
 
 def _unruled(p: Program) -> Iterable[UnruledOp]:
     for op in p.ops:
-        if _moves(op) or op.target == "fused" or op.target.startswith("optim."):
-            continue
+        if _moves(op) or op.target == "fused" or op.target.startswith("optim.") or op.target in DECOMPOSITIONS:
+            continue  # what stands whole again was placed by its parts
         if rule_of(op.target) is None:
             starts = [s for r in op.refs for s in _arrived_by(p, r.name)]
             yield UnruledOp(op.name, op.target, op.path, sum(sent_bytes(p, s) for s in starts))
