@@ -25,7 +25,7 @@ from deepseed.build import Built, CompileError, build
 from deepseed.capture import BatchSpec, CaptureError, capture
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
-from deepseed.capture.optimizer import changed_options, fixed_options
+from deepseed.capture.options import Optimizers, changed_options, fixed_options, listed, ownerless, stated_options
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
@@ -46,7 +46,7 @@ def compile(
     model: Any,
     plan: str = "zero0",
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     loss_fn: LossFn | None = None,
     clip_grad_norm: float | None = None,
     example_batch: Any = None,
@@ -61,8 +61,8 @@ def compile(
     With ``optimizer``: a ``TrainStep``; ``step(batch)`` does forward, backward, clipping and update, and returns the global
     mean loss. Without: a ``Module``; ``compiled(batch)`` runs the forward, ``compiled.loss_and_grads(batch)`` both.
 
-    model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters; its ``lr`` is read at
-    every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
+    model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
+    several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
     clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
@@ -103,7 +103,7 @@ class _Compiled:
         model: Any,
         plan: str,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         loss_fn: LossFn | None = None,
         clip_grad_norm: float | None = None,
         world_size: int | None = None,
@@ -119,8 +119,11 @@ class _Compiled:
             raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
         if not isinstance(model, nn.Module | torch.export.ExportedProgram):
             raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise CompileError(f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters())")
+        if optimizer is not None and not (isinstance(optimizer, torch.optim.Optimizer) or _optimizers(optimizer)):
+            raise CompileError(
+                f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters()); "
+                "or a list of several, each over its own"
+            )
         if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
             raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
         if batch not in ("global", "local"):
@@ -128,7 +131,7 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.loss_fn, self.clip_grad_norm, self.seed = optimizer, loss_fn, clip_grad_norm, seed
         self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", type(optimizer).__name__)]
+        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet, said)
         self.mesh, self.backend = self.host.mesh, self.host.backend
         self.steps = 0
@@ -139,6 +142,7 @@ class _Compiled:
         self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
         self._stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
         self._shown: Mapping[tuple[str, str], Tensor] = {}
+        self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
 
     # what it did ----------------------------------------------------------------------------------------------------
 
@@ -227,10 +231,11 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
-        if self.optimizer is not None:
-            take_over(self.optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
+        self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
+        for optimizer in listed(self.optimizer):
+            take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
             if first:
-                follow(self.optimizer, self.model, self.host, self.states)
+                follow(optimizer, self.model, self.host, self.states, self._python)
 
     # programs -------------------------------------------------------------------------------------------------------
 
@@ -240,9 +245,10 @@ class _Compiled:
             check_mix_up(self.host, batch, self.local)
         self._seen += 1
         spec, settings = BatchSpec.of(batch), self._settings(want)
+        stated = stated_options(self.optimizer) if want == "step" else []  # lr too: agreed by the collective that agrees the batch
         if self.local and self._parts > 1:
             known = self._known(times(spec, self._parts), settings)
-            if self.host.same(f"{spec} {settings}") and known and not known[0].captured.guards and self._fits(known[0]):
+            if self.host.same(f"{spec} {settings} {stated}") and known and not known[0].captured.guards and self._fits(known[0]):
                 self._latest = known[0]
                 return known[0], spec.flatten(batch), True
             batch = joined(self.host, batch)
@@ -257,8 +263,8 @@ class _Compiled:
                 if all(v == g.value for g, v in values):
                     built = each
                     break
-        modes, _, options = settings.partition(" optimizer=")
-        self.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), ("the optimizer's options", options), *read])
+        modes = settings.partition(" optimizer=")[0]
+        self.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), *stated, *read])
         if built is None:
             built = self._compile(batch, want)
             known.append(built)
@@ -305,13 +311,16 @@ class _Compiled:
             )
         if want == "step" and self.optimizer is not None and self._latest is not None:
             self._moving |= changed_options(self.optimizer, self._latest.captured.options)
+        left = ownerless(self.optimizer, dict(self.model.named_parameters())) if want == "step" else ""
+        if left and not count and not self._quiet and self.host.first:
+            print(f"deepseed: {left}", file=sys.stderr)
         if count and not self._quiet and self.host.first:
             print(f"deepseed: compiling program {count + 1}, for another batch shape, value, mode or optimizer option", file=sys.stderr)
         try:
             captured = capture(
                 self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
                 want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
-                moving=self._moving,
+                moving=self._moving, wide=self._widen,
             )  # fmt: skip
         except CaptureError:
             raise
@@ -360,7 +369,8 @@ class TrainStep(_Compiled):
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
         self._shown = self._run(*self._find(batch, "step"))
         self.steps += 1
-        self.optimizer._opt_called = True  # type: ignore[union-attr]  # LR schedulers look whether the optimizer stepped
+        for optimizer in listed(self.optimizer):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look whether the optimizer stepped
         return self._shown["loss", "loss"]
 
     @_together
@@ -424,6 +434,10 @@ def _place(
         raise CompileError(f"world_size={ranks}, but {started} processes were started\n  fix: leave world_size out, or start {ranks}")
     parsed = _parse(plan, dtype)
     return parsed.resolve(started), DistributedHost(parsed.mesh(started), backend)
+
+
+def _optimizers(given: object) -> bool:
+    return isinstance(given, Sequence) and bool(given) and all(isinstance(o, torch.optim.Optimizer) for o in given)
 
 
 def _parse(plan: str, dtype: str | torch.dtype | None) -> Plan:
