@@ -19,6 +19,7 @@ from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_on
 from deepseed.rules import Strategy, candidates, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Infeasible, Solution, Use, solve
 from deepseed.solver.classes import Node, by_part, colours
+from deepseed.solver.rounding import without_split_contractions
 
 DATA_AXIS = "dp"
 Item = Input | Op | Output
@@ -130,7 +131,8 @@ class Placement:
             scalar = t.numel == 1
             if isinstance(user, Output) and user.role == "grad" and self.updates:
                 return _any
-            update = (isinstance(user, Op) and user.phase == "update") or isinstance(user, Output)
+            inside = isinstance(item, Op) and item.phase == "update" and isinstance(user, Op)  # Muon's matrix may be gathered
+            update = (isinstance(user, Op) and user.phase == "update" and not inside) or isinstance(user, Output)
             weight = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "state")
             data = isinstance(item, Input) and item.role == "batch"
 
@@ -309,7 +311,7 @@ class Placement:
         sig = signature(item, operands)
         names = [*(r.name for r in self.refs[i]), *item.results]
         outers = None if sig is None else factor_outers(sig, [self.outers[name] for name in names])
-        return strategies(sig, operands, results, axis, self.p.mesh, outers)
+        return without_split_contractions(item, strategies(sig, operands, results, axis, self.p.mesh, outers))
 
     def _stored_elements(self, item: Input, axis: str) -> list[Split]:
         """Where an input's dimensions may be split: at a candidate position, or behind the axes that split it already."""
@@ -358,7 +360,8 @@ class Placement:
         divided = any(isinstance(e, Split) for e in (*s.operands, *s.results))
         if divided:
             return 0.0
-        return 1e-3 * sum(t.nbytes for t in item.types) + cost.FLOP * cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
+        flop = cost.UPDATE_FLOP if item.phase == "update" else cost.FLOP
+        return 1e-3 * sum(t.nbytes for t in item.types) + flop * cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
 
     def _upkeep(self, i: int, s: Strategy) -> float:
         """An update that every rank repeats, a little; and the copy that a shard of an inner dimension, or of blocks, takes."""
@@ -367,6 +370,7 @@ class Placement:
         price = sum(cost.LOCAL * t.nbytes * (e.dim + 0.5 * (e.outer > 1)) for e, t in zip(s.results, types, strict=False) if isinstance(e, Split))
         if isinstance(item, Op) and item.phase == "update" and not any(isinstance(e, Split) for e in s.results):
             price += 1e-3 * sum(t.nbytes for t in item.types)
+            price += cost.UPDATE_FLOP * cost.flops(item, [self.p.types[r.name] for r in self.refs[i]])
         return price
 
     def _tied(self, item: Item) -> int | None:

@@ -93,7 +93,7 @@ def has_rate(group: Mapping[str, Any]) -> bool:
 
 def with_numbers(group: Mapping[str, Any], values: Mapping[Number, Any]) -> dict[str, Any]:
     """The group's options with some numbers replaced; other numbers that are kept as tensors are Python's."""
-    out = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
+    out: dict[str, Any] = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
     for number, value in values.items():
         old = out[number.option]
         out[number.option] = value if number.at is None else tuple(value if i == number.at else o for i, o in enumerate(old))
