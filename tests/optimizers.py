@@ -160,6 +160,8 @@ def _adamw(ps: list[nn.Parameter]) -> optim.Optimizer:
     return optim.AdamW(ps, lr=1e-3)
 
 
+STEPS = {"radam": 8}  # its other formula begins at the sixth step
+
 FACTORIES: dict[str, Factory] = {
     "adamw": lambda ps: optim.AdamW(ps, lr=1e-3),
     "adamw amsgrad": lambda ps: optim.AdamW(ps, lr=1e-3, amsgrad=True),
@@ -178,7 +180,7 @@ FACTORIES: dict[str, Factory] = {
     "rmsprop centered": lambda ps: optim.RMSprop(ps, lr=1e-3, centered=True, momentum=0.9, weight_decay=0.1),
     "nadam": lambda ps: optim.NAdam(ps, lr=1e-3),
     "nadam decoupled": lambda ps: optim.NAdam(ps, lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True),
-    "radam": lambda ps: optim.RAdam(ps, lr=1e-3, betas=(0.9, 0.5)),
+    "radam": lambda ps: optim.RAdam(ps, lr=1e-3, betas=(0.9, 0.9)),
     "adadelta": lambda ps: optim.Adadelta(ps, lr=1.0, weight_decay=0.1),
     "adamax": lambda ps: optim.Adamax(ps, lr=1e-3, weight_decay=0.1),
     "asgd": lambda ps: optim.ASGD(ps, lr=1e-2, t0=1.0, weight_decay=0.1),

@@ -71,6 +71,14 @@ def uneven_local() -> None:
     made("zero1", batch="local")(batch(rank(), rows=3 + rank()))
 
 
+def other_option(option: str, values: tuple[float, float], local: bool = False) -> None:
+    """An option that goes apart after the first step."""
+    step = made("zero1", batch="local" if local else "global")
+    step(batch(rank() if local else 0))
+    step.optimizer.param_groups[0][option] = values[rank()]
+    step(batch(rank() if local else 1))
+
+
 MISTAKES: dict[str, Callable[[], Any]] = {
     "plans": lambda: made("tp2" if rank() else "zero1"),
     "a plan that one cannot read": lambda: made("zer1" if rank() else "zero1"),
@@ -88,6 +96,9 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "rows": lambda: made("zero1")(batch(rows=7)),
     "local rows": uneven_local,
     "modes": lambda: made("zero1", Mlp().train(not rank()))(batch()),
+    "lr": lambda: other_option("lr", (1e-3, 2e-3)),
+    "lr, local rows": lambda: other_option("lr", (1e-3, 2e-3), local=True),
+    "decay": lambda: other_option("weight_decay", (0.01, 0.02)),
     "nothing": lambda: float(made("zero1")(batch())),
     "one cannot capture": lambda: made("zero1", Branching() if rank() else Mlp())(batch()),
     "after that": lambda: made("zero1")(batch()),
