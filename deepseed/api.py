@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
+from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
@@ -39,7 +40,7 @@ def compile(
     model: Any,
     plan: str = "zero0",
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     loss_fn: LossFn | None = None,
     clip_grad_norm: float | None = None,
     example_batch: Any = None,
@@ -56,8 +57,8 @@ def compile(
     With ``optimizer``: a ``TrainStep``; ``step(batch)`` does forward, backward, clipping and update, and returns the global
     mean loss. Without: a ``Module``; ``compiled(batch)`` runs the forward, ``compiled.loss_and_grads(batch)`` both.
 
-    model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters; its ``lr`` is read at
-    every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
+    model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
+    several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
     clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
@@ -102,7 +103,7 @@ class _Compiled:
         model: Any,
         plan: str,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         loss_fn: LossFn | None = None,
         clip_grad_norm: float | None = None,
         world_size: int | None = None,
@@ -120,8 +121,11 @@ class _Compiled:
             raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
         if not isinstance(model, nn.Module | torch.export.ExportedProgram):
             raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise CompileError(f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters())")
+        if optimizer is not None and not all(isinstance(o, torch.optim.Optimizer) for o in listed(optimizer) or [None]):
+            raise CompileError(
+                f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters()); "
+                "or a list of several, each over its own"
+            )
         if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
             raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
         if batch not in ("global", "local"):
@@ -136,7 +140,7 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", type(optimizer).__name__)]
+        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
         self.steps = 0
@@ -144,6 +148,7 @@ class _Compiled:
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
+        self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
 
     # what it did ----------------------------------------------------------------------------------------------------
 
@@ -232,10 +237,11 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
-        if self.optimizer is not None:
-            take_over(self.optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
+        self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
+        for optimizer in listed(self.optimizer):
+            take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
             if first:
-                follow(self.optimizer, self.model, self.host, self.states)
+                follow(optimizer, self.model, self.host, self.states, self._python)
 
     # programs -------------------------------------------------------------------------------------------------------
 
@@ -295,7 +301,8 @@ class TrainStep(_Compiled):
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
         self._shown = self._run(self._find(batch, "step"))
         self.steps += 1
-        self.optimizer._opt_called = True  # type: ignore[union-attr]  # LR schedulers look whether the optimizer stepped
+        for optimizer in listed(self.optimizer):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look whether the optimizer stepped
         return self._shown["loss", "loss"]
 
     @_together

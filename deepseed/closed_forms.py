@@ -20,6 +20,7 @@ al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -40,6 +41,12 @@ def grad_bytes(stage: int) -> Expression:
 
 def optimizer_bytes(stage: int) -> Expression:
     return Omega / (t * N) if stage else Omega / t
+
+
+def state_bytes(slots: Iterable[tuple[int, int]], parts: int) -> int:
+    """Optimizer state of one rank, from the elements and bytes an element of each slot of each parameter: a slot is split over
+    ``parts`` ranks, a step count (one element) is on each. Adafactor's rows and columns are slots like any other."""
+    return sum(elements * size if elements == 1 else elements * size // parts for elements, size in slots)
 
 
 def data_volume(stage: int) -> Expression:

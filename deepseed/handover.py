@@ -6,7 +6,8 @@ step's own state. Under a process group every rank must call them, since no rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +30,37 @@ def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
         group["params"] = [bound.get(id(p), p) for p in group["params"]]
 
 
-def follow(optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State]) -> None:
-    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them."""
+def follow(
+    optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State], python: Mapping[str, Callable[[Any], int | float]]
+) -> None:  # fmt: skip
+    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them: what is of this
+    optimizer's parameters. ``python``: keys of what it keeps as Python numbers, and of which type."""
+
+    def mine() -> list[tuple[str, str, str, nn.Parameter]]:
+        """Role, key, slot and parameter of each tensor of state, without DeepSeed's bookkeeping."""
+        parameters, out = dict(model.named_parameters()), []
+        here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for role, key in states[0].tensors:
+            slot, _slash, name = key.partition("/")
+            if role == "state" and slot != STARTED and id(parameters[name]) in here:
+                out.append((role, key, slot, parameters[name]))
+        return out
 
     def show(_: torch.optim.Optimizer) -> None:
-        parameters = dict(model.named_parameters())
-        for role, key in _own(states):
-            slot, _slash, name = key.partition("/")
-            optimizer.state[parameters[name]][slot] = host.whole([s.tensors[role, key] for s in states], states[0].types[role, key]).clone()
+        for role, key, slot, parameter in mine():
+            value = host.whole([s.tensors[role, key] for s in states], states[0].types[role, key])
+            optimizer.state[parameter][slot] = python[key](value.item()) if key in python else value.clone()
 
     def hide(_: torch.optim.Optimizer, shown: object = None) -> None:
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             optimizer.state.pop(p, None)
 
     def load(_: torch.optim.Optimizer) -> None:
-        parameters = dict(model.named_parameters())
         loaded: set[str] = set()
-        for role, key in _own(states):
-            slot, _slash, name = key.partition("/")
-            value = optimizer.state.get(parameters[name], {}).get(slot)
+        for role, key, slot, parameter in mine():
+            value = optimizer.state.get(parameter, {}).get(slot)
             if value is not None:
-                loaded.add(name)
+                loaded.add(key.partition("/")[2])
                 _write(states, (role, key), torch.as_tensor(value))
         for name in loaded:
             if ("state", f"{STARTED}/{name}") in states[0].tensors:
@@ -59,11 +70,6 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, state
     optimizer.register_state_dict_pre_hook(show)
     optimizer.register_state_dict_post_hook(hide)
     optimizer.register_load_state_dict_post_hook(load)
-
-
-def _own(states: Sequence[State]) -> list[tuple[str, str]]:
-    """The keys of the optimizer's own state, without DeepSeed's bookkeeping."""
-    return [(role, key) for role, key in states[0].tensors if role == "state" and not key.startswith(f"{STARTED}/")]
 
 
 def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:

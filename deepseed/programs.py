@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deepseed import ops
@@ -24,7 +23,7 @@ from deepseed.capture import BatchSpec, Captured, CaptureError, capture
 from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
-from deepseed.capture.optimizer import changed_options, fixed_options
+from deepseed.capture.options import Optimizers, changed_options, fixed_options, ownerless, stated_options
 from deepseed.capture.step import Want
 from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
@@ -42,7 +41,7 @@ class Subject:
     """What is compiled, and for which ranks; ``grads``: training steps return their gradients too; ``wide``: all in float64."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Optimizers
     loss_fn: LossFn | None
     clip_grad_norm: float | None
     seed: int
@@ -120,11 +119,12 @@ class Programs:
         if s.buckets and want != "forward":
             batch = padded(batch, s.buckets)
         spec, settings = BatchSpec.of(batch), self._settings(want)
+        stated = stated_options(s.optimizer) if want == "step" else []  # lr too: agreed by the collective that agrees the batch
         parts = s.host.mesh.sizes.get("dp", 1)
         if s.local and parts > 1:
             known = self.cache.under(_key(times(spec, parts), settings))
             changed = _changed(known[0]) if known else []
-            if s.host.same(f"{spec} {settings} {changed}") and known and not known[0].captured.guards and not changed and self._fits(known[0]):
+            if s.host.same(f"{spec} {settings} {stated} {changed}") and known and not known[0].captured.guards and not changed and self._fits(known[0]):
                 self.latest, self._made_for = self.cache.use(known[0]), settings
                 return Found(known[0], spec.flatten(batch), True)
             batch = joined(s.host, batch)
@@ -143,8 +143,8 @@ class Programs:
                 if all(v == g.value for g, v in values):
                     built = self.cache.use(each)
                     break
-        modes, _, options = settings.partition(" optimizer=")
-        s.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), ("the optimizer's options", options), *read])
+        modes = settings.partition(" optimizer=")[0]
+        s.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), *stated, *read])
         if built is None:
             built = self._compile(batch, want, self._causes(spec, settings, batch))
             self._drop(self.cache.add(key, built))
@@ -219,6 +219,8 @@ class Programs:
         started, number = perf_counter(), self.compiled + 1
         if want == "step" and s.optimizer is not None and self.latest is not None:
             self._moving |= changed_options(s.optimizer, self.latest.captured.options)
+        if not self.compiled and want == "step" and (left := ownerless(s.optimizer, dict(s.model.named_parameters()))):
+            self._say(left)
         if self.compiled:
             self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
             for cause in self._streak.often(why):
@@ -239,7 +241,7 @@ class Programs:
             return capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
                 want=want, grads=s.grads, seed=s.seed, compute=None if s.plan.dtype is None else ops.torch_dtype(s.plan.dtype),
-                moving=self._moving,
+                moving=self._moving, wide=s.wide,
             )  # fmt: skip
         except CaptureError:
             raise

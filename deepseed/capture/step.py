@@ -20,7 +20,8 @@ from deepseed.capture.functional import Flat, functional
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
-from deepseed.capture.optimizer import Updates, fixed_options, groups
+from deepseed.capture.optimizer import Updates
+from deepseed.capture.options import Optimizers, fixed_options, owners
 from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
 from deepseed.capture.structure import Structure
@@ -73,18 +74,20 @@ def capture(
     batch: Any,
     *,
     loss_fn: LossFn | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     clip_grad_norm: float | None = None,
     want: Want | None = None,
     grads: bool = False,
     compute: torch.dtype | None = None,
     moving: Collection[str] = (),
+    wide: bool = False,
     seed: int = 0,
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
-    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``want``: ``step`` (needs ``optimizer``; the default with
+    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
+    what the optimizer creates is float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
     gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
@@ -97,7 +100,7 @@ def capture(
     spec, structure = BatchSpec.of(batch), Structure(model)
     parameters, aliases = dict(model.named_parameters()), _aliases(model)
     buffers = dict(model.named_buffers())
-    group_of = groups(optimizer, parameters) if optimizer is not None and want == "step" else {}
+    group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
     traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
     if traced.python.writes:
         _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute).python)
@@ -124,7 +127,7 @@ def capture(
         gradients, norm = _clip(e, gradients, float(clip_grad_norm))
         outputs.append(Output(norm, "norm", "grad_norm"))
     if want == "step" and optimizer is not None:
-        updates = Updates(e, optimizer, hyper, state, origins, moving)
+        updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
         for name, grad in gradients.items():
             if name in group_of:
                 new, states = updates.update(name, parameters[name], group_of[name], refs["param", name], grad)
