@@ -140,6 +140,7 @@ class _Compiled:
         self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
         self._stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
         self._shown: Mapping[tuple[str, str], Tensor] = {}
+        self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: checkpoint.Resume | None = None  # optimizer state that is read once it is known which part each rank holds
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -249,6 +250,7 @@ class _Compiled:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
         self.states, built.adopted = states, True
+        self._fills |= {key: slot.fill for key, slot in built.captured.state.items()}
         built.captured = replace(  # the values are in the states now: no second copy
             built.captured, parameters={}, buffers={}, state={k: replace(slot, existing=None) for k, slot in built.captured.state.items()}
         )

@@ -81,7 +81,7 @@ def _entries(step: _Compiled) -> dict[str, Entry]:
             return Entry.whole(t, ranks)
         return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, [s.tensors[role, key] for s in step.states])
 
-    written = {o.key for built in step._built.values() for b in built for o in b.program.outputs if o.role == "buffer"}
+    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
     out = {f"model.{name}": entry(role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
     if meta := [name for name, e in out.items() if e.parts[0].is_meta]:
         raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first")
@@ -165,6 +165,10 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
         host.settle(step.model, step.states)
     if compare:
         assert step.optimizer is not None
+        for state in step.states:
+            for role, key in state.tensors:
+                if role == "state" and key not in saved.slots:  # not trained yet when it was saved
+                    state.tensors[role, key].fill_(step._fills[key])
         restore_options(step.optimizer, saved)
         step.optimizer.state.clear()
         step.steps, step.seed = manifest["step"], manifest["seed"]

@@ -88,7 +88,8 @@ def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Map
     what = f"the state_dict does not fit {type(model).__name__}"
     if odd := [f"{name} ({type(t).__name__})" for name, t in given.items() if name not in others and (not isinstance(t, Tensor) or isinstance(t, DTensor))]:
         raise CheckpointError(f"{what}: {odd[0]} is not a whole tensor\n  fix: give whole tensors, such as those of step.state_dict()")
-    differences(what, *({n: tuple(t.shape) for n, t in each.items() if n not in others} for each in (mine, given)), "in the state_dict")
+    needed, found = ({n: tuple(t.shape) for n, t in each.items() if n not in others} for each in (mine, given))
+    differences(what, needed, found, "in the state_dict")
     tied = tied_names(model)
     for alias, name in tied.items():
         if alias in given and not torch.equal(given[alias], given[name]):
@@ -110,11 +111,10 @@ def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Map
 def accept_whole(model: nn.Module, states: Sequence[State]) -> None:
     """Have ``model.load_state_dict()`` take whole tensors where parameters are DTensors: each rank takes its part."""
 
-    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], _: bool, __: list[str], ___: list[str], errors: list[str]) -> None:
+    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise CheckpointError("load_state_dict(assign=True) would take the parameters out of the compiled step\n  fix: load_state_dict without assign")
         mine = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if isinstance(t, DTensor)}
-        if mine and metadata.get("assign_to_params_buffers"):
-            errors.append("assign=True would take the parameters out of the compiled step\n  fix: load_state_dict without assign")
-            return
         keys = {id(held(model, role, key)): (role, key) for role, key in states[0].tensors if role in ("param", "buffer")} if mine else {}
         for name, t in mine.items():
             given = state_dict.get(prefix + name)
@@ -124,4 +124,4 @@ def accept_whole(model: nn.Module, states: Sequence[State]) -> None:
                 state_dict[prefix + name] = DTensor.from_local(part.contiguous(), t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
 
     for module in model.modules():
-        module.register_load_state_dict_pre_hook(hook)
+        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

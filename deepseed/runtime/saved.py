@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -282,7 +282,7 @@ class Reader(FileSystemReader):
         where = self.storage_data[index]
         with (Path(self.path) / where.relative_path).open("rb") as file:
             file.seek(where.offset)
-            return file.read(where.length)
+            return bytes(file.read(where.length))
 
     def _place(self, index: MetadataIndex) -> tuple[str, int]:
         return self.storage_data[index].relative_path, self.storage_data[index].offset
