@@ -23,7 +23,7 @@ from torch import Tensor
 
 import deepseed
 from deepseed.fits import Saved, check_model, check_optimizer, missing_slots, options, restore_options, tensors_of, tied_names
-from deepseed.ir.layout import REPLICATED
+from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ops import torch_dtype
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, faults, find, publish
 from deepseed.runtime.host import Host
@@ -54,6 +54,8 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
     try:
 
         def mine() -> tuple[list[Any], dict[str, Any]]:
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
             results = write(folder, entries, texts, step.mesh, hosted)
             return results, {name: digest(folder / name) for name in sorted({r.storage_data.relative_path for r in results})}
 
@@ -88,7 +90,7 @@ def _entries(step: _Compiled) -> dict[str, Entry]:
     if step.optimizer is not None:
         names = {id(p): name for name, p in step.model.named_parameters()}
         for p, slots in step.optimizer.state.items():
-            held = {slot: torch.as_tensor(v) for slot, v in slots.items() if isinstance(v, Tensor | int | float)}
+            held = {k: v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64) for k, v in slots.items() if isinstance(v, Tensor | int | float)}
             out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, ranks) for slot, t in held.items() if id(p) in names}
     return out | {f"optimizer.{key}": entry(role, key, torch.empty(0)) for role, key in stored if role == "state"}
 
@@ -143,74 +145,111 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
     _everywhere(host, what, lambda: _verify(step, folder, manifest))
     compare = optimizer and step.optimizer is not None
 
-    def stage() -> tuple[list[tuple[Tensor, Tensor]], Any]:
-        model = check_model(step.model, saved)
-        state: list[str] = []
+    def stage() -> tuple[_Reads, Any]:
+        reads = _Reads(step, saved, cast)
+        reads.model(check_model(step.model, saved))
         if compare:
             assert step.optimizer is not None
             check_optimizer(step.optimizer, step.model, saved)
             if step.states:
-                state = _slots(step, saved)
-        pairs, wants = _wanted(step, saved, model, state, cast)
-        texts = read(folder, wants, step.mesh, manifest["texts"])
-        return pairs, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
+                reads.slots()
+        texts = read(folder, reads.wants, step.mesh, manifest["texts"])
+        return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
 
-    staged: list[Any] = []
+    staged: list[tuple[_Reads, Any]] = []
     _everywhere(host, what, lambda: staged.append(stage()))
-    pairs, extra = staged[0]
-    with torch.no_grad():  # every rank has all that it needs: from here on nothing can fail
-        for target_tensor, value in pairs:
-            target_tensor.copy_(value)
-    if step.states:
-        host.settle(step.model, step.states)
+    reads, extra = staged[0]  # every rank has all that it needs: from here on nothing is read
     if compare:
         assert step.optimizer is not None
+        step.optimizer.state.clear()
+        restore_options(step.optimizer, saved)
+        step.steps, step.seed = manifest["step"], manifest["seed"]
+        step._moving |= set(manifest["moving"])
         for state in step.states:
             for role, key in state.tensors:
                 if role == "state" and key not in saved.slots:  # not trained yet when it was saved
                     state.tensors[role, key].fill_(step._fills[key])
-        restore_options(step.optimizer, saved)
-        step.optimizer.state.clear()
-        step.steps, step.seed = manifest["step"], manifest["seed"]
-        step._moving |= set(manifest["moving"])
-        step._resume = Resume(folder, checksum(manifest), saved, cast) if saved.slots else None
-        if step.states:
-            resume(step, read_slots=False)
+        step._resume = None if step.states or not saved.slots else Resume(folder, checksum(manifest), saved, cast)
+    reads.commit()
+    if step.states:
+        host.settle(step.model, step.states)
     return extra
 
 
-def resume(step: _Compiled, read_slots: bool = True) -> None:
-    """Read the waiting optimizer state, now that its layouts are known; what no rank stores yet goes to ``optimizer.state``."""
+def resume(step: _Compiled) -> None:
+    """Read the waiting optimizer state, now that a program says which part of it each rank holds."""
     waiting = step._resume
-    if waiting is None or step.optimizer is None:
+    if waiting is None:
         return
-    what, host = f"resuming from {waiting.folder}", step.host
 
-    def stage() -> list[tuple[Tensor, Tensor]]:
+    def stage() -> _Reads:
         if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
             raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
-        keys = _slots(step, waiting.saved) if read_slots else []
-        rest = [key for key in waiting.saved.slots if ("state", key) not in step.states[0].tensors]
-        pairs, wants = _wanted(step, waiting.saved, {}, keys, waiting.cast)
-        for key in rest:
-            shape, dtype = waiting.saved.slots[key]
-            whole.append((key, torch.empty(shape, dtype=dtype)))
-            wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, whole[-1][1]))
-        read(waiting.folder, wants, step.mesh)
-        return pairs
+        reads = _Reads(step, waiting.saved, waiting.cast)
+        reads.slots()
+        read(waiting.folder, reads.wants, step.mesh)
+        return reads
 
-    whole: list[tuple[str, Tensor]] = []
-    staged: list[Any] = []
-    _everywhere(host, what, lambda: staged.append(stage()))
-    parameters = dict(step.model.named_parameters())
-    with torch.no_grad():
-        for target, value in staged[0]:
-            target.copy_(value)
-    for key, value in whole:
-        slot, _, name = key.partition("/")
-        if name in parameters:
-            step.optimizer.state[parameters[name]][slot] = value
+    staged: list[_Reads] = []
+    _everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
+    staged[0].commit()
     step._resume = None
+
+
+class _Reads:
+    """What this process reads of a checkpoint into memory of its own, and where it goes in the end. Raises CheckpointError where a
+    shape or dtype differs."""
+
+    def __init__(self, step: _Compiled, saved: Saved, cast: bool) -> None:
+        self.step, self.saved, self.cast = step, saved, cast
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
+        self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
+        self.wants: list[Want] = []
+
+    def model(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+        """Parameters and buffers: the ranks' parts, or the module's own where no program has them yet."""
+        for role, key in tensors:
+            if not self._parts((role, key), f"model.{key}"):
+                t = tensors[role, key].detach()
+                self._want(f"model.{key}", tuple(t.shape), REPLICATED, {}, t)
+
+    def slots(self) -> None:
+        """Optimizer state: the ranks' parts; the rest (of parameters that are frozen now) goes to ``optimizer.state``."""
+        stored = [key for role, key in self.step.states[0].tensors if role == "state"]
+        if lacking := missing_slots(stored, self.saved):
+            raise CheckpointError(
+                f"{self.saved.folder} lacks {len(lacking)} of the {len(stored)} tensors of optimizer state that this step has, such as {lacking[0]}\n"
+                "  fix: load(dir, optimizer=False) takes parameters and buffers only"
+            )
+        for key, (shape, dtype) in self.saved.slots.items():
+            if not self._parts(("state", key), f"optimizer.{key}"):
+                self.rest[key] = torch.empty(shape, dtype=dtype)
+                self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.rest[key]))
+
+    def commit(self) -> None:
+        with torch.no_grad():
+            for target, value in self.pairs:
+                target.copy_(value)
+        parameters = dict(self.step.model.named_parameters())
+        for key, value in self.rest.items():
+            slot, _, name = key.partition("/")
+            if name in parameters and self.step.optimizer is not None:
+                self.step.optimizer.state[parameters[name]][slot] = value
+
+    def _parts(self, key: tuple[str, str], name: str) -> bool:
+        states = self.step.states
+        if not states or key not in states[0].tensors:
+            return False
+        type_ = states[0].types[key]
+        for state in states:
+            self._want(name, type_.shape, type_.layout, state.coordinate, state.tensors[key])
+        return True
+
+    def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
+        self.saved.check(name, shape, into.dtype, self.cast)
+        memory = torch.empty(into.shape, dtype=into.dtype)
+        self.pairs.append((into, memory))
+        self.wants.append(Want(name, shape, layout, coordinate, memory))
 
 
 def _opened(target: Path) -> tuple[Path, dict[str, Any]]:
@@ -226,39 +265,6 @@ def _verify(step: _Compiled, folder: Path, manifest: Mapping[str, Any]) -> None:
     wrong = faults(folder, manifest["files"], [name for n, name in enumerate(names) if n % step.mesh.ranks in hosted])
     if wrong:
         raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
-
-
-def _slots(step: _Compiled, saved: Saved) -> list[str]:
-    """Keys of the optimizer state that the ranks store and the checkpoint has."""
-    stored = [key for role, key in step.states[0].tensors if role == "state"]
-    if lacking := missing_slots(stored, saved):
-        raise CheckpointError(
-            f"{saved.folder} lacks {len(lacking)} of the {len(stored)} tensors of optimizer state that this step has, such as {lacking[0]}\n"
-            "  fix: load(dir, optimizer=False) takes parameters and buffers only"
-        )
-    return [key for key in stored if key in saved.slots]
-
-
-def _wanted(step: _Compiled, saved: Saved, model: Mapping[tuple[str, str], Tensor], state: list[str], cast: bool) -> tuple[list[tuple[Tensor, Tensor]], list[Want]]:
-    """Pairs of what will be overwritten and the memory that is read into, and the reads. Raises CheckpointError where shapes or
-    dtypes differ."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    wants: list[Want] = []
-
-    def want(name: str, shape: tuple[int, ...], layout: Any, coordinate: Mapping[str, int], into: Tensor) -> None:
-        saved.check(name, shape, into.dtype, cast)
-        memory = torch.empty(into.shape, dtype=into.dtype)
-        pairs.append((into, memory))
-        wants.append(Want(name, shape, layout, coordinate, memory))
-
-    stored = step.states[0].types if step.states else {}
-    for (role, key), name, t in [(k, f"model.{k[1]}", t) for k, t in model.items()] + [(("state", k), f"optimizer.{k}", torch.empty(0)) for k in state]:
-        if (type_ := stored.get((role, key))) is None:
-            want(name, tuple(t.shape), REPLICATED, {}, t.detach())
-        else:
-            for each in step.states:
-                want(name, type_.shape, type_.layout, each.coordinate, each.tensors[role, key])
-    return pairs, wants
 
 
 def _everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -316,6 +317,21 @@ def test_what_is_no_checkpoint(change: Any, says: str, tmp_path: Path) -> None:
         used().load(tmp_path / "c")
 
 
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x94\x8c\x09os.system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."])
+def test_an_index_that_would_run_code_is_refused(content: bytes, tmp_path: Path) -> None:
+    """With a manifest that vouches for it."""
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "c")
+    (tmp_path / "c" / ".metadata").write_bytes(content)
+    files = folders.manifest_of(tmp_path / "c")["files"]
+    _rewrite(tmp_path / "c", files={**files, ".metadata": folders.digest(tmp_path / "c" / ".metadata")})
+    refused(used(), tmp_path / "c", r"/c/.metadata names \S+system, which is no record of torch.distributed.checkpoint")
+
+
 def _rewrite(path: Path, **changes: Any) -> None:
     manifest = {**folders.manifest_of(path), **changes}
     (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": folders.checksum(manifest)}))
@@ -403,9 +419,13 @@ def test_a_writer_killed_at_any_moment_leaves_one_that_loads(former: bool, tmp_p
 
 def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path) -> None:
     step = used()
+    dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "plain", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"holds 2 files that step.save has not written, such as .metadata"):
+        step.save(tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds 1 files that are not a checkpoint's, such as notes.txt(.|\n)*fix: save to a folder of its own"):
+    with pytest.raises(CheckpointError, match=r"holds 1 files that step.save has not written, such as notes.txt(.|\n)*fix: save to a folder of its own"):
         step.save(tmp_path / "mine")
     with pytest.raises(CheckpointError, match="is a file"):
         step.save(tmp_path / "mine" / "notes.txt")
@@ -658,7 +678,7 @@ def test_a_rank_in_trouble_does_not_leave_the_others_waiting(tmp_path: Path) -> 
         "one has nothing": "AgreementError: ranks disagree: the folder to load",
         "other model": "CheckpointError: the state_dict does not fit Tagger: 9 tensors",
         "other values": "AgreementError: ranks disagree: the values of",
-        "assign": "assign=True would take the parameters out of the compiled step",
+        "assign": r"assign=True\) would take the parameters out of the compiled step",
         "shape": "size mismatch for up.weight",
     }  # fmt: skip
     for rank, each in enumerate(got):

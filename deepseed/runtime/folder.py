@@ -32,10 +32,11 @@ def aside(target: Path) -> Path:
     for something else: what lies there is replaced in the end."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file\n  fix: give a folder of its own to each checkpoint")
-    strange = sorted(p.name for p in target.iterdir() if not _OURS.fullmatch(p.name)) if target.is_dir() else []
+    names = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    strange = [name for name in names if MANIFEST not in names or not _OURS.fullmatch(name)]
     if strange:
         raise CheckpointError(
-            f"{target} holds {len(strange)} files that are not a checkpoint's, such as {strange[0]}: saving would delete them\n"
+            f"{target} holds {len(strange)} files that step.save has not written, such as {strange[0]}: saving would delete them\n"
             f"  fix: save to a folder of its own, such as {target / 'checkpoint'}"
         )
     folder = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -60,9 +61,15 @@ def publish(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync(folder)
+    former = target.with_name(folder.name.replace(".tmp-", ".old-"))
     if target.exists():
-        os.rename(target, target.with_name(folder.name.replace(".tmp-", ".old-")))
-    os.rename(folder, target)
+        os.rename(target, former)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if former.exists():
+            os.rename(former, target)
+        raise
     _sync(target.parent)
     for leftover in _beside(target, "old") + _beside(target, "tmp"):
         discard(leftover)
@@ -76,7 +83,7 @@ def discard(folder: Path) -> None:
 
 def find(target: Path) -> tuple[Path, dict[str, Any]]:
     """Where the checkpoint ``target`` lies, and its manifest. Raises CheckpointError."""
-    if (target / MANIFEST).exists() or target.is_dir():
+    if target.is_dir():
         return target, manifest_of(target)
     for candidate in _beside(target, "tmp") + _beside(target, "old"):  # a save ended between its two renames
         if (candidate / MANIFEST).exists():
