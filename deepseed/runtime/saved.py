@@ -169,9 +169,11 @@ class Saver(SavePlanner):
         return self.boxes[write_item.index].of(self.entries[write_item.index.fqn].parts[self.position]).detach().contiguous()
 
 
-def write(folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], mesh: Mesh, hosted: Sequence[int]) -> list[WriteResult]:
+def write(
+    folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], mesh: Mesh, hosted: Sequence[int], largest: int = LARGEST
+) -> list[WriteResult]:
     """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3."""
-    shares = share_out(entries, mesh)
+    shares = share_out(entries, mesh, largest)
     out: list[WriteResult] = []
     for position, rank in enumerate(hosted):
         saver = Saver(entries, shares[rank], position, texts if rank == 0 else {})
@@ -184,12 +186,12 @@ def write(folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes]
 
 def write_metadata(
     folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], mesh: Mesh, results: Sequence[WriteResult], aliases: Mapping[str, str],
-    paths: Mapping[str, tuple[str, ...]],
+    paths: Mapping[str, tuple[str, ...]], largest: int = LARGEST,
 ) -> None:  # fmt: skip
     """``.metadata``: which boxes there are and where. ``aliases``: further names of a tensor, which is stored once. ``paths``: where
     each name goes in a nested dict."""
     tensors: dict[str, Any] = {n: TensorStorageMetadata(TensorProperties(dtype=e.dtype), torch.Size(e.shape), []) for n, e in entries.items()}
-    for share in share_out(entries, mesh):
+    for share in share_out(entries, mesh, largest):
         for name, box in share:
             tensors[name].chunks.append(_chunk(box))
     found = list(results)
