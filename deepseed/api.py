@@ -9,6 +9,7 @@ give it from then on, ``optimizer.state`` is empty. There is no global state: tw
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +19,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deepseed import checkpoint
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
-from deepseed.handover import follow, take_over
+from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ownership import Places
@@ -148,6 +150,8 @@ class _Compiled:
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
+        self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
+        self._resume: checkpoint.Resume | None = None  # optimizer state that is read once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -200,6 +204,31 @@ class _Compiled:
         compiled step has taken it over. Every rank must call it."""
         return {key: self._whole((role, key)) for role, key in self.states[0].tensors if role == "state"} if self.states else {}
 
+    @_together
+    def save(self, dir: str | os.PathLike[str], *, extra: Any = None) -> None:
+        """Write a checkpoint into the folder ``dir``, or in the place of the one that is there: that one stays until this is whole.
+
+        Parameters, buffers, optimizer state and options, step count and seed; and ``extra``, plain data of the user's own (rank 0's is
+        kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
+        CheckpointError on every rank where one fails; training can go on.
+        """
+        checkpoint.save(self, dir, extra)
+
+    @_together
+    def load(self, dir: str | os.PathLike[str], *, optimizer: bool = True, cast: bool = False) -> Any:
+        """Go on from the checkpoint in ``dir``, written under any plan, before the first batch or later; returns its ``extra``.
+
+        optimizer: False takes parameters and buffers only. cast: allow another float dtype than it was saved in. Every file is checked
+        first: raises CheckpointError where one is damaged or does not fit, and nothing is changed then. Every rank must call it.
+        """
+        return checkpoint.load(self, dir, optimizer, cast)
+
+    @_together
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
+        dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
+        load_whole(self.model, self.host, self.states, state_dict)
+
     def _whole(self, key: tuple[str, str]) -> Tensor:
         return self.host.whole([s.tensors[key] for s in self.states], self.states[0].types[key])
 
@@ -232,6 +261,7 @@ class _Compiled:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
         self.states, built.adopted = states, True
+        self._fills |= {key: slot.fill for key, slot in built.captured.state.items()}
         built.captured = replace(  # the values are in the states now: no second copy
             built.captured, parameters={}, buffers={}, state={k: replace(slot, existing=None) for k, slot in built.captured.state.items()}
         )
@@ -242,6 +272,9 @@ class _Compiled:
             take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
             if first:
                 follow(optimizer, self.model, self.host, self.states, self._python)
+        if first and self.backend != "simulate":
+            accept_whole(self.model, self.states)
+        checkpoint.resume(self)
 
     # programs -------------------------------------------------------------------------------------------------------
 
@@ -267,6 +300,7 @@ class _Compiled:
         built = found.built
         if not built.adopted:
             self._adopt(built)
+        checkpoint.resume(self)  # where it failed before
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}

@@ -1,7 +1,8 @@
 """Optimizer state belongs to the compiled step: what the user's optimizer held moves there, one copy.
 
 ``optimizer.state`` is empty from then on; ``optimizer.state_dict()`` and ``load_state_dict()`` work as ever, reading and writing the
-step's own state. Under a process group every rank must call them, since no rank has all of it.
+step's own state. Under a process group every rank must call them, since no rank has all of it. ``model.load_state_dict()`` takes whole
+tensors as ever, though the parameters are DTensors.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deepseed.capture.state import STARTED
+from deepseed.fits import differences, tied_names
+from deepseed.runtime import agree
+from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import Host
-from deepseed.runtime.state import State, shard
+from deepseed.runtime.state import State, held, shard
 
 
 def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter], taken: Sequence[str]) -> None:
@@ -75,3 +80,53 @@ def follow(
 def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
     for state in states:
         state.tensors[key].copy_(shard(full.to(state.device), state.types[key], state.mesh, state.coordinate))
+
+
+# the model's own tensors ------------------------------------------------------------------------------------------------
+
+
+def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Mapping[str, Any]) -> None:
+    """Write whole tensors by the model's names into the ranks' parts and the module. Raises CheckpointError naming the first keys that
+    are missing or unexpected, and shapes that differ; nothing is written then."""
+    mine = model.state_dict(keep_vars=True)
+    others = [name for name, t in mine.items() if not isinstance(t, Tensor)]  # a module's extra state
+    what = f"the state_dict does not fit {type(model).__name__}"
+    if odd := [f"{name} ({type(t).__name__})" for name, t in given.items() if name not in others and (not isinstance(t, Tensor) or isinstance(t, DTensor))]:
+        raise CheckpointError(f"{what}: {odd[0]} is not a whole tensor\n  fix: give whole tensors, such as those of step.state_dict()")
+    needed, found = ({n: tuple(t.shape) for n, t in each.items() if n not in others} for each in (mine, given))
+    differences(what, needed, found, "in the state_dict")
+    tied = tied_names(model)
+    for alias, name in tied.items():
+        if alias in given and not torch.equal(given[alias], given[name]):
+            raise CheckpointError(f"{what}: {alias} and {name} are one tensor in the model, and differ in the state_dict")
+    host.agree([(f"the values of {n}", agree.fingerprint(t)) for n, t in given.items() if n not in others] if host.backend != "simulate" else [])
+    with torch.no_grad():
+        for name in (n for n in mine if n not in tied and n not in others):
+            keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].tensors]
+            if keys:
+                _write(states, keys[0], given[name])
+            else:
+                mine[name].copy_(given[name])
+    for name in (n for n in others if n in given):
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(given[name])
+    if states:
+        host.settle(model, states)
+
+
+def accept_whole(model: nn.Module, states: Sequence[State]) -> None:
+    """Have ``model.load_state_dict()`` take whole tensors where parameters are DTensors: each rank takes its part."""
+
+    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise CheckpointError("load_state_dict(assign=True) would take the parameters out of the compiled step\n  fix: load_state_dict without assign")
+        mine = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if isinstance(t, DTensor)}
+        keys = {id(held(model, role, key)): (role, key) for role, key in states[0].tensors if role in ("param", "buffer")} if mine else {}
+        for name, t in mine.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and not isinstance(given, DTensor) and given.shape == t.shape:
+                state = states[0]
+                part = shard(given.to(state.device, t.dtype), state.types[keys[id(t)]], state.mesh, state.coordinate)
+                state_dict[prefix + name] = DTensor.from_local(part.contiguous(), t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+    for module in model.modules():
+        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

@@ -108,7 +108,7 @@ class Programs:
         self._made_for = ""  # the settings of the latest program
         self._streak = Streak()
         self._checked: set[str] = set()  # kinds of batches whose padding was compared
-        self._moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
+        self.moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
 
     def find(self, batch: Any, want: Want) -> Found:
         s = self.subject
@@ -218,7 +218,7 @@ class Programs:
         s = self.subject
         started, number = perf_counter(), self.compiled + 1
         if want == "step" and s.optimizer is not None and self.latest is not None:
-            self._moving |= changed_options(s.optimizer, self.latest.captured.options)
+            self.moving |= changed_options(s.optimizer, self.latest.captured.options)
         if not self.compiled and want == "step" and (left := ownerless(s.optimizer, dict(s.model.named_parameters()))):
             self._say(left)
         if self.compiled:
@@ -241,7 +241,7 @@ class Programs:
             return capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
                 want=want, grads=s.grads, seed=s.seed, compute=None if s.plan.dtype is None else ops.torch_dtype(s.plan.dtype),
-                moving=self._moving, wide=s.wide,
+                moving=self.moving, wide=s.wide,
             )  # fmt: skip
         except CaptureError:
             raise

@@ -91,7 +91,7 @@ def as_on_rank_0(named: Mapping[str, Tensor], device: torch.device | str = "cpu"
     """Overwrite what differs between ranks by rank 0's, as DDP does with a model that each rank initialised for itself; the names."""
     if not named:
         return []
-    mine = torch.tensor([_fingerprint(t) for t in named.values()], dtype=torch.int64)
+    mine = torch.tensor([fingerprint(t) for t in named.values()], dtype=torch.int64)
     extremes = torch.stack([mine, -mine]).to(device)
     run(lambda: dist.all_reduce(extremes, dist.ReduceOp.MAX, async_op=True), "values of parameters over all ranks")
     high, low = extremes.cpu()
@@ -105,7 +105,7 @@ def as_on_rank_0(named: Mapping[str, Tensor], device: torch.device | str = "cpu"
     return different
 
 
-def _fingerprint(t: Tensor) -> int:
+def fingerprint(t: Tensor) -> int:
     """62 bits of the values and their places."""
     raw = t.detach().contiguous().view(-1).view(torch.uint8)
     whole = raw[: raw.numel() // 2048 * 2048].view(torch.int64).view(-1, 256).sum(1)
