@@ -1,0 +1,255 @@
+"""Two expressions of one value, before and after a pass, run on small random tensors: do they agree?
+
+An expression is followed down to values that both programs have (leaves); constants are always part of it. Where the leaves
+are not the same, the latest of those that only one side reads is opened, until they are. Everything runs in float64, but for what is made
+of constants alone: that is rounded as the program rounds it. What was proved is remembered, with the instances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from deepseed.check import instances
+from deepseed.check.shrink import Instance
+from deepseed.check.translation import Made, Numbering
+from deepseed.check.typing import nameless
+from deepseed.ir.layout import REPLICATED
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import FLOATS, Arg, Op, Type
+from deepseed.ops import OpError, run, torch_dtype
+
+MOST_OPS = 400  # of an expression
+TOLERANCE = 1e-10  # relative to the largest element
+
+_proved: set[str] = set()
+
+
+@dataclass
+class Fragment:
+    """The expression of ``root``: opened values, and the leaves that it is made of."""
+
+    side: Numbering
+    root: int
+    opened: dict[int, Made] = field(default_factory=dict)
+    leaves: set[int] = field(default_factory=set)
+
+    def open(self, n: int) -> bool:
+        """Replace a leaf by what makes it; False where it is an input."""
+        made = self.side.made.get(n)
+        if made is None:
+            return False
+        self.leaves.discard(n)
+        self.opened[n] = made
+        self.leaves.update(m for m in made.operands if m not in self.opened)
+        return True
+
+    def close_over(self, shared: set[int]) -> None:
+        """Open what the other program does not have, and constants."""
+        constant = self.side.table.constant
+        pending = [n for n in self.leaves if n not in shared or n in constant]
+        while pending and len(self.opened) <= MOST_OPS:
+            n = pending.pop()
+            if n in self.leaves and self.open(n):
+                pending += [m for m in self.opened[n].operands if m in self.leaves and (m not in shared or m in constant)]
+
+    def order(self) -> list[int]:
+        """Opened values, operands first."""
+        out: dict[int, None] = {}
+        stack = [self.root]
+        while stack:
+            n = stack[-1]
+            missing = [m for m in self.opened[n].operands if m in self.opened and m not in out] if n not in out else []
+            if missing:
+                stack += missing
+            else:
+                stack.pop()
+                out[n] = None
+        return list(out)
+
+    def ops(self) -> list[Op]:
+        return list(dict.fromkeys(self.opened[n].op for n in self.order()))
+
+
+def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tuple[str, list[Op], list[Op]] | None:
+    """None where value ``was`` before is value ``now`` after; else why not, and the ops of both expressions."""
+    old, new = Fragment(before, was, leaves={was}), Fragment(after, now, leaves={now})
+    known_before, known_after = set(before.numbers.values()), set(after.numbers.values()) - {now}
+    for each, root in ((old, was), (new, now)):
+        if not each.open(root):
+            return ("one is an input", _ops(old), _ops(new)) if was != now else None
+    place = {n: k for k, n in enumerate(before.made)}
+    why = "the expressions have no operands in common"
+    first: tuple[str, list[Op], list[Op]] | None = None
+    while len(old.opened) + len(new.opened) <= MOST_OPS:
+        old.close_over(known_after)
+        new.close_over(known_before)
+        if old.leaves <= new.leaves or new.leaves <= old.leaves:
+            found = _compared(old, new)
+            if found is None:
+                return None
+            if first is None:
+                first = found, old.ops(), new.ops()
+        only = (old.leaves ^ new.leaves) & place.keys()
+        if not only:
+            break
+        latest = max(only, key=place.__getitem__)
+        if not (old if latest in old.leaves else new).open(latest):
+            break
+    return first or (why, _ops(old), _ops(new))
+
+
+def _ops(f: Fragment) -> list[Op]:
+    return f.ops() if f.root in f.opened else []
+
+
+def _compared(old: Fragment, new: Fragment) -> str | None:
+    digest = hashlib.sha256(_text(old, new).encode()).hexdigest()[:24]
+    if digest in _proved:
+        return None
+    file = instances._file(None)
+    known = instances._known(file)
+    if digest not in known:
+        why = _run(old, new)
+        if why is not None:
+            return why
+        known.add(digest)
+        instances._remember(file, [digest])
+    _proved.add(digest)
+    return None
+
+
+def _text(old: Fragment, new: Fragment) -> str:
+    """Both expressions with values and sites numbered from the leaves up: equal for equal layers."""
+    names: dict[object, int] = {}
+    out: list[object] = []
+    for f in (old, new):
+        local: dict[int, int] = {}
+        for n in f.order():
+            made = f.opened[n]
+            reads = [local[m] if m in local else ("leaf", names.setdefault(m, len(names)), f.side.table.types[m]) for m in made.operands]
+            kwargs = tuple((k, names.setdefault(v, len(names)) if k == "site" else nameless(v)) for k, v in made.op.kwargs)
+            out.append((made.op.target, nameless(made.op.args), kwargs, reads, made.result, [(t.dtype, t.shape) for t in made.op.types]))
+            local[n] = len(out)
+        out.append("end")
+    return repr(out)
+
+
+# running ------------------------------------------------------------------------------------------------------------
+
+
+def _run(old: Fragment, new: Fragment) -> str | None:
+    """None where both give the same numbers, on the first range of operands on which the old one is finite."""
+    leaves = sorted(old.leaves | new.leaves)
+    best: tuple[int, dict[int, Tensor], Tensor] | None = None
+    failure = ""
+    for seed, (low, high) in enumerate(((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {n: _leaf(n, old, new, low, high, generator) for n in leaves}
+        try:
+            whole = _value(old, drawn)
+        except (OpError, LookupError) as error:
+            failure = str(error)
+            continue
+        wrong = int((~torch.isfinite(whole)).sum()) if whole.dtype.is_floating_point else 0
+        if best is None or wrong < best[0]:
+            best = (wrong, drawn, whole)
+        if not wrong:
+            break
+    if best is None:
+        return f"the expression before the pass does not run on random operands: {failure}"
+    try:
+        got = _value(new, best[1])
+    except (OpError, LookupError) as error:
+        return f"the expression after the pass does not run: {error}"
+    return _numbers(got, best[2])
+
+
+def _value(f: Fragment, drawn: dict[int, Tensor]) -> Tensor:
+    """The root, from the leaves."""
+    table = f.side.table
+    values = dict(drawn)
+    done: dict[tuple[str, tuple[int, ...]], tuple[tuple[Tensor, ...], list[Tensor]]] = {}
+    for n in f.order():
+        made = f.opened[n]
+        key = (made.op.results[0], made.operands)
+        if key not in done:
+            constant = n in table.constant
+            operands = [values[m] if constant else _double(values[m]) for m in made.operands]
+            if made.result < 0:
+                operands = [x.clone() for x in operands]
+            results = run(_whole(made.op, constant), operands, Mesh())
+            done[key] = (results, operands)
+        results, operands = done[key]
+        values[n] = results[made.result] if made.result >= 0 else operands[-1 - made.result]
+    return _double(values[f.root])
+
+
+def _whole(op: Op, native: bool) -> Op:
+    """The op on whole tensors, in float64 unless ``native``."""
+    if native:
+        return replace(op, types=tuple(t.laid(REPLICATED) for t in op.types))
+    types = tuple(Type(_wide(t.dtype), t.shape) for t in op.types)
+    return replace(op, types=types, args=_widened(op.args), kwargs=tuple((k, v if k == "site" else _widened(v)) for k, v in op.kwargs))  # type: ignore[arg-type]
+
+
+def _wide(dtype: str) -> str:
+    return "f64" if dtype in FLOATS else "c128" if dtype == "c64" else dtype
+
+
+def _widened(arg: Arg) -> Arg:
+    if isinstance(arg, tuple):
+        return tuple(_widened(a) for a in arg)
+    return _wide(arg) if isinstance(arg, str) else arg
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.dtype.is_floating_point else x.to(torch.complex128) if x.dtype.is_complex else x
+
+
+def _leaf(n: int, old: Fragment, new: Fragment, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """A random tensor; a scalar is short enough for any float dtype that a kernel counts steps in; an integer that points stays
+    inside what it points into."""
+    dtype, shape = old.side.table.types[n]
+    if dtype == "bool":
+        return torch.rand(shape, generator=generator) < 0.7
+    if torch_dtype(dtype).is_floating_point:
+        x = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return x if shape else (x * 64).ceil() / 64
+    if torch_dtype(dtype).is_complex:
+        return torch.complex(*(torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low for _ in range(2)))
+    bounds = [b for f in (old, new) for b in _bounds(f, n)]
+    return torch.randint(0, max(1, min(bounds, default=5)), shape, generator=generator).to(torch_dtype(dtype))
+
+
+def _bounds(f: Fragment, n: int) -> list[int]:
+    """The sizes of the dimensions into which leaf ``n`` points, in any view of it."""
+    views, found = {n}, []
+    for m in f.order():
+        made = f.opened[m]
+        for k, operand in enumerate(made.operands):
+            if operand in views:
+                types = tuple(Type(*f.side.table.types[o]) for o in made.operands)
+                size = instances._indexed(Instance(made.op, types, Mesh()), k)
+                if size is not None:
+                    found.append(size)
+                elif made.op.target in ("reshape", "permute", "expand", "cast", "slice"):
+                    views.add(m)
+    return found
+
+
+def _numbers(got: Tensor, whole: Tensor) -> str | None:
+    if got.shape != whole.shape or got.dtype != whole.dtype:
+        return f"{got.dtype}{list(got.shape)} after it, {whole.dtype}{list(whole.shape)} before it"
+    if got.dtype.is_floating_point or got.dtype.is_complex:
+        scale = max(float(torch.nan_to_num(whole.abs(), 0.0, 0.0, 0.0).max()), 1e-3) if whole.numel() else 1.0
+        same = torch.isclose(got, whole, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
+    else:
+        same = got == whole
+    if bool(same.all()):
+        return None
+    at = int((~same).flatten().to(torch.uint8).argmax())
+    return f"on random operands element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} after it, {whole.flatten()[at].item()!r} before it"
