@@ -88,10 +88,11 @@ def follow(before: Numbering, after: Program) -> Numbering:
     ``before`` stays as it is: a program may be followed to several others."""
     out = Numbering(after, before.table)
     _inputs(out)
-    was = {(i.role, i.key): (i.type.dtype, i.type.shape) for i in before.program.inputs}
-    now = {(i.role, i.key): (i.type.dtype, i.type.shape) for i in after.inputs}
-    for role, key in [*(k for k in was if k not in now), *(k for k in now if was.get(k) != now[k])]:
-        raise TranslationError(f"input {role} {key!r} is {now.get((role, key), 'gone')} after the pass, {was.get((role, key), 'missing')} before it")
+    old_inputs, new_inputs = ({(i.role, i.key): (i.type.dtype, i.type.shape) for i in p.inputs} for p in (before.program, after))
+    for role, key in [*(k for k in old_inputs if k not in new_inputs), *(k for k in new_inputs if old_inputs.get(k) != new_inputs[k])]:
+        raise TranslationError(
+            f"input {role} {key!r} is {new_inputs.get((role, key), 'gone')} after the pass, {old_inputs.get((role, key), 'missing')} before it"
+        )
     producers, numbers = before.program.producers, before.numbers
     for op in after.ops:
         reads = _read(out, op)
@@ -106,11 +107,11 @@ def follow(before: Numbering, after: Program) -> Numbering:
         first = _lookup(out, op)
         _define(out, op, first)
         for k, (r, t) in enumerate(zip(op.results, op.types, strict=True)):
-            n = numbers.get(r)
-            if n is not None and n != first + k and before.table.types[n] == (t.dtype, t.shape):
-                _prove(before, out, n, first + k, op)
-                out.numbers[r] = n
-                out.made.setdefault(n, out.made[first + k])
+            was = numbers.get(r)
+            if was is not None and was != first + k and before.table.types[was] == (t.dtype, t.shape):
+                _prove(before, out, was, first + k, op)
+                out.numbers[r] = was
+                out.made.setdefault(was, out.made[first + k])
     want, have = before.outputs, out.outputs
     for role, key in [*want, *(k for k in have if k not in want)]:
         a, b = want.get((role, key)), have.get((role, key))
@@ -126,19 +127,25 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
     """``mine`` is ``shared`` with each op as the rank at ``coordinate`` must call it: the same order, so that collectives meet.
 
     Raises TranslationError at the first op that is another one."""
-    if (shared.inputs, shared.outputs, shared.mesh) != (mine.inputs, mine.outputs, mine.mesh):
-        what = next(name for name in ("inputs", "outputs", "mesh") if getattr(shared, name) != getattr(mine, name))
-        raise TranslationError(f"the program of the rank at {dict(coordinate)} has other {what} than the shared one{_first_other(shared, mine, what)}")
+    where = f"the rank at {dict(coordinate)}"
+    if (shared.inputs, shared.mesh) != (mine.inputs, mine.mesh):
+        wrong = [i for i, j in zip(shared.inputs, mine.inputs, strict=False) if i != j][:1]
+        raise TranslationError("".join(f"input {i.role} {i.key!r}: " for i in wrong) + f"other inputs or another mesh on {where}, {mine.mesh} of {shared.mesh}")
+    for o, mine_o in zip(shared.outputs, mine.outputs, strict=False):
+        if o != mine_o:
+            made = shared.producers.get(o.ref.name)
+            at = f", made at {made.path or 'the top level'}" if made is not None else ""
+            raise TranslationError(f"output {mine_o.role} {mine_o.key!r} is %{mine_o.ref.name} on {where}; due is {o.role} {o.key!r}, %{o.ref.name}{at}")
     for n, (op, got) in enumerate(zip(shared.ops, mine.ops, strict=False)):
         want = localize_op(op, tuple(shared.types[r.name] for r in op.refs), shared.mesh, dict(coordinate))
         if want is not got and want != got:
             types = {**shared.types, **mine.types}
             raise TranslationError(
-                f"{describe(got, tuple(types[r.name] for r in got.refs), mine.mesh)}\n  op {n} of the rank at {dict(coordinate)}\n"
+                f"{describe(got, tuple(types[r.name] for r in got.refs), mine.mesh)}\n  op {n} of {where}\n"
                 f"  due:  {format_op(want, types, mine.mesh)}\n  runs: {format_op(got, types, mine.mesh)}"
             )
-    if len(shared.ops) != len(mine.ops):
-        raise TranslationError(f"the rank at {dict(coordinate)} runs {len(mine.ops)} ops of {len(shared.ops)}")
+    if (len(shared.ops), len(shared.outputs)) != (len(mine.ops), len(mine.outputs)):
+        raise TranslationError(f"{len(mine.ops)} ops of {len(shared.ops)} and {len(mine.outputs)} outputs of {len(shared.outputs)} on {where}")
 
 
 # numbers ------------------------------------------------------------------------------------------------------------
@@ -221,11 +228,3 @@ def _lines(side: Numbering, ops: list[Op]) -> Iterator[str]:
 
 def _input_name(side: Numbering, n: int) -> str:
     return next((f"%{i.name} {i.role} {i.key!r}" for i in side.program.inputs if side.numbers[i.name] == n), "?")
-
-
-def _first_other(a: Program, b: Program, what: str) -> str:
-    if what == "mesh":
-        return f": {b.mesh}, not {a.mesh}"
-    pairs = list(zip(getattr(a, what), getattr(b, what), strict=False))
-    other = next(((x, y) for x, y in pairs if x != y), None)
-    return f": {len(getattr(b, what))} of {len(getattr(a, what))}" if other is None else f": {other[1]}, not {other[0]}"
