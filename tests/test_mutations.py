@@ -47,13 +47,14 @@ from deepseed.verify import adamw, verify
 
 COUNTS = 1e-6
 CHECKS = {"ProgramError": "verify", "TypingError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
-FAMILIES = (
-    "LlamaForCausalLM", "GPT2LMHeadModel", "Qwen3MoeForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM",
-    "BertForMaskedLM", "ModernBertForMaskedLM", "AlbertForMaskedLM", "T5ForConditionalGeneration", "OPTForCausalLM",
-    "GPTNeoXForCausalLM", "MptForCausalLM", "BloomForCausalLM", "Phi3ForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM",
-    "Llama4ForCausalLM", "XLNetLMHeadModel", "MambaForCausalLM", "JambaForCausalLM", "ViTForImageClassification",
+ONE_LAYER = (  # every kind of attention, norm, router and scan
+    "LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "OPTForCausalLM", "ViTForImageClassification",
+    "ModernBertForMaskedLM", "AlbertForMaskedLM", "GPTNeoXForCausalLM", "MptForCausalLM", "BloomForCausalLM", "Phi3ForCausalLM",
+    "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "Llama4ForCausalLM", "XLNetLMHeadModel",
+    "MambaForCausalLM",
 )  # fmt: skip
-WIDE = [f"hf:{name}" for name in FAMILIES]  # every kind of attention, norm, router and scan
+LAYERS = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "T5ForConditionalGeneration", "JambaForCausalLM")  # whose layers differ
+WIDE = [*(f"hf:{name}(num_hidden_layers=1)" for name in ONE_LAYER), *(f"hf:{name}" for name in LAYERS)]
 TARGETS = {"llama": "hf:LlamaForCausalLM", "gpt2": "hf:GPT2LMHeadModel(n_layer=1)", "bert": "hf:BertForMaskedLM(num_hidden_layers=1)"}
 MODELS = ("mlp", "llama", "gpt2", "bert")
 PLANS = ("zero1+dp2", "zero3+dp2", "tp2", "zero3+tp2+dp2")
