@@ -25,6 +25,7 @@ from deepseed.ops import OpError, run, torch_dtype
 
 MOST_OPS = 400  # of an expression
 RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
+TOLERANCE = 1e-10  # relative to the largest element
 
 _proved: set[str] = set()
 
