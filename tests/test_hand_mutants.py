@@ -27,7 +27,7 @@ import deepseed.passes.localize
 import deepseed.runtime.simulate
 from deepseed import api, ops, pipeline
 from deepseed.api import TrainStep
-from deepseed.check import fragments, instances
+from deepseed.check import instances
 from deepseed.check.translation import follow, number
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Op, Program
@@ -52,8 +52,7 @@ def remembered_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing of what was checked with the right rules is remembered, and nothing of this test is afterwards."""
     monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path))
-    for module, name in ((instances, "_passed"), (fragments, "_proved")):
-        monkeypatch.setattr(module, name, set())
+    monkeypatch.setattr(instances, "_passed", set())
     monkeypatch.setattr(instances, "_hashes", {})
     monkeypatch.setattr(strategy, "_signatures", {})
 

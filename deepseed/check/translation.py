@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from deepseed.check.typing import MOVES, describe, nameless, operand_types
-from deepseed.ir.program import Op, Program
+from deepseed.ir.program import Arg, Op, Program, Ref
 from deepseed.ir.text import format_op
 from deepseed.rules import localize_op
 
@@ -173,9 +173,18 @@ def _same(old: Op, op: Op) -> bool:
         return True
     if old.target != op.target or old.results != op.results:
         return False
-    if (old.kwargs is not op.kwargs and nameless(old.kwargs) != nameless(op.kwargs)) or nameless(old.args) != nameless(op.args):
+    if not _alike(old.kwargs, op.kwargs) or not _alike(old.args, op.args):
         return False
     return all(a is b or (a.dtype, a.shape) == (b.dtype, b.shape) for a, b in zip(old.types, op.types, strict=True))
+
+
+def _alike(a: Arg | tuple[object, ...], b: Arg | tuple[object, ...]) -> bool:
+    """Equal arguments, whatever values they refer to."""
+    if a is b:
+        return True
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(_alike, a, b))  # type: ignore[arg-type]
+    return type(a) is type(b) and (isinstance(a, Ref) or a == b)
 
 
 def _lookup(out: Numbering, op: Op) -> int:
