@@ -116,8 +116,10 @@ def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
     if digests[0] in known:
         return None
     shapes = _shapes(old, new)
+    if not _runs(old, new, shapes):
+        shapes = {n: types[n][1] for n in shapes}
     if sum(prod(s) for s in shapes.values()) > MOST:
-        return None  # too large to run, and nothing of it can be made smaller
+        return None  # too large to run, and it cannot be made smaller
     digests.append(_digest(old, new, shapes.__getitem__, thorough))
     if digests[1] not in known:
         why = _run(old, new, shapes, thorough)
@@ -126,6 +128,17 @@ def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
     instances._remember(file, sorted({*digests} - known))
     known.update(digests)
     return None
+
+
+def _runs(old: Fragment, new: Fragment, shapes: Shapes) -> bool:
+    """Whether the old expression runs at other sizes than its own."""
+    if all(old.side.table.types[n][1] == s for n, s in shapes.items()):
+        return True
+    try:
+        _value(old, {n: _leaf(n, old, new, shapes, *RANGES[1], torch.Generator().manual_seed(0)) for n in sorted(old.leaves | new.leaves)}, shapes)
+    except (OpError, LookupError):
+        return False
+    return True
 
 
 def _digest(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]], thorough: bool) -> str:

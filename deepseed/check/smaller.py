@@ -1,8 +1,8 @@
 """Two expressions at smaller sizes: dimensions that only run along, batch and width, become 2 or 3 in both.
 
 The factors of the rules say which dimensions go together. One keeps its size where an op without a rule has it, where arguments
-determine it, where it must stay whole or stands beside another in one dimension, and where it is contracted beside a number from which its
-size could have been taken (a mean's n). What is equal for a batch of 3 is equal for a batch of 3000.
+determine it, where it stands beside another in one dimension, and where it is contracted or must be whole beside a number that could
+have been taken from its size (a mean's n). What is equal for a batch of 3 is equal for a batch of 3000.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sizes(ops: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]], shapes: Sh
     if sum(prod(s) for s in shapes.values()) <= SMALL:
         return dict(shapes)
     classes = _Classes()
-    counts = any(abs(x) > 3 or 0 < abs(x) < 1 / 3 for op, _, _ in ops for x in _numbers((op.args, tuple(v for _, v in op.kwargs))))
+    counts = any(x > 3 or 0 < x < 1 / 3 for op, _, _ in ops for x in _numbers((op.args, tuple(v for _, v in op.kwargs))))
     for op, operands, results in ops:
         _collect(classes, op, operands, results, shapes, dtypes, counts)
     kept = {classes.find(n) for n in classes.kept}
@@ -77,7 +77,7 @@ def _collect(
         reached = {p.slot for p in places}
         contracted = any(k not in reached for k in range(len(sig.operands), len(dims)))
         beside = any(len(dims[p.slot][p.dim]) > 1 for p in places)
-        if beside or name in sig.whole | sig.fixed | sig.contiguous or (contracted and counts):
+        if beside or name in sig.fixed | sig.contiguous or (counts and (contracted or name in sig.whole)):
             classes.kept.update((slots[p.slot], p.dim) for p in places)
     for slot, tensor in enumerate(dims):
         classes.kept.update((slots[slot], d) for d, names in enumerate(tensor) if len(names) != 1)
