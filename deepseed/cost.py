@@ -66,6 +66,10 @@ def flops(op: Op, operands: Sequence[Type]) -> int:
     if op.target == "sdpa_backward":
         (b, h, s, d), t = operands[1].shape, operands[2].shape[2]
         return 2 * b * h * s * t * (3 * d + 2 * operands[3].shape[3])
+    if op.target == "routed_mm":
+        return 2 * prod(operands[0].shape) * operands[1].shape[2]
+    if op.target == "routed_outer":
+        return 2 * prod(operands[0].shape) * operands[1].shape[1]
     if op.target == "aten.convolution":
         return 2 * prod(op.types[0].shape) * prod(operands[1].shape[1:])
     return 0

@@ -35,6 +35,7 @@ INDEXED: dict[str, tuple[int, int, int | str]] = {
     "embedding": (1, 0, 0),
     "gather": (1, 0, "dim"),
     "scatter_add": (1, 0, "dim"),
+    "routed_mm": (2, 1, 0),
     "aten.scatter.src": (1, 0, "1"),
     "aten.scatter.value": (1, 0, "1"),
     "aten.index_select": (1, 0, "1"),
@@ -163,8 +164,8 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
 def _indexed(i: Instance, k: int) -> int | None:
     """The size of the dimension into which integer operand ``k`` points; None where it is no index."""
     op = i.op
-    if op.target == "embedding_backward":
-        return op.type.shape[0] if k == 1 else None
+    if op.target in ("embedding_backward", "routed_outer"):
+        return op.type.shape[0] if k == len(i.operands) - 1 else None
     if op.target in ("aten.index.Tensor", "aten.index_put"):
         where = op.args[1]
         at = [d for d, a in enumerate(where) if a is not None] if isinstance(where, tuple) else []

@@ -1,7 +1,7 @@
 """The rules, one row an op. Where the arguments decide, the row holds a function that writes the form from them.
 
 The rows of pointwise ops are in ``deepseed.rules.pointwise``, the forms of ops that move elements in
-``deepseed.rules.shapes``, convolutions in ``deepseed.rules.spatial``, whole ops that kernels emit again in ``deepseed.rules.fused``.
+``deepseed.rules.shapes``, convolutions in ``deepseed.rules.spatial``, routed products in ``deepseed.rules.routed``, whole ops that kernels emit again in ``deepseed.rules.fused``.
 An op without a row is replicated: never a wrong answer.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepseed.ir.program import FLOATS, Ref
-from deepseed.rules import fused, pointwise, shapes, spatial
+from deepseed.rules import fused, pointwise, routed, shapes, spatial
 from deepseed.rules.shapes import names_of, row, with_
 from deepseed.rules.signature import Call, Rule
 
@@ -267,6 +267,7 @@ RULES: dict[str, Rule] = {
     # attention
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
+    **routed.RULES,
     **spatial.RULES,
     **fused.FUSED,
 }
