@@ -1,6 +1,6 @@
 """What the user wants, as a string: ``"zero3+tp2+bf16"``.
 
-    plan ::= word ("+" word)*      word ::= ("dp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+    plan ::= word ("+" word)*      word ::= ("dp" | "ep" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
 ``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
@@ -32,7 +32,6 @@ LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
     (r"sp\d+", "the sequence split over ranks", "tpN, which splits activations too"),
     (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
-    (r"ep\d+", "experts split over ranks", "zero3 or tpN to fit the experts"),
     (r"mb\d+", "microbatches", "a smaller batch"),
     (r"gpipe|1f1b|interleaved\d+|zb", "a pipeline schedule", "a plan without stages"),
     (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
@@ -48,12 +47,13 @@ class Plan:
 
     dp: int | None = None  # data-parallel ranks; inferred from the world size where missing
     zero: int | None = None  # 0..3; not said means 0
+    ep: int | None = None  # ranks that share the experts, and the rows of the batch
     tp: int | None = None  # ranks that split the weights in use
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
-        sized = (("dp", self.dp), ("zero", self.zero), ("tp", self.tp))
+        """Words in the order dp, zero, ep, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
+        sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("tp", self.tp))
         words = [f"{word}{n}" for word, n in sized if n is not None]
         return "+".join(words + ([self.precision] if self.precision else []))
 
@@ -74,58 +74,65 @@ class Plan:
             return ()
         if self.dp is None:
             return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
-        if self.dp == 1:
+        if self.dp == 1 and (self.ep or 1) == 1:
             return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
         return ()
 
     def resolve(self, world_size: int | None = None) -> Plan:
-        """The same plan with dp and tp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
+        """The same plan with dp, ep and tp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
 
         Without a world size the plan stands for itself: its own sizes, and dp2 where it asks for ZeRO and does not say
         how many ranks share the state. Raises PlanError where the plan does not divide the world size.
         """
-        tp = self.tp or 1
+        ep, tp = self.ep or 1, self.tp or 1
+        each = ep * tp  # ranks of one data-parallel part
         if world_size is None:
-            return replace(self, dp=self.dp or (2 if self.stage else 1), tp=tp)
+            return replace(self, dp=self.dp or (2 if self.stage and ep == 1 else 1), ep=ep, tp=tp)
         if world_size < 1:
             raise PlanError(f"world size {world_size}: at least 1 rank is needed\n  fix: start 1 rank or more")
-        if world_size % tp:
+        if world_size % each:
+            split = [f"ep{ep} shares the experts over {ep} ranks"] * (ep > 1) + [f"tp{tp} splits each weight over {tp} ranks"] * (tp > 1)
             raise PlanError(
-                f"plan {self}: tp{tp} splits each weight over {tp} ranks, but the world size {world_size} is not a multiple of {tp} "
-                f"({world_size} = {tp} * {world_size // tp} + {world_size % tp})\n  fix: {self._fix(world_size)}"
+                f"plan {self}: {' and '.join(split)}, but the world size {world_size} is not a multiple of {each} "
+                f"({world_size} = {each} * {world_size // each} + {world_size % each})\n  fix: {self._fix(world_size)}"
             )
-        dp = self.dp or world_size // tp
-        if dp * tp != world_size:
-            product = f"dp{dp} x tp{tp} = {dp * tp}" if tp > 1 else f"{dp}"
+        dp = self.dp or world_size // each
+        if dp * each != world_size:
+            factors = [f"dp{dp}"] + [f"{axis}{n}" for axis, n in (("ep", ep), ("tp", tp)) if n > 1]
+            product = f"{' x '.join(factors)} = {dp * each}" if len(factors) > 1 else f"{dp}"
             raise PlanError(f"plan {self} is for {product} ranks, but the world size is {world_size}\n  fix: {self._fix(world_size)}")
-        return replace(self, dp=dp, tp=tp)
+        return replace(self, dp=dp, ep=ep, tp=tp)
 
     def mesh(self, world_size: int | None = None) -> Mesh:
-        """Axes ``dp, tp``, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
+        """Axes ``dp, ep, tp``, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
 
         Raises PlanError where the plan does not fit ``world_size`` ranks: see ``resolve``.
         """
         sizes = self.resolve(world_size)
-        return Mesh(tuple((axis, n) for axis, n in (("dp", sizes.dp), ("tp", sizes.tp)) if n is not None and n > 1))
+        return Mesh(tuple((axis, n) for axis, n in (("dp", sizes.dp), ("ep", sizes.ep), ("tp", sizes.tp)) if n is not None and n > 1))
 
     def _fix(self, world_size: int) -> str:
         """The nearest plan that takes ``world_size`` ranks, and the nearest world size that this plan takes.
 
-        tp falls to its largest divisor that divides the world size: what splits over tp splits over that too.
+        tp, and then ep, falls to its largest divisor that divides what is left of the world: what splits over N splits over that too.
         """
         tp = gcd(self.tp or 1, world_size)
-        plan = replace(self, dp=world_size // tp if self.dp is not None else None, tp=tp if tp > 1 else None)
-        size = (self.dp or max(1, round(world_size / (self.tp or 1)))) * (self.tp or 1)
+        ep = gcd(self.ep or 1, world_size // tp)
+        left = world_size // tp // ep
+        plan = replace(self, dp=left if self.dp is not None else None, ep=ep if ep > 1 else None, tp=tp if tp > 1 else None)
+        each = (self.ep or 1) * (self.tp or 1)
+        size = (self.dp or max(1, round(world_size / each))) * each
         return f'use plan "{str(plan) or "zero0"}", or start {size} ranks'
 
 
 _WORDS: tuple[tuple[str, str, Callable[[str], int | str]], ...] = (  # pattern, field, its value from the word
     (r"dp(\d+)", "dp", int),
     (r"zero([0-3])", "zero", int),
+    (r"ep(\d+)", "ep", int),
     (r"tp(\d+)", "tp", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
 )
-KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", "tpN", *PRECISIONS)
+KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", "epN", "tpN", *PRECISIONS)
 
 
 def parse_plan(text: str) -> Plan:

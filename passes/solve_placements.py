@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import REPLICATED, Element, Layout, Partial, Split, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_only
+from deepseed.passes import placement_experts as experts
 from deepseed.rules import Strategy, candidates, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Infeasible, Solution, Use, solve
 from deepseed.solver.classes import Node, by_part, colours
 
-DATA_AXIS = "dp"
+DATA_AXIS, EXPERT_AXIS = "dp", "ep"
 Item = Input | Op | Output
 Move = Callable[[Element, Element], float | None]
 Moves = Callable[[Type, Item, Item], Move]  # type of a value, its producer, its user -> cost of each reshard
@@ -72,17 +74,25 @@ class Placement:
         self.weights = params_only(p)
         self.updates = any(op.phase == "update" for op in p.ops)
         self.upkeep = self._upkeep_of_parameters()
+        self.tables = experts.tables(p) if EXPERT_AXIS in p.mesh.sizes else {}  # parameter of experts -> the dimension that counts them
+        self.owned: experts.Marks = {}
 
     def run(self) -> Program:
         for axis, size in self.p.mesh.axes:
             if size > 1 and axis == DATA_AXIS:
                 self._data(axis)
         for axis, size in self.p.mesh.axes:
-            if size > 1 and axis != DATA_AXIS:
+            if size > 1 and axis == EXPERT_AXIS:
+                self._experts(axis)
+        for axis, size in self.p.mesh.axes:
+            if size > 1 and axis not in (DATA_AXIS, EXPERT_AXIS):
                 self._model(axis)
         for axis, size in self.p.mesh.axes:
-            if size > 1 and axis == DATA_AXIS:
+            if size > 1 and axis in (DATA_AXIS, EXPERT_AXIS):
                 self._storage(axis)
+        ops = [(i, item) for i, item in enumerate(self.items) if isinstance(item, Op)]
+        if EXPERT_AXIS in self.p.mesh.sizes:
+            experts.name_keys(ops, self.where, self.wants, self.has, EXPERT_AXIS, self.p)
         return self._program()
 
     # one axis each --------------------------------------------------------------------------------------------------
@@ -90,7 +100,7 @@ class Placement:
     def _data(self, axis: str) -> None:
         """The batch is split; what was split is never gathered; parameters are used whole; gradients may stay partial."""
         n = self.p.mesh.size(axis)
-        batch = self._batch_size(axis)
+        batch = self._batch_size((axis,))
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
             if isinstance(item, Input):
@@ -112,6 +122,54 @@ class Placement:
             self._solve(axis, "data", pins, moves, self._work)
         except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
             self._solve(axis, "data", pins, lambda t, i, u: _priced(moves(t, i, u), t.local_bytes(self.p.mesh), n), self._work)
+
+    def _experts(self, axis: str) -> None:
+        """Rows of the batch are split, and so are tables of experts, by number; a table never moves: its rows come to it."""
+        n, dp = self.p.mesh.size(axis), self.p.mesh.sizes.get(DATA_AXIS, 1)
+        self._check_experts(axis)
+        batch = self._batch_size([a for a in (DATA_AXIS, axis) if a in self.p.mesh.sizes])
+        ids = experts.routed_ids(self.p)
+        reached = {name for name in self.tables}
+        for op in self.p.ops:
+            if op.name in self.weights and any(r.name in reached for r in op.refs):
+                reached.update(op.results)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            if isinstance(item, Input):
+                rows = item.role == "batch" and item.type.shape[:1] == (batch,)
+                return [_same(Split(self.tables[item.name]) if item.name in self.tables else Split(0, dp) if rows else None)]
+            if isinstance(item, Output):
+                return self._shown(i, axis) if item.role == "output" else [_same(None)]
+            return [self._whole(i)] if item.phase == "update" or (item.name in self.weights and item.name not in reached) else None
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            if (isinstance(user, Op) and user.phase == "update") or (isinstance(user, Output) and user.role in ("grad", "param", "state", "norm")):
+                return _any  # settled with the storage
+            size = t.local_bytes(self.p.mesh)
+            fixed = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "batch" and self._name(item) not in ids)
+            return lambda p, w: None if fixed and isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
+
+        self.owned = experts.marks(self.p)
+        settled = [list(w) for w in self.wants], [list(h) for h in self.has]
+        self._solve(axis, "experts", pins, moves, self._work)
+        ops = [(i, item) for i, item in enumerate(self.items) if isinstance(item, Op)]
+        if experts.name_keys(ops, self.where, [list(w) for w in self.wants], [list(h) for h in self.has], axis, self.p) is not None:
+            self.owned = {}  # two routers whose rows look alike: no rows are owned then
+            self.wants, self.has = settled
+            self._solve(axis, "experts", pins, moves, self._work)
+
+    def _check_experts(self, axis: str) -> None:
+        n = self.p.mesh.size(axis)
+        if not self.tables:
+            raise PassError(f"{axis}={n} splits experts, and this model has none: no row is multiplied with a matrix that its id names\n  fix: use a plan without {axis}")
+        for name, dim in self.tables.items():
+            size = self.p.types[name].shape[dim]
+            if size % n:
+                near = [d for d in range(2, size + 1) if size % d == 0]
+                raise PassError(
+                    f"{axis}={n} cannot share {size} experts evenly ({size} = {n} * {size // n} + {size % n}): {name}\n"
+                    f"  fix: use {' or '.join(f'{axis}={d}' for d in near)}, or a plan without {axis}"
+                )
 
     def _model(self, axis: str) -> None:
         """Weights are split in use: no parameter is gathered over this axis, the batch is not split over it."""
@@ -176,12 +234,14 @@ class Placement:
                     return self._settled(i, axis)
                 if (pinned := self._pinned(item, axis)) is not None:
                     return pinned
+                if axis == EXPERT_AXIS and (home := self._table_of(item)) is not None:
+                    return [_same(Split(home) if item.type.shape else None)]
                 split = self.zero >= 3 or (self.zero >= 1 and item.role == "state")
                 options = [_same(e) for e in self._stored_elements(item, axis)]
                 return options if split and options else [_same(None)]
             if isinstance(item, Op):
                 if item.phase == "update":
-                    return [self._whole(i)] if self.zero == 0 else None
+                    return [self._whole(i)] if self.zero == 0 and axis != EXPERT_AXIS else None
                 return None if item.name in self.weights else self._settled(i, axis)
             return self._settled(i, axis) if item.role == "output" else [_same(None)]
 
@@ -309,7 +369,21 @@ class Placement:
         sig = signature(item, operands)
         names = [*(r.name for r in self.refs[i]), *item.results]
         outers = None if sig is None else factor_outers(sig, [self.outers[name] for name in names])
-        return strategies(sig, operands, results, axis, self.p.mesh, outers)
+        found = strategies(sig, operands, results, axis, self.p.mesh, outers)
+        if axis == EXPERT_AXIS and self.owned:
+            found += experts.owned_ways(item, sig, self.owned, experts.routed_ids(self.p), operands, axis, self.p.mesh)
+        return found
+
+    def _table_of(self, item: Input) -> int | None:
+        """The dimension that counts the experts in their parameter, or in a state of its shape."""
+        for name, dim in self.tables.items():
+            if item.name == name:
+                return dim
+            i = self.where[name][0]
+            parameter = self.items[i]
+            if isinstance(parameter, Input) and item.role == "state" and item.key.endswith(f"/{parameter.key}") and item.type.shape == parameter.type.shape:
+                return dim
+        return None
 
     def _stored_elements(self, item: Input, axis: str) -> list[Split]:
         """Where an input's dimensions may be split: at a candidate position, or behind the axes that split it already."""
@@ -384,13 +458,14 @@ class Placement:
         name = _results(item)[result]
         return self.p.types[name].laid(self.has[source][result])
 
-    def _batch_size(self, axis: str) -> int:
-        """The number of rows of the batch; refused unless the data axis divides it."""
+    def _batch_size(self, axes: Sequence[str]) -> int:
+        """The number of rows of the batch; refused unless the axes that share it divide it."""
         rows = [i.type.shape[0] for i in self.p.by_role("batch") if i.type.shape]
         if not rows:
             return -1
         batch = max(set(rows), key=rows.count)
-        n = self.p.mesh.size(axis)
+        n = prod(self.p.mesh.size(axis) for axis in axes)
+        axis = " x ".join(axes)
         if batch % n:
             raise PassError(
                 f"the batch has {batch} rows, which is not a multiple of {axis}={n} ({batch} = {n} * {batch // n} + {batch % n})\n"

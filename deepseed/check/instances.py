@@ -19,10 +19,10 @@ from torch import Tensor
 
 import deepseed
 from deepseed.check.collectives import perform
-from deepseed.check.shards import ShardsError, assemble, coordinates, shards
+from deepseed.check.shards import ShardsError, assemble, coordinates, elsewhere, owner, shards
 from deepseed.check.shrink import Instance, shrink
 from deepseed.check.typing import MOVES, describe, instance_key, operand_types, why_not
-from deepseed.ir.layout import REPLICATED
+from deepseed.ir.layout import REPLICATED, Layout, Owned, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program, Type
 from deepseed.ops import OpError, run, torch_dtype
@@ -116,9 +116,21 @@ def disagreement(i: Instance) -> str | None:
             got = assemble(results[k], t, i.mesh)
         except ShardsError as error:
             return f"result {k + 1}: {error}"
-        why = _compare(got, whole)
+        why = _compare(got, whole) or _not_zero(results[k], t, i.mesh)
         if why is not None:
             return f"result {k + 1}: {why}"
+    return None
+
+
+def _not_zero(parts: Sequence[Tensor], t: Type, mesh: Mesh) -> str | None:
+    """Where a rank has anything but zeros in rows that another owns."""
+    for axis, e in t.layout.elements:
+        if isinstance(e, Owned):
+            whole = t.laid(Layout.of(**{a: s for a, s in t.layout.elements if isinstance(s, Split)}))
+            for rank, c in enumerate(coordinates(mesh)):
+                others = shards(elsewhere(torch.empty(t.shape), mesh.size(axis), c[axis], e).expand(t.shape), whole, mesh)[rank]
+                if bool((parts[rank] * others).any()):
+                    return f"rank {rank} has {parts[rank][others].abs().max().item()!r} in rows that another rank of {axis} owns"
     return None
 
 
@@ -156,6 +168,11 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
         real = torch.rand(t.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return torch.complex(real, real.flip(tuple(range(real.ndim)))) if dtype.is_complex else real.to(dtype)
     last = _indexed(i, k)
+    if last is not None and k == len(i.operands) - 1:
+        owned = next(((a, e) for x in (*i.operands, *i.op.types) for a, e in x.layout.elements if isinstance(e, Owned)), None)
+        if owned is not None:  # ids that say of each row who owns it
+            n = i.mesh.size(owned[0])
+            return owner(t.shape[0], n, owned[1].key) * (last // n) + torch.randint(0, last // n, t.shape, generator=generator)
     if last is not None:
         return torch.randint(0, max(last, 1), t.shape, generator=generator).to(dtype)
     return torch.randint(1, 5, t.shape, generator=generator).to(dtype)
