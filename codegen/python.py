@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, Update
 from deepseed.ir.collective import COLLECTIVES, step
+from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.text import format_type
 
@@ -114,7 +115,7 @@ def generate(p: Program) -> str:
 def _prologue(out: Source) -> None:
     p = out.p
     out.lines += [
-        f'"""Generated from program {p.name} on {p.mesh}: one rank\'s step on local tensors, see deepseed/codegen/python.py."""',
+        f'"""Generated from program {p.name} on {Mesh(p.mesh.axes)}: one rank\'s step on local tensors, see deepseed/codegen/python.py."""',
         "",
         "import torch",
         "",
@@ -143,6 +144,10 @@ def _close(out: Source, update: Update, n: int, made: Sequence[str]) -> None:
 
 
 def _expression(out: Source, op: Op) -> str:
+    local = [t.local(out.p.mesh) for t in op.types]
+    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand"):
+        empty = [f"torch.empty({_tuple(shape)}, dtype={_DTYPES[t.dtype]}, device=device)" for shape, t in zip(local, op.types, strict=True)]
+        return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
         return OWN[op.target](out, op)
     if op.target.endswith(".start") or op.target in ("shard", "summand"):
@@ -167,10 +172,10 @@ def _communication(out: Source, op: Op) -> str:
     kind, xs = done[0].kind, [out.name(r.name) for r in op.refs]
     if len(xs) > 1:
         found = {"take": [s.take for s in done if s.take is not None], "put": [s.put for s in done if s.put is not None]}
-        where = "".join(f", {name}=[{', '.join(f'({p.dim}, {p.outer})' for p in places)}]" for name, places in found.items() if places)
+        where = "".join(f", {name}=[{', '.join(str(p.numbers) for p in places)}]" for name, places in found.items() if places)
         reduced = f", reduce={done[0].reduce!r}" if kind in ("all_reduce", "reduce_scatter") else ""
         return f"rt.bucket_start({kind!r}, [{', '.join(xs)}], {axis!r}{where}{reduced})"
-    places = "".join(f", {place.dim}, {place.outer}" for place in (done[0].take, done[0].put) if place is not None)
+    places = "".join(f", {place.numbers}" for place in (done[0].take, done[0].put) if place is not None)
     reduce = f", {done[0].reduce!r}" if kind in ("all_reduce", "reduce_scatter") else ""
     return f"rt.{f'{kind}_start' if kind in COLLECTIVES else kind}({xs[0]}, {axis!r}{places}{reduce})"
 
@@ -239,7 +244,9 @@ def _sum(out: Source, op: Op) -> str:
 
 def _amax(out: Source, op: Op) -> str:
     dims = _ints(op, "dims")
-    return f"torch.amax({_x(out, op)}, {_tuple(dims)}, {bool(op.kw('keepdim', False))})" if dims else _x(out, op)
+    local = out.p.types[op.refs[0].name].local(out.p.mesh)
+    call = "ops.amax" if any(local[d] == 0 for d in dims) else "torch.amax"  # an uneven split leaves some ranks without elements
+    return f"{call}({_x(out, op)}, {_tuple(dims)}, {bool(op.kw('keepdim', False))})" if dims else _x(out, op)
 
 
 def _called(function: str, *keywords: str) -> Expression:

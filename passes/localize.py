@@ -15,7 +15,7 @@ def localize(p: Program, coordinate: Mapping[str, int]) -> Program:
     """The program of the rank at ``coordinate``: each op as it must be called on local tensors.
 
     before: %i = iota(start=0, step=1) : i64[8@dp]
-    after:  %i = iota(start=0, step=1, index=[[[2, 1], [4, none]]]) : i64[8@dp]     at dp=1 of 2: second of two pieces of 4
+    after:  %i = iota(start=0, step=1, index=[[[2, 1, 1], [4]]]) : i64[8@dp]     at dp=1 of 2: second of two pieces of 4
     """
     ops = tuple(localize_op(op, tuple(p.types[ref.name] for ref in op.refs), p.mesh, dict(coordinate)) for op in p.ops)
-    return replace(p, ops=ops)
+    return replace(p, ops=ops, mesh=p.mesh.seen_from(coordinate))

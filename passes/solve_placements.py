@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
@@ -100,12 +99,12 @@ class Placement:
     def _data(self, axis: str) -> None:
         """The batch is split; what was split is never gathered; parameters are used whole; gradients may stay partial."""
         n = self.p.mesh.size(axis)
-        batch = self._batch_size((axis,))
+        batch = self._batch_size()
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
             if isinstance(item, Input):
-                split = item.role == "batch" and item.type.shape[:1] == (batch,)
-                return [_same(Split(0) if split else None)]
+                split = item.role == "batch" and item.type.shape[:1] == (batch,) and batch > 1
+                return [_same(Split(0, 1, batch if batch % n else 0) if split else None)]
             if isinstance(item, Op) and (item.phase == "update" or item.name in self.weights):
                 return [self._whole(i)]
             if isinstance(item, Output):
@@ -126,8 +125,8 @@ class Placement:
     def _experts(self, axis: str) -> None:
         """Rows of the batch are split, and so are tables of experts, by number; a table never moves: its rows come to it."""
         n, dp = self.p.mesh.size(axis), self.p.mesh.sizes.get(DATA_AXIS, 1)
-        self._check_experts(axis)
-        batch = self._batch_size([a for a in (DATA_AXIS, axis) if a in self.p.mesh.sizes])
+        self._check_experts(axis, dp)
+        batch = self._batch_size()
         ids = experts.routed_ids(self.p)
         reached = {name for name in self.tables}
         for op in self.p.ops:
@@ -158,8 +157,14 @@ class Placement:
             self.wants, self.has = settled
             self._solve(axis, "experts", pins, moves, self._work)
 
-    def _check_experts(self, axis: str) -> None:
-        n = self.p.mesh.size(axis)
+    def _check_experts(self, axis: str, dp: int) -> None:
+        """Refused: a model without experts, experts or rows that the ranks do not divide."""
+        n, batch = self.p.mesh.size(axis), self._batch_size()
+        if batch % (dp * n):
+            raise PassError(
+                f"{DATA_AXIS}={dp} x {axis}={n} cannot share {batch} rows evenly ({batch} = {dp * n} * {batch // (dp * n)} + {batch % (dp * n)})\n"
+                f"  fix: use a batch of {batch // (dp * n) * dp * n or dp * n} or {(batch // (dp * n) + 1) * dp * n} rows, or a plan without {axis}"
+            )
         if not self.tables:
             raise PassError(f"{axis}={n} splits experts, and this model has none: no row is multiplied with a matrix that its id names\n  fix: use a plan without {axis}")
         for name, dim in self.tables.items():
@@ -390,11 +395,13 @@ class Placement:
         layout = self.has[self.where[item.name][0]][0]
         found = []
         for dim in range(len(item.type.shape)):
-            ends = [outer * self.p.mesh.size(a) for a, outer in layout.splits(dim)]
-            for outer in sorted({1, *ends, *self.outers[item.name][dim]}):
-                split = Split(dim, outer)
-                if valid(item.type.shape, layout.with_(axis, split), self.p.mesh):
-                    found.append(split)
+            ends = [e.outer * (e.of or self.p.mesh.size(a)) for a, e in layout.splits(dim)]
+            size, n = item.type.shape[dim], self.p.mesh.size(axis)
+            borders = sorted(b for b in {1, *ends, *self.outers[item.name][dim]} if size % max(b, 1) == 0)
+            even = [Split(dim, outer) for outer in borders if size % (outer * n) == 0]
+            pairs = {*zip(borders, borders[1:], strict=False), (borders[-1], size), (1, size)}
+            uneven = [Split(dim, a, b // a) for a, b in sorted(pairs) if b > a and b % a == 0 and b // a % n]
+            found += [e for e in even + uneven if valid(item.type.shape, layout.with_(axis, e), self.p.mesh)]
         return found
 
     def _pinned(self, item: Input, axis: str) -> Sequence[Strategy] | None:
@@ -458,20 +465,12 @@ class Placement:
         name = _results(item)[result]
         return self.p.types[name].laid(self.has[source][result])
 
-    def _batch_size(self, axes: Sequence[str]) -> int:
-        """The number of rows of the batch; refused unless the axes that share it divide it."""
+    def _batch_size(self) -> int:
+        """The number of rows of the batch."""
         rows = [i.type.shape[0] for i in self.p.by_role("batch") if i.type.shape]
         if not rows:
             return -1
-        batch = max(set(rows), key=rows.count)
-        n = prod(self.p.mesh.size(axis) for axis in axes)
-        axis = " x ".join(axes)
-        if batch % n:
-            raise PassError(
-                f"the batch has {batch} rows, which is not a multiple of {axis}={n} ({batch} = {n} * {batch // n} + {batch % n})\n"
-                f"  fix: use a batch of {batch // n * n or n} or {(batch // n + 1) * n} rows, or a plan whose {axis} divides {batch}"
-            )
-        return batch
+        return max(set(rows), key=rows.count)
 
     def _program(self) -> Program:
         layouts = {name: self.has[i][r] for name, (i, r) in self.where.items()}

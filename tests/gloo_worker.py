@@ -55,12 +55,12 @@ def dtypes(folder: Path) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64, torch.int32, torch.uint8, torch.complex64):
         x = (torch.arange(4 * n * 3).reshape(4 * n, 3) % 7 - (0 if dtype is torch.uint8 else 2) + rt.rank).to(dtype)
         out[str(dtype)] = [
-            rt.wait(rt.all_gather_start(x, "dp", 1, 1)),
+            rt.wait(rt.all_gather_start(x, "dp", (1, 1))),
             rt.wait(rt.all_reduce_start(x, "dp")),
-            rt.wait(rt.reduce_scatter_start(x, "dp", 0, 2)),
-            rt.wait(rt.all_to_all_start(x, "dp", 0, 4, 1, 3)),
+            rt.wait(rt.reduce_scatter_start(x, "dp", (0, 2))),
+            rt.wait(rt.all_to_all_start(x, "dp", (0, 4), (1, 3))),
             rt.wait(rt.all_reduce_start(x[0, 0], "dp")),
-            rt.wait(rt.all_gather_start(x[:0], "dp", 0, 1)),
+            rt.wait(rt.all_gather_start(x[:0], "dp", (0, 1))),
         ]
         if not dtype.is_complex:
             out[str(dtype)].append(rt.wait(rt.all_reduce_start(x, "dp", "max")))

@@ -17,10 +17,10 @@ MEMBERS = [((8, 4), (0, 1), (1, 1)), ((16, 12), (1, 3), (0, 2)), ((4,), (0, 1), 
 
 def alone(rt: Any, kind: str, x: Tensor, take: tuple[int, int], put: tuple[int, int], reduce: str) -> Tensor:
     start = {
-        "all_gather": lambda: rt.all_gather_start(x, "a", *put),
+        "all_gather": lambda: rt.all_gather_start(x, "a", put),
         "all_reduce": lambda: rt.all_reduce_start(x, "a", reduce),
-        "reduce_scatter": lambda: rt.reduce_scatter_start(x, "a", *take, reduce),
-        "all_to_all": lambda: rt.all_to_all_start(x, "a", *take, *put),
+        "reduce_scatter": lambda: rt.reduce_scatter_start(x, "a", take, reduce),
+        "all_to_all": lambda: rt.all_to_all_start(x, "a", take, put),
     }[kind]
     out: Tensor = rt.wait(start())
     return out

@@ -238,7 +238,7 @@ X = '%x : f32[8@dp, 4] batch "x"\n%w : f32[4, 8] param "w"\n'
         ("", '%y = aten.relu(%z) : f32[8, 4] {phase="forward"}\n', "%y = aten.relu: uses %z before its definition"),
         ("", '%y = aten.f(%x, scale=%y) : f32[8, 4] {phase="forward"}\n', "uses %y before its definition"),
         ("", 'return %z output "0"\n', "output output '0': uses %z before its definition"),
-        ("", '%y = aten.relu(%x) : f32[6@tp, 4] {phase="forward"}\n', "%y: dimension 0: 6 is not a multiple of 4"),
+        ("", '%y = aten.relu(%x) : f32[4@(tp,dp), 4] {phase="forward"}\n', "%y: dimension 0: 4 is not a multiple of 8"),
         ("", '%y : f32[8@sp] batch "y"\n', "%y: mesh(dp=2, tp=4) has no axis 'sp'"),
         ("", '%y = aten.relu(%x as [8@sp, 4]) : f32[8, 4] {phase="forward"}\n', "wants %x: mesh(dp=2, tp=4) has no axis 'sp'"),
         ("", '%y : f31[8] batch "y"\n', "%y has unknown dtype 'f31'"),

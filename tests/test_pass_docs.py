@@ -68,6 +68,6 @@ def test_before_becomes_after(each: Pass) -> None:
     extra = EXTRA.get(each.name, "")
     start = complete(before, Mesh() if "mesh" in arguments else mesh, each.requires, extra)
     got = each(start, **arguments)
-    want = complete(after, mesh, got.facts, extra)
+    want = complete(after, got.mesh, got.facts, extra)
     ends = tuple(o.ref.name for o in got.outputs)
     assert str(replace(got, outputs=(), origins=())) == str(replace(want, outputs=(), origins=())), f"returned: {ends}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from deepseed.ir.layout import Layout, Split, factors, local_indices, local_shape, valid
+from deepseed.ir.layout import Layout, Split, chunk, factors, local_indices, local_shape, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ops import bernoulli, normal, uniform
 from deepseed.ops.rng import GOLDEN, Index, _key, _mix_int, _signed, site_hash
@@ -103,7 +103,10 @@ def test_normal_moments() -> None:
 
 
 def shard_index(shape: tuple[int, ...], layout: Layout, mesh: Mesh, at: dict[str, int]) -> Index:
-    return [[(n, None if axis is None else at[axis]) for n, axis in factors(size, d, layout, mesh)] for d, size in enumerate(shape)]
+    def held(n: int, axis: str | None) -> tuple[int, ...]:
+        return (n,) if axis is None else (n, (part := chunk(n, mesh.size(axis), at[axis])).start, len(part))
+
+    return [[held(n, axis) for n, axis in factors(size, d, layout, mesh)] for d, size in enumerate(shape)]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -111,10 +114,10 @@ def test_a_shard_draws_its_part_of_the_whole(seed: int) -> None:
     """Random shapes, dimensions, outer factors and one to three axes."""
     draw = random.Random(seed)
     mesh = Mesh((("dp", draw.choice([2, 3])), ("tp", 2), ("pp", draw.choice([2, 4]))))
-    shape = tuple(draw.choice([1, 3, 4, 6, 8, 12, 24, 48]) for _ in range(draw.randint(1, 4)))
+    shape = tuple(draw.choice([1, 3, 4, 5, 6, 8, 12, 15, 24, 48]) for _ in range(draw.randint(1, 4)))
     layout = Layout()
     for axis in draw.sample(mesh.names, draw.randint(1, 3)):
-        wish = layout.with_(axis, Split(draw.randrange(len(shape)), draw.choice([1, 1, 2, 3, 4])))
+        wish = layout.with_(axis, Split(draw.randrange(len(shape)), draw.choice([1, 1, 2, 3, 4]), draw.choice([0, 0, 3, 5])))
         layout = wish if valid(shape, wish, mesh) else layout
     whole = {
         "bernoulli": bernoulli(RNG, shape, 0.4, "s", torch.float32),
@@ -123,7 +126,7 @@ def test_a_shard_draws_its_part_of_the_whole(seed: int) -> None:
     }
     for rank in range(mesh.ranks):
         at = mesh.coordinate(rank)
-        index, local = shard_index(shape, layout, mesh, at), local_shape(shape, layout, mesh)
+        index, local = shard_index(shape, layout, mesh, at), local_shape(shape, layout, mesh.seen_from(at))
         part = {
             "bernoulli": bernoulli(RNG, local, 0.4, "s", torch.float32, index),
             "uniform": uniform(RNG, local, -1.0, 2.0, "s", torch.float32, index),
@@ -142,7 +145,7 @@ def test_blocks_join_without_a_seam() -> None:
         whole = uniform(RNG, (n,), 0.0, 1.0, "s", torch.float64)
         assert torch.equal(whole, uniform(RNG, (200_000,), 0.0, 1.0, "s", torch.float64)[:n])
         if n % 2 == 0:
-            halves = [uniform(RNG, (n // 2,), 0.0, 1.0, "s", torch.float64, [[(2, c), (n // 2, None)]]) for c in (0, 1)]
+            halves = [uniform(RNG, (n // 2,), 0.0, 1.0, "s", torch.float64, [[(2, c, 1), (n // 2,)]]) for c in (0, 1)]
             assert torch.equal(torch.cat(halves), whole)
 
 

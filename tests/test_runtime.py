@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deepseed.ir.layout import Layout, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Type
-from deepseed.runtime.collectives import Runtime, cut, join
+from deepseed.runtime.collectives import Runtime, cut, join, own, widest
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.simulate import simulate
 from deepseed.runtime.state import State, StateError, gather, gather_states, layout_of, placements, shard, write_back
@@ -208,8 +208,14 @@ def test_an_operand_may_be_overwritten_after_the_own_wait() -> None:
 def test_join_undoes_cut() -> None:
     x = torch.arange(48).reshape(2, 12, 2)
     for dim, outer, n in ((0, 1, 2), (1, 1, 3), (1, 2, 3), (1, 3, 2), (2, 2, 1)):
-        assert torch.equal(join(cut(x, n, dim, outer), dim, outer), x)
-    assert cut(x, 2, 0, 1).data_ptr() == x.data_ptr()
+        assert torch.equal(join(cut(x, n, (dim, outer)), (dim, outer)), x)
+    assert cut(x, 2, (0, 1)).data_ptr() == x.data_ptr()
+    for place, n in (((1, 1, 12, 1), 5), ((1, 2, 3, 2), 2), ((1, 4, 3, 1), 4), ((0, 1, 2, 1), 3)):
+        blocks = cut(x, n, place)
+        assert blocks.shape[0] == n and torch.equal(join(blocks, place), x)
+        parts = [own(block, n, i, place) for i, block in enumerate(blocks)]
+        assert sum(part.numel() for part in parts) == x.numel()
+        assert torch.equal(join(torch.stack([widest(part, n, place) for part in parts]), place), x)
 
 
 # state ----------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,19 @@
 """What each collective does to the shards, written from its definition: the yardstick of the checks, not the runtime.
 
 Every function sees one group (the ranks that differ along one axis, in its order) and works on local tensors only. A split
-of a dimension over an axis is seen as [left, n, right]: ``left`` is the local product of the factors that stand before it.
+of a dimension over an axis is seen as [left, of, right]: ``left`` is the local product of the factors that stand before it, and
+each rank holds its chunk of ``of`` (one index of n where the split is even).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from math import prod
 
 import torch
 from torch import Tensor
 
-from deepseed.ir.layout import Layout, Partial, Split, factors
+from deepseed.ir.layout import Partial, Split, chunk, factors, part
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
 
@@ -24,7 +24,8 @@ def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis
     for rank in range(mesh.ranks):
         if out[rank] is None:
             group = mesh.group(axis, rank)
-            for member, result in zip(group, _group(kind, [parts[m] for m in group], source, target, axis, mesh), strict=True):
+            here = mesh.seen_from(mesh.coordinate(rank))
+            for member, result in zip(group, _group(kind, [parts[m] for m in group], source, target, axis, here), strict=True):
                 out[member] = result
     return [x for x in out if x is not None]
 
@@ -53,32 +54,35 @@ def _reduced(parts: list[Tensor], element: object) -> Tensor:
     return reduce(torch.maximum if element == Partial("max") else torch.add, parts)
 
 
-def _left(t: Type, layout: Layout, axis: str, mesh: Mesh) -> tuple[int, int]:
-    """The dimension that ``axis`` splits, and the local product of the factors before it."""
-    element = layout.on(axis)
+def _seen(t: Type, axis: str, mesh: Mesh) -> tuple[int, int, int, int]:
+    """The dimension that ``axis`` splits, and (left, of, right) of the ranks of the group."""
+    element = t.layout.on(axis)
     if not isinstance(element, Split):
         raise ValueError(f"{t.dtype}{list(t.shape)} is not split over {axis}")
-    left = []
-    for n, a in factors(t.shape[element.dim], element.dim, layout, mesh):
+    left, of, right = 1, 1, 1
+    found = False
+    for n, a in factors(t.shape[element.dim], element.dim, t.layout, mesh):
         if a == axis:
-            break
-        if a is None:
-            left.append(n)
-    return element.dim, prod(left)
+            of, found = n, True
+        elif found:
+            right *= part(n, a, mesh)
+        else:
+            left *= part(n, a, mesh)
+    return element.dim, left, of, right
 
 
 def _joined(parts: list[Tensor], t: Type, axis: str, mesh: Mesh) -> Tensor:
     """The pieces of a split dimension put side by side, block by block."""
-    dim, left = _left(t, t.layout, axis, mesh)
+    dim, left, of, right = _seen(t, axis, mesh)
     shape = list(parts[0].shape)
-    blocks = [x.reshape(*shape[:dim], left, shape[dim] // left, *shape[dim + 1 :]) for x in parts]
-    return torch.cat(blocks, dim + 1).reshape(*shape[:dim], shape[dim] * len(parts), *shape[dim + 1 :])
+    blocks = [x.reshape(*shape[:dim], left, len(chunk(of, len(parts), i)), right, *shape[dim + 1 :]) for i, x in enumerate(parts)]
+    return torch.cat(blocks, dim + 1).reshape(*shape[:dim], left * of * right, *shape[dim + 1 :])
 
 
 def _part(x: Tensor, t: Type, axis: str, mesh: Mesh, i: int) -> Tensor:
     """Piece ``i`` of every block of the dimension that ``axis`` splits in ``t``."""
-    dim, left = _left(t, t.layout, axis, mesh)
-    n = mesh.size(axis)
+    dim, left, of, right = _seen(t, axis, mesh)
+    held = chunk(of, mesh.size(axis), i)
     shape = list(x.shape)
-    blocks = x.reshape(*shape[:dim], left, n, shape[dim] // (left * n), *shape[dim + 1 :])
-    return blocks.select(dim + 1, i).reshape(*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
+    blocks = x.reshape(*shape[:dim], left, of, right, *shape[dim + 1 :])
+    return blocks[(slice(None),) * (dim + 1) + (slice(held.start, held.stop),)].reshape(*shape[:dim], left * len(held) * right, *shape[dim + 1 :])

@@ -82,7 +82,7 @@ def _step(
     if op.target.startswith("optim."):
         _fits(op, operands)
     mine = local or [localize_op(op, types, p.mesh, c) for c in where]
-    ranks = [run(each, [x[rank] for x in operands], p.mesh) for rank, each in enumerate(mine)]
+    ranks = [run(each, [x[rank] for x in operands], p.mesh.seen_from(c)) for rank, (each, c) in enumerate(zip(mine, where, strict=True))]
     return [[results[k] for results in ranks] for k in range(len(op.results))]
 
 

@@ -107,7 +107,9 @@ def disagreement(i: Instance) -> str | None:
         results = [perform(op.target, parts[k], i.operands[k], t, axis, i.mesh) for k, t in enumerate(op.types)]
     else:
         try:
-            ranks = [run(localize_op(op, i.operands, i.mesh, c), [x[rank] for x in parts], i.mesh) for rank, c in enumerate(coordinates(i.mesh))]
+            ranks = [
+                run(localize_op(op, i.operands, i.mesh, c), [x[rank] for x in parts], i.mesh.seen_from(c)) for rank, c in enumerate(coordinates(i.mesh))
+            ]
         except (OpError, LookupError) as error:
             return f"whole it runs, on a shard it does not: {error}"
         results = [[outs[k] for outs in ranks] for k in range(len(op.types))]

@@ -39,8 +39,8 @@ def shards(x: Tensor, type_: Type, mesh: Mesh, generator: torch.Generator | None
 
 def assemble(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
     """The whole tensor. Raises ShardsError where two ranks that hold the same elements disagree."""
-    local = type_.local(mesh)
-    for rank, part in enumerate(parts):
+    for rank, (part, c) in enumerate(zip(parts, coordinates(mesh), strict=True)):
+        local = type_.local(mesh.seen_from(c))
         if tuple(part.shape) != local:
             raise ShardsError(f"rank {rank} holds {list(part.shape)}, the layout says {list(local)}")
     partials = type_.layout.partials

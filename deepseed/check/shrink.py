@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
-from deepseed.ir.layout import Owned, Split
+from deepseed.ir.layout import Owned, Split, chunk
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Ref, Type
 from deepseed.rules import Signature, rule_of, signature
 from deepseed.rules.owned import by_number
 from deepseed.rules.pointwise import POINTWISE
 
-LARGE = 4  # larger axes become axes of 2
+LARGE = 4  # larger axes become axes of 2, or of 3 where a rank holds nothing
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,23 @@ def shrink(i: Instance) -> Instance:
     sig = signature(i.op, i.operands) or moved(i)
     cuts = {name: _cuts(sig, name, types, mesh) for name in sig.places}
     kept = {axis for name, c in cuts.items() if c is None or name in sig.fixed for axis in _axes(sig, name, types, mesh)}
-    small = Mesh(tuple((a, n if a in kept or n <= LARGE else 2) for a, n in mesh.axes))
+    idle = {axis for c in cuts.values() for n, axis in c or () if axis is not None and not len(chunk(n, mesh.size(axis), mesh.size(axis) - 1))}
+    small = Mesh(tuple((a, n if a in kept or n <= LARGE else 3 if a in idle else 2) for a, n in mesh.axes))
     sizes: dict[str, int] = dict(sig.sizes)
-    moved_to: dict[tuple[str, int], int] = {}  # (factor, cut) -> the cut at small size
+    moved_to: dict[tuple[str, int], tuple[int, int]] = {}  # (factor, cut) -> the cut, and its uneven factor, at small size
     for count, name in enumerate(n for n in sig.places if n not in sig.fixed):
         steps = cuts[name]
         if steps is None or not sig.sizes[name]:
             continue
         at, done = 1, 1
         for n, axis in steps:
-            moved_to[name, at] = done
+            size = n if axis is None and n <= 2 else 2 + count % 2
+            if axis is not None:
+                uneven = n != mesh.size(axis)
+                size = _uneven(n, mesh.size(axis), small.size(axis)) if uneven else small.size(axis)
+                moved_to[name, at] = done, size if uneven else 0
             at *= n
-            done *= small.size(axis) if axis is not None else n if n <= 2 else 2 + count % 2
+            done *= size
         sizes[name] = done
     new = [_type(t, slot, sig, sizes, moved_to, mesh) for slot, t in enumerate(types)]
     new = _keyed(new, sizes[number] if (number := by_number(i.op, sig)) is not None else LARGE)
@@ -68,6 +73,11 @@ def _keyed(types: Sequence[Type], of: int) -> list[Type]:
     return out
 
 
+def _uneven(of: int, n: int, ranks: int) -> int:
+    """A small factor that ``ranks`` divide as unevenly as ``n`` divide ``of``: with a rank that holds nothing, or with none."""
+    return ranks - 1 if len(chunk(of, n, n - 1)) == 0 else 2 * ranks - 1
+
+
 def moved(i: Instance) -> Signature:
     """The factors of an op that moves data: one a dimension, the same on both sides."""
     dims = [tuple((f"d{k}",) if size != 1 else () for k, size in enumerate(t.shape)) for t in (*i.operands, *i.op.types)]
@@ -79,8 +89,8 @@ def _axes(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> set[s
     """The axes that split factor ``name``, or a dimension with it across factors."""
     out: set[str] = set()
     for place in sig.places[name]:
-        for axis, outer in types[place.slot].layout.splits(place.dim):
-            found = sig.factor_at(place.slot, place.dim, outer, mesh.size(axis))
+        for axis, element in types[place.slot].layout.splits(place.dim):
+            found = sig.factor_at(place.slot, element, mesh.size(axis))
             if found is None or found[0] == name:
                 out.add(axis)
     return out
@@ -90,10 +100,11 @@ def _cuts(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> list[
     """The factor as a product of parts (size, axis that splits it), from all its places; None where they do not nest."""
     spans: dict[int, tuple[int, str]] = {}
     for place in sig.places[name]:
-        for axis, outer in types[place.slot].layout.splits(place.dim):
-            found = sig.factor_at(place.slot, place.dim, outer, mesh.size(axis))
+        for axis, element in types[place.slot].layout.splits(place.dim):
+            found = sig.factor_at(place.slot, element, mesh.size(axis))
+            extent = element.of or mesh.size(axis)
             if found is not None and found[0] == name:
-                if spans.setdefault(found[1], (mesh.size(axis), axis)) != (mesh.size(axis), axis):
+                if spans.setdefault(found[1], (extent, axis)) != (extent, axis):
                     return None
             elif found is None:
                 return None
@@ -114,16 +125,17 @@ def _cuts(sig: Signature, name: str, types: Sequence[Type], mesh: Mesh) -> list[
     return out
 
 
-def _type(t: Type, slot: int, sig: Signature, sizes: Mapping[str, int], moved_to: Mapping[tuple[str, int], int], mesh: Mesh) -> Type:
+def _type(t: Type, slot: int, sig: Signature, sizes: Mapping[str, int], moved_to: Mapping[tuple[str, int], tuple[int, int]], mesh: Mesh) -> Type:
     dims = (sig.operands + sig.results)[slot]
     shape = tuple(prod(sizes[n] for n in names) if names else size for names, size in zip(dims, t.shape, strict=True))
     layout = t.layout
     for axis, element in t.layout.elements:
         if isinstance(element, Split):
-            found = sig.factor_at(slot, element.dim, element.outer, mesh.size(axis))
+            found = sig.factor_at(slot, element, mesh.size(axis))
             if found is not None:
                 left = prod(sizes[n] for n in dims[element.dim][: dims[element.dim].index(found[0])])
-                layout = layout.with_(axis, Split(element.dim, left * moved_to.get(found, found[1])))
+                inner, of = moved_to.get(found, (found[1], element.of))
+                layout = layout.with_(axis, Split(element.dim, left * inner, of))
     return Type(_double(t.dtype), shape, layout)
 
 

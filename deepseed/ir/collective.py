@@ -10,7 +10,8 @@
 | replicate -> sum     | summand        | no  |
 
 A local tensor is cut into the axis's n blocks at ``take`` and joined from them at ``put``; a ``Place(dim, outer)`` sees
-local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices.
+local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices. Where n does not divide it the place says so, ``of`` > 0:
+the dimension is (outer, of, rest), cut as ``torch.chunk`` cuts ``of``; the back ends pad each part to the largest while it travels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors
+from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors, part
 from deepseed.ir.mesh import Mesh
 
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
@@ -31,6 +32,13 @@ LOCAL = ("shard", "summand")
 class Place:
     dim: int
     outer: int
+    of: int = 0  # the factor that is cut unevenly; 0: an even cut
+    rest: int = 1  # local size of what lies behind ``of``
+
+    @property
+    def numbers(self) -> tuple[int, int] | tuple[int, int, int, int]:
+        """As the runtime's calls take it: (dim, outer), uneven (dim, outer, of, rest)."""
+        return (self.dim, self.outer, self.of, self.rest) if self.of else (self.dim, self.outer)
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,18 @@ def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh:
         return Step("summand", axis)
     if isinstance(here, Split) and isinstance(there, Split) and here != there:
         twin = f"{axis}_after"  # both splits side by side: blocks of equal size exist only where that is a layout
-        both, wider = before.with_(twin, there), Mesh((*mesh.axes, (twin, mesh.size(axis))))
+        n = mesh.size(axis)
+        both, wider = before.with_(twin, there), Mesh((*mesh.axes, (twin, n)), (*mesh.at, (twin, dict(mesh.at)[axis])) if mesh.at else ())
         check(shape, both, wider)
+        if here.dim == there.dim and (here.of or there.of):
+            raise LayoutError(f"a step over {axis} cannot move an uneven split inside dimension {here.dim} of {list(shape)}")
         return Step("all_to_all", axis, take=_place(shape, both, there, twin, wider), put=_place(shape, both, here, axis, wider))
     raise LayoutError(f"no step over {axis} goes from {here} to {there}")
 
 
 def _place(shape: Sequence[int], layout: Layout, split: Split, axis: str, mesh: Mesh) -> Place:
     """Where ``axis`` cuts the local tensor of a layout in which all other axes are taken already."""
-    outer: list[int] = []
-    for n, name in factors(shape[split.dim], split.dim, layout, mesh):
-        if name == axis:
-            break
-        if name is None:
-            outer.append(n)
-    return Place(split.dim, prod(outer))
+    parts = factors(shape[split.dim], split.dim, layout, mesh)
+    at = next(i for i, (_, name) in enumerate(parts) if name == axis)
+    outer, rest = (prod(part(n, name, mesh) for n, name in some) for some in (parts[:at], parts[at + 1 :]))
+    return Place(split.dim, outer, split.of, rest) if split.of else Place(split.dim, outer)

@@ -2,11 +2,14 @@
 
 An axis either replicates the tensor, splits one of its dimensions, or holds partial values that are still to be reduced.
 ``Split(dim, outer)`` sees dimension ``dim`` as ``(outer, rest)`` and splits ``rest``: ``Split(0)`` is plain sharding,
-``Split(0, 3)`` shards each of three fused blocks. A rank's part is the intersection over the axes, hence two axes may
-share a dimension only in disjoint ranges of it (``check``).
+``Split(0, 3)`` shards each of three fused blocks. Where the ranks do not divide it, ``Split(dim, outer, of)`` sees the dimension
+as ``(outer, of, rest)`` and cuts ``of`` as ``torch.chunk`` does, and DTensor: all ranks hold the same number but the last, which
+hold fewer or none. A rank's part is the intersection over the axes, hence two axes may share a dimension only in disjoint
+ranges of it (``check``).
 
 Text of a dimension: a product of factors, each split over its axes, major first:
-``11008@(tp,dp)``, ``3*768@tp``, ``8@dp*2@tp``. Partial values stand behind the type: ``sum@tp``.
+``11008@(tp,dp)``, ``3*768@tp``, ``8@dp*2@tp``; ``50257@tp`` and ``3@tp*64`` (three heads of 64) are uneven over two ranks. Partial
+values stand behind the type: ``sum@tp``.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class LayoutError(ValueError):
 class Split:
     dim: int
     outer: int = 1
+    of: int = 0  # the factor that is cut unevenly; 0: an even split
 
 
 @dataclass(frozen=True, order=True)
@@ -82,9 +86,9 @@ class Layout:
             rest.append((axis, element))
         return Layout(tuple(sorted(rest, key=lambda pair: pair[0])))
 
-    def splits(self, dim: int) -> tuple[tuple[str, int], ...]:
-        """(axis, outer) of the axes that split ``dim``, outermost first."""
-        found = [(a, e.outer) for a, e in self.elements if isinstance(e, Split) and e.dim == dim]
+    def splits(self, dim: int) -> tuple[tuple[str, Split], ...]:
+        """(axis, element) of the axes that split ``dim``, outermost first."""
+        found = [(a, e) for a, e in self.elements if isinstance(e, Split) and e.dim == dim]
         return tuple(sorted(found, key=lambda pair: pair[1]))
 
     @property
@@ -100,18 +104,21 @@ REPLICATED = Layout()
 def factors(size: int, dim: int, layout: Layout, mesh: Mesh) -> tuple[tuple[int, str | None], ...]:
     """A dimension as the product of its factors, major first: ``((3, None), (4, "tp"), (192, None))`` for ``3*768@tp``.
 
+    A rank of an axis of n holds one index of a factor of n (an even split), or its chunk of a factor that n does not divide.
     Raises LayoutError where the axes overlap or do not divide the dimension.
     """
     out: list[tuple[int, str | None]] = []
     done = 1
-    for axis, outer in sorted(layout.splits(dim), key=lambda pair: (pair[1], mesh.size(pair[0]))):
-        n = mesh.size(axis)
+    for axis, split in sorted(layout.splits(dim), key=lambda pair: (pair[1].outer, pair[1].of or mesh.size(pair[0]))):
+        n, outer = mesh.size(axis), split.outer
         if outer % done:
             raise LayoutError(f"dimension {dim} of size {size}: {axis} splits it inside another axis's range (outer {outer}, {done} taken)")
+        if split.of and (split.of < 2 or split.of % n == 0):
+            raise LayoutError(f"dimension {dim} of size {size}: {axis}={n} divides {split.of}, which is called an uneven factor")
         if outer > done:
             out.append((outer // done, None))
-        out.append((n, axis))
-        done = outer * n
+        out.append((split.of or n, axis))
+        done = outer * (split.of or n)
         if size % done:
             raise LayoutError(f"dimension {dim}: {size} is not a multiple of {done} ({axis}={n}{f', {outer} blocks' if outer > 1 else ''}; {size} = {done} * {size // done} + {size % done})")
     if size != done or not out:
@@ -143,10 +150,24 @@ def valid(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
     return True
 
 
-def local_shape(shape: Sequence[int], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """The shape of one rank's part."""
+def chunk(size: int, n: int, i: int) -> range:
+    """The indices of a factor that rank ``i`` of ``n`` holds, by the rule of ``torch.chunk``."""
+    each = -(-size // n)
+    return range(min(i * each, size), min((i + 1) * each, size))
+
+
+def part(size: int, axis: str | None, mesh: Mesh) -> int:
+    """How many indices of one factor a rank holds: the rank at ``mesh.at``, or the one with the most."""
+    if axis is None:
+        return size
+    return len(chunk(size, mesh.size(axis), dict(mesh.at).get(axis, 0)))
+
+
+@lru_cache(maxsize=65536)
+def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of one rank's part: of the rank at ``mesh.at``, or of the largest part."""
     return tuple(
-        size // _product(n for n, axis in factors(size, dim, layout, mesh) if axis is not None) if size else 0
+        _product(part(n, axis, mesh) for n, axis in factors(size, dim, layout, mesh)) if size else 0
         for dim, size in enumerate(shape)
     )
 
@@ -155,7 +176,7 @@ def local_indices(size: int, dim: int, layout: Layout, mesh: Mesh, coordinate: M
     """The global indices of ``dim`` that the rank at ``coordinate`` holds, in its local order."""
     indices = [0]
     for n, axis in factors(size, dim, layout, mesh):
-        taken = range(n) if axis is None else (coordinate[axis],)
+        taken = range(n) if axis is None else chunk(n, mesh.size(axis), coordinate[axis])
         indices = [i * n + j for i in indices for j in taken]
     return indices
 
@@ -163,28 +184,28 @@ def local_indices(size: int, dim: int, layout: Layout, mesh: Mesh, coordinate: M
 def format_dim(size: int, dim: int, layout: Layout, mesh: Mesh) -> str:
     groups: list[tuple[int, list[str]]] = []  # (size of the printed factor, its axes)
     for n, axis in factors(size, dim, layout, mesh):
-        if axis is None and groups and groups[-1][1]:
+        even = bool(groups) and bool(groups[-1][1]) and groups[-1][0] % mesh.size(groups[-1][1][0]) == 0
+        if axis is None and even:
             groups[-1] = (groups[-1][0] * n, groups[-1][1])
-        elif axis is not None and groups and groups[-1][1] and groups[-1][0] == _product(mesh.size(a) for a in groups[-1][1]):
+        elif axis is not None and even and n == mesh.size(axis) and groups[-1][0] == _product(mesh.size(a) for a in groups[-1][1]):
             groups[-1] = (groups[-1][0] * n, [*groups[-1][1], axis])
         else:
             groups.append((n, [axis] if axis is not None else []))
     return "*".join(str(n) + _axes(axes) for n, axes in groups)
 
 
-def parse_dim(text: str, dim: int) -> tuple[int, list[tuple[str, str, int]]]:
-    """``3*768@tp`` -> size and, per axis, (axis, preceding axes of its factor joined by commas, outer before the factor).
-
-    The outer of an axis needs the mesh: see ``deepseed.ir.text``.
-    """
+def parse_dim(text: str, dim: int, mesh: Mesh) -> tuple[int, dict[str, Split]]:
+    """``3*768@tp`` as dimension ``dim`` -> its size, and the element of each axis."""
     size = 1
-    found: list[tuple[str, str, int]] = []
+    found: dict[str, Split] = {}
     for factor in text.split("*"):
         number, _, names = factor.partition("@")
-        axes = [name for name in names.strip("()").split(",") if name]
-        for i, axis in enumerate(axes):
-            found.append((axis, ",".join(axes[:i]), size))
-        size *= int(number)
+        outer, n = size, int(number)
+        for axis in [name for name in names.strip("()").split(",") if name]:
+            ranks = mesh.sizes.get(axis, 1)  # an axis that the mesh lacks is the verifier's to refuse
+            found[axis] = Split(dim, outer, n if names == axis and n % ranks else 0)
+            outer *= ranks
+        size *= n
     return size, found
 
 

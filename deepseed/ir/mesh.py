@@ -6,7 +6,7 @@ Axes are listed major first: rank = row-major index of the coordinate, so the la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -17,9 +17,13 @@ class MeshError(ValueError):
 
 @dataclass(frozen=True)
 class Mesh:
-    """``Mesh((("dp", 2), ("tp", 4)))``: 8 ranks; rank 5 lies at dp=1, tp=1."""
+    """``Mesh((("dp", 2), ("tp", 4)))``: 8 ranks; rank 5 lies at dp=1, tp=1.
+
+    ``at``: the coordinate from which one rank sees the mesh. Local shapes are then that rank's own: parts of an uneven
+    dimension differ from rank to rank. Without it they are those of the largest part."""
 
     axes: tuple[tuple[str, int], ...] = ()
+    at: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
@@ -28,9 +32,18 @@ class Mesh:
         for name, size in self.axes:
             if not name.isidentifier() or size < 1:
                 raise MeshError(f"axis {name}={size}: a name and a size of at least 1 are needed")
+        if self.at and ([a for a, _ in self.at] != names or any(not 0 <= i < n for (_, i), (_, n) in zip(self.at, self.axes, strict=True))):
+            raise MeshError(f"{self}: a point of the mesh has one position on each axis, in their order, below its size")
 
     def __str__(self) -> str:
-        return "mesh(" + ", ".join(f"{name}={size}" for name, size in self.axes) + ")"
+        def listed(pairs: tuple[tuple[str, int], ...]) -> str:
+            return "(" + ", ".join(f"{name}={n}" for name, n in pairs) + ")"
+
+        return f"mesh{listed(self.axes)}" + (f" at{listed(self.at)}" if self.at else "")
+
+    def seen_from(self, coordinate: Mapping[str, int]) -> Mesh:
+        """The mesh as the rank at ``coordinate`` sees it."""
+        return replace(self, at=tuple((name, coordinate[name]) for name in self.names))
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:

@@ -156,20 +156,27 @@ def _header(line: _Line) -> tuple[str, Mesh, frozenset[str]]:
     line.take("program")
     name = line.take(kind="word")
     line.take("mesh")
-    line.take("(")
-    axes: list[tuple[str, int]] = []
-    while not line.accept(")"):
-        axis = line.take(kind="word")
-        line.take("=")
-        axes.append((axis, int(line.take(kind="number"))))
-        line.accept(",")
+    axes = _positions(line)
+    at = _positions(line) if line.accept("at") else ()
     line.take("facts")
     line.take("(")
     facts: list[str] = []
     while not line.accept(")"):
         facts.append(line.take(kind="word"))
         line.accept(",")
-    return name, Mesh(tuple(axes)), frozenset(facts)
+    return name, Mesh(axes, at), frozenset(facts)
+
+
+def _positions(line: _Line) -> tuple[tuple[str, int], ...]:
+    """``(dp=2, tp=4)``"""
+    line.take("(")
+    pairs: list[tuple[str, int]] = []
+    while not line.accept(")"):
+        axis = line.take(kind="word")
+        line.take("=")
+        pairs.append((axis, int(line.take(kind="number"))))
+        line.accept(",")
+    return tuple(pairs)
 
 
 def _op(line: _Line, mesh: Mesh) -> Op:
@@ -221,11 +228,8 @@ def _dims(line: _Line, mesh: Mesh) -> tuple[tuple[int, ...], Layout]:
     while not line.accept("]"):
         if line.kind() not in ("dim", "number"):
             raise line.error(f"{line.peek()!r} where a dimension is expected")
-        size, found = parse_dim(line.take(), len(shape))
-        for axis, before, outer in found:
-            for name in [n for n in before.split(",") if n]:
-                outer *= mesh.size(name)
-            elements[axis] = Split(len(shape), outer)
+        size, found = parse_dim(line.take(), len(shape), mesh)
+        elements.update(found)
         shape.append(size)
         line.accept(",")
     while line.kind() == "partial":

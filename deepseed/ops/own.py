@@ -87,12 +87,19 @@ def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def amax(x: Tensor, dims: Ints, keepdim: bool) -> Tensor:
+    """The smallest number where a rank holds no element of the dimension."""
+    if dims and any(x.shape[d] == 0 for d in dims):
+        least = float("-inf") if x.dtype.is_floating_point else 0 if x.dtype is torch.bool else torch.iinfo(x.dtype).min
+        kept = [1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims]
+        return x.new_full(kept, least)
     return torch.amax(x, dims, keepdim) if dims else x
 
 
 def embedding(w: Tensor, ids: Tensor, start: int | None = None) -> Tensor:
     if start is None:
         return torch.embedding(w, ids)
+    if w.shape[0] == 0:
+        return w.new_zeros((*ids.shape, *w.shape[1:]))
     local, inside = _local(ids, start, w.shape[0])
     return torch.where(inside[..., None], torch.embedding(w, local), w.new_zeros(()))
 
@@ -109,6 +116,8 @@ def embedding_backward(g: Tensor, ids: Tensor, rows: int, start: int | None = No
 def gather(x: Tensor, index: Tensor, dim: int, start: int | None = None) -> Tensor:
     if start is None:
         return torch.gather(x, dim, index)
+    if x.shape[dim] == 0:
+        return x.new_zeros(index.shape)
     local, inside = _local(index, start, x.shape[dim])
     return torch.where(inside, torch.gather(x, dim, local), x.new_zeros(()))
 
@@ -116,6 +125,8 @@ def gather(x: Tensor, index: Tensor, dim: int, start: int | None = None) -> Tens
 def scatter_add(x: Tensor, index: Tensor, src: Tensor, dim: int, start: int | None = None) -> Tensor:
     if start is None:
         return torch.scatter_add(x, dim, index, src)
+    if x.shape[dim] == 0:
+        return x
     local, inside = _local(index, start, x.shape[dim])
     return torch.scatter_add(x, dim, local, torch.where(inside, src, src.new_zeros(())))
 

@@ -5,9 +5,8 @@ step and site. ``bernoulli`` and ``uniform`` give the element with row-major glo
 g // 2, read as a signed number; ``normal`` takes both lanes of word g. A shard computes the words of its own elements, so
 any sharding draws what one device draws, bit for bit.
 
-``index`` says which elements a shard holds: for each dimension the factors of its size, major first, as
-``(size, coordinate or None)``; a factor with a coordinate is fixed to it (``deepseed.ir.layout.factors`` with this rank's
-coordinate in place of the axis). Without ``index`` the result is whole.
+``index`` says which elements a shard holds: for each dimension the factors of its size, major first (``deepseed.ir.layout.factors``),
+as ``(size,)`` where the shard has all of it, else ``(size, first, number of indices)``. Without ``index`` the result is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Index = Sequence[Sequence[Sequence[int | None]]]
+Index = Sequence[Sequence[Sequence[int]]]
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX1 = 0xBF58476D1CE4E5B9
@@ -73,7 +72,7 @@ def normal(rng: Tensor, shape: Sequence[int], mean: float, std: float, site: str
 
 def indices(index: Index, device: torch.device | None = None) -> list[Tensor]:
     """For each dimension the global indices that the shard holds, in local order (i64)."""
-    return [_enumerate([(n, c, 1) for n, c in _pairs(dim)], device) for dim in index]
+    return [_enumerate(list(_ranges(dim)), 1, device) for dim in index]
 
 
 # words --------------------------------------------------------------------------------------------------------------
@@ -84,11 +83,11 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
     if out.numel() == 0:
         return
     key, flat = _key(rng, site), out.view(-1)
-    flat_index = [pair for dim in index for pair in _pairs(dim)] if index is not None else [(out.numel(), None)]
+    flat_index = [r for dim in index for r in _ranges(dim)] if index is not None else [(out.numel(), 0, out.numel())]
     run = 1
-    while flat_index and flat_index[-1][1] is None:
+    while flat_index and flat_index[-1][0] == flat_index[-1][2]:
         run *= flat_index.pop()[0]  # the shard is rows of ``run`` consecutive elements
-    starts = _enumerate([(n, c, run) for n, c in flat_index], out.device)
+    starts = _enumerate(flat_index, run, out.device)
     if len(starts) == 1 and int(starts) % per_word == 0:
         _fill_run(flat, key, int(starts) // per_word, per_word, draw)
     elif run % per_word == 0:
@@ -170,19 +169,18 @@ def _wrap(z: int) -> int:
     return _signed(z & _MASK)
 
 
-def _pairs(dim: Sequence[Sequence[int | None]]) -> Iterator[tuple[int, int | None]]:
-    for n, coordinate in dim:
-        assert n is not None
-        yield n, coordinate
+def _ranges(dim: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
+    """(size, first, number) of each factor."""
+    for n, *held in dim:
+        yield (n, held[0], held[1]) if held else (n, 0, n)
 
 
-def _enumerate(factors: Sequence[tuple[int, int | None, int]], device: torch.device | None) -> Tensor:
-    """Row-major indices of the product of the factors (size, coordinate or None, unit of the last one)."""
+def _enumerate(factors: Sequence[tuple[int, int, int]], unit: int, device: torch.device | None) -> Tensor:
+    """Row-major indices of the product of the factors (size, first, number), times ``unit``."""
     out = torch.zeros(1, dtype=torch.int64, device=device)
-    for n, coordinate, _ in factors:
-        taken = torch.arange(n, device=device) if coordinate is None else torch.tensor([coordinate], device=device)
-        out = (out[:, None] * n + taken).view(-1)
-    return out * factors[-1][2] if factors else out
+    for n, first, count in factors:
+        out = (out[:, None] * n + torch.arange(first, first + count, device=device)).view(-1)
+    return out * unit
 
 
 @lru_cache(maxsize=256)

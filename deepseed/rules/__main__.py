@@ -15,7 +15,7 @@ Written by `python -m deepseed.rules` from the table of rules; edit the rules, n
 A rule names the dimensions of an op's operands and results: equal names are one *factor*. A factor split over a mesh axis is
 split wherever it stands, an operand without it is whole, and a result without it is partial over the axis: a sum, or what the
 column *leaves* says; "added to 0" means that operand 0 is partial then too. `(a b)` is one dimension made of two factors, `name!` is never split, `name~` only so that a rank has one
-contiguous range, `*b` is any number of dimensions. *Partial together* lists the operands that may be partial sums when the
+contiguous range, `name+` never so that a rank has nothing of it, `*b` is any number of dimensions. *Partial together* lists the operands that may be partial sums when the
 result is one: `0|1` either alone, `0+1` both together, `all` every operand, `born` a result without operands.
 
 An op without a rule is legal where everything is whole on every axis, so an unknown op is slow and never wrong.

@@ -6,7 +6,8 @@ A form is one line, ``"m k, k n -> m n"``: operands in the order of ``op.refs``,
     tensor  ::= "." | dim+                                          "." has no dimension
     dim     ::= factor | "(" factor+ ")" | "1" | "*" name ["!"]     "1" has no factor, "*b" is any number of dimensions
     factor  ::= name ["=" size] mark*
-    mark    ::= "!" | "~" | "^"     "!" is never split, "~" only into one contiguous range a rank, "^" has its size in the arguments
+    mark    ::= "!" | "~" | "^" | "+"     "!" is never split, "~" only into one contiguous range a rank, "^" has its size in the
+                                    arguments, "+" is never split so unevenly that a rank holds nothing of it
 
 A factor that a result lacks is contracted: its shards leave partial values, reduced by the rule's ``reduce``.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from deepseed.ir.layout import Split
 from deepseed.ir.program import Arg, Op, Ref, Type
 
 Dims = tuple[tuple[str, ...], ...]  # one tensor: per dimension its factors, major first
@@ -95,6 +97,7 @@ class Signature:
     whole: frozenset[str] = frozenset()
     contiguous: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()  # sizes that the arguments determine
+    filled: frozenset[str] = frozenset()  # every rank holds some of it
     reduce: str = "sum"
     linear: tuple[frozenset[int], ...] = ()  # sets of operands that may be partial (sum) together
     monotone: tuple[frozenset[int], ...] = ()  # the same for max
@@ -117,14 +120,15 @@ class Signature:
         """The factors that may be split."""
         return tuple(name for name in self.places if name not in self.whole and self.sizes[name] > 1)
 
-    def factor_at(self, slot: int, dim: int, outer: int, n: int) -> tuple[str, int] | None:
-        """Which factor ``Split(dim, outer)`` over ``n`` ranks splits, and the outer inside that factor; None: it crosses factors."""
+    def factor_at(self, slot: int, split: Split, n: int) -> tuple[str, int] | None:
+        """Which factor ``split`` over ``n`` ranks splits, and the outer inside that factor; None: it crosses factors."""
         dims = (self.operands + self.results)[slot]
         left = 1
-        for name in dims[dim] if dim < len(dims) else ():
+        for name in dims[split.dim] if split.dim < len(dims) else ():
             size = self.sizes[name]
-            if outer % left == 0 and outer // left < size:
-                return (name, outer // left) if size % (outer // left * n) == 0 else None
+            if split.outer % left == 0 and split.outer // left < size:
+                inner = split.outer // left
+                return (name, inner) if size % (inner * (split.of or n)) == 0 else None
             left *= size
         return None
 
@@ -138,7 +142,7 @@ class Signature:
         return ", ".join(map(tensor, self.operands)) + " -> " + ", ".join(map(tensor, self.results))
 
 
-_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~^]*)|(1)(?!\w)|(\.))")
+_WORD = re.compile(r"\s*(?:(\()|(\))|(\*?)([A-Za-z_]\w*)(?:=(\d+))?([!~^+]*)|(1)(?!\w)|(\.))")
 
 Factor = tuple[str, int | None, str]  # name, size, mark
 
@@ -165,7 +169,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         for t, shape in zip(tensors, shapes, strict=True)
     )  # a dimension without elements has nothing to split
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
-    whole, contiguous, fixed = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^")
+    whole, contiguous, fixed, filled = (frozenset(n for n, mark in marks.items() if kind in mark) for kind in "!~^+")
     return Signature(
         dims[: len(operands)],
         dims[len(operands) :],
@@ -173,6 +177,7 @@ def build(call: Call, rule: Rule) -> Signature | None:
         whole,
         contiguous,
         fixed,
+        filled,
         rule.reduce,
         _sets(linear, call, "bool"),  # bools have no sum
         _sets(rule.monotone, call),

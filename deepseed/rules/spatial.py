@@ -18,7 +18,7 @@ def convolution(call: Call) -> str | None:
     transposed, groups = call.arg(6, "transposed", False), call.arg(8, "groups", 1)
     if not isinstance(groups, int):
         return None
-    x, w, y = _words(call, bool(transposed), groups, "c!" if groups > 1 else "c", "k")
+    x, w, y = _words(call, bool(transposed), groups, "c!" if groups > 1 else "c+", "k+")
     return f"{x}, {w}" + (", (g k)" if len(call.operands) == 3 else "") + f" -> {y}"
 
 
@@ -27,7 +27,7 @@ def convolution_backward(call: Call) -> str | None:
     transposed, groups, mask = call.arg(7, "transposed", False), call.arg(9, "groups", 1), call.arg(10, "output_mask")
     if not isinstance(groups, int) or mask not in ((True, False, False), (False, True, False)) or len(call.results) != 1:
         return None
-    x, w, y = _words(call, bool(transposed), groups, "c!" if groups > 1 else "c", "k")
+    x, w, y = _words(call, bool(transposed), groups, "c!" if groups > 1 else "c+", "k+")
     return f"{y}, {x}, {w} -> {x if mask == (True, False, False) else w}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, valid
+from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, chunk, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Ref, Type
 from deepseed.rules.owned import settle
@@ -78,11 +78,10 @@ def strategies(
     n = mesh.size(axis)
     out = [none]
     for name in sig.free:
-        for inner in _inner_outers(sig, name, layouts, mesh, (outers or {}).get(name, ())):
-            if sig.sizes[name] % (inner * n) == 0:
-                found = split(sig, name, inner)
-                if _fits(found, types, layouts, axis, mesh):
-                    out.append(found)
+        for inner, of in _cuts(sig, name, layouts, axis, mesh, (outers or {}).get(name, ())):
+            found = split(sig, name, inner, of)
+            if _fits(found, types, layouts, axis, mesh):
+                out.append(found)
     for sets, reduction in ((sig.linear, "sum"), (sig.monotone, "max")):
         for members in sets:
             found = partial(sig, members, reduction)
@@ -91,11 +90,11 @@ def strategies(
     return out
 
 
-def split(sig: Signature, name: str, inner: int = 1) -> Strategy:
-    """The strategy that splits factor ``name``, seen as (inner, rest), on ``rest``."""
+def split(sig: Signature, name: str, inner: int = 1, of: int = 0) -> Strategy:
+    """The strategy that splits factor ``name``, seen as (inner, rest), on ``rest``; uneven, seen as (inner, of, rest), on ``of``."""
     elements: list[Element] = [*(None for _ in sig.operands), *(Partial(sig.reduce) for _ in sig.results)]
     for place in sig.places[name]:
-        elements[place.slot] = Split(place.dim, place.left * inner)
+        elements[place.slot] = Split(place.dim, place.left * inner, of)
     for k in sig.adds:
         if elements[k] is None and all(isinstance(e, Partial) for e in elements[len(sig.operands) :]):
             elements[k] = Partial(sig.reduce)
@@ -120,24 +119,32 @@ def factor_outers(sig: Signature, candidates: Sequence[Sequence[Iterable[int]]])
     }
 
 
-def _inner_outers(sig: Signature, name: str, layouts: Sequence[Layout], mesh: Mesh, given: Iterable[int]) -> list[int]:
-    taken = {(inner, mesh.size(axis)) for place in sig.places[name] for axis, inner in _splits(sig, name, place, layouts[place.slot], mesh)}
+def _cuts(sig: Signature, name: str, layouts: Sequence[Layout], axis: str, mesh: Mesh, given: Iterable[int]) -> list[tuple[int, int]]:
+    """Where ``axis`` may cut a factor: (inner, 0) for an even cut of what lies behind ``inner``; (inner, of) for an uneven one of the
+    part between two borders, which are the places that other axes and ``given`` name, and the ends."""
+    n, size = mesh.size(axis), sig.sizes[name]
+    taken = {(inner, extent) for place in sig.places[name] for _, inner, extent in _splits(sig, name, place, layouts[place.slot], mesh)}
     if name in sig.contiguous:
         end = 1
-        for inner, n in sorted(taken):
+        for inner, extent in sorted(taken):
             if inner == end:
-                end *= n
-        return [end]
-    return sorted({1, *given, *(inner * n for inner, n in taken)})
+                end *= extent
+        return [(end, 0)] if size % (end * n) == 0 else [(end, size // end)] if size > end and size % end == 0 else []
+    borders = sorted({1, *given, *(inner * extent for inner, extent in taken)})
+    even = [(inner, 0) for inner in borders if size % (inner * n) == 0]
+    ends = [b for b in borders if size % b == 0 and b < size] + [size]
+    pairs = {*zip(ends, ends[1:], strict=False), (1, size)}
+    uneven = [(a, b // a) for a, b in sorted(pairs) if b % a == 0 and b > a and b // a % n]
+    return even + [(inner, of) for inner, of in uneven if name not in sig.filled or chunk(of, n, n - 1)]
 
 
-def _splits(sig: Signature, name: str, place: Place, layout: Layout, mesh: Mesh) -> list[tuple[str, int]]:
-    """(axis, inner outer) of the axes that split this factor here, outermost first."""
-    found: list[tuple[str, int]] = []
-    for axis, outer in layout.splits(place.dim):
-        at = sig.factor_at(place.slot, place.dim, outer, mesh.size(axis))
+def _splits(sig: Signature, name: str, place: Place, layout: Layout, mesh: Mesh) -> list[tuple[str, int, int]]:
+    """(axis, inner outer, extent) of the axes that split this factor here, outermost first."""
+    found: list[tuple[str, int, int]] = []
+    for axis, element in layout.splits(place.dim):
+        at = sig.factor_at(place.slot, element, mesh.size(axis))
         if at is not None and at[0] == name:
-            found.append((axis, at[1]))
+            found.append((axis, at[1], element.of or mesh.size(axis)))
     return found
 
 
@@ -178,18 +185,19 @@ def is_instance(op: Op, operand_layouts: Sequence[Layout], types: Sequence[Type]
     for name in sig.contiguous:
         for place in sig.places[name]:
             end = 1
-            for axis, inner in _splits(sig, name, place, layouts[place.slot], mesh):
-                if inner != end:
+            for axis, inner, extent in _splits(sig, name, place, layouts[place.slot], mesh):
+                if inner != end or (extent != mesh.size(axis) and inner * extent != sig.sizes[name]):
                     return f"{axis} splits {name} in blocks (outer {inner}, {end} expected): each rank needs one contiguous range ({sig})"
-                end *= mesh.size(axis)
+                end *= extent
     return None
 
 
 def _on_axis(sig: Signature, elements: Sequence[Element], axis: str, n: int) -> str | None:
     found: tuple[str, int] | None = None
+    of = 0
     for slot, element in enumerate(elements):
         if isinstance(element, Split):
-            found = sig.factor_at(slot, element.dim, element.outer, n)
+            found, of = sig.factor_at(slot, element, n), element.of
             if found is None:
                 return f"{axis}={n} splits {_tensor(sig, slot)} dimension {element.dim} (outer {element.outer}) across the factors of {sig}"
             break
@@ -198,7 +206,9 @@ def _on_axis(sig: Signature, elements: Sequence[Element], axis: str, n: int) -> 
         name, inner = found
         if name in sig.whole:
             return f"{axis} splits {name}, which every rank needs whole ({sig})"
-        legal = split(sig, name, inner)
+        if of and name in sig.filled and not chunk(of, n, n - 1):
+            return f"{axis}={n} splits {of} of {name} so that a rank holds nothing of it, which {sig} does not allow"
+        legal = split(sig, name, inner, of)
         if (operands, results) == (legal.operands, legal.results):
             return None
         wrong = next(s for s, (e, want) in enumerate(zip(elements, legal.operands + legal.results, strict=True)) if e != want)
@@ -232,4 +242,4 @@ def show(element: Element) -> str:
         return f"owned(dim {element.dim} by {element.key or 'ids'})"
     if isinstance(element, Partial):
         return element.op
-    return f"split(dim {element.dim}{f', outer {element.outer}' if element.outer != 1 else ''})"
+    return f"split(dim {element.dim}{f', outer {element.outer}' if element.outer != 1 else ''}{f', uneven of {element.of}' if element.of else ''})"

@@ -1,8 +1,9 @@
 """The collectives that generated source calls, on local tensors of any layout, over flat exchanges that a back end gives.
 
-A local tensor is *cut* at (dim, outer) into the n blocks of an axis, exchanged as one contiguous [n, ...] buffer, and
-*joined* at (dim, outer): dimension ``dim`` is seen as (outer, n, rest), see deepseed/ir/collective.py. An axis of size 1
-sends nothing.
+A local tensor is *cut* at a place into the n blocks of an axis, exchanged as one contiguous [n, ...] buffer, and *joined* at a
+place. A place is (dim, outer), dimension ``dim`` seen as (outer, n, rest), or where n does not divide it (dim, outer, of, rest): the
+n parts of ``of`` are those of ``torch.chunk``, padded to the largest while they travel. See deepseed/ir/collective.py. An axis of
+size 1 sends nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
 
+Place = tuple[int, int] | tuple[int, int, int, int]
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it: a loss must not keep the whole buffer alive
 
 
@@ -42,39 +45,42 @@ class Runtime(ABC):
         all_to_all: [n, ...] -> [n, ...], block i from rank i. ``reduce`` is "sum" or "max". ``x`` is not changed, unless it is ``owned``: a buffer that nobody else reads.
         """
 
-    def all_gather_start(self, x: Tensor, axis: str, dim: int, outer: int) -> Handle:
-        if self.mesh.size(axis) == 1:
+    def all_gather_start(self, x: Tensor, axis: str, put: Place) -> Handle:
+        n = self.mesh.size(axis)
+        if n == 1:
             return _done(x)
-        return Handle(self.exchange("all_gather", x.contiguous(), axis, ""), lambda y: join(y, dim, outer))
+        return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), lambda y: join(y, put))
 
     def all_reduce_start(self, x: Tensor, axis: str, reduce: str = "sum") -> Handle:
         if self.mesh.size(axis) == 1:
             return _done(x)
         return Handle(self.exchange("all_reduce", x.contiguous(), axis, reduce), _same)
 
-    def reduce_scatter_start(self, x: Tensor, axis: str, dim: int, outer: int, reduce: str = "sum") -> Handle:
+    def reduce_scatter_start(self, x: Tensor, axis: str, take: Place, reduce: str = "sum") -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
             return _done(x)
-        return Handle(self.exchange("reduce_scatter", cut(x, n, dim, outer).contiguous(), axis, reduce), _same)
+        return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), lambda y: own(y, n, self.coordinate[axis], take))
 
-    def all_to_all_start(self, x: Tensor, axis: str, take_dim: int, take_outer: int, put_dim: int, put_outer: int) -> Handle:
+    def all_to_all_start(self, x: Tensor, axis: str, take: Place, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
             return _done(x)
-        blocks = cut(x, n, take_dim, take_outer).contiguous()
-        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(y, put_dim, put_outer))
+        blocks = cut(widest(x, n, put), n, take).contiguous()
+        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.coordinate[axis], take))
 
     def bucket_start(
-        self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[tuple[int, int]] = (), put: Sequence[tuple[int, int]] = (), reduce: str = "sum"
+        self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[Place] = (), put: Sequence[Place] = (), reduce: str = "sum"
     ) -> list[Handle]:
-        """One exchange for several tensors of one dtype, packed side by side. (dim, outer) of each: ``take``, where it is cut
+        """One exchange for several tensors of one dtype, packed side by side. Place of each: ``take``, where it is cut
         (reduce_scatter, all_to_all), ``put``, where it is joined (all_gather, all_to_all)."""
-        n = self.mesh.size(axis)
+        n, i = self.mesh.size(axis), self.coordinate[axis]
         if n == 1:
             return [_done(x) for x in xs]
+        if put:
+            xs = [widest(x, n, place) for x, place in zip(xs, put, strict=True)]
         if take:
-            blocks = [cut(x, n, *place) for x, place in zip(xs, take, strict=True)]
+            blocks = [cut(x, n, place) for x, place in zip(xs, take, strict=True)]
             shapes = [b.shape[1:] for b in blocks]
             packed = torch.cat([b.reshape(n, -1) for b in blocks], 1)
         else:
@@ -82,26 +88,23 @@ class Runtime(ABC):
             packed = torch.cat([x.reshape(-1) for x in xs])
         complete = _Once(self.exchange(kind, packed, axis, reduce if kind in ("all_reduce", "reduce_scatter") else "", owned=True))
         handles, at = [], 0
-        for i, shape in enumerate(shapes):
+        for k, shape in enumerate(shapes):
             size = shape.numel()
-            if put:
-                handles.append(Handle(complete, _Unpack(at, size, (n, *shape), put[i])))
-            else:
-                handles.append(Handle(complete, _Unpack(at, size, tuple(shape))))
+            mine = (n, i, take[k]) if take and len(take[k]) > 2 else None
+            handles.append(Handle(complete, _Unpack(at, size, (n, *shape), put[k], mine) if put else _Unpack(at, size, tuple(shape), None, mine)))
             at += size
         return handles
 
     def wait(self, handle: Handle) -> Tensor:
         return handle.finish(handle.complete())
 
-    def shard(self, x: Tensor, axis: str, dim: int, outer: int) -> Tensor:
+    def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
-        n, i = self.mesh.size(axis), self.coordinate[axis]
-        shape = list(x.shape)
-        rest = shape[dim] // (outer * n)
+        dim, outer, of, rest = _place(x, self.mesh.size(axis), take)
+        held = chunk(of, self.mesh.size(axis), self.coordinate[axis])
         if outer == 1:
-            return x.narrow(dim, i * rest, rest)
-        return x.reshape(*shape[:dim], outer, n, rest, *shape[dim + 1 :]).select(dim + 1, i).reshape(*shape[:dim], outer * rest, *shape[dim + 1 :])
+            return x.narrow(dim, held.start * rest, len(held) * rest)
+        return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
 
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
@@ -129,28 +132,79 @@ class _Unpack:
     at: int
     size: int
     shape: tuple[int, ...]
-    place: tuple[int, int] | None = None
+    put: Place | None = None
+    mine: tuple[int, int, Place] | None = None  # an uneven cut: ranks, this rank, where
 
     def __call__(self, packed: Tensor) -> Tensor:
         part = packed.narrow(-1, self.at, self.size).view(self.shape)
-        if self.place is None and SMALL * self.size < packed.numel():
-            return part.clone()
-        return part if self.place is None else join(part, *self.place)
+        if self.put is None and SMALL * self.size < packed.numel():
+            part = part.clone()
+        if self.put is not None:
+            part = join(part, self.put)
+        return part if self.mine is None else own(part, *self.mine)
 
 
-def cut(x: Tensor, n: int, dim: int, outer: int) -> Tensor:
-    """[n, ...]: dimension ``dim`` seen as (outer, n, rest), n moved to the front. A view where one exists."""
+# blocks -------------------------------------------------------------------------------------------------------------
+
+
+def cut(x: Tensor, n: int, take: Place) -> Tensor:
+    """[n, ...]: dimension ``dim`` seen as (outer, of, rest), ``of`` cut into n parts, which move to the front. Uneven parts are padded
+    to the first one's size. A view where one exists."""
+    dim, outer, of, rest = _place(x, n, take)
+    each = -(-of // n)
+    seen = _padded(_seen(x, dim, outer, of, rest), dim + 1, n * each)
     shape = list(x.shape)
-    rest = shape[dim] // (outer * n)
-    blocks = x.reshape(*shape[:dim], outer, n, rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
-    return blocks.reshape(n, *shape[:dim], outer * rest, *shape[dim + 1 :])
+    blocks = seen.reshape(*shape[:dim], outer, n, each * rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
+    return blocks.reshape(n, *shape[:dim], outer * each * rest, *shape[dim + 1 :])
 
 
-def join(blocks: Tensor, dim: int, outer: int) -> Tensor:
-    """The inverse of ``cut``."""
+def join(blocks: Tensor, put: Place) -> Tensor:
+    """The inverse of ``cut``: padding is dropped."""
     n, *shape = blocks.shape
-    seen = blocks.reshape(n, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :]).movedim(0, dim + 1)
-    return seen.reshape(*shape[:dim], shape[dim] * n, *shape[dim + 1 :])
+    dim, outer = put[0], put[1]
+    seen = blocks.reshape(n, *shape[:dim], outer, shape[dim] // max(outer, 1), *shape[dim + 1 :]).movedim(0, dim + 1)
+    if len(put) == 2:
+        return seen.reshape(*shape[:dim], shape[dim] * n, *shape[dim + 1 :])
+    _, _, of, rest = put
+    whole = seen.reshape(*shape[:dim], outer, n * -(-of // n), rest, *shape[dim + 1 :]).narrow(dim + 1, 0, of)
+    return whole.reshape(*shape[:dim], outer * of * rest, *shape[dim + 1 :])
+
+
+def widest(x: Tensor, n: int, put: Place) -> Tensor:
+    """A rank's part padded to the size of the largest, where the parts that will be joined are uneven."""
+    if len(put) == 2:
+        return x
+    dim, outer, of, rest = put
+    each, held = -(-of // n), x.shape[dim] // max(outer * rest, 1)
+    shape = list(x.shape)
+    return x if held == each else _padded(_seen(x, dim, outer, held, rest), dim + 1, each).reshape(*shape[:dim], outer * each * rest, *shape[dim + 1 :])
+
+
+def own(x: Tensor, n: int, i: int, take: Place) -> Tensor:
+    """What rank ``i`` holds of a block of ``cut``: without its padding."""
+    if len(take) == 2:
+        return x
+    dim, outer, of, rest = take
+    each, held = -(-of // n), len(chunk(of, n, i))
+    return x if held == each else _seen(x, dim, outer, each, rest).narrow(dim + 1, 0, held).flatten(dim, dim + 2)
+
+
+def _place(x: Tensor, n: int, place: Place) -> tuple[int, int, int, int]:
+    """(dim, outer, of, rest); the dimension is outer * of * rest."""
+    if len(place) == 4:
+        return place
+    dim, outer = place
+    return dim, outer, n, x.shape[dim] // max(outer * n, 1)
+
+
+def _seen(x: Tensor, dim: int, outer: int, of: int, rest: int) -> Tensor:
+    return x.reshape(*x.shape[:dim], outer, of, rest, *x.shape[dim + 1 :])
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros behind ``dim`` up to ``size``."""
+    missing = size - x.shape[dim]
+    return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim) if missing else x
 
 
 def _same(x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from deepseed.ir import layout as ir
 from deepseed.ir.collective import step
-from deepseed.ir.layout import Layout, factors
+from deepseed.ir.layout import Layout, chunk, factors
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Program, Type
-from deepseed.runtime.collectives import Runtime, join
+from deepseed.runtime.collectives import Runtime, join, widest
 
 Key = tuple[str, str]  # role, key
 
@@ -39,13 +39,11 @@ def shard(full: Tensor, type_: Type, mesh: Mesh, coordinate: Mapping[str, int]) 
             continue
         parts = factors(size, dim, type_.layout, mesh)
         seen = out.reshape(*out.shape[:dim], *(n for n, _ in parts), *out.shape[dim + 1 :])
-        at = dim
-        for _, axis in parts:
-            if axis is None:
-                at += 1
-            else:
-                seen = seen.select(at, coordinate[axis])
-        out = seen.flatten(dim, at - 1) if at > dim + 1 else seen if at == dim + 1 else seen.unsqueeze(dim)
+        for at, (n, axis) in enumerate(parts, dim):
+            if axis is not None:
+                held = chunk(n, mesh.size(axis), coordinate[axis])
+                seen = seen.narrow(at, held.start, len(held))
+        out = seen.flatten(dim, dim + len(parts) - 1)
     if any(op == "sum" and coordinate[axis] for axis, op in type_.layout.partials):
         return torch.zeros_like(out)
     return out
@@ -67,9 +65,9 @@ def gather(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
                 stacked = torch.stack(group)
                 merged[rank] = stacked.amax(0) if element.op == "max" else stacked.sum(0).to(group[0].dtype)
             else:
-                place = step(type_.shape, type_.layout, after.layout, axis, mesh).put
+                place = step(type_.shape, type_.layout, after.layout, axis, mesh.seen_from(mesh.coordinate(rank))).put
                 assert place is not None
-                merged[rank] = join(torch.stack(group), place.dim, place.outer)
+                merged[rank] = join(torch.stack([widest(x, n, place.numbers) for x in group]), place.numbers)
         have, type_ = merged, after
     return have[0]
 
@@ -81,9 +79,9 @@ def gather_over(rt: Runtime, local: Tensor, type_: Type) -> Tensor:
         if element is None:
             continue
         after = type_.laid(type_.layout.with_(axis, None))
-        s = step(type_.shape, type_.layout, after.layout, axis, rt.mesh)
+        s = step(type_.shape, type_.layout, after.layout, axis, rt.mesh.seen_from(rt.coordinate))
         if s.put is not None:
-            local = rt.wait(rt.all_gather_start(local, axis, s.put.dim, s.put.outer))
+            local = rt.wait(rt.all_gather_start(local, axis, s.put.numbers))
         else:
             local = rt.wait(rt.all_reduce_start(local, axis, s.reduce))
         type_ = after
@@ -92,7 +90,7 @@ def gather_over(rt: Runtime, local: Tensor, type_: Type) -> Tensor:
 
 def placements(type_: Type, mesh: Mesh) -> tuple[Placement, ...]:
     """The layout as DTensor placements, one an axis of the mesh. DTensor splits in the order of the mesh, so an axis that lies
-    inside a later one's range becomes a strided shard."""
+    inside a later one's range becomes a strided shard. Raises StateError where DTensor has no such placement: see ``shown``."""
     out: list[Placement] = []
     for n, axis in enumerate(mesh.names):
         element = type_.layout.on(axis)
@@ -101,6 +99,8 @@ def placements(type_: Type, mesh: Mesh) -> tuple[Placement, ...]:
         elif isinstance(element, ir.Partial):
             out.append(Partial(element.op))
         else:
+            if not shown(type_, mesh):
+                raise StateError(f"DTensor has no placement for {element} of {list(type_.shape)} on {mesh}: it cuts whole dimensions only, where {axis} does not divide them")
             before = 1  # factors left of this one that are still whole when DTensor comes to this axis
             for size, name in factors(type_.shape[element.dim], element.dim, type_.layout, mesh):
                 if name == axis:
@@ -111,12 +111,21 @@ def placements(type_: Type, mesh: Mesh) -> tuple[Placement, ...]:
     return tuple(out)
 
 
+def shown(type_: Type, mesh: Mesh) -> bool:
+    """Whether DTensor has placements for the layout: an uneven cut must be of a whole dimension, with no other axis there."""
+    splits = [type_.layout.splits(d) for d in range(len(type_.shape))]
+    return all(len(here) == 1 and e.of == size for here, size in zip(splits, type_.shape, strict=True) for _, e in here if e.of)
+
+
 def layout_of(dtensor_placements: Sequence[Placement], shape: Sequence[int], mesh: Mesh) -> Layout:
-    """The inverse of ``placements``. Raises StateError where DTensor's parts are uneven."""
+    """The inverse of ``placements``. Raises StateError where the parts are uneven inside of another split."""
     found = Layout()
     for axis, placement in zip(mesh.names, dtensor_placements, strict=True):
         if isinstance(placement, _StridedShard | Shard):
             left = int(getattr(placement, "split_factor", 1))
+            if left == 1 and shape[placement.dim] % mesh.size(axis) and not found.splits(placement.dim):
+                found = found.with_(axis, ir.Split(placement.dim, 1, shape[placement.dim]))
+                continue
             for outer in (d for d in range(1, shape[placement.dim] + 1) if shape[placement.dim] % d == 0):
                 wider = found.with_(axis, ir.Split(placement.dim, outer))
                 if not ir.valid(shape, wider, mesh):
@@ -153,7 +162,7 @@ class State:
 
     def fill(self, entry: Input, value: float = 0) -> Tensor:
         """Store a part filled with one value, without ever making the whole tensor."""
-        local = torch.full(entry.type.local(self.mesh), value, dtype=_torch_dtype(entry.type.dtype), device=self.device)
+        local = torch.full(entry.type.local(self.mesh.seen_from(self.coordinate)), value, dtype=_torch_dtype(entry.type.dtype), device=self.device)
         self.tensors[entry.role, entry.key], self.types[entry.role, entry.key] = local, entry.type
         return local
 
@@ -186,14 +195,15 @@ class State:
         )
 
     def bind(self, module: nn.Module, mesh: DeviceMesh | None) -> None:
-        """Make the module's parameters and buffers be this state: DTensors on ``mesh``, or the stored tensor itself where it is whole."""
+        """Make the module's parameters and buffers be this state: DTensors on ``mesh``, or the stored tensor itself where it is whole,
+        or where DTensor has no such placement: this rank's part then."""
         for (role, key), tensor in self.tensors.items():
             if role not in ("param", "buffer"):
                 continue
             whole = self.types[role, key].layout == ir.REPLICATED
             if not whole and mesh is None:
                 raise StateError(f"{role} {key!r} is split, which needs a DeviceMesh to show as a DTensor")
-            value = tensor if whole or mesh is None else self.dtensor((role, key), mesh)
+            value = tensor if whole or mesh is None or not shown(self.types[role, key], self.mesh) else self.dtensor((role, key), mesh)
             split: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
