@@ -172,9 +172,9 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
     last = _indexed(i, k)
     if last is not None and k == len(i.operands) - 1:
         owned = next(((a, e) for x in (*i.operands, *i.op.types) for a, e in x.layout.elements if isinstance(e, Owned)), None)
-        if owned is not None:  # ids that say of each row who owns it
-            n = i.mesh.size(owned[0])
-            return owner(t.shape[0], n, owned[1].key) * (last // n) + torch.randint(0, last // n, t.shape, generator=generator)
+        each = 0 if owned is None else last // i.mesh.size(owned[0])
+        if owned is not None and each:  # ids that say of each row who owns it
+            return owner(t.shape[0], i.mesh.size(owned[0]), owned[1].key) * each + torch.randint(0, each, t.shape, generator=generator)
     if last is not None:
         return torch.randint(0, max(last, 1), t.shape, generator=generator).to(dtype)
     return torch.randint(1, 5, t.shape, generator=generator).to(dtype)

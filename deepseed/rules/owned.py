@@ -38,7 +38,7 @@ def owned_strategies(op: Op, sig: Signature, marked: Sequence[Owned | None], key
         operands, results = _split(sig, factor)
         own = Owned("sum", 0, key, sig.sizes[factor])
         born = tuple(own if isinstance(e, Partial) else e for e in results)
-        rows = [k for k, mark in enumerate(marked) if mark == own]
+        rows = [k for k, mark in enumerate(marked[:-1]) if mark == own and sig.operands[k][0] == sig.operands[-1][0]]
         for count in range(len(rows) + 1):
             for some in combinations(rows, count):
                 if some or born != results:
