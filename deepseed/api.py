@@ -31,6 +31,7 @@ from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.handover import follow, take_over
 from deepseed.ir.layout import Layout
+from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.widen import widen
 from deepseed.pipeline import Passed
@@ -130,7 +131,7 @@ class _Compiled:
         self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
         said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", type(optimizer).__name__)]
         self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet, said)
-        self.mesh, self.backend = self.host.mesh, self.host.backend
+        self.backend = self.host.backend
         self.steps = 0
         self.states: list[State] = []
         self._built: dict[str, list[Built]] = {}
@@ -141,6 +142,11 @@ class _Compiled:
         self._shown: Mapping[tuple[str, str], Tensor] = {}
 
     # what it did ----------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks: the plan's axes, one of them as sub-axes where the first program needs that."""
+        return self.host.mesh
 
     @property
     def program(self) -> Program:
@@ -348,7 +354,8 @@ class _Compiled:
                 out.append(state.tensors[key])
             else:
                 x = others[key].to(self.host.device)
-                out.append(x if local and i.role == "batch" else shard(x, i.type, self.mesh, state.coordinate))
+                type_ = replace(i.type, shape=tuple(x.shape), layout=i.type.layout.with_("dp", None)) if local and i.role == "batch" else i.type
+                out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
 
 

@@ -46,7 +46,7 @@ def check_mix_up(host: Host, batch: Any, local: bool) -> None:
         )
     if local and (odd := [part for part, contents in by_part.items() if len(contents) > 1]):
         raise CompileError(
-            f'batch="local": the ranks of data-parallel part {odd[0]} differ only along tp and must hold the same rows, but they do not\n'
+            f'batch="local": the ranks of data-parallel part {odd[0]} differ only along sp or tp and must hold the same rows, but they do not\n'
             "  fix: choose rows by the dp coordinate, not by the rank"
         )
     if local and parts > 1 and not different:

@@ -69,6 +69,8 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
+    if program.mesh != host.mesh:
+        host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
         args = pipeline.arguments(host.mesh, plan.stage, coordinate, stored or {})

@@ -15,6 +15,7 @@ from typing import Any
 from deepseed import closed_forms as form
 from deepseed import cost
 from deepseed.ir.layout import Partial, Split
+from deepseed.ir.mesh import whole_axis
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
@@ -166,7 +167,7 @@ def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
             key = (str(op.kw("axis")), op.target.removesuffix(".start"))
             count[key] += 1
             sent[key] += sent_bytes(p, op)
-    order = {axis: n for n, axis in enumerate(p.mesh.names)}
+    order = {axis: n for n, name in enumerate(p.mesh.names) for axis in (name, whole_axis(name))}
     return tuple(CollectiveCount(*key, count[key], sent[key]) for key in sorted(count, key=lambda k: (order[k[0]], k[1])))
 
 

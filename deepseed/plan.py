@@ -1,6 +1,6 @@
 """What the user wants, as a string: ``"zero3+tp2+bf16"``.
 
-    plan ::= word ("+" word)*      word ::= ("dp" | "ep" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+    plan ::= word ("+" word)*      word ::= ("dp" | "ep" | "sp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
 ``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
@@ -9,10 +9,10 @@ Order is free, each kind of word appears once. A plan names sizes only: how a mo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from math import gcd
+from math import gcd, prod
 
 from deepseed.ir.mesh import Mesh
 
@@ -23,6 +23,14 @@ class PlanError(ValueError):
 
 PRECISIONS = {"bf16": "bf16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
 
+AXES = {  # mesh axes, major first: the last has neighbouring ranks; what one of N ranks has of the whole
+    "dp": "the rows of the batch",
+    "ep": "the experts, and the rows",
+    "sp": "the sequence",
+    "tp": "each weight",
+}
+_DATA = "dp"  # the axis that takes the ranks which no other axis asks for
+
 SPELLINGS = {  # what people write -> the word
     "ddp": "zero0", "fsdp": "zero3",
     "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float64": "fp64", "double": "fp64",
@@ -30,7 +38,6 @@ SPELLINGS = {  # what people write -> the word
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
-    (r"sp\d+", "the sequence split over ranks", "tpN, which splits activations too"),
     (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
     (r"mb\d+", "microbatches", "a smaller batch"),
     (r"gpipe|1f1b|interleaved\d+|zb", "a pipeline schedule", "a plan without stages"),
@@ -48,14 +55,20 @@ class Plan:
     dp: int | None = None  # data-parallel ranks; inferred from the world size where missing
     zero: int | None = None  # 0..3; not said means 0
     ep: int | None = None  # ranks that share the experts, and the rows of the batch
+    sp: int | None = None  # ranks that split the sequence
     tp: int | None = None  # ranks that split the weights in use
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
-        sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("tp", self.tp))
+        """Words in the order dp, zero, ep, sp, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
+        sized = (("dp", self.dp), ("zero", self.zero), *((axis, self.size(axis)) for axis in AXES if axis != _DATA))
         words = [f"{word}{n}" for word, n in sized if n is not None]
         return "+".join(words + ([self.precision] if self.precision else []))
+
+    def size(self, axis: str) -> int | None:
+        """Ranks along an axis, a key of AXES; None where the plan does not say."""
+        said: int | None = getattr(self, axis)
+        return said
 
     @property
     def stage(self) -> int:
@@ -74,65 +87,69 @@ class Plan:
             return ()
         if self.dp is None:
             return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
-        if self.dp == 1 and (self.ep or 1) == 1:
+        if self.dp == 1 and (self.sp or 1) == (self.ep or 1) == 1:
             return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
         return ()
 
     def resolve(self, world_size: int | None = None) -> Plan:
-        """The same plan with dp, ep and tp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
+        """The same plan with every axis filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
 
         Without a world size the plan stands for itself: its own sizes, and dp2 where it asks for ZeRO and does not say
         how many ranks share the state. Raises PlanError where the plan does not divide the world size.
         """
-        ep, tp = self.ep or 1, self.tp or 1
-        each = ep * tp  # ranks of one data-parallel part
+        sizes = {axis: self.size(axis) or 1 for axis in AXES if axis != _DATA}
+        each = prod(sizes.values())  # ranks of one data-parallel part
         if world_size is None:
-            return replace(self, dp=self.dp or (2 if self.stage and ep == 1 else 1), ep=ep, tp=tp)
+            return self._sized({**sizes, _DATA: self.dp or (2 if self.stage else 1)})
         if world_size < 1:
             raise PlanError(f"world size {world_size}: at least 1 rank is needed\n  fix: start 1 rank or more")
         if world_size % each:
-            split = [f"ep{ep} shares the experts over {ep} ranks"] * (ep > 1) + [f"tp{tp} splits each weight over {tp} ranks"] * (tp > 1)
+            split = [f"{axis}{n} splits {AXES[axis]} over {n} ranks" for axis, n in sizes.items() if n > 1]
             raise PlanError(
                 f"plan {self}: {' and '.join(split)}, but the world size {world_size} is not a multiple of {each} "
                 f"({world_size} = {each} * {world_size // each} + {world_size % each})\n  fix: {self._fix(world_size)}"
             )
         dp = self.dp or world_size // each
         if dp * each != world_size:
-            factors = [f"dp{dp}"] + [f"{axis}{n}" for axis, n in (("ep", ep), ("tp", tp)) if n > 1]
+            factors = [f"{axis}{n}" for axis, n in {_DATA: dp, **sizes}.items() if axis == _DATA or n > 1]
             product = f"{' x '.join(factors)} = {dp * each}" if len(factors) > 1 else f"{dp}"
             raise PlanError(f"plan {self} is for {product} ranks, but the world size is {world_size}\n  fix: {self._fix(world_size)}")
-        return replace(self, dp=dp, ep=ep, tp=tp)
+        return self._sized({**sizes, _DATA: dp})
 
     def mesh(self, world_size: int | None = None) -> Mesh:
-        """Axes ``dp, ep, tp``, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
+        """Axes in the order of AXES, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
 
         Raises PlanError where the plan does not fit ``world_size`` ranks: see ``resolve``.
         """
         sizes = self.resolve(world_size)
-        return Mesh(tuple((axis, n) for axis, n in (("dp", sizes.dp), ("ep", sizes.ep), ("tp", sizes.tp)) if n is not None and n > 1))
+        return Mesh(tuple((axis, n) for axis in AXES if (n := sizes.size(axis) or 1) > 1))
+
+    def _sized(self, sizes: Mapping[str, int | None]) -> Plan:
+        return replace(self, **sizes)  # type: ignore[arg-type]
 
     def _fix(self, world_size: int) -> str:
         """The nearest plan that takes ``world_size`` ranks, and the nearest world size that this plan takes.
 
-        tp, and then ep, falls to its largest divisor that divides what is left of the world: what splits over N splits over that too.
+        An axis falls to its largest divisor that divides what is left of the world: what splits over N splits over that too.
         """
-        tp = gcd(self.tp or 1, world_size)
-        ep = gcd(self.ep or 1, world_size // tp)
-        left = world_size // tp // ep
-        plan = replace(self, dp=left if self.dp is not None else None, ep=ep if ep > 1 else None, tp=tp if tp > 1 else None)
-        each = (self.ep or 1) * (self.tp or 1)
+        left, sizes = world_size, {axis: self.size(axis) or 1 for axis in reversed(AXES) if axis != _DATA}
+        near: dict[str, int | None] = {}
+        for axis, n in sizes.items():
+            found = gcd(n, left)
+            left //= found
+            near[axis] = found if found > 1 else None
+        plan = self._sized({**near, _DATA: left if self.dp is not None else None})
+        each = prod(sizes.values())
         size = (self.dp or max(1, round(world_size / each))) * each
         return f'use plan "{str(plan) or "zero0"}", or start {size} ranks'
 
 
 _WORDS: tuple[tuple[str, str, Callable[[str], int | str]], ...] = (  # pattern, field, its value from the word
-    (r"dp(\d+)", "dp", int),
+    *((rf"{axis}(\d+)", axis, int) for axis in AXES),
     (r"zero([0-3])", "zero", int),
-    (r"ep(\d+)", "ep", int),
-    (r"tp(\d+)", "tp", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
 )
-KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", "epN", "tpN", *PRECISIONS)
+KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), *PRECISIONS)
 
 
 def parse_plan(text: str) -> Plan:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Program
+from deepseed.ir.subaxes import on_axes_of
 from deepseed.rules.local import localize_op
 
 
@@ -17,5 +18,6 @@ def localize(p: Program, coordinate: Mapping[str, int]) -> Program:
     before: %i = iota(start=0, step=1) : i64[8@dp]
     after:  %i = iota(start=0, step=1, index=[[[2, 1, 1], [4]]]) : i64[8@dp]     at dp=1 of 2: second of two pieces of 4
     """
-    ops = tuple(localize_op(op, tuple(p.types[ref.name] for ref in op.refs), p.mesh, dict(coordinate)) for op in p.ops)
-    return replace(p, ops=ops, mesh=p.mesh.seen_from(coordinate))
+    where = on_axes_of(coordinate, p.mesh)
+    ops = tuple(localize_op(op, tuple(p.types[ref.name] for ref in op.refs), p.mesh, where) for op in p.ops)
+    return replace(p, ops=ops, mesh=p.mesh.seen_from(where))

@@ -2,19 +2,20 @@
 
 The cheapest path is found by Dijkstra over the few layouts between the two: on each axis that changes, the element
 before, the element after, or whole. Local steps cost nothing, so shards come first, reductions before gathers.
+Over all sub-axes of an axis (``tp_0, tp_1`` of ``tp``) one step is one collective where they lie side by side.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from deepseed.cost import sent_bytes
 from deepseed.ir.collective import COLLECTIVES, step
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Layout, LayoutError, Partial, valid
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Builder, Op, Output, Program, Ref, Type
 
 
@@ -89,6 +90,8 @@ def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], 
     for axis in changed:
         if to.on(axis) == Partial("max"):
             raise LayoutError(f"over {axis} candidates of a maximum are wanted, which only an amax makes; want it whole instead")
+    together: list[tuple[str, tuple[str, ...]]] = [(axis, (axis,)) for axis in changed]
+    together += [(axis, parts) for axis in dict.fromkeys(map(whole_axis, changed)) if len(parts := mesh.parts(axis)) > 1 and set(parts) <= set(changed)]
     best: dict[Layout, tuple[int, int, int]] = {before.layout: (0, 0, 0)}
     came: dict[Layout, tuple[Layout, str, str]] = {}
     queue: list[tuple[tuple[int, int, int], int, Layout]] = [((0, 0, 0), 0, before.layout)]
@@ -99,21 +102,21 @@ def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], 
             break
         if cost > best[layout]:
             continue
-        for axis in changed:
-            for element in (before.layout.on(axis), to.on(axis), None):
-                after = layout.with_(axis, element)
-                if after == layout or not valid(before.shape, after, mesh):
-                    continue
-                try:
-                    kind = step(before.shape, layout, after, axis, mesh).kind
-                except LayoutError:
-                    continue
-                sent = sent_bytes(kind, before.laid(layout), before.laid(after), axis, mesh)
-                total = (cost[0] + sent, cost[1] + (kind in COLLECTIVES), cost[2] + 1)
-                if after not in best or total < best[after]:
-                    best[after], came[after] = total, (layout, kind, axis)
-                    order += 1
-                    heapq.heappush(queue, (total, order, after))
+        for axis, after in _nearby(layout, before.layout, to, together):
+            if after == layout or not valid(before.shape, after, mesh):
+                continue
+            try:
+                kind = step(before.shape, layout, after, axis, mesh).kind
+            except LayoutError:
+                continue
+            if axis not in mesh.sizes and kind not in COLLECTIVES:
+                continue
+            sent = sent_bytes(kind, before.laid(layout), before.laid(after), axis, mesh)
+            total = (cost[0] + sent, cost[1] + (kind in COLLECTIVES), cost[2] + 1)
+            if after not in best or total < best[after]:
+                best[after], came[after] = total, (layout, kind, axis)
+                order += 1
+                heapq.heappush(queue, (total, order, after))
     else:
         raise LayoutError(f"no way from {before.layout.elements} to {to.elements} for {list(before.shape)} on {mesh}")
     path: list[tuple[str, str, Type]] = []
@@ -123,3 +126,13 @@ def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], 
         path.append((kind, axis, before.laid(at)))
         at = source
     return tuple(reversed(path))
+
+
+def _nearby(layout: Layout, before: Layout, to: Layout, together: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, Layout]]:
+    """Layouts that one step may reach: over an axis, or over all sub-axes of one at once."""
+    for axis, parts in together:
+        for source in (before, to, Layout()):
+            after = layout
+            for part in parts:
+                after = after.with_(part, source.on(part))
+            yield axis, after

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import replace
+from math import prod
 
+from deepseed.ir.contract import PassError
 from deepseed.ir.layout import Element, Layout, Owned, Split, valid
-from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op, Program, Type
-from deepseed.rules import Signature, Strategy, signature
+from deepseed.ir.program import Input, Op, Program, Type
+from deepseed.rules import Strategy, signature
 from deepseed.rules.owned import GRADIENTS, TABLES, by_number, marks_after, owned_strategies
 
 Marks = Mapping[str, Owned]
@@ -51,18 +52,58 @@ def marks(p: Program) -> Marks:
     return found
 
 
-def owned_ways(op: Op, sig: Signature | None, found: Marks, ids: frozenset[str], operands: Sequence[Type], axis: str, mesh: Mesh) -> list[Strategy]:
+def owned_ways(op: Op, found: Marks, operands: Sequence[Type], axis: str, p: Program) -> list[Strategy]:
     """The strategies of ``op`` on ``axis`` in which rows are owned. Keys are left empty: equal layers share their strategies."""
-    if sig is None or ((op.target in TABLES or op.target in GRADIENTS) and op.refs[-1].name not in ids):
+    sig = signature(op, operands)
+    looked = op.target in TABLES or op.target in GRADIENTS
+    if sig is None or (looked and op.refs[-1].name not in routed_ids(p)):
         return []
     out = []
-    types = [*operands, *op.types]
-    key = op.refs[-1].name if op.target in TABLES or op.target in GRADIENTS else ""
-    for before, after in owned_strategies(op, sig, [found.get(r.name) for r in op.refs], key):
+    for before, after in owned_strategies(op, sig, [found.get(r.name) for r in op.refs], op.refs[-1].name if looked else ""):
         s = Strategy(tuple(map(_nameless, before)), tuple(map(_nameless, after)))
-        if all(not isinstance(e, Split) or valid(t.shape, t.layout.with_(axis, e), mesh) for e, t in zip((*s.operands, *s.results), types, strict=True)):
+        elements = zip((*s.operands, *s.results), (*operands, *op.types), strict=True)
+        if all(not isinstance(e, Split) or valid(t.shape, t.layout.with_(axis, e), p.mesh) for e, t in elements):
             out.append(s)
     return out
+
+
+def check(p: Program, found: Mapping[str, int], axis: str, batch: int, ranks: Mapping[str, int]) -> None:
+    """Raises PassError for a model without experts, and for experts or rows that the ranks do not divide."""
+    n, of = ranks[axis], prod(ranks.values())
+    if not found:
+        raise PassError(f"{axis}={n} splits experts, and this model has none: no row is multiplied with a matrix that its id names\n  fix: use a plan without {axis}")
+    for name, dim in found.items():
+        size = p.types[name].shape[dim]
+        if size % n:
+            near = [d for d in range(2, size + 1) if size % d == 0]
+            raise PassError(
+                f"{axis}={n} cannot share {size} experts evenly ({size} = {n} * {size // n} + {size % n}): {name}\n"
+                f"  fix: use {' or '.join(f'{axis}={d}' for d in near)}, or a plan without {axis}"
+            )
+    if batch % of:
+        words = " x ".join(f"{a}={k}" for a, k in ranks.items())
+        raise PassError(
+            f"{words} cannot share {batch} rows evenly ({batch} = {of} * {batch // of} + {batch % of})\n"
+            f"  fix: use a batch of {batch // of * of or of} or {(batch // of + 1) * of} rows, or a plan without {axis}"
+        )
+
+
+def of_tables(p: Program, found: Mapping[str, int], weights: frozenset[str]) -> frozenset[str]:
+    """The values that depend on tables alone: their casts and transposes."""
+    inside = set(found)
+    for op in p.ops:
+        if op.name in weights and all(r.name in inside for r in op.refs):
+            inside.update(op.results)
+    return frozenset(inside)
+
+
+def home(item: Input, found: Mapping[str, int], p: Program) -> int | None:
+    """The dimension that counts the experts in their parameter, or in a state of its shape."""
+    if item.name in found:
+        return found[item.name]
+    keys = {i.key: (found[i.name], i.type.shape) for i in p.by_role("param") if i.name in found}
+    dim, shape = keys.get(item.key.partition("/")[2], (0, None))
+    return dim if item.role == "state" and item.type.shape == shape else None
 
 
 def _nameless(e: Element) -> Element:

@@ -177,7 +177,8 @@ class _Schedule:
 
     def _key(self, start: Op) -> Key:
         """What may share a bucket: one kind over one axis, of one dtype and reduction."""
-        element = self.p.types[start.refs[0].name].layout.on(str(start.kw("axis")))
+        layout = self.p.types[start.refs[0].name].layout
+        element = layout.on(self.p.mesh.parts(str(start.kw("axis")))[0])
         phase = "update" if start.phase == "update" else "step"
         return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase
 

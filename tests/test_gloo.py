@@ -24,10 +24,11 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TWO: list[Case] = [
-    ("llama", "zero0", "adamw"), ("bert", "zero1", "adamw"), ("mlp", "zero2", "sgd"), ("gpt2", "zero3", "adamw"), ("llama", "tp2", "sgd"),
+    ("llama", "zero0", "adamw"), ("bert", "zero1", "adamw"), ("mlp", "zero2", "sgd"), ("gpt2", "zero3", "adamw"), ("llama", "tp2", "sgd"), ("gpt2", "sp2", "adamw"),
 ]  # fmt: skip
+THREE: list[Case] = [("llama", "zero3", "adamw"), ("gpt2", "tp3", "sgd"), ("bert", "zero2", "adamw")]  # nothing divides by three
 FOUR: list[Case] = [("mlp", "zero1+tp2", "adamw"), ("gpt2", "zero3+tp2", "sgd")]
-KINDS = {2: ["zero0", "zero1", "zero2", "zero3", "tp2"], 4: ["zero0", "zero3", "tp4", "zero1+tp2", "zero3+tp2"]}
+KINDS = {2: ["zero0", "zero1", "zero2", "zero3", "tp2", "sp2"], 3: ["zero1", "zero3", "tp3", "sp3"], 4: ["zero0", "zero3", "tp4", "zero1+tp2", "zero3+tp2"]}
 
 
 def check(number: int, cases: list[Case]) -> None:
@@ -44,6 +45,10 @@ def check(number: int, cases: list[Case]) -> None:
 
 def test_two_ranks_are_eager_in_float64_and_run_the_simulations_program() -> None:
     check(2, TWO)
+
+
+def test_three_ranks_hold_uneven_parts() -> None:
+    check(3, THREE)
 
 
 def test_four_ranks_are_eager_in_float64_and_run_the_simulations_program() -> None:

@@ -12,7 +12,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.plan import PRECISIONS, Plan, PlanError, parse_plan
 
 sizes = st.none() | st.integers(1, 64)
-plans = st.builds(Plan, dp=sizes, zero=st.none() | st.integers(0, 3), tp=sizes, precision=st.none() | st.sampled_from(sorted(PRECISIONS)))
+plans = st.builds(Plan, dp=sizes, zero=st.none() | st.integers(0, 3), sp=sizes, tp=sizes, precision=st.none() | st.sampled_from(sorted(PRECISIONS)))
 
 
 def refusal(text: str) -> str:
@@ -49,6 +49,10 @@ def test_order_case_and_blanks_do_not_matter(plan: Plan, random: object) -> None
         ("dp3", 3, (("dp", 3),)),
         ("dp1+tp1", 1, ()),
         ("zero2", 1, ()),
+        ("sp2", None, (("sp", 2),)),
+        ("zero3+sp2+tp2", None, (("dp", 2), ("sp", 2), ("tp", 2))),
+        ("tp2+sp4", 16, (("dp", 2), ("sp", 4), ("tp", 2))),
+        ("zero3+sp4", 4, (("sp", 4),)),
     ],
 )
 def test_mesh(text: str, world_size: int | None, axes: tuple[tuple[str, int], ...]) -> None:
@@ -81,6 +85,12 @@ def test_a_world_of_another_size_is_refused_with_both_numbers() -> None:
     with pytest.raises(PlanError) as caught:
         parse_plan("dp2+tp2").mesh(8)
     assert str(caught.value) == 'plan dp2+tp2 is for dp2 x tp2 = 4 ranks, but the world size is 8\n  fix: use plan "dp4+tp2", or start 4 ranks'
+    with pytest.raises(PlanError) as caught:
+        parse_plan("sp2+tp4").mesh(12)
+    assert str(caught.value) == (
+        "plan sp2+tp4: sp2 splits the sequence over 2 ranks and tp4 splits each weight over 4 ranks, but the world size 12 is not a multiple of 8 "
+        '(12 = 8 * 1 + 4)\n  fix: use plan "tp4", or start 16 ranks'
+    )
     with pytest.raises(PlanError, match="world size 0"):
         parse_plan("").mesh(0)
 
@@ -98,7 +108,7 @@ def test_precision() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["sp2", "pp4", "ep8", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
+    ["pp4", "ep8", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
 )  # fmt: skip
 def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
     message = refusal(f"zero3+{word}")
@@ -107,12 +117,12 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 
 @pytest.mark.parametrize(
     ("word", "suggestion"),
-    [("tpp4", "tp4"), ("zer3", "zero3"), ("bf61", "bf16"), ("bfloat16", "bf16"), ("zero", "zero3"), ("ddp", "zero0"), ("fsdp", "zero3"), ("tp", "tp2")],
+    [("tpp4", "tp4"), ("zer3", "zero3"), ("bf61", "bf16"), ("bfloat16", "bf16"), ("zero", "zero3"), ("ddp", "zero0"), ("fsdp", "zero3"), ("tp", "tp2"), ("sp", "sp2"), ("spp4", "sp4")],
 )
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, tpN, bf16, fp32, fp64" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, spN, tpN, bf16, fp32, fp64" in message
 
 
 def test_other_refusals() -> None:

@@ -16,11 +16,16 @@ from torch import Tensor
 from deepseed.ir.layout import Partial, Split, chunk, factors, part
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
+from deepseed.ir.subaxes import joint
 
 
 def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis: str, mesh: Mesh) -> list[Tensor]:
     """Every rank's result of the collective ``kind`` (``all_gather.start``, ``shard``, ..), from every rank's operand."""
     out: list[Tensor | None] = [None] * len(parts)
+    if axis not in mesh.sizes:  # all sub-axes of it: the same ranks in the same order
+        joined = [joint(t.layout, axis, mesh) for t in (source, target)]
+        mesh = mesh.together(axis)
+        source, target = (t.laid(layout) for t, layout in zip((source, target), joined, strict=True) if layout is not None)
     for rank in range(mesh.ranks):
         if out[rank] is None:
             group = mesh.group(axis, rank)

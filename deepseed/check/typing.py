@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepseed.ir.layout import Element, Layout, Owned, Partial
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
+from deepseed.ir.subaxes import joint
 from deepseed.ir.text import format_type
 from deepseed.rules import is_instance, show
 from deepseed.rules.owned import GRADIENTS, TABLES
@@ -76,7 +77,7 @@ def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
         if len({kind for _, kind in layout.partials}) > 1:
             return f"{name} is a sum over one axis and a maximum over another: their order would matter"
     if op.target in ("reshard", "wait") or op.target in MOVES:
-        return _moves(op, operands)
+        return _moves(op, operands, mesh)
     return is_instance(op, layouts, operands, mesh)
 
 
@@ -89,7 +90,7 @@ def describe(op: Op, operands: Sequence[Type], mesh: Mesh) -> str:
     return f"{names} = {op.target}({args}{kwargs}) : {', '.join(format_type(t, mesh) for t in op.types)}{where}"
 
 
-def _moves(op: Op, operands: Sequence[Type]) -> str | None:
+def _moves(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
     if len(operands) != len(op.types):
         return f"{op.target} has {len(operands)} operands and {len(op.types)} results"
     for a, b in zip(operands, op.types, strict=True):
@@ -98,16 +99,21 @@ def _moves(op: Op, operands: Sequence[Type]) -> str | None:
         if op.target == "wait" and a.layout != b.layout:
             return f"wait changes the layout from {_elements(a.layout)} to {_elements(b.layout)}; it may not"
         if op.target in MOVES:
-            why = _collective(op, a.layout, b.layout)
+            why = _collective(op, a.layout, b.layout, mesh)
             if why is not None:
                 return why
     return None
 
 
-def _collective(op: Op, source: Layout, target: Layout) -> str | None:
+def _collective(op: Op, source: Layout, target: Layout, mesh: Mesh) -> str | None:
     axis = op.kw("axis")
     if not isinstance(axis, str):
         return f"{op.target} needs axis=, the mesh axis over which it runs"
+    if axis not in mesh.sizes and axis in map(whole_axis, mesh.names):
+        joined, wanted = joint(source, axis, mesh), joint(target, axis, mesh)
+        if joined is None or wanted is None:
+            return f"{op.target} over all of {', '.join(mesh.parts(axis))}, which do not split side by side"
+        source, target = joined, wanted
     for other in sorted({a for layout in (source, target) for a, _ in layout.elements} - {axis}):
         if source.on(other) != target.on(other):
             return f"{op.target} over {axis} changes {other} from {show(source.on(other))} to {show(target.on(other))}; it may change {axis} only"

@@ -23,6 +23,7 @@ from math import prod
 
 from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors, part
 from deepseed.ir.mesh import Mesh
+from deepseed.ir.subaxes import joint
 
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
 LOCAL = ("shard", "summand")
@@ -53,6 +54,11 @@ class Step:
 @lru_cache(maxsize=65536)
 def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh: Mesh) -> Step:
     """The step that turns ``before`` into ``after``; raises LayoutError where one step over ``axis`` cannot."""
+    if axis not in mesh.sizes:  # all sub-axes of it
+        joined, wanted = joint(before, axis, mesh), joint(after, axis, mesh)
+        if joined is None or wanted is None:
+            raise LayoutError(f"no one step over {axis} = {', '.join(mesh.parts(axis))}: its sub-axes do not split side by side")
+        return step(shape, joined, wanted, axis, mesh.together(axis))
     here, there = before.on(axis), after.on(axis)
     if before.with_(axis, None) != after.with_(axis, None):
         raise LayoutError(f"a step over {axis} changes another axis: {before.elements} -> {after.elements}")

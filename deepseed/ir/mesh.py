@@ -1,13 +1,16 @@
 """Named axes and their sizes; a rank is a point of the mesh.
 
-Axes are listed major first: rank = row-major index of the coordinate, so the last axis has neighbouring ranks.
+Axes are listed major first: rank = row-major index of the coordinate, so the last axis has neighbouring ranks. An axis may be
+given as sub-axes, ``tp=4`` as ``tp_0=2, tp_1=2``: the same ranks in the same order, and ``tp`` still names them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 
 
@@ -58,9 +61,32 @@ class Mesh:
         return prod(size for _, size in self.axes)
 
     def size(self, axis: str) -> int:
-        if axis not in self.sizes:
+        return self.sizes[axis] if axis in self.sizes else prod(self.sizes[part] for part in self.parts(axis))
+
+    def parts(self, axis: str) -> tuple[str, ...]:
+        """The axes that ``axis`` names: itself, or its sub-axes."""
+        found = (axis,) if axis in self.sizes else tuple(name for name in self.names if name != axis and whole_axis(name) == axis)
+        if not found:
             raise MeshError(f"{self} has no axis {axis!r}")
-        return self.sizes[axis]
+        return found
+
+    def refined(self, axis: str, sizes: Sequence[int]) -> Mesh:
+        """The same ranks with ``axis`` as sub-axes of these sizes, major first."""
+        if prod(sizes) != self.size(axis):
+            raise MeshError(f"{axis}={self.size(axis)} is not {' x '.join(map(str, sizes))}")
+        subs = tuple((f"{axis}_{k}", n) for k, n in enumerate(sizes))
+        return Mesh(tuple(pair for name, n in self.axes for pair in (subs if name == axis else ((name, n),))))
+
+    def together(self, axis: str) -> Mesh:
+        """The inverse of ``refined``."""
+        parts = self.parts(axis)
+        whole = Mesh(tuple((axis, self.size(axis)) if name == parts[0] else (name, n) for name, n in self.axes if name not in parts[1:]))
+        if not self.at:
+            return whole
+        where, position = dict(self.at), 0
+        for part in parts:
+            position = position * self.sizes[part] + where[part]
+        return whole.seen_from({**where, axis: position})
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where a rank lies: ``{"dp": 1, "tp": 1}``."""
@@ -80,4 +106,14 @@ class Mesh:
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from ``rank`` along ``axis`` only, in the axis's order."""
         where = self.coordinate(rank)
-        return tuple(self.rank({**where, axis: i}) for i in range(self.size(axis)))
+        parts = self.parts(axis)
+        return tuple(self.rank({**where, **dict(zip(parts, at, strict=True))}) for at in product(*(range(self.sizes[part]) for part in parts)))
+
+
+def whole_axis(name: str) -> str:
+    """The axis that a sub-axis belongs to; any other axis is its own.
+
+    >>> whole_axis("tp_1"), whole_axis("tp")
+    ('tp', 'tp')
+    """
+    return re.sub(r"_\d+$", "", name)

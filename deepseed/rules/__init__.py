@@ -3,7 +3,7 @@
 from deepseed.rules.blocks import Candidates, candidates, op_strategies
 from deepseed.rules.local import localize_op
 from deepseed.rules.signature import Call, Rule, RuleError, Signature
-from deepseed.rules.strategy import Strategy, factor_outers, is_instance, show, signature, strategies
+from deepseed.rules.strategy import Strategy, cuts, factor_outers, is_instance, show, signature, strategies
 from deepseed.rules.table import RULES, rule_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Signature",
     "Strategy",
     "candidates",
+    "cuts",
     "factor_outers",
     "is_instance",
     "localize_op",

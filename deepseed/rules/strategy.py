@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, chunk, valid
 from deepseed.ir.mesh import Mesh
@@ -75,7 +76,6 @@ def strategies(
         return [none]
     types = [*operand_types, *result_types]
     layouts = [t.layout.with_(axis, None) for t in types]
-    n = mesh.size(axis)
     out = [none]
     for name in sig.free:
         for inner, of in _cuts(sig, name, layouts, axis, mesh, (outers or {}).get(name, ())):
@@ -130,12 +130,17 @@ def _cuts(sig: Signature, name: str, layouts: Sequence[Layout], axis: str, mesh:
             if inner == end:
                 end *= extent
         return [(end, 0)] if size % (end * n) == 0 else [(end, size // end)] if size > end and size % end == 0 else []
-    borders = sorted({1, *given, *(inner * extent for inner, extent in taken)})
-    even = [(inner, 0) for inner in borders if size % (inner * n) == 0]
-    ends = [b for b in borders if size % b == 0 and b < size] + [size]
-    pairs = {*zip(ends, ends[1:], strict=False), (1, size)}
-    uneven = [(a, b // a) for a, b in sorted(pairs) if b % a == 0 and b > a and b // a % n]
-    return even + [(inner, of) for inner, of in uneven if name not in sig.filled or chunk(of, n, n - 1)]
+    found = cuts(size, n, {*given, *(inner * extent for inner, extent in taken)})
+    return [(inner, of) for inner, of in found if not of or name not in sig.filled or chunk(of, n, n - 1)]
+
+
+def cuts(size: int, n: int, borders: Iterable[int]) -> list[tuple[int, int]]:
+    """Where ``n`` ranks may cut a dimension that has ``borders`` (products of its leading factors) beside its ends: (outer, 0) evenly
+    behind a border, (outer, of) unevenly between two."""
+    ends = [b for b in sorted({1, *borders}) if 0 < b < size and size % b == 0] + [size]
+    even = [(a, 0) for a in ends if size % (a * n) == 0]
+    pairs = {*pairwise(ends), (1, size)}
+    return even + [(a, b // a) for a, b in sorted(pairs) if b % a == 0 and b > a and b // a % n]
 
 
 def _splits(sig: Signature, name: str, place: Place, layout: Layout, mesh: Mesh) -> list[tuple[str, int, int]]:

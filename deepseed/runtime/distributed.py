@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.watch import Watch
@@ -135,6 +135,9 @@ class DistributedRuntime(Runtime):
             self.device.type, tuple(n for _, n in mesh.axes) or (1,), mesh_dim_names=mesh.names or ("world",)
         )
         self._groups: dict[str, ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in mesh.names}
+        for axis in dict.fromkeys(map(whole_axis, mesh.names)):
+            if axis not in self._groups:  # one group for its sub-axes together
+                self._groups[axis] = self.device_mesh[mesh.parts(axis)]._flatten(axis).get_group()
         self._number = 0
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:

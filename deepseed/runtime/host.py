@@ -33,6 +33,7 @@ class Host(Protocol):
     device: torch.device
     coordinates: Sequence[Mapping[str, int]]
 
+    def refine(self, mesh: Mesh) -> None: ...
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
     def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor: ...
     def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
@@ -64,6 +65,10 @@ class SimulatedHost:
         self.mesh, self.device = mesh, torch.device(device)
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
         self._shown: dict[Key, tuple[int, int]] = {}  # the module's tensors as they were last seen equal to the ranks'
+
+    def refine(self, mesh: Mesh) -> None:
+        """See the same ranks on a mesh with sub-axes, before any state lies there."""
+        self.mesh, self.coordinates = mesh, [mesh.coordinate(rank) for rank in range(mesh.ranks)]
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
@@ -139,6 +144,11 @@ class DistributedHost:
         self.backend = str(dist.get_backend())
         self.first = self.rt.rank == 0
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(self.rt.rank)]
+
+    def refine(self, mesh: Mesh) -> None:
+        """See the same ranks on a mesh with sub-axes, before any state lies there. Every rank must call it: it makes groups."""
+        self.rt = DistributedRuntime(mesh, self.device)
+        self.mesh, self.coordinates = mesh, [mesh.coordinate(self.rt.rank)]
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         with self.together():

@@ -67,10 +67,6 @@ def other_shapes() -> None:
     step(batch(1, rows=8 + 2 * rank()))
 
 
-def uneven_local() -> None:
-    made("zero1", batch="local")(batch(rank(), rows=3 + rank()))
-
-
 MISTAKES: dict[str, Callable[[], Any]] = {
     "plans": lambda: made("tp2" if rank() else "zero1"),
     "a plan that one cannot read": lambda: made("zer1" if rank() else "zero1"),
@@ -85,8 +81,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "shapes": other_shapes,
     "local for global": lambda: made("zero1")(batch(rank(), rows=4)),
     "global for local": lambda: made("zero1", batch="local")(batch()),
-    "rows": lambda: made("zero1")(batch(rows=7)),
-    "local rows": uneven_local,
+    "none can place": lambda: made("sp2")(batch()),
     "modes": lambda: made("zero1", Mlp().train(not rank()))(batch()),
     "nothing": lambda: float(made("zero1")(batch())),
     "one cannot capture": lambda: made("zero1", Branching() if rank() else Mlp())(batch()),
