@@ -270,6 +270,11 @@ def _embedding_backward(out: Source, op: Op) -> str:
     return f"ops.embedding_backward({_x(out, op)}, {_x(out, op, 1)}, {op.type.local(out.p.mesh)[0]}{start})"
 
 
+def _routed_outer(out: Source, op: Op) -> str:
+    start = "" if op.kw("start") is None else f", {op.kw('start')}"
+    return f"ops.routed_outer({', '.join(map(out.arg, op.args))}, {op.type.local(out.p.mesh)[0]}{start})"
+
+
 def _attention(out: Source, op: Op, operands: int) -> str:
     args = [out.arg(a) for a in op.args]
     if len(args) == operands - 1:
@@ -312,6 +317,8 @@ OWN: dict[str, Expression] = {
     "embedding_backward": _embedding_backward,
     "gather": _called("ops.gather", "dim", "start"),
     "scatter_add": _called("ops.scatter_add", "dim", "start"),
+    "routed_mm": _called("ops.routed_mm", "start"),
+    "routed_outer": _routed_outer,
     "sdpa": lambda out, op: _attention(out, op, 4),
     "sdpa_backward": lambda out, op: _attention(out, op, 7),
     "bernoulli": _random("p", "site"),

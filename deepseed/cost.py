@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from deepseed.ir.layout import Element, Partial, Split
+from deepseed.ir.layout import Element, Partial, Split, weaker
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Type
 
@@ -22,11 +22,11 @@ WHOLE_WEIGHT = 1000.0  # a weight left whole on a model axis, for each of its by
 
 def reshard(have: Element, want: Element, nbytes: int, n: int) -> float | None:
     """Price of one value of ``nbytes`` (whole on this axis) going from one element to another; None: no such move."""
-    if have == want:
+    if weaker(have, want):
         return 0.0
     part = nbytes * (n - 1) / n
     if isinstance(want, Partial):
-        return LOCAL * nbytes + 1.0 if have is None and want.op == "sum" else None
+        return LOCAL * nbytes + 1.0 if have is None and want == Partial("sum") else None
     if have is None:
         return LOCAL * nbytes / n
     if isinstance(have, Partial):
@@ -67,6 +67,10 @@ def flops(op: Op, operands: Sequence[Type]) -> int:
     if op.target == "sdpa_backward":
         (b, h, s, d), t = operands[1].shape, operands[2].shape[2]
         return 2 * b * h * s * t * (3 * d + 2 * operands[3].shape[3])
+    if op.target == "routed_mm":
+        return 2 * prod(operands[0].shape) * operands[1].shape[2]
+    if op.target == "routed_outer":
+        return 2 * prod(operands[0].shape) * operands[1].shape[1]
     if op.target == "aten.convolution":
         return 2 * prod(op.types[0].shape) * prod(operands[1].shape[1:])
     return 0

@@ -187,7 +187,11 @@ def matmul_flops(p: Program) -> int:
 
 def _flops(p: Program, op: Op) -> int:
     local = [replace(t, shape=t.local(p.mesh)) for t in op.types]
-    return cost.flops(replace(op, types=tuple(local)), [replace(t, shape=t.local(p.mesh)) for t in (p.types[r.name] for r in op.refs)])
+    flops = cost.flops(replace(op, types=tuple(local)), [replace(t, shape=t.local(p.mesh)) for t in (p.types[r.name] for r in op.refs)])
+    matrices = {"routed_mm": p.types[op.refs[1].name], "routed_outer": op.type}.get(op.target) if len(op.refs) > 1 else None
+    if matrices is not None:  # a rank computes the rows of its matrices, on average
+        flops = flops * matrices.local(p.mesh)[0] // matrices.shape[0]
+    return flops
 
 
 def _local(p: Program, types: Iterable[Type]) -> int:
@@ -235,7 +239,7 @@ def _replicated(p: Program) -> Iterable[ReplicatedOp]:
         for axis in axes:
             if not any(isinstance(layout.on(axis), Split) for layout in layouts):
                 yield ReplicatedOp(op.name, op.target, op.path, axis, flops, sum(t.local_bytes(p.mesh) for t in op.types))
-    matrices = {i.name: i for _, i in _matrix_uses(p)}
+    matrices = {i.name: i for _, i, _ in _matrix_uses(p)}
     for axis in axes:
         stored = [i for i in p.by_role("param") if i.type.layout.on(axis) is None]
         split = len(stored) < len(p.by_role("param"))
@@ -248,8 +252,8 @@ def _replicated(p: Program) -> Iterable[ReplicatedOp]:
 # weights -------------------------------------------------------------------------------------------------------------
 
 
-def _matrix_uses(p: Program) -> list[tuple[Op, Input]]:
-    """(op, weight) for each product or lookup of the forward that reads a parameter, be it cast, transposed or gathered."""
+def _matrix_uses(p: Program) -> list[tuple[Op, Input, Type]]:
+    """(op, weight, as the op reads it) for each product or lookup of the forward that reads a parameter, be it cast, transposed or gathered."""
     root = {i.name: i for i in p.by_role("param")}
     out = []
     for op in p.ops:
@@ -257,19 +261,20 @@ def _matrix_uses(p: Program) -> list[tuple[Op, Input]]:
             if op.refs[0].name in root:
                 root[op.name] = root[op.refs[0].name]
         elif op.phase == "forward" and (op.target == "embedding" or cost.flops(op, [p.types[r.name] for r in op.refs])):
-            out += [(op, root[r.name]) for r in op.refs if r.name in root]
+            out += [(op, root[r.name], p.types[r.name]) for r in op.refs if r.name in root]
     return out
 
 
 def _weights(p: Program) -> tuple[Weight, ...]:
     uses: dict[str, set[str]] = {}
-    for op, weight in _matrix_uses(p):
-        operands = {r.name: p.types[r.name].layout for r in op.refs}
+    for op, weight, read in _matrix_uses(p):
         for axis in p.mesh.names:
-            if whole_axis(axis) in BATCH_AXES or not any(isinstance(lay.on(axis), Split) for lay in operands.values()):
+            split = read.layout.on(axis)
+            if whole_axis(axis) in BATCH_AXES or not isinstance(split, Split):
                 continue
             contracted = isinstance(op.type.layout.on(axis), Partial)
             word = ("vocabulary" if contracted else "column") if op.target == "embedding" else "row" if contracted else "column"
+            word = "expert" if op.target == "routed_mm" and split.dim == 0 else word
             uses.setdefault(weight.name, set()).add(f"{whole_axis(axis)}: {word}")
     grouped: Counter[tuple[str, str, str]] = Counter()
     for i in p.by_role("param"):

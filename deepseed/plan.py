@@ -1,6 +1,6 @@
 """What the user wants, as a string: ``"zero3+tp2+bf16"``.
 
-    plan ::= word ("+" word)*      word ::= ("dp" | "sp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+    plan ::= word ("+" word)*      word ::= ("dp" | "ep" | "sp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
 ``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
@@ -25,6 +25,7 @@ PRECISIONS = {"bf16": "bf16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of 
 
 AXES = {  # mesh axes, major first: the last has neighbouring ranks; what one of N ranks has of the whole
     "dp": "the rows of the batch",
+    "ep": "the experts, and the rows",
     "sp": "the sequence",
     "tp": "each weight",
 }
@@ -38,7 +39,6 @@ SPELLINGS = {  # what people write -> the word
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
     (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
-    (r"ep\d+", "experts split over ranks", "zero3 or tpN to fit the experts"),
     (r"mb\d+", "microbatches", "a smaller batch"),
     (r"gpipe|1f1b|interleaved\d+|zb", "a pipeline schedule", "a plan without stages"),
     (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
@@ -54,12 +54,13 @@ class Plan:
 
     dp: int | None = None  # data-parallel ranks; inferred from the world size where missing
     zero: int | None = None  # 0..3; not said means 0
+    ep: int | None = None  # ranks that share the experts, and the rows of the batch
     sp: int | None = None  # ranks that split the sequence
     tp: int | None = None  # ranks that split the weights in use
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, sp, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
+        """Words in the order dp, zero, ep, sp, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
         sized = (("dp", self.dp), ("zero", self.zero), *((axis, self.size(axis)) for axis in AXES if axis != _DATA))
         words = [f"{word}{n}" for word, n in sized if n is not None]
         return "+".join(words + ([self.precision] if self.precision else []))
@@ -86,7 +87,7 @@ class Plan:
             return ()
         if self.dp is None:
             return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
-        if self.dp == 1 and (self.sp or 1) == 1:
+        if self.dp == 1 and (self.sp or 1) == (self.ep or 1) == 1:
             return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
         return ()
 

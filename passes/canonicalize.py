@@ -19,6 +19,7 @@ from deepseed.passes.decompose_norms import NORMS
 from deepseed.passes.decompose_products import PRODUCTS
 from deepseed.passes.group import Decomposition, Group
 from deepseed.passes.repeated_heads import merge_repeated_heads
+from deepseed.passes.routed import route_products
 from deepseed.passes.simplify import SIMPLIFICATIONS, functional_batch_norm
 from deepseed.passes.weights_per_phase import per_phase
 
@@ -36,7 +37,7 @@ def canonicalize(p: Program) -> Program:
             %y.sum = sum(%y.exp, dims=[1], keepdim=true) : f32[4, 1] {phase="forward", origin="y"}
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[4, 8] {phase="forward", origin="y"}
     """
-    p = merge_repeated_heads(p)
+    p = route_products(merge_repeated_heads(p))
     work = _Canonicalizer(p)
     for op in p.ops:
         work.put(op)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deepseed.ir.contract import program_pass
-from deepseed.ir.layout import Layout, Partial, Split
+from deepseed.ir.layout import Layout, Partial, Split, weaker
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 
@@ -28,12 +28,16 @@ def insert_reshards(p: Program) -> Program:
 
     def arrive(ref: Ref, phase: str, path: str, line: str) -> Ref:
         type_ = out.types[ref.name]
-        if ref.want is None or ref.want == type_.layout:
+        want = type_.layout if ref.want is None else ref.want
+        for axis, element in type_.layout.elements:
+            if weaker(element, want.on(axis)):  # as it lies
+                want = want.with_(axis, element)
+        if want == type_.layout:
             return Ref(ref.name)
-        key = (ref.name, ref.want, phase if ref.name in weights else "")
+        key = (ref.name, want, phase if ref.name in weights else "")
         if key not in made:
-            name = out.fresh(f"{ref.name}.{_short(type_.layout, ref.want)}")
-            out.emit(Op((name,), "reshard", (Ref(ref.name),), (type_.laid(ref.want),), phase=phase, path=path, line=line))
+            name = out.fresh(f"{ref.name}.{_short(type_.layout, want)}")
+            out.emit(Op((name,), "reshard", (Ref(ref.name),), (type_.laid(want),), phase=phase, path=path, line=line))
             made[key] = Ref(name)
         return made[key]
 

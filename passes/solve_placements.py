@@ -1,8 +1,8 @@
 """Choose a layout for every value and every use, one mesh axis at a time, by a minimum-cost assignment over the whole step.
 
 Order: ``dp`` for forward and backward (the data axis: splitting the batch is free, gathering what was split is forbidden),
-``sp`` (the sequence: weights are used whole, activations go where they are cheapest), then the model axes (``tp``), then ``dp``
-and ``sp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that this last step pins on parameters,
+``ep`` (experts: rows are split further, and tables of experts by number), ``sp`` (the sequence: weights are used whole, activations go
+where they are cheapest), then the model axes (``tp``), then ``dp``, ``ep`` and ``sp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that this last step pins on parameters,
 gradients and optimizer state. No op, module or model is known by name here: what an op allows comes from its rule, what a
 reshard costs from deepseed.cost.
 """
@@ -19,6 +19,7 @@ from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
 from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Input, Op, Output, Program, Type
+from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
 from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
@@ -27,7 +28,7 @@ from deepseed.rules import Strategy
 from deepseed.solver.assignment import Infeasible
 
 __all__ = ["AxisReport", "Placement", "solve_placements"]
-DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
+DATA_AXIS, EXPERT_AXIS, SEQUENCE_AXIS = "dp", "ep", "sp"
 
 
 @program_pass(requires={"canonical"}, provides={"placed"})
@@ -51,19 +52,22 @@ class Placement(Assignment):
 
     def __init__(self, p: Program, zero: int, pinned: Mapping[tuple[str, str], Layout] | None = None) -> None:
         if not pinned:  # else the mesh is that of the program that stored them
-            p = replace(p, mesh=with_sub_axes(p, p.mesh, [axis for axis in p.mesh.names if axis != DATA_AXIS]))
+            p = replace(p, mesh=with_sub_axes(p, p.mesh, [axis for axis in p.mesh.names if axis not in (DATA_AXIS, EXPERT_AXIS)]))
         super().__init__(p, pinned or {})
         self.zero = zero
+        self.tables = experts.tables(p) if EXPERT_AXIS in p.mesh.sizes else {}  # parameters of experts -> the dimension that counts them
+        self.owned: experts.Marks = {}  # how values may be owned, while ep is placed
 
     def run(self) -> Program:
         axes = [axis for axis, size in self.p.mesh.axes if size > 1]
-        batch = {DATA_AXIS: self._data, SEQUENCE_AXIS: self._sequence}
+        batch = {DATA_AXIS: self._data, EXPERT_AXIS: self._experts, SEQUENCE_AXIS: self._sequence}
         for axis in (a for a in axes if whole_axis(a) in batch):
             batch[whole_axis(axis)](axis)
         for axis in (a for a in axes if whole_axis(a) not in batch):
             self._model(axis)
         for axis in (a for a in axes if whole_axis(a) in batch):
             self._storage(axis)
+        self._name_keys(EXPERT_AXIS, self.wants, self.has)
         return self._program()
 
     def _data(self, axis: str) -> None:
@@ -85,6 +89,46 @@ class Placement(Assignment):
             self._solve(axis, "data", pins, moves, partial(work, self))
         except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
             self._solve(axis, "data", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), partial(work, self))
+
+    def _experts(self, axis: str) -> None:
+        """Rows of the batch are split, and so are tables of experts, by number; a table never moves: its rows come to it."""
+        n, dp, batch = self.p.mesh.size(axis), self.p.mesh.sizes.get(DATA_AXIS, 1), self._batch_size()
+        experts.check(self.p, self.tables, axis, batch, {a: k for a, k in self.p.mesh.axes if a in (DATA_AXIS, axis)})
+        inside = experts.of_tables(self.p, self.tables, self.weights)
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            if isinstance(item, Input) and item.name in self.tables:
+                return [same(Split(self.tables[item.name]))]
+            rows = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (batch,)
+            return None if isinstance(item, Op) and item.name in inside else self._used_whole(i, item, axis, Split(0, dp) if rows else None)
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            if _settled_later(user):
+                return free
+            size = t.local_bytes(self.p.mesh)
+            fixed = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "batch")
+            return lambda p, w: None if fixed and isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
+
+        self.owned = experts.marks(self.p)
+        before = [list(w) for w in self.wants], [list(h) for h in self.has]
+        self._solve(axis, "experts", pins, moves, partial(work, self))
+        if self._name_keys(axis, [list(w) for w in self.wants], [list(h) for h in self.has]) is not None:
+            self.owned, (self.wants, self.has) = {}, before  # rows of two routers that look alike met: none are owned then
+            self._solve(axis, "experts", pins, moves, partial(work, self))
+        self.owned = {}
+
+    def _strategies(self, i: int, axis: str) -> list[Strategy]:
+        """Those of the rules, and where rows may be owned, those too."""
+        found, item = super()._strategies(i, axis), self.items[i]
+        if isinstance(item, Op) and self.owned:
+            operands = [self.p.types[r.name].laid(w) for r, w in zip(self.refs[i], self.wants[i], strict=True)]
+            found += experts.owned_ways(item, self.owned, operands, axis, self.p)
+        return found
+
+    def _name_keys(self, axis: str, wants: list[list[Layout]], has: list[list[Layout]]) -> str | None:
+        """Until the end owned rows have no key, so that equal layers look equal; see ``experts.name_keys``."""
+        ops = [(i, item) for i, item in enumerate(self.items) if isinstance(item, Op)]
+        return experts.name_keys(ops, self.where, wants, has, axis, self.p) if axis in self.p.mesh.sizes else None
 
     def _sequence(self, axis: str) -> None:
         """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""
@@ -196,12 +240,14 @@ class Placement(Assignment):
                     return self._settled(i, axis)
                 if (pinned := self._pinned(item, axis)) is not None:
                     return pinned
+                if axis == EXPERT_AXIS and (dim := experts.home(item, self.tables, self.p)) is not None:
+                    return [same(Split(dim))]
                 split = self.zero >= 3 or (self.zero >= 1 and item.role == "state")
                 options = [same(e) for e in self._stored_elements(item, axis)]
                 return options if split and options else [same(None)]
             if isinstance(item, Op):
                 if item.phase == "update":
-                    return [self._whole(i)] if self.zero == 0 else None
+                    return [self._whole(i)] if self.zero == 0 and axis != EXPERT_AXIS else None
                 return None if item.name in self.weights else self._settled(i, axis)
             return self._settled(i, axis) if item.role == "output" else [same(None)]
 

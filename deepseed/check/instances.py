@@ -20,10 +20,10 @@ from torch import Tensor
 
 import deepseed
 from deepseed.check.collectives import perform
-from deepseed.check.shards import ShardsError, assemble, coordinates, shards
+from deepseed.check.shards import ShardsError, assemble, coordinates, elsewhere, owner, shards
 from deepseed.check.shrink import Instance, shrink
 from deepseed.check.typing import MOVES, describe, instance_key, operand_types, why_not
-from deepseed.ir.layout import REPLICATED
+from deepseed.ir.layout import REPLICATED, Layout, Owned, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program, Type
 from deepseed.ops import OpError, run, torch_dtype
@@ -37,6 +37,7 @@ INDEXED: dict[str, tuple[int, int, int | str]] = {
     "embedding": (1, 0, 0),
     "gather": (1, 0, "dim"),
     "scatter_add": (1, 0, "dim"),
+    "routed_mm": (2, 1, 0),
     "aten.scatter.src": (1, 0, "1"),
     "aten.scatter.value": (1, 0, "1"),
     "aten.index_select": (1, 0, "1"),
@@ -129,9 +130,21 @@ def disagreement(i: Instance) -> str | None:
             got = assemble(results[k], t, i.mesh)
         except ShardsError as error:
             return f"result {k + 1}: {error}"
-        why = _compare(got, whole)
+        why = _compare(got, whole) or _not_zero(results[k], t, i.mesh)
         if why is not None:
             return f"result {k + 1}: {why}"
+    return None
+
+
+def _not_zero(parts: Sequence[Tensor], t: Type, mesh: Mesh) -> str | None:
+    """Where a rank has anything but zeros in rows that another owns."""
+    for axis, e in t.layout.elements:
+        if isinstance(e, Owned):
+            whole = t.laid(Layout.of(**{a: s for a, s in t.layout.elements if isinstance(s, Split)}))
+            for rank, c in enumerate(coordinates(mesh)):
+                others = shards(elsewhere(torch.empty(t.shape), mesh.size(axis), c[axis], e).expand(t.shape), whole, mesh)[rank]
+                if bool((parts[rank] * others).any()):
+                    return f"rank {rank} has {parts[rank][others].abs().max().item()!r} in rows that another rank of {axis} owns"
     return None
 
 
@@ -171,6 +184,11 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
     if i.op.target in PIVOTED and t.dtype == "i32":
         return torch.randint(1, t.shape[-1] + 1, t.shape, generator=generator).to(dtype)  # row numbers, counted from 1
     last = _indexed(i, k)
+    if last is not None and k == len(i.operands) - 1:
+        owned = next(((a, e) for x in (*i.operands, *i.op.types) for a, e in x.layout.elements if isinstance(e, Owned)), None)
+        each = 0 if owned is None else last // i.mesh.size(owned[0])
+        if owned is not None and each:  # ids that say of each row who owns it
+            return owner(t.shape[0], i.mesh.size(owned[0]), owned[1].key) * each + torch.randint(0, each, t.shape, generator=generator)
     if last is not None:
         return torch.randint(0, max(last, 1), t.shape, generator=generator).to(dtype)
     return torch.randint(1, 5, t.shape, generator=generator).to(dtype)
@@ -179,8 +197,8 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
 def _indexed(i: Instance, k: int) -> int | None:
     """The size of the dimension into which integer operand ``k`` points; None where it is no index."""
     op = i.op
-    if op.target == "embedding_backward":
-        return op.type.shape[0] if k == 1 else None
+    if op.target in ("embedding_backward", "routed_outer"):
+        return op.type.shape[0] if k == len(i.operands) - 1 else None
     if op.target in ("aten.index.Tensor", "aten.index_put"):
         where = op.args[1]
         at = [d for d, a in enumerate(where) if a is not None] if isinstance(where, tuple) else []

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from deepseed.ir.layout import Partial, local_indices
+from deepseed.ir.layout import Owned, Partial, local_indices
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
 
@@ -26,13 +26,14 @@ def coordinates(mesh: Mesh) -> Iterator[dict[str, int]]:
 def shards(x: Tensor, type_: Type, mesh: Mesh, generator: torch.Generator | None = None) -> list[Tensor]:
     """What each rank holds of ``x``, in rank order. Summands and candidates of a maximum are drawn at random, with ``x`` as result."""
     whole: dict[tuple[int, ...], Tensor] = {(): x}  # coordinate on the partial axes -> a tensor of the global shape
-    for axis, op in type_.layout.partials:
+    partials = sorted(((a, e) for a, e in type_.layout.elements if isinstance(e, Partial)), key=lambda pair: isinstance(pair[1], Owned))
+    for axis, element in partials:
         spread: dict[tuple[int, ...], Tensor] = {}
         for key, value in whole.items():
-            for i, part in enumerate(_spread(value, mesh.size(axis), op, generator)):
+            for i, part in enumerate(_owned(value, mesh.size(axis), element) if isinstance(element, Owned) else _spread(value, mesh.size(axis), element.op, generator)):
                 spread[(*key, i)] = part
         whole = spread
-    axes = [axis for axis, _ in type_.layout.partials]
+    axes = [axis for axis, _ in partials]
     return [_cut(whole[tuple(c[a] for a in axes)], type_, mesh, c) for c in coordinates(mesh)]
 
 
@@ -69,6 +70,21 @@ def assemble(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
                 reduced[short] = torch.maximum(reduced[short], wholes[key]) if op == "max" else reduced[short] + wholes[key]
         wholes = reduced
     return wholes[()]
+
+
+def owner(rows: int, n: int, key: str) -> Tensor:
+    """Which of ``n`` ranks owns each row: the same for the same key, as in all values of one instance."""
+    return torch.randint(0, n, (rows,), generator=torch.Generator().manual_seed(len(key) + rows))
+
+
+def elsewhere(x: Tensor, n: int, rank: int, element: Owned) -> Tensor:
+    """A mask of the rows of ``x`` (in its own rank) that ``rank`` does not own."""
+    mine = owner(x.shape[element.dim], n, element.key) != rank
+    return mine.view([-1 if d == element.dim else 1 for d in range(x.dim())])
+
+
+def _owned(x: Tensor, n: int, element: Owned) -> list[Tensor]:
+    return [x.masked_fill(elsewhere(x, n, rank, element), 0) for rank in range(n)]
 
 
 def _spread(x: Tensor, n: int, op: str, generator: torch.Generator | None) -> list[Tensor]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
-from deepseed.ir.layout import Split, chunk
+from deepseed.ir.layout import Owned, Split, chunk
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Ref, Type
 from deepseed.rules import Signature, rule_of, signature
+from deepseed.rules.owned import by_number
 from deepseed.rules.pointwise import POINTWISE
 
 LARGE = 4  # larger axes become axes of 2, or of 3 where a rank holds nothing
@@ -55,10 +56,21 @@ def shrink(i: Instance) -> Instance:
             done *= size
         sizes[name] = done
     new = [_type(t, slot, sig, sizes, moved_to, mesh) for slot, t in enumerate(types)]
+    new = _keyed(new, sizes[number] if (number := by_number(i.op, sig)) is not None else LARGE)
     rule = rule_of(i.op.target)
     op = i.op if rule is None or rule.resize is None else rule.resize(i.op, sig.sizes, sizes)
     operands, results = tuple(new[: len(i.operands)]), tuple(new[len(i.operands) :])
     return Instance(_plain(op, results), operands, small)
+
+
+def _keyed(types: Sequence[Type], of: int) -> list[Type]:
+    """Owned rows by a key that says nothing."""
+    out = list(types)
+    for slot, t in enumerate(types):
+        for axis, e in t.layout.elements:
+            if isinstance(e, Owned):
+                out[slot] = out[slot].laid(out[slot].layout.with_(axis, replace(e, key="ids", of=of)))
+    return out
 
 
 def _uneven(of: int, n: int, ranks: int) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepseed.ir.layout import Element, Layout, Partial
+from deepseed.ir.layout import Element, Layout, Owned, Partial
 from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.subaxes import joint
 from deepseed.ir.text import format_type
 from deepseed.rules import is_instance, show
+from deepseed.rules.owned import GRADIENTS, TABLES
 
 # kind -> what the operand is on the axis, what the result is
 MOVES = {
@@ -42,6 +43,21 @@ def check_types(p: Program) -> None:
             if why is not None:
                 raise TypingError(f"{describe(op, operands, p.mesh)}\n  {why}")
             seen.add(key)
+    _check_keys(p)
+
+
+def _check_keys(p: Program) -> None:
+    """Rows owned by ids meet a table that is looked up by those ids: the same value, however it was moved since."""
+    moved: dict[str, str] = {}
+    for op in p.ops:
+        if op.target in MOVES or op.target in ("reshard", "wait"):
+            moved.update((result, moved.get(r.name, r.name)) for result, r in zip(op.results, op.refs, strict=True))
+        elif op.target in TABLES or op.target in GRADIENTS:
+            ids = op.refs[-1].name
+            for t in (*operand_types(p, op), *op.types):
+                for axis, e in t.layout.elements:
+                    if isinstance(e, Owned) and e.key != moved.get(ids, ids):
+                        raise TypingError(f"{describe(op, operand_types(p, op), p.mesh)}\n  rows on {axis} are owned by %{e.key}, the table is looked up by %{moved.get(ids, ids)}")
 
 
 def operand_types(p: Program, op: Op) -> tuple[Type, ...]:

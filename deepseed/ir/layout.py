@@ -37,7 +37,24 @@ class Partial:
     op: str = "sum"  # "sum" or "max"
 
 
+@dataclass(frozen=True, order=True)
+class Owned(Partial):
+    """A sum of which each row (of dimension ``dim``) has one summand: the ids ``key`` say which rank owns it, the others hold zeros.
+
+    An id i belongs to the rank with the i-th of ``of`` numbers, where each rank has a contiguous range of them. It is a ``Partial`` and
+    may be used as one; beyond that, an op that makes zeros of zeros may be applied to it (deepseed.rules.owned)."""
+
+    dim: int = 0
+    key: str = ""  # name of the value of the ids, before it was moved
+    of: int = 0
+
+
 Element = Split | Partial | None  # None: replicate
+
+
+def weaker(have: Element, want: Element) -> bool:
+    """Whether ``have`` may be read as ``want`` as it lies: one summand a row is a sum."""
+    return have == want or (isinstance(have, Owned) and want == Partial("sum"))
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,8 @@ def check(shape: Sequence[int], layout: Layout, mesh: Mesh) -> None:
         if isinstance(element, Split):
             if not 0 <= element.dim < len(shape) or element.outer < 1:
                 raise LayoutError(f"{axis} splits dimension {element.dim} (outer {element.outer}) of a tensor of {len(shape)} dimensions")
+        elif isinstance(element, Owned) and not 0 <= element.dim < len(shape):
+            raise LayoutError(f"{axis} owns rows of dimension {element.dim} of a tensor of {len(shape)} dimensions")
         elif element.op not in ("sum", "max"):
             raise LayoutError(f"{axis}: unknown reduction {element.op!r}")
     for dim, size in enumerate(shape):

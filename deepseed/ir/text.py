@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from deepseed.ir.layout import Layout, Partial, Split, format_dim, parse_dim
+from deepseed.ir.layout import Layout, Owned, Partial, Split, format_dim, parse_dim
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Input, Op, Output, Program, ProgramError, Ref, Type
 
@@ -45,7 +45,11 @@ def format_op(op: Op, types: Mapping[str, Type], mesh: Mesh) -> str:
 
 def _laid(t: Type, layout: Layout, mesh: Mesh) -> str:
     dims = ", ".join(format_dim(size, d, layout, mesh) for d, size in enumerate(t.shape))
-    return f"[{dims}]" + "".join(f" {op}@{axis}" for axis, op in layout.partials)
+    return f"[{dims}]" + "".join(f" {_partial(e)}@{axis}" for axis, e in layout.elements if isinstance(e, Partial))
+
+
+def _partial(e: Partial) -> str:
+    return f"owned({e.key},{e.dim},{e.of})" if isinstance(e, Owned) else e.op
 
 
 def _arg(a: Arg, types: Mapping[str, Type], mesh: Mesh) -> str:
@@ -68,7 +72,7 @@ def _string(s: str) -> str:
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<ref>%[^\s,()\[\]={}:]+)|(?P<string>"(?:[^"\\]|\\.)*")|(?P<number>-?(?:inf\b|nan\b|\d+(?:\.\d+)?(?:e[+-]?\d+)?))(?![\w*@])"""
-    r"""|(?P<dim>\d+(?:@\w+|@\([\w,]+\))?(?:\*\d+(?:@\w+|@\([\w,]+\))?)*)|(?P<partial>(?:sum|max)@\w+)|(?P<word>[A-Za-z_][\w.]*)|(?P<punct>[()\[\]{},:=]))"""
+    r"""|(?P<dim>\d+(?:@\w+|@\([\w,]+\))?(?:\*\d+(?:@\w+|@\([\w,]+\))?)*)|(?P<partial>(?:sum|max|owned\([^\s()]+,\d+,\d+\))@\w+)|(?P<word>[A-Za-z_][\w.]*)|(?P<punct>[()\[\]{},:=]))"""
 )
 
 
@@ -229,8 +233,9 @@ def _dims(line: _Line, mesh: Mesh) -> tuple[tuple[int, ...], Layout]:
         shape.append(size)
         line.accept(",")
     while line.kind() == "partial":
-        op, _, axis = line.take().partition("@")
-        elements[axis] = Partial(op)
+        op, _, axis = line.take().rpartition("@")
+        owned = op.removeprefix("owned(").removesuffix(")").rsplit(",", 2)
+        elements[axis] = Owned("sum", int(owned[1]), owned[0], int(owned[2])) if len(owned) == 3 else Partial(op)
     return tuple(shape), Layout.of(**elements)
 
 

@@ -37,12 +37,13 @@ from deepseed.ops.own import (
     unslice,
 )
 from deepseed.ops.rng import bernoulli, normal, uniform
+from deepseed.ops.routed import routed_mm, routed_outer
 from deepseed.ops.table import OWN, OpError, Shape, arguments, dtype_name, function, overload, torch_dtype
 
 __all__ = [
     "OWN", "OpError", "amax", "arguments", "bernoulli", "cast", "cat", "dtype_name", "embedding", "embedding_backward", "evaluate",
-    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "run", "scatter_add", "sdpa",
-    "sdpa_backward", "sized", "slice", "sum", "sum_of_squares", "torch_dtype", "uniform", "unslice",
+    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "routed_mm", "routed_outer", "run",
+    "scatter_add", "sdpa", "sdpa_backward", "sized", "slice", "sum", "sum_of_squares", "torch_dtype", "uniform", "unslice",
 ]  # fmt: skip
 
 _library.register()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.program import Arg, Op, Ref
-from deepseed.ops import attention, optim, own, rng
+from deepseed.ops import attention, optim, own, rng, routed
 
 Shape = tuple[int, ...]
 
@@ -64,6 +64,8 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "embedding_backward": lambda xs, kw, out, dtype: own.embedding_backward(xs[0], xs[1], out[0][0], kw.get("start")),
     "gather": lambda xs, kw, out, dtype: own.gather(xs[0], xs[1], kw["dim"], kw.get("start")),
     "scatter_add": lambda xs, kw, out, dtype: own.scatter_add(xs[0], xs[1], xs[2], kw["dim"], kw.get("start")),
+    "routed_mm": lambda xs, kw, out, dtype: routed.routed_mm(xs[0], xs[1], xs[2], kw.get("start")),
+    "routed_outer": lambda xs, kw, out, dtype: routed.routed_outer(xs[0], xs[1], xs[2], out[0][0], kw.get("start")),
     "sdpa": lambda xs, kw, out, dtype: _sdpa(attention.sdpa, xs, 4, kw),
     "sdpa_backward": lambda xs, kw, out, dtype: _sdpa(attention.sdpa_backward, xs, 7, kw),
     "bernoulli": lambda xs, kw, out, dtype: rng.bernoulli(xs[0], out[0], kw["p"], kw["site"], dtype, kw.get("index")),

@@ -15,7 +15,9 @@ from deepseed.ir.layout import chunk, factors, local_indices
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Type
 
-LOOKUPS = ("embedding", "embedding_backward", "gather", "scatter_add")
+LOOKUPS = {  # op -> the operand that is looked up in by number; None: the result
+    "embedding": 0, "embedding_backward": None, "gather": 0, "scatter_add": None, "routed_mm": 1, "routed_outer": None,
+}  # fmt: skip
 GROUPS = {"aten.convolution": (8, 0), "aten.convolution_backward": (9, 1)}  # argument, and the operand that is the input
 CREATIONS = ("iota", "bernoulli", "uniform", "normal")
 
@@ -27,7 +29,8 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
     where all of it is there, else (size, first, number of indices)."""
     here = mesh.seen_from(coordinate)
     if op.target in LOOKUPS:
-        table = op.type if op.target in ("embedding_backward", "scatter_add") else operand_types[0]
+        at = LOOKUPS[op.target]
+        table = op.type if at is None else operand_types[at]
         dim = op.kw("dim", 0)
         if isinstance(dim, int) and table.shape and table.layout.splits(dim % len(table.shape)):
             dim %= len(table.shape)

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from deepseed.ir.layout import Element, Layout, Partial, Split, chunk, valid
+from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, chunk, valid
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Ref, Type
+from deepseed.rules.owned import settle
 from deepseed.rules.signature import Call, Place, RuleError, Signature, build
 from deepseed.rules.table import rule_of
 
@@ -175,7 +176,15 @@ def is_instance(op: Op, operand_layouts: Sequence[Layout], types: Sequence[Type]
     if sig is None:
         return f"{op.target} has no rule: it is legal only where operands and results are whole on every axis" if axes else None
     for axis in axes:
-        why = _on_axis(sig, [layout.on(axis) for layout in layouts], axis, mesh.size(axis))
+        elements: Sequence[Element] = [layout.on(axis) for layout in layouts]
+        if any(isinstance(e, Owned) for e in elements):
+            left = settle(op, sig, elements)
+            if left is None:
+                continue
+            if isinstance(left, str):
+                return f"{axis}: {left}"
+            elements = left
+        why = _on_axis(sig, elements, axis, mesh.size(axis))
         if why is not None:
             return why
     for name in sig.contiguous:
@@ -234,6 +243,8 @@ def show(element: Element) -> str:
     """``whole``, ``sum``, ``max``, ``split(dim 0)``, ``split(dim 1, outer 3)``."""
     if element is None:
         return "whole"
+    if isinstance(element, Owned):
+        return f"owned(dim {element.dim} by {element.key or 'ids'})"
     if isinstance(element, Partial):
         return element.op
     return f"split(dim {element.dim}{f', outer {element.outer}' if element.outer != 1 else ''}{f', uneven of {element.of}' if element.of else ''})"

@@ -1,7 +1,8 @@
 """The rules, one row an op. Where the arguments decide, the row holds a function that writes the form from them.
 
 The rows of pointwise ops are in ``deepseed.rules.pointwise``, the forms of ops that move elements in
-``deepseed.rules.shapes``, of images in ``deepseed.rules.spatial``, of matrices in ``deepseed.rules.linalg``, whole ops that kernels emit again in ``deepseed.rules.fused``.
+``deepseed.rules.shapes``, of images in ``deepseed.rules.spatial``, of matrices in ``deepseed.rules.linalg``, of experts in
+``deepseed.rules.routed``, of whole ops that kernels emit again in ``deepseed.rules.fused``.
 An op without a row is replicated: never a wrong answer.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepseed.ir.program import FLOATS, Ref
-from deepseed.rules import fused, linalg, pointwise, shapes, spatial
+from deepseed.rules import fused, linalg, pointwise, routed, shapes, spatial
 from deepseed.rules.shapes import names_of, row, with_
 from deepseed.rules.signature import Call, Rule
 
@@ -273,6 +274,7 @@ RULES: dict[str, Rule] = {
     # attention
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
+    **routed.RULES,
     **spatial.RULES,
     **linalg.RULES,
     **fused.FUSED,
