@@ -124,4 +124,4 @@ def test_a_python_number_that_changes_on_all_ranks_and_on_one(real: list[dict[st
         got = each["attribute"]
         close(got["losses"], got["want"])
         assert got["programs"] == 2
-        assert "the Python value scale, guards.py:" in got["said"] and "5.0 on rank 1" in got["said"], got["said"]
+        assert "the Python value scale, guards.py:" in got["said"] and "5.0' on rank 1" in got["said"], got["said"]

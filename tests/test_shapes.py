@@ -276,6 +276,15 @@ def test_a_counter_in_the_forward_is_refused_by_name_and_line() -> None:
     assert model.body.calls == 0 and nn.Module.__getattribute__ is object.__getattribute__
 
 
+def test_a_hook_on_a_gradient_is_refused() -> None:
+    model = fresh()
+    model.head.weight.register_hook(lambda g: 2 * g)  # type: ignore[union-attr, operator]
+    made = deepseed.compile(model, "zero0", loss_fn=mse)
+    assert isinstance(made, Module)
+    with pytest.raises(CaptureError, match=r"'head.weight' has a hook on its gradient(.|\n)*fix:"):
+        made.loss_and_grads(batch())
+
+
 def test_a_parameter_in_a_plain_list_is_refused() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
