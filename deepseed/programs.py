@@ -226,13 +226,19 @@ class Programs:
             for cause in self._streak.often(why):
                 self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
         captured = self._capture(batch, want)
-        built = build(captured, s.plan, s.host, stored=self.stored, wide=s.wide, quiet=s.quiet or not s.host.first)
+        text = str(captured.program)
+        s.host.agree_on(text, "captured program")  # so that all ranks find the same one
+        twin = next((b for b in self.cache if b.text == text), None)
+        if twin is not None:  # what changed is read, and does not matter
+            built = replace(twin, captured=captured, adopted=False)
+        else:
+            built = build(captured, s.plan, s.host, stored=self.stored, wide=s.wide, quiet=s.quiet or not s.host.first)
         for i in built.program.inputs:
             if i.role in ("param", "buffer", "state"):
                 self.stored.setdefault((i.role, i.key), i.type.layout)
         self.compiled += 1
         if number > 1:
-            self._say(f"program {number} took {perf_counter() - started:.1f} s")
+            self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
         return built
 
     def _capture(self, batch: Any, want: Want) -> Captured:

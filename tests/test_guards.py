@@ -117,3 +117,11 @@ def test_models_initialised_differently_start_as_rank_0s(real: list[dict[str, An
         close(got["losses"], got["want"])
         assert got["error"] < 1e-14
         assert ("different values of 1 tensors, such as param 'up.weight'" in got["said"]) == (rank == 0)
+
+
+def test_a_python_number_that_changes_on_all_ranks_and_on_one(real: list[dict[str, Any]]) -> None:
+    for each in real:
+        got = each["attribute"]
+        close(got["losses"], got["want"])
+        assert got["programs"] == 2
+        assert "the Python value scale, guards.py:" in got["said"] and "5.0' on rank 1" in got["said"], got["said"]

@@ -7,12 +7,14 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
+from transformers.utils import ModelOutput
 
 import deepseed
 from deepseed.api import Module, TrainStep
@@ -198,6 +200,27 @@ def test_a_model_beside_this_one_is_watched() -> None:
                 p.mul_(0.9)
 
 
+def test_a_value_that_is_read_and_does_not_matter_costs_no_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    class Talking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.name = nn.Linear(8, 4), "a"
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.name
+            return self.lin(x)
+
+    model = fresh(Talking)
+    step = deepseed.compile(model, "zero1+dp2", optimizer=torch.optim.AdamW(model.parameters()), loss_fn=mse)
+    assert isinstance(step, TrainStep)
+    for n, name in enumerate("abab"):
+        model.name = name  # type: ignore[assignment]
+        step(batch(n))
+    one, two = step.programs.cache
+    assert one.executables is two.executables and one.captured is not two.captured
+    assert "it is the same as an earlier one" in capsys.readouterr().err
+
+
 class Cached(nn.Module):
     """Makes a number once, as models do with tables; counts what nobody reads."""
 
@@ -251,6 +274,15 @@ def test_a_counter_in_the_forward_is_refused_by_name_and_line() -> None:
     with pytest.raises(CaptureError, match=r"reads 'calls' of Counting and changes it each time: 0, 1, 2(.|\n)*at body, test_shapes.py:\d+(.|\n)*register_buffer"):
         deepseed.compile(model, "zero0", loss_fn=mse, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), example_batch=batch())
     assert model.body.calls == 0 and nn.Module.__getattribute__ is object.__getattribute__
+
+
+def test_a_hook_on_a_gradient_is_refused() -> None:
+    model = fresh()
+    model.head.weight.register_hook(lambda g: 2 * g)  # type: ignore[union-attr, operator]
+    made = deepseed.compile(model, "zero0", loss_fn=mse)
+    assert isinstance(made, Module)
+    with pytest.raises(CaptureError, match=r"'head.weight' has a hook on its gradient(.|\n)*fix:"):
+        made.loss_and_grads(batch())
 
 
 def test_a_parameter_in_a_plain_list_is_refused() -> None:
@@ -347,6 +379,89 @@ def test_a_numpy_entry_is_named_without_its_values() -> None:
     made = deepseed.compile(fresh(), "zero0", loss_fn=mse)
     with pytest.raises(BatchError, match=r"batch entry 'y' is a numpy.ndarray float64\[4, 4\], not a tensor\n  fix: torch.as_tensor"):
         made({**batch(), "y": batch()["y"].numpy()})
+
+
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+    note: str = "a constant"
+
+
+class Triple(NamedTuple):
+    x: Tensor
+    y: Tensor
+    more: tuple[Tensor, ...] = ()
+
+
+class Shown(ModelOutput):  # type: ignore[misc]
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+
+def form(kind: str, b: dict[str, Tensor]) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor]]]:
+    """A batch of a kind, and how a loss reads it."""
+    x, y = b["x"], b["y"]
+    attributes, entries = lambda d: (d.x, d.y), lambda d: (d["x"], d["y"])
+    return {
+        "mapping": (MappingProxyType({"x": x, "y": y}), entries),
+        "dataclass": (Pair(x, y), attributes),
+        "namedtuple": (Triple(x, y, (x[:1],)), attributes),
+        "model output": (dataclass(Shown)(x=x, y=y), attributes),
+        "batch encoding": (BatchEncoding({"x": x, "y": y}), entries),
+        "nested": ({"in": [x, {"deep": (None, 3)}], "out": {"y": y}}, lambda d: (d["in"][0], d["out"]["y"])),
+        "not contiguous": ({"x": x.t().contiguous().t(), "y": torch.stack([y, y], -1)[..., 0]}, entries),
+        "expanded": ({"x": x[:1].expand(4, 8), "y": y[:, :1].expand(4, 4)}, entries),
+        "flipped and offset": ({"x": torch.cat([x, x])[4:], "y": torch.zeros(9, 4).double()[1::2].copy_(y)}, entries),
+        "small integers": ({"x": x, "y": (y * 4).to(torch.int8)}, entries),
+        "booleans": ({"x": x, "y": y > 0}, lambda d: (d["x"], d["y"].double())),
+        "half": ({"x": x.to(torch.bfloat16), "y": y.half()}, lambda d: (d["x"].double(), d["y"].double())),
+        "wants gradients": ({"x": x.clone().requires_grad_(), "y": y}, entries),
+        "inference": ({"x": _inference(x), "y": y}, entries),
+    }[kind]
+
+
+def _inference(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+KINDS = (
+    "mapping", "dataclass", "namedtuple", "model output", "batch encoding", "nested", "not contiguous", "expanded", "flipped and offset", "small integers",
+    "booleans", "half", "wants gradients", "inference",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_form(kind: str) -> None:
+    model, theirs = fresh(), fresh()
+    made: Any = None
+    for n in range(2):
+        data, read = form(kind, batch(n))
+
+        def loss_fn(m: Any, b: Any, read: Any = read) -> Tensor:
+            x, y = read(b)
+            return ((m(x) - y).square().mean() + 0 * m.head.bias.sum()).reshape(1, 1) if kind == "nested" else (m(x) - y).square().mean()  # one number of any shape
+
+        made = made or deepseed.compile(model, "zero3+dp2", loss_fn=loss_fn)
+        plain = {k: t.detach().clone() for k, t in zip(("x", "y"), read(data), strict=True)}
+        loss, grads = made.loss_and_grads(data)
+        want = (theirs(plain["x"]) - plain["y"]).square().mean()
+        close(loss, want)
+        assert loss.shape == () and not loss.requires_grad
+        for name, g in grads_of(theirs, want).items():
+            close(grads[name], g)
+    assert len(made.programs.cache) == 1
+
+
+def test_a_forward_without_loss_fn_says_what_it_takes() -> None:
+    made = deepseed.compile(fresh(), "zero0", loss_fn=mse)
+    assert isinstance(made, Module)
+    close(made({"x": batch()["x"]}), fresh()(batch()["x"]))  # a mapping is keywords
+    close(made((batch()["x"],)), fresh()(batch()["x"]))  # a tuple is arguments
+    close(made(batch()["x"]), fresh()(batch()["x"]))
+    with pytest.raises(CompileError, match=r"unexpected keyword argument 'y'(.|\n)*compiled\(batch\) calls the model itself(.|\n)*loss_and_grads\(batch\) calls loss_fn"):
+        made(batch())
 
 
 # the module's own tensors -----------------------------------------------------------------------------------------------

@@ -100,6 +100,9 @@ def capture(
     spec, structure = BatchSpec.of(batch), Structure(model)
     parameters, aliases = dict(model.named_parameters()), _aliases(model)
     buffers = dict(model.named_buffers())
+    hooked = next((n for n, p in parameters.items() if want != "forward" and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
+    if hooked:
+        raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
     group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
     traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
     if traced.python.writes:

@@ -66,11 +66,11 @@ def agree_on_values(values: Sequence[tuple[str, object]], device: torch.device |
     if not _differs(digest(repr(list(values))), device, run):
         return
     found: list[list[tuple[str, object]]] = everyone(list(values), device, run)
-    for n, (name, value) in enumerate(found[0]):
-        for rank, theirs in enumerate(found):
-            if n >= len(theirs) or theirs[n] != (name, value):
-                got = f"{theirs[n][0]} = {theirs[n][1]!r}" if n < len(theirs) else "nothing"
-                raise AgreementError(f"ranks disagree: {name} = {value!r} on rank 0, {got} on rank {rank}\n  fix: give every rank the same global batch and the same settings")
+    for n in range(max(map(len, found))):
+        said = [f"{values[n][0]} = {values[n][1]!r}" if n < len(values) else "nothing" for values in found]
+        rank = next((r for r, text in enumerate(said) if text != said[0]), None)
+        if rank is not None:
+            raise AgreementError(f"ranks disagree: {said[0]} on rank 0, {said[rank]} on rank {rank}\n  fix: give every rank the same global batch, model and settings")
     raise AgreementError(f"ranks disagree: {len(found[0])} values on rank 0, {sorted({len(v) for v in found})} on all")
 
 
