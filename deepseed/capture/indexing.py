@@ -126,7 +126,7 @@ def _index_put(e: Emitter, val: Any, self: Ref, indices: Sequence[Ref | None], v
     order = _first(at, len(t.shape))
     if order is not None:
         self, at = _permute(e, self, order), list(range(len(at)))
-    shape = tuple(torch.broadcast_shapes(*(e.type(i).shape for i in found)))
+    shape = tuple(torch.broadcast_shapes(*(e.type(i).shape for i in found)))  # type: ignore[no-untyped-call]
     inside = e.type(self).shape
     values = e.expand(e.cast(values, t.dtype), (*inside[: at[0]], *shape, *inside[at[-1] + 1 :]))
     where = (*(None for _ in range(at[0])), *(e.expand(i, shape) for i in found))

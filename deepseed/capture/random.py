@@ -65,7 +65,7 @@ def _exponential(d: Draw, x: Tensor, rate: float = 1.0) -> Tensor:
 def _scaled(d: Draw, mean: Any, std: Any) -> Tensor:
     """Normal numbers of the mean and deviation of each element."""
     given = [v for v in (mean, std) if isinstance(v, Tensor)]
-    shape = torch.broadcast_shapes(*(v.shape for v in given))
+    shape = torch.broadcast_shapes(*(v.shape for v in given))  # type: ignore[no-untyped-call]
     drawn = _aten.mul.Tensor(d.normal(shape, given[0].dtype), std)
     return _aten.add.Tensor(drawn, mean)  # type: ignore[no-any-return]
 
