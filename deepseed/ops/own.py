@@ -20,10 +20,12 @@ _aten = torch.ops.aten
 
 Ints = tuple[int, ...] | list[int]
 
-SIZED = tuple(  # aten ops of which one argument is the shape of the result
-    f"{name}_backward"
-    for name in ["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
-)
+_RESIZED = """
+upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa
+"""
+SIZED = tuple(f"{name}_backward" for name in _RESIZED.split())  # aten ops of which one argument is the shape of the result
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
