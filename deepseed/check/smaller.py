@@ -1,8 +1,8 @@
 """Two expressions at smaller sizes: dimensions that only run along, batch and width, become 2 or 3 in both.
 
-The factors of the rules say which dimensions go together. One keeps its size where an op without a rule has it, where arguments
-determine it, where it stands beside another in one dimension, and where it is contracted or must be whole beside a number that could
-have been taken from its size (a mean's n). What is equal for a batch of 3 is equal for a batch of 3000.
+The factors of the rules say which dimensions go together. One keeps its size where arguments determine it, where it stands beside
+another in one dimension, and where it is contracted or must be whole beside a number that could have been taken from its size (a
+mean's n). What is equal for a batch of 3 is equal for a batch of 3000.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def _collect(
     slots = (*operands, *results)
     types = tuple(Type(dtypes[n], shapes[n]) for n in operands)
     sig = signature(op, types)
-    if sig is None or (not operands and op.target != "full"):
+    if not operands and op.target != "full":
         classes.kept.update((n, d) for n in slots for d in range(len(shapes[n])))
-        return
+    if sig is None:
+        return  # what it allows is seen by whether it runs
     dims = sig.operands + sig.results
     for name, places in sig.places.items():
         nodes = [(slots[p.slot], p.dim) for p in places]

@@ -142,7 +142,7 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
             types = {**shared.types, **mine.types}
             raise TranslationError(
                 f"{describe(got, tuple(types[r.name] for r in got.refs), mine.mesh)}\n  op {n} of {where}\n"
-                f"  due:  {format_op(want, types, mine.mesh)}\n  runs: {format_op(got, types, mine.mesh)}"
+                f"  due at {want.path or 'the top level'}: {format_op(want, types, mine.mesh)}\n  runs: {format_op(got, types, mine.mesh)}"
             )
     if (len(shared.ops), len(shared.outputs)) != (len(mine.ops), len(mine.outputs)):
         raise TranslationError(f"{len(mine.ops)} ops of {len(shared.ops)} and {len(mine.outputs)} outputs of {len(shared.outputs)} on {where}")
