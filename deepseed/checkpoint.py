@@ -46,7 +46,8 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
             f"the optimizer state of {step._resume.folder} is read with the first batch; until then there is nothing more to save than that checkpoint has\n"
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
-    texts = {EXTRA: _packed(extra)} if extra is not None else {}
+    texts: dict[str, bytes] = {}
+    _everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
     entries, tied = _entries(step), {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items()}
