@@ -302,7 +302,7 @@ def _closed(
     for what, expression, counted, unit in rows:
         yield ClosedForm(what, str(expression), form.value(expression, **known), counted, unit)
     for axis in p.mesh.names:
-        if axis != DATA_AXIS:
+        if axis not in (DATA_AXIS, "ep"):
             yield ClosedForm(f"sent over {axis}", f"{form.tensor_volume()} elements", None, sent[axis], "bytes")
 
 
