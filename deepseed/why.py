@@ -22,6 +22,7 @@ from deepseed.solver.assignment import Choice, Infeasible, solve
 SHOWN = 8
 PARTS = {
     "data": "split the batch; what was split is not gathered, weights are used whole",
+    "experts": "split rows, and tables of experts by number; no table moves, its rows come to it",
     "sequence": "split the sequence; weights are used whole",
     "model": "split the weights in use; neither weights nor the batch are gathered",
     "storage": "where parameters and optimizer state live, as the ZeRO stage says, and the update",

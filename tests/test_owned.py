@@ -193,8 +193,8 @@ def test_refusals() -> None:
     p = canonicalize(capture(t.model, t.batch).program)
     with pytest.raises(ValueError, match=r"ep=8 cannot share 4 experts evenly \(4 = 8 \* 0 \+ 4\)"):
         solve_placements(p, mesh=Mesh((("ep", 8),)))
-    with pytest.raises(ValueError, match=r"dp=1 x ep=3 cannot share 8 rows evenly \(8 = 3 \* 2 \+ 2\)"):
-        solve_placements(p, mesh=Mesh((("ep", 3),)))
+    with pytest.raises(ValueError, match=r"dp=3 x ep=2 cannot share 8 rows evenly \(8 = 6 \* 1 \+ 2\)"):
+        solve_placements(p, mesh=Mesh((("dp", 3), ("ep", 2))))
     t = load("hf:LlamaForCausalLM(num_hidden_layers=1)", meta=True)
     with pytest.raises(ValueError, match="ep=2 splits experts, and this model has none"):
         solve_placements(canonicalize(capture(t.model, t.batch).program), mesh=Mesh((("ep", 2),)))

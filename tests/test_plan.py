@@ -51,6 +51,8 @@ def test_order_case_and_blanks_do_not_matter(plan: Plan, random: object) -> None
         ("zero2", 1, ()),
         ("sp2", None, (("sp", 2),)),
         ("zero3+sp2+tp2", None, (("dp", 2), ("sp", 2), ("tp", 2))),
+        ("ep2+tp2", None, (("ep", 2), ("tp", 2))),
+        ("zero1+dp2+ep4", 8, (("dp", 2), ("ep", 4))),
         ("tp2+sp4", 16, (("dp", 2), ("sp", 4), ("tp", 2))),
         ("zero3+sp4", 4, (("sp", 4),)),
     ],
@@ -108,7 +110,7 @@ def test_precision() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["pp4", "ep8", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
+    ["pp4", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
 )  # fmt: skip
 def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
     message = refusal(f"zero3+{word}")
@@ -122,7 +124,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, spN, tpN, bf16, fp32, fp64" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, epN, spN, tpN, bf16, fp32, fp64" in message
 
 
 def test_other_refusals() -> None:

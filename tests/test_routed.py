@@ -62,6 +62,19 @@ def test_an_id_without_a_matrix_is_refused() -> None:
         ops.routed_outer(rand(2, 4), rand(2, 4), torch.tensor([2, -1]), 3)
 
 
+@pytest.mark.parametrize("start", [None, 2])
+def test_the_grouped_kernel_computes_the_same(start: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path for bf16 on a GPU, run on the CPU, where torch has the kernel too."""
+    ids = torch.tensor([2, 0, 2, 5, 1, 2, 0, 5])
+    x, g, w = (t.bfloat16() for t in (rand(8, 16), rand(8, 24), rand(6, 16, 24)))
+    w = w if start is None else w[start : start + 2]
+    want = ops.routed_mm(x, w, ids, start), ops.routed_outer(x, g, ids, len(w), start)
+    monkeypatch.setattr("deepseed.ops.routed._grouped", lambda *_: True)
+    have = ops.routed_mm(x, w, ids, start), ops.routed_outer(x, g, ids, len(w), start)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
 # the pass ------------------------------------------------------------------------------------------------------------
 
 ROUTER = """program p mesh() facts(captured)

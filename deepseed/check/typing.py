@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepseed.ir.layout import Element, Layout, Owned, Partial
+from deepseed.ir.layout import Element, Layout, Owned, Partial, Split
 from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.subaxes import joint
@@ -53,10 +53,11 @@ def _check_keys(p: Program) -> None:
         if op.target in MOVES or op.target in ("reshard", "wait"):
             moved.update((result, moved.get(r.name, r.name)) for result, r in zip(op.results, op.refs, strict=True))
         elif op.target in TABLES or op.target in GRADIENTS:
-            ids = op.refs[-1].name
-            for t in (*operand_types(p, op), *op.types):
+            ids, types = op.refs[-1].name, (*operand_types(p, op), *op.types)
+            split = {axis for t in types for axis, e in t.layout.elements if isinstance(e, Split)}
+            for t in types:
                 for axis, e in t.layout.elements:
-                    if isinstance(e, Owned) and e.key != moved.get(ids, ids):
+                    if isinstance(e, Owned) and axis in split and e.key != moved.get(ids, ids):
                         raise TypingError(f"{describe(op, operand_types(p, op), p.mesh)}\n  rows on {axis} are owned by %{e.key}, the table is looked up by %{moved.get(ids, ids)}")
 
 
