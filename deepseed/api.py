@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deepseed import ops
 from deepseed.batches import check_mix_up, joined, said, times, unfit
 from deepseed.build import Built, CompileError, build
-from deepseed.capture import BatchSpec, CaptureError, capture
+from deepseed.capture import BatchSpec, Captured, CaptureError, capture
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.optimizer import changed_options, fixed_options
@@ -114,6 +114,7 @@ class _Compiled:
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
+        captured: Captured | None = None,
     ) -> None:
         if not isinstance(plan, str):
             raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
@@ -128,6 +129,7 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.loss_fn, self.clip_grad_norm, self.seed = optimizer, loss_fn, clip_grad_norm, seed
         self.local, self._widen, self._grads, self._quiet = batch == "local", widen, grads, quiet
+        self._given = captured if optimizer is None or not optimizer.state else None  # a copy of the model, as captured with the same settings before
         said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", type(optimizer).__name__)]
         self.plan, self.host = _place(plan, dtype, world_size, backend, _device(self.model), quiet, said)
         self.mesh, self.backend = self.host.mesh, self.host.backend
@@ -160,6 +162,11 @@ class _Compiled:
     @property
     def instances_checked(self) -> int:
         return self._current().instances
+
+    @property
+    def captured(self) -> Captured:
+        """What capture gave for the latest batch shape, less the values that the ranks have taken over."""
+        return self._current().captured
 
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
@@ -308,7 +315,7 @@ class _Compiled:
         if count and not self._quiet and self.host.first:
             print(f"deepseed: compiling program {count + 1}, for another batch shape, value, mode or optimizer option", file=sys.stderr)
         try:
-            captured = capture(
+            captured = self._given if self._given is not None and self._given.batch == BatchSpec.of(batch) and not count else capture(
                 self.model, batch, loss_fn=self.loss_fn, optimizer=self.optimizer if want == "step" else None, clip_grad_norm=self.clip_grad_norm if want == "step" else None,
                 want=want, grads=self._grads, seed=self.seed, compute=None if self.plan.dtype is None else ops.torch_dtype(self.plan.dtype),
                 moving=self._moving,

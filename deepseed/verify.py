@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepseed import cost
 from deepseed.api import TrainStep
 from deepseed.bisect import Blame, diagnose
+from deepseed.capture import Captured
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
+from deepseed.explain import matmul_flops
+from deepseed.ir.program import Program
+from deepseed.plan import parse_plan
 
 LOSS_TOLERANCE = 1e-12
 TOLERANCE = 1e-10  # gradients and parameters, relative to the largest of the model: rounding of ~1e3 float64 additions
@@ -43,6 +48,7 @@ class VerifyReport:
     instances_checked: int
     program_hash: str
     seconds: float
+    repeated: float = 0.0  # of all ranks' matmul flops, the part that another rank computes too
     blame: str = ""  # where it differs: the pass, node and module path that changed the numbers (deepseed.bisect)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +64,15 @@ class VerifyReport:
             f"  instances   {self.instances_checked} checked one by one\n"
             f"  program     sha256 {self.program_hash[:16]}" + (f"\n  worst       {self.worst}\n  {self.blame}" if not self.ok else "")
         )
+
+
+@dataclass
+class Shared:
+    """What ``verify`` keeps for another plan of the same model, batch, optimizer and settings: the captured step, by compute
+    dtype, and what eager PyTorch gave."""
+
+    captured: dict[str | None, Captured] = field(default_factory=dict)
+    eager: tuple[nn.Module, list[float], list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
 
 
 def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -76,19 +91,24 @@ def verify(
     steps: int = 3,
     backend: str | None = None,
     seed: int = 0,
+    shared: Shared | None = None,
 ) -> VerifyReport:
     """Run ``steps`` training steps twice, eagerly and compiled under ``plan``, and compare losses, gradients and parameters.
 
     ``model`` and ``batch`` are copied, not changed. Each step sees the batch's rows rotated by one. With ``backend="gloo"``
-    this is one rank's part: call it on every rank, under a launcher.
+    this is one rank's part: call it on every rank, under a launcher. ``shared``: give calls that differ only in the plan the
+    same one, and the model is captured and run eagerly once.
     """
     started = perf_counter()
-    ours, theirs = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    shared = shared if shared is not None else Shared()
+    ours = copy.deepcopy(model).double()
     batches = [_rotate(_widen(batch), step) for step in range(steps)]
+    dtype = parse_plan(plan).dtype
     step = TrainStep(
         ours, plan, optimizer=optimizer_factory(list(ours.parameters())), loss_fn=loss_fn, clip_grad_norm=clip_grad_norm,
-        world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True,
+        world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True, captured=shared.captured.get(dtype),
     )  # fmt: skip
+    shared.captured[dtype] = step.compile(batches[0]).captured
     losses: list[float] = []
     grads: list[Mapping[str, Tensor]] = []
     norms: list[Mapping[str, Tensor]] = []
@@ -97,7 +117,10 @@ def verify(
         grads.append(step.grads())
         norms.append({"the gradient norm": step.grad_norm} if clip_grad_norm is not None else {})
     state = step.state_dict()
-    want_losses, want_grads, want_norms = _eager(theirs, batches, optimizer_factory, loss_fn, clip_grad_norm, seed)
+    if shared.eager is None:
+        eager = copy.deepcopy(model).double()
+        shared.eager = (eager, *_eager(eager, batches, optimizer_factory, loss_fn, clip_grad_norm, seed))
+    theirs, want_losses, want_grads, want_norms = shared.eager
     loss_error = max(abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, want_losses, strict=True))
     grad_error, worst_grad = max(_compare(g, w) for g, w in zip([*grads, *norms], [*want_grads, *want_norms], strict=True))
     params = {name: p.detach() for name, p in theirs.named_parameters()}
@@ -108,8 +131,13 @@ def verify(
     return VerifyReport(
         bool(ok), str(step.plan), step.mesh.ranks, step.backend, steps, loss_error, grad_error, param_error,
         worst_grad if grad_error >= param_error else worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
-        "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
+        _repeated(step.program), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
+
+
+def _repeated(p: Program) -> float:
+    whole, local = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops), matmul_flops(p)
+    return max(0.0, 1 - whole / (local * p.mesh.ranks)) if local else 0.0
 
 
 def _blame(
