@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deepseed import cost
 from deepseed.api import TrainStep
 from deepseed.bisect import Blame, diagnose
-from deepseed.capture import Captured
+from deepseed.capture import Captured, capture
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
 from deepseed.explain import matmul_flops
@@ -73,6 +73,15 @@ class Shared:
 
     captured: dict[str | None, Captured] = field(default_factory=dict)
     eager: tuple[nn.Module, list[float], list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
+
+
+def share(
+    model: nn.Module, batch: Any, *, optimizer_factory: OptimizerFactory, loss_fn: Callable[..., Tensor] | None = None, clip_grad_norm: float | None = 1.0, seed: int = 0
+) -> Shared:
+    """A Shared with the step captured as ``verify`` captures it, to be looked at before any plan is tried. Raises CaptureError."""
+    ours = copy.deepcopy(model).double()
+    optimizer = optimizer_factory(list(ours.parameters()))
+    return Shared({None: capture(ours, _widen(batch), loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, grads=True, seed=seed)})
 
 
 def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from deepseed.ir.program import Program
 from deepseed.verify import LOSS_TOLERANCE, TOLERANCE
 
 TARGETS = (
@@ -105,22 +106,23 @@ def examine(target: str, plans: Sequence[str], steps: int = 3) -> Iterator[dict[
     import torch
 
     from deepseed import target as targets
-    from deepseed.verify import Shared
+    from deepseed.verify import share
 
     torch.set_num_threads(1)
     found = targets.load(target)
     yield {"parameters": sum(p.numel() for p in found.model.parameters())}
     factory: Any = targets.like(found.optimizer, found.model) if found.optimizer is not None else targets.optimizer_factory("adamw")
-    yield {"captured": True, **_compute(found, factory(list(found.model.parameters())))}
-    shared = Shared()
+    common = {"optimizer_factory": factory, "loss_fn": found.loss_fn, "clip_grad_norm": found.clip_grad_norm or 1.0}
+    shared = share(found.model, found.batch, **common)
+    yield {"captured": True, **_compute(shared.captured[None].program)}
     for text in plans:
         if re.search(r"\bsp\d", text) and not _has_sequence(found.batch):
             yield {"outcome": asdict(Outcome(text, "none", why="the batch has no sequence"))}
             continue
-        yield {"outcome": asdict(_under(found, factory, text, steps, shared))}
+        yield {"outcome": asdict(_under(found, text, {**common, "steps": steps, "shared": shared}))}
 
 
-def _under(found: Any, factory: Any, text: str, steps: int, shared: Any) -> Outcome:
+def _under(found: Any, text: str, settings: dict[str, Any]) -> Outcome:
     import traceback
 
     from deepseed.verify import verify
@@ -128,10 +130,7 @@ def _under(found: Any, factory: Any, text: str, steps: int, shared: Any) -> Outc
     ((plan, ranks),) = parse_plans(text)
     started = perf_counter()
     try:
-        report = verify(
-            found.model, found.batch, plan, world_size=ranks, optimizer_factory=factory, loss_fn=found.loss_fn,
-            clip_grad_norm=found.clip_grad_norm or 1.0, steps=steps, backend="simulate", shared=shared,
-        )  # fmt: skip
+        report = verify(found.model, found.batch, plan, world_size=ranks, backend="simulate", **settings)
     except Exception as error:
         traceback.print_exc()
         return Outcome(text, _verdict(error), seconds=perf_counter() - started, why=f"{type(error).__name__}: {error}")
@@ -147,15 +146,13 @@ def _verdict(error: Exception) -> str:
     return "refused" if type(error).__module__.split(".")[0] == "deepseed" else "failed"
 
 
-def _compute(found: Any, optimizer: Any) -> dict[str, Any]:
+def _compute(captured: Program) -> dict[str, Any]:
     """Ops without a rule, and their part of the step's compute."""
     from deepseed import cost, pipeline
-    from deepseed.capture import capture
     from deepseed.check.typing import operand_types
     from deepseed.rules import signature
 
-    captured = capture(found.model, found.batch, loss_fn=found.loss_fn, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or 1.0)
-    program = pipeline.run(captured.program, {}, pipeline.PIPELINE[:1], check=False)[-1].program
+    program = pipeline.run(captured, {}, pipeline.PIPELINE[:1], check=False)[-1].program
     unruled: Counter[str] = Counter()
     whole = without = 0
     for op in program.ops:

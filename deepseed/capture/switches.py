@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,11 @@ CONFIG: dict[str, Any] = {
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences."""
+    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences; an op
+    that does not fit its operands raises, and torch's log does not print that a second time."""
     mkldnn = torch._C._get_mkldnn_enabled()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    logged = log.disabled
     undo: list[tuple[Any, str, Any]] = []
 
     def set_(holder: Any, name: str, value: Any) -> None:
@@ -39,8 +43,10 @@ def switched(model: nn.Module) -> Iterator[None]:
             if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is not False:
                 set_(module, "_gradient_checkpointing_func", functools.partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False}))
         torch._C._set_mkldnn_enabled(False)
+        log.disabled = True
         yield
     finally:
+        log.disabled = logged
         torch._C._set_mkldnn_enabled(mkldnn)
         for holder, name, old in reversed(undo):
             setattr(holder, name, old)
