@@ -25,7 +25,7 @@ __all__ = ["TinyError", "shrink", "tiny_batch", "tiny_config", "tiny_model"]
 
 SEED = 0
 BATCH_WORDS = {"batch_size": ROWS, "sequence_length": TOKENS}  # said like fields, but of the batch
-MOST_PARAMETERS = 30_000_000  # of a class that only the less thorough ways of shrinking can make
+MOST_PARAMETERS = 30_000_000  # more is not small: another way of shrinking is tried
 
 
 def tiny_model(name: str, said: Mapping[str, Any], *, meta: bool = False) -> tuple[nn.Module, dict[str, Any]]:
@@ -91,8 +91,9 @@ def _way(cls: Any) -> str:
     for way in WAYS:
         try:
             config = tiny_config(cls.config_class, {}, TOKENS, way)
-            if way != WAYS[0] and sum(p.numel() for p in _built(cls, config, meta=True).parameters()) > MOST_PARAMETERS:
-                continue
+            size = sum(p.numel() for p in _built(cls, config, meta=True).parameters())
+            if size > MOST_PARAMETERS:
+                raise TinyError(f"{cls.__name__} would still have {size:,} parameters\n  fix: give smaller fields in a file target, path/to/file.py:name")
             model = _built(cls, config)
             batch = tiny_batch(model)
             with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():

@@ -128,13 +128,13 @@ def _divisor(sizes: list[int], lists: list[list[int]], heads: list[int]) -> int:
 
 
 def _kinds(defaults: Mapping[str, Any], said: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer of each kind, in order, where a list has an entry a layer; periods of two."""
+    """One layer of each kind, in order, where a list has a word or a yes or no for each layer; periods of two."""
     name = next((n for n in LAYERS if _is_int(defaults.get(n))), None)
     layers = said.get(name, out.get(name, 2)) if name else 2
     new: dict[str, Any] = {}
     if name is not None:
         lists: dict[str, Any] = {key: value for key, value in defaults.items() if key not in DEPTHS and isinstance(value, list | tuple) and len(value) == defaults[name] > 4
-                 and all(isinstance(each, str | int) for each in value)}  # fmt: skip
+                 and (all(isinstance(each, str) for each in value) or all(isinstance(each, int) and each in (0, 1) for each in value))}  # fmt: skip
         kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))
         if set(kinds) == {("linear_attention",)} and any(_is_int(defaults.get(each)) for each in HEADS):
             kinds.append(("full_attention",))  # a mixed model whose default forgot the other kind

@@ -58,6 +58,7 @@ def test_one_layer_of_each_kind() -> None:
     assert longer["layer_types"] == ["sliding", "full", "sliding", "full", "sliding"] and longer["rope"] == [1, 0, 1, 0, 1]
     three = shrink({"num_hidden_layers": 6, "layer_types": ["a", "b", "c"] * 2}, {})
     assert three["num_hidden_layers"] == 3 and three["layer_types"] == ["a", "b", "c"]
+    assert "moe_layers" not in shrink({"num_hidden_layers": 6, "moe_layers": [0, 1, 2, 3, 4, 5]}, {})  # which layers, not of which kind
     jamba = shrink({"attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "expert_layer_offset": 1}, {})
     assert jamba == {"attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_offset": 1}
 
