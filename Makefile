@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+# make demo | test | test-all | zoo | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
 
 # 3.11 or newer
 PYTHON    ?= python3
@@ -15,7 +15,7 @@ READY     := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all bench lint docs clean
+.PHONY: demo test test-all zoo bench lint docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -36,6 +36,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# every model of docs/models.md under every plan
+zoo: $(READY)
+	$(BIN)/deepseed zoo --jobs $(WORKERS) --out docs/models.md
 
 bench: $(READY)
 	$(BIN)/python tests/bench/bench_training.py $(BENCH)

@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | run``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -219,6 +219,31 @@ def verify(
     if not as_json:
         typer.echo(f"next: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''}")
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+@_friendly
+def zoo(
+    targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET]...", help="left out, the thirty of docs/models.md")] = None,
+    plans: Annotated[str, typer.Option(help="joined by commas, xN for N ranks  [default: zero1x2,zero2x3,zero3x4,tp2,sp2,zero3+tp2x4]")] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify many targets under many plans, each target in its own process. Exit code 1 where one differs or fails."""
+    from dataclasses import asdict
+
+    from deepseed import zoo as all_of
+
+    words = [word.strip() for word in plans.split(",")] if plans else list(all_of.PLANS)
+    results = all_of.run(targets or all_of.TARGETS, words, steps=steps, jobs=jobs, timeout=timeout, tell=lambda line: typer.echo(line, err=as_json))
+    if out is not None:
+        out.write_text(all_of.table(results, words))
+        typer.echo(f"wrote {out}", err=as_json)
+    typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
+    raise typer.Exit(1 if any(r.wrong for r in results) else 0)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseed import cost
 from deepseed.api import TrainStep
 from deepseed.bisect import Blame, diagnose
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
 from deepseed.capture.options import Optimizers, listed
+from deepseed.explain import matmul_flops
+from deepseed.ir.program import Program
 from deepseed.noise import undetermined
 
 LOSS_TOLERANCE = 1e-12
@@ -46,6 +49,7 @@ class VerifyReport:
     instances_checked: int
     program_hash: str
     seconds: float
+    repeated: float = 0.0  # of all ranks' matmul flops, the part that another rank computes too
     left_out: int = 0  # entries of parameters that the user's optimizer makes of rounding noise alone (deepseed.noise)
     blame: str = ""  # where it differs: the pass, node and module path that changed the numbers (deepseed.bisect)
 
@@ -120,8 +124,13 @@ def verify(
     return VerifyReport(
         bool(ok), str(step.plan), step.mesh.ranks, step.backend, steps, loss_error, grad_error, param_error,
         worst_grad if grad_error >= param_error else worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
-        sum(int(mask.sum()) for mask in unclear.values()), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
+        _repeated(step.program), sum(int(mask.sum()) for mask in unclear.values()), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
+
+
+def _repeated(p: Program) -> float:
+    whole, local = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops), matmul_flops(p)
+    return max(0.0, 1 - whole / (local * p.mesh.ranks)) if local else 0.0
 
 
 def _blame(

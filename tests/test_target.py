@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from deepseed.target import TargetError, like, load, optimizer_factory, parse_call
-from deepseed.tiny import IGNORED, TinyError, shrink, tiny_config
+from deepseed.tiny import TinyError, shrink, tiny_config
+from deepseed.tiny_batch import IGNORED
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,7 +127,7 @@ def test_a_large_model_on_the_meta_device_takes_no_memory() -> None:
         ("hf:LlamaForCausalLM(num_layers=3)", "no field 'num_layers'\n.*num_hidden_layers"),
         ("hf:LlamaForCausalLM(3)", "cannot read"),
         ("hf:LlamaForCausalLM(hidden_size=os)", "cannot read"),
-        ("hf:WhisperForConditionalGeneration", "no batch can be made"),
+        ("hf:Pix2StructForConditionalGeneration", "no batch can be made"),
     ],
 )
 def test_refusals_of_classes(text: str, says: str) -> None:
