@@ -65,6 +65,10 @@ def tiny_batch(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict
         raise TinyError(f"no batch can be made for {name}, which takes {', '.join(sorted(takes))}\n  fix: write a file target that returns model and batch, path/to/file.py:name", final=True)
     vocab = _size(text, "vocab_size", _size(text, "num_hash_buckets", 128))
     ids, real = _text(rows, tokens, vocab, getattr(text, "pad_token_id", None) or 0, random)
+    end = getattr(text, "eos_token_id", None)
+    if both and task == "SEQUENCE_CLASSIFICATION" and isinstance(end, int):  # a row is judged by its one end token
+        last = real.sum(1, keepdim=True) - 1
+        ids = torch.where(ids == end, vocab - 1, ids).scatter(1, last, end)
     if "input_ids" in takes:
         if inputs:
             ids, inputs = _with_images(model, ids, inputs)

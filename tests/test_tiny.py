@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 # of each sort: image in stages, sound, pairs, state spaces, layers that differ, experts
 CLASSES = """WhisperForConditionalGeneration GPTJForCausalLM SwinForImageClassification ConvNextForImageClassification ResNetForImageClassification
 CLIPModel GPTNeoForCausalLM Mamba2ForCausalLM Zamba2ForCausalLM Qwen3NextForCausalLM BambaForCausalLM DeepseekV2ForCausalLM EsmForMaskedLM
-LlavaForConditionalGeneration SegformerForSemanticSegmentation ASTForAudioClassification MoonshineForConditionalGeneration LlamaForSequenceClassification"""
+LlavaForConditionalGeneration SegformerForSemanticSegmentation ASTForAudioClassification MoonshineForConditionalGeneration LlamaForSequenceClassification
+BartForSequenceClassification T5ForSequenceClassification"""
 
 
 @pytest.mark.parametrize("name", CLASSES.split())
