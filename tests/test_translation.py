@@ -98,6 +98,15 @@ return %c output "1"
     assert "%y" in other(X + clamp.replace("{}", "m"), X + clamp.replace("{}", "w"))
 
 
+def test_what_does_nothing_to_an_input_is_dropped() -> None:
+    p = program(X + '%a = permute(%x, dims=[1, 0]) : f32[6, 4] {phase="forward"}\n%y = permute(%a, dims=[1, 0]) : f32[4, 6] {phase="forward"}\nreturn %y output "0"')
+    good = canonicalize(p)
+    assert not good.ops
+    follow(number(p), good)
+    with pytest.raises(TranslationError, match="output output '0'"):
+        follow(number(p), parse(str(good).replace("return %x", "return %w")))
+
+
 NORM = """%x : f32[8, 4] batch "x"
 %w : f32[4] param "w"
 %b : f32[4] param "b"

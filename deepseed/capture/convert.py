@@ -190,9 +190,20 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
     values = list(val) if isinstance(val, (tuple, list)) else [val]
     if not any(isinstance(v, Tensor) for v in values):
         raise CaptureError(f"{target} gives no tensor", path=emit.where.path, line=emit.where.line)
-    results = iter(emit.op(name, args, [type_of(v) for v in values if isinstance(v, Tensor)], **kwargs))
+    types = [type_of(v) for v in values if isinstance(v, Tensor)]
+    if torch.Tag.pointwise in target.tags and all(t.dtype in FLOATS for t in types):
+        args = _promoted(emit, args, types[0].dtype)
+    results = iter(emit.op(name, args, types, **kwargs))
     out = tuple(next(results) if isinstance(v, Tensor) else None for v in values)
     return out if isinstance(val, (tuple, list)) else out[0]
+
+
+def _promoted(emit: Emitter, args: list[Arg], dtype: str) -> list[Arg]:
+    """Integers of which an op makes floats, as floats: which float that is would else be torch's default, whatever the types say."""
+    refs = [a for a in args if isinstance(a, Ref)]
+    if not refs or any(emit.type(r).dtype in (*FLOATS, "c64", "c128") for r in refs):
+        return args
+    return [emit.cast(a, dtype) if isinstance(a, Ref) else a for a in args]
 
 
 def _complex(emit: Emitter, value: complex, val: Any) -> Ref:

@@ -60,7 +60,7 @@ class Fragment:
     def order(self) -> list[int]:
         """Opened values, operands first."""
         out: dict[int, None] = {}
-        stack = [self.root]
+        stack = [self.root] if self.root in self.opened else []
         while stack:
             n = stack[-1]
             missing = [m for m in self.opened[n].operands if m in self.opened and m not in out] if n not in out else []
@@ -79,9 +79,8 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     """None where value ``was`` before is value ``now`` after; else why not, and the ops of both expressions."""
     old, new = Fragment(before, was, leaves={was}), Fragment(after, now, leaves={now})
     known_before, known_after = set(before.numbers.values()), set(after.numbers.values()) - {now}
-    for each, root in ((old, was), (new, now)):
-        if not each.open(root):
-            return ("one is an input", _ops(old), _ops(new)) if was != now else None
+    old.open(was)  # an input stays a leaf: what does nothing to it is dropped
+    new.open(now)
     place = {n: k for k, n in enumerate(before.made)}
     why = "the expressions have no operands in common"
     first: tuple[str, list[Op], list[Op]] | None = None
@@ -100,11 +99,7 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
         latest = max(only, key=place.__getitem__)
         if not (old if latest in old.leaves else new).open(latest):
             break
-    return first or (why, _ops(old), _ops(new))
-
-
-def _ops(f: Fragment) -> list[Op]:
-    return f.ops() if f.root in f.opened else []
+    return first or (why, old.ops(), new.ops())
 
 
 def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
@@ -152,7 +147,7 @@ def _shapes(old: Fragment, new: Fragment) -> dict[int, tuple[int, ...]]:
     """The shape of every value of both expressions, made small where that is the same question."""
     types = old.side.table.types
     ops = {id(m.op): (m.op, m.operands, _results(f, n)) for f in (old, new) for n, m in f.opened.items()}
-    numbers = {n for _, operands, results in ops.values() for n in (*operands, *results)} | old.opened.keys() | new.opened.keys()
+    numbers = {n for _, operands, results in ops.values() for n in (*operands, *results)} | old.opened.keys() | new.opened.keys() | old.leaves | new.leaves
     return sizes(ops.values(), {n: types[n][1] for n in numbers}, {n: types[n][0] for n in numbers}, (old.root, new.root))
 
 
@@ -174,7 +169,7 @@ def _text(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]])
             kwargs = tuple((k, names.setdefault(v, len(names)) if k == "site" else nameless(v)) for k, v in made.op.kwargs)
             out.append((made.op.target, nameless(made.op.args), kwargs, reads, made.result, [(t.dtype, shape(m)) for t, m in zip(made.op.types, _results(f, n), strict=True)]))
             local[n] = len(out)
-        out.append("end")
+        out.append(("end", local.get(f.root) or ("leaf", names.setdefault(f.root, len(names)))))
     return out
 
 
