@@ -57,6 +57,13 @@ class Donation:
             out.update((result, shared) for result in op.results)
         return out
 
+    def memory(self, value: str) -> frozenset[str]:
+        """The values whose memory ``value`` may share, through views: those that the views were made of."""
+        op = self.program.producers.get(value)
+        if op is None or not op.refs or not may_alias(op, self.program):
+            return frozenset({value})
+        return frozenset().union(*(self.memory(r.name) for r in op.refs))
+
     @cached_property
     def last_reader(self) -> Mapping[str, int]:
         """Donated input -> position of the last op that reads it or a view of it; -1: none does."""

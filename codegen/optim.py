@@ -53,7 +53,10 @@ class Update:
         taken: set[str] = set()
         for c, column in enumerate(columns):
             result = updated.index(column) if column in updated else None
-            entries = [self._entry(position + n, op, c, result, taken) for n, op in enumerate(ops)]
+            if column == "grads" and isinstance(first.kw("scale"), Ref):
+                entries = self._apart([op.args[c] for op in ops])
+            else:
+                entries = [self._entry(position + n, op, c, result, taken) for n, op in enumerate(ops)]
             self.emit(f"{column} = [{', '.join(entries)}]")
         lr = first.args[-1]
         assert isinstance(lr, Ref)
@@ -76,6 +79,18 @@ class Update:
         for c, column in enumerate(updated):
             self.emit(f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column}")
         self.emit(f"del {', '.join(columns)}")
+
+    def _apart(self, grads: Sequence[Arg]) -> list[str]:
+        """Gradients that are scaled in place: of those that share memory, all but the first are copies."""
+        taken: set[str] = set()
+        out = []
+        for ref in grads:
+            assert isinstance(ref, Ref)
+            memory = self.donation.memory(ref.name)
+            name = self.name(ref.name)
+            out.append(f"{name}.clone(memory_format=torch.contiguous_format)" if memory & taken else f"{name}.contiguous()")
+            taken |= memory
+        return out
 
     def _entry(self, position: int, op: Op, column: int, result: int | None, taken: set[str]) -> str:
         """One tensor of a list, contiguous as the kernels want it; a copy of what must not change."""

@@ -150,6 +150,8 @@ def _expression(out: Source, op: Op) -> str:
         return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
         return OWN[op.target](out, op)
+    if op.target.startswith("sized."):
+        return f"ops.sized({op.target.partition('.')[2]!r}, [{_x(out, op)}], {out.arg(op.kw('given'))}, {out.shape(op.type)})"
     if op.target.endswith(".start") or op.target in ("shard", "summand"):
         return _communication(out, op)
     namespace, _, rest = op.target.partition(".")

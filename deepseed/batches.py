@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepseed.build import Built, CompileError
 from deepseed.capture import BatchSpec
+from deepseed.capture.attributes import short
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.ir.program import Type
 from deepseed.runtime.host import Host
@@ -58,10 +59,10 @@ def check_mix_up(host: Host, batch: Any, local: bool) -> None:
 
 def said(spec: BatchSpec) -> str:
     """As messages show it: ``input_ids i64[8, 16], flag=True``."""
-    return ", ".join([*(f"{key} {t.dtype}{list(t.shape)}" for key, t in spec.types.items()), *(f"{key}={v!r}" for key, v in spec.constants.items())])
+    return ", ".join([*(f"{key} {type_text(t)}" for key, t in spec.types.items()), *(f"{key}={short(v)}" for key, v in spec.constants.items())])
 
 
-def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception) -> str:
+def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception, without_loss: bool = False) -> str:
     """What to say where the model raised ``error`` on a batch: the batch, the nearest one that was served, and the place."""
     spec = BatchSpec.of(batch)
     lines = [f"{model} cannot run on this batch: {type(error).__name__}: {error}", f"  batch: {said(spec)}"]
@@ -70,13 +71,16 @@ def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception) -> 
         names = [{*s.types, *s.constants} for s in (before, spec)]
         odd = [f"missing {', '.join(sorted(names[0] - names[1]))}"] if names[0] - names[1] else []
         odd += [f"unexpected {', '.join(sorted(names[1] - names[0]))}"] if names[1] - names[0] else []
-        odd += [f"{k} is {_type(spec.types[k])}, was {_type(t)}" for k, t in before.types.items() if k in spec.types and spec.types[k] != t]
+        odd += [f"{k} is {type_text(spec.types[k])}, was {type_text(t)}" for k, t in before.types.items() if k in spec.types and spec.types[k] != t]
         lines.append(f"  the one before: {said(before)}" + (f" ({'; '.join(odd)})" if odd else ""))
     lines += [f"  {note}" for note in getattr(error, "__notes__", [])]
+    if without_loss and isinstance(error, TypeError):
+        return "\n".join([*lines, "  fix: compiled(batch) calls the model itself, a mapping as keywords: give it what the forward takes; loss_and_grads(batch) calls loss_fn"])
     return "\n".join([*lines, "  fix: give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed"])
 
 
-def _type(t: Type) -> str:
+def type_text(t: Type) -> str:
+    """``f32[8, 16]``."""
     return f"{t.dtype}{list(t.shape)}"
 
 

@@ -40,6 +40,7 @@ class Built:
     constants: Mapping[str, Tensor]
     digest: str
     seconds: float
+    text: str  # of the captured program
     adopted: bool = False  # whether the state that it reads is stored
 
     @property
@@ -52,7 +53,7 @@ def build(
 ) -> Built:
     """Run the pipeline. ``stored`` pins the layouts of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
-    started = perf_counter()
+    started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
     host.agree([("plan", str(plan))])
@@ -79,7 +80,7 @@ def build(
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
 
 
 def _digest(text: str) -> str:

@@ -9,21 +9,23 @@ al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM 
 | Psi | bytes of all parameters on one device |
 | G | bytes of all gradients on one device |
 | Omega | bytes of the optimizer state on one device |
-| N | data-parallel ranks |
+| N | data-parallel ranks, times those that split the sequence |
 | t | tensor-parallel ranks |
 | F | matmul flops of the step on one device |
-| T | tokens that one tensor-parallel group works on |
-| h | width of the hidden state |
+| T | tokens that one tensor-parallel group works on (of the sequence axis: all of its ranks) |
+| h, k | width of the hidden state; of the keys |
+| s | ranks that split the sequence |
 | L | layers |
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
 
-Psi, G, Omega, N, t, F, T, h, L = sympy.symbols("Psi G Omega N t F T h L", positive=True)
+Psi, G, Omega, N, t, F, T, h, k, s, L = sympy.symbols("Psi G Omega N t F T h k s L", positive=True)
 Expression = Any  # sympy carries no types
 
 
@@ -41,6 +43,12 @@ def optimizer_bytes(stage: int) -> Expression:
     return Omega / (t * N) if stage else Omega / t
 
 
+def state_bytes(slots: Iterable[tuple[int, int]], parts: int) -> int:
+    """Optimizer state of one rank, from the elements and bytes an element of each slot of each parameter: a slot is split over
+    ``parts`` ranks, a step count (one element) is on each. Adafactor's rows and columns are slots like any other."""
+    return sum(elements * size if elements == 1 else elements * size // parts for elements, size in slots)
+
+
 def data_volume(stage: int) -> Expression:
     """Bytes that a rank sends over the data axis: all_reduce = reduce_scatter + all_gather; stage 3 gathers twice (at most)."""
     return (3 if stage == 3 else 2) * Psi / t * (N - 1) / N
@@ -50,6 +58,12 @@ def tensor_volume() -> Expression:
     """*Elements* that a rank sends over the tensor axis for the hidden states of L layers: forward and backward each have two
     all_reduces a layer (or as many pairs of all_gather and reduce_scatter), each of 2 T h (t-1)/t."""
     return L * 8 * T * h * (t - 1) / t
+
+
+def sequence_volume() -> Expression:
+    """*Elements* that a rank sends over the sequence axis for the attention of L layers (Jacobs et al. 2023, section 3): an all_to_all
+    of queries, keys, values and the result, forward and backward, each of its T/s local tokens' part for the other ranks."""
+    return L * 4 * T * (h + k) * (s - 1) / s**2
 
 
 def matmul_flops() -> Expression:

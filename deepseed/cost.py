@@ -15,6 +15,7 @@ from deepseed.ir.program import Op, Type
 
 LATENCY = 65536.0  # a collective costs what sending this many bytes would: between equal volumes, fewer collectives
 FLOP = 8.0  # a flop that every rank repeats, in bytes sent: compute is never repeated to save a message
+UPDATE_FLOP = 0.01  # the same of the optimizer, whose matrices can be gathered: what a machine computes while it sends a byte
 LOCAL = 1e-3  # a local slice or mask, for each byte it reads
 WHOLE_WEIGHT = 1000.0  # a weight left whole on a model axis, for each of its bytes
 

@@ -10,18 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from deepseed import closed_forms as form
 from deepseed import cost
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import whole_axis
-from deepseed.ir.program import FLOATS, Input, Op, Program, Type
+from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
+from deepseed.passes.canonicalize import DECOMPOSITIONS
 from deepseed.rules import rule_of
 
-DATA_AXIS = "dp"
+DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
+BATCH_AXES = (DATA_AXIS, SEQUENCE_AXIS)  # they split the batch and share the state; weights are used whole on them
 MOVES = ("reshard", "shard", "summand", "wait")  # and *.start
 CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what leads from a weight to the op that uses it
 
@@ -205,15 +208,15 @@ def _moves(op: Op) -> bool:
 
 def _stage(p: Program) -> int:
     def split(role: str) -> bool:
-        return any(isinstance(i.type.layout.on(DATA_AXIS), Split) for i in p.by_role(role))
+        return any(isinstance(e, Split) and whole_axis(axis) in BATCH_AXES for i in p.by_role(role) for axis, e in i.type.layout.elements)
 
     return 3 if split("param") else 1 if split("state") else 0
 
 
 def _unruled(p: Program) -> Iterable[UnruledOp]:
     for op in p.ops:
-        if _moves(op) or op.target == "fused" or op.target.startswith("optim."):
-            continue
+        if _moves(op) or op.target == "fused" or op.target.startswith("optim.") or op.target in DECOMPOSITIONS:
+            continue  # what stands whole again was placed by its parts
         if rule_of(op.target) is None:
             starts = [s for r in op.refs for s in _arrived_by(p, r.name)]
             yield UnruledOp(op.name, op.target, op.path, sum(sent_bytes(p, s) for s in starts))
@@ -241,7 +244,8 @@ def _replicated(p: Program) -> Iterable[ReplicatedOp]:
         stored = [i for i in p.by_role("param") if i.type.layout.on(axis) is None]
         split = len(stored) < len(p.by_role("param"))
         for i in stored:
-            if (i.name in matrices and axis != DATA_AXIS) or (split and axis == DATA_AXIS):
+            batch = whole_axis(axis) in BATCH_AXES
+            if (i.name in matrices and not batch) or (split and batch):
                 yield ReplicatedOp(i.name, "param", i.key, axis, 0, i.type.local_bytes(p.mesh))
 
 
@@ -266,12 +270,12 @@ def _weights(p: Program) -> tuple[Weight, ...]:
     for op, weight, read in _matrix_uses(p):
         for axis in p.mesh.names:
             split = read.layout.on(axis)
-            if axis == DATA_AXIS or not isinstance(split, Split):
+            if whole_axis(axis) in BATCH_AXES or not isinstance(split, Split):
                 continue
             contracted = isinstance(op.type.layout.on(axis), Partial)
             word = ("vocabulary" if contracted else "column") if op.target == "embedding" else "row" if contracted else "column"
             word = "expert" if op.target == "routed_mm" and split.dim == 0 else word
-            uses.setdefault(weight.name, set()).add(f"{axis}: {word}")
+            uses.setdefault(weight.name, set()).add(f"{whole_axis(axis)}: {word}")
     grouped: Counter[tuple[str, str, str]] = Counter()
     for i in p.by_role("param"):
         key = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", i.key)
@@ -286,24 +290,41 @@ def _closed(
     p: Program, stage: int, rank: RankBytes, collectives: Sequence[CollectiveCount], grads: Sequence[Type], flops: int, whole: int
 ) -> Iterable[ClosedForm]:
     params, state = _whole(i.type for i in p.by_role("param")), _whole(i.type for i in p.by_role("state"))
-    dp = p.mesh.sizes.get(DATA_AXIS, 1)
-    known = {"Psi": params, "G": _whole(grads), "Omega": state, "N": dp, "t": p.mesh.ranks // dp, "F": whole}
+    axes = [axis for axis in dict.fromkeys(map(whole_axis, p.mesh.names))]
+    shared = [axis for axis in axes if axis in BATCH_AXES and p.mesh.size(axis) > 1]
+    n = prod(p.mesh.size(axis) for axis in shared)
+    known = {"Psi": params, "G": _whole(grads), "Omega": state, "N": n, "t": p.mesh.ranks // n, "F": whole}
     sent = Counter[str]()
     for c in collectives:
-        sent[c.axis] += c.bytes
+        sent[whole_axis(c.axis)] += c.bytes
     rows: list[tuple[str, Any, float, str]] = [
         ("parameters", form.param_bytes(stage), rank.param_bytes, "bytes"),
         ("gradients", form.grad_bytes(stage), rank.grad_bytes, "bytes"),
         ("optimizer", form.optimizer_bytes(stage), rank.optimizer_bytes, "bytes"),
         ("matmuls", form.matmul_flops(), flops, "flops"),
     ]
-    if dp > 1:
+    state_of = Counter[str]()  # what is sent over the sequence axis for weights and gradients, not for activations
+    if SEQUENCE_AXIS in shared:
+        state_of.update(_sent_for_state(p))
+        rows.append((f"state, {', '.join(shared)}", form.data_volume(stage), sum(state_of[axis] for axis in shared), "bytes"))
+    elif shared:
         rows.append((f"sent over {DATA_AXIS}", form.data_volume(stage), sent[DATA_AXIS], "bytes"))
     for what, expression, counted, unit in rows:
         yield ClosedForm(what, str(expression), form.value(expression, **known), counted, unit)
-    for axis in p.mesh.names:
-        if axis not in (DATA_AXIS, "ep"):
+    if SEQUENCE_AXIS in shared:
+        yield ClosedForm(f"activations, {SEQUENCE_AXIS}", f"{form.sequence_volume()} elements", None, sent[SEQUENCE_AXIS] - state_of[SEQUENCE_AXIS], "bytes")
+    for axis in axes:
+        if axis not in BATCH_AXES:
             yield ClosedForm(f"sent over {axis}", f"{form.tensor_volume()} elements", None, sent[axis], "bytes")
+
+
+def _sent_for_state(p: Program) -> Counter[str]:
+    """Bytes by axis of the collectives that gather weights, reduce gradients or belong to the update."""
+    weights, out = params_only(p), Counter[str]()
+    for op in p.ops:
+        if op.target.endswith(".start") and (op.phase == "update" or op.refs[0].name in weights):
+            out[whole_axis(str(op.kw("axis")))] += sent_bytes(p, op)
+    return out
 
 
 # the table -----------------------------------------------------------------------------------------------------------

@@ -1,19 +1,25 @@
 """Optimizer state belongs to the compiled step: what the user's optimizer held moves there, one copy.
 
 ``optimizer.state`` is empty from then on; ``optimizer.state_dict()`` and ``load_state_dict()`` work as ever, reading and writing the
-step's own state. Under a process group every rank must call them, since no rank has all of it.
+step's own state. Under a process group every rank must call them, since no rank has all of it. ``model.load_state_dict()`` takes whole
+tensors as ever, though the parameters are DTensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deepseed.capture.state import STARTED
+from deepseed.fits import differences, tied_names
+from deepseed.runtime import agree
+from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import Host
-from deepseed.runtime.state import State, shard
+from deepseed.runtime.state import State, held, shard
 
 
 def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter], taken: Sequence[str]) -> None:
@@ -29,27 +35,37 @@ def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
         group["params"] = [bound.get(id(p), p) for p in group["params"]]
 
 
-def follow(optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State]) -> None:
-    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them."""
+def follow(
+    optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State], python: Mapping[str, Callable[[Any], int | float]]
+) -> None:  # fmt: skip
+    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them: what is of this
+    optimizer's parameters. ``python``: keys of what it keeps as Python numbers, and of which type."""
+
+    def mine() -> list[tuple[str, str, str, nn.Parameter]]:
+        """Role, key, slot and parameter of each tensor of state, without DeepSeed's bookkeeping."""
+        parameters, out = dict(model.named_parameters()), []
+        here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for role, key in states[0].tensors:
+            slot, _slash, name = key.partition("/")
+            if role == "state" and slot != STARTED and id(parameters[name]) in here:
+                out.append((role, key, slot, parameters[name]))
+        return out
 
     def show(_: torch.optim.Optimizer) -> None:
-        parameters = dict(model.named_parameters())
-        for role, key in _own(states):
-            slot, _slash, name = key.partition("/")
-            optimizer.state[parameters[name]][slot] = host.whole([s.tensors[role, key] for s in states], states[0].types[role, key]).clone()
+        for role, key, slot, parameter in mine():
+            value = host.whole([s.tensors[role, key] for s in states], states[0].types[role, key])
+            optimizer.state[parameter][slot] = python[key](value.item()) if key in python else value.clone()
 
     def hide(_: torch.optim.Optimizer, shown: object = None) -> None:
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             optimizer.state.pop(p, None)
 
     def load(_: torch.optim.Optimizer) -> None:
-        parameters = dict(model.named_parameters())
         loaded: set[str] = set()
-        for role, key in _own(states):
-            slot, _slash, name = key.partition("/")
-            value = optimizer.state.get(parameters[name], {}).get(slot)
+        for role, key, slot, parameter in mine():
+            value = optimizer.state.get(parameter, {}).get(slot)
             if value is not None:
-                loaded.add(name)
+                loaded.add(key.partition("/")[2])
                 _write(states, (role, key), torch.as_tensor(value))
         for name in loaded:
             if ("state", f"{STARTED}/{name}") in states[0].tensors:
@@ -61,11 +77,56 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, state
     optimizer.register_load_state_dict_post_hook(load)
 
 
-def _own(states: Sequence[State]) -> list[tuple[str, str]]:
-    """The keys of the optimizer's own state, without DeepSeed's bookkeeping."""
-    return [(role, key) for role, key in states[0].tensors if role == "state" and not key.startswith(f"{STARTED}/")]
-
-
 def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
     for state in states:
         state.tensors[key].copy_(shard(full.to(state.device), state.types[key], state.mesh, state.coordinate))
+
+
+# the model's own tensors ------------------------------------------------------------------------------------------------
+
+
+def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Mapping[str, Any]) -> None:
+    """Write whole tensors by the model's names into the ranks' parts and the module. Raises CheckpointError naming the first keys that
+    are missing or unexpected, and shapes that differ; nothing is written then."""
+    mine = model.state_dict(keep_vars=True)
+    others = [name for name, t in mine.items() if not isinstance(t, Tensor)]  # a module's extra state
+    what = f"the state_dict does not fit {type(model).__name__}"
+    if odd := [f"{name} ({type(t).__name__})" for name, t in given.items() if name not in others and (not isinstance(t, Tensor) or isinstance(t, DTensor))]:
+        raise CheckpointError(f"{what}: {odd[0]} is not a whole tensor\n  fix: give whole tensors, such as those of step.state_dict()")
+    needed, found = ({n: tuple(t.shape) for n, t in each.items() if n not in others} for each in (mine, given))
+    differences(what, needed, found, "in the state_dict")
+    tied = tied_names(model)
+    for alias, name in tied.items():
+        if alias in given and not torch.equal(given[alias], given[name]):
+            raise CheckpointError(f"{what}: {alias} and {name} are one tensor in the model, and differ in the state_dict")
+    host.agree([(f"the values of {n}", agree.fingerprint(t)) for n, t in given.items() if n not in others] if host.backend != "simulate" else [])
+    with torch.no_grad():
+        for name in (n for n in mine if n not in tied and n not in others):
+            keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].tensors]
+            if keys:
+                _write(states, keys[0], given[name])
+            else:
+                mine[name].copy_(given[name])
+    for name in (n for n in others if n in given):
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(given[name])
+    if states:
+        host.settle(model, states)
+
+
+def accept_whole(model: nn.Module, states: Sequence[State]) -> None:
+    """Have ``model.load_state_dict()`` take whole tensors where parameters are DTensors: each rank takes its part."""
+
+    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise CheckpointError("load_state_dict(assign=True) would take the parameters out of the compiled step\n  fix: load_state_dict without assign")
+        mine = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if isinstance(t, DTensor)}
+        keys = {id(held(model, role, key)): (role, key) for role, key in states[0].tensors if role in ("param", "buffer")} if mine else {}
+        for name, t in mine.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and not isinstance(given, DTensor) and given.shape == t.shape:
+                state = states[0]
+                part = shard(given.to(state.device, t.dtype), state.types[keys[id(t)]], state.mesh, state.coordinate)
+                state_dict[prefix + name] = DTensor.from_local(part.contiguous(), t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+    for module in model.modules():
+        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from deepseed.check.instances import check_instances
+from deepseed.check.translation import Numbering, check_localized, follow, number
 from deepseed.check.typing import check_types
 from deepseed.ir.contract import Pass
 from deepseed.ir.layout import Layout
@@ -68,18 +69,39 @@ def run(
     check: bool = True,
     on_pass: Callable[[Passed], None] | None = None,
 ) -> list[Passed]:
-    """The program after each pass. With ``check``, every result is verified and typed, and what is lowered is also checked
-    instance by instance (deepseed.check)."""
+    """The program after each pass. With ``check``, every result is verified and typed, every value is the one that it was before the
+    pass, and what is lowered is also checked instance by instance (deepseed.check)."""
     done: list[Passed] = []
+    began = perf_counter()
+    numbering = number(p) if check and passes and "local" not in passes[0].provides else None
+    first = perf_counter() - began
     for each in passes:
-        started = perf_counter()
+        before, started = p, perf_counter()
         p = each(p, **args.get(each.name, {}))
         finished = perf_counter()
-        instances = check_program(p, each.name) if check else 0
-        done.append(Passed(each.name, p, finished - started, perf_counter() - finished, instances))
+        instances = 0
+        if check:
+            instances = check_program(p, each.name)
+            numbering = check_translation(before, p, each.name, numbering, args.get(each.name, {}))
+        done.append(Passed(each.name, p, finished - started, perf_counter() - finished + first, instances))
+        first = 0.0
         if on_pass is not None:
             on_pass(done[-1])
     return done
+
+
+def check_translation(
+    before: Program, p: Program, after: str, numbering: Numbering | None = None, args: Mapping[str, Any] | None = None
+) -> Numbering | None:
+    """Is every value of ``p`` what it was ``before`` the pass ``after``? The numbering of ``p``, for the check of the next pass; None once
+    localized. ``numbering``: of ``before``, if it is known. ``args``: of the pass. Raises CheckError naming ``after``."""
+    try:
+        if "local" in p.facts and "local" not in before.facts:
+            check_localized(before, p, (args or {}).get("coordinate", {}))
+            return None
+        return follow(numbering or number(before), p)
+    except ValueError as error:
+        raise CheckError(f"after pass {after}: {error}") from error
 
 
 def check_program(p: Program, after: str) -> int:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizers]
 EXTRAS = ("loss_fn", "optimizer", "clip_grad_norm")
 
 
@@ -37,7 +38,7 @@ class Target:
     model: nn.Module
     batch: Any
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: Optimizers | None = None
     clip_grad_norm: float | None = None
 
 
@@ -70,7 +71,8 @@ def parse_call(text: str, whole: str) -> tuple[str, dict[str, Any]]:
 
 
 def optimizer_factory(text: str) -> OptimizerFactory | None:
-    """``adamw``, ``sgd(lr=0.1, momentum=0.9)``: a class of torch.optim by its name, case ignored; ``none`` is None."""
+    """``adamw``, ``sgd(lr=0.1, momentum=0.9)``: a class of torch.optim by its name, case ignored; ``none`` is None. Parameters
+    that the class refuses (Muon takes matrices only) go to an AdamW beside it."""
     name, said = parse_call(text, text)
     if name.lower() == "none":
         return None
@@ -81,25 +83,40 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
         near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         raise TargetError(f"torch.optim has no optimizer {name!r}{f'; did you mean {near[0]}?' if near else ''}\n  known: {', '.join(sorted(known))}, none")
 
-    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def takes(parameter: nn.Parameter) -> bool:
         try:
-            return cls(parameters, **said)
-        except TypeError as error:
+            cls([parameter], **said)
+        except ValueError:
+            return False
+        return True
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizers:
+        given = list(parameters)
+        try:
+            taken = [p for p in given if takes(p)]
+            if len(taken) == len(given) or not taken:
+                return cls(given, **said)
+            own = {id(p) for p in taken}
+            return [cls(taken, **said), torch.optim.AdamW([p for p in given if id(p) not in own])]
+        except (TypeError, ValueError) as error:
             raise TargetError(f"--optimizer {text}: {error}") from None
 
     return make
 
 
-def like(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerFactory:
-    """Makes an optimizer of the same class, groups and options for the parameters of another copy of ``model``, in its order."""
-    cls: Any = type(optimizer)
+def like(optimizers: Optimizers, model: nn.Module) -> OptimizerFactory:
+    """Makes optimizers of the same classes, groups and options for the parameters of another copy of ``model``, in its order."""
     position = {id(p): n for n, p in enumerate(model.parameters())}
 
-    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        given = list(parameters)
+    def one(optimizer: torch.optim.Optimizer, given: list[nn.Parameter]) -> torch.optim.Optimizer:
+        cls: Any = type(optimizer)
         groups = [{**group, "params": [given[position[id(p)]] for p in group["params"]]} for group in optimizer.param_groups]
         made: torch.optim.Optimizer = cls(groups)
         return made
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizers:
+        given = list(parameters)
+        return one(optimizers, given) if isinstance(optimizers, torch.optim.Optimizer) else [one(o, given) for o in optimizers]
 
     return make
 

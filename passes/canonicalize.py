@@ -2,7 +2,7 @@
 
 Placement sees reductions as ``sum`` and ``amax`` only: every norm, softmax, loss and mean is written with them, so one rule
 shards them all. The group of ops that replaces an op remembers it (``origin``), and a later pass may emit it as it was.
-What each op becomes is in the tables of ``decompose``, ``decompose_losses`` and ``decompose_norms``, what is dropped in ``simplify``.
+What each op becomes is in the tables of ``decompose`` and the ``decompose_…`` beside it, what is dropped in ``simplify``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import replace
 from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Builder, Op, Output, Program, Ref
 from deepseed.passes.decompose import DECOMPOSITIONS as _REDUCTIONS
+from deepseed.passes.decompose_bags import BAGS
 from deepseed.passes.decompose_losses import LOSSES
 from deepseed.passes.decompose_norms import NORMS
+from deepseed.passes.decompose_products import PRODUCTS
 from deepseed.passes.group import Decomposition, Group
 from deepseed.passes.repeated_heads import merge_repeated_heads
 from deepseed.passes.routed import route_products
 from deepseed.passes.simplify import SIMPLIFICATIONS, functional_batch_norm
 from deepseed.passes.weights_per_phase import per_phase
 
-DECOMPOSITIONS: dict[str, Decomposition] = {**_REDUCTIONS, **LOSSES, **NORMS}
+DECOMPOSITIONS: dict[str, Decomposition] = {**_REDUCTIONS, **LOSSES, **NORMS, **PRODUCTS, **BAGS}
 
 
 @program_pass(requires={"captured"}, provides={"canonical"})

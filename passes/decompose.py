@@ -19,7 +19,9 @@ Results = Sequence[Ref] | None
 
 
 def addmm(g: Group) -> Results:
-    """beta * self + alpha * (a @ b)"""
+    """beta * self + alpha * (a @ b). An optimizer's below float32 stays whole: the kernel rounds once, its parts three times."""
+    if g.op.phase == "update" and g.op.type.dtype in ("bf16", "f16"):
+        return None
     beta, alpha = g.number(3, "beta", 1), g.number(4, "alpha", 1)
     product = g.mm(g.ref(1), g.ref(2))
     if alpha != 1:
@@ -131,11 +133,13 @@ def vector_norm(order: int, dim: int) -> Decomposition:
         p = 2 if g.arg(order, "ord", 2) is None else g.number(order, "ord", 2)
         dims = g.dims(x, g.ints(dim, "dim") if dim >= 0 else None)
         keepdim = bool(g.arg(dim + 1, "keepdim", False)) if dim >= 0 else False
-        if g.dtype(x).startswith("c") or p < 0:
+        if g.dtype(x).startswith("c") or (p < 0 and p != -inf):
             return None
         x = g.wide(g.cast(x, dtype) if wide(dtype) != wide(g.dtype(x)) else x)
         if p == inf:
             out = g.amax(g.abs(x), dims, keepdim)
+        elif p == -inf:
+            out = g.neg(g.amax(g.neg(g.abs(x)), dims, keepdim))
         elif p == 2:
             out = g.sqrt(g.sum(g.mul(x, x), dims, keepdim))
         elif p == 0:

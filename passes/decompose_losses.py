@@ -140,6 +140,73 @@ def _weighted(g: Group, position: int, x: Ref) -> Ref:
     return x if weight is None else g.mul(x, g.wide(weight))
 
 
+def bce_with_logits(g: Group) -> Results:
+    """(1 - t) x - (1 + (w - 1) t) log_sigmoid(x), w: the weight of the positive class."""
+
+    def each(g: Group, x: Ref, target: Ref) -> Ref:
+        log = g.sub(g.pointwise("clamp_max", x, 0), g.pointwise("log1p", g.exp(g.neg(g.abs(x)))))
+        positive = g.optional(3, "pos_weight")
+        if positive is not None:
+            log = g.mul(log, g.add(g.mul(target, g.sub(g.wide(positive), 1)), 1))
+        return _weighted(g, 2, g.sub(g.mul(g.pointwise("rsub.Scalar", target, 1), x), log))
+
+    return loss(4, "reduction", each)(g)
+
+
+def _soft_slope(g: Group, x: Ref, target: Ref) -> Ref:
+    z = g.exp(g.neg(g.mul(target, x)))
+    return g.neg(g.div(g.mul(target, z), g.add(z, 1)))
+
+
+# margins between classes ------------------------------------------------------------------------------------------------
+
+
+def multi_margin(g: Group) -> Results:
+    """sum over the other classes of max(0, margin - x[y] + x)^p * weight[y], over the number of classes"""
+    x, loss, _, _ = _margins(g, g.wide(g.ref(0)), g.ref(1), 2)
+    n = g.shape(x)[1]
+    return _reduced(g, g.div(g.sum(loss, (1,)), n), 5)
+
+
+def multi_margin_backward(g: Group) -> Results:
+    grad = g.wide(g.ref(0))
+    x, _, slope, index = _margins(g, g.wide(g.ref(1)), g.ref(2), 3)
+    rows, n = g.shape(x)
+    scale = n * (rows if g.integer(6, "reduction", MEAN) == MEAN else 1)
+    if g.integer(6, "reduction", MEAN) == NONE:
+        grad = g.reshape(grad, (rows, 1))
+    each = g.div(g.mul(slope, grad), scale)
+    out = g.scatter_add(each, index, g.neg(g.sum(each, (1,), True)), 1)
+    return (g.cast(g.reshape(out, g.op.type.shape), g.op.type.dtype),)
+
+
+def _margins(g: Group, x: Ref, target: Ref, at: int) -> tuple[Ref, Ref, Ref, Ref]:
+    """x as rows, the loss of each class, its slope (both 0 for the class that is meant), the target as an index of x."""
+    x = g.reshape(x, (1,) * (2 - len(g.shape(x))) + g.shape(x))
+    rows = g.shape(x)[0]
+    index = g.reshape(target, (rows, 1))
+    p, margin, weight = g.integer(at, "p", 1), g.number(at + 1, "margin", 1), g.optional(at + 2, "weight")
+    z = g.add(g.sub(x, g.gather(x, index, 1)), margin)
+    other = g.scatter_add(g.full(g.shape(x), 0, g.dtype(x)), index, g.full((rows, 1), 1, g.dtype(x)), 1)
+    outside = g.pointwise("logical_or", g.compare("le", z, 0), g.compare("ne", other, 0), dtype="bool")
+    z = g.masked_fill(z, outside, 0)
+    loss = g.mul(z, z) if p == 2 else z
+    slope = g.masked_fill(g.mul(z, 2) if p == 2 else g.full(g.shape(z), 1, g.dtype(z)), outside, 0)
+    if weight is not None:
+        factor = g.reshape(g.gather(g.wide(weight), g.reshape(target, (rows,)), 0), (rows, 1))
+        loss, slope = g.mul(loss, factor), g.mul(slope, factor)
+    return x, loss, slope, index
+
+
+def _reduced(g: Group, each: Ref, at: int) -> Results:
+    reduction = g.integer(at, "reduction", MEAN)
+    if reduction != NONE:
+        n = g.numel(each, range(len(g.shape(each))))
+        each = g.sum(each, range(len(g.shape(each))))
+        each = g.div(each, n) if reduction == MEAN else each
+    return (g.cast(g.reshape(each, g.op.type.shape), g.op.type.dtype),)
+
+
 LOSSES: dict[str, Decomposition] = {
     "aten.nll_loss_forward": nll_loss,
     "aten.nll_loss2d_forward": nll_loss,
@@ -152,6 +219,11 @@ LOSSES: dict[str, Decomposition] = {
     "aten.smooth_l1_loss_backward": loss_backward(3, "reduction", _smooth_slope),
     "aten.huber_loss": loss(2, "reduction", _huber),
     "aten.huber_loss_backward": loss_backward(3, "reduction", _huber_slope),
+    "aten.binary_cross_entropy_with_logits": bce_with_logits,
+    "aten.soft_margin_loss": loss(2, "reduction", lambda g, x, target: g.pointwise("log1p", g.exp(g.mul(g.neg(target), x)))),
+    "aten.soft_margin_loss_backward": loss_backward(3, "reduction", _soft_slope),
+    "aten.multi_margin_loss": multi_margin,
+    "aten.multi_margin_loss_backward": multi_margin_backward,
     "aten.binary_cross_entropy": loss(3, "reduction", _bce),
     "aten.binary_cross_entropy_backward": loss_backward(4, "reduction", _bce_slope),
 }

@@ -14,6 +14,7 @@ from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_on
 from deepseed.rules import Strategy, candidates, cuts, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Solution, Use, solve
 from deepseed.solver.classes import Node, by_part, colours
+from deepseed.solver.rounding import without_split_contractions
 
 Item = Input | Op | Output
 Move = Callable[[Element, Element], float | None]
@@ -159,7 +160,7 @@ class Assignment:
         sig = signature(item, operands)
         names = [*(r.name for r in self.refs[i]), *item.results]
         outers = None if sig is None else factor_outers(sig, [self.outers[name] for name in names])
-        return strategies(sig, operands, results, axis, self.p.mesh, outers)
+        return without_split_contractions(item, strategies(sig, operands, results, axis, self.p.mesh, outers))
 
     def _stored_elements(self, item: Input, axis: str) -> list[Split]:
         """Where an input's dimensions may be split: at a candidate position, or behind the axes that split it already."""

@@ -27,7 +27,8 @@ def work(at: Assignment, i: int, s: Strategy) -> float:
     divided = any(isinstance(e, Split) for e in (*s.operands, *s.results))
     if divided:
         return 0.0
-    return 1e-3 * sum(t.nbytes for t in item.types) + cost.FLOP * cost.flops(item, [at.p.types[r.name] for r in at.refs[i]])
+    flop = cost.UPDATE_FLOP if item.phase == "update" else cost.FLOP
+    return 1e-3 * sum(t.nbytes for t in item.types) + flop * cost.flops(item, [at.p.types[r.name] for r in at.refs[i]])
 
 
 def upkeep(at: Assignment, i: int, s: Strategy) -> float:
@@ -37,6 +38,7 @@ def upkeep(at: Assignment, i: int, s: Strategy) -> float:
     price = sum(cost.LOCAL * t.nbytes * (e.dim + 0.5 * (e.outer > 1)) for e, t in zip(s.results, types, strict=False) if isinstance(e, Split))
     if isinstance(item, Op) and item.phase == "update" and not any(isinstance(e, Split) for e in s.results):
         price += 1e-3 * sum(t.nbytes for t in item.types)
+        price += cost.UPDATE_FLOP * cost.flops(item, [at.p.types[r.name] for r in at.refs[i]])
     return price
 
 

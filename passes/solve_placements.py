@@ -183,7 +183,8 @@ class Placement(Assignment):
             scalar = t.numel == 1
             if isinstance(user, Output) and user.role == "grad" and self.updates:
                 return free
-            update = (isinstance(user, Op) and user.phase == "update") or isinstance(user, Output)
+            inside = isinstance(item, Op) and item.phase == "update" and isinstance(user, Op)  # a matrix on its way through the update may be gathered
+            update = (isinstance(user, Op) and user.phase == "update" and not inside) or isinstance(user, Output)
             weight = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "state")
             data = isinstance(item, Input) and item.role == "batch"
 

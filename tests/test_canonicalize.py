@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from decomposition_cases import bag_cases, product_cases
 from torch import Tensor
 
 from deepseed.ir.mesh import Mesh
@@ -58,6 +59,8 @@ def check(target: str, args: Sequence[Any], kwargs: dict[str, Any] | None = None
     for old, new in zip(p.outputs, q.outputs, strict=True):
         x, y = before[old.ref.name], after[new.ref.name]
         assert x.dtype == y.dtype and x.shape == y.shape
+        if target.startswith("aten._embedding_bag") and old != p.outputs[0]:
+            break  # bag numbers and sizes are for its own backward, and partly left as they came
         torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, equal_nan=True)
     return q
 
@@ -200,6 +203,8 @@ CASES: list[tuple[Any, ...]] = [
     ("aten._safe_softmax", [torch.cat([MASKED, torch.full((1, 6), -torch.inf, dtype=F64)]), -1]),
     ("aten._safe_softmax", [X.float(), -1, F64]),
     *nll_cases(),
+    *product_cases(),
+    *bag_cases(),
     *loss_cases(),
     *norm_cases(),
     ("aten.embedding", [X, torch.tensor([[1, 3], [0, 0]]), 0]),

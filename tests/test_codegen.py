@@ -104,6 +104,7 @@ bernoulli(%rng, p=0.4, site="a") : f32[4, 6]
 bernoulli(%rng, p=0.4, site="a", index=[[[2, 1, 1], [4]], [[6]]]) : f32[4, 6]
 uniform(%rng, low=-1.0, high=2.0, site="b") : f32[4, 6]
 normal(%rng, mean=0.5, std=2.0, site="c") : f32[4, 6]
+sized.upsample_nearest1d_backward(%z, given=[[4], "shape", none]) : f32[2, 3, 2]
 aten.add.Tensor(%x, %x, alpha=2) : f32[4, 6]
 aten.nan_to_num(%x) : f32[4, 6]
 aten.gelu(%x, approximate="tanh") : f32[4, 6]
@@ -271,6 +272,23 @@ def test_a_transposed_gradient_is_read_in_its_own_order() -> None:
     w, g = torch.zeros(2, 3), torch.arange(6.0).reshape(3, 2)
     run(p, [w, g.clone(), torch.tensor(1.0, dtype=torch.float64)])
     assert torch.equal(w, -g.t())
+
+
+@pytest.mark.parametrize("second", ["%g", "%view"])
+def test_a_gradient_of_two_parameters_is_scaled_once_for_each(second: str) -> None:
+    """Parallel branches give their biases one gradient: the update scales it in place, and must not do so twice."""
+    p = program(
+        f"""%h = aten.mul.Tensor(%x, 1.0) : f32[2] {{phase="backward"}}
+%g = reshape(%h) : f32[2] {{phase="backward"}}
+%view = reshape(%h) : f32[2] {{phase="backward"}}
+%a.new = optim.sgd(%a, %g, %lr, states=[], scale=%s) : f32[2] {{phase="update"}}
+%b.new = optim.sgd(%b, {second}, %lr, states=[], scale=%s) : f32[2] {{phase="update"}}""",
+        '%a : f32[2] param "a"\n%b : f32[2] param "b"\n%x : f32[2] batch "x"\n%s : f32[] batch "s"\n%lr : f64[] hyper "lr"',
+        'return %a.new param "a"\nreturn %b.new param "b"',
+    )
+    a, b = torch.zeros(2), torch.zeros(2)
+    run(p, [a, b, torch.tensor([4.0, 8.0]), torch.tensor(0.5), torch.tensor(1.0, dtype=torch.float64)])
+    assert a.tolist() == b.tolist() == [-2.0, -4.0]
 
 
 def test_mlp_on_one_rank_is_the_reference() -> None:

@@ -65,15 +65,19 @@ def test_a_value_that_returns_finds_its_program(capsys: pytest.CaptureFixture[st
     assert len(said) == 1 and "compiling program 2" in said[0] and "value" in said[0]
 
 
-def test_the_number_of_programs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseed.api.MOST_PROGRAMS", 2)
+def test_the_number_of_programs_is_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    """The program used longest ago goes, and comes again where its batches do; the state is the step's all along."""
     model = guards.fresh()
-    step = deepseed.compile(model, "zero0+dp2", optimizer=guards.adamw(model), loss_fn=guards.weighted, backend="simulate")
-    for rows in (4, 8, 4):
-        step(guards.batch(rows, rows=rows))
-    with pytest.raises(CompileError, match=r"2 programs are compiled(.|\n)*fix: pad batches to few shapes"):
-        step(guards.batch(0, rows=12))
-    step(guards.batch(1, rows=8))  # those that are there still serve
+    step = deepseed.compile(model, "zero0+dp2", optimizer=guards.adamw(model), loss_fn=guards.weighted, backend="simulate", max_programs=2)
+    batches = [guards.batch(n, rows=rows) for n, rows in enumerate((4, 8, 4, 12, 4, 8))]
+    losses = [float(step(batch)) for batch in batches]
+    want, _ = guards.eager(batches)
+    close(losses, want)
+    assert guards.count(step) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "dropping" in line]
+    assert ["x f64[8, 8]" in said[0], "x f64[12, 8]" in said[1], len(said)] == [True, True, 2]
+    with pytest.raises(CompileError, match=r"max_programs=0"):
+        deepseed.compile(model, "zero0", max_programs=0)
 
 
 # real ranks -------------------------------------------------------------------------------------------------------------
@@ -113,3 +117,11 @@ def test_models_initialised_differently_start_as_rank_0s(real: list[dict[str, An
         close(got["losses"], got["want"])
         assert got["error"] < 1e-14
         assert ("different values of 1 tensors, such as param 'up.weight'" in got["said"]) == (rank == 0)
+
+
+def test_a_python_number_that_changes_on_all_ranks_and_on_one(real: list[dict[str, Any]]) -> None:
+    for each in real:
+        got = each["attribute"]
+        close(got["losses"], got["want"])
+        assert got["programs"] == 2
+        assert "the Python value scale, guards.py:" in got["said"] and "5.0' on rank 1" in got["said"], got["said"]

@@ -50,7 +50,7 @@ OWN: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
     ("sum(%x, dims=[0, 1], keepdim=false)", "f64[]", lambda x: x.sum()),
     ("amax(%x, dims=[1], keepdim=false)", "f64[4]", lambda x: x.amax(1)),
     ("amax(%x, dims=[], keepdim=false)", "f64[4, 6]", lambda x: x),
-]
+    ]
 
 
 @pytest.mark.parametrize(("text", "type_", "want"), OWN, ids=[case[0] for case in OWN])
@@ -245,3 +245,20 @@ def test_arguments_keep_their_places() -> None:
     op = Op(("y",), "aten.add.Tensor", (Ref("a"), Ref("b")), (Type("f64", ()),), (("alpha", 2), ("dtype", "bf16")))
     args, kwargs = arguments(op, (rand(1), rand(2)))
     assert [a.shape for a in args] == [(1,), (2,)] and kwargs == {"alpha": 2, "dtype": torch.bfloat16}
+
+
+def test_sized_ops_take_their_shape_from_the_result() -> None:
+    x = rand(2, 3, 4)
+    for name, extra in (("upsample_nearest1d", ()), ("upsample_linear1d", (False,))):
+        grad = getattr(torch.ops.aten, name)(x, [6], *extra)
+        want = getattr(torch.ops.aten, f"{name}_backward")(grad, [6], [2, 3, 4], *extra)
+        given = ", ".join(["[6]", '"shape"', *(str(e).lower() for e in extra)])
+        p = program('%g : f64[2, 3, 6] batch "g"', f'%y = sized.{name}_backward(%g, given=[{given}]) : f64[2, 3, 4] {{phase="backward"}}', 'return %y output "0"')
+        assert torch.equal(evaluate(p, {"g": grad})["y"], want)
+
+
+def test_sized_ops_are_those_with_a_rule() -> None:
+    from deepseed.ops.own import SIZED
+    from deepseed.rules import RULES
+
+    assert {f"sized.{name}" for name in SIZED} == {target for target in RULES if target.startswith("sized.")}

@@ -21,11 +21,12 @@ from deepseed.ir.text import parse
 from deepseed.rules import RULES, Rule, RuleError, candidates, op_strategies, signature, strategies
 from deepseed.rules import strategy as strategy_module
 from deepseed.rules.__main__ import page as rules_page
+from deepseed.rules.linalg import WHOLE
 from deepseed.rules.pointwise import LINEAR, MONOTONE, POINTWISE
 from deepseed.rules.pointwise import form as pointwise_form
 
 torch.set_num_threads(1)
-WHOLE_ONLY: set[str] = set()  # rules that split nothing, and only pass partial values
+WHOLE_ONLY = set(WHOLE.split())  # rules that split nothing
 EXTRA = (2, 3)  # further inner outers that are tried for every factor
 
 
@@ -58,7 +59,8 @@ def double(op: Op, operands: tuple[Type, ...]) -> tuple[Op, tuple[Type, ...]]:
         return replace(t, dtype="f64") if t.dtype in ("f32", "bf16") else t
 
     args = tuple("f64" if a == "f32" else a for a in op.args)
-    return replace(op, args=args, types=tuple(map(f64, op.types))), tuple(map(f64, operands))
+    kwargs = tuple((k, "f64" if v == "f32" else v) for k, v in op.kwargs)
+    return replace(op, args=args, kwargs=kwargs, types=tuple(map(f64, op.types))), tuple(map(f64, operands))
 
 
 def is_split(i: Instance) -> bool:

@@ -95,6 +95,12 @@ class BatchSpec:
     @staticmethod
     def of(batch: Any) -> BatchSpec:
         found = dict(leaves(batch))
+        for key, value in found.items():
+            if not isinstance(value, Tensor) and tuple(getattr(value, "shape", None) or ()):
+                raise BatchError(
+                    f"batch entry {key!r} is a {type(value).__module__}.{type(value).__name__} {getattr(value, 'dtype', '')}{list(value.shape)}, not a tensor",
+                    fix="torch.as_tensor(...), which shares its memory",
+                )
         return BatchSpec(
             {k: type_of(v) for k, v in found.items() if isinstance(v, Tensor)},
             {k: v for k, v in found.items() if not isinstance(v, Tensor)},

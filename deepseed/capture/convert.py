@@ -1,5 +1,5 @@
-"""A functional aten graph becomes ops of the own IR: one function an aten op in ``deepseed.capture.lowering``, aten as it is for
-the rest.
+"""A functional aten graph becomes ops of the own IR: one function an aten op in ``deepseed.capture.lowering``, ``rearrange`` and
+``indexing``, aten as it is for the rest.
 
 ``Emitter`` holds the growing program: types of values, and names made of module path and op, numbered within a module call.
 """
@@ -7,8 +7,9 @@ the rest.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,8 +114,7 @@ def convert(graph: fx.Graph, inputs: Sequence[Arg], outputs: Sequence[Any], emit
 
     ``inputs``: one value a placeholder. ``phases``: the phase of each node (default: the emitter's own).
     """
-    from deepseed.capture.lowering import LOWERINGS
-
+    table = lowerings()
     needed = reachable(outputs)
     env: dict[fx.Node, Arg] = dict(zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True))
     own = emit.where
@@ -131,11 +131,21 @@ def convert(graph: fx.Graph, inputs: Sequence[Arg], outputs: Sequence[Any], emit
         if not isinstance(n.target, OpOverload):
             raise CaptureError(f"{n.target} in the traced graph is no tensor op", path=emit.where.path, line=emit.where.line)
         emit.node = n
-        lowering = LOWERINGS.get(n.target) or LOWERINGS.get(n.target.overloadpacket)
+        lowering = table.get(n.target) or table.get(n.target.overloadpacket)
         given = _by_schema(n.target, args, kwargs)
         env[n] = lowering(emit, n.meta.get("val"), **given) if lowering else as_aten(emit, n.target, n.meta.get("val"), given)
     emit.where = own
     return [env[o] if isinstance(o, fx.Node) else o for o in outputs]
+
+
+@cache
+def lowerings() -> Mapping[Any, Callable[..., Arg]]:
+    """Aten op or packet -> the function that lowers it."""
+    from deepseed.capture.indexing import INDEXING
+    from deepseed.capture.lowering import LOWERINGS
+    from deepseed.capture.rearrange import REARRANGED
+
+    return {**LOWERINGS, **INDEXING, **REARRANGED}
 
 
 def reachable(outputs: Iterable[Any]) -> set[fx.Node]:
@@ -162,7 +172,10 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
         if a.name in DROPPED:
             continue
         default = _plain(a.default_value) if a.has_default_value() else None
-        value = _plain(given[a.name], emit) if a.name in given else default
+        value = given.get(a.name)
+        if isinstance(value, complex):
+            value = _complex(emit, value, val)
+        value = _plain(value, emit) if a.name in given else default
         if a.kwarg_only:
             if a.name in given and value != default:
                 kwargs["from_" if a.name == "from" else a.name] = value
@@ -180,6 +193,13 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
     results = iter(emit.op(name, args, [type_of(v) for v in values if isinstance(v, Tensor)], **kwargs))
     out = tuple(next(results) if isinstance(v, Tensor) else None for v in values)
     return out if isinstance(val, (tuple, list)) else out[0]
+
+
+def _complex(emit: Emitter, value: complex, val: Any) -> Ref:
+    """A complex number as a tensor without dimensions."""
+    dtype = "c128" if isinstance(val, Tensor) and val.dtype == torch.complex128 else "c64"
+    half = Type("f64" if dtype == "c128" else "f32", ())
+    return emit.one("aten.complex", (emit.full(value.real, half), emit.full(value.imag, half)), Type(dtype, ()))
 
 
 def _by_schema(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

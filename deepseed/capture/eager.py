@@ -44,7 +44,8 @@ def eager_reference(model: nn.Module, *, rng: Tensor | None = None, widen: bool 
     """Run ``model`` eagerly inside.
 
     ``rng`` i64[2] (seed, step): every draw is the one that the captured program makes; None: draws stay torch's own.
-    ``widen``: where the model asks for float32 (a cast, a created tensor) it gets float64; parameters and batch are the caller's to widen.
+    ``widen``: where the model or its optimizer asks for a narrower float (a cast, a created tensor) it gets float64; parameters and batch
+    are the caller's to widen.
     """
     tracker = Tracker(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -60,8 +61,8 @@ def eager_reference(model: nn.Module, *, rng: Tensor | None = None, widen: bool 
 
 
 def _wide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """float32 arguments become float64."""
-    change = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+    """Narrower floats that are asked for become float64."""
+    change = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64, torch.complex64: torch.complex128}
     new = tuple(change.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
     named = {k: change.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
     return new, named

@@ -7,8 +7,8 @@ before the update is its start value if the update from there equals the optimiz
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class StateSlot:
     fill: float  # every element's value before the first step
     existing: Tensor | None  # what the user's optimizer holds already: it goes before ``fill``
     own: bool  # DeepSeed's own bookkeeping, no part of the optimizer's state_dict
+    python: Callable[[Any], int | float] | None = None  # int or float where the optimizer keeps a Python number
 
     @property
     def key(self) -> str:
@@ -45,6 +46,7 @@ class Slots:
     shape: Mapping[str, tuple[int, ...]]
     dtype: Mapping[str, torch.dtype]
     two_formulas: bool  # the first step differs from the others
+    python: Mapping[str, Callable[[Any], int | float]]  # those that are Python numbers: int or float
 
 
 class _Recorder(dict[str, Any]):
@@ -58,6 +60,15 @@ class _Recorder(dict[str, Any]):
         if name not in self.first:
             self.first[name] = value.detach().clone() if isinstance(value, Tensor) else value
         super().__setitem__(name, value)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 def shadow(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param: Tensor, state: dict[str, Any], capturable: bool = False) -> Any:
@@ -81,25 +92,31 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
     generator = torch.Generator().manual_seed(0)
     p0, g0 = (torch.randn(small, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
 
-    def step(state: dict[str, Any], param: Tensor = p0, grad: Tensor = g0) -> Tensor:
-        p = param.clone()
-        p.grad = grad.clone()
+    def step(state: dict[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+        p = p0.clone()
+        p.grad = g0.clone()
+        one = shadow(optimizer, group, p, state)
+        before = _beside(one, p)
         with torch.no_grad():
-            shadow(optimizer, group, p, state).step()
-        return p
+            one.step()
+        _check_beside(before, _beside(one, p), name)
+        return p, one.state[p]
 
     record = _Recorder()
     try:
-        reached = step(record)
+        reached, kept = step(record)
+    except CaptureError:
+        raise
     except Exception as error:
+        needs = "closure" in str(error)
         raise CaptureError(f"optimizer {name} cannot be traced: its step on a parameter {list(small)} failed: {error}",
-                           fix="use an optimizer whose step() needs no closure and works on dense gradients") from error  # fmt: skip
-    after = {k: _tensor(v, name, k) for k, v in record.items()}
+                           fix=f"{'it wants a closure that computes the loss, and a compiled step computes it once: ' if needs else ''}use an optimizer whose step() needs no closure and works on dense gradients") from error  # fmt: skip
+    after = {k: _tensor(v, name, k) for k, v in kept.items()}
     fill: dict[str, float] = {}
     for slot in after:
-        first = _tensor(record.first[slot], name, slot)
-        fill[slot] = float(first.flatten()[0]) if first.numel() and bool((first == first.flatten()[0]).all()) and _settled(record.first[slot]) else 0.0
-    candidates = [fill, dict.fromkeys(fill, 0.0)]
+        first = record.first.get(slot)
+        values = _tensor(first, name, slot).flatten() if first is not None and isinstance(first, (Tensor, int, float)) else torch.zeros(0)
+        fill[slot] = float(values[0]) if values.numel() and bool((values == values[0]).all()) else 0.0
     shapes = {k: tuple(v.shape) for k, v in after.items()}
     real = {1: 1, **dict(zip(small, shape, strict=True))}  # sizes of the sample are distinct, so each names its dimension
     if not all(n in real for s in shapes.values() for n in s):
@@ -107,21 +124,48 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
                            fix="state must be made of the parameter's own dimensions")  # fmt: skip
     shapes = {k: tuple(real[n] for n in s) for k, s in shapes.items()}
     dtypes = {k: v.dtype for k, v in after.items()}
+    python = {k: type(v) for k, v in kept.items() if not isinstance(v, Tensor)}
     if not after:
-        return Slots({}, {}, {}, False)
-    for candidate in candidates:
-        state = {k: torch.full_like(after[k], candidate[k]) for k in after}
+        return Slots({}, {}, {}, False, {})
+    for candidate in (fill, dict.fromkeys(fill, 0.0)):
+        state = {k: python[k](candidate[k]) if k in python else torch.full_like(after[k], candidate[k]) for k in after}
         try:
-            again = step(state)
+            again, kept = step(state)
         except Exception:
             continue
-        if torch.equal(again, reached) and all(torch.equal(_tensor(state[k], name, k), after[k]) for k in after):
-            return Slots(candidate, shapes, dtypes, False)
-    return Slots(dict.fromkeys(after, 0.0), shapes, dtypes, True)
+        if torch.equal(again, reached) and all(k in kept and torch.equal(_tensor(kept[k], name, k), after[k]) for k in after):
+            return Slots(candidate, shapes, dtypes, False, python)
+    return Slots(dict.fromkeys(after, 0.0), shapes, dtypes, True, python)
 
 
-def _settled(value: Any) -> bool:
-    return isinstance(value, (Tensor, int, float))
+def _beside(optimizer: Any, param: Tensor) -> dict[str, object]:
+    """What the optimizer keeps beside the parameter's state, by a name for people: numbers in its group, on itself, or in a common state."""
+    (group,) = optimizer.param_groups
+    out: dict[str, object] = {f"param_groups[0][{k!r}]": _mark(v) for k, v in group.items() if k != "params"}
+    out |= {f"self.{k}": _mark(v) for k, v in vars(optimizer).items() if k not in _OWN}
+    out |= {f"self.state[{k!r}]": _mark(v) for k, v in optimizer.state.items() if k is not param}
+    return out
+
+
+_OWN = {*vars(torch.optim.SGD([torch.zeros(1)])), "_opt_called", "_step_count", "grad_scale", "found_inf", "step"}  # torch's own attributes
+
+
+def _mark(value: Any) -> object:
+    """Another one when the value changes."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, Mapping):
+        return {k: _mark(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, deque)):
+        return [_mark(v) for v in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _check_beside(before: Mapping[str, object], after: Mapping[str, object], name: str) -> None:
+    changed = sorted(k for k in {*before, *after} if k not in before or k not in after or before[k] != after[k])
+    if changed:
+        raise CaptureError(f"optimizer {name} keeps what changes from step to step in {changed[0]}, not in the parameter's own state",
+                           fix="keep it in self.state[p], as torch's optimizers keep their step counts")  # fmt: skip
 
 
 def _tensor(value: Any, optimizer: str, slot: str) -> Tensor:

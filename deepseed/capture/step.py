@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
+from deepseed.capture.attributes import Reads, short
 from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
@@ -19,8 +20,11 @@ from deepseed.capture.functional import Flat, functional
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
-from deepseed.capture.optimizer import Updates, fixed_options, groups
+from deepseed.capture.optimizer import Updates
+from deepseed.capture.options import Optimizers, fixed_options, owners
+from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
+from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
@@ -39,6 +43,8 @@ class Captured:
     program: Program
     constants: dict[str, Tensor]
     guards: tuple[Guard, ...]
+    reads: Reads  # the Python values that the model read, and those that it writes
+    structure: Structure
     batch: BatchSpec
     parameters: dict[str, nn.Parameter]
     aliases: dict[str, str]  # further name of a tied parameter -> its first name
@@ -68,18 +74,20 @@ def capture(
     batch: Any,
     *,
     loss_fn: LossFn | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     clip_grad_norm: float | None = None,
     want: Want | None = None,
     grads: bool = False,
     compute: torch.dtype | None = None,
     moving: Collection[str] = (),
+    wide: bool = False,
     seed: int = 0,
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
-    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``want``: ``step`` (needs ``optimizer``; the default with
+    ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
+    what the optimizer creates is float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
     gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
@@ -89,11 +97,16 @@ def capture(
         raise CaptureError('want="step" needs an optimizer', fix='pass optimizer=, or want="loss_and_grads"')
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
-    spec = BatchSpec.of(batch)
+    spec, structure = BatchSpec.of(batch), Structure(model)
     parameters, aliases = dict(model.named_parameters()), _aliases(model)
     buffers = dict(model.named_buffers())
-    group_of = groups(optimizer, parameters) if optimizer is not None and want == "step" else {}
+    hooked = next((n for n, p in parameters.items() if want != "forward" and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
+    if hooked:
+        raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
+    group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
     traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
+    if traced.python.writes:
+        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute).python)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -117,7 +130,7 @@ def capture(
         gradients, norm = _clip(e, gradients, float(clip_grad_norm))
         outputs.append(Output(norm, "norm", "grad_norm"))
     if want == "step" and optimizer is not None:
-        updates = Updates(e, optimizer, hyper, state, origins, moving)
+        updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
         for name, grad in gradients.items():
             if name in group_of:
                 new, states = updates.update(name, parameters[name], group_of[name], refs["param", name], grad)
@@ -135,7 +148,7 @@ def capture(
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
     program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
     return Captured(
-        verify(program), {key: t for key, t in constants.items() if key in needed}, guards,
+        verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases, buffers, state, hyper, options, moved,
         tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
     )  # fmt: skip
@@ -194,9 +207,11 @@ class _Traced:
 
         tracker = Tracker(model)
         reader = Reader(tracker, keys, tensors(batch))
-        with switched(model), torch.enable_grad():
+        recorder = Recorder(model, loss_fn)
+        with switched(model), recorder.on(), torch.enable_grad():
             module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader)
         _check_leaks(model, real)
+        self.python = recorder.reads()
         self.reads: list[Read] = reader.reads
         self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
 
@@ -287,6 +302,26 @@ def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec, constants: dict[st
     assert isinstance(out, Ref)
     program = Program("guard", Mesh(()), tuple(e.inputs), live(e.ops, [out]), (Output(out, "output", "value"),), frozenset({"captured"}))
     return Guard(verify(program), read.value, read.where.path, read.where.line)
+
+
+def _check_settles(once: Reads, trace_again: Callable[[], Reads]) -> None:
+    """A value that is made once (a cache) is the same from the second step on; refuse one that each step changes and reads."""
+    for write in once.writes:
+        write.apply()
+    try:
+        twice = trace_again()
+    finally:
+        for write in once.writes:
+            write.undo()
+    for write in once.writes:
+        more = next((w for w in twice.writes if w.holder is write.holder and w.name == write.name), None)
+        if more is not None:
+            path, _, name = write.path.rpartition(".")
+            raise CaptureError(
+                f"the forward reads {name!r} of {type(write.holder).__name__} and changes it each time: {short(write.before)}, {short(write.after)}, "
+                f"{short(more.after)}; each step would be another program",
+                path=path, line=write.line, fix=f"keep it in a buffer: self.register_buffer({name!r}, torch.tensor(...)); or count outside of the forward",
+            )  # fmt: skip
 
 
 def _check_leaks(model: nn.Module, real: Mapping[int, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ CONFIG: dict[str, Any] = {
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences."""
-    mkldnn = torch._C._get_mkldnn_enabled()
+    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences, no
+    fused encoder layers;
+    what ``torch.compile`` wrapped runs as it was written."""
+    mkldnn, fastpath = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
     undo: list[tuple[Any, str, Any]] = []
 
     def set_(holder: Any, name: str, value: Any) -> None:
@@ -39,11 +42,25 @@ def switched(model: nn.Module) -> Iterator[None]:
             if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is not False:
                 set_(module, "_gradient_checkpointing_func", functools.partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False}))
         torch._C._set_mkldnn_enabled(False)
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        with _uncompiled():
+            yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for holder, name, old in reversed(undo):
             setattr(holder, name, old)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Functions and modules under ``torch.compile`` run as they were written."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def _configs(config: Any, seen: set[int]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ intercepted below autograd. Each node has ``meta["where"]`` (module path, source
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseed.capture.assign import MaskedAssignment
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Reader, read_value
 from deepseed.capture.metadata import Tracker, Where
@@ -46,6 +48,8 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if func is _aten.native_batch_norm.default:
             return _batch_norm(*args, **kwargs)
+        if func._schema.name.startswith("aten::_foreach_"):
+            return each(func, args, kwargs)
         if func in _ONE_DTYPE and len(dtypes := {a.dtype for a in args if isinstance(a, Tensor)}) > 1:
             raise RuntimeError(f"{func}: operands of {' and '.join(sorted(map(str, dtypes)))}, where one dtype is needed")  # fake tensors let it pass
         try:
@@ -59,6 +63,19 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except DataDependentOutputException:
             where = self.tracker.here()
             raise CaptureError(f"{func} gives Python a value that depends on data", path=where.path, line=where.line, fix="use torch.where in place of the Python branch") from None
+
+
+def each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``_foreach_add(xs, ys)`` as ``add(x, y)`` for each."""
+    name = func._schema.name.removeprefix("aten::_foreach_")
+    one = getattr(_aten, name)
+    count = len(args[0])
+
+    def of(value: Any, n: int) -> Any:
+        return value[n] if isinstance(value, (list, tuple)) and len(value) == count else value
+
+    out = [one(*(of(a, n) for a in args), **{k: of(v, n) for k, v in kwargs.items()}) for n in range(count)]
+    return None if name.endswith("_") else out
 
 
 def _batch_norm(
@@ -102,7 +119,7 @@ def record(
     """Stage one: ``step(*fakes)`` as it is written. ``rng``: the position of the generator's seed and step among ``fakes``."""
 
     def run(*flat: Tensor) -> Sequence[Any]:
-        with tagged(tracker.here), tracker.on(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
+        with tagged(tracker.here), tracker.on(), MaskedAssignment(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
             try:
                 return step(*flat)
             except CaptureError:
@@ -112,4 +129,16 @@ def record(
                 error.add_note(f"while DeepSeed traced the model with fake tensors on the CPU; last op at {place or 'the start'}")
                 raise
 
-    return make_fx(run, tracing_mode="fake")(*fakes)
+    with _silent("torch._subclasses.fake_tensor"):
+        return make_fx(run, tracing_mode="fake")(*fakes)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Torch logs a stack of its own before an op of the user's raises; the error says it all."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from deepseed.rules import localize_op, signature
 
 TOLERANCE = 1e-10  # relative to the largest element of the result
 
-# op -> the operand that points, the operand into which it points, its dimension (a string: position or keyword of the argument)
+# op -> the operand that points, the operand into which it points (-1: the result), its dimension (a string: position or keyword of
+# the argument; "plane2": the last two together)
 INDEXED: dict[str, tuple[int, int, int | str]] = {
     "embedding": (1, 0, 0),
     "gather": (1, 0, "dim"),
@@ -39,9 +41,19 @@ INDEXED: dict[str, tuple[int, int, int | str]] = {
     "aten.scatter.src": (1, 0, "1"),
     "aten.scatter.value": (1, 0, "1"),
     "aten.index_select": (1, 0, "1"),
+    "aten.scatter_reduce.two": (1, 0, "1"),
+    "aten.max_pool2d_with_indices_backward": (2, 1, "plane2"),
+    "aten.max_pool3d_with_indices_backward": (2, 1, "plane3"),
+    "aten.adaptive_max_pool2d_backward": (2, 1, "plane2"),
+    "aten.adaptive_max_pool3d_backward": (2, 1, "plane3"),
+    "aten.fractional_max_pool2d_backward": (2, 1, "plane2"),
+    "aten.max_unpool2d": (1, -1, "plane2"),
+    "aten.max_unpool3d": (1, -1, "plane3"),
     "aten.nll_loss_forward": (1, 0, 1),
     "aten.nll_loss_backward": (2, 1, 1),
 }
+
+PIVOTED = ("aten.linalg_lu_solve", "aten.lu_unpack")
 
 _passed: set[tuple[object, ...]] = set()  # instances as they stand in programs
 _hashes: dict[Path, set[str]] = {}  # shrunk instances, by the file that remembers them
@@ -169,6 +181,8 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
     if dtype.is_floating_point or dtype.is_complex:
         real = torch.rand(t.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return torch.complex(real, real.flip(tuple(range(real.ndim)))) if dtype.is_complex else real.to(dtype)
+    if i.op.target in PIVOTED and t.dtype == "i32":
+        return torch.randint(1, t.shape[-1] + 1, t.shape, generator=generator).to(dtype)  # row numbers, counted from 1
     last = _indexed(i, k)
     if last is not None and k == len(i.operands) - 1:
         owned = next(((a, e) for x in (*i.operands, *i.op.types) for a, e in x.layout.elements if isinstance(e, Owned)), None)
@@ -192,6 +206,8 @@ def _indexed(i: Instance, k: int) -> int | None:
     pointer, table, where = INDEXED.get(op.target, (-1, 0, 0))
     if k != pointer:
         return None
+    if isinstance(where, str) and where.startswith("plane"):
+        return prod((op.type if table < 0 else i.operands[table]).shape[-int(where[5:]) :])
     dim = where if isinstance(where, int) else op.args[int(where)] if where.isdigit() else op.kw(where)
     shape = i.operands[table].shape
     return shape[dim] if isinstance(dim, int) and shape else 1

@@ -68,7 +68,7 @@ def operand_types(p: Program, op: Op) -> tuple[Type, ...]:
 
 def instance_key(op: Op, operands: Sequence[Type]) -> tuple[object, ...]:
     """Equal for ops that differ in names, module path and site only."""
-    return op.target, _nameless(op.args), tuple((k, _nameless(v)) for k, v in op.kwargs if k != "site"), tuple(operands), op.types
+    return op.target, nameless(op.args), tuple((k, nameless(v)) for k, v in op.kwargs if k != "site"), tuple(operands), op.types
 
 
 def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
@@ -138,9 +138,9 @@ def _elements(layout: Layout) -> str:
 _ANY = Ref("")
 
 
-def _nameless(arg: Arg) -> Arg:
+def nameless(arg: Arg) -> Arg:
     if isinstance(arg, Ref):
         return _ANY
     if isinstance(arg, tuple):
-        return tuple(map(_nameless, arg))
+        return tuple(map(nameless, arg))
     return arg

@@ -11,7 +11,7 @@ from deepseed.ir.program import FLOATS, Arg, Op, Program, Ref, Type
 
 
 def widen(p: Program) -> Program:
-    """``p`` with every f32, bf16 and f16 made f64; shapes, layouts and names stay."""
+    """``p`` with every f32, bf16 and f16 made f64, c64 made c128; shapes, layouts and names stay."""
     return replace(
         p,
         inputs=tuple(replace(i, type=_type(i.type)) for i in p.inputs),
@@ -30,7 +30,11 @@ def _op(op: Op) -> Op:
 
 
 def _type(t: Type) -> Type:
-    return replace(t, dtype="f64") if t.dtype in FLOATS else t
+    return replace(t, dtype=_dtype(t.dtype))
+
+
+def _dtype(name: str) -> str:
+    return "f64" if name in FLOATS else "c128" if name == "c64" else name
 
 
 def _arg(a: Arg) -> Arg:
@@ -38,4 +42,4 @@ def _arg(a: Arg) -> Arg:
         return a
     if isinstance(a, tuple):
         return tuple(_arg(x) for x in a)
-    return "f64" if isinstance(a, str) and a in FLOATS else a
+    return _dtype(a) if isinstance(a, str) else a

@@ -30,6 +30,7 @@ from deepseed.ops.own import (
     present,
     reshape,
     scatter_add,
+    sized,
     slice,
     sum,
     sum_of_squares,
@@ -41,8 +42,8 @@ from deepseed.ops.table import OWN, OpError, Shape, arguments, dtype_name, funct
 
 __all__ = [
     "OWN", "OpError", "amax", "arguments", "bernoulli", "cast", "cat", "dtype_name", "embedding", "embedding_backward", "evaluate",
-    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "routed_mm", "routed_outer", "run", "scatter_add", "sdpa",
-    "sdpa_backward", "slice", "sum", "sum_of_squares", "torch_dtype", "uniform", "unslice",
+    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "routed_mm", "routed_outer", "run",
+    "scatter_add", "sdpa", "sdpa_backward", "sized", "slice", "sum", "sum_of_squares", "torch_dtype", "uniform", "unslice",
 ]  # fmt: skip
 
 _library.register()

@@ -20,6 +20,13 @@ _aten = torch.ops.aten
 
 Ints = tuple[int, ...] | list[int]
 
+_RESIZED = """
+upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa
+"""
+SIZED = tuple(f"{name}_backward" for name in _RESIZED.split())  # aten ops of which one argument is the shape of the result
+
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.reshape(x, shape)
@@ -136,6 +143,12 @@ def _local(ids: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
     local = ids - start
     inside = (local >= 0) & (local < n)
     return torch.where(inside, local, 0), inside
+
+
+def sized(name: str, operands: Sequence[Tensor], args: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """The aten op ``name``, whose arguments beside the operands are ``args``: ``"shape"`` among them is the result's shape."""
+    out: Tensor = getattr(_aten, name)(*operands, *(list(shape) if a == "shape" else a for a in args))
+    return out
 
 
 def present(results: Any) -> Any:

@@ -72,6 +72,10 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "uniform": lambda xs, kw, out, dtype: rng.uniform(xs[0], out[0], kw["low"], kw["high"], kw["site"], dtype, kw.get("index")),
     "normal": lambda xs, kw, out, dtype: rng.normal(xs[0], out[0], kw["mean"], kw["std"], kw["site"], dtype, kw.get("index")),
     **{
+        f"sized.{name}": lambda xs, kw, out, dtype, name=name: own.sized(name, xs, kw["given"], out[0])  # type: ignore[misc]
+        for name in own.SIZED
+    },
+    **{
         f"optim.{kind}": lambda xs, kw, out, dtype, kind=kind: optim.update(kind, xs, kw)  # type: ignore[misc]
         for kind in ("adamw", "adam", "sgd")
     },

@@ -29,6 +29,11 @@ sub.Tensor tan tanh tanh_backward threshold threshold_backward true_divide.Tenso
 xlogy.Scalar_Self xlogy.Tensor
 elu_backward hardshrink_backward hardsigmoid_backward hardswish hardswish_backward hardtanh_backward leaky_relu_backward
 log_sigmoid_backward mish_backward rsub.Tensor softplus_backward softshrink_backward where.ScalarOther where.ScalarSelf
+complex polar _prelu_kernel _prelu_kernel_backward rrelu_with_noise_backward special_airy_ai special_bessel_j0 special_bessel_j1
+special_bessel_y0 special_bessel_y1 special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr
+special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri
+special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 special_spherical_bessel_j0 special_xlog1py
+special_xlog1py.other_scalar special_xlog1py.self_scalar special_zeta special_zeta.other_scalar special_zeta.self_scalar
 """
 POINTWISE = frozenset(f"aten.{name}" for name in _NAMES.split())
 
@@ -62,6 +67,10 @@ LINEAR = {
     "aten.where.ScalarSelf": "1+2",
     "aten.masked_fill.Scalar": "0+2",
     "aten.native_dropout_backward": "0",
+    "aten._prelu_kernel_backward": "0",
+    "aten.rrelu_with_noise_backward": "0",
+    "aten.complex": "0+1",
+    "aten._conj_physical": "0",
     **{f"aten.{name}_backward": "0" for name in _LINEAR_BACKWARD.split()},
 }
 

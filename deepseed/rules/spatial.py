@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
+
 from deepseed.rules.signature import Call, Rule
 
 
@@ -41,29 +44,81 @@ def _linear_backward(call: Call) -> str:
     return "0|2" if call.arg(10, "output_mask") == (True, False, False) else "0|1"
 
 
-def planes(call: Call) -> str | None:
-    """Batch and channels are free, each plane is whole"""
-    n = len(call.out)
-    if n not in (3, 4) or any(len(t.shape) != n for t in (*call.operands, *call.results)):
-        return None
-    lead = ["b", "c"][4 - n :]
+def planes(rank: int) -> Callable[[Call], str | None]:
+    """Batch and channels are free, the last ``rank`` dimensions of every tensor are whole."""
 
-    def tensor(slot: int) -> str:
-        return " ".join([*lead, *(f"p{slot}d{i}!^" for i in range(2))])
+    def form(call: Call) -> str | None:
+        tensors = (*call.operands, *call.results)
+        lead = len(call.out) - rank
+        if lead < 1 or any(len(t.shape) != lead + rank for t in tensors):
+            return None
+        words = [" ".join([*(f"b{i}" for i in range(lead)), *(f"p{slot}d{i}!^" for i in range(rank))]) for slot in range(len(tensors))]
+        return ", ".join(words[: len(call.operands)]) + " -> " + ", ".join(words[len(call.operands) :])
 
-    slots = [tensor(i) for i in range(len(call.operands) + len(call.results))]
-    return ", ".join(slots[: len(call.operands)]) + " -> " + ", ".join(slots[len(call.operands) :])
+    form.__doc__ = f"Batch and channels are free, the last {rank} dimension{'s are' if rank > 1 else ' is'} whole"
+    return form
+
+
+def _window(call: Call, columns: int) -> tuple[str, str, str]:
+    """Batch words, the channels of an image and the (channel, place in the window) of its columns."""
+    kernel = call.arg(columns, "kernel_size")
+    places = prod(n for n in kernel if isinstance(n, int)) if isinstance(kernel, tuple) else 0
+    return ("b " if len(call.shape(0)) - len(call.out) in (1, -1) and max(len(call.shape(0)), len(call.out)) == 4 else ""), "c", f"(c k={places}!^)"
+
+
+def im2col(call: Call) -> str:
+    """b c h! w! -> b (c k!) l!"""
+    b, c, columns = _window(call, 1)
+    return f"{b}{c} h!^ w!^ -> {b}{columns} l!^"
+
+
+def col2im(call: Call) -> str:
+    """b (c k!) l! -> b c h! w!"""
+    b, c, columns = _window(call, 2)
+    return f"{b}{columns} l!^ -> {b}{c} h!^ w!^"
+
+
+def grid_sampler(rank: int) -> Callable[[Call], str]:
+    """b c h! w!, b y! x! 2! -> b c y! x!; the gradient of the grid is partial over c"""
+
+    def form(call: Call) -> str:
+        image, grid, out = (" ".join(f"{x}{i}!^" for i in range(rank)) for x in "sgo")
+        if len(call.results) == 1:
+            return f"b c {image}, b {grid} r!^ -> b c {out}"
+        return f"b c {out}, b c {image}, b {grid} r!^ -> " + ", ".join([f"b c {image}", f"b {grid} r!^"])
+
+    form.__doc__ = f"batch is free, {rank} dimensions of each plane are whole"
+    return form
+
+
+LINEAR = """
+avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d avg_pool2d_backward avg_pool3d_backward
+_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+adaptive_max_pool2d_backward adaptive_max_pool3d_backward max_unpool2d max_unpool3d fractional_max_pool2d_backward
+upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d reflection_pad1d_backward
+reflection_pad2d_backward reflection_pad3d_backward replication_pad1d replication_pad2d replication_pad3d
+replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
+"""
+PICKING = "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"  # values and where they stood
+
+
+def _rank(name: str) -> int:
+    return next(n for n in (1, 2, 3) if f"{n}d" in name)
 
 
 RULES: dict[str, Rule] = {
     "aten.convolution": Rule(convolution, _linear, adds=2),
     "aten.convolution_backward": Rule(convolution_backward, _linear_backward),
-    "aten.max_pool2d_with_indices": Rule(planes),
-    "aten.max_pool2d_with_indices_backward": Rule(planes, "0"),
-    "aten.avg_pool2d": Rule(planes, "0"),
-    "aten.avg_pool2d_backward": Rule(planes, "0"),
-    "aten._adaptive_avg_pool2d": Rule(planes, "0"),
-    "aten._adaptive_avg_pool2d_backward": Rule(planes, "0"),
-    "aten.upsample_nearest2d": Rule(planes, "0"),
-    "aten.upsample_bilinear2d": Rule(planes, "0"),
+    **{f"aten.{name}": Rule(planes(_rank(name)), "0") for name in LINEAR.split()},
+    **{f"aten.{name}": Rule(planes(_rank(name))) for name in PICKING.split()},
+    **{f"sized.{name}_backward": Rule(planes(_rank(name)), "0") for name in LINEAR.split() if "upsample" in name},
+    "aten.fractional_max_pool2d": Rule("b c h!^ w!^, b c r!^ -> b c y!^ x!^, b c y!^ x!^"),
+    "aten.im2col": Rule(im2col, "0"),
+    "aten.col2im": Rule(col2im, "0"),
+    "aten.grid_sampler_2d": Rule(grid_sampler(2), "0"),
+    "aten.grid_sampler_3d": Rule(grid_sampler(3), "0"),
+    "aten.grid_sampler_2d_backward": Rule(grid_sampler(2), "0"),
+    "aten.grid_sampler_3d_backward": Rule(grid_sampler(3), "0"),
 }

@@ -1,7 +1,8 @@
 """The rules, one row an op. Where the arguments decide, the row holds a function that writes the form from them.
 
 The rows of pointwise ops are in ``deepseed.rules.pointwise``, the forms of ops that move elements in
-``deepseed.rules.shapes``, convolutions in ``deepseed.rules.spatial``, routed products in ``deepseed.rules.routed``, whole ops that kernels emit again in ``deepseed.rules.fused``.
+``deepseed.rules.shapes``, of images in ``deepseed.rules.spatial``, of matrices in ``deepseed.rules.linalg``, of experts in
+``deepseed.rules.routed``, of whole ops that kernels emit again in ``deepseed.rules.fused``.
 An op without a row is replicated: never a wrong answer.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepseed.ir.program import FLOATS, Ref
-from deepseed.rules import fused, pointwise, routed, shapes, spatial
+from deepseed.rules import fused, linalg, pointwise, routed, shapes, spatial
 from deepseed.rules.shapes import names_of, row, with_
 from deepseed.rules.signature import Call, Rule
 
@@ -229,10 +230,14 @@ RULES: dict[str, Rule] = {
     "aten.cumsum": whole_dim(1, "0"),
     "aten.cumprod": whole_dim(1),
     "aten.logcumsumexp": whole_dim(1),
+    "aten.cummax": whole_dim(1),
+    "aten.cummin": whole_dim(1),
     "aten.prod.dim_int": selection(1, keepdim=2),
     "aten.any.dim": selection(1, keepdim=2),
     "aten.all.dim": selection(1, keepdim=2),
     "aten.median.dim": selection(1, keepdim=2),
+    "aten.nanmedian.dim": selection(1, keepdim=2),
+    "aten.mode": selection(1, keepdim=2),
     "aten.kthvalue": selection(2, keepdim=3),
     "aten.argmax": selection(1, keepdim=2, default=None),
     "aten.argmin": selection(1, keepdim=2, default=None),
@@ -240,6 +245,7 @@ RULES: dict[str, Rule] = {
     "aten.min.dim": selection(1, keepdim=2),
     "aten.topk": selection(2),
     "aten.sort": selection(1),
+    "aten.sort.stable": selection(9),
     "aten._softmax": whole_dim(1),
     "aten._log_softmax": whole_dim(1),
     "aten._softmax_backward_data": whole_dim(2, "0"),
@@ -264,11 +270,13 @@ RULES: dict[str, Rule] = {
     "aten.index_put": Rule(index_put, lambda c: "0+2" if c.arg(3, "accumulate", False) else "", adds=0),
     "aten.scatter.src": Rule(scatter),
     "aten.scatter.value": Rule(scatter),
+    "aten.scatter_reduce.two": Rule(scatter),
     # attention
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
     **routed.RULES,
     **spatial.RULES,
+    **linalg.RULES,
     **fused.FUSED,
 }
 

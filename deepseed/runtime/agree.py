@@ -66,11 +66,11 @@ def agree_on_values(values: Sequence[tuple[str, object]], device: torch.device |
     if not _differs(digest(repr(list(values))), device, run):
         return
     found: list[list[tuple[str, object]]] = everyone(list(values), device, run)
-    for n, (name, value) in enumerate(found[0]):
-        for rank, theirs in enumerate(found):
-            if n >= len(theirs) or theirs[n] != (name, value):
-                got = f"{theirs[n][0]} = {theirs[n][1]!r}" if n < len(theirs) else "nothing"
-                raise AgreementError(f"ranks disagree: {name} = {value!r} on rank 0, {got} on rank {rank}\n  fix: give every rank the same global batch and the same settings")
+    for n in range(max(map(len, found))):
+        said = [f"{values[n][0]} = {values[n][1]!r}" if n < len(values) else "nothing" for values in found]
+        rank = next((r for r, text in enumerate(said) if text != said[0]), None)
+        if rank is not None:
+            raise AgreementError(f"ranks disagree: {said[0]} on rank 0, {said[rank]} on rank {rank}\n  fix: give every rank the same global batch, model and settings")
     raise AgreementError(f"ranks disagree: {len(found[0])} values on rank 0, {sorted({len(v) for v in found})} on all")
 
 
@@ -91,7 +91,7 @@ def as_on_rank_0(named: Mapping[str, Tensor], device: torch.device | str = "cpu"
     """Overwrite what differs between ranks by rank 0's, as DDP does with a model that each rank initialised for itself; the names."""
     if not named:
         return []
-    mine = torch.tensor([_fingerprint(t) for t in named.values()], dtype=torch.int64)
+    mine = torch.tensor([fingerprint(t) for t in named.values()], dtype=torch.int64)
     extremes = torch.stack([mine, -mine]).to(device)
     run(lambda: dist.all_reduce(extremes, dist.ReduceOp.MAX, async_op=True), "values of parameters over all ranks")
     high, low = extremes.cpu()
@@ -105,7 +105,7 @@ def as_on_rank_0(named: Mapping[str, Tensor], device: torch.device | str = "cpu"
     return different
 
 
-def _fingerprint(t: Tensor) -> int:
+def fingerprint(t: Tensor) -> int:
     """62 bits of the values and their places."""
     raw = t.detach().contiguous().view(-1).view(torch.uint8)
     whole = raw[: raw.numel() // 2048 * 2048].view(torch.int64).view(-1, 256).sum(1)

@@ -8,9 +8,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ class Executable:
     def __init__(self, source: str, name: str = "step") -> None:
         keep_freed_memory()
         self.source = source
-        self.path, self._step = _load(source, name)
+        self._loaded = _load(source, name)
+        self.path, self._step = self._loaded.path, self._loaded.step
 
     def __call__(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -40,8 +43,21 @@ def cache_dir() -> Path:
     return Path(root) if root else Path(tempfile.gettempdir()) / f"deepseed-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
-@cache
-def _load(source: str, name: str) -> tuple[Path, Callable[[Any, list[Tensor]], tuple[Tensor, ...]]]:
+@dataclass(eq=False)
+class _Loaded:
+    """A loaded source: shared by the executables of it, gone with the last one."""
+
+    path: Path
+    step: Callable[[Any, list[Tensor]], tuple[Tensor, ...]]
+
+
+_loaded: WeakValueDictionary[tuple[str, str], _Loaded] = WeakValueDictionary()
+
+
+def _load(source: str, name: str) -> _Loaded:
+    known = _loaded.get((source, name))
+    if known is not None:
+        return known
     digest = hashlib.sha256(source.encode()).hexdigest()
     path = cache_dir() / "source" / f"{name}-{digest[:16]}.py"
     if not path.exists() or path.read_text() != source:
@@ -51,7 +67,8 @@ def _load(source: str, name: str) -> tuple[Path, Callable[[Any, list[Tensor]], t
         fresh.replace(path)  # at once: other ranks may be writing the same file
     namespace: dict[str, Any] = {"__name__": f"deepseed.generated.{name}", "__file__": str(path)}
     exec(compile(source, str(path), "exec"), namespace)
-    return path, namespace["step"]
+    _loaded[source, name] = made = _Loaded(path, namespace["step"])
+    return made
 
 
 @cache

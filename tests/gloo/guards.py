@@ -30,6 +30,18 @@ class Masking(nn.Module):
         return self.down(h * mask[:, None]) * 2
 
 
+class Scaled(nn.Module):
+    """Reads a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.scale = nn.Linear(8, 4), 1.0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.lin(x) * self.scale
+
+
 def weighted(model: Any, batch: Any) -> Tensor:
     """The mean over the rows that count: of the whole batch, not of each rank's rows."""
     error = (model(batch["x"], batch["mask"]) - batch["y"]).square().sum(1)
@@ -65,7 +77,7 @@ def eager(data: list[dict[str, Tensor]]) -> tuple[list[float], nn.Module]:
 
 
 def count(step: TrainStep) -> int:
-    return sum(map(len, step._built.values()))
+    return len(step.programs.cache)
 
 
 # rows 0-3 are rank 0's, 4-7 rank 1's: no hole; one in rank 1's rows only; none again; one in rank 0's only
@@ -130,6 +142,31 @@ def ranks_that_read_different_values() -> str:
     return "no error"
 
 
+def an_attribute(plan: str) -> dict[str, Any]:
+    """A Python number that the forward reads changes on all ranks, then on rank 1 alone."""
+    torch.set_num_threads(1)
+    model, theirs = Scaled().double(), Scaled().double()
+    theirs.load_state_dict(model.state_dict())
+    step = deepseed.compile(model, plan, optimizer=adamw(model), loss_fn=weighted, backend="gloo")
+    assert isinstance(step, TrainStep)
+    optimizer, losses, want = adamw(theirs), [], []
+    for n, scale in enumerate((1.0, 3.0, 1.0)):
+        model.scale = theirs.scale = scale
+        losses.append(float(step(batch(n))))
+        optimizer.zero_grad()
+        loss = weighted(theirs, batch(n))
+        loss.backward()
+        optimizer.step()
+        want.append(float(loss))
+    programs, error = count(step), ""
+    model.scale = 5.0 if dist.get_rank() else 1.0
+    try:
+        step(batch(4))
+    except AgreementError as caught:
+        error = str(caught)
+    return {"losses": losses, "want": want, "programs": programs, "said": error}
+
+
 def initial_values(plan: str) -> dict[str, Any]:
     """Ranks whose models were initialised differently, as without a seed: all take rank 0's."""
     torch.set_num_threads(1)
@@ -151,5 +188,5 @@ def all_of_it() -> dict[str, Any]:
     """One start of processes for all."""
     return {
         "global": recompiling("zero1", "global"), "local": recompiling("zero3", "local"), "lengths zero2": lengths("zero2"), "lengths zero0": lengths("zero0"),
-        "read": ranks_that_read_different_values(), "initial zero0": initial_values("zero0"), "initial zero3": initial_values("zero3"),
+        "read": ranks_that_read_different_values(), "initial zero0": initial_values("zero0"), "initial zero3": initial_values("zero3"), "attribute": an_attribute("zero3"),
     }  # fmt: skip

@@ -67,6 +67,14 @@ def other_shapes() -> None:
     step(batch(1, rows=8 + 2 * rank()))
 
 
+def other_option(option: str, values: tuple[float, float], local: bool = False) -> None:
+    """An option that goes apart after the first step."""
+    step = made("zero1", batch="local" if local else "global")
+    step(batch(rank() if local else 0))
+    step.optimizer.param_groups[0][option] = values[rank()]
+    step(batch(rank() if local else 1))
+
+
 MISTAKES: dict[str, Callable[[], Any]] = {
     "plans": lambda: made("tp2" if rank() else "zero1"),
     "a plan that one cannot read": lambda: made("zer1" if rank() else "zero1"),
@@ -83,6 +91,9 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "global for local": lambda: made("zero1", batch="local")(batch()),
     "none can place": lambda: made("sp2")(batch()),
     "modes": lambda: made("zero1", Mlp().train(not rank()))(batch()),
+    "lr": lambda: other_option("lr", (1e-3, 2e-3)),
+    "lr, local rows": lambda: other_option("lr", (1e-3, 2e-3), local=True),
+    "decay": lambda: other_option("weight_decay", (0.01, 0.02)),
     "nothing": lambda: float(made("zero1")(batch())),
     "one cannot capture": lambda: made("zero1", Branching() if rank() else Mlp())(batch()),
     "after that": lambda: made("zero1")(batch()),

@@ -1,0 +1,318 @@
+"""Two expressions of one value, before and after a pass, run on small random tensors: do they agree?
+
+An expression is followed down to values that both programs have (leaves); constants are always part of it. Where the leaves
+are not the same, the latest of those that only one side reads is opened, until they are. Everything runs in float64, but for what is made
+of constants alone: that is rounded as the program rounds it. What was proved is remembered, with the instances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from deepseed.check import instances
+from deepseed.check.shrink import Instance
+from deepseed.check.smaller import MOST, Shapes, sizes
+from deepseed.check.translation import Made, Numbering
+from deepseed.check.typing import nameless
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import FLOATS, Arg, Op, Type
+from deepseed.ops import OpError, run, torch_dtype
+
+MOST_OPS = 400  # of an expression
+RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
+TOLERANCE = 1e-10  # relative to the largest element
+
+
+@dataclass
+class Fragment:
+    """The expression of ``root``: opened values, and the leaves that it is made of."""
+
+    side: Numbering
+    root: int
+    opened: dict[int, Made] = field(default_factory=dict)
+    leaves: set[int] = field(default_factory=set)
+
+    def open(self, n: int) -> bool:
+        """Replace a leaf by what makes it; False where it is an input."""
+        made = self.side.made.get(n)
+        if made is None:
+            return False
+        self.leaves.discard(n)
+        self.opened[n] = made
+        self.leaves.update(m for m in made.operands if m not in self.opened)
+        return True
+
+    def close_over(self, shared: set[int]) -> None:
+        """Open what the other program does not have, and constants."""
+        constant = self.side.table.constant
+        pending = [n for n in self.leaves if n not in shared or n in constant]
+        while pending and len(self.opened) <= MOST_OPS:
+            n = pending.pop()
+            if n in self.leaves and self.open(n):
+                pending += [m for m in self.opened[n].operands if m in self.leaves and (m not in shared or m in constant)]
+
+    def order(self) -> list[int]:
+        """Opened values, operands first."""
+        out: dict[int, None] = {}
+        stack = [self.root]
+        while stack:
+            n = stack[-1]
+            missing = [m for m in self.opened[n].operands if m in self.opened and m not in out] if n not in out else []
+            if missing:
+                stack += missing
+            else:
+                stack.pop()
+                out[n] = None
+        return list(out)
+
+    def ops(self) -> list[Op]:
+        return list(dict.fromkeys(self.opened[n].op for n in self.order()))
+
+
+def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tuple[str, list[Op], list[Op]] | None:
+    """None where value ``was`` before is value ``now`` after; else why not, and the ops of both expressions."""
+    old, new = Fragment(before, was, leaves={was}), Fragment(after, now, leaves={now})
+    known_before, known_after = set(before.numbers.values()), set(after.numbers.values()) - {now}
+    for each, root in ((old, was), (new, now)):
+        if not each.open(root):
+            return ("one is an input", _ops(old), _ops(new)) if was != now else None
+    place = {n: k for k, n in enumerate(before.made)}
+    why = "the expressions have no operands in common"
+    first: tuple[str, list[Op], list[Op]] | None = None
+    while len(old.opened) + len(new.opened) <= MOST_OPS:
+        old.close_over(known_after)
+        new.close_over(known_before)
+        if old.leaves <= new.leaves or new.leaves <= old.leaves:
+            found = _compared(old, new, first is not None)
+            if found is None:
+                return None
+            if first is None:
+                first = found, old.ops(), new.ops()
+        only = (old.leaves ^ new.leaves) & place.keys()
+        if not only:
+            break
+        latest = max(only, key=place.__getitem__)
+        if not (old if latest in old.leaves else new).open(latest):
+            break
+    return first or (why, _ops(old), _ops(new))
+
+
+def _ops(f: Fragment) -> list[Op]:
+    return f.ops() if f.root in f.opened else []
+
+
+def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
+    """None where the expressions agree; remembered as they stand, and at the sizes at which they were run."""
+    file = instances._file(None)
+    known = instances._known(file)
+    types = old.side.table.types
+    digests = [_digest(old, new, lambda n: types[n][1], thorough)]
+    if digests[0] in known:
+        return None
+    shapes = _shapes(old, new)
+    if not _runs(old, new, shapes):
+        shapes = {n: types[n][1] for n in shapes}
+    if sum(prod(s) for s in shapes.values()) > MOST:
+        return None  # too large to run, and it cannot be made smaller
+    digests.append(_digest(old, new, shapes.__getitem__, thorough))
+    if digests[1] not in known:
+        why = _run(old, new, shapes, thorough)
+        if why is not None:
+            return why
+    instances._remember(file, sorted({*digests} - known))
+    known.update(digests)
+    return None
+
+
+def _runs(old: Fragment, new: Fragment, shapes: Shapes) -> bool:
+    """Whether the old expression runs at other sizes than its own."""
+    if all(old.side.table.types[n][1] == s for n, s in shapes.items()):
+        return True
+    try:
+        _value(old, {n: _leaf(n, old, new, shapes, *RANGES[1], torch.Generator().manual_seed(0)) for n in sorted(old.leaves | new.leaves)}, shapes)
+    except (OpError, LookupError):
+        return False
+    return True
+
+
+def _digest(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]], thorough: bool) -> str:
+    return hashlib.sha256(repr((thorough, _text(old, new, shape))).encode()).hexdigest()[:24]
+
+
+def _shapes(old: Fragment, new: Fragment) -> dict[int, tuple[int, ...]]:
+    """The shape of every value of both expressions, made small where that is the same question."""
+    types = old.side.table.types
+    ops = {id(m.op): (m.op, m.operands, _results(f, n)) for f in (old, new) for n, m in f.opened.items()}
+    numbers = {n for _, operands, results in ops.values() for n in (*operands, *results)} | old.opened.keys() | new.opened.keys()
+    return sizes(ops.values(), {n: types[n][1] for n in numbers}, {n: types[n][0] for n in numbers})
+
+
+def _results(f: Fragment, n: int) -> tuple[int, ...]:
+    """The numbers of all results of the op that makes ``n``."""
+    made = f.opened[n]
+    return tuple(n if k == made.result else f.side.numbers[r] for k, r in enumerate(made.op.results))
+
+
+def _text(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]]) -> list[object]:
+    """Both expressions with values and sites numbered from the leaves up: equal for equal layers."""
+    names: dict[object, int] = {}
+    out: list[object] = []
+    for f in (old, new):
+        local: dict[int, int] = {}
+        for n in f.order():
+            made = f.opened[n]
+            reads = [local[m] if m in local else ("leaf", names.setdefault(m, len(names)), f.side.table.types[m][0], shape(m)) for m in made.operands]
+            kwargs = tuple((k, names.setdefault(v, len(names)) if k == "site" else nameless(v)) for k, v in made.op.kwargs)
+            out.append((made.op.target, nameless(made.op.args), kwargs, reads, made.result, [(t.dtype, shape(m)) for t, m in zip(made.op.types, _results(f, n), strict=True)]))
+            local[n] = len(out)
+        out.append("end")
+    return out
+
+
+# running ------------------------------------------------------------------------------------------------------------
+
+
+def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> str | None:
+    """None where both give the same numbers: on the first range of operands on which the old one is finite (``thorough``, or where
+    a scalar could hide behind a bound: on all), and with each integer of its arguments among the integers, where it runs on them."""
+    leaves = sorted(old.leaves | new.leaves)
+    thorough = thorough or any(shapes[n] == () and old.side.table.types[n][0] in FLOATS for n in leaves)
+    integers = any(old.side.table.types[n][0] == "i64" for n in leaves)
+    marks = sorted({n for op in old.ops() for n in _integers(op.args)}) if integers else []
+    best: tuple[int, dict[int, Tensor], Tensor] | None = None
+    failure = ""
+    for seed, (low, high, mark) in enumerate([*((*RANGES[0], m) for m in marks), *((*r, None) for r in RANGES)]):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {n: _leaf(n, old, new, shapes, low, high, generator) for n in leaves}
+        if mark is not None:
+            drawn = {n: _marked(x, mark, generator) for n, x in drawn.items()}
+        try:
+            whole = _value(old, drawn, shapes)
+        except (OpError, LookupError) as error:
+            failure = str(error)
+            continue
+        wrong = int((~torch.isfinite(whole)).sum()) if whole.dtype.is_floating_point else 0
+        if mark is not None or (thorough and not wrong):
+            why = _differ(new, drawn, whole, shapes)
+            if why is not None:
+                return why
+        if mark is None and (best is None or wrong < best[0]):
+            best = (wrong, drawn, whole)
+        if not thorough and best is not None and not best[0]:
+            break
+    if best is None:
+        return f"the expression before the pass does not run on random operands: {failure}"
+    return _differ(new, best[1], best[2], shapes) if best[0] or not thorough else None
+
+
+def _differ(new: Fragment, drawn: dict[int, Tensor], whole: Tensor, shapes: Shapes) -> str | None:
+    try:
+        return _numbers(_value(new, drawn, shapes), whole)
+    except (OpError, LookupError) as error:
+        return f"the expression after the pass does not run: {error}"
+
+
+def _value(f: Fragment, drawn: dict[int, Tensor], shapes: Shapes) -> Tensor:
+    """The root, from the leaves."""
+    table = f.side.table
+    values = dict(drawn)
+    done: dict[tuple[str, tuple[int, ...]], tuple[tuple[Tensor, ...], list[Tensor]]] = {}
+    for n in f.order():
+        made = f.opened[n]
+        key = (made.op.results[0], made.operands)
+        if key not in done:
+            constant = n in table.constant
+            operands = [values[m] if constant else _double(values[m]) for m in made.operands]
+            if made.result < 0:
+                operands = [x.clone() for x in operands]
+            results = run(_whole(made.op, constant, [shapes[m] for m in _results(f, n)]), operands, Mesh())
+            done[key] = (results, operands)
+        results, operands = done[key]
+        values[n] = results[made.result] if made.result >= 0 else operands[-1 - made.result]
+    return _double(values[f.root])
+
+
+def _whole(op: Op, native: bool, shapes: Sequence[tuple[int, ...]]) -> Op:
+    """The op on whole tensors, in float64 unless ``native``."""
+    types = tuple(Type(t.dtype if native else _wide(t.dtype), s) for t, s in zip(op.types, shapes, strict=True))
+    if native:
+        return replace(op, types=types)
+    return replace(op, types=types, args=_widened(op.args), kwargs=tuple((k, v if k == "site" else _widened(v)) for k, v in op.kwargs))  # type: ignore[arg-type]
+
+
+def _wide(dtype: str) -> str:
+    return "f64" if dtype in FLOATS else "c128" if dtype == "c64" else dtype
+
+
+def _widened(arg: Arg) -> Arg:
+    if isinstance(arg, tuple):
+        return tuple(_widened(a) for a in arg)
+    return _wide(arg) if isinstance(arg, str) else arg
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.dtype.is_floating_point else x.to(torch.complex128) if x.dtype.is_complex else x
+
+
+def _leaf(n: int, old: Fragment, new: Fragment, shapes: Shapes, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """A random tensor; a scalar is short enough for any float dtype that a kernel counts steps in; an integer that points stays
+    inside what it points into."""
+    dtype, shape = old.side.table.types[n][0], shapes[n]
+    if dtype == "bool":
+        return torch.rand(shape, generator=generator) < 0.7
+    if torch_dtype(dtype).is_floating_point:
+        x = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return x if shape else (x * 64).ceil() / 64
+    if torch_dtype(dtype).is_complex:
+        return torch.complex(*(torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low for _ in range(2)))
+    bounds = [b for f in (old, new) for b in _bounds(f, n, shapes)]
+    return torch.randint(0, max(1, min(bounds, default=5)), shape, generator=generator).to(torch_dtype(dtype))
+
+
+def _integers(arg: Arg) -> Iterator[int]:
+    if isinstance(arg, tuple):
+        for a in arg:
+            yield from _integers(a)
+    elif isinstance(arg, int) and not isinstance(arg, bool):
+        yield arg
+
+
+def _marked(x: Tensor, mark: int, generator: torch.Generator) -> Tensor:
+    """Every fourth integer, or so, is ``mark``: one that stands in an op's arguments, such as an ignored label's."""
+    return torch.where(torch.rand(x.shape, generator=generator) < 0.25, mark, x) if x.dtype == torch.int64 else x
+
+
+def _bounds(f: Fragment, n: int, shapes: Shapes) -> list[int]:
+    """The sizes of the dimensions into which leaf ``n`` points, in any view of it."""
+    views, found = {n}, []
+    for m in f.order():
+        made = f.opened[m]
+        for k, operand in enumerate(made.operands):
+            if operand in views:
+                types = tuple(Type(f.side.table.types[o][0], shapes[o]) for o in made.operands)
+                size = instances._indexed(Instance(_whole(made.op, True, [shapes[r] for r in _results(f, m)]), types, Mesh()), k)
+                if size is not None:
+                    found.append(size)
+                elif made.op.target in ("reshape", "permute", "expand", "cast", "slice"):
+                    views.add(m)
+    return found
+
+
+def _numbers(got: Tensor, whole: Tensor) -> str | None:
+    if got.shape != whole.shape or got.dtype != whole.dtype:
+        return f"{got.dtype}{list(got.shape)} after it, {whole.dtype}{list(whole.shape)} before it"
+    if got.dtype.is_floating_point or got.dtype.is_complex:
+        scale = max(float(torch.nan_to_num(whole.abs(), 0.0, 0.0, 0.0).max()), 1e-3) if whole.numel() else 1.0
+        same = torch.isclose(got, whole, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
+    else:
+        same = got == whole
+    if bool(same.all()):
+        return None
+    at = int((~same).flatten().to(torch.uint8).argmax())
+    return f"on random operands element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} after it, {whole.flatten()[at].item()!r} before it"

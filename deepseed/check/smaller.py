@@ -1,0 +1,92 @@
+"""Two expressions at smaller sizes: dimensions that only run along, batch and width, become 2 or 3 in both.
+
+The factors of the rules say which dimensions go together. One keeps its size where arguments determine it, where it stands beside
+another in one dimension, and where it is contracted or must be whole beside a number that could have been taken from its size (a
+mean's n). What is equal for a batch of 3 is equal for a batch of 3000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from deepseed.ir.program import Arg, Op, Type
+from deepseed.rules import signature
+
+Node = tuple[int, int]  # number of a value, dimension
+Shapes = Mapping[int, tuple[int, ...]]
+SMALL = 2**12  # elements of an expression that are few enough as they are
+MOST = 2**25  # elements that are too many to run
+
+
+@dataclass
+class _Classes:
+    """Dimensions that are one factor, and those that keep their size."""
+
+    parent: dict[Node, Node] = field(default_factory=dict)
+    kept: set[Node] = field(default_factory=set)
+
+    def find(self, n: Node) -> Node:
+        while self.parent.setdefault(n, n) != n:
+            self.parent[n] = self.parent[self.parent[n]]
+            n = self.parent[n]
+        return n
+
+    def join(self, nodes: list[Node]) -> None:
+        for n in nodes[1:]:
+            self.parent[self.find(n)] = self.find(nodes[0])
+
+
+def sizes(ops: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]], shapes: Shapes, dtypes: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
+    """The shapes at which to run the expressions of ``ops`` (op, numbers of its operands, of its results): ``shapes`` themselves
+    where these are small."""
+    ops = list(ops)
+    if sum(prod(s) for s in shapes.values()) <= SMALL:
+        return dict(shapes)
+    classes = _Classes()
+    counts = any(x > 3 or 0 < x < 1 / 3 for op, _, _ in ops for x in _numbers((op.args, tuple(v for _, v in op.kwargs))))
+    for op, operands, results in ops:
+        _collect(classes, op, operands, results, shapes, dtypes, counts)
+    kept = {classes.find(n) for n in classes.kept}
+    chosen: dict[Node, int] = {}
+    out: dict[int, tuple[int, ...]] = {}
+    for number, shape in shapes.items():
+        new = []
+        for d, size in enumerate(shape):
+            root = classes.find((number, d))
+            small = size if root in kept or size <= 3 else chosen.setdefault(root, 2 + len(chosen) % 2)
+            new.append(small)
+        out[number] = tuple(new)
+    return out
+
+
+def _collect(
+    classes: _Classes, op: Op, operands: tuple[int, ...], results: tuple[int, ...], shapes: Shapes, dtypes: Mapping[int, str], counts: bool
+) -> None:
+    slots = (*operands, *results)
+    types = tuple(Type(dtypes[n], shapes[n]) for n in operands)
+    sig = signature(op, types)
+    if not operands and op.target != "full":
+        classes.kept.update((n, d) for n in slots for d in range(len(shapes[n])))
+    if sig is None:
+        return  # what it allows is seen by whether it runs
+    dims = sig.operands + sig.results
+    for name, places in sig.places.items():
+        nodes = [(slots[p.slot], p.dim) for p in places]
+        classes.join(nodes)
+        reached = {p.slot for p in places}
+        contracted = any(k not in reached for k in range(len(sig.operands), len(dims)))
+        beside = any(len(dims[p.slot][p.dim]) > 1 for p in places)
+        if beside or name in sig.fixed | sig.contiguous or (counts and (contracted or name in sig.whole)):
+            classes.kept.update((slots[p.slot], p.dim) for p in places)
+    for slot, tensor in enumerate(dims):
+        classes.kept.update((slots[slot], d) for d, names in enumerate(tensor) if len(names) != 1)
+
+
+def _numbers(arg: Arg) -> Iterator[float]:
+    if isinstance(arg, tuple):
+        for a in arg:
+            yield from _numbers(a)
+    elif isinstance(arg, int | float) and not isinstance(arg, bool):
+        yield arg

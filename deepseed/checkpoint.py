@@ -1,0 +1,287 @@
+"""``step.save(dir)`` and ``step.load(dir)``: global tensors in files that any plan, and plain PyTorch, can read.
+
+Saved: parameters and buffers (``model.NAME``), optimizer state (``optimizer.SLOT/NAME``), and in ``manifest.json`` the step count, the
+seed of random ops, the optimizer's options by group (lr among them), the plan and mesh that wrote it. ``extra`` is the user's.
+
+All or nothing, on both ways. A save writes beside the folder and renames at the end. A load checks the manifest, every file's
+checksum, and that the checkpoint fits, then reads into memory of its own, and only when every rank has all of it is anything of the
+running step overwritten. Where one rank fails all of them raise the same CheckpointError, and training can go on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import deepseed
+from deepseed.capture.options import listed
+from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
+from deepseed.ir.layout import REPLICATED, Layout
+from deepseed.ops import torch_dtype
+from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, faults, find, publish
+from deepseed.runtime.host import Host
+from deepseed.runtime.saved import Entry, Want, read, write, write_metadata
+
+if TYPE_CHECKING:
+    from deepseed.api import _Compiled
+
+FORMAT = 1
+EXTRA = "extra"
+R = TypeVar("R")
+
+
+def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
+    host, target = step.host, Path(os.path.realpath(dir))
+    host.agree([("the folder to save to", str(target))])
+    if step._resume is not None:
+        raise CheckpointError(
+            f"the optimizer state of {step._resume.folder} is read with the first batch; until then there is nothing more to save than that checkpoint has\n"
+            "  fix: run a batch, or step.compile(example_batch), before step.save"
+        )
+    texts: dict[str, bytes] = {}
+    _everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
+    if step.states:
+        host.begin(step.model, step.states)  # what the user wrote into the module
+    entries, tied = _entries(step), {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items()}
+    hosted = [step.mesh.rank(c) for c in host.coordinates]
+    folder = Path(_everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
+    try:
+
+        def mine() -> tuple[list[Any], dict[str, Any]]:
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
+            results = write(folder, entries, texts, step.mesh, hosted)
+            return results, {name: digest(folder / name) for name in sorted({r.storage_data.relative_path for r in results})}
+
+        def close() -> None:
+            paths = {name: tuple(name.split(".", 1)) for name in [*entries, *tied, *texts]}
+            write_metadata(folder, entries, texts, step.mesh, [r for results, _ in written for r in results], tied, paths)
+            files = {name: d for _, digests in written for name, d in digests.items()}
+            publish(folder, target, {**_manifest(step, entries, tied, texts), "files": {**files, ".metadata": digest(folder / ".metadata")}})
+
+        written = _everywhere(host, f"saving to {target}", mine)
+        _everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
+    except Exception:
+        if host.first:
+            discard(folder)
+        raise
+
+
+def _entries(step: _Compiled) -> dict[str, Entry]:
+    """Everything that is saved, by name in the files: as the ranks store it, else as the module or the optimizer holds it."""
+    ranks = len(step.host.coordinates)
+    stored = step.states[0].types if step.states else {}
+
+    def entry(role: str, key: str, t: Tensor) -> Entry:
+        if (type_ := stored.get((role, key))) is None:
+            return Entry.whole(t, ranks)
+        return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, [s.tensors[role, key] for s in step.states])
+
+    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
+    out = {f"model.{name}": entry(role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
+    if meta := [name for name, e in out.items() if e.parts[0].is_meta]:
+        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first")
+    names = {id(p): name for name, p in step.model.named_parameters()}
+    for optimizer in listed(step.optimizer):
+        for p, slots in optimizer.state.items():
+            held = {k: v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64) for k, v in slots.items() if isinstance(v, Tensor | int | float)}
+            out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, ranks) for slot, t in held.items() if id(p) in names}
+    return out | {f"optimizer.{key}": entry(role, key, torch.empty(0)) for role, key in stored if role == "state"}
+
+
+def _manifest(step: _Compiled, entries: Mapping[str, Entry], tied: Mapping[str, str], texts: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "deepseed": deepseed.__version__, "torch": torch.__version__,
+        "model": type(step.model).__name__, "plan": str(step.plan), "mesh": dict(step.mesh.axes), "step": step.steps, "seed": step.seed,
+        "moving": sorted(step.programs.moving),
+        "optimizers": [options(optimizer, step.model) for optimizer in listed(step.optimizer)],
+        "tensors": {name: f"{str(e.dtype).removeprefix('torch.')}{list(e.shape)}" for name, e in entries.items()},
+        "tied": dict(tied), "texts": sorted(texts),
+    }  # fmt: skip
+
+
+def _packed(extra: Any) -> bytes:
+    """The user's own state as bytes. Raises CheckpointError where it could not be read back without running code from the file."""
+    file = io.BytesIO()
+    try:
+        torch.save(extra, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"extra={type(extra).__name__} cannot be saved and read back: {type(error).__name__}: {first}\n"
+            "  fix: put numbers, strings, tensors, and lists and dicts of them into extra, such as scheduler.state_dict()"
+        ) from error
+    return file.getvalue()
+
+
+# loading ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Optimizer state that waits in a checkpoint until the first program says which part each rank holds."""
+
+    folder: Path
+    checksum: str
+    saved: Saved
+    cast: bool
+
+
+def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
+    host, target = step.host, Path(os.path.realpath(dir))
+    what = f"loading {target}"
+    host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
+    folder, manifest = _everywhere(host, what, lambda: _opened(target))[0]
+    if host.first and folder != target:
+        print(f"deepseed: {target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded", file=sys.stderr)
+    saved = Saved.of(folder, manifest)
+    _everywhere(host, what, lambda: _verify(step, folder, manifest))
+    compare = optimizer and step.optimizer is not None
+    optimizers = listed(step.optimizer)
+
+    def stage() -> tuple[_Reads, Any]:
+        reads = _Reads(step, saved, cast)
+        reads.model(check_model(step.model, saved))
+        if compare:
+            check_optimizers(optimizers, step.model, saved)
+            if step.states:
+                reads.slots()
+        texts = read(folder, reads.wants, step.mesh, manifest["texts"])
+        return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
+
+    staged: list[tuple[_Reads, Any]] = []
+    _everywhere(host, what, lambda: staged.append(stage()))
+    reads, extra = staged[0]  # every rank has all that it needs: from here on nothing is read
+    if compare:
+        for each, was in zip(optimizers, saved.optimizers, strict=True):
+            each.state.clear()
+            restore_options(each, was)
+        step.steps, step.seed = manifest["step"], manifest["seed"]
+        step.programs.moving |= set(manifest["moving"])
+        for state in step.states:
+            for role, key in state.tensors:
+                if role == "state" and key not in saved.slots:  # not trained yet when it was saved
+                    state.tensors[role, key].fill_(step._fills[key])
+        step._resume = None if step.states or not saved.slots else Resume(folder, checksum(manifest), saved, cast)
+    reads.commit()
+    if step.states:
+        host.settle(step.model, step.states)
+    return extra
+
+
+def resume(step: _Compiled) -> None:
+    """Read the waiting optimizer state, now that a program says which part of it each rank holds."""
+    waiting = step._resume
+    if waiting is None:
+        return
+
+    def stage() -> _Reads:
+        if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
+            raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
+        reads = _Reads(step, waiting.saved, waiting.cast)
+        reads.slots()
+        read(waiting.folder, reads.wants, step.mesh)
+        return reads
+
+    staged: list[_Reads] = []
+    _everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
+    staged[0].commit()
+    step._resume = None
+
+
+class _Reads:
+    """What this process reads of a checkpoint into memory of its own, and where it goes in the end. Raises CheckpointError where a
+    shape or dtype differs."""
+
+    def __init__(self, step: _Compiled, saved: Saved, cast: bool) -> None:
+        self.step, self.saved, self.cast = step, saved, cast
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
+        self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
+        self.wants: list[Want] = []
+
+    def model(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+        """Parameters and buffers: the ranks' parts, or the module's own where no program has them yet."""
+        for role, key in tensors:
+            if not self._parts((role, key), f"model.{key}"):
+                t = tensors[role, key].detach()
+                self._want(f"model.{key}", tuple(t.shape), REPLICATED, {}, t)
+
+    def slots(self) -> None:
+        """Optimizer state: the ranks' parts; the rest (of parameters that are frozen now) goes to ``optimizer.state``."""
+        stored = [key for role, key in self.step.states[0].tensors if role == "state"]
+        if lacking := missing_slots(stored, self.saved):
+            raise CheckpointError(
+                f"{self.saved.folder} lacks {len(lacking)} of the {len(stored)} tensors of optimizer state that this step has, such as {lacking[0]}\n"
+                "  fix: load(dir, optimizer=False) takes parameters and buffers only"
+            )
+        for key, (shape, dtype) in self.saved.slots.items():
+            if not self._parts(("state", key), f"optimizer.{key}"):
+                self.rest[key] = torch.empty(shape, dtype=dtype)
+                self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.rest[key]))
+
+    def commit(self) -> None:
+        with torch.no_grad():
+            for target, value in self.pairs:
+                target.copy_(value)
+        owners = {id(p): optimizer for optimizer in listed(self.step.optimizer) for group in optimizer.param_groups for p in group["params"]}
+        parameters = dict(self.step.model.named_parameters())
+        for key, value in self.rest.items():
+            slot, _, name = key.partition("/")
+            if name in parameters and id(parameters[name]) in owners:
+                owners[id(parameters[name])].state[parameters[name]][slot] = value
+
+    def _parts(self, key: tuple[str, str], name: str) -> bool:
+        states = self.step.states
+        if not states or key not in states[0].tensors:
+            return False
+        type_ = states[0].types[key]
+        for state in states:
+            self._want(name, type_.shape, type_.layout, state.coordinate, state.tensors[key])
+        return True
+
+    def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
+        self.saved.check(name, shape, into.dtype, self.cast)
+        memory = torch.empty(into.shape, dtype=into.dtype)
+        self.pairs.append((into, memory))
+        self.wants.append(Want(name, shape, layout, coordinate, memory))
+
+
+def _opened(target: Path) -> tuple[Path, dict[str, Any]]:
+    folder, manifest = find(target)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}\n  fix: load it with the version that wrote it, {manifest.get('deepseed')}")
+    return folder, manifest
+
+
+def _verify(step: _Compiled, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Checksums of this process's share of the files: together the ranks read each file once."""
+    names, hosted = sorted(manifest["files"]), {step.mesh.rank(c) for c in step.host.coordinates}
+    wrong = faults(folder, manifest["files"], [name for n, name in enumerate(names) if n % step.mesh.ranks in hosted])
+    if wrong:
+        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
+
+
+def _everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
+    """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
+    mine: tuple[Any, str]
+    try:
+        mine = (do(), "")
+    except CheckpointError as error:
+        mine = (None, str(error))
+    except Exception as error:
+        mine = (None, f"{what}: {type(error).__name__}: {error}")
+    said = host.everyone(mine)
+    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
+    if wrong:
+        rank, text = wrong[0]
+        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
+    return [value for value, _ in said]

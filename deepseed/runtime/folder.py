@@ -1,0 +1,144 @@
+"""A folder that is whole or not there: written aside, checksummed, and renamed at the end.
+
+    aside(dir)      dir.tmp-1f0c…   files are written here
+    publish(...)    manifest.json, fsync, then   dir -> dir.old-1f0c…,  dir.tmp-1f0c… -> dir,  and the old one is deleted
+
+``manifest.json`` comes last and holds size and sha256 of every file, and its own: a folder without it is not whole. A process
+that ends between the two renames leaves no ``dir`` but two whole folders beside it; ``find`` then takes the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, is damaged, or does not fit: names the file or tensor, what is and what was expected."""
+
+
+def aside(target: Path) -> Path:
+    """Make the folder beside ``target`` in which the new checkpoint is written. Raises CheckpointError where ``target`` is in use
+    for something else: what lies there is replaced in the end."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file\n  fix: give a folder of its own to each checkpoint")
+    names = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    strange = [name for name in names if MANIFEST not in names or not _OURS.fullmatch(name)]
+    if strange:
+        raise CheckpointError(
+            f"{target} holds {len(strange)} files that step.save has not written, such as {strange[0]}: saving would delete them\n"
+            f"  fix: save to a folder of its own, such as {target / 'checkpoint'}"
+        )
+    folder = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """``{"bytes": size, "sha256": hex}`` of a file."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": found}
+
+
+def publish(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Close the folder with its manifest (``manifest["files"]``: name -> ``digest``) and put it in the place of ``target``."""
+    missing = [name for name in manifest["files"] if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is not in {folder} as rank 0 sees it\n  fix: save to a file system that all ranks share")
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({**manifest, "checksum": checksum(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+    former = target.with_name(folder.name.replace(".tmp-", ".old-"))
+    if target.exists():
+        os.rename(target, former)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if former.exists():
+            os.rename(former, target)
+        raise
+    _sync(target.parent)
+    for leftover in _beside(target, "old") + _beside(target, "tmp"):
+        discard(leftover)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that nobody reads; the manifest first, so that no half of it looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def find(target: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the checkpoint ``target`` lies, and its manifest. Raises CheckpointError."""
+    if target.is_dir():
+        return target, manifest_of(target)
+    for candidate in _beside(target, "tmp") + _beside(target, "old"):  # a save ended between its two renames
+        if (candidate / MANIFEST).exists():
+            return candidate, manifest_of(candidate)
+    left = _beside(target, "tmp")
+    half = f": a save into it was cut off ({left[0].name} is not whole)" if left else ""
+    raise CheckpointError(f"there is no checkpoint at {target}{half}\n  fix: give the folder that step.save(dir) was given")
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest, checked against its own checksum."""
+    path = folder / MANIFEST
+    if not path.exists():
+        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:3]) or "nothing"
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it is no checkpoint, or a torn one (it holds {holds})\n  fix: load another checkpoint")
+    try:
+        found = json.loads(path.read_bytes())
+        said = found.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error} ({path.stat().st_size} bytes)\n  fix: load another checkpoint") from error
+    if said != (got := checksum(found)):
+        raise CheckpointError(f"{path} is damaged: sha256 {said} was written, {got} is there\n  fix: load another checkpoint")
+    return dict(found)
+
+
+def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """What is wrong with these files of a checkpoint, one line each: a missing one, another size, another checksum."""
+    out = []
+    for name in names:
+        path, want = folder / name, files[name]
+        if not path.exists():
+            out.append(f"{path} is missing: {want['bytes']} bytes were written")
+        elif (size := path.stat().st_size) != want["bytes"]:
+            out.append(f"{path} is torn: {want['bytes']} bytes were written, {size} are there")
+        elif (got := digest(path)["sha256"]) != want["sha256"]:
+            out.append(f"{path} is damaged: sha256 {want['sha256']} was written, {got} is there")
+    return out
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says: it stands for the whole checkpoint, since it holds every file's."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(target: Path, kind: str) -> list[Path]:
+    """What saves into ``target`` have left beside it, newest first."""
+    name = re.compile(re.escape(target.name) + rf"\.{kind}-[0-9a-f]{{8}}")
+    found = [p for p in target.parent.iterdir() if name.fullmatch(p.name)] if target.parent.is_dir() else []
+    return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""How long does compiling take, and does it grow with depth? Seconds of each pass, of HiGHS, and of the default checks.
+
+    python tests/bench/bench_compile.py [--layers 12 24 48 96] [--target hf:LlamaForCausalLM] [--plan zero3+tp2] [--memory]
+
+A tiny Llama by default; captured from the meta device, solved, checked, and generated for one rank, as rank 0 of a run does it.
+The instances' memory on disk is left out, as in a first compile, unless ``--memory`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass, field
+from time import perf_counter
+
+
+@dataclass
+class Timed:
+    """One depth: seconds by pass (checks apart), and of each axis's integer program its whole placement and HiGHS alone."""
+
+    layers: int
+    ops: int = 0
+    passes: dict[str, float] = field(default_factory=dict)
+    checks: float = 0.0
+    solver: dict[str, float] = field(default_factory=dict)
+    variables: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.passes.values()) + self.checks
+
+
+def measure(target: str, layers: int, plan: str) -> Timed:
+    import torch
+
+    from deepseed import pipeline
+    from deepseed.capture import capture
+    from deepseed.codegen.python import generate
+    from deepseed.passes.placement import Assignment, AxisReport
+    from deepseed.plan import parse_plan
+    from deepseed.runtime.executable import Executable
+    from deepseed.target import load
+
+    found = load(f"{target}(num_hidden_layers={layers})", meta=True)
+    parsed = parse_plan(plan)
+    mesh = parsed.mesh()
+    out = Timed(layers)
+    reports: list[AxisReport] = []
+    solve = Assignment._solve
+
+    def watched(self: Assignment, *args: object) -> None:
+        solve(self, *args)  # type: ignore[arg-type]
+        reports.append(self.reports[-1])
+
+    def stage(name: str, started: float) -> None:
+        out.passes[name] = perf_counter() - started
+
+    Assignment._solve = watched  # type: ignore[assignment,method-assign]
+    try:
+        started = perf_counter()
+        captured = capture(found.model, found.batch, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
+        stage("capture", started)
+        done = pipeline.run(captured.program, pipeline.arguments(mesh, parsed.stage, {}), pipeline.SHARED)
+        started = perf_counter()
+        where = mesh.coordinate(0) if mesh.axes else {}
+        local = pipeline.run(done[-1].program, pipeline.arguments(mesh, parsed.stage, where), pipeline.EACH_RANK)
+        source = generate(local[-1].program)
+        Executable(source, "bench")
+        stage("codegen", started)
+    finally:
+        Assignment._solve = solve  # type: ignore[method-assign]
+    out.ops = len(done[0].program.ops)
+    out.passes |= {p.name: p.seconds for p in done}
+    out.checks = sum(p.check_seconds for p in done)
+    for r in reports:
+        out.solver[f"{r.axis} {r.part}"] = r.solution.seconds
+        out.variables[f"{r.axis} {r.part}"] = r.solution.variables
+    return out
+
+
+def table(rows: list[Timed]) -> str:
+    names = [*rows[0].passes]
+    lines = [f"{'seconds':24}" + "".join(f"{f'{r.layers} layers':>12}" for r in rows) + f"{'last/first':>12}"]
+
+    def line(name: str, values: list[float]) -> None:
+        lines.append(f"{name:24}" + "".join(f"{v:>12.2f}" for v in values) + f"{values[-1] / max(values[0], 1e-9):>12.1f}")
+
+    for name in names:
+        line(name, [r.passes[name] for r in rows])
+    line("checks, all passes", [r.checks for r in rows])
+    line("whole compile", [r.total for r in rows])
+    lines.append("")
+    for name in rows[0].solver:
+        line(f"HiGHS, {name}", [r.solver[name] for r in rows])
+    lines.append(f"{'ops captured':24}" + "".join(f"{r.ops:>12}" for r in rows))
+    lines.append(f"{'variables':24}" + "".join(f"{sum(r.variables.values()):>12}" for r in rows))
+    lines.append(f"{'checks of compile':24}" + "".join(f"{r.checks / r.total:>12.1%}" for r in rows))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96])
+    parser.add_argument("--target", default="hf:LlamaForCausalLM")
+    parser.add_argument("--plan", default="zero3+tp2")
+    parser.add_argument("--memory", action="store_true", help="use the instances that earlier compiles checked")
+    said = parser.parse_args()
+    import torch
+
+    from deepseed.check import instances
+
+    torch.set_num_threads(1)
+    measure(said.target, 1, said.plan)  # imports
+    rows = []
+    for layers in said.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            if not said.memory:
+                os.environ["DEEPSEED_CACHE_DIR"] = folder
+                instances._passed.clear()
+                instances._hashes.clear()
+            rows.append(measure(said.target, layers, said.plan))
+        print(f"{layers} layers: {rows[-1].total:.1f} s", flush=True)
+    print(f"\n{said.target} under {said.plan}, {torch.get_num_threads()} thread\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,738 @@
+"""Checkpoints: any plan goes on from any other's, plain PyTorch reads them, and a damaged one is refused before anything is changed.
+
+The whole product of plans is ``wide``; a seeded sample of it runs every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import strategies as ours
+import torch
+import torch.distributed.checkpoint as dcp
+from gloo import checkpoint as ranks_do
+from gloo.checkpoint import FIRST, Tagger, batches, everything, made, trained
+from gloo.launch import ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import deepseed
+from deepseed.api import TrainStep
+from deepseed.check.shards import coordinates, shards
+from deepseed.ir.layout import Layout
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Type
+from deepseed.runtime import folder as folders
+from deepseed.runtime.folder import CheckpointError
+from deepseed.runtime.saved import Entry, Want, boxes, read, share_out, write, write_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+torch.set_num_threads(1)
+
+PLANS = [
+    "zero0", "zero0+dp2", "zero1+dp2", "zero2+dp4", "zero3+dp2", "zero3+dp4", "tp2", "tp4", "zero1+tp2+dp2", "zero3+tp2+dp2",
+]  # fmt: skip
+PAIRS = list(itertools.product(PLANS, PLANS))
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """A process that is killed loses nothing that it has written; only a machine that loses its power does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def quiet(plan: str, **options: Any) -> TrainStep:
+    return made(plan, backend="simulate", **options)
+
+
+def close(mine: dict[str, Tensor], want: dict[str, Tensor], where: str = "") -> float:
+    """The largest difference, relative to the largest number of the tensor."""
+    assert set(mine) == set(want)
+    error = 0.0
+    for name, t in want.items():
+        if t.numel() and t.is_floating_point():
+            error = max(error, float((mine[name] - t).abs().max()) / (float(t.abs().max()) or 1.0))
+        else:
+            assert torch.equal(mine[name], t), f"{where}: {name}"
+    assert error <= TOLERANCE, f"{where}: {error}"
+    return error
+
+
+def same(mine: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert set(mine) == set(want)
+    assert not [name for name in want if not torch.equal(mine[name], want[name])]
+
+
+# the boxes --------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def stored(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[Mesh, Layout]]]:
+    """A shape and two ways to lie, each on a mesh of its own; nothing partial."""
+    shape = draw(ours.shapes())
+    out = []
+    for _ in range(2):
+        mesh = draw(ours.meshes())
+        layout = draw(ours.layouts(shape, mesh))
+        out.append((mesh, Layout(tuple((a, e) for a, e in layout.elements if a not in dict(layout.partials)))))
+    return shape, out
+
+
+@settings(max_examples=60, deadline=None)
+@given(stored(), st.sampled_from([100, 400, 10**6]))
+def test_every_layout_reads_what_any_other_wrote(drawn: Any, largest: int) -> None:
+    """And each element is written once, in pieces that are not too large."""
+    shape, ((mesh, layout), (other, wanted)) = drawn
+    whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    entries = {"x": Entry(shape, whole.dtype, layout, shards(whole, Type("f64", shape, layout), mesh))}
+    count = torch.zeros(shape, dtype=torch.int64)
+    for rank in share_out(entries, mesh, largest):
+        for _, box in rank:
+            count[tuple(slice(i, i + n) for i, n in zip(box.at, box.sizes, strict=True))] += 1
+            assert 8 * torch.Size(box.sizes).numel() <= max(largest, 8)
+    assert bool((count == 1).all())
+    with tempfile.TemporaryDirectory() as name:
+        results = write(Path(name), entries, {"extra": b"text"}, mesh, range(mesh.ranks), largest)
+        write_metadata(Path(name), entries, {"extra": b"text"}, mesh, results, {"y": "x"}, {}, largest)
+        for number, (coordinate, part) in enumerate(zip(coordinates(other), shards(whole, Type("f64", shape, wanted), other), strict=True)):
+            wants = [Want(n, shape, wanted, coordinate, torch.full(part.shape, -1.0, dtype=torch.float64)) for n in ("x", "y")]
+            assert read(Path(name), wants, other, ["extra"]) == {"extra": b"text"}
+            assert all(torch.equal(w.into, part) for w in wants), number
+
+
+def test_boxes_are_runs_of_consecutive_indices() -> None:
+    mesh = Mesh((("dp", 2), ("tp", 2)))
+    fused = Layout.of(tp=ours.Split(0, 3), dp=ours.Split(1))  # 3*8@tp, 4@dp
+    got = boxes((24, 4), fused, mesh, {"dp": 1, "tp": 1})
+    assert [(b.at, b.local, b.sizes) for b in got] == [((4, 2), (0, 0), (4, 2)), ((12, 2), (4, 0), (4, 2)), ((20, 2), (8, 0), (4, 2))]
+
+
+def test_what_several_ranks_hold_is_written_once_and_by_turns() -> None:
+    mesh = Mesh((("dp", 4),))
+    entries = {f"w{n}": Entry((256,), torch.float32, Layout(), [torch.zeros(256)] * 4) for n in range(8)}
+    assert [len(share) for share in share_out(entries, mesh)] == [2, 2, 2, 2]
+
+
+# any plan from any plan -------------------------------------------------------------------------------------------------
+
+
+@cache
+def compiled(plan: str) -> TrainStep:
+    return quiet(plan)
+
+
+@cache
+def checkpoint_of(plan: str) -> tuple[Path, list[float], dict[str, Tensor]]:
+    """Two steps, a checkpoint, two more: its folder, and what an uninterrupted run comes to."""
+    path = Path(tempfile.mkdtemp()) / "checkpoint"
+    step, data = compiled(plan), batches()
+    for batch in data[:FIRST]:
+        step(batch)
+    step.save(path)
+    return (path, *trained(step, data[FIRST:]))
+
+
+def used() -> TrainStep:
+    """A step that has been trained."""
+    checkpoint_of("zero3+dp2")
+    return compiled("zero3+dp2")
+
+
+def goes_on(step: TrainStep, path: Path, losses: list[float], values: dict[str, Tensor], where: str) -> float:
+    step.load(path)
+    assert step.steps == FIRST
+    got, now = trained(step, batches()[FIRST:])
+    assert got == pytest.approx(losses, rel=TOLERANCE, abs=0), where
+    return close(now, values, where)
+
+
+def sample() -> list[tuple[str, str]]:
+    """Each plan once as the writer and once as the reader."""
+    return list(zip(PLANS, random.Random(1).sample(PLANS, len(PLANS)), strict=True))
+
+
+@pytest.mark.parametrize(("first", "then"), sample())
+def test_training_goes_on_under_another_plan(first: str, then: str) -> None:
+    """In a step that has trained before, four steps of its own."""
+    checkpoint_of(then)
+    goes_on(compiled(then), *checkpoint_of(first), f"{first} -> {then}")
+
+
+@pytest.mark.parametrize(("first", "then"), [("zero3+tp2+dp2", "zero1+dp2"), ("zero0", "zero3+dp4"), ("tp2", "zero3+tp2+dp2")])
+def test_loading_before_the_first_batch(first: str, then: str) -> None:
+    """The usual way to resume: optimizer state waits for the first program."""
+    step = quiet(then, seed=4)
+    path, losses, values = checkpoint_of(first)
+    step.load(path)
+    assert (step.steps, step.seed) == (FIRST, 0) and not step.states
+    assert set(step.state_dict()) < set(values)
+    got, now = trained(step, batches()[FIRST:])
+    assert got == pytest.approx(losses, rel=TOLERANCE, abs=0)
+    close(now, values)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("first", "then"), PAIRS)
+def test_every_plan_goes_on_from_every_other(first: str, then: str) -> None:
+    path, losses, values = checkpoint_of(first)
+    goes_on(quiet(then, seed=4), path, losses, values, f"{first} -> {then}, fresh")
+    checkpoint_of(then)
+    goes_on(compiled(then), path, losses, values, f"{first} -> {then}, compiled")
+
+
+@pytest.mark.parametrize("plan", [pytest.param("zero0", marks=pytest.mark.wide), pytest.param("zero2+dp2", marks=pytest.mark.wide), "zero3+tp2+dp2"])
+def test_the_same_plan_goes_on_bit_for_bit_in_float32(plan: str, tmp_path: Path) -> None:
+    """With dropout, and a scheduler that moves lr and betas: its own state is the user's ``extra``."""
+
+    def start(seed: int, options: int) -> tuple[TrainStep, Any]:
+        step = quiet(plan, seed=seed, dtype=torch.float32)
+        return step, torch.optim.lr_scheduler.OneCycleLR(step.optimizer, max_lr=0.02 * options, total_steps=10)
+
+    def run(step: TrainStep, scheduler: Any, data: list[Any]) -> list[float]:
+        out = []
+        for batch in data:
+            out.append(float(step(batch)))
+            scheduler.step()
+        return out
+
+    data = batches(6)
+    step, scheduler = start(0, 1)
+    run(step, scheduler, data[:3])
+    step.save(tmp_path / "c", extra={"scheduler": scheduler.state_dict(), "epoch": 1})
+    want = run(step, scheduler, data[3:])
+    again, other = start(1, 3)
+    extra = again.load(tmp_path / "c")
+    other.load_state_dict(extra["scheduler"])
+    assert extra["epoch"] == 1
+    assert run(again, other, data[3:]) == want
+    same(everything(again), everything(step))
+    assert again.optimizer.param_groups[0]["lr"] == step.optimizer.param_groups[0]["lr"] and isinstance(again.optimizer.param_groups[0]["betas"], tuple)
+    assert [g["weight_decay"] for g in again.optimizer.param_groups] == [0.1, 0.0]
+    step.load(tmp_path / "c")  # back in time, in the running step
+    scheduler.load_state_dict(extra["scheduler"])
+    assert run(step, scheduler, data[3:]) == want
+
+
+# plain PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_pytorch_reads_it(tmp_path: Path) -> None:
+    """By the converter, and by the default planner in one process without a process group; tied names included."""
+    step = quiet("zero3+tp2+dp2")
+    for batch in batches(2):
+        step(batch)
+    step.save(tmp_path / "c", extra={"epoch": 3})
+    dcp_to_torch_save(tmp_path / "c", tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert set(whole) == {"model", "optimizer", "extra"} and whole["extra"] == {"epoch": 3}
+    same(whole["optimizer"], step.optimizer_state())
+    plain = Tagger().double()
+    plain.load_state_dict(whole["model"])
+    same(dict(plain.state_dict()), step.state_dict())
+    other = Tagger().double()
+    values = {"model": dict(other.state_dict())}
+    dcp.load(values, checkpoint_id=tmp_path / "c", no_dist=True)
+    same(values["model"], step.state_dict())
+    stored_once = {item for share in json.loads((tmp_path / "c" / "manifest.json").read_text())["tensors"] for item in [share]}
+    assert "model.embed.weight" in stored_once and "model.head.weight" not in stored_once
+
+
+# damage -----------------------------------------------------------------------------------------------------------------
+
+FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"]
+
+
+def flip(path: Path, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "torn": (lambda p: os.truncate(p, p.stat().st_size // 2), r"is torn: \d+ bytes were written, \d+ are there|is damaged"),
+    "one byte short": (lambda p: os.truncate(p, p.stat().st_size - 1), r"is torn: \d+ bytes were written, \d+ are there|is damaged"),
+    "empty": (lambda p: os.truncate(p, 0), "is torn: .* 0 are there|is damaged"),
+    "a bit at the start": (lambda p: flip(p, 0.0), "is damaged"),
+    "a bit in the middle": (lambda p: flip(p, 0.5), "is damaged"),
+    "a bit at the end": (lambda p: flip(p, 0.999), "is damaged"),
+    "missing": (lambda p: p.unlink(), "is missing|has no manifest"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_changed(file: str, damage: str, tmp_path: Path) -> None:
+    step = used()
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "bad")
+    before, options, at = everything(step), copy.deepcopy(step.optimizer.state_dict()["param_groups"]), (step.steps, step.seed)
+    do, says = DAMAGE[damage]
+    do(tmp_path / "bad" / file)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        step.load(tmp_path / "bad")
+    assert file in str(caught.value)
+    same(everything(step), before)
+    assert step.optimizer.state_dict()["param_groups"] == options and (step.steps, step.seed) == at
+
+
+def test_every_single_flipped_bit_of_the_manifest_is_found_or_means_nothing(tmp_path: Path) -> None:
+    path = checkpoint_of("zero3+dp2")[0]
+    text, want = (path / "manifest.json").read_bytes(), folders.manifest_of(path)
+    rng = random.Random(0)
+    for _ in range(300):
+        data = bytearray(text)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / "manifest.json").write_bytes(data)
+        with contextlib.suppress(CheckpointError):
+            assert folders.manifest_of(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: shutil.rmtree(d), "there is no checkpoint at"),
+        (lambda d: [(d / f).unlink() for f in FILES], "is no checkpoint, or a torn one"),
+        (lambda d: _rewrite(d, format=2), "has format 2, this version reads 1"),
+    ],
+)
+def test_what_is_no_checkpoint(change: Any, says: str, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "c")
+    change(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=says):
+        used().load(tmp_path / "c")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x94\x8c\x09os.system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."])
+def test_an_index_that_would_run_code_is_refused(content: bytes, tmp_path: Path) -> None:
+    """With a manifest that vouches for it."""
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "c")
+    (tmp_path / "c" / ".metadata").write_bytes(content)
+    files = folders.manifest_of(tmp_path / "c")["files"]
+    _rewrite(tmp_path / "c", files={**files, ".metadata": folders.digest(tmp_path / "c" / ".metadata")})
+    refused(used(), tmp_path / "c", r"/c/.metadata names \S+system, which is no record of torch.distributed.checkpoint")
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    manifest = {**folders.manifest_of(path), **changes}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": folders.checksum(manifest)}))
+
+
+# a writer that is killed ------------------------------------------------------------------------------------------------
+
+
+def killed(step: TrainStep, path: Path, at: int) -> int | None:
+    """Save in a forked process that is killed before its ``at``-th system call that makes something last; the number of them, if it
+    is not that many."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = [0]
+
+        def counted(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if count[0] == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count[0] += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        for module, names in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (torch, ("save",))):
+            for name in names:
+                setattr(module, name, counted(getattr(module, name)))
+        try:
+            step.save(path)
+            os.write(writer, str(count[0]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return int(said) if said else None
+
+
+def small(seed: int) -> TrainStep:
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = deepseed.compile(model, "zero3+dp2", optimizer=optimizer, loss_fn=lambda m, x: m(x).square().mean(), backend="simulate", example_batch=torch.ones(4, 4).double())
+    assert isinstance(step, TrainStep)
+    return step
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_a_writer_killed_at_any_moment_leaves_one_that_loads(former: bool, tmp_path: Path) -> None:
+    step, reader, batch = small(0), small(1), torch.ones(4, 4).double()
+    step(batch)
+    here, path, start = tmp_path / "here", tmp_path / "here" / "c", tmp_path / "start"
+    here.mkdir()
+    states = [everything(step)]
+    if former:
+        step.save(path)
+    shutil.copytree(here, start)
+    step(batch)
+    states.append(everything(step))
+    found, at, calls = [], 0, None
+    while calls is None:
+        shutil.rmtree(here)
+        shutil.copytree(start, here)
+        calls = killed(step, path, at)
+        before = everything(reader)
+        try:
+            reader.load(path)
+        except CheckpointError as error:
+            assert not former and "there is no checkpoint at" in str(error)
+            same(everything(reader), before)
+            found.append(-1)
+        else:
+            now = everything(reader)
+            found.append(next(n for n, values in enumerate(states) if all(torch.equal(now[k], values[k]) for k in values)))
+        if at % 5 == 0:  # the next save finds all in order, and leaves nothing behind
+            step.save(path)
+            reader.load(path)
+            same(everything(reader), states[1])
+            assert [p.name for p in here.iterdir()] == ["c"]
+        at += 1
+    assert at > 15 and found == sorted(found) and set(found) == {0 if former else -1, 1}
+
+
+def test_every_file_and_folder_is_made_to_last_before_the_former_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    step, rename, rmtree = used(), os.rename, shutil.rmtree
+    step.save(tmp_path / "c")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: said.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    monkeypatch.setattr(os, "rename", lambda a, b: (said.append(f"{Path(a).name} -> {Path(b).name}"), rename(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (said.append(f"delete {p.name}"), rmtree(p, **k)))
+    step.save(tmp_path / "c")
+    names = "\n".join(re.sub(r"-[0-9a-f]{8}", "", line) for line in said)
+    assert names == (
+        "sync __0_0.distcp\nsync __1_0.distcp\nsync .metadata.tmp\n.metadata.tmp -> .metadata\nsync manifest.json\nsync c.tmp\n"
+        f"c -> c.old\nc.tmp -> c\nsync {tmp_path.name}\ndelete c.old"
+    )
+
+
+def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path) -> None:
+    step = used()
+    dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "plain", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"holds 2 files that step.save has not written, such as .metadata"):
+        step.save(tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds 1 files that step.save has not written, such as notes.txt(.|\n)*fix: save to a folder of its own"):
+        step.save(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="is a file"):
+        step.save(tmp_path / "mine" / "notes.txt")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
+    step.save(tmp_path / "new" / "deep")  # parents are made
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "deep")
+    step.save(tmp_path / "link")  # where it points to
+    assert (tmp_path / "link").is_symlink() and step.load(tmp_path / "link") is None
+
+
+def test_a_save_that_fails_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = used()
+    step.save(tmp_path / "c", extra="former")
+    with pytest.raises(CheckpointError, match=r"extra=dict cannot be saved and read back(.|\n)*scheduler.state_dict"):
+        step.save(tmp_path / "c", extra={"model": step.model})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deepseed.runtime.saved.FileSystemWriter.write_data", full)
+    with pytest.raises(CheckpointError, match=r"saving to .*/c: OSError: \[Errno 28\] No space left on device"):
+        step.save(tmp_path / "c")
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and step.load(tmp_path / "c") == "former"
+
+
+# what does not fit ------------------------------------------------------------------------------------------------------
+
+
+class Other(Tagger):
+    def __init__(self) -> None:
+        super().__init__(width=24)
+        self.more = nn.Linear(2, 3)
+        del self.down.bias
+        self.down.bias = None
+
+
+class Untied(Tagger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embed.weight.detach().clone() + 1)
+
+
+def refused(step: TrainStep, path: Path, says: str, **options: Any) -> None:
+    before = everything(step)
+    with pytest.raises(CheckpointError, match=says):
+        step.load(path, **options)
+    same(everything(step), before)
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    path = checkpoint_of("zero3+dp2")[0]
+    refused(
+        quiet("zero1+dp2", model=Other()), path,
+        r"is a checkpoint of another model: 2 tensors of the model are not in the checkpoint, 1 in the checkpoint are not in the model, 8 have another shape\n"
+        r"  not in the checkpoint: more.weight \[3, 2\]\n  not in the checkpoint: more.bias \[3\]\n  not in the model: down.bias \[16\]\n"
+        r"  embed.weight: \[24, 16\] in the checkpoint, \[24, 24\] in the model\n(.|\n)*fix:",
+    )  # fmt: skip
+
+
+def test_tied_and_untied(tmp_path: Path) -> None:
+    """A tied checkpoint has both names, so an untied model takes it, without the optimizer; the other way round would lose a tensor."""
+    path = checkpoint_of("zero3+dp2")[0]
+    untied = quiet("zero1+dp2", model=Untied())
+    refused(untied, path, "groups differ: 2 groups of 3, 4 parameters in the checkpoint, 2 groups of 4, 4 parameters in this step")
+    untied.load(path, optimizer=False)
+    assert torch.equal(untied.model.head.weight, untied.model.embed.weight)
+    fresh = quiet("zero1+dp2", model=Untied())
+    fresh.save(tmp_path / "c")
+    refused(quiet("zero1+dp2"), tmp_path / "c", "head.weight and embed.weight are one tensor in this model, two in the checkpoint")
+
+
+def test_another_optimizer_is_refused() -> None:
+    path = checkpoint_of("zero3+dp2")[0]
+    sgd = quiet("zero1+dp2", optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    refused(sgd, path, r"holds the state of torch.optim.adamw.AdamW, this step's optimizer is torch.optim.sgd.SGD\n  fix: use AdamW, or load\(dir, optimizer=False\)")
+    one = quiet("zero1+dp2", optimizer=lambda m: torch.optim.AdamW(m.parameters()))
+    refused(one, path, r"groups differ: 2 groups of 3, 4 parameters in the checkpoint, 1 groups of 7(.|\n)*first difference, group 0: up.weight in the checkpoint, norm.weight in this step")
+    sgd.load(path, optimizer=False)
+    assert sgd.steps == 0 and sgd.optimizer.param_groups[0]["lr"] == 0.1
+    close({n: t for n, t in sgd.state_dict().items()}, dict(torch.load(_whole(path))["model"]))
+
+
+def _whole(path: Path) -> io.BytesIO:
+    out = Path(tempfile.mkdtemp()) / "whole.pt"
+    dcp_to_torch_save(path, out)
+    return io.BytesIO(out.read_bytes())
+
+
+def test_another_dtype_is_cast_only_when_asked() -> None:
+    path = checkpoint_of("zero3+dp2")[0]
+    for step in (quiet("zero1+dp2", dtype=torch.float32), quiet("zero1+dp2", dtype=torch.float32, example_batch=batches(1)[0])):
+        refused(step, path, r"model.\S+ is float64 in the checkpoint, float32 in this step\n  fix: load\(dir, cast=True\) casts")
+        step.load(path, cast=True)
+        float(step(batches()[FIRST]))
+        assert step.optimizer_state()["exp_avg/up.weight"].dtype == torch.float32 and step.steps == FIRST + 1
+        assert float(step.optimizer_state()["step/up.weight"]) == FIRST + 1
+
+
+def test_a_model_without_an_optimizer(tmp_path: Path) -> None:
+    """A module loads a training checkpoint; a training step does not take a module's for its optimizer."""
+    path, _, _ = checkpoint_of("zero3+dp2")
+    torch.manual_seed(6)
+    module = deepseed.compile(Tagger().double().eval(), "tp2", loss_fn=ranks_do.cross_entropy, backend="simulate")
+    module(batches()[0]["ids"])
+    module.load(path)
+    want = Tagger().double().eval()
+    want.load_state_dict(torch.load(_whole(path))["model"])
+    torch.testing.assert_close(module(batches()[0]["ids"]), want(batches()[0]["ids"]), rtol=1e-12, atol=1e-12)
+    module.save(tmp_path / "c")
+    refused(used(), tmp_path / "c", r"has no optimizer state: no optimizer was compiled where it was saved\n  fix: load\(dir, optimizer=False\)")
+    used().load(tmp_path / "c", optimizer=False)
+
+
+def test_lacking_optimizer_state_is_named(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "c")
+    tensors = folders.manifest_of(tmp_path / "c")["tensors"]
+    _rewrite(tmp_path / "c", tensors={k: v for k, v in tensors.items() if k != "optimizer.exp_avg/up.weight"})
+    refused(used(), tmp_path / "c", r"lacks 1 of the 21 tensors of optimizer state that this step has, such as exp_avg/up.weight\n  fix: load\(dir, optimizer=False\)")
+    fresh = quiet("zero1+dp2")
+    fresh.load(tmp_path / "c")
+    for _ in range(2):  # not only the first time
+        with pytest.raises(CheckpointError, match="lacks 1 of the 21"):
+            fresh(batches()[0])
+
+
+# the way through a life -------------------------------------------------------------------------------------------------
+
+
+def test_before_anything_is_trained(tmp_path: Path) -> None:
+    """A checkpoint of step 0 has no optimizer state yet: who loads it starts anew, also where it has trained since."""
+    step = quiet("zero3+dp2")
+    step.save(tmp_path / "c", extra=[1, 2])
+    want = trained(step, batches(2))
+    for plan in ("zero1+dp2", "zero3+dp2"):
+        again = quiet(plan, seed=7)
+        assert again.load(tmp_path / "c") == [1, 2]
+        got = trained(again, batches(2))
+        assert got[0] == pytest.approx(want[0], rel=TOLERANCE)
+        close(got[1], want[1])
+    step.load(tmp_path / "c")
+    got = trained(step, batches(2))
+    assert got[0] == want[0]
+    same(got[1], want[1])
+
+
+def test_a_checkpoint_that_waits_must_stay(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], tmp_path / "c")
+    step = quiet("zero1+dp2")
+    step.load(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"is read with the first batch(.|\n)*fix: run a batch, or step.compile\(example_batch\)"):
+        step.save(tmp_path / "other")
+    used().save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"is another checkpoint than step.load was given"):
+        step(batches()[0])
+    step.load(tmp_path / "c")
+    step(batches()[0])
+
+
+def test_state_of_a_parameter_that_is_frozen_meanwhile(tmp_path: Path) -> None:
+    """It waits in ``optimizer.state``, is saved again from there, and is there when the parameter is trained again."""
+    path = checkpoint_of("zero3+dp2")[0]
+    step = quiet("zero1+dp2", seed=3)
+    step.model.up.requires_grad_(False)
+    step.load(path)
+    step(batches()[FIRST])
+    assert {key for key in step.optimizer_state() if "up." in key} == set() and set(step.optimizer.state) == set(step.model.up.parameters())
+    step.save(tmp_path / "c")
+    again = quiet("zero3+dp2", seed=4)
+    again.load(tmp_path / "c")
+    again(batches()[FIRST])
+    key = "step/up.weight"
+    assert float(again.optimizer_state()[key]) == FIRST + 1 and float(again.optimizer_state()["step/down.weight"]) == FIRST + 2
+
+
+def test_what_the_user_wrote_into_the_module_is_saved(tmp_path: Path) -> None:
+    step = quiet("zero3+dp2")
+    step(batches()[0])
+    with torch.no_grad():
+        step.model.up.weight.fill_(0.25)
+    step.save(tmp_path / "c")
+    again = quiet("zero1+dp2")
+    again.load(tmp_path / "c")
+    assert bool((again.model.up.weight == 0.25).all())
+
+
+# whole tensors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+tp2+dp2"])
+@pytest.mark.parametrize("early", [True, False])
+def test_load_state_dict_of_the_step(plan: str, early: bool) -> None:
+    step = quiet(plan) if early else compiled(plan)
+    values = {name: t.clone() for name, t in quiet("zero0", seed=8).model.state_dict().items()}
+    step.load_state_dict(values)
+    same(step.state_dict(), values)
+    other = quiet("zero0", seed=8)
+    rng = (step.steps, step.seed)
+    other.steps = rng[0]
+    assert float(step(batches()[0])) == pytest.approx(float(other(batches()[0])), rel=TOLERANCE)
+
+
+def test_a_state_dict_that_does_not_fit() -> None:
+    step = used()
+    values, before = dict(step.state_dict()), everything(step)
+    wrong = {**{n: t for n, t in values.items() if n != "norm.bias"}, "up.weight": torch.zeros(2, 2), "bonus": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as caught:
+        step.load_state_dict(wrong)
+    assert str(caught.value) == (
+        "the state_dict does not fit Tagger: 1 tensors of the model are not in the state_dict, 1 in the state_dict are not in the model, 1 have another shape\n"
+        "  not in the state_dict: norm.bias [16]\n  not in the model: bonus [1]\n  up.weight: [2, 2] in the state_dict, [48, 16] in the model\n"
+        "  fix: build the model with the configuration that these tensors were made with"
+    )
+    with pytest.raises(CheckpointError, match=r"head.weight and embed.weight are one tensor in the model, and differ"):
+        step.load_state_dict({**values, "head.weight": values["head.weight"] + 1})
+    with pytest.raises(CheckpointError, match=r"up.weight \(int\) is not a whole tensor"):
+        step.load_state_dict({**values, "up.weight": 3})
+    same(everything(step), before)
+
+
+# real ranks -------------------------------------------------------------------------------------------------------------
+
+
+def test_real_ranks_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
+    """zero3 on two ranks -> tp2 on two, zero1 on four, and one simulated process; no rank gathers anything to save."""
+    folder = str(tmp_path / "c")
+    written = ranks(2, ranks_do.writes, "zero3", folder)
+    want = torch.load(io.BytesIO(written[0]["values"]))
+    assert max(w["bytes"] for w in written) < 1.2 * min(w["bytes"] for w in written)
+    for w in written:
+        assert set(w["sent"]) <= {"what each rank has over all ranks", "agreement over all ranks"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+    reference = checkpoint_of("zero3+dp2")
+    close(want, reference[2])
+    for number, plan in ((2, "tp2"), (4, "zero1")):
+        for got in ranks(number, ranks_do.goes_on, plan, folder):
+            assert got["extra"] == {"note": "kept"}
+            assert got["losses"] == pytest.approx(written[0]["losses"], rel=TOLERANCE) and got["again"] == got["losses"]
+            for when in ("values", "values again"):
+                close(torch.load(io.BytesIO(got[when])), want, f"{plan} on {number}")
+            assert got["largest"] <= max(t.numel() for t in want.values()) // 2  # optimizer state is read by parts
+    goes_on(quiet("zero3+tp2+dp2", seed=4), tmp_path / "c", written[0]["losses"], want, "gloo -> simulate")
+
+
+def test_a_rank_in_trouble_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    got = ranks(2, ranks_do.troubles, str(tmp_path / "c"))
+    says = {
+        "disk full": "CheckpointError: rank 1: saving to .*No space left on device",
+        "other folders": "AgreementError: ranks disagree: the folder to save to",
+        "one has nothing": "AgreementError: ranks disagree: the folder to load",
+        "other model": "CheckpointError: the state_dict does not fit Tagger: 9 tensors",
+        "other values": "AgreementError: ranks disagree: the values of",
+        "assign": r"assign=True\) would take the parameters out of the compiled step",
+        "shape": "size mismatch for up.weight",
+    }  # fmt: skip
+    for rank, each in enumerate(got):
+        for name, pattern in says.items():
+            assert re.search(pattern, each["messages"][name], re.DOTALL), f"rank {rank}, {name}: {each['messages'][name]}"
+            assert each["seconds"][name] < 10, f"{name}: {each['seconds'][name]} s"
+        assert each["unchanged"] and each["former"] and each["by the step"] and each["by the model"] and each["by a part of it"]
+        assert each["goes on"] == got[0]["goes on"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+def test_a_rank_killed_while_saving_leaves_the_former_checkpoint(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("forkserver")
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        processes = [context.Process(target=ranks_do.dies, args=(str(tmp_path / "c"), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(90)
+    assert processes[1].exitcode == 9 and processes[0].exitcode == 1
+    assert "RankError: rank 1 died" in (tmp_path / "c.0.err").read_text()
+    step = quiet("zero1+dp2", seed=4)
+    step.load(tmp_path / "c")
+    assert step.steps == 1
+    want = quiet("zero1+dp2")
+    want(batches()[0])
+    step(batches()[1])
+    want(batches()[1])
+    close(everything(step), everything(want))

@@ -1,0 +1,294 @@
+"""Any optimizer whose step traces means under every plan what it means in eager PyTorch, and its state is split as the plan says."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from matrix import Mlp, squared_error
+from optimizers import FACTORIES, STEPS, Lion, PlainAdam, by_rank
+from torch import Tensor, nn, optim
+from torch.optim import lr_scheduler
+
+import deepseed
+from deepseed.capture import CaptureError
+from deepseed.capture.options import listed
+from deepseed.closed_forms import state_bytes
+from deepseed.ir.layout import Partial
+from deepseed.noise import turned, undetermined
+from deepseed.target import Target, load
+from deepseed.verify import verify
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PLANS = ["zero0", "zero1", "zero2", "zero3", "tp2"]
+SAMPLE = [
+    ("adamw amsgrad", "zero2"), ("adamw tensor lr", "zero1"), ("adamw groups", "zero3"), ("rmsprop centered", "zero3"), ("nadam", "tp2"),
+    ("asgd", "zero1"), ("rprop", "zero2"), ("adafactor", "zero3"), ("muon + adamw", "zero1"), ("lion", "tp2"), ("lamb", "zero3"),
+    ("plain adam", "zero0"), ("factored rms", "zero1"),
+]  # fmt: skip
+
+
+@cache
+def target(name: str) -> Target:
+    torch.manual_seed(0)
+    return load(name)
+
+
+def check(optimizer: str, plan: str, model: str = "hf:LlamaForCausalLM") -> Any:
+    found = target(model)
+    report = verify(found.model, found.batch, plan, optimizer_factory=FACTORIES[optimizer], world_size=2, steps=STEPS.get(optimizer, 3))
+    assert report.ok, str(report)
+    return report
+
+
+@pytest.mark.parametrize(("optimizer", "plan"), SAMPLE)
+def test_an_optimizer_means_what_eager_means(optimizer: str, plan: str) -> None:
+    assert check(optimizer, plan).left_out == 0
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("optimizer", "plan"), list(itertools.product(FACTORIES, PLANS)))
+def test_every_optimizer_under_every_plan(optimizer: str, plan: str) -> None:
+    assert check(optimizer, plan).left_out == 0
+
+
+# state ------------------------------------------------------------------------------------------------------------------
+
+
+def check_bytes(name: str, plan: str) -> None:
+    """Counted on the compiled step; expected from the slots that the eager optimizer itself keeps."""
+    found = target("hf:LlamaForCausalLM")
+    eager = copy.deepcopy(found.model)
+    made = listed(FACTORIES[name](list(eager.parameters())))
+    eager(**found.batch).loss.backward()
+    for optimizer in made:
+        optimizer.step()
+    kept = [v for o in made for state in o.state.values() for v in state.values() if v is not None]
+    slots = [(v.numel(), v.element_size()) if isinstance(v, Tensor) else (1, 8) for v in kept]
+    model = copy.deepcopy(found.model)
+    step = deepseed.compile(model, plan, optimizer=FACTORIES[name](list(model.parameters())), example_batch=found.batch, world_size=2)
+    extra = sum(4 for i in step.program.by_role("state") if i.key.startswith("started/"))  # DeepSeed's own, one f32 a parameter
+    assert step.explain().ranks[0].optimizer_bytes == state_bytes(slots, 1 if plan == "zero0" else 2) + extra
+
+
+@pytest.mark.parametrize(("name", "plan"), [("adafactor", "zero1"), ("factored rms", "zero3")])
+def test_state_is_split_as_the_closed_form_says(name: str, plan: str) -> None:
+    check_bytes(name, plan)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("name", "plan"), list(itertools.product(FACTORIES, PLANS[:4])))
+def test_all_state_is_split_as_the_closed_form_says(name: str, plan: str) -> None:
+    check_bytes(name, plan)
+
+
+def data(n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 32, generator=generator).double(), torch.randn(8, 16, generator=generator).double()) for _ in range(n)]
+
+
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().double()
+
+
+def trained(make: Callable[[list[nn.Parameter]], Any], plan: str = "zero1", between: Callable[[Any, int], None] = lambda o, n: None, steps: int = 4) -> Any:
+    """Compiled and eager side by side: equal losses and parameters. ``between(optimizers, n)`` after each step, on both sides."""
+    mine, theirs = mlp(), mlp()
+    given, eager = make(list(mine.parameters())), listed(make(list(theirs.parameters())))
+    step = deepseed.compile(mine, plan, optimizer=given, loss_fn=squared_error, world_size=2)
+    for n, batch in enumerate(data(steps)):
+        loss = step(batch)
+        theirs.zero_grad()
+        want = squared_error(theirs, batch)
+        want.backward()
+        for optimizer in eager:
+            optimizer.step()
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-12, atol=0)
+        between(listed(given), n)
+        between(eager, n)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(step.state_dict()[name], p.detach(), rtol=1e-10, atol=1e-12)
+    return step, listed(given), eager
+
+
+def test_each_optimizers_state_dict_is_its_own_and_python_numbers_stay() -> None:
+    step, given, eager = trained(by_rank(lambda ps: optim.SGD(ps, lr=1e-2, momentum=0.9), lambda ps: PlainAdam(ps)), "zero3")
+    assert {key.partition("/")[0] for key in step.optimizer_state()} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
+    for one, other in zip(given, eager, strict=True):
+        have, want = one.state_dict(), other.state_dict()
+        assert have["param_groups"] == want["param_groups"] and have["state"].keys() == want["state"].keys()
+        for index, slots in want["state"].items():
+            assert have["state"][index].keys() == slots.keys()
+            for slot, value in slots.items():
+                got = have["state"][index][slot]
+                assert type(got) is type(value)
+                torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12)
+        one.load_state_dict(copy.deepcopy(have))  # and back
+    assert given[1].state_dict()["state"][0]["step"] == 4
+
+
+def test_a_scheduler_on_each_of_several_optimizers() -> None:
+    schedulers: dict[int, Any] = {}
+
+    def between(optimizers: Any, n: int) -> None:
+        for o, make in zip(optimizers, (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0)), strict=True):
+            scheduler = schedulers.setdefault(id(o), None) or schedulers.update({id(o): make(o)}) or schedulers[id(o)]
+            scheduler.step(1.0) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else scheduler.step()
+        optimizers[1].param_groups[0]["weight_decay"] = 0.01 * n
+
+    _, given, eager = trained(by_rank(lambda ps: optim.SGD(ps, lr=1e-2, momentum=0.9), lambda ps: optim.AdamW(ps, lr=1e-2)), between=between, steps=6)
+    assert [o.param_groups[0]["lr"] for o in given] == [o.param_groups[0]["lr"] for o in eager]
+    assert eager[1].param_groups[0]["lr"] < 1e-2 and eager[0].param_groups[0]["momentum"] != 0.9
+
+
+# steps that branch --------------------------------------------------------------------------------------------------------
+
+
+class Switching(optim.Optimizer):
+    """Another formula from the third step on, a trust ratio where norms allow one, Python's own functions of numbers."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                count = state.setdefault("count", 0)
+                m = state.setdefault("m", torch.zeros_like(p))
+                state["count"] = count = count + 1
+                m.lerp_(p.grad, 0.1)
+                if count > 2:
+                    size, length = p.norm().item(), m.norm().item()
+                    ratio = size / length if size > 0 and length > 0 else 1.0
+                    p.add_(m, alpha=-group["lr"] * min(ratio, 10.0) / math.sqrt(count))
+                else:
+                    p.add_(m.sign() * float(count), alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3"])
+def test_branches_on_step_counts_and_norms(plan: str) -> None:
+    trained(Switching, plan, steps=5)
+
+
+def refused(make: Callable[[list[nn.Parameter]], Any], *parts: str) -> None:
+    model = mlp()
+    with pytest.raises(CaptureError) as caught:
+        deepseed.compile(model, "zero1", optimizer=make(list(model.parameters())), loss_fn=squared_error, world_size=2, example_batch=data(1)[0])
+    assert all(part in str(caught.value) for part in (*parts, "fix:")), caught.value
+
+
+class Counting(Switching):
+    """Counts where only the whole optimizer sees it: in its group, or on itself."""
+
+    def __init__(self, params: Any, where: str = "group") -> None:
+        super().__init__(params)
+        self.where, self.total = where, [0]
+        self.param_groups[0]["total"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if self.where == "group":
+            self.param_groups[0]["total"] += 1
+        else:
+            self.total[0] += 1
+        super().step()
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    refused(Counting, "Counting", "keeps what changes from step to step in param_groups[0]['total']")
+    refused(lambda ps: Counting(ps, "self"), "in self.total")
+    refused(optim.LBFGS, "LBFGS cannot be traced", "closure")
+    refused(lambda ps: [optim.SGD(ps, lr=0.1), optim.Adam(ps[:1])], "parameter 'up.weight' is in two optimizers, SGD and Adam")
+
+
+def test_parameters_without_an_optimizer_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    step, _, _ = trained(lambda ps: [optim.SGD(ps[:1], lr=0.1), optim.AdamW(ps[2:3])])
+    assert "2 of the 4 trainable parameters are in no optimizer and stay as they are: up.bias, down.bias" in capsys.readouterr().err
+    assert torch.equal(step.state_dict()["up.bias"], mlp().up.bias)
+
+
+# noise --------------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_what_is_tiny_and_not_zero() -> None:
+    eager, ours = {"a": torch.tensor([1.0, 1e-13, 0.0, 0.0])}, {"a": torch.tensor([1.0, -2e-13, 0.0, 1e-11])}
+    got, count = turned(eager, ours)
+    assert count == 1 and got["a"].tolist() == torch.tensor([1.0, -2e-13, 0.0, 0.0]).tolist()
+
+
+@pytest.mark.parametrize(("make", "expected"), [(Lion, [False, True, False]), (lambda ps: optim.SGD(ps, lr=0.1), None)])
+def test_only_what_the_optimizer_amplifies_is_left_out(make: Any, expected: list[bool] | None) -> None:
+    start = nn.Module()
+    start.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    grads = [{"w": torch.tensor([0.5, 1e-17, 0.0], dtype=torch.float64)} for _ in range(3)]
+
+    def train(model: nn.Module, given: Any) -> None:
+        optimizer = make(list(model.parameters()))
+        for each in given:
+            model.w.grad = each["w"].clone()
+            optimizer.step()
+
+    reached = copy.deepcopy(start)
+    train(reached, grads)
+    masks = undetermined(start, {"w": reached.w.detach()}, grads, grads, train, 5e-11)
+    assert {k: m.tolist() for k, m in masks.items()} == ({} if expected is None else {"w": expected})
+
+
+def test_the_key_biases_of_gpt2_are_left_out_under_lion_only() -> None:
+    """A key's bias has a gradient of noise: 64 of them a layer. All else is compared."""
+    layers = target("hf:GPT2LMHeadModel").model.config.n_layer
+    width = target("hf:GPT2LMHeadModel").model.config.n_embd
+    assert 0 < check("lion", "zero1", "hf:GPT2LMHeadModel").left_out <= layers * width
+    assert check("adamw", "zero1", "hf:GPT2LMHeadModel").left_out == 0
+
+
+# Muon ---------------------------------------------------------------------------------------------------------------------
+
+
+def muon_update(width: int, plan: str) -> Any:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(width, 2 * width, bias=False), nn.ReLU(), nn.Linear(2 * width, width, bias=False))
+    optimizer = optim.Muon(model.parameters())
+    loss: Any = lambda m, x: m(x).square().mean()  # noqa: E731
+    step = deepseed.compile(model, plan, optimizer=optimizer, loss_fn=loss, example_batch=torch.empty(8, width, device="meta"), world_size=2)
+    p = step.program
+    for op in p.ops:
+        if op.phase == "update" and "mm" in op.target:
+            assert not any(isinstance(e, Partial) for t in op.types for _, e in t.layout.elements), f"{op.name}: a bfloat16 contraction is split"
+    return [p.types[op.results[0]].layout.elements for op in p.ops if op.phase == "update" and op.target == "aten.mm"]
+
+
+def test_muons_matrix_is_gathered_where_it_is_small_and_split_where_it_is_large() -> None:
+    assert not any(muon_update(64, "zero1"))
+    assert all(muon_update(2048, "zero1"))
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero1", "zero3", "tp2"])
+def test_muon_in_bfloat16_is_eager_muon(plan: str) -> None:
+    """Plain float32 training, bit for bit: gradients of whole numbers are exact in any order, and the bfloat16 matrix is not split."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32, bias=False)
+    theirs = copy.deepcopy(model)
+    optimizer, eager = optim.Muon(model.parameters(), lr=0.1), optim.Muon(theirs.parameters(), lr=0.1)
+    loss: Any = lambda m, b: (m(b[0]) * b[1]).sum()  # noqa: E731
+    step = deepseed.compile(model, plan, optimizer=optimizer, loss_fn=loss, world_size=2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        batch = tuple(torch.randint(-4, 5, (8, n), generator=generator).float() for n in (64, 32))
+        step(batch)
+        theirs.zero_grad()
+        loss(theirs, batch).backward()
+        eager.step()
+    have, want = step.state_dict()["weight"], theirs.weight.detach()
+    assert float((have - want).abs().max()) <= 1e-6 * float(want.abs().max())

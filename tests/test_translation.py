@@ -1,0 +1,183 @@
+"""Translation validation: what a pass may write differently, and what it may not, program by program."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import pytest
+
+from deepseed import pipeline
+from deepseed.check.translation import TranslationError, check_localized, follow, number
+from deepseed.ir.program import Program
+from deepseed.ir.text import parse
+from deepseed.passes.canonicalize import canonicalize
+from deepseed.passes.localize import localize
+
+
+def program(body: str, facts: str = "captured", mesh: str = "") -> Program:
+    return parse(f"program p mesh({mesh}) facts({facts})\n{body.strip()}\n")
+
+
+def same(before: str, after: str, mesh: str = "", shape: str = "") -> None:
+    follow(number(program(before, "captured", mesh)), program(after, "captured", mesh))
+
+
+def other(before: str, after: str, mesh: str = "") -> str:
+    with pytest.raises(TranslationError) as error:
+        same(before, after, mesh)
+    return str(error.value)
+
+
+X = '%x : f32[4, 6] batch "x"\n%w : f32[4, 6] param "w"\n'
+
+
+def test_moves_are_the_identity() -> None:
+    before = '%x : f32[4@dp, 6] batch "x"\n%y = aten.neg(%x as [4, 6]) : f32[4, 6] {phase="forward"}\nreturn %y output "0"'
+    after = """%x : f32[4@dp, 6] batch "x"
+%s = all_gather.start(%x, axis="dp") : f32[4, 6] {phase="forward"}
+%g = wait(%s) : f32[4, 6] {phase="forward"}
+%y = aten.neg(%g) : f32[4, 6] {phase="forward"}
+return %y output "0"
+"""
+    same(before, after, "dp=2")
+
+
+def test_a_stale_gather_is_another_value() -> None:
+    new = '%n = aten.sub.Tensor(%w, %x) : f32[4, 6] {at="up", phase="update"}\n%y = aten.neg(%{}) : f32[4, 6] {at="next", phase="update"}\nreturn %y output "0"'
+    said = other(X + new.replace("{}", "n", 1), X + new.replace("{}", "w", 1))
+    assert "%y = aten.neg(%w f32[4, 6]) : f32[4, 6]" in said and "at next, update" in said and "aten.neg(%n)" in said
+
+
+def test_swapped_operands_are_named_with_both_numbers() -> None:
+    y = '%y = aten.sub.Tensor(%{}, %{}) : f32[4, 6] {{at="loss", phase="forward"}}\nreturn %y output "0"'
+    said = other(X + y.format("x", "w"), X + y.format("w", "x"))
+    assert "element 0 of [4, 6] is " in said and "at loss, forward" in said
+    same(X + y.format("x", "w"), X + y.format("x", "w"))
+
+
+SOFTMAX = X + '%y = aten._softmax(%x, 1, false) : f32[4, 6] {at="attn", phase="forward"}\nreturn %y output "0"'
+
+
+def test_a_decomposition_is_run() -> None:
+    p = program(SOFTMAX)
+    good = canonicalize(p)
+    numbering = number(p)
+    follow(numbering, good)
+    wrong = parse(str(good).replace("dims=[1], keepdim=true) : f32[4, 1]", "dims=[0], keepdim=true) : f32[1, 6]"))
+    with pytest.raises(TranslationError, match=r"is another value than before the pass: on random operands element \d+ of \[4, 6\] is") as error:
+        follow(numbering, wrong)
+    assert "aten._softmax(%x, 1, false)" in str(error.value) and "aten.exp" in str(error.value) and "at attn" in str(error.value)
+    follow(numbering, good)  # the numbering is as it was
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("%m = aten.mul.Tensor(%x, 1.0) : f32[4, 6] {phase=\"forward\"}\n%y = aten.neg(%m)", "%y = aten.neg(%x)"),
+        ("%a = full(value=0.9) : f32[] {phase=\"forward\"}\n%b = full(value=0.7) : f32[] {phase=\"forward\"}\n%c = aten.mul.Tensor(%a, %b) : f32[] {phase=\"forward\"}\n%y = aten.mul.Tensor(%x, %c)",
+         "%c = full(value=0.6299999952316284) : f32[] {phase=\"forward\"}\n%y = aten.mul.Tensor(%x, %c)"),
+        ("%a = reshape(%x) : f32[24] {phase=\"forward\"}\n%b = reshape(%a) : f32[4, 6] {phase=\"forward\"}\n%y = aten.mul.Tensor(%b, %x)", "%y = aten.mul.Tensor(%x, %x)"),
+        ("%a = aten.neg(%x) : f32[4, 6] {phase=\"forward\"}\n%b = aten.neg(%x) : f32[4, 6] {phase=\"forward\"}\n%y = aten.add.Tensor(%a, %b)", "%a = aten.neg(%x) : f32[4, 6] {phase=\"forward\"}\n%y = aten.add.Tensor(%a, %a)"),
+    ],
+    ids=["one", "constants in their own dtype", "views", "computed once"],
+)  # fmt: skip
+def test_simplifications_are_the_same_value(before: str, after: str) -> None:
+    tail = ' : f32[4, 6] {phase="forward"}\nreturn %y output "0"'
+    same(X + before + tail, X + after + tail)
+
+
+def test_a_bound_that_hides_a_scalar_does_not_hide_its_loss() -> None:
+    clamp = """%n = sum_of_squares(%x) : f32[] {phase="update"}
+%r = aten.reciprocal(%n) : f32[] {phase="update"}
+%c = aten.clamp(%r, none, 1.0) : f32[] {phase="update"}
+%m = aten.mul.Tensor(%w, %c) : f32[4, 6] {phase="update"}
+%y = aten.neg(%{}) : f32[4, 6] {phase="update"}
+return %y output "0"
+return %c output "1"
+"""
+    assert "%y" in other(X + clamp.replace("{}", "m"), X + clamp.replace("{}", "w"))
+
+
+NORM = """%x : f32[8, 4] batch "x"
+%w : f32[4] param "w"
+%b : f32[4] param "b"
+%mean : f32[4] buffer "mean"
+%var : f32[4] buffer "var"
+%y, %s, %r = aten.native_batch_norm(%x, %w, %b, %mean, %var, true, 0.1, 1e-05) : f32[8, 4], f32[4], f32[4] {at="bn", phase="forward"}
+return %y output "0"
+"""
+
+
+def test_what_an_op_writes_is_an_output() -> None:
+    p = program(NORM)
+    good = canonicalize(p)
+    assert {o.key for o in good.outputs if o.role == "buffer"} == {"mean", "var"}
+    follow(number(p), good)
+    with pytest.raises(TranslationError, match="output buffer 'mean'"):
+        follow(number(p), parse(str(good).replace('running_mean buffer "mean"', 'running_var buffer "mean"')))
+    with pytest.raises(TranslationError, match="output buffer 'var' is returned before the pass only"):
+        follow(number(p), parse("\n".join(line for line in str(good).splitlines() if not line.endswith('buffer "var"') or not line.startswith("return"))))
+
+
+LOSS = """%x : f32[{n}, {v}] batch "x"
+%t : i64[{n}] batch "t"
+%l = aten._log_softmax(%x, 1, false) : f32[{n}, {v}] {{at="loss", phase="forward"}}
+%y, %count = aten.nll_loss_forward(%l, %t, none, 1, -100) : f32[], f32[] {{at="loss", phase="forward"}}
+return %y loss "loss"
+"""
+
+
+@pytest.mark.parametrize(("n", "v"), [(6, 5), (65536, 50257)])
+def test_a_large_loss_is_run_small(n: int, v: int) -> None:
+    p = program(LOSS.format(n=n, v=v))
+    good = canonicalize(p)
+    started = perf_counter()
+    follow(number(p), good)
+    assert perf_counter() - started < 10
+    for old, new in (("-100", "-99"), ("aten.neg(", "aten.abs("), (f"sum(%l.exp, dims=[1], keepdim=true) : f32[{n}, 1]", f"amax(%l.exp, dims=[1], keepdim=true) : f32[{n}, 1]")):
+        text = "\n".join(line.replace(old, new) if not line.startswith("origin") else line for line in str(good).splitlines())
+        assert text != str(good).rstrip("\n"), old
+        with pytest.raises(TranslationError, match="is another value"):
+            follow(number(p), parse(text))
+
+
+def test_outputs_and_inputs_stay() -> None:
+    y = '%y = aten.neg(%x) : f32[4, 6] {phase="forward"}\n'
+    assert "output output '1' is returned before the pass only" in other(X + y + 'return %y output "0"\nreturn %x output "1"', X + y + 'return %y output "0"')
+    assert "input param 'w'" in other(X + y + 'return %y output "0"', '%x : f32[4, 6] batch "x"\n' + y + 'return %y output "0"')
+    assert "output output '0'" in other(X + y + 'return %y output "0"', X + y + 'return %w output "0"')
+
+
+RANKS = """%x : f32[8@dp, 4] batch "x"
+%a = aten.neg(%x) : f32[8@dp, 4] {at="up", phase="forward"}
+%i = iota(start=0, step=1) : i64[8@dp] {at="up", phase="forward"}
+%s = all_gather.start(%a, axis="dp") : f32[8, 4] {at="up", phase="forward"}
+%t = all_gather.start(%i, axis="dp") : i64[8] {at="up", phase="forward"}
+%g = wait(%s) : f32[8, 4] {phase="forward"}
+%j = wait(%t) : i64[8] {phase="forward"}
+return %g output "0"
+return %j output "1"
+"""
+
+
+def test_each_rank_runs_the_shared_program() -> None:
+    shared = program(RANKS, "lowered", "dp=2")
+    for rank in (0, 1):
+        where = shared.mesh.coordinate(rank)
+        mine = localize(shared, where)
+        check_localized(shared, mine, where)
+        lines = str(mine).splitlines()
+        turned = next(n for n, line in enumerate(lines) if line.startswith("%s ="))
+        lines[turned], lines[turned + 1] = lines[turned + 1], lines[turned]
+        with pytest.raises(TranslationError, match=r"op 2 of the rank at \{'dp': \d\}"):
+            check_localized(shared, parse("\n".join(lines)), where)
+    with pytest.raises(TranslationError, match=r"%i = iota.*\n.*\n.*\n  due at up: .*index=\[\[\[2, 0\]"):
+        check_localized(shared, localize(shared, {"dp": 1}), {"dp": 0})
+
+
+def test_the_pipeline_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = program(SOFTMAX)
+    good = canonicalize(p)
+    pipeline.check_translation(p, good, "canonicalize")
+    with pytest.raises(pipeline.CheckError, match="after pass canonicalize: "):
+        pipeline.check_translation(p, parse(str(good).replace("aten.exp(", "aten.expm1(")), "canonicalize")
