@@ -192,10 +192,11 @@ def _scale_in_update(p: Program) -> Program:
             %w.new = optim.x(%w, %c, %lr) : f32[8]
     after:  %w.new = optim.x(%w, %g, %lr, scale=%factor) : f32[8]
     """
+    order = {op.name: n for n, op in enumerate(p.ops)}
     scaled = {
         op.name: op for op in p.ops
         if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and p.uses[op.name] and all(_updates(u) for u in p.uses[op.name])
-        and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and _last_read_by(p, op)
+        and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and _last_read_by(p, op, order)
     }  # fmt: skip
     out = Builder(p)
     for op in p.ops:
@@ -212,13 +213,12 @@ def _updates(user: object) -> bool:
     return isinstance(user, Op) and user.target.startswith(OPTIMIZER)
 
 
-def _last_read_by(p: Program, scaling: Op) -> bool:
+def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     """Whether the gradient's memory may be overwritten: it is a collective's or a matmul's own result, and nothing reads it later."""
     g = scaling.refs[0].name
     made = p.producers.get(g)
     if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum"):
         return False
-    order = {op.name: n for n, op in enumerate(p.ops)}
     return all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 

@@ -150,7 +150,7 @@ def _shapes(old: Fragment, new: Fragment) -> dict[int, tuple[int, ...]]:
     types = old.side.table.types
     ops = {id(m.op): (m.op, m.operands, _results(f, n)) for f in (old, new) for n, m in f.opened.items()}
     numbers = {n for _, operands, results in ops.values() for n in (*operands, *results)} | old.opened.keys() | new.opened.keys()
-    return sizes(ops.values(), {n: types[n][1] for n in numbers}, {n: types[n][0] for n in numbers})
+    return sizes(ops.values(), {n: types[n][1] for n in numbers}, {n: types[n][0] for n in numbers}, (old.root, new.root))
 
 
 def _results(f: Fragment, n: int) -> tuple[int, ...]:

@@ -38,9 +38,11 @@ class _Classes:
             self.parent[self.find(n)] = self.find(nodes[0])
 
 
-def sizes(ops: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]], shapes: Shapes, dtypes: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
-    """The shapes at which to run the expressions of ``ops`` (op, numbers of its operands, of its results): ``shapes`` themselves
-    where these are small."""
+def sizes(
+    ops: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]], shapes: Shapes, dtypes: Mapping[int, str], roots: tuple[int, int]
+) -> dict[int, tuple[int, ...]]:
+    """The shapes at which to run the expressions of ``ops`` (op, numbers of its operands, of its results), whose ``roots`` keep equal
+    shapes: ``shapes`` themselves where these are small."""
     ops = list(ops)
     if sum(prod(s) for s in shapes.values()) <= SMALL:
         return dict(shapes)
@@ -48,6 +50,8 @@ def sizes(ops: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]], shapes: Sh
     counts = any(x > 3 or 0 < x < 1 / 3 for op, _, _ in ops for x in _numbers((op.args, tuple(v for _, v in op.kwargs))))
     for op, operands, results in ops:
         _collect(classes, op, operands, results, shapes, dtypes, counts)
+    for d in range(len(shapes[roots[0]])):
+        classes.join([(roots[0], d), (roots[1], d)])
     kept = {classes.find(n) for n in classes.kept}
     chosen: dict[Node, int] = {}
     out: dict[int, tuple[int, ...]] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from deepseed.check.typing import MOVES, describe, nameless, operand_types
 from deepseed.ir.program import Arg, Op, Program, Ref
+from deepseed.ir.subaxes import on_axes_of
 from deepseed.ir.text import format_op
 from deepseed.rules import localize_op
 
@@ -127,8 +128,9 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
     """``mine`` is ``shared`` with each op as the rank at ``coordinate`` must call it: the same order, so that collectives meet.
 
     Raises TranslationError at the first op that is another one."""
-    where = f"the rank at {dict(coordinate)}"
-    if (shared.inputs, shared.mesh) != (mine.inputs, mine.mesh):
+    coordinate = on_axes_of(coordinate, shared.mesh)
+    where = f"the rank at {coordinate}"
+    if (shared.inputs, shared.mesh.seen_from(coordinate)) != (mine.inputs, mine.mesh):
         wrong = [i for i, j in zip(shared.inputs, mine.inputs, strict=False) if i != j][:1]
         raise TranslationError("".join(f"input {i.role} {i.key!r}: " for i in wrong) + f"other inputs or another mesh on {where}, {mine.mesh} of {shared.mesh}")
     for o, mine_o in zip(shared.outputs, mine.outputs, strict=False):
