@@ -23,6 +23,7 @@ from deepseed.memory import memory
 from deepseed.passes.canonicalize import DECOMPOSITIONS
 from deepseed.rules import rule_of
 
+EXPERT_AXIS = "ep"
 DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
 BATCH_AXES = (DATA_AXIS, SEQUENCE_AXIS)  # they split the batch and share the state; weights are used whole on them
 MOVES = ("reshard", "shard", "summand", "wait")  # and *.start
@@ -314,7 +315,7 @@ def _closed(
     if SEQUENCE_AXIS in shared:
         yield ClosedForm(f"activations, {SEQUENCE_AXIS}", f"{form.sequence_volume()} elements", None, sent[SEQUENCE_AXIS] - state_of[SEQUENCE_AXIS], "bytes")
     for axis in axes:
-        if axis not in BATCH_AXES:
+        if axis not in (*BATCH_AXES, EXPERT_AXIS):
             yield ClosedForm(f"sent over {axis}", f"{form.tensor_volume()} elements", None, sent[axis], "bytes")
 
 

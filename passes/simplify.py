@@ -15,6 +15,7 @@ from deepseed.passes.group import Decomposition, Group, broadcast, is_float
 
 Results = tuple[Ref] | None
 _LOOK_THROUGH = ("reshape", "expand", "cast", "permute")
+_INTEGERS = ("bool", "u8", "i8", "i16", "i32", "i64")
 _WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "bf16": 5, "f16": 5, "f32": 6, "f64": 7}
 
 
@@ -128,8 +129,17 @@ def _fold(g: Group) -> Results:
     return None if value is None else (g.full((), value, t.dtype),)
 
 
+def _integers(g: Group) -> Results:
+    """Integers and numbers make floats of the result's dtype, which torch would take from its default."""
+    t = g.op.type
+    if not is_float(t.dtype) or not all(isinstance(a, Ref | int | float) for a in g.op.args) or any(g.dtype(r) not in _INTEGERS for r in g.op.refs):
+        return None
+    args = [g.cast(a, t.dtype) if isinstance(a, Ref) else a for a in g.op.args]
+    return (g.emit(g.op.target, args, t.dtype, t.shape, **dict(g.op.kwargs)),)
+
+
 def mul(g: Group) -> Results:
-    return _fold(g) or _neutral(g, 0, 1.0) or _neutral(g, 1, 1.0) or square_of_roots(g)
+    return _fold(g) or _neutral(g, 0, 1.0) or _neutral(g, 1, 1.0) or square_of_roots(g) or _integers(g)
 
 
 def power(g: Group) -> Results:
@@ -138,15 +148,15 @@ def power(g: Group) -> Results:
 
 
 def div(g: Group) -> Results:
-    return _fold(g) or _neutral(g, 0, 1.0)
+    return _fold(g) or _neutral(g, 0, 1.0) or _integers(g)
 
 
 def add(g: Group) -> Results:
-    return _neutral(g, 0, 0.0) or _neutral(g, 1, 0.0)
+    return _neutral(g, 0, 0.0) or _neutral(g, 1, 0.0) or _integers(g)
 
 
 def sub(g: Group) -> Results:
-    return _neutral(g, 0, 0.0)
+    return _neutral(g, 0, 0.0) or _integers(g)
 
 
 def both(g: Group) -> Results:

@@ -531,3 +531,19 @@ def test_a_captured_program_keeps_its_meaning(kind: str, update: bool) -> None:
     assert before.keys() == after.keys()
     for key, x in before.items():
         torch.testing.assert_close(after[key], x, rtol=1e-11, atol=1e-12 * largest, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_integers_and_numbers_make_floats_of_the_result_s_width() -> None:
+    """Widened to float64, a program must not fall back to torch's default dtype."""
+    p = parse("""program p mesh() facts(captured)
+%m : bool[4] batch "m"
+%n : i64[4] batch "n"
+%a = aten.add.Tensor(0.25, %m, alpha=0.75) : f64[4] {phase="forward"}
+%b = aten.mul.Tensor(%n, 0.5) : f64[4] {phase="forward"}
+%c = aten.div.Tensor(%n, %m) : f64[4] {phase="forward"}
+%d = aten.add.Tensor(%a, %b) : f64[4] {phase="forward"}
+%e = aten.add.Tensor(%d, %c) : f64[4] {phase="forward"}
+return %e output "e"
+""")
+    m, n = torch.tensor([True, True, True, True]), torch.tensor([3, 1, 2, 0])
+    assert evaluate(canonicalize(p), {"m": m, "n": n})["e"].tolist() == [1 + 1.5 * k for k in n.tolist()]

@@ -198,7 +198,7 @@ def test_refusals() -> None:
     t = load("hf:LlamaForCausalLM(num_hidden_layers=1)", meta=True)
     with pytest.raises(ValueError, match="ep=2 splits experts, and this model has none"):
         solve_placements(canonicalize(capture(t.model, t.batch).program), mesh=Mesh((("ep", 2),)))
-    with pytest.raises(PlanError, match="ep4 shares the experts"):
+    with pytest.raises(PlanError, match="ep4 splits the experts, and the rows over 4 ranks"):
         parse_plan("ep4").resolve(6)
 
 
