@@ -38,8 +38,8 @@ class Executable:
 
 
 def cache_dir() -> Path:
-    """``$DEEPSEED_CACHE``, else a folder of this user's in the system's temporary folder."""
-    root = os.environ.get("DEEPSEED_CACHE")
+    """``$DEEPSEED_CACHE_DIR``, else a folder of this user's in the system's temporary folder."""
+    root = os.environ.get("DEEPSEED_CACHE_DIR")
     return Path(root) if root else Path(tempfile.gettempdir()) / f"deepseed-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
