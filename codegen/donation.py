@@ -65,6 +65,17 @@ class Donation:
         return frozenset().union(*(self.memory(r.name) for r in op.refs))
 
     @cached_property
+    def last_use(self) -> Mapping[str, int]:
+        """Value -> position of the last op that reads its memory, through any view; behind all ops where it is returned."""
+        out: dict[str, int] = {}
+        for n, op in enumerate(self.program.ops):
+            for ref in op.refs:
+                out.update((root, n) for root in self.memory(ref.name))
+        for o in self.program.outputs:
+            out.update((root, len(self.program.ops)) for root in self.memory(o.ref.name))
+        return out
+
+    @cached_property
     def last_reader(self) -> Mapping[str, int]:
         """Donated input -> position of the last op that reads it or a view of it; -1: none does."""
         out = dict.fromkeys(self.stored, -1)

@@ -54,7 +54,7 @@ class Update:
         for c, column in enumerate(columns):
             result = updated.index(column) if column in updated else None
             if column == "grads" and isinstance(first.kw("scale"), Ref):
-                entries = self._apart([op.args[c] for op in ops])
+                entries = self._apart(position, ops, c)
             else:
                 entries = [self._entry(position + n, op, c, result, taken) for n, op in enumerate(ops)]
             self.emit(f"{column} = [{', '.join(entries)}]")
@@ -80,16 +80,14 @@ class Update:
             self.emit(f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column}")
         self.emit(f"del {', '.join(columns)}")
 
-    def _apart(self, grads: Sequence[Arg]) -> list[str]:
-        """Gradients that are scaled in place: of those that share memory, all but the first are copies."""
-        taken: set[str] = set()
+    def _apart(self, position: int, ops: Sequence[Op], column: int) -> list[str]:
+        """Gradients that are scaled in place: copies of those whose memory is read once more, by another update or by the user."""
         out = []
-        for ref in grads:
+        for n, op in enumerate(ops, position):
+            ref = op.args[column]
             assert isinstance(ref, Ref)
-            memory = self.donation.memory(ref.name)
-            name = self.name(ref.name)
-            out.append(f"{name}.clone(memory_format=torch.contiguous_format)" if memory & taken else f"{name}.contiguous()")
-            taken |= memory
+            again = any(self.donation.last_use[root] > n for root in self.donation.memory(ref.name))
+            out.append(f"{self.name(ref.name)}.clone(memory_format=torch.contiguous_format)" if again else f"{self.name(ref.name)}.contiguous()")
         return out
 
     def _entry(self, position: int, op: Op, column: int, result: int | None, taken: set[str]) -> str:

@@ -5,8 +5,7 @@ Invariants:
 2. every layout fits its shape and the mesh (axes exist, divide, do not overlap);
 3. roles and phases are known; an output param, buffer or state has an input of the same key, dtype and shape;
 4. once explicit, no use wants another layout than the value has; once lowered, no reshard is left;
-5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else;
-6. a gradient that an update scales (in the gradient's own memory) is read by nothing after it.
+5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ def verify(p: Program) -> Program:
             _define(p, defined, name, type_, where)
             if op.target.endswith(".start"):
                 pending.add(name)
-    _scaled_last(p)
     inputs = {(i.role, i.key): i for i in p.inputs}
     for o in p.outputs:
         where = f"output {o.role} {o.key!r}"
@@ -62,20 +60,6 @@ def verify(p: Program) -> Program:
             if "explicit" in p.facts and new.layout != source.type.layout:
                 raise ProgramError(f"{where}: comes back as {new.layout.elements}, was stored as {source.type.layout.elements}")
     return p
-
-
-def _scaled_last(p: Program) -> None:
-    """Raise ProgramError where something reads a gradient after an update that scaled it."""
-    scaled: dict[str, Op] = {}
-    for op in p.ops:
-        for ref in op.refs if scaled else ():
-            if ref.name in scaled:
-                raise ProgramError(f"{_where(op)}: reads %{ref.name} after {_where(scaled[ref.name])} scaled it in its own memory")
-        if op.target.startswith("optim.") and op.kw("scale") is not None:
-            scaled[op.refs[1].name] = op
-    for o in p.outputs if scaled else ():
-        if o.ref.name in scaled:
-            raise ProgramError(f"output {o.role} {o.key!r}: returns %{o.ref.name}, which {_where(scaled[o.ref.name])} scaled in its own memory")
 
 
 def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: str) -> None:
