@@ -123,7 +123,7 @@ class _Compiled:
             raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
         if not isinstance(model, nn.Module | torch.export.ExportedProgram):
             raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
-        if optimizer is not None and not all(isinstance(o, torch.optim.Optimizer) for o in listed(optimizer) or [None]):
+        if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or _several(optimizer)):
             raise CompileError(
                 f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters()); "
                 "or a list of several, each over its own"
@@ -325,6 +325,10 @@ class _Compiled:
                 type_ = replace(i.type, shape=tuple(x.shape), layout=i.type.layout.with_("dp", None)) if local and i.role == "batch" else i.type
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
+
+
+def _several(given: object) -> bool:
+    return isinstance(given, Sequence) and bool(given) and all(isinstance(o, torch.optim.Optimizer) for o in given)
 
 
 class TrainStep(_Compiled):

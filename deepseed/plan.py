@@ -92,7 +92,7 @@ class Plan:
         return ()
 
     def resolve(self, world_size: int | None = None) -> Plan:
-        """The same plan with every axis filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
+        """The same plan with dp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
 
         Without a world size the plan stands for itself: its own sizes, and dp2 where it asks for ZeRO and does not say
         how many ranks share the state. Raises PlanError where the plan does not divide the world size.
@@ -100,7 +100,7 @@ class Plan:
         sizes = {axis: self.size(axis) or 1 for axis in AXES if axis != _DATA}
         each = prod(sizes.values())  # ranks of one data-parallel part
         if world_size is None:
-            return self._sized({**sizes, _DATA: self.dp or (2 if self.stage else 1)})
+            return replace(self, dp=self.dp or (2 if self.stage else 1))
         if world_size < 1:
             raise PlanError(f"world size {world_size}: at least 1 rank is needed\n  fix: start 1 rank or more")
         if world_size % each:
@@ -114,7 +114,7 @@ class Plan:
             factors = [f"{axis}{n}" for axis, n in {_DATA: dp, **sizes}.items() if axis == _DATA or n > 1]
             product = f"{' x '.join(factors)} = {dp * each}" if len(factors) > 1 else f"{dp}"
             raise PlanError(f"plan {self} is for {product} ranks, but the world size is {world_size}\n  fix: {self._fix(world_size)}")
-        return self._sized({**sizes, _DATA: dp})
+        return replace(self, dp=dp)
 
     def mesh(self, world_size: int | None = None) -> Mesh:
         """Axes in the order of AXES, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepseed import cost
 from deepseed.ir.layout import Element, Split
-from deepseed.ir.program import Input, Op
+from deepseed.ir.program import Input, Op, Type
 from deepseed.passes.placement import Assignment, Move
 from deepseed.rules import Strategy
 
@@ -35,11 +35,16 @@ def upkeep(at: Assignment, i: int, s: Strategy) -> float:
     """An update that every rank repeats, a little; and the copy that a shard of an inner dimension, or of blocks, takes."""
     item = at.items[i]
     types = item.types if isinstance(item, Op) else (item.type,) if isinstance(item, Input) else ()
-    price = sum(cost.LOCAL * t.nbytes * (e.dim + 0.5 * (e.outer > 1)) for e, t in zip(s.results, types, strict=False) if isinstance(e, Split))
+    price = sum(cost.LOCAL * t.nbytes * (e.dim + 0.5 * (e.outer > 1) + _unevenness(e, t)) for e, t in zip(s.results, types, strict=False) if isinstance(e, Split))
     if isinstance(item, Op) and item.phase == "update" and not any(isinstance(e, Split) for e in s.results):
         price += 1e-3 * sum(t.nbytes for t in item.types)
         price += cost.UPDATE_FLOP * cost.flops(item, [at.p.types[r.name] for r in at.refs[i]])
     return price
+
+
+def _unevenness(e: Split, t: Type) -> float:
+    """Parts of one size are better than others, and a cut of the whole dimension than one between its blocks."""
+    return 0.0 if not e.of else 0.25 if e.of == t.shape[e.dim] else 0.75
 
 
 def free(produced: Element, wanted: Element) -> float:

@@ -77,7 +77,7 @@ def test_plan_says_mesh_and_meaning() -> None:
         (["plan", "pp2"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
-        (["explain", LLAMA, "--plan", "dp3"], "8 = 3 * 2 + 2"),
+        (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),
         (["explain", "nothing"], "path/to/file.py:name"),
         (["dump", LLAMA, "--after", "solve_placement"], "did you mean solve_placements"),
         (["opt", "/nowhere/a.ir"], "/nowhere/a.ir"),

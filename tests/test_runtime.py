@@ -115,9 +115,9 @@ def test_every_dtype_on_gloo_is_the_simulation(tmp_path: Path) -> None:
             dtype = getattr(torch, name.removeprefix("torch."))
             x = (torch.arange(24).reshape(8, 3) % 7 - (0 if dtype is torch.uint8 else 2) + rt.rank).to(dtype)
             out += [
-                rt.wait(rt.all_gather_start(x, "dp", 1, 1)), rt.wait(rt.all_reduce_start(x, "dp")),
-                rt.wait(rt.reduce_scatter_start(x, "dp", 0, 2)), rt.wait(rt.all_to_all_start(x, "dp", 0, 4, 1, 3)),
-                rt.wait(rt.all_reduce_start(x[0, 0], "dp")), rt.wait(rt.all_gather_start(x[:0], "dp", 0, 1)),
+                rt.wait(rt.all_gather_start(x, "dp", (1, 1))), rt.wait(rt.all_reduce_start(x, "dp")),
+                rt.wait(rt.reduce_scatter_start(x, "dp", (0, 2))), rt.wait(rt.all_to_all_start(x, "dp", (0, 4), (1, 3))),
+                rt.wait(rt.all_reduce_start(x[0, 0], "dp")), rt.wait(rt.all_gather_start(x[:0], "dp", (0, 1))),
             ]  # fmt: skip
             if not dtype.is_complex:
                 out.append(rt.wait(rt.all_reduce_start(x, "dp", "max")))

@@ -156,10 +156,18 @@ def test_a_batch_without_a_sequence_is_refused() -> None:
     assert "f32[8, 32]" in str(caught.value) and "fix: a plan without sp: dp2 splits the rows, tp2 the weights" in str(caught.value)
 
 
-def test_a_length_that_does_not_divide_is_refused_with_both_numbers() -> None:
-    found = load("hf:LlamaForCausalLM(sequence_length=18)")
-    with pytest.raises(PassError, match=r"sequence has 18 tokens, which is not a multiple of sp=4 \(18 = 4 \* 4 \+ 2\)\n  fix: pad to 20 tokens or cut to 16"):
-        compiled(found.model, found.batch, "sp4")
+def test_a_length_that_does_not_divide_is_split_unevenly() -> None:
+    found = load("hf:LlamaForCausalLM(num_hidden_layers=1)")
+    batch = {key: t[:, :15].contiguous() for key, t in found.batch.items()}
+    report = verify(found.model, batch, "sp2", steps=1)
+    assert report.ok, report
+
+
+def test_a_sequence_shorter_than_the_ranks_is_refused() -> None:
+    found = load("hf:LlamaForCausalLM(num_hidden_layers=1)")
+    batch = {key: t[:, :3].contiguous() for key, t in found.batch.items()}
+    with pytest.raises(PassError, match=r"sequence has 3 tokens, fewer than the 4 ranks of sp=4\n  fix: sp3"):
+        compiled(found.model, batch, "sp4")
 
 
 # real ranks -------------------------------------------------------------------------------------------------------------

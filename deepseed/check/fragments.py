@@ -93,11 +93,11 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
                 return None
             if first is None:
                 first = found, old.ops(), new.ops()
-        only = (old.leaves ^ new.leaves) & place.keys()
-        if not only:
+        rest = (old.leaves ^ new.leaves if first is None else old.leaves | new.leaves) & place.keys()  # a leaf may be made of another
+        if not rest:
             break
-        latest = max(only, key=place.__getitem__)
-        if not (old if latest in old.leaves else new).open(latest):
+        latest = max(rest, key=place.__getitem__)
+        if not all([each.open(latest) for each in (old, new) if latest in each.leaves]):
             break
     return first or (why, old.ops(), new.ops())
 

@@ -83,10 +83,8 @@ class Mesh:
         whole = Mesh(tuple((axis, self.size(axis)) if name == parts[0] else (name, n) for name, n in self.axes if name not in parts[1:]))
         if not self.at:
             return whole
-        where, position = dict(self.at), 0
-        for part in parts:
-            position = position * self.sizes[part] + where[part]
-        return whole.seen_from({**where, axis: position})
+        where = dict(self.at)
+        return whole.seen_from({**where, axis: self.position(axis, where)})
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where a rank lies: ``{"dp": 1, "tp": 1}``."""
@@ -96,6 +94,13 @@ class Mesh:
         for name, size in reversed(self.axes):
             rank, where[name] = divmod(rank, size)
         return {name: where[name] for name in self.names}
+
+    def position(self, axis: str, coordinate: Mapping[str, int]) -> int:
+        """Where a rank lies along ``axis``, or along all its sub-axes together."""
+        out = 0
+        for part in self.parts(axis):
+            out = out * self.sizes[part] + coordinate[part]
+        return out
 
     def rank(self, coordinate: Mapping[str, int]) -> int:
         rank = 0

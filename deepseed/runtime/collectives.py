@@ -37,6 +37,10 @@ class Runtime(ABC):
         self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
         self.coordinate = mesh.coordinate(rank)
 
+    def position(self, axis: str) -> int:
+        """This rank's number in the group of ``axis``."""
+        return self.mesh.position(axis, self.coordinate)
+
     @abstractmethod
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         """Start one flat exchange of a contiguous ``x`` among the n ranks of ``axis``.
@@ -60,21 +64,21 @@ class Runtime(ABC):
         n = self.mesh.size(axis)
         if n == 1:
             return _done(x)
-        return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), lambda y: own(y, n, self.coordinate[axis], take))
+        return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), lambda y: own(y, n, self.position(axis), take))
 
     def all_to_all_start(self, x: Tensor, axis: str, take: Place, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
             return _done(x)
         blocks = cut(widest(x, n, put), n, take).contiguous()
-        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.coordinate[axis], take))
+        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.position(axis), take))
 
     def bucket_start(
         self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[Place] = (), put: Sequence[Place] = (), reduce: str = "sum"
     ) -> list[Handle]:
         """One exchange for several tensors of one dtype, packed side by side. Place of each: ``take``, where it is cut
         (reduce_scatter, all_to_all), ``put``, where it is joined (all_gather, all_to_all)."""
-        n, i = self.mesh.size(axis), self.coordinate[axis]
+        n, i = self.mesh.size(axis), self.position(axis)
         if n == 1:
             return [_done(x) for x in xs]
         if put:
@@ -101,14 +105,14 @@ class Runtime(ABC):
     def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
         dim, outer, of, rest = _place(x, self.mesh.size(axis), take)
-        held = chunk(of, self.mesh.size(axis), self.coordinate[axis])
+        held = chunk(of, self.mesh.size(axis), self.position(axis))
         if outer == 1:
             return x.narrow(dim, held.start * rest, len(held) * rest)
         return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
 
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
-        return x if self.coordinate[axis] == 0 else torch.zeros_like(x)
+        return x if self.position(axis) == 0 else torch.zeros_like(x)
 
 
 class _Once:
