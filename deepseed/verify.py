@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -129,8 +129,9 @@ def verify(
 
 
 def _repeated(p: Program) -> float:
-    whole, local = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops), matmul_flops(p)
-    return max(0.0, 1 - whole / (local * p.mesh.ranks)) if local else 0.0
+    whole = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
+    done = sum(matmul_flops(replace(p, mesh=p.mesh.seen_from(p.mesh.coordinate(rank)))) for rank in range(p.mesh.ranks))
+    return max(0.0, 1 - whole / done) if done else 0.0
 
 
 def _blame(

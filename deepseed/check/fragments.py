@@ -93,13 +93,29 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
                 return None
             if first is None:
                 first = found, old.ops(), new.ops()
-        rest = (old.leaves ^ new.leaves if first is None else old.leaves | new.leaves) & place.keys()  # a leaf may be made of another
+        both = old.leaves | new.leaves
+        rest = (old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())) & place.keys()
         if not rest:
             break
         latest = max(rest, key=place.__getitem__)
         if not all([each.open(latest) for each in (old, new) if latest in each.leaves]):
             break
     return first or (why, old.ops(), new.ops())
+
+
+def _made_of(side: Numbering, n: int, others: set[int]) -> bool:
+    """Whether value ``n`` is computed from one of ``others``: then they cannot be drawn apart."""
+    seen, pending = set[int](), [n]
+    first = min(others, default=n)  # operands have smaller numbers than results
+    while pending:
+        made = side.made.get(pending.pop())
+        for m in made.operands if made is not None else ():
+            if m in others:
+                return True
+            if m not in seen and m > first:
+                seen.add(m)
+                pending.append(m)
+    return False
 
 
 def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
