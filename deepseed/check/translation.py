@@ -69,12 +69,12 @@ class Numbering:
 
     def name(self, names: Iterable[str], numbers: Iterable[int]) -> None:
         """Give each value its number."""
+        known, holders = self.numbers, self.holders
         for name, n in zip(names, numbers, strict=True):
-            old = self.numbers.get(name)
-            if old is not None:
-                self.holders[old] -= 1
-            self.numbers[name] = n
-            self.holders[n] = self.holders.get(n, 0) + 1
+            if name in known:
+                holders[known[name]] -= 1
+            known[name] = n
+            holders[n] = holders.get(n, 0) + 1
 
     def has(self, n: int) -> bool:
         """Whether a value of the program, as far as it is numbered, has number ``n``."""
