@@ -5,7 +5,9 @@ Flags change a pass's arguments (``arguments``), never the list. This is the onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -61,6 +63,20 @@ def arguments(
     return {"solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}}, "localize": {"coordinate": coordinate}}
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's search for reference cycles: programs have none, and each search would visit all that the process holds, so that
+    the time of a pass would grow with the square of a program's length."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
+
+
+@_no_collections()
 def run(
     p: Program,
     args: Mapping[str, Mapping[str, Any]],

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from deepseed.ir.layout import REPLICATED, Element, Layout, Split, valid
-from deepseed.ir.program import Input, Op, Output, Program, Ref, Type, params_only
+from deepseed.ir.program import Arg, Input, Op, Output, Program, Ref, Type, params_only
 from deepseed.rules import Strategy, candidates, cuts, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Solution, Use, solve
-from deepseed.solver.classes import Node, by_part, colours
+from deepseed.solver.classes import Graph, by_part, colours, parts
 from deepseed.solver.rounding import without_split_contractions
 
 Item = Input | Op | Output
 Move = Callable[[Element, Element], float | None]
+Value = tuple[int, int, list[tuple[int, int, int, str]]]  # producer, result, uses: user, whose choice counts (of a tied output: the input's), operand, kind
 Moves = Callable[[Type, Item, Item], Move]  # type of a value, its producer, its user -> cost of each reshard
 
 
@@ -47,10 +49,16 @@ class Assignment:
         self.has: list[list[Layout]] = [[REPLICATED] * len(results_of(item)) for item in self.items]
         self.outers = candidates(p)
         self.reports: list[AxisReport] = []
+        self.numbers: dict[Hashable, int] = {}  # of kinds of items
         self.stored = {(i.role, i.key): n for n, i in enumerate(p.inputs)}
         self.weights = params_only(p)
         self.updates = any(op.phase == "update" for op in p.ops)
+        self.tied = [self._tied(item) for item in self.items]
         self.upkeep = self._upkeep_of_parameters()
+        self.graph = Graph([tuple([self.where[r.name] for r in refs]) for refs in self.refs])
+        self.parts = parts(self.graph, self.upkeep, lambda i, r: self.p.types[results_of(self.items[i])[r]].numel > 1)
+        self.kinds = [self._kind(item) for item in self.items]
+        self.values = self._values()
 
     # the integer program of one axis ----------------------------------------------------------------------------------
 
@@ -62,7 +70,7 @@ class Assignment:
         moves: Moves,
         work: Callable[[int, Strategy], float],
     ) -> None:
-        classes, members = self._classes(part)
+        classes, members = self._classes()
         choices: list[Choice] = []
         for nodes in members:
             i = nodes[0]
@@ -73,24 +81,26 @@ class Assignment:
         flows = self._flows(classes, moves)
         solution = solve(choices, flows)
         self.reports.append(AxisReport(axis, part, len(choices), solution, choices, flows, classes))
-        for i in range(len(self.items)):
-            s = choices[classes[i]].strategies[solution.picks[classes[i]]]
-            if len(s.operands) == len(self.wants[i]):
-                self.wants[i] = [lay.with_(axis, e) for lay, e in zip(self.wants[i], s.operands, strict=True)]
-            self.has[i] = [lay.with_(axis, e) for lay, e in zip(self.has[i], s.results, strict=False)]  # an output has no results
+        for nodes, choice, pick in zip(members, choices, solution.picks, strict=True):  # nodes of one class have the same layouts so far
+            s, i = choice.strategies[pick], nodes[0]
+            wants, has = self.wants[i], [lay.with_(axis, e) for lay, e in zip(self.has[i], s.results, strict=False)]  # an output has no results
+            if len(s.operands) == len(wants):
+                wants = [lay.with_(axis, e) for lay, e in zip(wants, s.operands, strict=True)]
+            for i in nodes:
+                self.wants[i], self.has[i] = list(wants), list(has)
         for i, item in enumerate(self.items):  # what is stored comes back as it is stored; a gradient that is only shown, as it is
             if isinstance(item, Output):
-                source = self._tied(item)
+                source = self.tied[i]
                 if source is not None:
                     self.wants[i] = [self.has[source][0]]
                 elif item.role == "grad":
                     j, r = self.where[item.ref.name]
                     self.wants[i] = [self.has[j][r]]
 
-    def _classes(self, part: str) -> tuple[list[int], list[list[int]]]:
-        nodes = [Node(self._label(i, part), tuple(self.where[r.name] for r in self.refs[i]), len(self.has[i])) for i in range(len(self.items))]
+    def _classes(self) -> tuple[list[int], list[list[int]]]:
+        labels = [(kind, tuple(wants), tuple(has)) for kind, wants, has in zip(self.kinds, self.wants, self.has, strict=True)]
         heads = [i for i, item in enumerate(self.items) if isinstance(item, Input) and item.role == "param"]
-        classes = by_part(colours(nodes), nodes, self.upkeep, heads, lambda i, r: self.p.types[results_of(self.items[i])[r]].numel > 1)
+        classes = by_part(colours(self.graph, labels), self.parts, self.upkeep, heads)
         members: list[list[int]] = [[] for _ in range(max(classes) + 1)]
         for i, c in enumerate(classes):
             members[c].append(i)
@@ -111,41 +121,49 @@ class Assignment:
                 inside[i] = item.role in ("param", "state", "grad")
         return inside
 
-    def _label(self, i: int, part: str) -> Hashable:
-        item = self.items[i]
-        settled = (tuple(self.wants[i]), tuple(self.has[i]))
+    def _kind(self, item: Item) -> int:
+        """A number for what an item is, layouts aside."""
         if isinstance(item, Input):
-            return ("input", item.role, item.key if item.role == "batch" else "", item.type, settled, self.pinned.get((item.role, item.key)))
-        if isinstance(item, Output):
-            return ("output", item.role, settled, part)
-        plain = item.map_refs(lambda r: None)
-        kwargs = tuple((k, v) for k, v in plain.kwargs if k != "site")
-        return (item.target, plain.args, kwargs, item.types, item.phase == "update", settled)
+            label: Hashable = ("input", item.role, item.key if item.role == "batch" else "", item.type, self.pinned.get((item.role, item.key)))
+        elif isinstance(item, Output):
+            label = ("output", item.role)
+        else:
+            kwargs = tuple([(k, _without_refs(v)) for k, v in item.kwargs if k != "site"])
+            label = (item.target, _without_refs(item.args), kwargs, item.types, item.phase == "update")
+        return self.numbers.setdefault(label, len(self.numbers))
+
+    def _values(self) -> list[Value]:
+        """Every value that is used, with its uses; in the order of the first of them."""
+        users: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, reads in enumerate(self.graph.operands):
+            for k, value in enumerate(reads):
+                users.setdefault(value, []).append((i, k))
+        found: list[Value] = []
+        for (source, result), who in users.items():
+            weight = results_of(self.items[source])[result] in self.weights
+            uses = []
+            for i, k in who:
+                user, tied = self.items[i], self.tied[i]
+                kind = "output" if isinstance(user, Output) else user.phase if weight and isinstance(user, Op) else "once"
+                uses.append((i, i if tied is None else tied, k, kind))
+            found.append((source, result, uses))
+        return found
 
     def _flows(self, classes: list[int], moves: Moves) -> list[Flow]:
         """One flow a class of values: same producer class, same set of uses."""
-        users: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, refs in enumerate(self.refs):
-            for k, ref in enumerate(refs):
-                users.setdefault(self.where[ref.name], []).append((i, k))
         flows: dict[Hashable, Flow] = {}
-        for (source, result), who in users.items():
-            item = self.items[source]
-            weight = results_of(item)[result] in self.weights
-            t = self._type(source, result)
-            uses: dict[tuple[int, int, str], Use] = {}
-            for i, k in who:
-                user = self.items[i]
-                tied = self._tied(user)
-                share = f"output {tied}" if isinstance(user, Output) else user.phase if weight and isinstance(user, Op) else "once"
-                target = (classes[i if tied is None else tied], k, share)
-                if target not in uses:
-                    uses[target] = Use(*target, moves(t, item, user))
-            key = (classes[source], result, frozenset((u, k, s if not s.startswith("output") else "output") for u, k, s in uses))
+        for source, result, who in self.values:
+            key = (classes[source], result, frozenset([(classes[j], k, kind) for _, j, k, kind in who]))
             if key in flows:
                 flows[key].count += 1
-            else:
-                flows[key] = Flow(classes[source], result, tuple(uses.values()))
+                continue
+            t = self._type(source, result)
+            uses: dict[tuple[int, int, str], Use] = {}
+            for i, j, k, kind in who:
+                target = (classes[j], k, f"output {self.tied[i]}" if kind == "output" else kind)
+                if target not in uses:
+                    uses[target] = Use(*target, moves(t, self.items[source], self.items[i]))
+            flows[key] = Flow(classes[source], result, tuple(uses.values()))
         return list(flows.values())
 
     # strategies ------------------------------------------------------------------------------------------------------
@@ -209,19 +227,27 @@ class Assignment:
 
     def _program(self) -> Program:
         layouts = {name: self.has[i][r] for name, (i, r) in self.where.items()}
+        laid = lru_cache(maxsize=None)(Type.laid)  # equal layers share their types
 
         def use(i: int, refs: Sequence[Ref]) -> list[Ref]:
             return [Ref(r.name, None if w == layouts[r.name] else w) for r, w in zip(refs, self.wants[i], strict=True)]
 
         n = len(self.p.inputs)
-        inputs = tuple(replace(item, type=item.type.laid(self.has[i][0])) for i, item in enumerate(self.p.inputs))
+        inputs = tuple(replace(item, type=laid(item.type, self.has[i][0])) for i, item in enumerate(self.p.inputs))
         ops = []
         for i, op in enumerate(self.p.ops, n):
-            refs = iter(use(i, self.refs[i]))
-            laid = tuple(t.laid(lay) for t, lay in zip(op.types, self.has[i], strict=True))
-            ops.append(replace(op.map_refs(lambda r: next(refs)), types=laid))  # noqa: B023
+            refs = use(i, self.refs[i])
+            types = tuple([laid(t, lay) for t, lay in zip(op.types, self.has[i], strict=True)])
+            if any(r.want is not None for r in (*refs, *self.refs[i])):
+                given = iter(refs)
+                op = op.map_refs(lambda r: next(given))  # noqa: B023
+            ops.append(replace(op, types=types))
         outputs = tuple(replace(o, ref=use(i, [o.ref])[0]) for i, o in enumerate(self.p.outputs, n + len(ops)))
         return replace(self.p, inputs=inputs, ops=tuple(ops), outputs=outputs)
+
+
+def _without_refs(arg: Arg) -> Arg:
+    return None if isinstance(arg, Ref) else tuple([_without_refs(a) for a in arg]) if isinstance(arg, tuple) else arg
 
 
 def same(element: Element) -> Strategy:

@@ -48,14 +48,18 @@ class Fragment:
         self.leaves.update(m for m in made.operands if m not in self.opened)
         return True
 
-    def close_over(self, shared: set[int]) -> None:
-        """Open what the other program does not have, and constants."""
+    def close_over(self, other: Numbering, but: int | None = None) -> None:
+        """Open what the other program does not have (``but`` counts as such), and constants."""
         constant = self.side.table.constant
-        pending = [n for n in self.leaves if n not in shared or n in constant]
+
+        def due(n: int) -> bool:
+            return n == but or n in constant or not other.has(n)
+
+        pending = [n for n in self.leaves if due(n)]
         while pending and len(self.opened) <= MOST_OPS:
             n = pending.pop()
             if n in self.leaves and self.open(n):
-                pending += [m for m in self.opened[n].operands if m in self.leaves and (m not in shared or m in constant)]
+                pending += [m for m in self.opened[n].operands if m in self.leaves and due(m)]
 
     def order(self) -> list[int]:
         """Opened values, operands first."""
@@ -78,15 +82,14 @@ class Fragment:
 def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tuple[str, list[Op], list[Op]] | None:
     """None where value ``was`` before is value ``now`` after; else why not, and the ops of both expressions."""
     old, new = Fragment(before, was, leaves={was}), Fragment(after, now, leaves={now})
-    known_before, known_after = set(before.numbers.values()), set(after.numbers.values()) - {now}
     old.open(was)  # an input stays a leaf: what does nothing to it is dropped
     new.open(now)
-    place = {n: k for k, n in enumerate(before.made)}
+    place = before.order
     why = "the expressions have no operands in common"
     first: tuple[str, list[Op], list[Op]] | None = None
     while len(old.opened) + len(new.opened) <= MOST_OPS:
-        old.close_over(known_after)
-        new.close_over(known_before)
+        old.close_over(after, now)
+        new.close_over(before)
         if old.leaves <= new.leaves or new.leaves <= old.leaves:
             found = _compared(old, new, first is not None)
             if found is None:
@@ -94,7 +97,7 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
             if first is None:
                 first = found, old.ops(), new.ops()
         both = old.leaves | new.leaves
-        rest = (old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())) & place.keys()
+        rest = {n for n in old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set()) if n in place}
         if not rest:
             break
         latest = max(rest, key=place.__getitem__)

@@ -252,8 +252,12 @@ def source_hash() -> str:
 
 
 def _file(cache_dir: Path | str | None) -> Path:
-    base = cache_dir or os.environ.get("DEEPSEED_CACHE_DIR") or Path.home() / ".cache" / "deepseed"
-    return Path(base) / f"instances-{source_hash()}.txt"
+    return _named(str(cache_dir or os.environ.get("DEEPSEED_CACHE_DIR") or ""), source_hash())
+
+
+@lru_cache
+def _named(base: str, source: str) -> Path:
+    return (Path(base) if base else Path.home() / ".cache" / "deepseed") / f"instances-{source}.txt"
 
 
 def _known(file: Path) -> set[str]:

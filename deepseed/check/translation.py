@@ -9,8 +9,9 @@ wrong decomposition is named where it stands. What one rank runs is compared wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from deepseed.check.typing import MOVES, describe, nameless, operand_types
 from deepseed.ir.program import Arg, Op, Program, Ref
@@ -64,6 +65,25 @@ class Numbering:
     numbers: dict[str, int] = field(default_factory=dict)  # by value name; what was written into has its new one
     reads: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by op name: its operands
     made: dict[int, Made] = field(default_factory=dict)
+    holders: dict[int, int] = field(default_factory=dict)  # by number: how many names have it
+
+    def name(self, names: Iterable[str], numbers: Iterable[int]) -> None:
+        """Give each value its number."""
+        known, holders = self.numbers, self.holders
+        for name, n in zip(names, numbers, strict=True):
+            if name in known:
+                holders[known[name]] -= 1
+            known[name] = n
+            holders[n] = holders.get(n, 0) + 1
+
+    def has(self, n: int) -> bool:
+        """Whether a value of the program, as far as it is numbered, has number ``n``."""
+        return self.holders.get(n, 0) > 0
+
+    @cached_property
+    def order(self) -> Mapping[int, int]:
+        """The place of each made number among them, once the program is numbered to its end."""
+        return {n: k for k, n in enumerate(self.made)}
 
     @property
     def outputs(self) -> dict[tuple[str, str], int]:
@@ -101,8 +121,9 @@ def follow(before: Numbering, after: Program) -> Numbering:
             continue
         old = producers.get(op.results[0])
         if old is not None and before.reads[old.results[0]] == reads and _same(old, op):
-            for k, r in enumerate(op.results):
-                out.numbers[r] = n = numbers[r]
+            same = [numbers[r] for r in op.results]
+            out.name(op.results, same)
+            for k, n in enumerate(same):
                 out.made.setdefault(n, Made(op, k, reads))
             continue
         first = _lookup(out, op)
@@ -111,7 +132,7 @@ def follow(before: Numbering, after: Program) -> Numbering:
             was = numbers.get(r)
             if was is not None and was != first + k and before.table.types[was] == (t.dtype, t.shape):
                 _prove(before, out, was, first + k, op)
-                out.numbers[r] = was
+                out.name((r,), (was,))
                 out.made.setdefault(was, out.made[first + k])
     want, have = before.outputs, out.outputs
     for role, key in [*want, *(k for k in have if k not in want)]:
@@ -156,7 +177,7 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
 def _inputs(out: Numbering) -> None:
     for i in out.program.inputs:
         t = (i.type.dtype, i.type.shape)
-        out.numbers[i.name] = out.table.number(("input", i.role, i.key, t), [t], False)
+        out.name((i.name,), (out.table.number(("input", i.role, i.key, t), [t], False),))
 
 
 def _read(out: Numbering, op: Op) -> tuple[int, ...]:
@@ -165,7 +186,7 @@ def _read(out: Numbering, op: Op) -> tuple[int, ...]:
     reads = tuple([numbers[r.name] for r in op.refs])
     out.reads[op.results[0]] = reads
     if op.target in IDENTITY:
-        numbers.update(zip(op.results, reads, strict=True))
+        out.name(op.results, reads)
     return reads
 
 
@@ -197,15 +218,15 @@ def _lookup(out: Numbering, op: Op) -> int:
 
 def _define(out: Numbering, op: Op, first: int) -> None:
     reads = out.reads[op.results[0]]
-    for k, r in enumerate(op.results):
-        out.numbers[r] = first + k
+    out.name(op.results, range(first, first + len(op.results)))
+    for k in range(len(op.results)):
         out.made.setdefault(first + k, Made(op, k, reads))
     positions, given = WRITES.get(op.target, ((), 0))
     for i in positions if positions and op.args[given] else ():
         if i < len(op.refs) and op.args[i] is op.refs[i]:
             t = out.table.types[reads[i]]
             new = out.table.number(("written", first, i), [t], False)
-            out.numbers[op.refs[i].name] = new
+            out.name((op.refs[i].name,), (new,))
             out.made[new] = Made(op, -1 - i, reads)
 
 

@@ -63,12 +63,13 @@ def _check_keys(p: Program) -> None:
 
 def operand_types(p: Program, op: Op) -> tuple[Type, ...]:
     """The types of an op's operands, in the layouts that it wants."""
-    return tuple(p.types[r.name] if r.want is None else p.types[r.name].laid(r.want) for r in op.refs)
+    types = p.types
+    return tuple([types[r.name] if r.want is None else types[r.name].laid(r.want) for r in op.refs])
 
 
 def instance_key(op: Op, operands: Sequence[Type]) -> tuple[object, ...]:
     """Equal for ops that differ in names, module path and site only."""
-    return op.target, nameless(op.args), tuple((k, nameless(v)) for k, v in op.kwargs if k != "site"), tuple(operands), op.types
+    return *op.form, tuple(operands), op.types
 
 
 def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:

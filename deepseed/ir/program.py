@@ -101,6 +101,11 @@ class Op:
         """All uses in order, keyword arguments and lists included, repeats kept."""
         return tuple(_refs(self.args)) + tuple(_refs(tuple(v for _, v in self.kwargs)))
 
+    @cached_property
+    def form(self) -> tuple[str, tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
+        """Target, arguments and keyword arguments with the values' names, the layouts wanted and the site left out."""
+        return self.target, _nameless(self.args), tuple([(k, _nameless((v,))[0]) for k, v in self.kwargs if k != "site"])
+
     def map_refs(self, f: Callable[[Ref], Arg]) -> Op:
         """The same op with each use replaced, in the order of ``refs``."""
         args = tuple(_map(a, f) for a in self.args)
@@ -230,6 +235,13 @@ def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:
             yield a
         elif isinstance(a, tuple):
             yield from _refs(a)
+
+
+_ANY = Ref("")
+
+
+def _nameless(args: tuple[Arg, ...]) -> tuple[Arg, ...]:
+    return tuple([_ANY if isinstance(a, Ref) else _nameless(a) if isinstance(a, tuple) else a for a in args])
 
 
 def _map(arg: Arg, f: Callable[[Ref], Arg]) -> Arg:

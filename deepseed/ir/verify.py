@@ -17,27 +17,27 @@ from deepseed.ir.program import INPUT_ROLES, ITEMSIZE, OUTPUT_ROLES, PHASES, Op,
 def verify(p: Program) -> Program:
     """``p`` itself; raises ProgramError with the op's name, path and the numbers that disagree."""
     defined: dict[str, Type] = {}
+    fitting: set[Type] = set()  # types that were found well formed
     pending: set[str] = set()
     for i in p.inputs:
-        _define(p, defined, i.name, i.type, f"input {i.role} {i.key!r}")
+        _define(p, defined, i.name, i.type, f"input {i.role} {i.key!r}", fitting)
         if i.role not in INPUT_ROLES:
             raise ProgramError(f"%{i.name}: unknown role {i.role!r}")
     for op in p.ops:
-        where = _where(op)
         if op.phase not in PHASES:
-            raise ProgramError(f"{where}: unknown phase {op.phase!r}")
+            raise ProgramError(f"{_where(op)}: unknown phase {op.phase!r}")
         if len(op.results) != len(op.types) or not op.results:
-            raise ProgramError(f"{where}: {len(op.results)} results but {len(op.types)} types")
+            raise ProgramError(f"{_where(op)}: {len(op.results)} results but {len(op.types)} types")
         for ref in op.refs:
-            _use(p, defined, ref, where)
+            _use(p, defined, ref, op)
             if ref.name in pending and op.target != "wait":
-                raise ProgramError(f"{where}: uses %{ref.name}, a collective that was started but not waited for")
+                raise ProgramError(f"{_where(op)}: uses %{ref.name}, a collective that was started but not waited for")
             if ref.name not in pending and op.target == "wait":
-                raise ProgramError(f"{where}: waits for %{ref.name}, which is no collective that was started")
+                raise ProgramError(f"{_where(op)}: waits for %{ref.name}, which is no collective that was started")
         if "lowered" in p.facts and op.target == "reshard":
-            raise ProgramError(f"{where}: a reshard in a lowered program")
+            raise ProgramError(f"{_where(op)}: a reshard in a lowered program")
         for name, type_ in zip(op.results, op.types, strict=True):
-            _define(p, defined, name, type_, where)
+            _define(p, defined, name, type_, op, fitting)
             if op.target.endswith(".start"):
                 pending.add(name)
     inputs = {(i.role, i.key): i for i in p.inputs}
@@ -62,29 +62,33 @@ def verify(p: Program) -> Program:
     return p
 
 
-def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: str) -> None:
+def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type]) -> None:
     if name in defined:
-        raise ProgramError(f"{where}: %{name} is defined twice")
-    if t.dtype not in ITEMSIZE:
-        raise ProgramError(f"{where}: %{name} has unknown dtype {t.dtype!r}")
-    try:
-        check(t.shape, t.layout, p.mesh)
-    except LayoutError as error:
-        raise ProgramError(f"{where}: %{name}: {error}") from None
+        raise ProgramError(f"{_where(where)}: %{name} is defined twice")
+    if t not in fitting:
+        if t.dtype not in ITEMSIZE:
+            raise ProgramError(f"{_where(where)}: %{name} has unknown dtype {t.dtype!r}")
+        try:
+            check(t.shape, t.layout, p.mesh)
+        except LayoutError as error:
+            raise ProgramError(f"{_where(where)}: %{name}: {error}") from None
+        fitting.add(t)
     defined[name] = t
 
 
-def _use(p: Program, defined: dict[str, Type], ref: Ref, where: str) -> None:
+def _use(p: Program, defined: dict[str, Type], ref: Ref, where: Op | str) -> None:
     if ref.name not in defined:
-        raise ProgramError(f"{where}: uses %{ref.name} before its definition")
+        raise ProgramError(f"{_where(where)}: uses %{ref.name} before its definition")
     if ref.want is not None:
         if "explicit" in p.facts:
-            raise ProgramError(f"{where}: wants %{ref.name} in another layout than it has, in an explicit program")
+            raise ProgramError(f"{_where(where)}: wants %{ref.name} in another layout than it has, in an explicit program")
         try:
             check(defined[ref.name].shape, ref.want, p.mesh)
         except LayoutError as error:
-            raise ProgramError(f"{where}: wants %{ref.name}: {error}") from None
+            raise ProgramError(f"{_where(where)}: wants %{ref.name}: {error}") from None
 
 
-def _where(op: Op) -> str:
+def _where(op: Op | str) -> str:
+    if isinstance(op, str):
+        return op
     return f"{', '.join(f'%{r}' for r in op.results) or 'no result'} = {op.target}" + (f" at {op.path}" if op.path else "") + (f" ({op.line})" if op.line else "")

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, chunk, valid
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Arg, Op, Ref, Type
+from deepseed.ir.program import Op, Type
 from deepseed.rules.owned import settle
 from deepseed.rules.signature import Call, Place, RuleError, Signature, build
 from deepseed.rules.table import rule_of
@@ -24,11 +24,9 @@ def signature(op: Op, operand_types: Sequence[Type]) -> Signature | None:
 
     Layouts play no part. Remembered by target, arguments, shapes and dtypes. Raises RuleError where shapes do not fit the rule."""
     key = (
-        op.target,
-        _stripped(op.args),
-        tuple((k, _stripped(v)) for k, v in op.kwargs if k != "site"),
-        tuple((t.dtype, t.shape) for t in operand_types),
-        tuple((t.dtype, t.shape) for t in op.types),
+        op.form,
+        tuple([(t.dtype, t.shape) for t in operand_types]),
+        tuple([(t.dtype, t.shape) for t in op.types]),
     )
     try:
         return _signatures[key]
@@ -37,17 +35,6 @@ def signature(op: Op, operand_types: Sequence[Type]) -> Signature | None:
         found = None if rule is None else build(Call(op, tuple(operand_types)), rule)
         _signatures[key] = found
         return found
-
-
-_ANY = Ref("")
-
-
-def _stripped(arg: Arg) -> Arg:
-    if isinstance(arg, Ref):
-        return _ANY
-    if isinstance(arg, tuple):
-        return tuple(_stripped(a) for a in arg)
-    return arg
 
 
 @dataclass(frozen=True)

@@ -8,49 +8,44 @@ so the program's size does not grow with depth.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 
 RADIUS = 4
 
 
-@dataclass
-class Node:
-    """One input, op or output: its own label, the (node, result) pairs that it reads, and how many results it has."""
+class Graph:
+    """Who reads whom: of every node (input, op or output) the (node, result) pairs that it reads, in order."""
 
-    label: Hashable
-    operands: tuple[tuple[int, int], ...]
-    results: int
+    def __init__(self, operands: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.operands = operands
+        self.results = 1 + max((result for reads in operands for _, result in reads), default=0)
+        self.places = self.results * max((len(reads) for reads in operands), default=1)
+        self.uses: list[list[tuple[int, int]]] = [[] for _ in operands]  # of each node: its users, and by which operand they read which result
+        for user, reads in enumerate(operands):
+            for operand, (source, result) in enumerate(reads):
+                self.uses[source].append((user, operand * self.results + result))
 
 
-def colours(nodes: Sequence[Node], radius: int = RADIUS) -> list[int]:
-    """One class number a node."""
-    uses: list[list[tuple[int, int, int]]] = [[] for _ in nodes]  # (result, user, operand)
-    for user, node in enumerate(nodes):
-        for operand, (source, result) in enumerate(node.operands):
-            uses[source].append((result, user, operand))
-    current = _number([node.label for node in nodes])
+def colours(graph: Graph, labels: Sequence[Hashable], radius: int = RADIUS) -> list[int]:
+    """One class number a node, in the order in which classes occur; ``labels``: of each node by itself."""
+    current = _number(labels)
     for _ in range(radius):
-        current = _number(
+        made, used = [c * graph.results for c in current], [c * graph.places for c in current]
+        finer = _number(
             [
-                (
-                    current[i],
-                    tuple((current[source], result) for source, result in node.operands),
-                    tuple(sorted({(result, current[user], operand) for result, user, operand in uses[i]})),
-                )
-                for i, node in enumerate(nodes)
+                (c, tuple([made[source] + result for source, result in reads]), frozenset([used[user] + place for user, place in uses]))
+                for c, reads, uses in zip(current, graph.operands, graph.uses, strict=True)
             ]
         )
+        if finer == current:  # and so it would stay
+            break
+        current = finer
     return current
 
 
-def by_part(
-    classes: Sequence[int], nodes: Sequence[Node], inside: Sequence[bool], heads: Iterable[int], links: Callable[[int, int], bool]
-) -> list[int]:
-    """Finer classes. Nodes that are ``inside`` and hang together through values (node, result) that link are one part, such as
-    the update of one parameter; nodes of one class stay together only where the heads of their parts are of the same classes.
-
-    A long chain of equal updates would otherwise tie parameters of equal shape to one layout: its middle sees neither end."""
-    parent = list(range(len(nodes)))
+def parts(graph: Graph, inside: Sequence[bool], links: Callable[[int, int], bool]) -> list[int]:
+    """The part of each node, as the number of one of its nodes: those that are ``inside`` and hang together through values
+    (node, result) that link, such as the update of one parameter; any other node is a part by itself."""
+    parent = list(range(len(graph.operands)))
 
     def part(i: int) -> int:
         while parent[i] != i:
@@ -58,14 +53,23 @@ def by_part(
             i = parent[i]
         return i
 
-    for i, node in enumerate(nodes):
-        for source, result in node.operands:
-            if inside[i] and inside[source] and links(source, result):
+    for i, reads in enumerate(graph.operands):
+        for source, result in reads if inside[i] else ():
+            if inside[source] and links(source, result):
                 parent[part(i)] = part(source)
+    return [part(i) for i in range(len(parent))]
+
+
+def by_part(classes: Sequence[int], of: Sequence[int], inside: Sequence[bool], heads: Iterable[int]) -> list[int]:
+    """Finer classes: nodes of one class stay together only where the heads of their parts (``of``) are of the same classes.
+
+    A long chain of equal updates would otherwise tie parameters of equal shape to one layout: its middle sees neither end."""
     found: dict[int, set[int]] = {}
     for head in heads:
-        found.setdefault(part(head), set()).add(classes[head])
-    return _number([(c, frozenset(found.get(part(i), ())) if inside[i] else None) for i, c in enumerate(classes)])
+        found.setdefault(of[head], set()).add(classes[head])
+    same = {part: frozenset(of_heads) for part, of_heads in found.items()}
+    none = frozenset[int]()
+    return _number([(c, same.get(part, none) if within else None) for c, part, within in zip(classes, of, inside, strict=True)])
 
 
 def _number(labels: Sequence[Hashable]) -> list[int]:
