@@ -86,7 +86,8 @@ def run(
     on_pass: Callable[[Passed], None] | None = None,
 ) -> list[Passed]:
     """The program after each pass. With ``check``, every result is verified and typed, every value is the one that it was before the
-    pass, and what is lowered is also checked instance by instance (deepseed.check)."""
+    pass, and the last program, if it is lowered, is also checked instance by instance (deepseed.check): it is the one that runs. Where
+    that fails, the first pass whose program fails is named."""
     done: list[Passed] = []
     began = perf_counter()
     numbering = number(p) if check and passes and "local" not in passes[0].provides else None
@@ -97,7 +98,12 @@ def run(
         finished = perf_counter()
         instances = 0
         if check:
-            instances = check_program(p, each.name)
+            try:
+                instances = check_program(p, each.name, execute=each is passes[-1])
+            except CheckError:
+                for earlier in done:
+                    check_program(earlier.program, earlier.name)
+                raise
             numbering = check_translation(before, p, each.name, numbering, args.get(each.name, {}))
         done.append(Passed(each.name, p, finished - started, perf_counter() - finished + first, instances))
         first = 0.0
@@ -120,14 +126,15 @@ def check_translation(
         raise CheckError(f"after pass {after}: {error}") from error
 
 
-def check_program(p: Program, after: str) -> int:
-    """Verify, type and (when lowered) execute every distinct instance; the number of instances. Raises CheckError naming ``after``."""
+def check_program(p: Program, after: str, execute: bool = True) -> int:
+    """Verify, type and (when lowered, with ``execute``) run every distinct instance; the number of instances. Raises CheckError naming
+    ``after``."""
     try:
         verify(p)
         if "local" in p.facts:
             return 0  # arguments are one rank's now; the instances before were executed as each rank executes them
         if "placed" in p.facts:
             check_types(p)
-        return check_instances(p) if "lowered" in p.facts else 0
+        return check_instances(p) if execute and "lowered" in p.facts else 0
     except ValueError as error:
         raise CheckError(f"after pass {after}: {error}") from error
