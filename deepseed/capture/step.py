@@ -133,7 +133,9 @@ def capture(
         updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
         for name, grad in gradients.items():
             if name in group_of:
-                new, states = updates.update(name, parameters[name], group_of[name], named["param", name], grad)
+                written = named["param", name]  # by forward, or as it came in
+                start = written if isinstance(written, Ref) else refs["param", name]
+                new, states = updates.update(name, parameters[name], group_of[name], start, grad)
                 outputs.append(Output(new, "param", name))
                 outputs += [Output(ref, "state", key) for key, ref in states.items()]
         moved = updates.moved
