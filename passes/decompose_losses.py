@@ -130,8 +130,11 @@ def _bce(g: Group, x: Ref, target: Ref) -> Ref:
     return _weighted(g, 2, g.sub(miss, g.mul(target, log(g.log(x)))))
 
 
+BCE_EPSILON = 9.999999960041972e-13  # the kernel's 1e-12 is a float32 whatever the operands are
+
+
 def _bce_slope(g: Group, x: Ref, target: Ref) -> Ref:
-    spread = g.pointwise("clamp_min", g.mul(g.pointwise("rsub.Scalar", x, 1), x), 1e-12)
+    spread = g.pointwise("clamp_min", g.mul(g.pointwise("rsub.Scalar", x, 1), x), BCE_EPSILON)
     return _weighted(g, 3, g.div(g.sub(x, target), spread))
 
 

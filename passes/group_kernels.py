@@ -195,7 +195,7 @@ def _scale_in_update(p: Program) -> Program:
     order = {op.name: n for n, op in enumerate(p.ops)}
     scaled = {
         op.name: op for op in p.ops
-        if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and p.uses[op.name] and all(_updates(u) for u in p.uses[op.name])
+        if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and len(p.uses[op.name]) == 1 and _updates(p.uses[op.name][0])
         and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and _last_read_by(p, op, order)
     }  # fmt: skip
     out = Builder(p)
@@ -214,12 +214,13 @@ def _updates(user: object) -> bool:
 
 
 def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
-    """Whether the gradient's memory may be overwritten: it is a collective's or a matmul's own result, and nothing reads it later."""
+    """Whether the gradient's memory may be overwritten: it is a collective's or a matmul's own result, nothing reads it later, and
+    it is no other parameter's gradient too."""
     g = scaling.refs[0].name
     made = p.producers.get(g)
     if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum"):
         return False
-    return all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
+    return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 
 def _gather_updates(p: Program) -> Program:

@@ -105,7 +105,22 @@ def sym(h: Tensor) -> Tensor:
 
 IMAGE, ROWS, VOLUME, PLANE = (4, 8, 8), (6, 8), (2, 4, 4, 4), (8,)
 
+def created(h: Tensor) -> Tensor:
+    """Floats of the default dtype and of a named one, multiplied."""
+    onehot = F.one_hot(ids(h, 5, 6), 5).float()
+    return (onehot @ torch.ones(5, 8)) * h.float() + torch.zeros(8, dtype=torch.float32)
+
+
+def drawn(h: Tensor) -> list[Tensor]:
+    """Distributions validate their arguments by default."""
+    one = torch.distributions.Normal(h, F.softplus(h) + 0.1)
+    which = torch.distributions.Categorical(logits=h)
+    return [one.rsample(), torch.distributions.kl_divergence(one, torch.distributions.Normal(0.0, 1.0)), which.entropy(), which.log_prob(ids(h, 8, 6))]
+
+
 CASES: dict[str, Case] = {
+    "created floats": (ROWS, created),
+    "distributions validated": (ROWS, drawn),
     # convolutions
     "conv1d": ((4, 10), Made(lambda: nn.Conv1d(4, 6, 3, padding=1))),
     "conv2d": (IMAGE, Made(lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1))),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from breadth import CASES, REFUSED, Around, model, several
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import deepseed
 from deepseed.capture import CaptureError, capture
@@ -144,3 +145,44 @@ def test_an_encoder_layer_in_evaluation_is_taken_apart() -> None:
     p = capture(layer, (torch.randn(4, 6, 8),), want="forward").program
     assert not [op.target for op in p.ops if "encoder_layer" in op.target]
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+FIRST = {
+    "batch_norm1d": lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)),
+    "group_norm": lambda: nn.Sequential(nn.Unflatten(1, (4, 2)), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(8, 2)),
+    "grid_sample": lambda: Sampled(),
+}  # fmt: skip
+
+
+class Sampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.grid_sample(x.reshape(-1, 1, 2, 4), torch.tanh(self.grid(x)).reshape(-1, 2, 2, 2), align_corners=False)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_what_comes_first_has_no_gradient_of_its_input(name: str) -> None:
+    torch.manual_seed(0)
+    report = verify(FIRST[name](), {"x": torch.randn(6, 8)}, "zero3", world_size=2, loss_fn=lambda m, b: m(b["x"]).square().mean(), steps=2)
+    assert report.ok, report
+
+
+class Shared(nn.Module):
+    """Both biases have the very same gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.binary_cross_entropy((self.one(x) + self.other(x)).sigmoid(), x[:, :1].sigmoid(), reduction="sum")
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero1"])
+def test_parameters_that_share_a_gradient(plan: str) -> None:
+    torch.manual_seed(0)
+    report = verify(Shared(), {"x": torch.randn(6, 8)}, plan, world_size=2, steps=2)
+    assert report.ok, report

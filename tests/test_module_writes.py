@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import deepseed
 from deepseed.build import CompileError
+from deepseed.capture import CaptureError
+from deepseed.verify import verify
 
 BATCH = {"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), "y": torch.arange(8)}
 
@@ -69,3 +71,33 @@ def test_small_gradients_are_scattered_too(plan: str) -> None:
     step(torch.randn(8, 64))
     whole = sum(p.numel() * p.itemsize for p in model.parameters())
     assert step.explain().ranks[0].grad_bytes == whole // 2
+
+
+class Momentum(nn.Module):
+    """A frozen target that follows the trained layer, and a trained weight that is kept small: both are written in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target, self.head = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for old, new in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                old.mul_(0.9).add_(new, alpha=0.1)
+            self.head.weight.clamp_(-0.2, 0.2)
+        self.head.bias.data.mul_(0.5)
+        return F.mse_loss(self.head(self.online(x)), self.target(x))
+
+
+@pytest.mark.parametrize("plan", ["zero1", "zero3"])
+def test_forward_writes_into_parameters(plan: str) -> None:
+    torch.manual_seed(0)
+    report = verify(Momentum(), {"x": torch.randn(4, 8)}, plan, world_size=2)
+    assert report.ok, report
+
+
+def test_forward_writes_into_a_parameter_computed_in_another_dtype() -> None:
+    model = Momentum()
+    step = deepseed.compile(model, "zero0+bf16", optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(CaptureError, match=r"forward writes into parameter '\w+\.\w+', which is computed in bf16"):
+        step({"x": torch.randn(4, 8)})

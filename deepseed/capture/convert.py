@@ -188,6 +188,9 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
     packet = target.overloadpacket.__name__
     name = f"{target.namespace}.{packet}" + ("" if target._overloadname == "default" else f".{target._overloadname}")
     values = list(val) if isinstance(val, (tuple, list)) else [val]
+    mask = given.get("output_mask")  # shape functions give some gradients that were not asked for; kernels never do
+    if isinstance(mask, (tuple, list)) and len(mask) == len(values):
+        values = [v if wanted else None for v, wanted in zip(values, mask, strict=True)]
     if not any(isinstance(v, Tensor) for v in values):
         raise CaptureError(f"{target} gives no tensor", path=emit.where.path, line=emit.where.line)
     types = [type_of(v) for v in values if isinstance(v, Tensor)]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseed.capture.metadata import Tracker
 from deepseed.capture.random import Draw, draw
 from deepseed.capture.switches import switched
+from deepseed.capture.trace import wide_default, widened
 
 
 class _Eager(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,7 +32,7 @@ class _Eager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self.tracker.here()  # records which module call an autograd node belongs to
         if self.widen:
-            args, kwargs = _wide(func, args, kwargs)
+            args, kwargs = widened(args, kwargs)
         if self.draws is not None:
             drawn = draw(func, self.draws, args, kwargs)
             if drawn is not NotImplemented:
@@ -50,19 +51,5 @@ def eager_reference(model: nn.Module, *, rng: Tensor | None = None, widen: bool 
     tracker = Tracker(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     draws = None if rng is None else Draw(rng.to(device), tracker)
-    default = torch.get_default_dtype()
-    with switched(model), tracker.on(), _Eager(tracker, draws, widen):
-        if widen and default is torch.float32:
-            torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
-
-
-def _wide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Narrower floats that are asked for become float64."""
-    change = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64, torch.complex64: torch.complex128}
-    new = tuple(change.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-    named = {k: change.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
-    return new, named
+    with switched(model), tracker.on(), _Eager(tracker, draws, widen), wide_default(widen):
+        yield

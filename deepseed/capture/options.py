@@ -5,7 +5,7 @@ Groups are counted over all optimizers of the step: with ``[muon, adamw]`` and o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Number:
 
 def listed(optimizers: Optimizers) -> tuple[Optimizer, ...]:
     """One optimizer, several or none, as a tuple."""
-    return () if optimizers is None else (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    return () if optimizers is None else tuple(optimizers) if isinstance(optimizers, Iterable) else (optimizers,)
 
 
 def all_groups(optimizers: Optimizers) -> list[tuple[Optimizer, dict[str, Any]]]:

@@ -87,7 +87,7 @@ def capture(
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
-    what the optimizer creates is float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
+    floats that the model, the loss or the optimizer creates, or casts to, are float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
     gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
@@ -104,9 +104,9 @@ def capture(
     if hooked:
         raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
     group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
-    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute)
+    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide)
     if traced.python.writes:
-        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute).python)
+        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide).python)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -133,12 +133,17 @@ def capture(
         updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
         for name, grad in gradients.items():
             if name in group_of:
-                new, states = updates.update(name, parameters[name], group_of[name], refs["param", name], grad)
+                written = named["param", name]  # by forward, or as it came in
+                start = written if isinstance(written, Ref) else refs["param", name]
+                new, states = updates.update(name, parameters[name], group_of[name], start, grad)
                 outputs.append(Output(new, "param", name))
                 outputs += [Output(ref, "state", key) for key, ref in states.items()]
         moved = updates.moved
         options = fixed_options(optimizer, moved)
-    outputs += [Output(v, "buffer", key) for (role, key), v in named.items() if role == "buffer" and isinstance(v, Ref) and v != refs["buffer", key]]
+    updated = {o.key for o in outputs if o.role == "param"}
+    for (role, key), v in named.items():  # what forward wrote into; a parameter is updated from there
+        if isinstance(v, Ref) and (role == "buffer" or (role == "param" and key not in updated)) and v != refs[role, key]:
+            outputs.append(Output(v, role, key))
     whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
     ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
@@ -166,6 +171,7 @@ class _Traced:
         parameters: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
         compute: torch.dtype | None,
+        wide: bool,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.names: list[tuple[str, str]] = []
@@ -201,7 +207,11 @@ class _Traced:
                     wanted = [given["param", key] for key in trainable]
                     got = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
                     found |= {("grad", key): g for key, g in zip(trainable, got, strict=True)}
-            found |= {("buffer", key): swapped[key] for key in buffers}
+            lost = next((key for key in parameters if swapped[key] is not given["param", key] and swapped[key]._version), None)
+            if lost is not None:
+                raise CaptureError(f"forward writes into parameter {lost!r}, which is computed in {DTYPES[swapped[lost].dtype]}: the stored one would not change",
+                                   fix="write into it outside of forward, or use a plan without a precision word")  # fmt: skip
+            found |= {("param", key): given["param", key] for key in parameters} | {("buffer", key): swapped[key] for key in buffers}
             self.names = list(found)
             return [v.detach() if isinstance(v, Tensor) else v for v in found.values()]
 
@@ -209,7 +219,7 @@ class _Traced:
         reader = Reader(tracker, keys, tensors(batch))
         recorder = Recorder(model, loss_fn)
         with switched(model), recorder.on(), torch.enable_grad():
-            module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader)
+            module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader, wide)
         _check_leaks(model, real)
         self.python = recorder.reads()
         self.reads: list[Read] = reader.reads

@@ -20,8 +20,9 @@ CONFIG: dict[str, Any] = {
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
     """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences, no
-    fused encoder layers;
+    fused encoder layers; no validation of distributions' arguments, which reads their values in Python;
     what ``torch.compile`` wrapped runs as it was written."""
+    validated = torch.distributions.Distribution._validate_args
     mkldnn, fastpath = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
     undo: list[tuple[Any, str, Any]] = []
 
@@ -43,11 +44,13 @@ def switched(model: nn.Module) -> Iterator[None]:
                 set_(module, "_gradient_checkpointing_func", functools.partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False}))
         torch._C._set_mkldnn_enabled(False)
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.distributions.Distribution.set_default_validate_args(False)
         with _uncompiled():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.distributions.Distribution.set_default_validate_args(validated)
         for holder, name, old in reversed(undo):
             setattr(holder, name, old)
 

@@ -27,16 +27,20 @@ from deepseed.capture.random import Draw, draw
 _aten = torch.ops.aten
 _ONE_DTYPE = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default)
 
+_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64, torch.complex64: torch.complex128}
+
 
 class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Below autograd, above the proxies: draws, reads, and the user's place in errors."""
 
-    def __init__(self, tracker: Tracker, draws: Draw, reader: Reader) -> None:
+    def __init__(self, tracker: Tracker, draws: Draw, reader: Reader, wide: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tracker, self.draws, self.reader = tracker, draws, reader
+        self.tracker, self.draws, self.reader, self.wide = tracker, draws, reader, wide
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.wide:
+            args, kwargs = widened(args, kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type not in ("cpu", "meta"):
             kwargs = {**kwargs, "device": torch.device("cpu")}  # no op names a device: fakes are the CPU's, the runtime binds its own
@@ -63,6 +67,25 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except DataDependentOutputException:
             where = self.tracker.here()
             raise CaptureError(f"{func} gives Python a value that depends on data", path=where.path, line=where.line, fix="use torch.where in place of the Python branch") from None
+
+
+def widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Narrower floats that an op is asked for become float64."""
+    return tuple(_WIDER.get(a, a) if isinstance(a, torch.dtype) else a for a in args), {
+        k: _WIDER.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()
+    }
+
+
+@contextmanager
+def wide_default(wide: bool) -> Iterator[None]:
+    """``wide``: what is created without a dtype is float64, unless the user chose another default than torch's."""
+    default = torch.get_default_dtype()
+    if wide and default is torch.float32:
+        torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,12 +137,13 @@ def tagged(where: Callable[[], Where]) -> Iterator[None]:
 
 
 def record(
-    step: Callable[..., Sequence[Any]], fakes: Sequence[Tensor], rng: int, tracker: Tracker, reader: Reader
+    step: Callable[..., Sequence[Any]], fakes: Sequence[Tensor], rng: int, tracker: Tracker, reader: Reader, wide: bool = False
 ) -> fx.GraphModule:
-    """Stage one: ``step(*fakes)`` as it is written. ``rng``: the position of the generator's seed and step among ``fakes``."""
+    """Stage one: ``step(*fakes)`` as it is written. ``rng``: the position of the generator's seed and step among ``fakes``;
+    ``wide``: narrower floats that are asked for are float64."""
 
     def run(*flat: Tensor) -> Sequence[Any]:
-        with tagged(tracker.here), tracker.on(), MaskedAssignment(), _Intercept(tracker, Draw(flat[rng], tracker), reader):
+        with tagged(tracker.here), tracker.on(), MaskedAssignment(), _Intercept(tracker, Draw(flat[rng], tracker), reader, wide), wide_default(wide):
             try:
                 return step(*flat)
             except CaptureError:

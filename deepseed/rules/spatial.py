@@ -83,9 +83,11 @@ def grid_sampler(rank: int) -> Callable[[Call], str]:
 
     def form(call: Call) -> str:
         image, grid, out = (" ".join(f"{x}{i}!^" for i in range(rank)) for x in "sgo")
-        if len(call.results) == 1:
+        if len(call.operands) == 2:
             return f"b c {image}, b {grid} r!^ -> b c {out}"
-        return f"b c {out}, b c {image}, b {grid} r!^ -> " + ", ".join([f"b c {image}", f"b {grid} r!^"])
+        mask = call.arg(6, "output_mask")
+        wanted = mask if isinstance(mask, tuple) else (True, True)
+        return f"b c {out}, b c {image}, b {grid} r!^ -> " + ", ".join(w for w, on in zip((f"b c {image}", f"b {grid} r!^"), wanted, strict=True) if on)
 
     form.__doc__ = f"batch is free, {rank} dimensions of each plane are whole"
     return form
