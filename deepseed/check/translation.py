@@ -165,7 +165,7 @@ def _read(out: Numbering, op: Op) -> tuple[int, ...]:
     reads = tuple([numbers[r.name] for r in op.refs])
     out.reads[op.results[0]] = reads
     if op.target in IDENTITY:
-        numbers.update(zip(op.results, reads, strict=True))
+        numbers.update(zip(op.results, reads[: len(op.results)], strict=True))  # which ids rows travel by is for typing
     return reads
 
 
