@@ -117,6 +117,9 @@ class Placement(Assignment):
             self.owned, (self.wants, self.has) = {}, before  # rows of two routers that look alike met: none are owned then
             self._solve(axis, "experts", pins, moves, partial(work, self))
         self.owned = {}
+        for i, item in enumerate(self.p.inputs):  # a table's state lies where the table lies: other axes that share it do so behind this one
+            if item.role == "state" and (dim := experts.home(item, self.tables, self.p)) is not None:
+                self.has[i] = [self.has[i][0].with_(axis, Split(dim))]
 
     def _strategies(self, i: int, axis: str) -> list[Strategy]:
         """Those of the rules, and where rows may be owned, those too."""
