@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, Update
-from deepseed.ir.collective import COLLECTIVES, step
+from deepseed.ir.collective import COLLECTIVES, KEYED, step
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.text import format_type
@@ -170,8 +170,11 @@ def _expression(out: Source, op: Op) -> str:
 
 def _communication(out: Source, op: Op) -> str:
     axis = str(op.kw("axis"))
-    done = [step(out.p.types[r.name].shape, out.p.types[r.name].layout, t.layout, axis, out.p.mesh) for r, t in zip(op.refs, op.types, strict=True)]
+    keyed = op.target.removesuffix(".start") in KEYED
+    done = [step(out.p.types[r.name].shape, out.p.types[r.name].layout, t.layout, axis, out.p.mesh, keyed) for r, t in zip(op.refs, op.types, strict=not keyed)]
     kind, xs = done[0].kind, [out.name(r.name) for r in op.refs]
+    if keyed and (place := done[0].take or done[0].put) is not None:
+        return f"rt.{kind}_start({xs[0]}, {xs[1]}, {axis!r}, {place.numbers}, {done[0].of})"
     if len(xs) > 1:
         found = {"take": [s.take for s in done if s.take is not None], "put": [s.put for s in done if s.put is not None]}
         where = "".join(f", {name}=[{', '.join(str(p.numbers) for p in places)}]" for name, places in found.items() if places)

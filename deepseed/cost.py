@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from deepseed.ir.layout import Element, Partial, Split, weaker
+from deepseed.ir.collective import KEYED
+from deepseed.ir.layout import Element, Partial, Split, routes, weaker
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Type
 
@@ -25,6 +26,8 @@ def reshard(have: Element, want: Element, nbytes: int, n: int) -> float | None:
     if weaker(have, want):
         return 0.0
     part = nbytes * (n - 1) / n
+    if routes(have, want) is not None:  # rows to their owners, or back; sorting them is what keeps a gather of equal volume
+        return part / n + LATENCY + LOCAL * nbytes
     if isinstance(want, Partial):
         return LOCAL * nbytes + 1.0 if have is None and want == Partial("sum") else None
     if have is None:
@@ -38,7 +41,8 @@ def sent_bytes(kind: str, before: Type, after: Type, axis: str, mesh: Mesh) -> i
     """Bytes that one rank sends for one step over ``axis`` (n ranks), by the ring algorithms.
 
     all_gather: the local shard, n-1 times. all_reduce: 2 (n-1)/n of the local tensor. reduce_scatter and all_to_all:
-    (n-1)/n of it. Local steps (``shard``, ``summand``): nothing.
+    (n-1)/n of it. dispatch and combine: what n-1 ranks own of a rank's n-th of the rows, where ids are uniform: an expected value.
+    Local steps (``shard``, ``summand``): nothing.
     """
     n = mesh.size(axis)
     local = before.local_bytes(mesh)
@@ -48,6 +52,8 @@ def sent_bytes(kind: str, before: Type, after: Type, axis: str, mesh: Mesh) -> i
         return 2 * local * (n - 1) // n
     if kind in ("reduce_scatter", "all_to_all"):
         return local * (n - 1) // n
+    if kind in KEYED:
+        return max(local, after.local_bytes(mesh)) * (n - 1) // (n * n)
     if kind in ("shard", "summand"):
         return 0
     raise ValueError(f"unknown step {kind!r}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseed import closed_forms as form
 from deepseed import cost
+from deepseed.ir.collective import KEYED
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import whole_axis
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
@@ -178,7 +179,7 @@ def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
 def sent_bytes(p: Program, op: Op) -> int:
     """Bytes that one rank sends for a started collective."""
     kind, axis = op.target.removesuffix(".start"), str(op.kw("axis"))
-    return sum(cost.sent_bytes(kind, p.types[r.name], t, axis, p.mesh) for r, t in zip(op.refs, op.types, strict=True))
+    return sum(cost.sent_bytes(kind, p.types[r.name], t, axis, p.mesh) for r, t in zip(op.refs, op.types, strict=False))
 
 
 def matmul_flops(p: Program) -> int:
@@ -345,7 +346,7 @@ def _lines(e: Explanation) -> Iterable[str]:
         yield ""
         yield f"  {'axis':6}{'collective':16}{'count':>7}{'sent':>12}"
         for k in e.collectives:
-            yield f"  {k.axis:6}{k.op:16}{k.count:>7}{amount(k.bytes):>12}"
+            yield f"  {k.axis:6}{k.op:16}{k.count:>7}{amount(k.bytes):>12}" + ("  expected, of ids that are uniform" if k.op in KEYED else "")
     yield ""
     width = max([len(w.key) for w in e.weights] + [6]) + 2
     yield f"  {'weight':{width}}{'count':>5}  {'stored as':30}split in use"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from deepseed.codegen.donation import Donation
-from deepseed.ir.collective import Place, Step, step
+from deepseed.ir.collective import KEYED, Place, Step, step
 from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
@@ -167,7 +167,7 @@ class _Liveness:
 
     def _step(self, op: Op) -> Step:
         before = self.p.types[op.refs[0].name]
-        return step(before.shape, before.layout, op.type.layout, str(op.kw("axis")), self.p.mesh)
+        return step(before.shape, before.layout, op.type.layout, str(op.kw("axis")), self.p.mesh, len(op.refs) > len(op.results))
 
     def _joined(self, op: Op) -> Strides | None:
         """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
@@ -185,6 +185,9 @@ class _Liveness:
             self._new("", 0 if op.target == "all_reduce.start" else self.p.types[x].local_bytes(self.p.mesh))
             return len(self.nbytes) - 1
         s, shape = self._step(op), self.p.types[x].local(self.p.mesh)
+        if s.kind in KEYED:  # a sorted copy of the rows that this rank has, or of those that it owns: one in n where ids are uniform
+            self._new("", min(self.p.types[x].local_bytes(self.p.mesh), op.type.local_bytes(self.p.mesh)))
+            return len(self.nbytes) - 1
         if self.strides[x] == contiguous(shape) and (s.take is None or _in_front(shape, s.take)):
             self.needed[self.storage[x]] += 1
             return self.storage[x]

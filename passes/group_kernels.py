@@ -17,7 +17,7 @@ from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
-_MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start")
+_MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start")
 OPTIMIZER = "optim."
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deepseed.ir.contract import program_pass
-from deepseed.ir.layout import Layout, Partial, Split, weaker
+from deepseed.ir.layout import Layout, Owned, Partial, Split, routes, weaker
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 
@@ -14,7 +14,8 @@ def insert_reshards(p: Program) -> Program:
     """Make every operand arrive in the layout its use wants.
 
     One reshard for each (value, layout, phase), just before the first use: a parameter stored in pieces is gathered once
-    for forward and once more for backward, and dropped in between. An output's reshard stands right after its producer.
+    for forward and once more for backward, and dropped in between. An output's reshard stands right after its producer. Rows on their way from a
+    split to their owners, or back, take the ids that own them along, as a second operand.
 
     before: %y : f32[8@dp, 16] sum@tp
             %z = aten.relu(%y as [8@dp, 16]) : f32[8@dp, 16]
@@ -36,8 +37,17 @@ def insert_reshards(p: Program) -> Program:
             return Ref(ref.name)
         key = (ref.name, want, phase if ref.name in weights else "")
         if key not in made:
+            args: tuple[Ref, ...] = (Ref(ref.name),)
+            axis, own = next(((a, own) for a in p.mesh.names if (own := routes(type_.layout.on(a), want.on(a))) is not None), ("", None))
+            if own is not None:
+                rows, there = ({a: e for a, e in layout.splits(own.dim) if a != axis} for layout in (type_.layout, want))
+                if rows != there:  # on the other axes first: ids lie as the rows do
+                    between = want.with_(axis, type_.layout.on(axis))
+                    return arrive(Ref(arrive(Ref(ref.name, between), phase, path, line).name, want), phase, path, line)
+                ids = Layout.of(**{a: Split(0, e.outer, e.of) for a, e in rows.items()})
+                args = (*args, arrive(Ref(own.key, ids), phase, path, line))
             name = out.fresh(f"{ref.name}.{_short(type_.layout, want)}")
-            out.emit(Op((name,), "reshard", (Ref(ref.name),), (type_.laid(want),), phase=phase, path=path, line=line))
+            out.emit(Op((name,), "reshard", args, (type_.laid(want),), phase=phase, path=path, line=line))
             made[key] = Ref(name)
         return made[key]
 
@@ -67,5 +77,5 @@ def _short(before: Layout, after: Layout) -> str:
         if isinstance(element, Split):
             words.append(f"{axis}{element.dim}")
         else:
-            words.append(f"{element.op if isinstance(element, Partial) else 'whole'}_{axis}")
+            words.append(f"{'owned' if isinstance(element, Owned) else element.op if isinstance(element, Partial) else 'whole'}_{axis}")
     return ".".join(words)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from deepseed.cost import sent_bytes
-from deepseed.ir.collective import COLLECTIVES, step
+from deepseed.ir.collective import COLLECTIVES, KEYED, step
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Layout, LayoutError, Partial, valid
 from deepseed.ir.mesh import Mesh, whole_axis
@@ -65,7 +65,7 @@ def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
     value = op.refs[0].name
     before = out.types[value]
     try:
-        path = steps(before, op.type.layout, mesh)
+        path = steps(before, op.type.layout, mesh, len(op.refs) > 1)
     except LayoutError as error:
         raise PassError(f"%{op.name} = reshard(%{value}) at {op.path or 'top'}, pass lower_reshards: {error}") from None
     for i, (kind, axis, after) in enumerate(path):
@@ -73,7 +73,8 @@ def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
         arg: tuple[tuple[str, str], ...] = (("axis", axis),)
         if kind in COLLECTIVES:
             start = out.fresh(f"{name}.start")
-            yield Op((start,), f"{kind}.start", (Ref(value),), (after,), arg, op.phase, op.path, op.line)
+            ids = op.refs[1:] if kind in KEYED else ()
+            yield Op((start,), f"{kind}.start", (Ref(value), *ids), (after,), arg, op.phase, op.path, op.line)
             yield Op((name,), "wait", (Ref(start),), (after,), (), op.phase, op.path, op.line)
         else:
             yield Op((name,), kind, (Ref(value),), (after,), arg, op.phase, op.path, op.line)
@@ -81,8 +82,9 @@ def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
 
 
 @lru_cache(maxsize=65536)
-def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], ...]:
+def steps(before: Type, to: Layout, mesh: Mesh, keyed: bool = False) -> tuple[tuple[str, str, Type], ...]:
     """The cheapest steps ``(kind, axis, type after)`` from ``before`` to layout ``to``: least bytes sent, then fewest collectives.
+    ``keyed``: the ids that own rows are at hand, so that these may go to their owners and back.
 
     Raises LayoutError where there is no way (``max`` cannot be made from another layout).
     """
@@ -106,7 +108,7 @@ def steps(before: Type, to: Layout, mesh: Mesh) -> tuple[tuple[str, str, Type], 
             if after == layout or not valid(before.shape, after, mesh):
                 continue
             try:
-                kind = step(before.shape, layout, after, axis, mesh).kind
+                kind = step(before.shape, layout, after, axis, mesh, keyed).kind
             except LayoutError:
                 continue
             if axis not in mesh.sizes and kind not in COLLECTIVES:

@@ -59,7 +59,12 @@ def owned_ways(op: Op, found: Marks, operands: Sequence[Type], axis: str, p: Pro
     if sig is None or (looked and op.refs[-1].name not in routed_ids(p)):
         return []
     out = []
-    for before, after in owned_strategies(op, sig, [found.get(r.name) for r in op.refs], op.refs[-1].name if looked else ""):
+    key = op.refs[-1].name if looked else ""
+    marked = [found.get(r.name) for r in op.refs]
+    if (number := by_number(op, sig)) is not None:  # its rows may come to their owners, wherever they are
+        own = Owned("sum", 0, key, sig.sizes[number])
+        marked = [mark or (own if dims[0] == sig.operands[-1][0] else None) for mark, dims in zip(marked, sig.operands, strict=True)]
+    for before, after in owned_strategies(op, sig, marked, key):
         s = Strategy(tuple(map(_nameless, before)), tuple(map(_nameless, after)))
         elements = zip((*s.operands, *s.results), (*operands, *op.types), strict=True)
         if all(not isinstance(e, Split) or valid(t.shape, t.layout.with_(axis, e), p.mesh) for e, t in elements):
@@ -110,14 +115,21 @@ def _nameless(e: Element) -> Element:
     return replace(e, key="") if isinstance(e, Owned) else e
 
 
-def name_keys(ops: Sequence[tuple[int, Op]], where: Mapping[str, tuple[int, int]], wants: Sequence[MutableSequence[Layout]], has: Sequence[MutableSequence[Layout]], axis: str, p: Program) -> str | None:
-    """Write the keys of owned rows into the layouts; None, or which op would mix rows of two keys."""
+def name_keys(ops: Sequence[tuple[int, Op]], where: Mapping[str, tuple[int, int]], wants: Sequence[MutableSequence[Layout]], has: Sequence[MutableSequence[Layout]], axis: str, p: Program, found: Marks) -> str | None:
+    """Write the keys of owned rows into the layouts; None, or which op would mix rows of two keys. What is owned where it is used only
+    has the key of its ids in a routed product, elsewhere the one that it was marked with."""
     for i, op in ops:
         keys = set()
         for k, ref in enumerate(op.refs):
             source, r = where[ref.name]
             element, own = wants[i][k].on(axis), has[source][r].on(axis)
-            if isinstance(element, Owned):
+            if isinstance(element, Owned) and isinstance(own, Split):
+                mark = replace(element, key=op.refs[-1].name) if op.target in TABLES or op.target in GRADIENTS else found.get(ref.name)
+                if mark is None or (mark.dim, mark.of) != (element.dim, element.of):
+                    return f"%{op.name} wants rows of %{ref.name} that have no ids"
+                wants[i][k] = wants[i][k].with_(axis, mark)
+                keys.add(mark.key)
+            elif isinstance(element, Owned):
                 if not isinstance(own, Owned) or (own.dim, own.of) != (element.dim, element.of):
                     return f"%{op.name} wants rows that %{ref.name} has not"
                 wants[i][k] = wants[i][k].with_(axis, own)

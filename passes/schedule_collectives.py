@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from deepseed.ir.collective import KEYED
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
@@ -53,9 +54,9 @@ class _Schedule:
     def __init__(self, p: Program, limit: int) -> None:
         self.p, self.limit = p, limit
         self.out = Builder(p)
-        self.waits = {op.name: op for op in p.ops if op.target == "wait"}
+        self.starts = {op.name: op for op in p.ops if op.target.endswith(".start") and op.target.removesuffix(".start") not in KEYED}  # those stay where they are
+        self.waits = {op.name: op for op in p.ops if op.target == "wait" and op.refs[0].name in self.starts}
         self.wait_of = {op.refs[0].name: op for op in self.waits.values()}
-        self.starts = {op.name: op for op in p.ops if op.target.endswith(".start")}
         self.of_value: dict[str, list[Op]] = {}  # operand -> the collectives that it joins when it is there
         weights = params_only(p)
         self.ahead = [s for s in self._by_use() if s.target == "all_gather.start" and s.refs[0].name in weights]

@@ -57,6 +57,7 @@ class Placement(Assignment):
         self.zero = zero
         self.tables = experts.tables(p) if EXPERT_AXIS in p.mesh.sizes else {}  # parameters of experts -> the dimension that counts them
         self.owned: experts.Marks = {}  # how values may be owned, while ep is placed
+        self.marks: experts.Marks = {}
 
     def run(self) -> Program:
         axes = [axis for axis, size in self.p.mesh.axes if size > 1]
@@ -109,13 +110,16 @@ class Placement(Assignment):
             fixed = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "batch")
             return lambda p, w: None if fixed and isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
 
-        self.owned = experts.marks(self.p)
+        self.owned = self.marks = experts.marks(self.p)
         before = [list(w) for w in self.wants], [list(h) for h in self.has]
         self._solve(axis, "experts", pins, moves, partial(work, self))
         if self._name_keys(axis, [list(w) for w in self.wants], [list(h) for h in self.has]) is not None:
             self.owned, (self.wants, self.has) = {}, before  # rows of two routers that look alike met: none are owned then
             self._solve(axis, "experts", pins, moves, partial(work, self))
         self.owned = {}
+        for i, item in enumerate(self.p.inputs):  # a table's state lies where the table lies: other axes that share it do so behind this one
+            if item.role == "state" and (dim := experts.home(item, self.tables, self.p)) is not None:
+                self.has[i] = [self.has[i][0].with_(axis, Split(dim))]
 
     def _strategies(self, i: int, axis: str) -> list[Strategy]:
         """Those of the rules, and where rows may be owned, those too."""
@@ -128,7 +132,7 @@ class Placement(Assignment):
     def _name_keys(self, axis: str, wants: list[list[Layout]], has: list[list[Layout]]) -> str | None:
         """Until the end owned rows have no key, so that equal layers look equal; see ``experts.name_keys``."""
         ops = [(i, item) for i, item in enumerate(self.items) if isinstance(item, Op)]
-        return experts.name_keys(ops, self.where, wants, has, axis, self.p) if axis in self.p.mesh.sizes else None
+        return experts.name_keys(ops, self.where, wants, has, axis, self.p, self.marks) if axis in self.p.mesh.sizes else None
 
     def _sequence(self, axis: str) -> None:
         """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from placed import MLP, lowered, new_state, random_inputs, random_reshard, sources
+from rows import there_and_back
 
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.text import parse
@@ -67,6 +68,13 @@ def dtypes(folder: Path) -> None:
     torch.save(out, folder / f"{rt.rank}.pt")
 
 
+def rows(folder: Path) -> None:
+    """Rows to their owners and back."""
+    rt = DistributedRuntime(Mesh((("ep", dist.get_world_size()),)))
+    with guarded(rt):
+        torch.save(there_and_back(rt, "ep"), folder / f"{rt.rank}.pt")
+
+
 def agreement(folder: Path) -> None:
     rank = dist.get_rank()
     text = agree.broadcast_text("the text\nof rank 0" if rank == 0 else "another")
@@ -120,7 +128,7 @@ def main(mode: str, folder: Path) -> None:
     if mode.startswith("trouble."):
         trouble(folder, mode.partition(".")[2])
     else:
-        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow}[mode](folder)
+        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow, "rows": rows}[mode](folder)
     stop()
 
 

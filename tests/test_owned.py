@@ -128,11 +128,11 @@ def program(*lines: str) -> Program:
     return parse(ROWS + "\n".join(line + ' {phase="forward"}' for line in lines) + '\nreturn %z output "z"\n')
 
 
-def test_owned_rows_become_a_sum_without_an_op_and_split_rows_by_one_reduce_scatter() -> None:
+def test_owned_rows_become_a_sum_without_an_op_and_split_rows_by_one_combine() -> None:
     p = program("%s = aten.silu(%y) : f64[8, 4] owned(ids,0,6)@ep", "%z = routed_mm(%s, %w, %ids) : f64[8, 4] owned(ids,0,6)@ep")
     whole = replace(p, outputs=tuple(replace(o, ref=replace(o.ref, want=Layout())) for o in p.outputs))
     split = replace(p, outputs=tuple(replace(o, ref=replace(o.ref, want=Layout.of(ep=Split(0)))) for o in p.outputs))
-    for q, moves in ((p, []), (whole, ["all_reduce.start"]), (split, ["reduce_scatter.start"])):
+    for q, moves in ((p, []), (whole, ["all_reduce.start"]), (split, ["combine.start"])):
         check_types(q)
         lowered = lower_reshards(insert_reshards(q))
         check_types(lowered)

@@ -13,14 +13,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from deepseed.ir.layout import Partial, Split, chunk, factors, part
+from deepseed.ir.layout import Owned, Partial, Split, chunk, factors, part
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
 from deepseed.ir.subaxes import joint
 
 
-def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis: str, mesh: Mesh) -> list[Tensor]:
-    """Every rank's result of the collective ``kind`` (``all_gather.start``, ``shard``, ..), from every rank's operand."""
+def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis: str, mesh: Mesh, ids: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Every rank's result of the collective ``kind`` (``all_gather.start``, ``shard``, ..), from every rank's operand; ``ids``: every
+    rank's second operand of ``dispatch.start`` and ``combine.start``."""
     out: list[Tensor | None] = [None] * len(parts)
     if axis not in mesh.sizes:  # all sub-axes of it: the same ranks in the same order
         joined = [joint(t.layout, axis, mesh) for t in (source, target)]
@@ -30,12 +31,13 @@ def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis
         if out[rank] is None:
             group = mesh.group(axis, rank)
             here = mesh.seen_from(mesh.coordinate(rank))
-            for member, result in zip(group, _group(kind, [parts[m] for m in group], source, target, axis, here), strict=True):
+            keys = [ids[m] for m in group] if ids else []
+            for member, result in zip(group, _group(kind, [parts[m] for m in group], source, target, axis, here, keys), strict=True):
                 out[member] = result
     return [x for x in out if x is not None]
 
 
-def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str, mesh: Mesh) -> list[Tensor]:
+def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str, mesh: Mesh, ids: list[Tensor]) -> list[Tensor]:
     n = len(parts)
     before, after = source.layout.on(axis), target.layout.on(axis)
     if kind == "all_gather.start":
@@ -48,6 +50,12 @@ def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str
     if kind == "reduce_scatter.start":
         whole = _reduced(parts, before)
         return [_part(whole, target, axis, mesh, i) for i in range(n)]
+    if kind == "dispatch.start" and isinstance(after, Owned):
+        whole = _joined(parts, source, axis, mesh)
+        return [whole.masked_fill(~_mine(ids[i], after, n, i, whole.dim()), 0) for i in range(n)]
+    if kind == "combine.start" and isinstance(before, Owned):
+        whole = reduce(torch.add, [x.masked_fill(~_mine(ids[i], before, n, i, x.dim()), 0) for i, x in enumerate(parts)])
+        return [_part(whole, target, axis, mesh, i) for i in range(n)]
     if kind == "shard":
         return [_part(x, target, axis, mesh, i) for i, x in enumerate(parts)]
     if kind == "summand" and isinstance(after, Partial):
@@ -57,6 +65,12 @@ def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str
 
 def _reduced(parts: list[Tensor], element: object) -> Tensor:
     return reduce(torch.maximum if element == Partial("max") else torch.add, parts)
+
+
+def _mine(ids: Tensor, element: Owned, n: int, i: int, dims: int) -> Tensor:
+    """The rows that rank ``i`` of ``n`` owns, ready to broadcast: ids from i / n of all ids up to (i + 1) / n of them."""
+    mine = (ids * n >= i * element.of) & (ids * n < (i + 1) * element.of)
+    return mine.view([-1 if d == element.dim else 1 for d in range(dims)])
 
 
 def _seen(t: Type, axis: str, mesh: Mesh) -> tuple[int, int, int, int]:

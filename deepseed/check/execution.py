@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deepseed.check.collectives import perform
 from deepseed.check.shards import ShardsError, assemble, coordinates, shards
-from deepseed.check.typing import MOVES, describe, operand_types
+from deepseed.check.typing import KEYED, MOVES, describe, operand_types
+from deepseed.ir.layout import Layout, Owned
 from deepseed.ir.program import Op, Program, Ref
 from deepseed.ops import OpError, run
 from deepseed.rules import localize_op
@@ -52,7 +53,7 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
         if all(r in values for r in op.results):
             continue
         try:
-            results = _step(p, op, [r.ops[n] for r in ranks], [_read(p, ref, values, generator) for ref in op.refs], where, generator)
+            results = _step(p, op, [r.ops[n] for r in ranks], [_read(p, ref, values, generator) for ref in op.refs], where, generator, values)
         except (OpError, ShardsError, RuntimeError, LookupError, TypeError, ValueError) as error:
             raise ExecutionError(op, f"{describe(op, operand_types(p, op), p.mesh)}\n  does not run: {error}", values) from error
         values.update(zip(op.results, results, strict=True))
@@ -65,19 +66,30 @@ def execute(p: Program, inputs: Mapping[str, Tensor], *, ranks: Sequence[Program
 def _read(p: Program, ref: Ref, values: Mapping[str, list[Tensor]], generator: torch.Generator) -> list[Tensor]:
     """The operand in the layout that the use wants."""
     t, parts = p.types[ref.name], values[ref.name]
-    return parts if ref.want is None or ref.want == t.layout else shards(assemble(parts, t, p.mesh), t.laid(ref.want), p.mesh, generator)
+    if ref.want is None or ref.want == t.layout:
+        return parts
+    return shards(assemble(parts, t, p.mesh), t.laid(ref.want), p.mesh, generator, _owners(p, ref.want, values))
+
+
+def _owners(p: Program, layout: Layout, values: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The ids that own rows in this layout, whole."""
+    keys = {e.key for _, e in layout.elements if isinstance(e, Owned)}
+    return {key: assemble(values[key], p.types[key], p.mesh) for key in keys}
 
 
 def _step(
-    p: Program, op: Op, local: Sequence[Op], operands: list[list[Tensor]], where: Sequence[Mapping[str, int]], generator: torch.Generator
+    p: Program, op: Op, local: Sequence[Op], operands: list[list[Tensor]], where: Sequence[Mapping[str, int]], generator: torch.Generator,
+    values: Mapping[str, list[Tensor]],
 ) -> list[list[Tensor]]:
     types = operand_types(p, op)
     if op.target == "wait":
         return operands
     if op.target == "reshard":
-        return [shards(assemble(operands[0], types[0], p.mesh), op.type, p.mesh, generator)]
+        return [shards(assemble(operands[0], types[0], p.mesh), op.type, p.mesh, generator, _owners(p, op.type.layout, values))]
     if op.target in MOVES:
         axis = str(op.kw("axis"))
+        if op.target in KEYED:
+            return [perform(op.target, operands[0], types[0], op.type, axis, p.mesh, operands[1])]
         return [perform(op.target, x, s, t, axis, p.mesh) for x, s, t in zip(operands, types, op.types, strict=True)]
     if op.target.startswith("optim."):
         _fits(op, operands)

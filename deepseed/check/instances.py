@@ -22,7 +22,7 @@ import deepseed
 from deepseed.check.collectives import perform
 from deepseed.check.shards import ShardsError, assemble, coordinates, elsewhere, owner, shards
 from deepseed.check.shrink import Instance, shrink
-from deepseed.check.typing import MOVES, describe, instance_key, operand_types, why_not
+from deepseed.check.typing import KEYED, MOVES, describe, instance_key, operand_types, why_not
 from deepseed.ir.layout import REPLICATED, Layout, Owned, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program, Type
@@ -116,7 +116,8 @@ def disagreement(i: Instance) -> str | None:
     parts = [shards(x, t, i.mesh, _generator(n)) for n, (x, t) in enumerate(zip(operands, i.operands, strict=True))]
     if op.target in MOVES:
         axis = str(op.kw("axis"))
-        results = [perform(op.target, parts[k], i.operands[k], t, axis, i.mesh) for k, t in enumerate(op.types)]
+        ids = parts[1] if op.target in KEYED else ()
+        results = [perform(op.target, parts[k], i.operands[k], t, axis, i.mesh, ids) for k, t in enumerate(op.types)]
     else:
         try:
             ranks = [
@@ -157,7 +158,7 @@ def _drawn(i: Instance) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         generator = _generator(seed)
         operands = [_draw(i, k, t, low, high, generator) for k, t in enumerate(i.operands)]
         if i.op.target in MOVES:
-            results: tuple[Tensor, ...] = tuple(operands)
+            results: tuple[Tensor, ...] = tuple(operands[: len(i.op.types)])
         else:
             try:
                 results = run(whole_op, operands, Mesh())
@@ -197,6 +198,8 @@ def _draw(i: Instance, k: int, t: Type, low: float, high: float, generator: torc
 def _indexed(i: Instance, k: int) -> int | None:
     """The size of the dimension into which integer operand ``k`` points; None where it is no index."""
     op = i.op
+    if op.target in KEYED:
+        return next(e.of for t in (i.operands[0], op.type) for _, e in t.layout.elements if isinstance(e, Owned)) if k == 1 else None
     if op.target in ("embedding_backward", "routed_outer"):
         return op.type.shape[0] if k == len(i.operands) - 1 else None
     if op.target in ("aten.index.Tensor", "aten.index_put"):

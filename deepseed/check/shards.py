@@ -23,14 +23,15 @@ def coordinates(mesh: Mesh) -> Iterator[dict[str, int]]:
         yield dict(zip(mesh.names, where, strict=True))
 
 
-def shards(x: Tensor, type_: Type, mesh: Mesh, generator: torch.Generator | None = None) -> list[Tensor]:
-    """What each rank holds of ``x``, in rank order. Summands and candidates of a maximum are drawn at random, with ``x`` as result."""
+def shards(x: Tensor, type_: Type, mesh: Mesh, generator: torch.Generator | None = None, ids: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    """What each rank holds of ``x``, in rank order. Summands and candidates of a maximum are drawn at random, with ``x`` as result.
+    ``ids``: of owned rows, by key; rows of a key that is not there have an owner of their own."""
     whole: dict[tuple[int, ...], Tensor] = {(): x}  # coordinate on the partial axes -> a tensor of the global shape
     partials = sorted(((a, e) for a, e in type_.layout.elements if isinstance(e, Partial)), key=lambda pair: isinstance(pair[1], Owned))
     for axis, element in partials:
         spread: dict[tuple[int, ...], Tensor] = {}
         for key, value in whole.items():
-            for i, part in enumerate(_owned(value, mesh.size(axis), element) if isinstance(element, Owned) else _spread(value, mesh.size(axis), element.op, generator)):
+            for i, part in enumerate(_owned(value, mesh.size(axis), element, (ids or {}).get(element.key)) if isinstance(element, Owned) else _spread(value, mesh.size(axis), element.op, generator)):
                 spread[(*key, i)] = part
         whole = spread
     axes = [axis for axis, _ in partials]
@@ -83,8 +84,11 @@ def elsewhere(x: Tensor, n: int, rank: int, element: Owned) -> Tensor:
     return mine.view([-1 if d == element.dim else 1 for d in range(x.dim())])
 
 
-def _owned(x: Tensor, n: int, element: Owned) -> list[Tensor]:
-    return [x.masked_fill(elsewhere(x, n, rank, element), 0) for rank in range(n)]
+def _owned(x: Tensor, n: int, element: Owned, ids: Tensor | None = None) -> list[Tensor]:
+    if ids is None:
+        return [x.masked_fill(elsewhere(x, n, rank, element), 0) for rank in range(n)]
+    owners = (ids * n // element.of).view([-1 if d == element.dim else 1 for d in range(x.dim())])
+    return [x.masked_fill(owners != rank, 0) for rank in range(n)]
 
 
 def _spread(x: Tensor, n: int, op: str, generator: torch.Generator | None) -> list[Tensor]:

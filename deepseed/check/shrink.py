@@ -56,20 +56,20 @@ def shrink(i: Instance) -> Instance:
             done *= size
         sizes[name] = done
     new = [_type(t, slot, sig, sizes, moved_to, mesh) for slot, t in enumerate(types)]
-    new = _keyed(new, sizes[number] if (number := by_number(i.op, sig)) is not None else LARGE)
+    new = _keyed(new, sizes[number] if (number := by_number(i.op, sig)) is not None else 0, small)
     rule = rule_of(i.op.target)
     op = i.op if rule is None or rule.resize is None else rule.resize(i.op, sig.sizes, sizes)
     operands, results = tuple(new[: len(i.operands)]), tuple(new[len(i.operands) :])
     return Instance(_plain(op, results), operands, small)
 
 
-def _keyed(types: Sequence[Type], of: int) -> list[Type]:
-    """Owned rows by a key that says nothing."""
+def _keyed(types: Sequence[Type], of: int, mesh: Mesh) -> list[Type]:
+    """Owned rows by a key that says nothing; where there is no table, by two ids a rank."""
     out = list(types)
     for slot, t in enumerate(types):
         for axis, e in t.layout.elements:
             if isinstance(e, Owned):
-                out[slot] = out[slot].laid(out[slot].layout.with_(axis, replace(e, key="ids", of=of)))
+                out[slot] = out[slot].laid(out[slot].layout.with_(axis, replace(e, key="ids", of=of or 2 * mesh.size(axis))))
     return out
 
 
@@ -79,9 +79,12 @@ def _uneven(of: int, n: int, ranks: int) -> int:
 
 
 def moved(i: Instance) -> Signature:
-    """The factors of an op that moves data: one a dimension, the same on both sides."""
+    """The factors of an op that moves data: one a dimension, the same on both sides; ids that own rows have the rows'."""
     dims = [tuple((f"d{k}",) if size != 1 else () for k, size in enumerate(t.shape)) for t in (*i.operands, *i.op.types)]
-    sizes = {f"d{k}": size for t in i.operands for k, size in enumerate(t.shape)}
+    if i.op.target in ("dispatch.start", "combine.start"):
+        own = next(e for t in (i.operands[0], i.op.type) for _, e in t.layout.elements if isinstance(e, Owned))
+        dims[1] = (dims[0][own.dim],)
+    sizes = {f"d{k}": size for t in (*i.operands[:1], *i.op.types) for k, size in enumerate(t.shape)}
     return Signature(tuple(dims[: len(i.operands)]), tuple(dims[len(i.operands) :]), sizes)
 
 

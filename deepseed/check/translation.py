@@ -186,7 +186,7 @@ def _read(out: Numbering, op: Op) -> tuple[int, ...]:
     reads = tuple([numbers[r.name] for r in op.refs])
     out.reads[op.results[0]] = reads
     if op.target in IDENTITY:
-        out.name(op.results, reads)
+        out.name(op.results, reads[: len(op.results)])  # which ids rows travel by is for typing
     return reads
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepseed.ir.layout import Element, Layout, Owned, Partial, Split
+from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
 from deepseed.ir.mesh import Mesh, whole_axis
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.subaxes import joint
@@ -22,10 +22,13 @@ MOVES = {
     "all_reduce.start": ("partial", "whole"),
     "reduce_scatter.start": ("partial", "split"),
     "all_to_all.start": ("split", "split"),
+    "dispatch.start": ("split", "owned"),
+    "combine.start": ("owned", "split"),
     "shard": ("whole", "split"),
     "summand": ("whole", "sum"),
 }
-_KINDS = {"whole": ("whole",), "split": ("split",), "partial": ("sum", "max"), "sum": ("sum",)}
+KEYED = ("dispatch.start", "combine.start")  # the second operand are the ids that own the rows
+_KINDS = {"whole": ("whole",), "split": ("split",), "partial": ("sum", "max", "owned"), "sum": ("sum",), "owned": ("owned",)}
 
 
 class TypingError(ValueError):
@@ -47,11 +50,14 @@ def check_types(p: Program) -> None:
 
 
 def _check_keys(p: Program) -> None:
-    """Rows owned by ids meet a table that is looked up by those ids: the same value, however it was moved since."""
+    """Rows owned by ids meet a table that is looked up by those ids, and travel by those ids: the same value, however it was moved since."""
     moved: dict[str, str] = {}
     for op in p.ops:
         if op.target in MOVES or op.target in ("reshard", "wait"):
-            moved.update((result, moved.get(r.name, r.name)) for result, r in zip(op.results, op.refs, strict=True))
+            moved.update((result, moved.get(r.name, r.name)) for result, r in zip(op.results, op.refs, strict=False))
+            own = _travels(op, operand_types(p, op)) if len(op.refs) == 2 and len(op.results) == 1 else None
+            if own is not None and own.key != (by := moved.get(op.refs[1].name, op.refs[1].name)):
+                raise TypingError(f"{describe(op, operand_types(p, op), p.mesh)}\n  rows are owned by %{own.key}, they travel by %{by}")
         elif op.target in TABLES or op.target in GRADIENTS:
             ids, types = op.refs[-1].name, (*operand_types(p, op), *op.types)
             split = {axis for t in types for axis, e in t.layout.elements if isinstance(e, Split)}
@@ -93,6 +99,11 @@ def describe(op: Op, operands: Sequence[Type], mesh: Mesh) -> str:
 
 
 def _moves(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
+    if op.target in KEYED or (op.target == "reshard" and len(operands) == 2 and len(op.types) == 1):
+        why = _key(op, operands, mesh)
+        if why is not None:
+            return why
+        operands = operands[:1]
     if len(operands) != len(op.types):
         return f"{op.target} has {len(operands)} operands and {len(op.types)} results"
     for a, b in zip(operands, op.types, strict=True):
@@ -104,6 +115,31 @@ def _moves(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
             why = _collective(op, a.layout, b.layout, mesh)
             if why is not None:
                 return why
+    return None
+
+
+def _travels(op: Op, operands: Sequence[Type]) -> Owned | None:
+    """How the rows are owned that a move with ids takes to their owners or back."""
+    found = [routes(operands[0].layout.on(axis), op.type.layout.on(axis)) for axis, _ in (*operands[0].layout.elements, *op.type.layout.elements)]
+    return next((own for own in found if own is not None), None)
+
+
+def _key(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
+    """The ids of a move to the owners of rows, or back: one a row, whole on the axis, elsewhere split as the rows are."""
+    if len(operands) != 2 or len(op.types) != 1:
+        return f"{op.target} has {len(operands)} operands and {len(op.types)} results; it takes the rows and their ids, and has one result"
+    (x, ids), own = operands, _travels(op, operands)
+    if own is None:
+        return f"{op.target} moves no rows between their split and their owners: from {_elements(x.layout)} to {_elements(op.type.layout)}"
+    if ids.dtype not in ("i64", "i32") or ids.shape != x.shape[own.dim : own.dim + 1]:
+        return f"rows of dimension {own.dim} of {list(x.shape)} need {x.shape[own.dim]} ids; they are {ids.dtype}{list(ids.shape)}"
+    axis = next(a for a, _ in (*x.layout.elements, *op.type.layout.elements) if routes(x.layout.on(a), op.type.layout.on(a)) is not None)
+    if own.of % mesh.size(axis):
+        return f"{mesh.size(axis)} ranks of {axis} cannot share {own.of} ids evenly"
+    for side in (x, op.type):
+        rows = Layout.of(**{a: Split(0, e.outer, e.of) for a, e in side.layout.splits(own.dim) if a != axis})
+        if ids.layout != rows:
+            return f"ids lie as {_elements(ids.layout)}, the rows as {_elements(rows)}; they differ, or the ids are not whole on {axis}"
     return None
 
 
@@ -129,6 +165,8 @@ def _collective(op: Op, source: Layout, target: Layout, mesh: Mesh) -> str | Non
 
 
 def _kind(element: Element) -> str:
+    if isinstance(element, Owned):
+        return "owned"
     return "whole" if element is None else element.op if isinstance(element, Partial) else "split"
 
 

@@ -6,12 +6,17 @@
 | sum, max -> replicate| all_reduce     | yes |
 | sum, max -> split    | reduce_scatter | yes |
 | split -> split elsewhere | all_to_all | yes |
+| split rows -> owned  | dispatch       | yes |
+| owned -> split rows  | combine        | yes |
 | replicate -> split   | shard          | no  |
 | replicate -> sum     | summand        | no  |
 
 A local tensor is cut into the axis's n blocks at ``take`` and joined from them at ``put``; a ``Place(dim, outer)`` sees
 local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices. Where n does not divide it the place says so, ``of`` > 0:
 the dimension is (outer, of, rest), cut as ``torch.chunk`` cuts ``of``; the back ends pad each part to the largest while it travels.
+
+``dispatch`` and ``combine`` have a second operand, the ids that own the rows, whole on the axis: each row travels once, from the rank
+that has it in the split to the one that owns it, and back. Without the ids, owned rows are a sum like any other.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors, part
+from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors, part, routes
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.subaxes import joint
 
-COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
+KEYED = ("dispatch", "combine")
+COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", *KEYED)
 LOCAL = ("shard", "summand")
 
 
@@ -49,11 +55,13 @@ class Step:
     take: Place | None = None  # where the operand is cut into n blocks
     put: Place | None = None  # where n blocks are joined to the result
     reduce: str = "sum"  # of all_reduce and reduce_scatter
+    of: int = 0  # of dispatch and combine: how many ids the ranks share
 
 
 @lru_cache(maxsize=65536)
-def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh: Mesh) -> Step:
-    """The step that turns ``before`` into ``after``; raises LayoutError where one step over ``axis`` cannot."""
+def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh: Mesh, keyed: bool = False) -> Step:
+    """The step that turns ``before`` into ``after``; raises LayoutError where one step over ``axis`` cannot. ``keyed``: the ids that own
+    the rows are at hand."""
     if axis not in mesh.sizes:  # all sub-axes of it
         joined, wanted = joint(before, axis, mesh), joint(after, axis, mesh)
         if joined is None or wanted is None:
@@ -62,6 +70,11 @@ def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh:
     here, there = before.on(axis), after.on(axis)
     if before.with_(axis, None) != after.with_(axis, None):
         raise LayoutError(f"a step over {axis} changes another axis: {before.elements} -> {after.elements}")
+    own = routes(here, there) if keyed else None
+    if own is not None and isinstance(there, Split):
+        return Step("combine", axis, take=_place(shape, after, there, axis, mesh), of=own.of)
+    if own is not None and isinstance(here, Split):
+        return Step("dispatch", axis, put=_place(shape, before, here, axis, mesh), of=own.of)
     if isinstance(here, Split) and there is None:
         return Step("all_gather", axis, put=_place(shape, before, here, axis, mesh))
     if isinstance(here, Partial) and there is None:

@@ -57,6 +57,12 @@ def weaker(have: Element, want: Element) -> bool:
     return have == want or (isinstance(have, Owned) and want == Partial("sum"))
 
 
+def routes(have: Element, want: Element) -> Owned | None:
+    """How rows are owned, where the move between two elements is one between their split and their owners; None for any other move."""
+    split, own = (have, want) if isinstance(want, Owned) else (want, have)
+    return own if isinstance(own, Owned) and isinstance(split, Split) and split.dim == own.dim and not split.of else None
+
+
 @dataclass(frozen=True)
 class Layout:
     """The element of each axis that does not replicate, sorted by axis name. ``Layout.of(tp=Split(0))``."""

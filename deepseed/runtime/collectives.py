@@ -49,6 +49,11 @@ class Runtime(ABC):
         all_to_all: [n, ...] -> [n, ...], block i from rank i. ``reduce`` is "sum" or "max". ``x`` is not changed, unless it is ``owned``: a buffer that nobody else reads.
         """
 
+    @abstractmethod
+    def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
+        """Start an exchange of rows of a contiguous ``x`` among the n ranks of ``axis``: the first ``sends[0]`` to rank 0, the next
+        ``sends[1]`` to rank 1 ..; the result has ``receives[0]`` rows of rank 0, then ``receives[1]`` of rank 1 .. ``x`` is not changed."""
+
     def all_gather_start(self, x: Tensor, axis: str, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
@@ -72,6 +77,30 @@ class Runtime(ABC):
             return _done(x)
         blocks = cut(widest(x, n, put), n, take).contiguous()
         return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.position(axis), take))
+
+    def dispatch_start(self, x: Tensor, ids: Tensor, axis: str, rows: Place, of: int) -> Handle:
+        """The rows that this rank owns, zeros for all others. ``x``: its part of the rows, cut at ``rows``; ``ids``: of all rows, below ``of``."""
+        n, dim = self.mesh.size(axis), rows[0]
+        if n == 1:
+            return _done(x)
+        r = route(ids, n, self.coordinate[axis], rows[1], of)
+
+        def finish(y: Tensor) -> Tensor:
+            return y.new_zeros(len(ids), *y.shape[1:]).index_copy_(0, r.owned, y).movedim(0, dim)
+
+        return Handle(self.exchange_rows(x.movedim(dim, 0).index_select(0, r.held), r.holds, r.owns, axis), finish)
+
+    def combine_start(self, x: Tensor, ids: Tensor, axis: str, rows: Place, of: int) -> Handle:
+        """The inverse of ``dispatch_start``: of all rows, this rank's part."""
+        n, dim = self.mesh.size(axis), rows[0]
+        if n == 1:
+            return _done(x)
+        r = route(ids, n, self.coordinate[axis], rows[1], of)
+
+        def finish(y: Tensor) -> Tensor:
+            return torch.empty_like(y).index_copy_(0, r.held, y).movedim(0, dim)
+
+        return Handle(self.exchange_rows(x.movedim(dim, 0).index_select(0, r.owned), r.owns, r.holds, axis), finish)
 
     def bucket_start(
         self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[Place] = (), put: Sequence[Place] = (), reduce: str = "sum"
@@ -146,6 +175,28 @@ class _Unpack:
         if self.put is not None:
             part = join(part, self.put)
         return part if self.mine is None else own(part, *self.mine)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which rows one rank exchanges with each of the n ranks: it follows from ids that all of them have, so no sizes travel."""
+
+    held: Tensor  # of the rows in this rank's part, where they stand there, in the order of their owners
+    holds: list[int]  # how many of them each rank owns
+    owned: Tensor  # of the rows that this rank owns, where they stand among all, in the order of the parts
+    owns: list[int]  # how many of them stand in each rank's part
+
+
+def route(ids: Tensor, n: int, i: int, outer: int, of: int) -> Route:
+    """The route of rank ``i`` of ``n``. Id k of ``of`` is the rank's with the k-th of n equal ranges; the rows are seen as (outer, n, rest)
+    and part j of them is rank j's. Raises IndexError where an id is not below ``of``."""
+    parts = cut(torch.arange(len(ids), device=ids.device), n, (0, outer))
+    owner = (ids // (of // n))[parts]
+    held, mine = torch.sort(owner[i], stable=True)[1], owner == i
+    counts = torch.stack([torch.bincount(owner[i], minlength=n)[:n], mine.sum(1)]).tolist()
+    if sum(counts[0]) != parts.shape[1]:
+        raise IndexError(f"a row id of {int(ids.max())}, but there are {of}")
+    return Route(held, counts[0], parts[mine], counts[1])
 
 
 # blocks -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -175,6 +175,26 @@ class DistributedRuntime(Runtime):
             nonlocal sent  # kept until the exchange is over
             del sent
             return out.sum(0, dtype=out.dtype) if by_blocks else out
+
+        return complete
+
+
+    def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
+        out = x.new_empty(sum(receives), *x.shape[1:])
+        self._number += 1
+        what = f"rows over {axis}, number {self._number}"
+        began = time.monotonic()
+        try:
+            work = dist.all_to_all_single(_plain(out), _plain(x), list(receives), list(sends), self._groups[axis], async_op=True)
+        except (RuntimeError, ValueError) as error:
+            self.world.watch.doing = what
+            raise self.world.watch.diagnose(error, time.monotonic() - began) from error
+
+        def complete() -> Tensor:
+            self.world.wait(work, what)
+            nonlocal x  # kept until the exchange is over
+            del x
+            return out
 
         return complete
 

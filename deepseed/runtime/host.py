@@ -54,6 +54,9 @@ class _Alone(Runtime):
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         raise RuntimeError(f"{kind} over {axis} on a mesh of one rank")
 
+    def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
+        raise RuntimeError(f"rows over {axis} on a mesh of one rank")
+
 
 class SimulatedHost:
     """Every rank of the mesh in this process, one thread each; one rank runs without a thread."""

@@ -35,6 +35,7 @@ class _Meeting:
     brought: dict[int, Tensor] = field(default_factory=dict)
     results: dict[int, Tensor] = field(default_factory=dict)
     complete: bool = False
+    sends: dict[int, Sequence[int]] = field(default_factory=dict)
 
 
 class _Simulation:
@@ -47,19 +48,22 @@ class _Simulation:
         self.counts: dict[tuple[tuple[int, ...], int], int] = {}
         self.failure: tuple[int, BaseException] | None = None
 
-    def bring(self, rank: int, kind: str, x: Tensor, axis: str, reduce: str) -> _Meeting:
+    def bring(self, rank: int, kind: str, x: Tensor, axis: str, reduce: str, sends: Sequence[int] = ()) -> _Meeting:
+        """``sends``: how many rows of ``x`` go to each rank, where they are not equal blocks."""
         group = self.mesh.group(axis, rank)
         number = self.counts.get((group, rank), 0)
         self.counts[group, rank] = number + 1
-        what = f"{kind}{f' ({reduce})' if reduce else ''} over {axis} of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        what = f"{kind}{f' ({reduce})' if reduce else ''} over {axis} of {str(x.dtype).removeprefix('torch.')}{['*', *x.shape[1:]] if sends else list(x.shape)}"
         meeting = self.meetings.setdefault((group, number), _Meeting(group, what))
         if what != meeting.what:
             others = ", ".join(map(str, meeting.brought))
             raise RuntimeError(f"collective {number} of ranks {list(group)}: rank {rank} does {what}, rank {others} {meeting.what}")
         meeting.brought[rank] = x
+        meeting.sends[rank] = sends
         if len(meeting.brought) == len(group):
             parts = [meeting.brought[r] for r in group]
-            meeting.results = dict(zip(group, _compute(kind, parts, reduce), strict=True))
+            made = _rows(parts, [meeting.sends[r] for r in group]) if sends else _compute(kind, parts, reduce)
+            meeting.results = dict(zip(group, made, strict=True))
             meeting.brought.clear()
             meeting.complete = True
             del self.meetings[group, number]
@@ -107,6 +111,12 @@ class _Simulation:
                 baton.release()
 
 
+def _rows(parts: Sequence[Tensor], sends: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What each rank gets of the rows that each sends to it, in the order of the ranks."""
+    pieces = [torch.split(x, list(counts)) for x, counts in zip(parts, sends, strict=True)]
+    return [torch.cat([piece[i] for piece in pieces]) for i in range(len(parts))]
+
+
 def _compute(kind: str, parts: Sequence[Tensor], reduce: str) -> list[Tensor]:
     """What each rank gets; no result shares memory with another one or with an operand."""
     if kind == "all_gather":
@@ -134,6 +144,17 @@ class SimulatedRuntime(Runtime):
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, kind, x, axis, reduce)
         return lambda: self._simulation.wait(self.rank, meeting)
+
+    def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
+        meeting = self._simulation.bring(self.rank, "rows", x, axis, "", sends)
+
+        def complete() -> Tensor:
+            out = self._simulation.wait(self.rank, meeting)
+            if len(out) != sum(receives):
+                raise RuntimeError(f"{meeting.what}: {sum(receives)} rows are due on rank {self.rank}, {len(out)} came")
+            return out
+
+        return complete
 
 
 def simulate(
