@@ -36,7 +36,7 @@ from deepseed.rules import RULES, Rule, strategy
 from deepseed.verify import adamw, verify
 
 PLAN = "zero3+tp2+dp2"
-CHECKS = {"ProgramError": "verify", "ParseError": "verify", "TypingError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
+CHECKS = {"ProgramError": "verify", "ParseError": "verify", "TypingError": "typing", "RuleError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
 TABLE: Counter[str] = Counter()
 
 
@@ -75,7 +75,7 @@ def edited(p: Program, edit: Edit) -> Program:
 
 def caught_at_compile(edit: Edit) -> str:
     """Which check of a compile sees the edit, made by its pass; "" where none does."""
-    done = compiled(edit.plan)._current()
+    done = compiled(edit.plan).programs.current()
     names = [each.name for each in done.passes]
     at = names.index(edit.after)
     programs = [done.captured.program, *(each.program for each in done.passes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -128,6 +129,18 @@ def test_what_an_op_writes_is_an_output() -> None:
         follow(number(p), parse("\n".join(line for line in str(good).splitlines() if not line.endswith('buffer "var"') or not line.startswith("return"))))
 
 
+@pytest.mark.parametrize("target", ["aten.native_batch_norm", "aten._native_batch_norm_legit_functional"])
+def test_a_kernel_that_compares_no_sizes_is_run_on_sizes_that_fit_together(target: str) -> None:
+    text = NORM.replace("[8, 4]", "[1024, 24]").replace("[4]", "[24]").replace("aten.native_batch_norm", target)
+    if target.endswith("functional"):
+        text = text.replace("%y, %s, %r", "%y, %s, %r, %m, %v").replace("f32[24], f32[24] {", "f32[24], f32[24], f32[24], f32[24] {")
+    p = program(text)
+    good = canonicalize(p)
+    follow(number(p), good)
+    with pytest.raises(TranslationError, match="is another value"):
+        follow(number(p), parse("\n".join(line if line.startswith("origin") else line.replace("1e-05)", "1e-04)") for line in str(good).splitlines())))
+
+
 LOSS = """%x : f32[{n}, {v}] batch "x"
 %t : i64[{n}] batch "t"
 %l = aten._log_softmax(%x, 1, false) : f32[{n}, {v}] {{at="loss", phase="forward"}}
@@ -180,8 +193,11 @@ def test_each_rank_runs_the_shared_program() -> None:
         lines[turned], lines[turned + 1] = lines[turned + 1], lines[turned]
         with pytest.raises(TranslationError, match=r"op 2 of the rank at \{'dp': \d\}"):
             check_localized(shared, parse("\n".join(lines)), where)
-    with pytest.raises(TranslationError, match=r"%i = iota.*\n.*\n.*\n  due at up: .*index=\[\[\[2, 0\]"):
-        check_localized(shared, localize(shared, {"dp": 1}), {"dp": 0})
+    other = localize(shared, {"dp": 1})
+    with pytest.raises(TranslationError, match=r"another mesh on the rank at \{'dp': 0\}, mesh\(dp=2\) at\(dp=1\)"):
+        check_localized(shared, other, {"dp": 0})
+    with pytest.raises(TranslationError, match=r"%i = iota.*\n.*\n.*\n  due at up: .*index=\[\[\[2, 0, 1\]"):
+        check_localized(shared, replace(other, mesh=shared.mesh.seen_from({"dp": 0})), {"dp": 0})
 
 
 def test_the_pipeline_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from deepseed.check.typing import nameless
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Type
 from deepseed.ops import OpError, run, torch_dtype
+from deepseed.rules import RuleError
 
 MOST_OPS = 400  # of an expression
 RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
@@ -110,7 +111,10 @@ def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
     digests = [_digest(old, new, lambda n: types[n][1], thorough)]
     if digests[0] in known:
         return None
-    shapes = _shapes(old, new)
+    try:
+        shapes = _shapes(old, new)
+    except RuleError as error:
+        return f"no sizes fit an op of these: {error}"
     if not _runs(old, new, shapes):
         shapes = {n: types[n][1] for n in shapes}
     if sum(prod(s) for s in shapes.values()) > MOST:
