@@ -9,6 +9,8 @@ import pytest
 
 from deepseed import pipeline
 from deepseed.check.translation import TranslationError, check_localized, follow, number
+from deepseed.cli import _passes_table
+from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.passes.canonicalize import canonicalize
@@ -161,6 +163,19 @@ def test_a_large_loss_is_run_small(n: int, v: int) -> None:
         assert text != str(good).rstrip("\n"), old
         with pytest.raises(TranslationError, match="is another value"):
             follow(number(p), parse(text))
+
+
+def test_what_is_too_large_to_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = '%x : f32[67108864] batch "x"\n%r = reshape(%x) : f32[8192, 8192] {phase="forward"}\n'
+    before = program(head + '%s = aten.mul.Tensor(%r, 1.0) : f32[8192, 8192] {phase="forward"}\n%y = reshape(%s) : f32[67108864] {phase="forward"}\nreturn %y output "0"')
+    after = program(head + '%y = reshape(%r) : f32[67108864] {phase="forward"}\nreturn %y output "0"')
+    assert follow(number(before), after).unproved == ["y"]
+    one = program_pass(requires=set(), provides={"canonical"})(lambda p: replace(after, facts=p.facts))
+    (done,) = pipeline.run(before, {}, (one,))
+    assert done.unproved == ("y",)
+    assert "unproved: 1 values" in "\n".join(_passes_table([pipeline.Passed("capture", before, 0.0), done]))
+    small = program(str(after).split("\n", 1)[1].replace("67108864", "64").replace("8192", "8"))
+    assert follow(number(small), small).unproved == []
 
 
 def test_outputs_and_inputs_stay() -> None:

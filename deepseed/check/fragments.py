@@ -85,21 +85,24 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     place = {n: k for k, n in enumerate(before.made)}
     why = "the expressions have no operands in common"
     first: tuple[str, list[Op], list[Op]] | None = None
-    while len(old.opened) + len(new.opened) <= MOST_OPS:
+    step = left = 0  # leaves to open before the next run: twice as many after each, so that an expression is run few times
+    while True:
         old.close_over(known_after)
         new.close_over(known_before)
-        if old.leaves <= new.leaves or new.leaves <= old.leaves:
+        only = (old.leaves ^ new.leaves) & place.keys()
+        latest = max(only, key=place.__getitem__, default=-1)
+        opens = old if latest in old.leaves else new
+        last = latest not in opens.side.made or len(old.opened) + len(new.opened) > MOST_OPS
+        if (last or left <= 0) and (old.leaves <= new.leaves or new.leaves <= old.leaves):
             found = _compared(old, new, first is not None)
             if found is None:
                 return None
             if first is None:
                 first = found, old.ops(), new.ops()
-        only = (old.leaves ^ new.leaves) & place.keys()
-        if not only:
+            left = step = max(1, 2 * step)
+        if last or not opens.open(latest):
             break
-        latest = max(only, key=place.__getitem__)
-        if not (old if latest in old.leaves else new).open(latest):
-            break
+        left -= 1
     return first or (why, old.ops(), new.ops())
 
 
@@ -118,6 +121,7 @@ def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
     if not _runs(old, new, shapes):
         shapes = {n: types[n][1] for n in shapes}
     if sum(prod(s) for s in shapes.values()) > MOST:
+        new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
         return None  # too large to run, and it cannot be made smaller
     digests.append(_digest(old, new, shapes.__getitem__, thorough))
     if digests[1] not in known:
