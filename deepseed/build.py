@@ -47,6 +47,11 @@ class Built:
     def instances(self) -> int:
         return max((p.instances for p in self.passes), default=0)
 
+    @property
+    def unproved(self) -> tuple[str, ...]:
+        """Values that a pass wrote differently and that are too large to run: taken as equal."""
+        return tuple(name for p in self.passes for name in p.unproved)
+
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None, wide: bool = False, quiet: bool = False

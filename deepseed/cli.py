@@ -321,6 +321,9 @@ def _passes_table(done: Sequence[Passed]) -> list[str]:
         moved = f"{amount(sum(c.bytes for c in found))}/rank" if found else "-"
         lines.append(f"{each.name:18}{f'{before} -> {ops}':>14}{sum(c.count for c in found):>14}{moved:>17}{each.seconds:>7.2f} s")
         before = ops
+    left = [name for each in done for name in each.unproved]
+    if left:
+        lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands, such as %{left[0]}")
     return lines
 
 

@@ -50,6 +50,7 @@ class Passed:
     seconds: float
     check_seconds: float = 0.0
     instances: int = 0
+    unproved: tuple[str, ...] = ()  # values whose new expression is too large to run beside the old one: taken as equal
 
 
 class CheckError(ValueError):
@@ -96,7 +97,7 @@ def run(
         before, started = p, perf_counter()
         p = each(p, **args.get(each.name, {}))
         finished = perf_counter()
-        instances = 0
+        instances, unproved = 0, tuple[str, ...]()
         if check:
             try:
                 instances = check_program(p, each.name, execute=each is passes[-1])
@@ -105,7 +106,8 @@ def run(
                     check_program(earlier.program, earlier.name)
                 raise
             numbering = check_translation(before, p, each.name, numbering, args.get(each.name, {}))
-        done.append(Passed(each.name, p, finished - started, perf_counter() - finished + first, instances))
+            unproved = tuple(numbering.unproved) if numbering is not None else ()
+        done.append(Passed(each.name, p, finished - started, perf_counter() - finished + first, instances, unproved))
         first = 0.0
         if on_pass is not None:
             on_pass(done[-1])

@@ -50,6 +50,7 @@ class VerifyReport:
     program_hash: str
     seconds: float
     repeated: float = 0.0  # of all ranks' matmul flops, the part that another rank computes too
+    unproved: int = 0  # expressions that the checks of the compile took as equal: too large to run, and not to be made smaller
     left_out: int = 0  # entries of parameters that the user's optimizer makes of rounding noise alone (deepseed.noise)
     blame: str = ""  # where it differs: the pass, node and module path that changed the numbers (deepseed.bisect)
 
@@ -64,6 +65,7 @@ class VerifyReport:
             f"  gradients   {self.grad_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest gradient)\n"
             f"  parameters  {self.param_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest parameter)\n"
             f"  instances   {self.instances_checked} checked one by one\n"
+            + (f"  unproved    {self.unproved} expressions that passes wrote differently are too large to run on small operands\n" if self.unproved else "")
             + (f"  left out    {self.left_out} entries whose gradient is rounding noise, which the optimizer amplifies\n" if self.left_out else "")
             + f"  program     sha256 {self.program_hash[:16]}" + (f"\n  worst       {self.worst}\n  {self.blame}" if not self.ok else "")
         )
@@ -124,7 +126,7 @@ def verify(
     return VerifyReport(
         bool(ok), str(step.plan), step.mesh.ranks, step.backend, steps, loss_error, grad_error, param_error,
         worst_grad if grad_error >= param_error else worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
-        _repeated(step.program), sum(int(mask.sum()) for mask in unclear.values()), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
+        _repeated(step.program), len(step.programs.current().unproved), sum(int(mask.sum()) for mask in unclear.values()), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
 
 

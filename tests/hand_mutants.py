@@ -100,7 +100,6 @@ EDITS = (
     Edit("softmax without logarithm", "group_kernels", r"%log_softmax = aten\._log_softmax", "%log_softmax = aten._softmax"),
     Edit("softmax along another dimension", "group_kernels", r"(%softmax = aten\._softmax\(%masked_fill, )-1", r"\g<1>-2"),
     Edit("gradient of another parameter returned", "group_kernels", r"return %norm\.bwd\.native_layer_norm_backward\.r1 grad", "return %norm.bwd.native_layer_norm_backward.r2 grad"),
-    Edit("gradient returned after its update scaled it in place", "group_kernels", r"(%proj\.weight\.update\.add\.2, .*%proj\.weight, )%clip\.mul\.9(.*maximize=false)", r"\1%proj.bwd.mm.1\2, scale=%clip.clamp", "tp2"),
     # localize
     Edit("slice one too far", "localize", r"(%slice\.1 = .*)start=8", r"\1start=9"),
     Edit("slice at the global start", "localize", r"(%slice\.2 = .*)start=16", r"\1start=8"),

@@ -107,6 +107,7 @@ def _other_layout(p: Program, t: Type, now: Layout, rng: Random) -> Layout | Non
     axis = rng.choice(p.mesh.names)
     old = now.on(axis)
     choices: list[Element] = [None, Partial("sum"), Partial("max"), *(Split(d, o) for d in range(len(t.shape)) for o in (1, 2, 3))]
+    choices += [Split(d, 1, n) for d, n in enumerate(t.shape) if n > 1 and n % p.mesh.size(axis)]  # uneven
     if isinstance(old, Split):
         choices += [Split(d, old.outer) for d in range(len(t.shape))] * 2
     return now.with_(axis, rng.choice([c for c in choices if c != old]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 
 import torch
 from hypothesis import strategies as st
@@ -46,7 +47,8 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh) -> Layout:
-    """Any layout that fits: each axis in turn replicates, is partial, or takes the next range of a dimension, blocks before it."""
+    """Any layout that fits: each axis in turn replicates, is partial, or takes the next range of a dimension, blocks before it; unevenly where it
+    does not divide what is left."""
     elements: dict[str, Element] = {}
     done = [1] * len(shape)
     for axis in draw(st.permutations(mesh.names)):
@@ -57,9 +59,15 @@ def layouts(draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh) -> Layout:
         elif kind == "split" and shape:
             dim = draw(st.integers(0, len(shape) - 1))
             outer = done[dim] * draw(st.sampled_from((1, 1, 2, 3)))
+            rest = shape[dim] // outer
             if shape[dim] % (outer * n) == 0:
                 elements[axis] = Split(dim, outer)
                 done[dim] = outer * n
+            elif shape[dim] % outer == 0 and n > 1:
+                of = draw(st.sampled_from([k for k in range(2, rest + 1) if rest % k == 0 and k % n] or [0]))
+                if of:
+                    elements[axis] = Split(dim, outer, of)
+                    done[dim] = outer * of
     return Layout.of(**elements)
 
 
@@ -123,11 +131,15 @@ NEW = 0.5  # how often an operand is a new input though a value of its type exis
 DISCONTINUOUS = ("argm", "topk", "sort", "median", "kthvalue", "round", "floor", "ceil", "sign", "trunc", "fmod", "remainder", "nextafter")
 
 
-def plans(uneven: bool = False) -> st.SearchStrategy[tuple[Mesh, int]]:
-    """A mesh and a ZeRO stage: dp and tp of 1 to 4, 8 ranks at the most. ``uneven``: 3 and 5 ranks too."""
-    sizes = (1, 2, 3, 4, 5) if uneven else (1, 2, 2, 4)
-    meshes = st.tuples(st.sampled_from(sizes), st.sampled_from(sizes)).filter(lambda n: n[0] * n[1] <= 8)
-    return st.tuples(meshes.map(lambda n: Mesh(tuple((a, k) for a, k in zip(("dp", "tp"), n, strict=True) if k > 1))), st.integers(0, 3))
+@st.composite
+def plans(draw: st.DrawFn, uneven: bool = False) -> tuple[Mesh, int]:
+    """A mesh and a ZeRO stage: dp and tp of 1 to 4, at times sp or ep, 8 ranks at the most. ``uneven``: 3 and 5 ranks too."""
+    some = (1, 2, 3, 4, 5) if uneven else (1, 2, 2, 4)
+    rarely = (1, 1, 1, 1, 1, 2, 3) if uneven else (1, 1, 1, 1, 1, 2)
+    sizes: dict[str, int] = {}
+    for axis, choices in (("dp", some), ("tp", some), ("ep", rarely), ("sp", rarely)):
+        sizes[axis] = draw(st.sampled_from([n for n in choices if n * prod(sizes.values()) <= 8]))
+    return Mesh(tuple((axis, sizes[axis]) for axis in ("dp", "ep", "sp", "tp") if sizes[axis] > 1)), draw(st.integers(0, 3))
 
 
 class _Writer:

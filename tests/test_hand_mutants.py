@@ -29,14 +29,16 @@ from deepseed import api, ops, pipeline
 from deepseed.api import TrainStep
 from deepseed.check import instances
 from deepseed.check.translation import follow, number
+from deepseed.codegen.optim import Update
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import ParseError, parse
 from deepseed.rules import RULES, Rule, strategy
+from deepseed.target import load
 from deepseed.verify import adamw, verify
 
 PLAN = "zero3+tp2+dp2"
-CHECKS = {"ProgramError": "verify", "ParseError": "verify", "TypingError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
+CHECKS = {"ProgramError": "verify", "ParseError": "verify", "TypingError": "typing", "RuleError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
 TABLE: Counter[str] = Counter()
 
 
@@ -75,7 +77,7 @@ def edited(p: Program, edit: Edit) -> Program:
 
 def caught_at_compile(edit: Edit) -> str:
     """Which check of a compile sees the edit, made by its pass; "" where none does."""
-    done = compiled(edit.plan)._current()
+    done = compiled(edit.plan).programs.current()
     names = [each.name for each in done.passes]
     at = names.index(edit.after)
     programs = [done.captured.program, *(each.program for each in done.passes)]
@@ -239,6 +241,21 @@ def test_an_error_outside_of_programs_is_caught(what: str, monkeypatch: pytest.M
 def test_an_error_outside_of_programs_is_caught_wide(what: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     OUTSIDE[what](monkeypatch)
     expect(what, caught_by_verify(monkeypatch))
+
+
+@pytest.mark.wide
+def test_a_gradient_of_two_parameters_scaled_in_place_is_caught_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two biases of the model have one gradient: an update that scales it in place spoils the other's, and what is returned."""
+    found = load("hf:GPTNeoXForCausalLM(num_hidden_layers=1)")
+    assert verify(found.model, found.batch, "tp2", steps=1).ok
+
+    def never(self: Update, position: int, updates: Any, column: int) -> list[str]:
+        return [f"{self.name(op.args[column].name)}.contiguous()" for op in updates]
+
+    monkeypatch.setattr(Update, "_apart", never)
+    report = verify(found.model, found.batch, "tp2", steps=1)
+    assert not report.ok and report.blame.startswith("execution: "), report
+    expect("a shared gradient scaled in place", "eager")
 
 
 def test_there_are_sixty() -> None:

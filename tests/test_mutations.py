@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,9 +26,10 @@ from matrix import built
 from mutate import Mutation, mutate
 from torch import Tensor, nn
 
-from deepseed import pipeline
-from deepseed.api import TrainStep
+from deepseed import pipeline, zoo
 from deepseed.bisect import inputs_of
+from deepseed.build import Built
+from deepseed.capture import Captured, capture
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.check.equivalence import compare
 from deepseed.check.execution import ExecutionError, Values, execute
@@ -39,6 +40,8 @@ from deepseed.codegen.python import generate
 from deepseed.ir.contract import Pass
 from deepseed.ir.layout import LayoutError
 from deepseed.ir.program import Program
+from deepseed.ir.widen import widen
+from deepseed.plan import parse_plan
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
 from deepseed.runtime.state import shard
@@ -47,14 +50,23 @@ from deepseed.verify import adamw, verify
 
 COUNTS = 1e-6
 CHECKS = {"ProgramError": "verify", "TypingError": "typing", "InstanceError": "instances", "TranslationError": "translation"}
-ONE_LAYER = (  # every kind of attention, norm, router and scan
-    "LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "OPTForCausalLM", "ViTForImageClassification",
-    "ModernBertForMaskedLM", "AlbertForMaskedLM", "GPTNeoXForCausalLM", "MptForCausalLM", "BloomForCausalLM", "Phi3ForCausalLM",
-    "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "Llama4ForCausalLM", "XLNetLMHeadModel",
-    "MambaForCausalLM",
-)  # fmt: skip
-LAYERS = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "T5ForConditionalGeneration", "JambaForCausalLM")  # whose layers differ
-WIDE = [*(f"hf:{name}(num_hidden_layers=1)" for name in ONE_LAYER), *(f"hf:{name}" for name in LAYERS)]
+FEWER = {  # options that leave a model one layer of each kind, or one
+    **dict.fromkeys(("BertForMaskedLM", "ModernBertForMaskedLM", "AlbertForMaskedLM", "ViTForImageClassification", "MambaForCausalLM"), "num_hidden_layers=1"),
+    **{f"{name}ForCausalLM": "num_hidden_layers=1" for name in ("Llama", "OPT", "GPTNeoX", "GPTJ", "Mpt", "Bloom", "Phi3", "Olmo2", "Mixtral", "Qwen3Moe", "Gemma3", "Llama4")},
+    "GPT2LMHeadModel": "n_layer=1", "XLNetLMHeadModel": "n_layer=1", "SwinForImageClassification": "depths=[1, 1], num_heads=[2, 4]",
+    "ResNetForImageClassification": 'layer_type="basic", depths=[1, 1], embedding_size=8, hidden_sizes=[8, 16]',
+}  # fmt: skip
+EXPERTS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Llama4", "Jamba")
+
+
+def small_form(text: str) -> str:
+    """A target of the zoo, with fewer layers where ``FEWER`` has it."""
+    name = text.partition("(")[0].removeprefix("hf:")
+    return f"hf:{name}({FEWER[name]})" if name in FEWER else text
+
+
+WIDE = [small_form(text) for text in zoo.TARGETS]
+WIDE_PLANS = ("zero1+dp2", "zero3+dp2", "tp2", "sp2", "zero3+tp2+dp2", "zero2+dp3")
 TARGETS = {"llama": "hf:LlamaForCausalLM", "gpt2": "hf:GPT2LMHeadModel(n_layer=1)", "bert": "hf:BertForMaskedLM(num_hidden_layers=1)"}
 MODELS = ("mlp", "llama", "gpt2", "bert")
 PLANS = ("zero1+dp2", "zero3+dp2", "tp2", "zero3+tp2+dp2")
@@ -88,23 +100,38 @@ class Stage:
 
 
 @cache
-def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]:
-    """Inputs, then the captured program and the one after each pass."""
-    module, batch, loss_fn = target(model)
+def taken(model: str) -> Captured:
+    """The captured training step, in float64."""
+    module, _, loss_fn = target(model)
     ours = copy.deepcopy(module).double()
-    step = TrainStep(ours, plan, optimizer=adamw(list(ours.parameters())), loss_fn=loss_fn, clip_grad_norm=1.0, widen=True, grads=True, quiet=True)
-    wide = rebuild(batch, {k: t.double() for k, t in tensors(batch).items() if t.is_floating_point()})
-    step.compile(wide)
-    done = step.programs.current()
+    found = capture(ours, wide_batch(model), loss_fn=loss_fn, optimizer=adamw(list(ours.parameters())), clip_grad_norm=1.0, grads=True, wide=True)
+    return replace(found, program=widen(found.program))
+
+
+def wide_batch(model: str) -> Any:
+    _, batch, _ = target(model)
+    return rebuild(batch, {k: t.double() for k, t in tensors(batch).items() if t.is_floating_point()})
+
+
+@lru_cache(maxsize=8)
+def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]:
+    """Inputs, then the captured program and the one after each pass, every check on."""
+    module, _, _ = target(model)
+    captured, said = taken(model), parse_plan(plan)
+    mesh = said.mesh()
+    done = pipeline.run(captured.program, pipeline.arguments(mesh, said.stage, mesh.coordinate(0)))
+    shared = done[-2].program
+    mesh = shared.mesh
+    constants = {k: v.double() if v.is_floating_point() else v for k, v in captured.constants.items()}
+    built_ = Built(captured, shared, done, (), constants, "", 0.0, "")
     values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): t for k, t in module.named_buffers()}
-    inputs = inputs_of(done, values | {("batch", k): t for k, t in done.captured.batch.flatten(wide).items()}, torch.tensor([0, 0]))
-    numbering: Numbering | None = number(done.captured.program)
-    found = [Stage("capture", done.captured.program, (), execute(done.captured.program, inputs), numbering)]
-    for each in done.passes:
+    inputs = inputs_of(built_, values | {("batch", k): t for k, t in captured.batch.flatten(wide_batch(model)).items()}, torch.tensor([0, 0]))
+    numbering: Numbering | None = number(captured.program)
+    found = [Stage("capture", captured.program, (), execute(captured.program, inputs), numbering)]
+    for each in done:
         ranks: tuple[Program, ...] = ()
         if "local" in each.program.facts:
-            mesh = each.program.mesh
-            ranks = tuple(pipeline.BY_NAME[each.name](done.program, mesh.coordinate(r)) for r in range(mesh.ranks))
+            ranks = tuple(pipeline.BY_NAME[each.name](shared, mesh.coordinate(r)) for r in range(mesh.ranks))
         numbering = None if numbering is None or ranks else follow(numbering, each.program)
         found.append(Stage(each.name, each.program, ranks, execute(each.program, inputs, ranks=ranks), numbering))
     return inputs, tuple(found)
@@ -152,6 +179,7 @@ def draw(model: str, plan: str, at: int, rng: Random, *, translation: bool = Tru
     mutation, programs = _mutated(stage, rng)
     out = Draw(f"{model} {plan} {stage.name}", mutation)
     bad = mutation.program
+    failed = _checked(before, stage, bad, programs, translation)
     values: Values | ExecutionError | Exception
     try:
         values = execute(bad, inputs, ranks=programs, known=_untouched(stage, bad, programs))
@@ -159,17 +187,9 @@ def draw(model: str, plan: str, at: int, rng: Random, *, translation: bool = Tru
         values = error
     if isinstance(values, dict) and not _changed(stage, bad, values):
         return out
-    try:
-        pipeline.check_program(bad, stage.name)
-        for rank, program in enumerate(programs):
-            pipeline.check_program(program, stage.name)
-            if translation:
-                pipeline.check_translation(before.program, program, stage.name, None, {"coordinate": program.mesh.coordinate(rank)})
-        if not programs and translation:
-            pipeline.check_translation(before.program, bad, stage.name, before.numbering)
-    except pipeline.CheckError as error:
-        out.report = str(error)
-        out.caught = CHECKS.get(type(error.__cause__).__name__, "typing")
+    if failed is not None:
+        out.report = str(failed)
+        out.caught = CHECKS.get(type(failed.__cause__).__name__, "typing")
         out.wrong = _missing_in(out.report, stage.name, stage.program, bad, mutation.node)
         return out
     if not isinstance(values, (dict, ExecutionError)):
@@ -180,6 +200,20 @@ def draw(model: str, plan: str, at: int, rng: Random, *, translation: bool = Tru
         out.exact = mutation.node in out.report
         out.wrong = _missing_in(out.report, stage.name, stage.program, bad, mutation.node)
     return out
+
+
+def _checked(before: Stage, stage: Stage, bad: Program, programs: Sequence[Program], translation: bool) -> pipeline.CheckError | None:
+    """What the checks of a compile say of the wrong program, the cheapest first."""
+    try:
+        for program in programs or (bad,):
+            pipeline.check_program(program, stage.name)
+        for rank, program in enumerate(programs if translation else ()):
+            pipeline.check_translation(before.program, program, stage.name, None, {"coordinate": stage.program.mesh.coordinate(rank)})
+        if not programs and translation:
+            pipeline.check_translation(before.program, bad, stage.name, before.numbering)
+    except pipeline.CheckError as error:
+        return error
+    return None
 
 
 def _mutated(stage: Stage, rng: Random) -> tuple[Mutation, tuple[Program, ...]]:
@@ -279,21 +313,59 @@ def test_every_error_is_caught_and_named() -> None:
     assert sum(bool(d.caught) for d in table.draws) >= 110
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("model", WIDE)
-def test_every_error_is_caught_and_named_wide(model: str) -> None:
-    """``DEEPSEED_MUTATIONS``: a file to which each model's table is added (``python tests/mutation_report.py FILE`` adds them up)."""
+def plans_of(model: str) -> list[str]:
+    """Two of the plans for each model, in turn, so that each plan meets every third one; those with experts also under ``ep``."""
     n = WIDE.index(model)
-    try:
-        table = drawn(16 * len(pipeline.PIPELINE), [(model, PLANS[n % len(PLANS)])], seed=n)
-    finally:
-        stages.cache_clear()
-        target.cache_clear()
+    some = [WIDE_PLANS[(n + k) % len(WIDE_PLANS)] for k in (0, 3)]
+    if not zoo._has_sequence(target(model)[1]):
+        some = ["tp2" if plan == "sp2" else plan for plan in some]
+    return some + ["ep2"] * any(f"hf:{name}For" in model for name in EXPERTS)
+
+
+COUNTED, MOST_DRAWS = 5, 10  # of a pass of a model under a plan: so many that count, and no more than this
+
+
+def every_pass(model: str, plan: str) -> Table:
+    table = Table()
+    for at in range(len(pipeline.PIPELINE)):
+        rng = Random(f"{model} {plan} {at}")
+        counted = 0
+        for _ in range(MOST_DRAWS):
+            table.draws.append(draw(model, plan, at, rng))
+            counted += bool(table.draws[-1].caught)
+            if counted == COUNTED:
+                break
+    return table
+
+
+def written(table: Table) -> None:
+    """Added to the file ``$DEEPSEED_MUTATIONS``: ``python tests/mutation_report.py FILE`` adds the draws of all models up."""
     if (file := os.environ.get("DEEPSEED_MUTATIONS")) is not None:
         with Path(file).open("a") as f:
             for d in table.draws:
-                f.write("\t".join((d.where, d.mutation.kind, d.mutation.node, d.caught, d.wrong)) + "\n")
-    all_caught(table)
+                f.write("\t".join((d.where.replace(", ", ","), d.mutation.kind, d.mutation.node, d.caught, d.wrong)) + "\n")
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("model", WIDE)
+def test_every_error_is_caught_and_named_wide(model: str) -> None:
+    tables = []
+    try:
+        for plan in plans_of(model):
+            tables.append(every_pass(model, plan))
+            written(tables[-1])
+            stages.cache_clear()
+    finally:
+        stages.cache_clear()
+        taken.cache_clear()
+        target.cache_clear()
+    for table in tables:
+        all_caught(table)
+
+
+def test_the_wide_run_has_every_model_and_plan() -> None:
+    assert len(WIDE) == len(set(WIDE)) == 30
+    assert {zoo.short(t) for t in WIDE} == {zoo.short(t) for t in zoo.TARGETS}
 
 
 # from end to end ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from deepseed import pipeline
 from deepseed.check.equivalence import difference
 from deepseed.cli import app
 from deepseed.ir.contract import Pass, PassError
+from deepseed.ir.layout import Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program, Ref
 from deepseed.ir.text import parse
@@ -70,6 +71,14 @@ def no_false_alarm(p: Program, plan: tuple[Mesh, int]) -> None:
         for rank in range(mesh.ranks):
             pipeline.run(done[-1].program, pipeline.arguments(mesh, zero, mesh.coordinate(rank)), pipeline.EACH_RANK)
     TALLY["valid pairs of program and plan without a false alarm"] += 1
+    last = done[-1].program
+    splits = [e for t in last.types.values() for _, e in t.layout.elements if isinstance(e, Split)]
+    TALLY["of these on one rank"] += mesh.ranks == 1
+    TALLY["with a value that is split"] += bool(splits)
+    TALLY["unevenly"] += any(e.of for e in splits)
+    TALLY["under sp"] += "sp" in mesh.sizes
+    TALLY["under ep"] += "ep" in mesh.sizes
+    TALLY["of more than 10 ops as captured"] += len(p.ops) > 10
 
 
 def same_meaning(p: Program, plan: tuple[Mesh, int], seed: int) -> None:
@@ -104,21 +113,39 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     torch.testing.assert_close(got, want, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
-@given(captured(), plans())
-@drawn(40)
-def test_no_false_alarm(p: Program, plan: tuple[Mesh, int]) -> None:
-    no_false_alarm(p, plan)
+PAIRS = st.booleans().flatmap(lambda uneven: st.tuples(captured(max_layers=4, uneven=uneven), plans(uneven=True)))
+
+
+@given(PAIRS)
+@drawn(15)
+def test_no_false_alarm(pair: tuple[Program, tuple[Mesh, int]]) -> None:
+    no_false_alarm(*pair)
 
 
 @pytest.mark.wide
-@given(captured(max_layers=10), plans())
+@given(PAIRS)
 @drawn(int(os.environ.get("DEEPSEED_EXAMPLES", "600")))
-def test_no_false_alarm_wide(p: Program, plan: tuple[Mesh, int]) -> None:
-    no_false_alarm(p, plan)
+def test_no_false_alarm_wide(pair: tuple[Program, tuple[Mesh, int]]) -> None:
+    no_false_alarm(*pair)
+
+
+EMPTY = """program drawn mesh() facts(captured)
+%w0 : f64[12, 24] param "w0"
+%w1 : f64[12, 0] param "w1"
+%w2 : f64[24, 4] param "w2"
+%v0.0 = cat([%w0, %w1], dim=1) : f64[12, 24] {at="layer0", phase="forward"}
+%v1 = aten.mm(%v0.0, %w2) : f64[12, 4] {at="layer1", phase="forward"}
+return %v1 output "0"
+"""
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_parameter_without_an_element_is_placed(zero: int) -> None:
+    same_meaning(parse(EMPTY), (Mesh((("dp", 2), ("tp", 3))), zero), 0)
 
 
 @given(captured(max_layers=4), plans(), st.integers(0, 99))
-@drawn(12)
+@drawn(6)
 def test_every_pass_and_the_ranks_keep_the_meaning(p: Program, plan: tuple[Mesh, int], seed: int) -> None:
     same_meaning(p, plan, seed)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
 
 from deepseed import pipeline
 from deepseed.check.translation import TranslationError, check_localized, follow, number
+from deepseed.cli import _passes_table
+from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.passes.canonicalize import canonicalize
@@ -128,6 +131,18 @@ def test_what_an_op_writes_is_an_output() -> None:
         follow(number(p), parse("\n".join(line for line in str(good).splitlines() if not line.endswith('buffer "var"') or not line.startswith("return"))))
 
 
+@pytest.mark.parametrize("target", ["aten.native_batch_norm", "aten._native_batch_norm_legit_functional"])
+def test_a_kernel_that_compares_no_sizes_is_run_on_sizes_that_fit_together(target: str) -> None:
+    text = NORM.replace("[8, 4]", "[1024, 24]").replace("[4]", "[24]").replace("aten.native_batch_norm", target)
+    if target.endswith("functional"):
+        text = text.replace("%y, %s, %r", "%y, %s, %r, %m, %v").replace("f32[24], f32[24] {", "f32[24], f32[24], f32[24], f32[24] {")
+    p = program(text)
+    good = canonicalize(p)
+    follow(number(p), good)
+    with pytest.raises(TranslationError, match="is another value"):
+        follow(number(p), parse("\n".join(line if line.startswith("origin") else line.replace("1e-05)", "1e-04)") for line in str(good).splitlines())))
+
+
 LOSS = """%x : f32[{n}, {v}] batch "x"
 %t : i64[{n}] batch "t"
 %l = aten._log_softmax(%x, 1, false) : f32[{n}, {v}] {{at="loss", phase="forward"}}
@@ -148,6 +163,19 @@ def test_a_large_loss_is_run_small(n: int, v: int) -> None:
         assert text != str(good).rstrip("\n"), old
         with pytest.raises(TranslationError, match="is another value"):
             follow(number(p), parse(text))
+
+
+def test_what_is_too_large_to_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = '%x : f32[67108864] batch "x"\n%r = reshape(%x) : f32[8192, 8192] {phase="forward"}\n'
+    before = program(head + '%s = aten.mul.Tensor(%r, 1.0) : f32[8192, 8192] {phase="forward"}\n%y = reshape(%s) : f32[67108864] {phase="forward"}\nreturn %y output "0"')
+    after = program(head + '%y = reshape(%r) : f32[67108864] {phase="forward"}\nreturn %y output "0"')
+    assert follow(number(before), after).unproved == ["y"]
+    one = program_pass(requires=set(), provides={"canonical"})(lambda p: replace(after, facts=p.facts))
+    (done,) = pipeline.run(before, {}, (one,))
+    assert done.unproved == ("y",)
+    assert "unproved: 1 values" in "\n".join(_passes_table([pipeline.Passed("capture", before, 0.0), done]))
+    small = program(str(after).split("\n", 1)[1].replace("67108864", "64").replace("8192", "8"))
+    assert follow(number(small), small).unproved == []
 
 
 def test_outputs_and_inputs_stay() -> None:
@@ -180,8 +208,11 @@ def test_each_rank_runs_the_shared_program() -> None:
         lines[turned], lines[turned + 1] = lines[turned + 1], lines[turned]
         with pytest.raises(TranslationError, match=r"op 2 of the rank at \{'dp': \d\}"):
             check_localized(shared, parse("\n".join(lines)), where)
+    other = localize(shared, {"dp": 1})
     with pytest.raises(TranslationError, match=r"another mesh on the rank at \{'dp': 0\}, mesh\(dp=2\) at\(dp=1\)"):
-        check_localized(shared, localize(shared, {"dp": 1}), {"dp": 0})
+        check_localized(shared, other, {"dp": 0})
+    with pytest.raises(TranslationError, match=r"%i = iota.*\n.*\n.*\n  due at up: .*index=\[\[\[2, 0, 1\]"):
+        check_localized(shared, replace(other, mesh=shared.mesh.seen_from({"dp": 0})), {"dp": 0})
 
 
 def test_the_pipeline_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from deepseed.check.typing import nameless
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Type
 from deepseed.ops import OpError, run, torch_dtype
+from deepseed.rules import RuleError
 
 MOST_OPS = 400  # of an expression
 RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
@@ -87,22 +88,26 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     place = before.order
     why = "the expressions have no operands in common"
     first: tuple[str, list[Op], list[Op]] | None = None
-    while len(old.opened) + len(new.opened) <= MOST_OPS:
+    step = left = 0  # leaves to open before the next run: twice as many after each, so that an expression is run few times
+    while True:
         old.close_over(after, now)
         new.close_over(before)
-        if old.leaves <= new.leaves or new.leaves <= old.leaves:
+        both = old.leaves | new.leaves
+        apart = old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())
+        latest = max((n for n in apart if n in place), key=place.__getitem__, default=-1)
+        opened = [each for each in (old, new) if latest in each.leaves]
+        last = not all(latest in each.side.made for each in opened) or len(old.opened) + len(new.opened) > MOST_OPS
+        if (last or not opened or left <= 0) and (old.leaves <= new.leaves or new.leaves <= old.leaves):
             found = _compared(old, new, first is not None)
             if found is None:
                 return None
+            left = step = max(1, 2 * step)
             if first is None:
                 first = found, old.ops(), new.ops()
-        both = old.leaves | new.leaves
-        rest = {n for n in old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set()) if n in place}
-        if not rest:
+                continue  # leaves that are made of one another are opened from here on
+        if last or not opened or not all([each.open(latest) for each in opened]):
             break
-        latest = max(rest, key=place.__getitem__)
-        if not all([each.open(latest) for each in (old, new) if latest in each.leaves]):
-            break
+        left -= 1
     return first or (why, old.ops(), new.ops())
 
 
@@ -129,10 +134,14 @@ def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
     digests = [_digest(old, new, lambda n: types[n][1], thorough)]
     if digests[0] in known:
         return None
-    shapes = _shapes(old, new)
+    try:
+        shapes = _shapes(old, new)
+    except RuleError as error:
+        return f"no sizes fit an op of these: {error}"
     if not _runs(old, new, shapes):
         shapes = {n: types[n][1] for n in shapes}
     if sum(prod(s) for s in shapes.values()) > MOST:
+        new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
         return None  # too large to run, and it cannot be made smaller
     digests.append(_digest(old, new, shapes.__getitem__, thorough))
     if digests[1] not in known:

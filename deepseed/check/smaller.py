@@ -74,7 +74,8 @@ def _collect(
     if not operands and op.target != "full":
         classes.kept.update((n, d) for n in slots for d in range(len(shapes[n])))
     if sig is None:
-        return  # what it allows is seen by whether it runs
+        _alike(classes, op, slots, shapes)
+        return  # what else it asks for is seen by whether it runs
     dims = sig.operands + sig.results
     for name, places in sig.places.items():
         nodes = [(slots[p.slot], p.dim) for p in places]
@@ -86,6 +87,20 @@ def _collect(
             classes.kept.update((slots[p.slot], p.dim) for p in places)
     for slot, tensor in enumerate(dims):
         classes.kept.update((slots[slot], d) for d, names in enumerate(tensor) if len(names) != 1)
+
+
+def _alike(classes: _Classes, op: Op, slots: tuple[int, ...], shapes: Shapes) -> None:
+    """An op without a rule: dimensions of one size stay of one size, and a size that stands among its arguments stays. A kernel that
+    does not compare the sizes of its operands (a native batch norm) would read and write past their ends."""
+    said = set(_numbers((op.args, tuple(v for _, v in op.kwargs))))
+    by_size: dict[int, list[Node]] = {}
+    for n in slots:
+        for d, size in enumerate(shapes[n]):
+            by_size.setdefault(size, []).append((n, d))
+    for size, nodes in by_size.items():
+        classes.join(nodes)
+        if size in said:
+            classes.kept.update(nodes)
 
 
 def _numbers(arg: Arg) -> Iterator[float]:

@@ -65,6 +65,7 @@ class Numbering:
     numbers: dict[str, int] = field(default_factory=dict)  # by value name; what was written into has its new one
     reads: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by op name: its operands
     made: dict[int, Made] = field(default_factory=dict)
+    unproved: list[str] = field(default_factory=list)  # expressions that were too large to run: taken as equal, and said so
     holders: dict[int, int] = field(default_factory=dict)  # by number: how many names have it
 
     def name(self, names: Iterable[str], numbers: Iterable[int]) -> None:

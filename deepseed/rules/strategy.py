@@ -124,7 +124,7 @@ def _cuts(sig: Signature, name: str, layouts: Sequence[Layout], axis: str, mesh:
 def cuts(size: int, n: int, borders: Iterable[int]) -> list[tuple[int, int]]:
     """Where ``n`` ranks may cut a dimension that has ``borders`` (products of its leading factors) beside its ends: (outer, 0) evenly
     behind a border, (outer, of) unevenly between two."""
-    ends = [b for b in sorted({1, *borders}) if 0 < b < size and size % b == 0] + [size]
+    ends = [b for b in sorted({1, *borders}) if 0 < b < size and size % b == 0] + [size or 1]
     even = [(a, 0) for a in ends if size % (a * n) == 0]
     pairs = {*pairwise(ends), (1, size)}
     return even + [(a, b // a) for a, b in sorted(pairs) if b % a == 0 and b > a and b // a % n]
