@@ -110,7 +110,11 @@ def taken(model: str) -> Captured:
 
 def wide_batch(model: str) -> Any:
     _, batch, _ = target(model)
-    return rebuild(batch, {k: t.double() for k, t in tensors(batch).items() if t.is_floating_point()})
+    return rebuild(batch, {k: wide(t) for k, t in tensors(batch).items() if t.is_floating_point()})
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 @lru_cache(maxsize=8)
@@ -122,9 +126,9 @@ def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]
     done = pipeline.run(captured.program, pipeline.arguments(mesh, said.stage, mesh.coordinate(0)))
     shared = done[-2].program
     mesh = shared.mesh
-    constants = {k: v.double() if v.is_floating_point() else v for k, v in captured.constants.items()}
+    constants = {k: wide(v) for k, v in captured.constants.items()}
     built_ = Built(captured, shared, done, (), constants, "", 0.0, "")
-    values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): t for k, t in module.named_buffers()}
+    values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): wide(t) for k, t in module.named_buffers()}
     inputs = inputs_of(built_, values | {("batch", k): t for k, t in captured.batch.flatten(wide_batch(model)).items()}, torch.tensor([0, 0]))
     numbering: Numbering | None = number(captured.program)
     found = [Stage("capture", captured.program, (), execute(captured.program, inputs), numbering)]
