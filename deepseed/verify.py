@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deepseed import cost
 from deepseed.api import TrainStep
 from deepseed.bisect import Blame, diagnose
+from deepseed.build import CompileError
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import eager_reference
 from deepseed.capture.options import Optimizers, listed
@@ -94,7 +95,7 @@ def verify(
     this is one rank's part: call it on every rank, under a launcher.
     """
     started = perf_counter()
-    ours, theirs = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    ours, theirs = _copied(model), _copied(model)
     batches = [_rotate(_widen(batch), step) for step in range(steps)]
     step = TrainStep(
         ours, plan, optimizer=_made(optimizer_factory, ours), loss_fn=loss_fn, clip_grad_norm=clip_grad_norm,
@@ -128,6 +129,17 @@ def verify(
         worst_grad if grad_error >= param_error else worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
         _repeated(step.program), len(step.programs.current().unproved), sum(int(mask.sum()) for mask in unclear.values()), "" if ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in float64. Raises CompileError where the model cannot be copied."""
+    try:
+        return copy.deepcopy(model).double()
+    except RuntimeError as error:
+        raise CompileError(
+            f"{type(model).__name__} cannot be copied, and verify trains copies: {error}\n"
+            "  fix: keep no computed tensor on a module; for nn.utils.weight_norm, use nn.utils.parametrizations.weight_norm"
+        ) from error
 
 
 def _repeated(p: Program) -> float:
