@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+LARGE_ARRAY = 2**16  # bytes of a NumPy array; of a larger one only identity and shape are watched
 LARGE = 1000  # entries; of a larger container (a vocabulary) only identity and length are watched
 SCALARS = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, slice, range)
 MISSING: Any = types.new_class("missing", exec_body=lambda d: d.update(__repr__=lambda self: "(none)"))()
@@ -38,12 +40,16 @@ class _Same:
 
 def frozen(value: Any) -> Any:
     """What stays comparable when ``value`` is changed in place: numbers and words by value and type, containers by their
-    entries, tensors by identity and version, other objects by identity (their attributes are noted for themselves)."""
+    entries, arrays by their bytes, tensors by identity and version, other objects by identity (their attributes are noted for themselves)."""
     kind = type(value)
     if isinstance(value, SCALARS):
         return (kind, repr(value)) if value != value else (kind, value)
     if isinstance(value, Tensor):
         return (_Same(value), 0 if isinstance(value, FakeTensor) or value.is_inference() else value._version)
+    if isinstance(value, numpy.ndarray):
+        return (_Same(value), value.shape) if value.nbytes > LARGE_ARRAY else (kind, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, numpy.generic):
+        return (kind, value.tobytes())
     if isinstance(value, weakref.ref):
         return (kind,)
     if isinstance(value, types.SimpleNamespace | types.MappingProxyType):
@@ -117,14 +123,14 @@ class Reads:
 
 def _is_mutable(value: Any) -> bool:
     """Whether the same object may come to mean something else."""
-    return isinstance(value, dict | list | tuple | set | Tensor | types.SimpleNamespace | types.MappingProxyType)
+    return isinstance(value, dict | list | tuple | set | Tensor | numpy.ndarray | types.SimpleNamespace | types.MappingProxyType)
 
 
 def short(value: Any) -> str:
     """A value as messages show it, cut at 60 characters."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}, version {0 if isinstance(value, FakeTensor) else value._version}"
-    text = repr(value)
+    text = f"an array {value.dtype}{list(value.shape)}" if isinstance(value, numpy.ndarray) and value.size > 4 else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
