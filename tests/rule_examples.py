@@ -160,7 +160,6 @@ sized._upsample_nearest_exact3d_backward(f32[12, 24, 3, 5, 9], given=[[3, 5, 9],
 aten.upsample_trilinear3d(f32[12, 24, 2, 4, 6], [3, 5, 9], false) : f32[12, 24, 3, 5, 9]
 sized.upsample_trilinear3d_backward(f32[12, 24, 3, 5, 9], given=[[3, 5, 9], "shape", false]) : f32[12, 24, 2, 4, 6]
 aten.fractional_max_pool2d(f32[12, 24, 4, 6], [2, 2], [2, 3], f32[12, 24, 2]) : f32[12, 24, 2, 3], i64[12, 24, 2, 3]
-aten.fractional_max_pool2d_backward(f32[12, 24, 2, 3], f32[12, 24, 4, 6], [2, 2], [2, 3], i64[12, 24, 2, 3]) : f32[12, 24, 4, 6]
 aten.im2col(f32[12, 24, 4, 6], [2, 3], [1, 1], [0, 1], [2, 1]) : f32[12, 144, 12]
 aten.im2col(f32[24, 4, 6], [2, 3], [1, 1], [0, 1], [2, 1]) : f32[144, 12]
 aten.col2im(f32[12, 144, 12], [4, 6], [2, 3], [1, 1], [0, 1], [2, 1]) : f32[12, 24, 4, 6]

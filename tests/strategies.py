@@ -298,7 +298,10 @@ def _from_table(w: _Writer) -> None:
 
     results = tuple(f"v{len(w.ops)}.{k}" for k in range(len(op.types)))
     made = tuple(Type("f64" if t.dtype in FLOATS else t.dtype, t.shape) for t in op.types)
-    wide = replace(op, kwargs=op.kwargs, args=tuple("f64" if isinstance(a, str) and a in FLOATS else a for a in op.args))
+    wide = replace(
+        op, args=tuple("f64" if isinstance(a, str) and a in FLOATS else a for a in op.args),
+        kwargs=tuple((k, "f64" if isinstance(v, str) and v in FLOATS else v) for k, v in op.kwargs),
+    )  # fmt: skip
     w.ops.append(replace(wide.map_refs(given), results=results, types=made, phase="forward", path=f"layer{len(w.ops)}"))
     w.values.update((r, t) for r, t in zip(results, made, strict=True) if t.dtype == "f64")
 

@@ -247,13 +247,13 @@ def test_an_error_outside_of_programs_is_caught_wide(what: str, monkeypatch: pyt
 def test_a_gradient_of_two_parameters_scaled_in_place_is_caught_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two biases of the model have one gradient: an update that scales it in place spoils the other's, and what is returned."""
     found = load("hf:GPTNeoXForCausalLM(num_hidden_layers=1)")
-    assert verify(found.model, found.batch, "tp2", steps=1).ok
+    assert verify(found.model, found.batch, "zero1+dp2", steps=1, clip_grad_norm=0.1).ok
 
     def never(self: Update, position: int, updates: Any, column: int) -> list[str]:
         return [f"{self.name(op.args[column].name)}.contiguous()" for op in updates]
 
     monkeypatch.setattr(Update, "_apart", never)
-    report = verify(found.model, found.batch, "tp2", steps=1)
+    report = verify(found.model, found.batch, "zero1+dp2", steps=1, clip_grad_norm=0.1)
     assert not report.ok and report.blame.startswith("execution: "), report
     expect("a shared gradient scaled in place", "eager")
 

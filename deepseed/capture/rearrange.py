@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ def _pixel_unshuffle(e: Emitter, val: Any, self: Ref, downscale_factor: int) -> 
     x = e.reshape(self, (*lead, c, h // r, r, w // r, r))
     x = _permute(e, x, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
     return e.reshape(x, type_of(val).shape)
+
+
+def _to_planes(e: Emitter, val: Any, grad_output: Ref, self: Ref, indices: Ref, **_: Any) -> Arg:
+    """Gradients added where ``indices``, positions in a plane, say. (PyTorch's own kernel is wrong on operands with gaps in memory.)"""
+    t = type_of(val)
+    lead, plane, taken = t.shape[:2], prod(t.shape[2:]), prod(e.type(grad_output).shape[2:])
+    flat = Type(t.dtype, (*lead, plane))
+    x = e.one("scatter_add", (e.full(0.0, flat), e.reshape(indices, (*lead, taken)), e.reshape(grad_output, (*lead, taken))), flat, dim=2)
+    return e.reshape(x, t.shape)
 
 
 def _channel_shuffle(e: Emitter, val: Any, self: Ref, groups: int) -> Arg:
@@ -227,6 +237,7 @@ def _neg(e: Emitter, val: Any, self: Ref) -> Arg:
 
 REARRANGED: dict[Any, Callable[..., Arg]] = {
     _aten.pixel_shuffle: _pixel_shuffle, _aten.pixel_unshuffle: _pixel_unshuffle,
+    _aten.fractional_max_pool2d_backward: _to_planes,
     _aten.channel_shuffle: _channel_shuffle, _aten.native_channel_shuffle: _channel_shuffle,
     _aten.rot90: _rot90, _aten.block_diag: _block_diag,
     _aten.diagonal: _diagonal, _aten.diagonal_backward: _diagonal_backward, _aten.diag_embed: _diag_embed, _aten.diagonal_scatter: _diagonal_scatter,

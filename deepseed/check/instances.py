@@ -46,7 +46,6 @@ INDEXED: dict[str, tuple[int, int, int | str]] = {
     "aten.max_pool3d_with_indices_backward": (2, 1, "plane3"),
     "aten.adaptive_max_pool2d_backward": (2, 1, "plane2"),
     "aten.adaptive_max_pool3d_backward": (2, 1, "plane3"),
-    "aten.fractional_max_pool2d_backward": (2, 1, "plane2"),
     "aten.max_unpool2d": (1, -1, "plane2"),
     "aten.max_unpool3d": (1, -1, "plane3"),
     "aten.nll_loss_forward": (1, 0, 1),
