@@ -6,6 +6,8 @@ writes is undone after a trace, which is no step, and done again by each step th
 
 from __future__ import annotations
 
+import array
+import collections
 import types
 import weakref
 from collections.abc import Sequence
@@ -48,6 +50,10 @@ def frozen(value: Any) -> Any:
         return (_Same(value), 0 if isinstance(value, FakeTensor) or value.is_inference() else value._version)
     if isinstance(value, numpy.ndarray):
         return (_Same(value), value.shape) if value.nbytes > LARGE_ARRAY else (kind, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, bytearray | array.array):
+        return (kind, bytes(value))
+    if isinstance(value, collections.deque):
+        return (kind, [frozen(v) for v in value]) if len(value) <= LARGE else (_Same(value), len(value))
     if isinstance(value, numpy.generic):
         return (kind, value.tobytes())
     if isinstance(value, weakref.ref):
@@ -123,7 +129,7 @@ class Reads:
 
 def _is_mutable(value: Any) -> bool:
     """Whether the same object may come to mean something else."""
-    return isinstance(value, dict | list | tuple | set | Tensor | numpy.ndarray | types.SimpleNamespace | types.MappingProxyType)
+    return isinstance(value, dict | list | tuple | set | Tensor | numpy.ndarray | bytearray | array.array | collections.deque | types.SimpleNamespace | types.MappingProxyType)
 
 
 def short(value: Any) -> str:

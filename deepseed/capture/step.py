@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -219,7 +221,14 @@ class _Traced:
         reader = Reader(tracker, keys, tensors(batch))
         recorder = Recorder(model, loss_fn)
         with switched(model), recorder.on(), torch.enable_grad():
+            before = _drawn()
             module = record(step, [s.fake for s in self.sources], len(keys) - 1, tracker, reader, wide)
+            for source, was, now in zip(("random", "numpy.random"), before, _drawn(), strict=True):
+                if was != now:
+                    raise CaptureError(
+                        f"the forward or the loss of {type(model).__name__} draws from Python's {source}: once, when it is captured, and never again",
+                        fix="draw with torch.rand, whose numbers are new at every step; a branch on them must be a torch.where",
+                    )
         _check_leaks(model, real)
         self.python = recorder.reads()
         self.reads: list[Read] = reader.reads
@@ -232,6 +241,12 @@ class _Traced:
             n: "backward" if n.meta.get("where", Where()).backward and n not in wanted else "forward"
             for n in self.flat.graph.nodes if n.op == "call_function"
         }  # fmt: skip
+
+
+def _drawn() -> tuple[object, object]:
+    """The states of Python's and NumPy's global generators."""
+    state: dict[str, Any] = numpy.random.get_state(legacy=False)
+    return random.getstate(), (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
 
 
 def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -93,7 +93,8 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
         old.close_over(after, now)
         new.close_over(before)
         both = old.leaves | new.leaves
-        apart = old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())
+        within = {n for n in both if n in before.made and both.issuperset(before.made[n].operands)} if first else set()
+        apart = within or old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())
         latest = max((n for n in apart if n in place), key=place.__getitem__, default=-1)
         opened = [each for each in (old, new) if latest in each.leaves]
         last = not all(latest in each.side.made for each in opened) or len(old.opened) + len(new.opened) > MOST_OPS

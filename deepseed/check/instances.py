@@ -50,6 +50,8 @@ INDEXED: dict[str, tuple[int, int, int | str]] = {
     "aten.max_unpool3d": (1, -1, "plane3"),
     "aten.nll_loss_forward": (1, 0, 1),
     "aten.nll_loss_backward": (2, 1, 1),
+    "aten.nll_loss2d_forward": (1, 0, 1),
+    "aten.nll_loss2d_backward": (2, 1, 1),
 }
 
 PIVOTED = ("aten.linalg_lu_solve", "aten.lu_unpack")
