@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -48,14 +47,12 @@ def frozen(value: Any) -> Any:
         return (kind, repr(value)) if value != value else (kind, value)
     if isinstance(value, Tensor):
         return (_Same(value), 0 if isinstance(value, FakeTensor) or value.is_inference() else value._version)
-    if isinstance(value, numpy.ndarray):
+    if _is_array(value):
         return (_Same(value), value.shape) if value.nbytes > LARGE_ARRAY else (kind, value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, bytearray | array.array):
         return (kind, bytes(value))
     if isinstance(value, collections.deque):
         return (kind, [frozen(v) for v in value]) if len(value) <= LARGE else (_Same(value), len(value))
-    if isinstance(value, numpy.generic):
-        return (kind, value.tobytes())
     if isinstance(value, weakref.ref):
         return (kind,)
     if isinstance(value, types.SimpleNamespace | types.MappingProxyType):
@@ -129,14 +126,19 @@ class Reads:
 
 def _is_mutable(value: Any) -> bool:
     """Whether the same object may come to mean something else."""
-    return isinstance(value, dict | list | tuple | set | Tensor | numpy.ndarray | bytearray | array.array | collections.deque | types.SimpleNamespace | types.MappingProxyType)
+    return isinstance(value, dict | list | tuple | set | Tensor | bytearray | array.array | collections.deque | types.SimpleNamespace | types.MappingProxyType) or _is_array(value)
+
+
+def _is_array(value: Any) -> bool:
+    """A NumPy array or scalar."""
+    return type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes")
 
 
 def short(value: Any) -> str:
     """A value as messages show it, cut at 60 characters."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}, version {0 if isinstance(value, FakeTensor) else value._version}"
-    text = f"an array {value.dtype}{list(value.shape)}" if isinstance(value, numpy.ndarray) and value.size > 4 else repr(value)
+    text = f"an array {value.dtype}{list(value.shape)}" if _is_array(value) and value.size > 4 else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -245,8 +245,9 @@ class _Traced:
 
 def _drawn() -> tuple[object, object]:
     """The states of Python's and NumPy's global generators."""
-    state: dict[str, Any] = numpy.random.get_state(legacy=False)
-    return random.getstate(), (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
+    numpy: Any = sys.modules.get("numpy")  # nobody can draw from what was never imported
+    state = numpy.random.get_state(legacy=False) if numpy is not None else None
+    return random.getstate(), state and (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
 
 
 def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
