@@ -92,8 +92,7 @@ def parse_plans(text: str) -> list[tuple[str, int | None]]:
         if found is None:
             raise ZooError(f"--plans {text!r} has an empty plan\n  fix: plans joined by commas, with xN for N ranks: zero3x4,tp2")
         plan, ranks = found[1], int(found[2]) if found[2] else None
-        if "sp" not in plan:  # may be a word of later, which is the zoo's to report
-            parse_plan(plan).mesh(ranks)
+        parse_plan(plan).mesh(ranks)
         out.append((plan, ranks))
     return out
 

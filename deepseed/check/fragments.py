@@ -27,7 +27,6 @@ from deepseed.rules import RuleError
 
 MOST_OPS = 400  # of an expression
 RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
-TOLERANCE = 1e-10  # relative to the largest element
 
 
 @dataclass
@@ -334,12 +333,5 @@ def _bounds(f: Fragment, n: int, shapes: Shapes) -> list[int]:
 def _numbers(got: Tensor, whole: Tensor) -> str | None:
     if got.shape != whole.shape or got.dtype != whole.dtype:
         return f"{got.dtype}{list(got.shape)} after it, {whole.dtype}{list(whole.shape)} before it"
-    if got.dtype.is_floating_point or got.dtype.is_complex:
-        scale = max(float(torch.nan_to_num(whole.abs(), 0.0, 0.0, 0.0).max()), 1e-3) if whole.numel() else 1.0
-        same = torch.isclose(got, whole, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
-    else:
-        same = got == whole
-    if bool(same.all()):
-        return None
-    at = int((~same).flatten().to(torch.uint8).argmax())
-    return f"on random operands element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} after it, {whole.flatten()[at].item()!r} before it"
+    why = instances.unequal(got, whole, "after it", "before it")
+    return why and f"on random operands {why}"

@@ -132,7 +132,7 @@ def disagreement(i: Instance) -> str | None:
             got = assemble(results[k], t, i.mesh)
         except ShardsError as error:
             return f"result {k + 1}: {error}"
-        why = _compare(got, whole) or _not_zero(results[k], t, i.mesh)
+        why = unequal(got, whole, "put together from the shards", "whole") or _not_zero(results[k], t, i.mesh)
         if why is not None:
             return f"result {k + 1}: {why}"
     return None
@@ -217,7 +217,8 @@ def _indexed(i: Instance, k: int) -> int | None:
     return shape[dim] if isinstance(dim, int) and shape else 1
 
 
-def _compare(got: Tensor, whole: Tensor) -> str | None:
+def unequal(got: Tensor, whole: Tensor, here: str, there: str) -> str | None:
+    """None where ``got`` is ``whole`` up to rounding; else the first element that differs, and both numbers: ``here``, ``there``."""
     if got.dtype.is_floating_point or got.dtype.is_complex:
         scale = max(float(torch.nan_to_num(whole.abs(), 0.0, 0.0, 0.0).max()), 1e-3) if whole.numel() else 1.0
         same = torch.isclose(got, whole, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
@@ -226,7 +227,7 @@ def _compare(got: Tensor, whole: Tensor) -> str | None:
     if bool(same.all()):
         return None
     at = int((~same).flatten().to(torch.uint8).argmax())
-    return f"element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} put together from the shards, {whole.flatten()[at].item()!r} whole"
+    return f"element {at} of {list(whole.shape)} is {got.flatten()[at].item()!r} {here}, {whole.flatten()[at].item()!r} {there}"
 
 
 def _small(i: Instance) -> Instance:
