@@ -40,12 +40,12 @@ def perform(kind: str, parts: Sequence[Tensor], source: Type, target: Type, axis
 def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str, mesh: Mesh, ids: list[Tensor]) -> list[Tensor]:
     n = len(parts)
     before, after = source.layout.on(axis), target.layout.on(axis)
-    if kind == "all_gather.start":
+    if kind in ("all_gather.start", "collect"):
         return [_joined(parts, source, axis, mesh)] * n
     if kind == "all_to_all.start":
         whole = _joined(parts, source, axis, mesh)
         return [_part(whole, target, axis, mesh, i) for i in range(n)]
-    if kind == "all_reduce.start":
+    if kind in ("all_reduce.start", "accumulate"):
         return [_reduced(parts, before)] * n
     if kind == "reduce_scatter.start":
         whole = _reduced(parts, before)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseed.check.collectives import perform
 from deepseed.check.shards import ShardsError, assemble, coordinates, shards
-from deepseed.check.typing import KEYED, MOVES, describe, operand_types
+from deepseed.check.typing import KEYED, MOVES, SAME, describe, operand_types
 from deepseed.ir.layout import Layout, Owned
 from deepseed.ir.program import Op, Program, Ref
 from deepseed.ops import OpError, run
@@ -82,7 +82,7 @@ def _step(
     values: Mapping[str, list[Tensor]],
 ) -> list[list[Tensor]]:
     types = operand_types(p, op)
-    if op.target == "wait":
+    if op.target in SAME:
         return operands
     if op.target == "reshard":
         return [shards(assemble(operands[0], types[0], p.mesh), op.type, p.mesh, generator, _owners(p, op.type.layout, values))]

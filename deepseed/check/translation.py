@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from deepseed.check.typing import MOVES, describe, nameless, operand_types
+from deepseed.check.typing import MOVES, SAME, describe, nameless, operand_types
 from deepseed.ir.program import Arg, Op, Program, Ref
 from deepseed.ir.subaxes import on_axes_of
 from deepseed.ir.text import format_op
 from deepseed.rules import localize_op
 
-IDENTITY = (*MOVES, "wait", "reshard")
+IDENTITY = (*MOVES, *SAME, "reshard")
 # An op that writes into its operands, which its schema does not say: operand positions, and the argument that must be true.
 WRITES: dict[str, tuple[tuple[int, ...], int]] = {"aten.native_batch_norm": ((3, 4), 5)}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepseed.ir.collective import IN_TIME, LOCAL
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
-from deepseed.ir.mesh import Mesh, whole_axis
+from deepseed.ir.mesh import TIME, Mesh, whole_axis
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 from deepseed.ir.subaxes import joint
 from deepseed.ir.text import format_type
@@ -26,7 +27,10 @@ MOVES = {
     "combine.start": ("owned", "split"),
     "shard": ("whole", "split"),
     "summand": ("whole", "sum"),
+    "accumulate": ("partial", "whole"),
+    "collect": ("split", "whole"),
 }
+SAME = ("wait", "transfer")  # what brings a value as it lies
 KEYED = ("dispatch.start", "combine.start")  # the second operand are the ids that own the rows
 _KINDS = {"whole": ("whole",), "split": ("split",), "partial": ("sum", "max", "owned"), "sum": ("sum",), "owned": ("owned",)}
 
@@ -53,7 +57,7 @@ def _check_keys(p: Program) -> None:
     """Rows owned by ids meet a table that is looked up by those ids, and travel by those ids: the same value, however it was moved since."""
     moved: dict[str, str] = {}
     for op in p.ops:
-        if op.target in MOVES or op.target in ("reshard", "wait"):
+        if op.target in MOVES or op.target in SAME or op.target == "reshard":
             moved.update((result, moved.get(r.name, r.name)) for result, r in zip(op.results, op.refs, strict=False))
             own = _travels(op, operand_types(p, op)) if len(op.refs) == 2 and len(op.results) == 1 else None
             if own is not None and own.key != (by := moved.get(op.refs[1].name, op.refs[1].name)):
@@ -84,7 +88,7 @@ def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
     for name, layout in zip([*(f"%{r.name}" for r in op.refs), *(f"%{r}" for r in op.results)], [*layouts, *(t.layout for t in op.types)], strict=True):
         if len({kind for _, kind in layout.partials}) > 1:
             return f"{name} is a sum over one axis and a maximum over another: their order would matter"
-    if op.target in ("reshard", "wait") or op.target in MOVES:
+    if op.target == "reshard" or op.target in SAME or op.target in MOVES:
         return _moves(op, operands, mesh)
     return is_instance(op, layouts, operands, mesh)
 
@@ -109,8 +113,8 @@ def _moves(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
     for a, b in zip(operands, op.types, strict=True):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"{op.target} changes {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}; it may change the layout only"
-        if op.target == "wait" and a.layout != b.layout:
-            return f"wait changes the layout from {_elements(a.layout)} to {_elements(b.layout)}; it may not"
+        if op.target in SAME and a.layout != b.layout:
+            return f"{op.target} changes the layout from {_elements(a.layout)} to {_elements(b.layout)}; it may not"
         if op.target in MOVES:
             why = _collective(op, a.layout, b.layout, mesh)
             if why is not None:
@@ -155,6 +159,8 @@ def _collective(op: Op, source: Layout, target: Layout, mesh: Mesh) -> str | Non
     for other in sorted({a for layout in (source, target) for a, _ in layout.elements} - {axis}):
         if source.on(other) != target.on(other):
             return f"{op.target} over {axis} changes {other} from {show(source.on(other))} to {show(target.on(other))}; it may change {axis} only"
+    if (op.target in IN_TIME) != (axis == TIME) and op.target not in LOCAL:
+        return f"{op.target} over {axis}: {'microbatches follow one another, accumulate and collect are for them' if axis == TIME else 'accumulate and collect are for microbatches'}"
     a, b = source.on(axis), target.on(axis)
     want_a, want_b = MOVES[op.target]
     if _kind(a) not in _KINDS[want_a] or _kind(b) not in _KINDS[want_b]:

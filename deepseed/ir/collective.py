@@ -10,6 +10,8 @@
 | owned -> split rows  | combine        | yes |
 | replicate -> split   | shard          | no  |
 | replicate -> sum     | summand        | no  |
+| over ``mb``, in time: sum, max -> replicate | accumulate | no  |
+| over ``mb``, in time: split -> replicate    | collect    | no  |
 
 A local tensor is cut into the axis's n blocks at ``take`` and joined from them at ``put``; a ``Place(dim, outer)`` sees
 local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices. Where n does not divide it the place says so, ``of`` > 0:
@@ -27,12 +29,13 @@ from functools import lru_cache
 from math import prod
 
 from deepseed.ir.layout import Layout, LayoutError, Partial, Split, check, factors, part, routes
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.subaxes import joint
 
 KEYED = ("dispatch", "combine")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", *KEYED)
 LOCAL = ("shard", "summand")
+IN_TIME = ("accumulate", "collect")  # over microbatches: add up as they come; keep each, for the user
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh:
     here, there = before.on(axis), after.on(axis)
     if before.with_(axis, None) != after.with_(axis, None):
         raise LayoutError(f"a step over {axis} changes another axis: {before.elements} -> {after.elements}")
+    if axis == TIME and there is None and isinstance(here, Partial):
+        return Step("accumulate", axis, reduce=here.op)
+    if axis == TIME and there is None and isinstance(here, Split):
+        return Step("collect", axis, put=_place(shape, before, here, axis, mesh))
+    if axis == TIME and here is not None:
+        raise LayoutError(f"no step over {axis} goes from {here} to {there}: microbatches run one after another")
     own = routes(here, there) if keyed else None
     if own is not None and isinstance(there, Split):
         return Step("combine", axis, take=_place(shape, after, there, axis, mesh), of=own.of)

@@ -14,6 +14,10 @@ from itertools import product
 from math import prod
 
 
+TIME = "mb"  # the axis whose points run one after another: microbatches
+STAGES = "pp"  # the axis of ranks on which no tensor is laid out: each of its ranks runs other ops
+
+
 class MeshError(ValueError):
     """A mesh with a bad axis, or a question about an axis that it does not have."""
 
@@ -85,6 +89,10 @@ class Mesh:
             return whole
         where = dict(self.at)
         return whole.seen_from({**where, axis: self.position(axis, where)})
+
+    def without(self, *axes: str) -> Mesh:
+        """The mesh of the other axes."""
+        return Mesh(tuple(pair for pair in self.axes if pair[0] not in axes), tuple(pair for pair in self.at if pair[0] not in axes))
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where a rank lies: ``{"dp": 1, "tp": 1}``."""

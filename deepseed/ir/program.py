@@ -19,6 +19,7 @@ from math import prod
 
 from deepseed.ir.layout import REPLICATED, Layout, local_shape
 from deepseed.ir.mesh import Mesh
+from deepseed.ir.schedule import Schedule
 
 ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1, "c64": 8, "c128": 16}
 FLOATS = ("f64", "f32", "bf16", "f16")
@@ -80,6 +81,8 @@ class Op:
     path: str = ""  # module path, "model.layers.0.mlp"
     line: str = ""  # source line, "train.py:12"
     origin: str = ""  # key into Program.origins
+    part: str = ""  # when it runs, once looped: see deepseed.ir.schedule
+    stage: int = 0  # of the pipeline: where it runs
 
     @property
     def name(self) -> str:
@@ -119,6 +122,7 @@ class Input:
     type: Type
     role: str
     key: str
+    stage: int = 0  # of the pipeline: where a parameter, buffer or state is stored; all others are on every stage
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Program:
     outputs: tuple[Output, ...]
     facts: frozenset[str] = frozenset()
     origins: tuple[tuple[str, Op], ...] = ()  # the op that a group was decomposed from; its types are the whole op's
+    schedule: Schedule | None = None  # once staged: what each pipeline rank runs, in order
 
     @cached_property
     def types(self) -> Mapping[str, Type]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from deepseed.ir.layout import Layout, Owned, Partial, Split, format_dim, parse_dim
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Input, Op, Output, Program, ProgramError, Ref, Type
+from deepseed.ir.schedule import format_schedule, parse_schedule
 
-_META = (("at", "path"), ("phase", "phase"), ("line", "line"), ("origin", "origin"))
+_META = (("at", "path"), ("phase", "phase"), ("line", "line"), ("origin", "origin"), ("part", "part"), ("stage", "stage"))
 
 
 class ParseError(ProgramError):
@@ -26,7 +28,8 @@ def format_type(t: Type, mesh: Mesh) -> str:
 
 def format_program(p: Program) -> str:
     lines = [f"program {p.name} {p.mesh} facts({', '.join(sorted(p.facts))})"]
-    lines += [f"%{i.name} : {format_type(i.type, p.mesh)} {i.role} {_string(i.key)}" for i in p.inputs]
+    lines += format_schedule(p.schedule) if p.schedule is not None else ()
+    lines += [f"%{i.name} : {format_type(i.type, p.mesh)} {i.role} {_string(i.key)}" + (f" stage {i.stage}" if i.stage else "") for i in p.inputs]
     for key, op in p.origins:
         lines.append(f"origin {_string(key)} {format_op(op, p.types, p.mesh)}")
     lines += [format_op(op, p.types, p.mesh) for op in p.ops]
@@ -39,7 +42,7 @@ def format_op(op: Op, types: Mapping[str, Type], mesh: Mesh) -> str:
     args = [_arg(a, types, mesh) for a in op.args] + [f"{k}={_arg(v, types, mesh)}" for k, v in op.kwargs]
     results = ", ".join(f"%{r}" for r in op.results)
     out = ", ".join(format_type(t, mesh) for t in op.types)
-    meta = ", ".join(f"{label}={_string(getattr(op, name))}" for label, name in _META if getattr(op, name))
+    meta = ", ".join(f"{label}={_string(value) if isinstance(value, str) else value}" for label, name in _META if (value := getattr(op, name)))
     return f"{results} = {op.target}({', '.join(args)}) : {out} {{{meta}}}"
 
 
@@ -122,8 +125,12 @@ def parse(text: str) -> Program:
     ops: list[Op] = []
     outputs: list[Output] = []
     origins: list[tuple[str, Op]] = []
+    scheduled: list[str] = []
     for number, raw in enumerate(text.split("\n"), 1):
         if not raw.strip() or raw.lstrip().startswith("#"):
+            continue
+        if head is not None and raw.startswith(("schedule ", "lane ")):
+            scheduled.append(raw)
             continue
         line = _Line(raw, number)
         if head is None:
@@ -141,7 +148,7 @@ def parse(text: str) -> Program:
         else:
             first = line.take(kind="ref")[1:]
             if line.accept(":"):
-                inputs.append(Input(first, _type(line, mesh), line.take(kind="word"), _unquote(line)))
+                inputs.append(Input(first, _type(line, mesh), line.take(kind="word"), _unquote(line), int(line.take(kind="number")) if line.accept("stage") else 0))
             else:
                 line.at -= 1
                 ops.append(_op(line, mesh))
@@ -149,7 +156,11 @@ def parse(text: str) -> Program:
             raise line.error(f"unexpected {line.peek()!r}")
     if head is None:
         raise ParseError("no program in an empty text")
-    return Program(head[0], head[1], tuple(inputs), tuple(ops), tuple(outputs), head[2], tuple(origins))
+    try:
+        schedule = parse_schedule(scheduled) if scheduled else None
+    except ValueError as error:
+        raise ParseError(str(error)) from None
+    return Program(head[0], head[1], tuple(inputs), tuple(ops), tuple(outputs), head[2], tuple(origins), schedule)
 
 
 def _header(line: _Line) -> tuple[str, Mesh, frozenset[str]]:
@@ -203,14 +214,14 @@ def _op(line: _Line, mesh: Mesh) -> Op:
     if len(types) != len(results):
         raise line.error(f"{len(results)} results but {len(types)} types")
     line.take("{")
-    meta: dict[str, str] = {"phase": ""}
+    meta: dict[str, Any] = {"phase": ""}
     labels = dict(_META)
     while not line.accept("}"):
         label = line.take(kind="word")
         line.take("=")
         if label not in labels:
             raise line.error(f"unknown attribute {label!r}")
-        meta[labels[label]] = _unquote(line)
+        meta[labels[label]] = int(line.take(kind="number")) if label == "stage" else _unquote(line)
         line.accept(",")
     return Op(tuple(results), target, tuple(args), tuple(types), tuple(kwargs), **meta)
 
