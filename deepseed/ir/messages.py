@@ -82,29 +82,35 @@ def needs(schedule: Schedule, lane: int, messages: Mapping[str, Message]) -> lis
     return out
 
 
+def queues(schedule: Schedule, messages: Mapping[str, Message]) -> dict[tuple[int, int], list[Item]]:
+    """All that one lane sends to another in a step, in order, by (sender, receiver)."""
+    lane_of = {name: schedule.lane_of(stage) for name, (_, (_, stage)) in messages.items()}
+    out: dict[tuple[int, int], list[Item]] = {}
+    for lane in range(len(schedule.lanes)):
+        for items in sends(schedule, lane, messages):
+            for item in items:
+                out.setdefault((lane, lane_of[item[0]]), []).append(item)
+    return out
+
+
 def receives(schedule: Schedule, lane: int, messages: Mapping[str, Message]) -> list[tuple[Item, ...]]:
     """For each instruction of the lane the receives to post before it, per sending rank in the order in which that rank sends. Raises ValueError
     naming a value that is used but not sent."""
-    queues = {other: sent_to(schedule, other, lane, messages) for other in range(len(schedule.lanes)) if other != lane}
-    place = {item: (other, n) for other, queue in queues.items() for n, item in enumerate(queue)}
-    posted = dict.fromkeys(queues, 0)
+    mine = {name: message for name, message in messages.items() if schedule.lane_of(message[1][1]) == lane}
+    sent = {source: items for (source, _), items in queues(schedule, mine).items()}
+    place = {item: (source, n) for source, items in sent.items() for n, item in enumerate(items)}
+    posted = dict.fromkeys(sent, 0)
     out: list[tuple[Item, ...]] = []
     for i, needed in zip(schedule.lanes[lane], needs(schedule, lane, messages), strict=True):
         upto = dict(posted)
         for item in needed:
             if item not in place:
                 raise ValueError(f"lane {lane} needs %{item[0]} of microbatch {item[1]} for {i.part} of stage {i.stage}, and no lane sends it")
-            other, n = place[item]
-            upto[other] = max(upto[other], n + 1)
-        out.append(tuple(item for other, queue in queues.items() for item in queue[posted[other] : upto[other]]))
+            source, n = place[item]
+            upto[source] = max(upto[source], n + 1)
+        out.append(tuple(item for source, items in sent.items() for item in items[posted[source] : upto[source]]))
         posted = upto
     return out
-
-
-def sent_to(schedule: Schedule, lane: int, to: int, messages: Mapping[str, Message]) -> Sequence[Item]:
-    """All that ``lane`` sends to the lane ``to`` in a step, in order."""
-    there = {name: message for name, message in messages.items() if schedule.lane_of(message[1][1]) == to}
-    return [item for items in sends(schedule, lane, there) for item in items]
 
 
 def first_place(places: Sequence[Place]) -> Place:

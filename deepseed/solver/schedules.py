@@ -9,12 +9,12 @@ cycle has none. ``zb`` is ZB-H1 (Qi et al. 2023): 1f1b with the weight gradients
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import networkx as nx
 
-from deepseed.ir.messages import Message, Place, home, instructions_at, receives, runs_once, sent_to, within_once
+from deepseed.ir.messages import Item, Message, Place, home, instructions_at, queues, receives, runs_once, within_once
 from deepseed.ir.schedule import Instruction, Schedule, format_instruction, kind_of, loop_of, order_of
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb")
@@ -195,10 +195,15 @@ def _check_deadlock(schedule: Schedule, messages: Mapping[str, Message]) -> None
     waits = graph(schedule, messages)
     if nx.is_directed_acyclic_graph(waits):
         return
-    ring = [edge for edge in nx.find_cycle(waits)]
-    reasons = [waits.edges[a, b]["why"] for a, b in ring]
-    said = [f"{_say(schedule, b)} waits for {_say(schedule, a)}" + (f" ({why})" if why else "") for (a, b), why in zip(ring, reasons, strict=True)]
-    names = ", ".join(str(lane) for lane in sorted({schedule.lane_of(b.stage) for _, b in ring}))
+    ring: list[tuple[Instruction, Instruction, str]] = []
+    for a, b in reversed(list(nx.find_cycle(waits))):  # b waits for a
+        why = waits.edges[a, b]["why"]
+        if ring and not why and not ring[-1][2]:  # the order of one lane: from its last to its first
+            ring[-1] = (a, ring[-1][1], "")
+        else:
+            ring.append((a, b, why))
+    said = [f"{_say(schedule, b)} waits for {_say(schedule, a)}" + (f" ({why})" if why else "") for a, b, why in ring]
+    names = ", ".join(str(lane) for lane in sorted({schedule.lane_of(b.stage) for _, b, _ in ring}))
     many = f"\n  and {len(said) - 12} more" if len(said) > 12 else ""
     raise ScheduleError(
         f"{schedule.name} of {len(schedule.lanes)} ranks and {schedule.microbatches} microbatches deadlocks: {len(ring)} instructions of the lanes {names} wait for one another\n  "
@@ -206,19 +211,31 @@ def _check_deadlock(schedule: Schedule, messages: Mapping[str, Message]) -> None
     )
 
 
+def check_traffic(sent: Mapping[tuple[int, int], Sequence[Item]], received: Mapping[tuple[int, int], Sequence[Item]], name: str) -> None:
+    """Raises ScheduleError unless what each (sender, receiver) pair of lanes sends and receives is the same list, each item once."""
+    for pair in sorted(sent.keys() | received.keys()):
+        out, got = list(sent.get(pair, ())), list(received.get(pair, ()))
+        for what, items in (("sends", out), ("receives", got)):
+            item, count = max(Counter(items).items(), key=lambda entry: entry[1], default=(("", 0), 0))
+            if count > 1:
+                raise ScheduleError(f"{name}: lane {pair[what == 'receives']} {what} %{item[0]} of microbatch {item[1]} {count} times\n  fix: each value crosses once to each stage that uses it")
+        if out != got:
+            n = next((n for n, (a, b) in enumerate(zip(out, got, strict=False)) if a != b), min(len(out), len(got)))
+            a, b = (f"%{x[n][0]} of microbatch {x[n][1]}" if n < len(x) else "nothing" for x in (out, got))
+            raise ScheduleError(
+                f"{name}: lane {pair[0]} sends {len(out)} values to lane {pair[1]}, which receives {len(got)}: number {n} is {a} sent and {b} received\n"
+                "  fix: post the receives of deepseed.ir.messages.receives, in that order"
+            )
+
+
 def _check_pairs(schedule: Schedule, messages: Mapping[str, Message]) -> None:
     source_of = {name: schedule.lane_of(stage) for name, ((_, stage), _) in messages.items()}
+    received: dict[tuple[int, int], list[Item]] = {}
     for lane in range(len(schedule.lanes)):
-        received: dict[int, list[tuple[str, int]]] = {}
         for items in receives(schedule, lane, messages):
             for item in items:
-                received.setdefault(source_of[item[0]], []).append(item)
-        for other in range(len(schedule.lanes)):
-            sent, got = (list(sent_to(schedule, other, lane, messages)) if other != lane else []), received.get(other, [])
-            if sent != got:
-                n = next((n for n, (a, b) in enumerate(zip(sent, got, strict=False)) if a != b), min(len(sent), len(got)))
-                a, b = (f"%{x[n][0]} of microbatch {x[n][1]}" if n < len(x) else "nothing" for x in (sent, got))
-                raise ScheduleError(f"{schedule.name}: lane {other} sends {len(sent)} values to lane {lane}, which receives {len(got)}: number {n} is {a} sent and {b} received")
+                received.setdefault((source_of[item[0]], lane), []).append(item)
+    check_traffic(queues(schedule, messages), received, schedule.name)
 
 
 def _most_held(schedule: Schedule, of: Callable[[Instruction, int], int], size: int) -> tuple[int, ...]:
@@ -252,6 +269,5 @@ def _bounds(schedule: Schedule, p: int, v: int) -> Iterable[tuple[int, int, int,
     """(number, held, bound, stage or lane) of each place that the schedule's kind bounds."""
     if schedule.name == "interleaved":
         return [(k, held, 2 * (p - k - 1) + (v - 1) * p + 1, "lane") for k, held in enumerate(chunks_in_flight(schedule))]
-    bound: dict[str, Callable[[int], int]] = {"1f1b": lambda k: p - k, "zb": lambda k: p}
-    most = bound.get(schedule.name, lambda k: schedule.microbatches)
-    return [(k, held, most(k), "stage") for k, held in enumerate(in_flight(schedule))]
+    most = [{"1f1b": p - k, "zb": p}.get(schedule.name, schedule.microbatches) for k in range(schedule.stages)]
+    return [(k, held, most[k], "stage") for k, held in enumerate(in_flight(schedule))]
