@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from deepseed.ir.contract import program_pass
 from deepseed.ir.mesh import TIME
+from deepseed.ir.messages import messages_of
 from deepseed.ir.program import Builder, Op, Program
 from deepseed.ir.schedule import kind_of, loop_of
 from deepseed.passes.cut_backward import Known, backward_stages
@@ -20,6 +21,9 @@ from deepseed.passes.cut_forward import earlier_stages, forward_stages
 from deepseed.passes.cut_kinds import STORED, Kinds, kinds, owners
 from deepseed.passes.cut_spread import split_weights, spread
 from deepseed.passes.cut_tails import distribute, tails
+from deepseed.solver.schedules import check, lanes
+
+DEFAULT = "1f1b"
 
 
 @program_pass(requires={"looped"}, provides={"staged"})
@@ -42,11 +46,19 @@ def cut_stages(p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int 
             %y = aten.mm(%h.s1, %w2) : f32[8, 8] {part="forward.1", stage=1}
     """
     if stages * chunks == 1:
-        return p
+        return p if TIME not in p.mesh.sizes else _scheduled(p, 1, DEFAULT, 1)
     k = kinds(p)
     placed, home = _place(k, stages * chunks, pins)
     out = spread(placed, k.free, home)
-    return split_weights(out, k.loops) if schedule == "zb" else out
+    return _scheduled(split_weights(out, k.loops) if schedule == "zb" else out, stages, schedule, chunks)
+
+
+def _scheduled(p: Program, ranks: int, name: str, chunks: int) -> Program:
+    """With the instruction list of each rank, which is proved to run to its end."""
+    parts = {(op.part, op.stage) for op in p.ops}
+    s = lanes(name, ranks, p.mesh.sizes.get(TIME, 1), chunks, max(loop_of(part) for part, _ in parts), parts)
+    check(s, messages_of(p), parts)
+    return replace(p, schedule=s)
 
 
 def _place(k: Kinds, stages: int, pins: Sequence[str]) -> tuple[Program, dict[str, int]]:
