@@ -118,7 +118,8 @@ class _Run:
                     todo.extend(waiting.pop(key, ()))
         if stuck := [lane for lane, program in enumerate(self.schedule.lanes) if self.at[lane] < len(program)]:
             said = "\n  ".join(self._stuck(lane) for lane in stuck)
-            raise ScheduleError(f"{self.schedule.name}: {len(stuck)} of {len(self.schedule.lanes)} lanes never end\n  {said}\n  fix: deepseed.solver.schedules.check names the cycle")
+            many = f"{len(stuck)} of {len(self.schedule.lanes)} lanes never end"
+            raise ScheduleError(f"{self.schedule.name}: {many}\n  {said}\n  fix: deepseed.solver.schedules.check names the cycle")
         return Timeline(self.schedule, tuple(e for lane in self.events for e in lane), tuple(self.transfers))
 
     def _current(self, lane: int) -> Instruction:

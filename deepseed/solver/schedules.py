@@ -155,7 +155,8 @@ def _check_complete(schedule: Schedule, parts: Collection[Place]) -> None:
     wanted = [i for place in sorted(want) for i in instructions_at(schedule, place)]
     for i in wanted:
         if counts[i] != 1:
-            raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} runs {counts[i]} times\n  fix: each part of a stage runs exactly once for each of the {schedule.microbatches} microbatches")
+            fix = f"each part of a stage runs exactly once for each of the {schedule.microbatches} microbatches"
+            raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} runs {counts[i]} times\n  fix: {fix}")
     if strays := counts.keys() - set(wanted):
         i = min(strays, key=lambda i: (i.part, i.stage, i.microbatch))
         raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} is of microbatch {i.microbatch}, and there are {1 if runs_once(i.part) else schedule.microbatches}")
@@ -218,7 +219,8 @@ def check_traffic(sent: Mapping[tuple[int, int], Sequence[Item]], received: Mapp
         for what, items in (("sends", out), ("receives", got)):
             item, count = max(Counter(items).items(), key=lambda entry: entry[1], default=(("", 0), 0))
             if count > 1:
-                raise ScheduleError(f"{name}: lane {pair[what == 'receives']} {what} %{item[0]} of microbatch {item[1]} {count} times\n  fix: each value crosses once to each stage that uses it")
+                said = f"{name}: lane {pair[what == 'receives']} {what} %{item[0]} of microbatch {item[1]} {count} times"
+                raise ScheduleError(f"{said}\n  fix: each value crosses once to each stage that uses it")
         if out != got:
             n = next((n for n, (a, b) in enumerate(zip(out, got, strict=False)) if a != b), min(len(out), len(got)))
             a, b = (f"%{x[n][0]} of microbatch {x[n][1]}" if n < len(x) else "nothing" for x in (out, got))
