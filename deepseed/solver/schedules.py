@@ -149,7 +149,8 @@ def _check_complete(schedule: Schedule, parts: Collection[Place]) -> None:
     for lane, program in enumerate(schedule.lanes):
         for i in program:
             if not 0 <= i.stage < schedule.stages or schedule.lane_of(i.stage) != lane:
-                raise ScheduleError(f"{schedule.name}: lane {lane} runs {i.part} of stage {i.stage}, which lane {schedule.lane_of(i.stage)} of {len(schedule.lanes)} runs")
+                owner = f"lane {schedule.lane_of(i.stage)} of {len(schedule.lanes)}"
+                raise ScheduleError(f"{schedule.name}: lane {lane} runs {i.part} of stage {i.stage}, which {owner} runs")
     counts = Counter(i for program in schedule.lanes for i in program)
     want = {home(schedule, place) for place in parts} | {(i.part, i.stage) for i in counts}
     wanted = [i for place in sorted(want) for i in instructions_at(schedule, place)]
@@ -207,8 +208,8 @@ def _check_deadlock(schedule: Schedule, messages: Mapping[str, Message]) -> None
     names = ", ".join(str(lane) for lane in sorted({schedule.lane_of(b.stage) for _, b, _ in ring}))
     many = f"\n  and {len(said) - 12} more" if len(said) > 12 else ""
     raise ScheduleError(
-        f"{schedule.name} of {len(schedule.lanes)} ranks and {schedule.microbatches} microbatches deadlocks: {len(ring)} instructions of the lanes {names} wait for one another\n  "
-        + "\n  ".join(said[:12]) + many + "\n  fix: take the lanes from deepseed.solver.schedules.lanes, or put the instruction that waits behind what it waits for"
+        f"{schedule.name} of {len(schedule.lanes)} ranks and {schedule.microbatches} microbatches deadlocks: "
+        f"{len(ring)} instructions of the lanes {names} wait for one another\n  " + "\n  ".join(said[:12]) + many + "\n  fix: take the lanes from deepseed.solver.schedules.lanes, or put the instruction that waits behind what it waits for"
     )
 
 
