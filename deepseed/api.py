@@ -27,12 +27,13 @@ from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
@@ -306,7 +307,7 @@ class _Compiled:
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
-        results = self.host.run(built.executables, [self._inputs(built.program, state, others, found.local) for state in self.states])
+        results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
         self.host.settle(self.model, self.states)
         for write in built.captured.reads.writes:
             write.apply()
@@ -314,15 +315,16 @@ class _Compiled:
         types = built.program.types
         return {(o.role, o.key): self.host.whole([r[n] for r in results], types[o.ref.name]) for n, o in enumerate(shown)}
 
-    def _inputs(self, p: Program, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
-        for i in p.inputs:
+        for i in e.inputs:
             key = (i.role, i.key)
             if key in state.tensors:
                 out.append(state.tensors[key])
             else:
                 x = others[key].to(self.host.device)
-                type_ = replace(i.type, shape=tuple(x.shape), layout=i.type.layout.with_("dp", None)) if local and i.role == "batch" else i.type
+                type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
+                type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
 
