@@ -71,6 +71,7 @@ def arguments(
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
         "loop_microbatches": {"staged": plan.stages > 1},
+        "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut},
         "localize": {"coordinate": coordinate},
     }
 

@@ -25,16 +25,15 @@ Item = tuple[str, int]  # name, microbatch (0 where it goes once)
 
 
 def messages_of(p: Program) -> dict[str, Message]:
-    """A message for every op ``transfer`` of a staged program, in the order of the program: made at the op's part and its ``source``, first used at the
-    earliest part of the op's stage that uses it. Transfers between stages of one lane are in it; they order instructions and send nothing."""
+    """A message for every op ``transfer`` of a staged program, in the order of the program: made and received in the op's part, on its ``source``
+    and on its stage. Transfers between stages of one lane are in it; they order instructions and send nothing."""
     out: dict[str, Message] = {}
     for op in p.ops:
         if op.target == TRANSFER:
             source = op.kw("source")
             if not isinstance(source, int):
                 raise ValueError(f"%{op.name} = {TRANSFER} has the source {source!r}, and needs the number of a stage")
-            users = [user.part for user in p.uses.get(op.name, ()) if isinstance(user, Op)]
-            out[op.name] = (op.part, source), (min(users, key=order_of, default=op.part), op.stage)
+            out[op.name] = (op.part, source), (op.part, op.stage)
     return out
 
 
