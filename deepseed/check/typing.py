@@ -7,6 +7,7 @@ axis, in the way of its kind (MOVES).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from deepseed.ir.collective import IN_TIME, LOCAL
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
@@ -39,18 +40,38 @@ class TypingError(ValueError):
     """An op whose layouts are no instance of its rule: names node, module path, line, layouts, and why."""
 
 
-def check_types(p: Program) -> None:
-    """Raise TypingError at the first op whose operand and result layouts are no instance of its rule."""
-    seen: set[tuple[object, ...]] = set()
+@dataclass
+class Typed:
+    """What was found well typed on one mesh: these very ops with these operands. Programs after one another share most of their ops."""
+
+    mesh: Mesh = Mesh()
+    ops: dict[int, tuple[Op, tuple[Type, ...]]] = field(default_factory=dict)  # by id, which the op that is held here keeps
+    keys: set[tuple[object, ...]] = field(default_factory=set)  # of instances
+    owned: bool = False  # whether any of them has rows that ids own
+
+
+def check_types(p: Program, known: Typed | None = None) -> None:
+    """Raise TypingError at the first op whose operand and result layouts are no instance of its rule. ``known``: what earlier programs
+    have shown; what this one shows is added."""
+    known = Typed() if known is None else known
+    if known.mesh != p.mesh:
+        known.mesh, known.ops, known.keys, known.owned = p.mesh, {}, set(), False
+    ops, keys = known.ops, known.keys
     for op in p.ops:
         operands = operand_types(p, op)
+        before = ops.get(id(op))
+        if before is not None and before[0] is op and before[1] == operands:
+            continue
         key = instance_key(op, operands)
-        if key not in seen:
+        if key not in keys:
             why = why_not(op, operands, p.mesh)
             if why is not None:
                 raise TypingError(f"{describe(op, operands, p.mesh)}\n  {why}")
-            seen.add(key)
-    _check_keys(p)
+            keys.add(key)
+            known.owned = known.owned or any(isinstance(e, Owned) for t in (*operands, *op.types) for _, e in t.layout.elements)
+        ops[id(op)] = op, operands
+    if known.owned:
+        _check_keys(p)
 
 
 def _check_keys(p: Program) -> None:
