@@ -19,7 +19,6 @@ from deepseed.check import instances
 from deepseed.check.shrink import Instance
 from deepseed.check.smaller import MOST, Shapes, sizes
 from deepseed.check.translation import Made, Numbering
-from deepseed.check.typing import nameless
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Type
 from deepseed.ops import OpError, run, torch_dtype
@@ -194,8 +193,9 @@ def _text(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]])
         for n in f.order():
             made = f.opened[n]
             reads = [local[m] if m in local else ("leaf", names.setdefault(m, len(names)), f.side.table.types[m][0], shape(m)) for m in made.operands]
-            kwargs = tuple((k, names.setdefault(v, len(names)) if k == "site" else nameless(v)) for k, v in made.op.kwargs)
-            out.append((made.op.target, nameless(made.op.args), kwargs, reads, made.result, [(t.dtype, shape(m)) for t, m in zip(made.op.types, _results(f, n), strict=True)]))
+            site = made.op.kw("site")
+            site = None if site is None else names.setdefault(site, len(names))
+            out.append((made.op.form, site, reads, made.result, [(t.dtype, shape(m)) for t, m in zip(made.op.types, _results(f, n), strict=True)]))
             local[n] = len(out)
         out.append(("end", local.get(f.root) or ("leaf", names.setdefault(f.root, len(names)))))
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from deepseed.ir.collective import IN_TIME, LOCAL
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import Arg, Op, Program, Ref, Type
+from deepseed.ir.program import Op, Program, Type
 from deepseed.ir.subaxes import joint
 from deepseed.ir.text import format_type
 from deepseed.rules import is_instance, show
@@ -42,26 +42,34 @@ class TypingError(ValueError):
 
 @dataclass
 class Typed:
-    """What was found well typed on one mesh: these very ops with these operands. Programs after one another share most of their ops."""
+    """What was found well typed on one mesh. Programs after one another share most of their ops, and of these the operands' types."""
 
     mesh: Mesh = Mesh()
-    ops: dict[int, tuple[Op, tuple[Type, ...]]] = field(default_factory=dict)  # by id, which the op that is held here keeps
+    types: dict[str, Type] = field(default_factory=dict)  # of the values that the ops read
+    ops: dict[int, Op] = field(default_factory=dict)  # these very ops, by id
     keys: set[tuple[object, ...]] = field(default_factory=set)  # of instances
     owned: bool = False  # whether any of them has rows that ids own
+
+    def onward(self, p: Program) -> None:
+        """Forget what does not hold of ``p``: all on another mesh, the ops where a value has another type now."""
+        if self.mesh != p.mesh:
+            self.mesh, self.types, self.keys, self.owned = p.mesh, {}, set(), False
+        known = self.types
+        if any([known.get(name, t) is not t and known[name] != t for name, t in p.types.items()]) or not known:
+            self.ops = {}
+        known.update(p.types)
 
 
 def check_types(p: Program, known: Typed | None = None) -> None:
     """Raise TypingError at the first op whose operand and result layouts are no instance of its rule. ``known``: what earlier programs
     have shown; what this one shows is added."""
     known = Typed() if known is None else known
-    if known.mesh != p.mesh:
-        known.mesh, known.ops, known.keys, known.owned = p.mesh, {}, set(), False
+    known.onward(p)
     ops, keys = known.ops, known.keys
     for op in p.ops:
-        operands = operand_types(p, op)
-        before = ops.get(id(op))
-        if before is not None and before[0] is op and before[1] == operands:
+        if id(op) in ops:
             continue
+        operands = operand_types(p, op)
         key = instance_key(op, operands)
         if key not in keys:
             why = why_not(op, operands, p.mesh)
@@ -69,7 +77,7 @@ def check_types(p: Program, known: Typed | None = None) -> None:
                 raise TypingError(f"{describe(op, operands, p.mesh)}\n  {why}")
             keys.add(key)
             known.owned = known.owned or any(isinstance(e, Owned) for t in (*operands, *op.types) for _, e in t.layout.elements)
-        ops[id(op)] = op, operands
+        ops[id(op)] = op
     if known.owned:
         _check_keys(p)
 
@@ -199,14 +207,3 @@ def _kind(element: Element) -> str:
 
 def _elements(layout: Layout) -> str:
     return ", ".join(f"{axis}: {show(e)}" for axis, e in layout.elements) or "whole"
-
-
-_ANY = Ref("")
-
-
-def nameless(arg: Arg) -> Arg:
-    if isinstance(arg, Ref):
-        return _ANY
-    if isinstance(arg, tuple):
-        return tuple(map(nameless, arg))
-    return arg

@@ -105,8 +105,8 @@ class Op:
         return tuple(_refs(self.args)) + (tuple(_refs(tuple([v for _, v in self.kwargs]))) if self.kwargs else ())
 
     @cached_property
-    def form(self) -> tuple[str, tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
-        """Target, arguments and keyword arguments with the values' names, the layouts wanted and the site left out."""
+    def form(self) -> tuple[str, tuple[object, ...], tuple[tuple[str, object], ...]]:
+        """Target, arguments and keyword arguments with the site left out, and ``...`` for each use."""
         return self.target, _nameless(self.args), tuple([(k, _nameless((v,))[0]) for k, v in self.kwargs if k != "site"])
 
     def map_refs(self, f: Callable[[Ref], Arg]) -> Op:
@@ -253,11 +253,8 @@ def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:
             yield from _refs(a)
 
 
-_ANY = Ref("")
-
-
-def _nameless(args: tuple[Arg, ...]) -> tuple[Arg, ...]:
-    return tuple([_ANY if isinstance(a, Ref) else _nameless(a) if isinstance(a, tuple) else a for a in args])
+def _nameless(args: tuple[Arg, ...]) -> tuple[object, ...]:
+    return tuple([... if isinstance(a, Ref) else _nameless(a) if isinstance(a, tuple) else a for a in args])
 
 
 def _filled(args: tuple[Arg, ...], given: Iterator[Arg]) -> tuple[Arg, ...]:

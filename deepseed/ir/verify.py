@@ -67,7 +67,7 @@ def verify(p: Program) -> Program:
     return p
 
 
-def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type]) -> None:
+def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type | int]) -> None:
     if name in defined:
         raise ProgramError(f"{_where(where)}: %{name} is defined twice")
     if t not in fitting:
