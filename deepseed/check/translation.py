@@ -44,6 +44,7 @@ class Table:
     ids: dict[tuple[object, ...], int] = field(default_factory=dict)
     types: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # dtype and shape by number
     constant: set[int] = field(default_factory=set)  # made of no input
+    differ: dict[str, str] = field(default_factory=dict)  # expressions that were run and give other numbers, by digest: why
 
     def number(self, key: tuple[object, ...], types: list[tuple[str, tuple[int, ...]]], constant: bool) -> int:
         """The number of the first of the values that ``key`` means; the others follow it."""
