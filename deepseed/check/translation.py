@@ -161,8 +161,9 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
             made = shared.producers.get(o.ref.name)
             at = f", made at {made.path or 'the top level'}" if made is not None else ""
             raise TranslationError(f"output {mine_o.role} {mine_o.key!r} is %{mine_o.ref.name} on {where}; due is {o.role} {o.key!r}, %{o.ref.name}{at}")
+    shared_types = shared.types
     for n, (op, got) in enumerate(zip(shared.ops, mine.ops, strict=False)):
-        want = localize_op(op, tuple(shared.types[r.name] for r in op.refs), shared.mesh, dict(coordinate))
+        want = localize_op(op, [shared_types[r.name] for r in op.refs], shared.mesh, coordinate)
         if want is not got and want != got:
             types = {**shared.types, **mine.types}
             raise TranslationError(

@@ -40,6 +40,16 @@ class Type:
     shape: tuple[int, ...]
     layout: Layout = REPLICATED
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shape, self.layout))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Type, (self.dtype, self.shape, self.layout)  # hashes differ from process to process
+
     @property
     def numel(self) -> int:
         return prod(self.shape)

@@ -25,26 +25,28 @@ def verify(p: Program) -> Program:
             raise ProgramError(f"%{i.name}: unknown role {i.role!r}")
     lowered = "lowered" in p.facts
     for op in p.ops:
-        target = op.target
+        target, results, types = op.target, op.results, op.types
         if op.phase not in PHASES:
             raise ProgramError(f"{_where(op)}: unknown phase {op.phase!r}")
-        if len(op.results) != len(op.types) or not op.results:
-            raise ProgramError(f"{_where(op)}: {len(op.results)} results but {len(op.types)} types")
+        if len(results) != len(types) or not results:
+            raise ProgramError(f"{_where(op)}: {len(results)} results but {len(types)} types")
+        waits = target == "wait"
         for ref in op.refs:
-            if ref.want is not None or ref.name not in defined:
+            name = ref.name
+            if name not in defined or ref.want is not None:
                 _use(p, defined, ref, op)
-            if (ref.name in pending) != (target == "wait"):
-                if target != "wait":
-                    raise ProgramError(f"{_where(op)}: uses %{ref.name}, a collective that was started but not waited for")
-                raise ProgramError(f"{_where(op)}: waits for %{ref.name}, which is no collective that was started")
+            if (name in pending) is not waits:
+                if waits:
+                    raise ProgramError(f"{_where(op)}: waits for %{name}, which is no collective that was started")
+                raise ProgramError(f"{_where(op)}: uses %{name}, a collective that was started but not waited for")
         if lowered and target == "reshard":
             raise ProgramError(f"{_where(op)}: a reshard in a lowered program")
-        for name, type_ in zip(op.results, op.types, strict=True):
+        for name, type_ in zip(results, types, strict=False):
             if name in defined or id(type_) not in fitting:
                 _define(p, defined, name, type_, op, fitting)
             defined[name] = type_
         if target.endswith(".start"):
-            pending.update(op.results)
+            pending.update(results)
     inputs = {(i.role, i.key): i for i in p.inputs}
     for o in p.outputs:
         where = f"output {o.role} {o.key!r}"
