@@ -81,8 +81,7 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
-    if (refined := _refined(host.mesh, program.mesh)) != host.mesh:
-        host.refine(refined)
+    host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)
@@ -107,12 +106,6 @@ def _microbatches(p: Program, plan: Plan, host: Host, quiet: bool) -> int:
     if plan.mb is None and plan.stages > 1 and host.first and not quiet:
         print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
     return m
-
-
-def _refined(ranks: Mesh, program: Mesh) -> Mesh:
-    """The mesh of the ranks with the sub-axes that the program's mesh has in place of an axis."""
-    axes = [((axis, n),) if axis == STAGES else tuple((a, program.sizes[a]) for a in program.parts(axis)) for axis, n in ranks.axes]
-    return Mesh(tuple(pair for pairs in axes for pair in pairs))
 
 
 def _digest(text: str) -> str:
