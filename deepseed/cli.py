@@ -150,11 +150,15 @@ def explain(
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
     as_json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
+    machine: Annotated[str, typer.Option(help="what the page's times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.explain import explain as count
+    from deepseed.speed import parse_machine
 
+    said = parse_machine(machine)
     p, mesh, zero, seconds = _captured(target, plan, world_size, optimizer, clip)
     if why is not None:
         from deepseed.why import why as answer
@@ -165,6 +169,12 @@ def explain(
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=zero)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    if html is not None:
+        from deepseed.view import page, view
+
+        html.write_text(page(view(done[-1].program, found, title=target, plan=plan, machine=said)))
+        typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
         return
     typer.echo(str(found))
     name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")

@@ -184,10 +184,11 @@ def sent_bytes(p: Program, op: Op) -> int:
 
 def matmul_flops(p: Program) -> int:
     """Of one rank: the same formula on local shapes."""
-    return sum(_flops(p, op) for op in p.ops)
+    return sum(local_flops(p, op) for op in p.ops)
 
 
-def _flops(p: Program, op: Op) -> int:
+def local_flops(p: Program, op: Op) -> int:
+    """Matmul flops of one op on one rank."""
     local = [replace(t, shape=t.local(p.mesh)) for t in op.types]
     flops = cost.flops(replace(op, types=tuple(local)), [replace(t, shape=t.local(p.mesh)) for t in (p.types[r.name] for r in op.refs)])
     matrices = {"routed_mm": p.types[op.refs[1].name], "routed_outer": op.type}.get(op.target) if len(op.refs) > 1 else None
@@ -235,7 +236,7 @@ def _arrived_by(p: Program, value: str) -> Iterable[Op]:
 def _replicated(p: Program) -> Iterable[ReplicatedOp]:
     axes = [axis for axis, n in p.mesh.axes if n > 1]
     for op in p.ops:
-        if not (flops := _flops(p, op)):
+        if not (flops := local_flops(p, op)):
             continue
         layouts = [p.types[r.name].layout for r in op.refs] + [t.layout for t in op.types]
         for axis in axes:
