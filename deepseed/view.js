@@ -121,10 +121,15 @@ function lanePicture(r) {
       if (to > left && from < right) thin(colour(axis), from, to, y + shape.h + 1 + talking.indexOf(whole(axis)) * shape.strip, shape.strip - 1);
     }
     if (i < first) continue;
+    const held = [];
     const from = Math.max(left, x(b.start)), to = Math.min(right, x(b.end)), wide = to - from;
     if (wide < 1.5 && !(r === state.rank && i === state.box)) { thin(css(b.kind), from, to, y, shape.h); continue; }
+    for (const [, , , e, , wait] of b.sent) {  // the end of a collective that computation stands still for
+      const f = Math.max(from, x(b.start + e - wait)), t = Math.min(to, x(b.start + e));
+      if (wait > 0 && t > f) held.push(`M${f.toFixed(2)} ${y}H${t.toFixed(2)}V${y + shape.h}H${f.toFixed(2)}Z`);
+    }
     const chosen = r === state.rank && i === state.box ? " chosen" : "";
-    out.push({ html: `<rect class="box${chosen}" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>`
+    out.push({ html: `<rect class="box${chosen}" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>` + (held.length ? `<path class="held" d="${held.join("")}"/>` : "")
       + (shape.h >= 12 && wide > 7 * b.label.length + 4 ? `<text class="in" x="${((from + to) / 2).toFixed(1)}" y="${y + shape.h / 2 + 4}">${esc(b.label)}</text>` : "") });
   }
   return out.map((o) => o.html || `<rect class="box thin" x="${o.from.toFixed(2)}" y="${o.top}" width="${(o.to - o.from).toFixed(2)}" height="${o.height}" fill="${o.fill}"/>`).join("");
@@ -274,7 +279,7 @@ function drawMemory() {
     while (hi > lo + 1 && ts[hi - 1] >= state.t1) hi -= 1;
     const base = new Float64Array(ts.length);
     let html = "";
-    for (let k = 0; k * by <= highest * 1.06; k += 1) html += `<line class="grid" x1="${L}" x2="${w - RIGHT}" y1="${Y(k * by)}" y2="${Y(k * by)}"/><text class="soft" x="${L - 6}" y="${Y(k * by) + 4}" text-anchor="end">${k ? bytes(k * by) : 0}</text>`;
+    for (let k = 0; k * by <= highest * 1.06; k += 1) html += `<line class="grid" x1="${L}" x2="${w - RIGHT}" y1="${Y(k * by)}" y2="${Y(k * by)}"/><text class="soft" x="${L - 6}" y="${Y(k * by) + 4}" text-anchor="end">${k ? bytes(k * by).replace(".0 ", " ") : 0}</text>`;
     const clamp = (px) => Math.max(L, Math.min(w - RIGHT, px)).toFixed(1);
     live.forEach((row, k) => {
       let up = "", down = "";
@@ -367,7 +372,9 @@ function tables() {
 }
 function front() {
   const mesh = D.mesh.map(([a, n]) => `${a} ${n}`).join(" \u00d7 "), m = D.machine, S = D.schedule;
-  $("title").textContent = D.title || "a program";
+  const call = /^(?:hf:)?([\w./-]+(?::\w+)?)(?:\((.*)\))?$/.exec(D.title);
+  $("title").textContent = call ? call[1] : D.title || "a program";
+  $("said").textContent = call && call[2] ? call[2].replace(/,(?=\S)/g, ", ") : "";
   $("meaning").textContent = `plan ${D.plan || "zero0"}, ZeRO stage ${D.zero}, ${plural(ranks, "rank")}${mesh ? `: ${mesh}` : ""}${S ? `; ${S.name}, ${plural(S.stages, "stage")}, ${plural(S.microbatches, "microbatch").replace("batchs", "batches")}` : ""}`;
   const held = Math.max(...positions.map((p) => sum(p.boxes.flatMap((b) => b.sent.map((s) => s[5])))));
   const busy = sum(positions.map((p) => sum(p.boxes.map((b) => b.end - b.start)))) / (positions.length * step);
@@ -380,7 +387,8 @@ function front() {
   ];
   $("tiles").innerHTML = tiles.map(([k, v, more]) => `<div><dt>${k}</dt><dd>${esc(v)} <small>${esc(more)}</small></dd></div>`).join("");
   const kinds = [...new Set(positions.flatMap((p) => p.boxes.map((b) => b.kind)))];
-  $("kinds").innerHTML = kinds.map((k) => `<li><i style="background:${css(k)}"></i>${k === "once" ? "once a step" : k}</li>`).join("") + (shape.strip ? talking.map((a) => `<li><i class="strip" style="background:${colour(a)}"></i>over ${a}</li>`).join("") : "");
+  $("kinds").innerHTML = kinds.map((k) => `<li><i style="background:${css(k)}"></i>${k === "once" ? "once a step" : k}</li>`).join("") + (shape.strip ? talking.map((a) => `<li><i class="strip" style="background:${colour(a)}"></i>sent over ${a}</li>`).join("") : "")
+    + (held > 0 ? '<li><i class="pale"></i>pale: waits for a collective</li>' : "");
   $("memory-kinds").innerHTML = D.kinds.map((k, j) => `<li><i style="background:${css(`m${j}`)}"></i>${k}</li>`).join("");
   $("lanes").setAttribute("aria-label", `timeline of one step, ${plural(ranks, "lane")}, ${seconds(step)}: ${positions.map((p) => `${named(p.ranks)} busy ${percent(sum(p.boxes.map((b) => b.end - b.start)) / step)}`).join("; ")}`);
   $("footer").textContent = `Bytes and flops are counted on the program. Times are estimates for a rank that computes ${flops(m.flops)}/s in matmuls, reads and writes ${bytes(m.memory)}/s of memory and sends ${bytes(m.link)}/s, with ${seconds(m.latency)} to start a collective and ${seconds(m.launch)} to start an op.`;

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -101,18 +101,24 @@ def page(figures: Mapping[str, Any]) -> str:
 def straight(p: Program, machine: Machine) -> tuple[list[Box], list[Moment]]:
     """Its ops in their order: a box for each stretch of one phase, and the memory while each op runs."""
     ran = course(p, p.ops, machine)
-    boxes: list[Box] = []
+    runs: list[tuple[str, int]] = []  # phase, ops: what takes no time belongs to what went before
     first = 0
     for phase, group in groupby(p.ops, key=lambda op: op.phase):
         count = sum(1 for _ in group)
-        start, end = ran.spans[first][0], ran.spans[first + count - 1][1]
-        boxes.append(Box(phase, phase, phase, 0, 0, start, end, count))
+        took = ran.spans[first + count - 1][1] - ran.spans[first][0]
         first += count
-    starts = [box.start for box in boxes]
-    for n, box in enumerate(boxes):
-        until = starts[n + 1] if n + 1 < len(boxes) else float("inf")
-        own = tuple(Sent(s.axis, s.target, s.start - box.start, s.end - box.start, s.nbytes, s.held) for s in ran.sent if box.start <= s.start < until)
-        boxes[n] = Box(**{**box.__dict__, "sent": own})
+        if runs and (took == 0 or runs[-1][0] == phase):
+            phase, before = runs.pop()
+            count += before
+        runs.append((phase, count))
+    boxes: list[Box] = []
+    first = 0
+    for phase, count in runs:
+        start, end = ran.spans[first][0], ran.spans[first + count - 1][1]
+        until = ran.spans[first + count][0] if first + count < len(ran.spans) else float("inf")
+        sent = tuple(replace(s, start=s.start - start, end=s.end - start) for s in ran.sent if start <= s.start < until)
+        boxes.append(Box(phase, phase, phase, 0, 0, start, end, count, sent))
+        first += count
     rows = curve(p, storage_kinds(p))
     return boxes, [Moment(start, op.name, live) for (start, _), op, live in zip(ran.spans, p.ops, rows, strict=True)]
 
