@@ -8,7 +8,7 @@ numbers compare plans and show what overlaps; a ``Machine`` says what they assum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from deepseed.explain import local_flops, sent_bytes
@@ -59,7 +59,11 @@ class Course:
     """When each op of a list starts and ends, in seconds from the first; and the collectives beside them."""
 
     spans: tuple[tuple[float, float], ...]
-    sent: tuple[Sent, ...]
+    sent_by: tuple[tuple[int, Sent], ...]  # the place of the op that started it in the list, and the collective
+
+    @property
+    def sent(self) -> tuple[Sent, ...]:
+        return tuple(s for _, s in self.sent_by)
 
     @property
     def seconds(self) -> float:
@@ -73,6 +77,7 @@ def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
     free: dict[str, float] = {}  # axis -> when its last collective ends
     under_way: dict[str, int] = {}  # started value -> its place in sent
     sent: list[Sent] = []
+    by: list[int] = []
     spans: list[tuple[float, float]] = []
     for op in ops:
         began = now
@@ -82,6 +87,7 @@ def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
             free[axis] = start + machine.latency + nbytes / machine.link
             under_way.update(dict.fromkeys(op.results, len(sent)))
             sent.append(Sent(axis, op.target.removesuffix(".start"), start, free[axis], nbytes))
+            by.append(len(spans))
         elif op.target == "wait" and op.refs[0].name in under_way:
             at = under_way[op.refs[0].name]
             held = max(0.0, sent[at].end - now)
@@ -89,15 +95,7 @@ def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
             now += held
         now += machine.seconds(p, op)
         spans.append((began, now))
-    return Course(tuple(spans), tuple(sent))
-
-
-def part_seconds(p: Program, machine: Machine) -> Mapping[tuple[str, int], float]:
-    """Of each part on each stage, for one microbatch."""
-    groups: dict[tuple[str, int], list[Op]] = {}
-    for op in p.ops:
-        groups.setdefault((op.part, op.stage), []).append(op)
-    return {key: course(p, ops, machine).seconds for key, ops in groups.items()}
+    return Course(tuple(spans), tuple(zip(by, sent, strict=True)))
 
 
 def parse_machine(text: str) -> Machine:
