@@ -24,6 +24,7 @@ from deepseed.passes.canonicalize import canonicalize
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
+from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     solve_placements,
     insert_reshards,
     lower_reshards,
+    loop_microbatches,
     schedule_collectives,
     group_kernels,
     localize,
@@ -61,7 +63,11 @@ def arguments(
     mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None
 ) -> dict[str, dict[str, Any]]:
     """What a plan means, pass by pass."""
-    return {"solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}}, "localize": {"coordinate": coordinate}}
+    return {
+        "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
+        "lower_reshards": {"zero": zero},
+        "localize": {"coordinate": coordinate},
+    }
 
 
 @contextmanager

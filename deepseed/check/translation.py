@@ -4,7 +4,7 @@ Values get numbers: equal numbers, equal expressions of the inputs, with moves (
 layouts left to typing. A value that is the same op on the same numbers as its namesake before the pass is the same: a table lookup
 an op. Where a pass wrote another op (a decomposition, a simplification, a kernel), both expressions are followed down to values that
 the two programs share and run on small random tensors (``fragments``). So a stale gather, swapped operands, a dropped scale or a
-wrong decomposition is named where it stands. What one rank runs is compared with ``localize_op``, op by op.
+wrong decomposition is named where it stands. What one rank runs is compared with ``localize_timed``, op by op.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from deepseed.check.typing import MOVES, SAME, describe, nameless, operand_types
+from deepseed.ir.mesh import STAGES, TIME
 from deepseed.ir.program import Arg, Op, Program, Ref
 from deepseed.ir.subaxes import on_axes_of
 from deepseed.ir.text import format_op
-from deepseed.rules import localize_op
+from deepseed.rules import localize_timed, on_lane
 
 IDENTITY = (*MOVES, *SAME, "reshard")
 # An op that writes into its operands, which its schema does not say: operand positions, and the argument that must be true.
@@ -150,9 +151,10 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
     """``mine`` is ``shared`` with each op as the rank at ``coordinate`` must call it: the same order, so that collectives meet.
 
     Raises TranslationError at the first op that is another one."""
-    coordinate = on_axes_of(coordinate, shared.mesh)
-    where = f"the rank at {coordinate}"
-    if (shared.inputs, shared.mesh.seen_from(coordinate)) != (mine.inputs, mine.mesh):
+    where = f"the rank at {dict(coordinate)}"
+    shared = on_lane(shared, coordinate.get(STAGES, 0))
+    coordinate = on_axes_of(coordinate, shared.mesh.without(TIME))
+    if (shared.inputs, shared.mesh.seen_from({**coordinate, TIME: 0})) != (mine.inputs, mine.mesh):
         wrong = [i for i, j in zip(shared.inputs, mine.inputs, strict=False) if i != j][:1]
         raise TranslationError("".join(f"input {i.role} {i.key!r}: " for i in wrong) + f"other inputs or another mesh on {where}, {mine.mesh} of {shared.mesh}")
     for o, mine_o in zip(shared.outputs, mine.outputs, strict=False):
@@ -161,7 +163,7 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
             at = f", made at {made.path or 'the top level'}" if made is not None else ""
             raise TranslationError(f"output {mine_o.role} {mine_o.key!r} is %{mine_o.ref.name} on {where}; due is {o.role} {o.key!r}, %{o.ref.name}{at}")
     for n, (op, got) in enumerate(zip(shared.ops, mine.ops, strict=False)):
-        want = localize_op(op, tuple(shared.types[r.name] for r in op.refs), shared.mesh, dict(coordinate))
+        want = localize_timed(op, tuple(shared.types[r.name] for r in op.refs), shared.mesh, coordinate)
         if want is not got and want != got:
             types = {**shared.types, **mine.types}
             raise TranslationError(

@@ -12,14 +12,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from deepseed.ir.layout import chunk, factors, local_indices
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Arg, Op, Type
+from deepseed.ir.schedule import kind_of
 
 LOOKUPS = {  # op -> the operand that is looked up in by number; None: the result
     "embedding": 0, "embedding_backward": None, "gather": 0, "scatter_add": None, "routed_mm": 1, "routed_outer": None,
 }  # fmt: skip
 GROUPS = {"aten.convolution": (8, 0), "aten.convolution_backward": (9, 1)}  # argument, and the operand that is the input
 CREATIONS = ("iota", "bernoulli", "uniform", "normal")
+
+
+def localize_timed(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: Mapping[str, int]) -> Op:
+    """``localize_op`` for every microbatch: what differs between them is given as ``index.mb=``, ``start.mb=``, a list of one value each.
+
+    ``coordinate`` has no position on ``mb``; shapes are the same for all."""
+    m = mesh.sizes.get(TIME, 0)
+    first = localize_op(op, operand_types, mesh, {**coordinate, TIME: 0} if m else coordinate)
+    if m == 0 or first is op or op.target not in (*LOOKUPS, *CREATIONS) or kind_of(op.part or "once.0") == "once":
+        return first
+    each = [localize_op(op, operand_types, mesh, {**coordinate, TIME: i}) for i in range(m)]
+    kwargs = tuple((k, v) if all(e.kw(k) == v for e in each) else (f"{k}.{TIME}", tuple(e.kw(k) for e in each)) for k, v in first.kwargs)
+    return replace(first, kwargs=kwargs)
 
 
 def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: Mapping[str, int]) -> Op:
