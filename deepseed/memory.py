@@ -21,6 +21,7 @@ from deepseed.rules.pointwise import POINTWISE
 Strides = tuple[int, ...]
 LAID_OUT = ("all_gather.start", "all_to_all.start")  # what they bring is joined from blocks
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it (deepseed.runtime.collectives)
+UNROLLED = ("accumulate", "collect", "transfer")  # as deepseed.unroll writes them
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
 
@@ -151,8 +152,10 @@ class _Liveness:
 
     def _view(self, op: Op) -> Strides | None:
         """The result's strides where it shares its first operand's storage, else None."""
-        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait"):
+        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait", *UNROLLED):
             return None
+        if op.target in UNROLLED:  # into what there was; the first sum takes its operand, the first of a whole makes it; from another rank: new
+            return self.strides[op.refs[0].name] if len(op.refs) > (op.target == "collect") else None
         x = op.refs[0].name
         old, strides = self.p.types[x], self.strides[x]
         shape, out = old.local(self.p.mesh), op.type.local(self.p.mesh)

@@ -6,7 +6,7 @@ rank, a box for each instruction; deepseed.timeline says when each begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,7 @@ from deepseed.ir.schedule import Schedule, format_instruction
 from deepseed.memory import curve
 from deepseed.speed import Course, Machine, Sent, course
 from deepseed.timeline import Timeline, simulate
+from deepseed.unroll import original, unroll
 
 KINDS = ("parameters", "optimizer", "weights in use", "gradients", "activations", "other")  # of memory, in the order in which they are stacked
 CARRIED = (*CARRIERS, "accumulate", "collect", "transfer")
@@ -185,5 +186,13 @@ def _gradient_values(p: Program) -> Iterable[str]:
     return found
 
 
-def _memory(p: Program, lane: int, boxes: list[Box], ran: Mapping[Place, Course]) -> list[Moment]:
-    return []
+def _memory(p: Program, lane: int, boxes: Sequence[Box], ran: Mapping[Place, Course]) -> list[Moment]:
+    """While each op of each box runs, in the order of the lane."""
+    whole = unroll(p, lane)
+    kinds = storage_kinds(p)
+    flat = {i.name: kinds[i.name] for i in whole.program.inputs} | {r: kinds[original(r)] for op in whole.program.ops for r in op.results}
+    out = []
+    for op, (n, k), live in zip(whole.program.ops, whole.origin, curve(whole.program, flat), strict=True):
+        box = boxes[n]
+        out.append(Moment(box.start + ran[box.part, box.stage].spans[k][0], op.name, live))
+    return out
