@@ -144,7 +144,7 @@ function drawLanes() {
     const y = r * lane;
     const seen = y + lane >= top && y <= bottom;
     html += `<g class="lane" data-rank="${r}" data-boxes="${positions[at[r]].boxes.length}"><rect class="row${r === state.rank ? " chosen" : ""}" x="0" y="${y}" width="${width()}" height="${lane}"/>`
-      + (seen ? `${lane >= 12 || r % 2 === 0 ? `<text x="4" y="${y + 3 + shape.h / 2 + 4}"${r === state.rank ? ' font-weight="700"' : ' class="soft"'}>rank ${r}</text>` : ""}${lanePicture(r)}` : "") + "</g>";
+      + (seen ? `<rect class="idle" x="${LEFT}" y="${y + 3}" width="${width() - LEFT - RIGHT}" height="${shape.h}"/>${lane >= 12 || r % 2 === 0 ? `<text x="4" y="${y + 3 + shape.h / 2 + 4}"${r === state.rank ? ' font-weight="700"' : ' class="soft"'}>rank ${r}</text>` : ""}${lanePicture(r)}` : "") + "</g>";
   }
   if (state.hover !== null && state.hover >= state.t0 && state.hover <= state.t1) html += `<line class="cursor" x1="${x(state.hover)}" x2="${x(state.hover)}" y1="0" y2="${height}"/>`;
   svg.innerHTML = html + messages();
@@ -215,7 +215,7 @@ function choose(r, i = -1) {
     const p = positions[at[r]];
     tell([`rank ${r}`, [axes.length ? place(r) : "the only one", plural(p.boxes.length, "box").replace("boxs", "boxes"), `busy ${percent(sum(p.boxes.map((b) => b.end - b.start)) / step)} of the step`, `peak ${bytes(p.peak.bytes)}`]]);
   }
-  drawMesh(); drawHolds(); redraw();
+  drawMesh(); drawHolds(); drawCollectives(); redraw();
 }
 function steer() {
   const view = $("scroll"), whole_ = $("timeline");
@@ -348,16 +348,20 @@ function drawHolds() {
   $("holds").innerHTML = `<table>${rows}</table><table style="margin-top:8px"><caption>rank ${state.rank}</caption>${kinds}<tr class="sum"><td>peak</td><td class="n">${bytes(own.bytes)}</td><td></td></tr></table>`;
 }
 
+function drawCollectives() {
+  const rows = positions[at[state.rank]].collectives, most = Math.max(1, ...rows.map((c) => c.bytes));
+  $("sender").textContent = `What rank ${state.rank} sends in a step.`;
+  $("collectives").innerHTML = rows.length ? table(["axis", "collective", "#count", "#bytes", ""], [
+    ...rows.map((c) => row([`<i class="dot" style="background:${colour(c.axis)}"></i>${esc(c.axis)}`, esc(c.op), [c.count, "n"], [bytes(c.bytes), "n"],
+      `<div class="bar"><i style="width:${((100 * c.bytes) / most).toFixed(1)}%;background:${colour(c.axis)}"></i></div>`])),
+    `<tr class="sum"><td>all</td><td></td><td class="n">${sum(rows.map((c) => c.count))}</td><td class="n">${bytes(sum(rows.map((c) => c.bytes)))}</td><td></td></tr>`]) : "<p>None: no rank talks to another within a stage.</p>";
+}
+
 // tables ------------------------------------------------------------------------------------------------------------
 const table = (heads, rows) => `<table><thead><tr>${heads.map((h) => `<th scope="col"${h[0] === "#" ? ' class="n"' : ""}>${h.replace(/^#/, "")}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table>`;
 const row = (cells) => `<tr>${cells.map((c) => (Array.isArray(c) ? `<td class="${c[1]}">${c[0]}</td>` : `<td>${c}</td>`)).join("")}</tr>`;
 function tables() {
-  const most = Math.max(1, ...D.collectives.map((c) => c.bytes));
   const strip = (n, of, fill) => `<div class="bar"><i style="width:${((100 * n) / of).toFixed(1)}%;background:${fill}"></i></div>`;
-  const all = sum(D.collectives.map((c) => c.bytes));
-  $("collectives").innerHTML = D.collectives.length ? table(["axis", "collective", "#count", "#bytes", ""], [
-    ...D.collectives.map((c) => row([`<i class="dot" style="background:${colour(c.axis)}"></i>${esc(c.axis)}`, esc(c.op), [c.count, "n"], [bytes(c.bytes), "n"], strip(c.bytes, most, colour(c.axis))])),
-    `<tr class="sum"><td>all</td><td></td><td class="n">${sum(D.collectives.map((c) => c.count))}</td><td class="n">${bytes(all)}</td><td></td></tr>`]) : "<p>None: no rank talks to another within a stage.</p>";
   $("s-transfers").hidden = !D.transfers.length;
   const far = Math.max(1, ...D.transfers.map((t) => t.bytes));
   $("transfers").innerHTML = table(["from", "to", "in", "#values", "#bytes", ""], D.transfers.map((t) => row([`stage ${t.source}`, `stage ${t.stage}`, esc(t.part), [`${t.values}${t.times > 1 ? ` \u00d7 ${t.times}` : ""}`, "n"], [bytes(t.bytes), "n"], strip(t.bytes, far, css("accent"))])));
@@ -379,11 +383,12 @@ function front() {
   const held = Math.max(...positions.map((p) => sum(p.boxes.flatMap((b) => b.sent.map((s) => s[5])))));
   const busy = sum(positions.map((p) => sum(p.boxes.map((b) => b.end - b.start)))) / (positions.length * step);
   const heavy = positions.reduce((a, b) => (b.peak.bytes > a.peak.bytes ? b : a));
-  const sent = sum(D.collectives.map((c) => c.bytes)), tiles = [
+  const sends = positions.map((p, n) => sum(p.collectives.map((c) => c.bytes)) + sum(D.messages.filter((m) => m[0] === n).map((m) => m[4])));
+  const most = sends.indexOf(Math.max(...sends)), sent = sends[most], works = positions.reduce((a, b) => (b.flops > a.flops ? b : a)), tiles = [
     ["ranks", ranks, mesh || "one device"], ["time of a step", seconds(step), "estimated"],
     S ? ["bubble", percent(1 - busy), "of the lanes' time, estimated"] : ["waiting", percent(held / step), "of the step, for collectives"],
-    ["peak memory", bytes(heavy.peak.bytes), named(heavy.ranks)], ["sent by a rank", bytes(sent), `a step, ${plural(sum(D.collectives.map((c) => c.count)), "collective")}`],
-    ["matmuls of a rank", flops(D.flops), `${percent(D.flops / (D.flops_one_device || 1))} of one device's`],
+    ["peak memory", bytes(heavy.peak.bytes), named(heavy.ranks)], ["sent by a rank", bytes(sent), `a step; ${named(positions[most].ranks)}`],
+    ["matmuls of a rank", flops(works.flops), `${percent(works.flops / (D.flops_one_device || 1))} of one device's`],
   ];
   $("tiles").innerHTML = tiles.map(([k, v, more]) => `<div><dt>${k}</dt><dd>${esc(v)} <small>${esc(more)}</small></dd></div>`).join("");
   const kinds = [...new Set(positions.flatMap((p) => p.boxes.map((b) => b.kind)))];
