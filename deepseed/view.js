@@ -46,14 +46,21 @@ function listed(rs) {
   }
   return out.join(", ");
 }
+const ends = (rs) => (rs.length > 1 ? `${rs[0]} \u2026 ${rs[rs.length - 1]}` : `rank ${rs[0]}`);
 const named = (rs) => `rank${rs.length > 1 ? "s" : ""} ${listed(rs)}`;
 const place = (r) => Object.entries(D.ranks[r]).map(([a, i]) => `${a}=${i}`).join(", ");
 
 // what is shown -----------------------------------------------------------------------------------------------------
 const step = D.step || 1e-9;
 const state = { t0: 0, t1: step, rank: 0, box: -1, hover: null };
-const shape = ranks <= 16 ? { h: 24, strip: 5, gap: 7 } : ranks <= 64 ? { h: 13, strip: talking.length > 2 ? 0 : 3, gap: 3 } : { h: 8, strip: 0, gap: 2 };
-const lane = shape.h + shape.strip * talking.length + shape.gap;
+let rows, shape, lane;  // the first rank of each lane that is drawn; pixels of a box, of a strip of collectives, between lanes, in all
+function layLanes(grouped) {
+  rows = grouped ? positions.map((p) => p.ranks[0]) : D.ranks.map((_, r) => r);
+  shape = rows.length <= 16 ? { h: 24, strip: 5, gap: 7 } : rows.length <= 64 ? { h: 13, strip: talking.length > 2 ? 0 : 3, gap: 3 } : { h: 8, strip: 0, gap: 2 };
+  lane = shape.h + shape.strip * talking.length + shape.gap;
+}
+const grouped = () => rows.length < ranks;
+const rowOf = (r) => (grouped() ? at[r] : r);
 const LEFT = 66, RIGHT = 10;
 const width = () => Math.max(320, $("scroll").clientWidth);
 const x = (t) => LEFT + ((t - state.t0) / (state.t1 - state.t0)) * (width() - LEFT - RIGHT);
@@ -105,8 +112,9 @@ function after(boxes, t) {
 }
 const shade = (b) => (b.stage >= pp ? ` fill-opacity="${Math.max(0.45, 1 - 0.22 * Math.floor(b.stage / pp)).toFixed(2)}"` : "");
 
+const chosen = (r, i) => i === state.box && rowOf(r) === rowOf(state.rank);
 function lanePicture(r) {
-  const { boxes } = positions[at[r]], y = r * lane + 3, out = [];
+  const { boxes } = positions[at[r]], y = rowOf(r) * lane + 3, out = [];
   const left = LEFT, right = width() - RIGHT;
   const thin = (fill, from, to, top, height) => {  // what is narrower than a pixel is drawn together
     const last = out.length ? out[out.length - 1] : null;
@@ -123,32 +131,32 @@ function lanePicture(r) {
     if (i < first) continue;
     const held = [];
     const from = Math.max(left, x(b.start)), to = Math.min(right, x(b.end)), wide = to - from;
-    if (wide < 1.5 && !(r === state.rank && i === state.box)) { thin(css(b.kind), from, to, y, shape.h); continue; }
+    if (wide < 1.5 && !(chosen(r, i))) { thin(css(b.kind), from, to, y, shape.h); continue; }
     for (const [, , , e, , wait] of b.sent) {  // the end of a collective that computation stands still for
       const f = Math.max(from, x(b.start + e - wait)), t = Math.min(to, x(b.start + e));
       if (wait > 0 && t > f) held.push(`M${f.toFixed(2)} ${y}H${t.toFixed(2)}V${y + shape.h}H${f.toFixed(2)}Z`);
     }
-    const chosen = r === state.rank && i === state.box ? " chosen" : "";
-    out.push({ html: `<rect class="box${chosen}" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>` + (held.length ? `<path class="held" d="${held.join("")}"/>` : "")
+    const mark = chosen(r, i) ? " chosen" : "";
+    out.push({ html: `<rect class="box${mark}" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>` + (held.length ? `<path class="held" d="${held.join("")}"/>` : "")
       + (shape.h >= 12 && wide > 7 * b.label.length + 4 ? `<text class="in" x="${((from + to) / 2).toFixed(1)}" y="${y + shape.h / 2 + 4}">${esc(b.label)}</text>` : "") });
   }
   return out.map((o) => o.html || `<rect class="box thin" x="${o.from.toFixed(2)}" y="${o.top}" width="${(o.to - o.from).toFixed(2)}" height="${o.height}" fill="${o.fill}"/>`).join("");
 }
 function drawLanes() {
-  const svg = $("lanes"), view = $("scroll"), height = ranks * lane + 4;
+  const svg = $("lanes"), view = $("scroll"), height = rows.length * lane + 4;
   const top = view.scrollTop - lane, bottom = view.scrollTop + view.clientHeight + lane;
   svg.style.height = `${height}px`;
   const many = Math.max(2, Math.floor((width() - LEFT) / 110));
   let html = ticks(state.t0, state.t1, many).map((t) => `<line class="grid" x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height}"/>`).join("");
-  for (let r = 0; r < ranks; r += 1) {
-    const y = r * lane;
+  rows.forEach((r, n) => {
+    const y = n * lane, chosen = n === rowOf(state.rank);
     const seen = y + lane >= top && y <= bottom;
-    html += `<g class="lane" data-rank="${r}" data-boxes="${positions[at[r]].boxes.length}"><rect class="row${r === state.rank ? " chosen" : ""}" x="0" y="${y}" width="${width()}" height="${lane}"/>`
-      + (seen ? `<rect class="idle" x="${LEFT}" y="${y + 3}" width="${width() - LEFT - RIGHT}" height="${shape.h}"/>${lane >= 12 || r % 2 === 0 ? `<text x="4" y="${y + 3 + shape.h / 2 + 4}"${r === state.rank ? ' font-weight="700"' : ' class="soft"'}>rank ${r}</text>` : ""}${lanePicture(r)}` : "") + "</g>";
-  }
+    html += `<g class="lane" data-rank="${r}" data-boxes="${positions[at[r]].boxes.length}"><rect class="row${chosen ? " chosen" : ""}" x="0" y="${y}" width="${width()}" height="${lane}"/>`
+      + (seen ? `<rect class="idle" x="${LEFT}" y="${y + 3}" width="${width() - LEFT - RIGHT}" height="${shape.h}"/>${lane >= 12 || n % 2 === 0 ? `<text x="4" y="${y + 3 + shape.h / 2 + 4}"${chosen ? ' font-weight="700"' : ' class="soft"'}>${grouped() ? ends(positions[at[r]].ranks) : `rank ${r}`}</text>` : ""}${lanePicture(r)}` : "") + "</g>";
+  });
   if (state.hover !== null && state.hover >= state.t0 && state.hover <= state.t1) html += `<line class="cursor" x1="${x(state.hover)}" x2="${x(state.hover)}" y1="0" y2="${height}"/>`;
   svg.innerHTML = html + messages();
-  svg.dataset.lanes = ranks;
+  svg.dataset.lanes = rows.length;
 }
 /** What the chosen box sends to other stages and receives from them. */
 function messages() {
@@ -156,7 +164,7 @@ function messages() {
   if (!b) return "";
   const own = at[state.rank];
   return D.messages.filter(([from, to, , , , , f, t]) => (from === own && f === state.box) || (to === own && t === state.box)).map(([from, to, sent, got]) => {
-    const r1 = peer(state.rank, from), r2 = peer(state.rank, to), y1 = r1 * lane + 3 + shape.h / 2, y2 = r2 * lane + 3 + shape.h / 2;
+    const r1 = peer(state.rank, from), r2 = peer(state.rank, to), y1 = rowOf(r1) * lane + 3 + shape.h / 2, y2 = rowOf(r2) * lane + 3 + shape.h / 2;
     return `<path class="message" d="M${x(sent).toFixed(1)} ${y1}L${x(got).toFixed(1)} ${y2}"/><circle cx="${x(got).toFixed(1)}" cy="${y2}" r="3" fill="currentColor"/>`;
   }).join("");
 }
@@ -190,11 +198,11 @@ function tip(event, found) {
 }
 function hit(event) {
   const area = $("lanes").getBoundingClientRect(), px = event.clientX - area.left, py = event.clientY - area.top;
-  const r = Math.floor(py / lane), t = time(px);
-  if (r < 0 || r >= ranks) return null;
+  const n = Math.floor(py / lane), r = rows[n], t = time(px);
+  if (r === undefined) return null;
   const { boxes } = positions[at[r]], inside = px >= LEFT;
   const i = after(boxes, t), on = inside && i < boxes.length && boxes[i].start <= t;
-  const row = Math.floor((py - r * lane - 3 - shape.h) / (shape.strip || 1));
+  const row = Math.floor((py - n * lane - 3 - shape.h) / (shape.strip || 1));
   let sent = null;
   if (inside && shape.strip && row >= 0 && row < talking.length) {
     const slack = (2 / (width() - LEFT - RIGHT)) * (state.t1 - state.t0);
@@ -204,7 +212,7 @@ function hit(event) {
 }
 function choose(r, i = -1) {
   state.rank = r; state.box = i;
-  const y = r * lane, view = $("scroll");
+  const y = rowOf(r) * lane, view = $("scroll");
   if (y < view.scrollTop) view.scrollTop = y;
   if (y + lane > view.scrollTop + view.clientHeight) view.scrollTop = y + lane - view.clientHeight;
   if (i >= 0) {
@@ -254,7 +262,7 @@ function steer() {
     const keys = {
       "+": () => zoom(0.7), "=": () => zoom(0.7), "-": () => zoom(1 / 0.7), 0: () => show(0, step), Home: () => show(0, span), End: () => show(step - span, step),
       ArrowLeft: () => show(state.t0 - span / 8, state.t1 - span / 8), ArrowRight: () => show(state.t0 + span / 8, state.t1 + span / 8),
-      ArrowUp: () => choose(Math.max(0, state.rank - 1)), ArrowDown: () => choose(Math.min(ranks - 1, state.rank + 1)),
+      ArrowUp: () => choose(rows[Math.max(0, rowOf(state.rank) - 1)]), ArrowDown: () => choose(rows[Math.min(rows.length - 1, rowOf(state.rank) + 1)]),
       ".": () => choose(state.rank, Math.min(boxes.length - 1, i + 1)), ",": () => choose(state.rank, i < 0 ? boxes.length - 1 : Math.max(0, i - 1)),
       Escape: () => choose(state.rank),
     };
@@ -263,6 +271,13 @@ function steer() {
   $("in").onclick = () => zoom(0.6);
   $("out").onclick = () => zoom(1 / 0.6);
   $("fit").onclick = () => show(0, step);
+  $("group").hidden = positions.length === ranks;
+  $("group").onclick = () => {
+    layLanes(!grouped());
+    $("group").setAttribute("aria-pressed", grouped());
+    front();
+    choose(state.rank, state.box);
+  };
   addEventListener("resize", redraw);
 }
 
@@ -399,7 +414,7 @@ function front() {
   $("footer").textContent = `Bytes and flops are counted on the program. Times are estimates for a rank that computes ${flops(m.flops)}/s in matmuls, reads and writes ${bytes(m.memory)}/s of memory and sends ${bytes(m.link)}/s, with ${seconds(m.latency)} to start a collective and ${seconds(m.launch)} to start an op.`;
 }
 
-front(); tables(); makeMemory(); steer(); choose(0);
+layLanes(false); front(); tables(); makeMemory(); steer(); choose(0);
 $("readout").textContent = "";
 $("mesh").addEventListener("click", (e) => { const b = e.target.closest("button"); if (b) choose(+b.dataset.rank); });
 $("mesh").addEventListener("keydown", (e) => {
