@@ -378,8 +378,10 @@ const row = (cells) => `<tr>${cells.map((c) => (Array.isArray(c) ? `<td class="$
 function tables() {
   const strip = (n, of, fill) => `<div class="bar"><i style="width:${((100 * n) / of).toFixed(1)}%;background:${fill}"></i></div>`;
   $("s-transfers").hidden = !D.transfers.length;
-  const far = Math.max(1, ...D.transfers.map((t) => t.bytes));
-  $("transfers").innerHTML = table(["from", "to", "in", "#values", "#bytes", ""], D.transfers.map((t) => row([`stage ${t.source}`, `stage ${t.stage}`, esc(t.part), [`${t.values}${t.times > 1 ? ` \u00d7 ${t.times}` : ""}`, "n"], [bytes(t.bytes), "n"], strip(t.bytes, far, css("accent"))])));
+  const far = Math.max(1, ...D.transfers.map((t) => t.bytes)), small = D.transfers.filter((t) => t.times === 1 && t.bytes < far / 100), large = D.transfers.filter((t) => !small.includes(t));
+  $("transfers").innerHTML = table(["stages", "in", "#values", "#bytes", ""], [
+    ...large.map((t) => row([`${t.source} \u2192 ${t.stage}`, esc(t.part), [`${t.values}${t.times > 1 ? ` \u00d7 ${t.times}` : ""}`, "n"], [bytes(t.bytes), "n"], strip(t.bytes, far, css("accent"))])),
+    ...(small.length ? [row([`${small.length} pairs`, [...new Set(small.map((t) => esc(t.part)))].sort().join(", "), [sum(small.map((t) => t.values)), "n"], [bytes(sum(small.map((t) => t.bytes))), "n"], ""])] : [])]);
   const unit = (v, u) => (u === "bytes" ? bytes(v) : flops(v));
   $("closed").innerHTML = table(["of one rank", "#counted", "formula", "#gives", "#ratio"], D.closed_forms.map((c) => row([esc(c.what), [unit(c.counted, c.unit), "n"], [esc(c.formula), "mono"], [c.expected === null ? "" : unit(c.expected, c.unit), "n"], [c.expected ? (c.counted / c.expected).toFixed(3) : "", "n"]])));
   $("weights").innerHTML = table(["weight", "#count", "stored as", "split in use"], D.weights.map((w) => row([[esc(w.key), "mono"], [w.count, "n"], [esc(w.layout), "mono"], esc(w.use)])));
