@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from time import perf_counter
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from deepseed import pipeline
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.layout import Layout
+from deepseed.ir.mesh import STAGES, TIME, Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
@@ -65,8 +67,12 @@ def build(
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
+    m = _microbatches(captured.program, plan, host, quiet)
+    mesh = host.mesh.without(STAGES)
+    mesh = Mesh((*mesh.axes, (TIME, m))) if m > 1 else mesh
+
     def solve() -> str:
-        args = pipeline.arguments(host.mesh, plan.stage, {}, stored or {})
+        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan)
         done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
         return str(done[-1].program)
 
@@ -75,17 +81,38 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
-    if program.mesh != host.mesh:
-        host.refine(program.mesh)
+    if (refined := _refined(host.mesh, program.mesh)) != host.mesh:
+        host.refine(refined)
     executables = []
     for coordinate in host.coordinates:
-        args = pipeline.arguments(host.mesh, plan.stage, coordinate, stored or {})
+        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
-        executables.append(Executable(generate(local[-1].program), program.name))
+        mine = local[-1].program
+        executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
+
+
+def _microbatches(p: Program, plan: Plan, host: Host, quiet: bool) -> int:
+    """How many microbatches a data-parallel rank's rows are cut into. A program that only shows outputs takes what divides its batch."""
+    counts = [i.type.shape[0] for i in p.by_role("batch") if i.type.shape]
+    rows = max(set(counts), key=counts.count) if counts else 1
+    ranks = prod(host.mesh.sizes.get(axis, 1) for axis in ("dp", "ep"))
+    mine = max(1, rows // ranks)
+    m = plan.microbatches(mine)
+    if not any(o.role == "loss" for o in p.outputs):
+        return max(d for d in range(1, min(m, mine) + 1) if mine % d == 0)
+    if plan.mb is None and plan.stages > 1 and host.first and not quiet:
+        print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
+    return m
+
+
+def _refined(ranks: Mesh, program: Mesh) -> Mesh:
+    """The mesh of the ranks with the sub-axes that the program's mesh has in place of an axis."""
+    axes = [((axis, n),) if axis == STAGES else tuple((a, program.sizes[a]) for a in program.parts(axis)) for axis, n in ranks.axes]
+    return Mesh(tuple(pair for pairs in axes for pair in pairs))
 
 
 def _digest(text: str) -> str:

@@ -21,6 +21,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.verify import verify
 from deepseed.passes.canonicalize import canonicalize
+from deepseed.passes.cut_stages import cut_stages
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
@@ -28,6 +29,7 @@ from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
+from deepseed.plan import Plan
 
 PIPELINE: tuple[Pass, ...] = (
     canonicalize,
@@ -35,6 +37,7 @@ PIPELINE: tuple[Pass, ...] = (
     insert_reshards,
     lower_reshards,
     loop_microbatches,
+    cut_stages,
     schedule_collectives,
     group_kernels,
     localize,
@@ -60,12 +63,15 @@ class CheckError(ValueError):
 
 
 def arguments(
-    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None
+    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = Plan()
 ) -> dict[str, dict[str, Any]]:
-    """What a plan means, pass by pass."""
+    """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
+    ``plan``: for its stages and their schedule."""
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
+        "loop_microbatches": {"staged": plan.stages > 1},
+        "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut},
         "localize": {"coordinate": coordinate},
     }
 

@@ -83,6 +83,11 @@ class Plan:
         return self.pp or 1
 
     @property
+    def kind(self) -> str:
+        """The schedule's name without its number: gpipe, 1f1b, interleaved, zb."""
+        return "interleaved" if self.chunks > 1 else self.schedule or DEFAULT_SCHEDULE
+
+    @property
     def chunks(self) -> int:
         """Stages a pipeline rank: V of interleavedV, else 1."""
         return int(self.schedule.removeprefix("interleaved")) if self.schedule and self.schedule.startswith("interleaved") else 1

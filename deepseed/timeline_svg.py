@@ -13,7 +13,7 @@ from deepseed.timeline import Event, Timeline
 
 LANE, GAP, LEFT, TOP, RIGHT = 26, 6, 64, 58, 24  # pixels
 LEAST, MOST = 880, 6000  # pixels that the step is wide
-LETTER = 5.6  # pixels of one character at the size of the text in a box
+LETTER = 6.2  # pixels of one character at the size of the text in a box
 COLOURS = {"forward": "#2f6fb5", "backward": "#c8602a", "weights": "#4c8f3f", "once": "#77757f"}
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #24292f }
@@ -71,7 +71,7 @@ def _box(timeline: Timeline, e: Event, scale: float) -> str:
     x, y, wide, label = LEFT + e.start * scale, _top(e.lane), (e.end - e.start) * scale, _label(timeline, e)
     i, ranks = e.instruction, len(timeline.schedule.lanes)
     chunk, chunks = i.stage // ranks, timeline.schedule.stages // ranks
-    shade = 1 - 0.5 * chunk / max(chunks - 1, 1)
+    shade = 1 - 0.4 * chunk / max(chunks - 1, 1)
     title = f"{label} stage {i.stage}, rank {e.lane}: {i.part}" + (f" of microbatch {i.microbatch}" if i.kind != "once" else "") + f", {_ms(e.start)} to {_ms(e.end)}"
     text = f'<text x="{x + wide / 2:.2f}" y="{y + LANE / 2 + 3.5:.1f}">{label}</text>' if LETTER * len(label) <= wide else ""
     return (

@@ -12,13 +12,29 @@ that it needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from deepseed.ir.program import Op, Program
 from deepseed.ir.schedule import Instruction, Schedule, kind_of, order_of
+
+TRANSFER = "transfer"  # the op whose result is its operand on another stage
 
 Place = tuple[str, int]  # part, stage
 Message = tuple[Place, Place]  # where it is made; where it is first used
 Item = tuple[str, int]  # name, microbatch (0 where it goes once)
+
+
+def messages_of(p: Program) -> dict[str, Message]:
+    """A message for every op ``transfer`` of a staged program, in the order of the program: made and received in the op's part, on its ``source``
+    and on its stage. Transfers between stages of one lane are in it; they order instructions and send nothing."""
+    out: dict[str, Message] = {}
+    for op in p.ops:
+        if op.target == TRANSFER:
+            source = op.kw("source")
+            if not isinstance(source, int):
+                raise ValueError(f"%{op.name} = {TRANSFER} has the source {source!r}, and needs the number of a stage")
+            out[op.name] = (op.part, source), (op.part, op.stage)
+    return out
 
 
 def chain(stages: int, loop: int = 1) -> dict[str, Message]:
@@ -111,11 +127,6 @@ def receives(schedule: Schedule, lane: int, messages: Mapping[str, Message]) -> 
         out.append(tuple(item for source, items in sent.items() for item in items[posted[source] : upto[source]]))
         posted = upto
     return out
-
-
-def first_place(places: Sequence[Place]) -> Place:
-    """The place that comes first in a step: where a received value is first used. All are on one stage."""
-    return min(places, key=lambda place: order_of(place[0]))
 
 
 def instructions_at(schedule: Schedule, place: Place) -> list[Instruction]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deepseed.ir.program import Input, Op, Program, Ref
+from deepseed.ir.program import Op, Program, Ref
 from deepseed.ir.schedule import kind_of
 
 STORED = ("param", "buffer", "state")
@@ -57,11 +57,13 @@ def on_lane(p: Program, lane: int) -> Program:
     return replace(p, inputs=inputs, ops=tuple(ops), outputs=outputs)
 
 
-def home(p: Program, value: str, produced: Mapping[str, Op | Input]) -> int:
+def home(p: Program, value: str) -> int:
     """The pipeline rank on which a value lies; 0 where all have it."""
-    if p.schedule is None:
-        return 0
-    return p.schedule.lane_of(produced[value].stage)
+    made = p.producers.get(value)
+    if made is not None and p.schedule is not None:
+        return p.schedule.lane_of(made.stage)
+    stage = next((i.stage for i in p.inputs if i.name == value), 0)
+    return p.schedule.lane_of(stage) if p.schedule is not None else 0
 
 
 def _block(part: str, stage: int) -> tuple[str, int]:
