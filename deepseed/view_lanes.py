@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from deepseed.explain import CARRIERS, gradients, local_flops
-from deepseed.ir.messages import Message, Place, first_place, home, needs, runs_once, sends
+from deepseed.ir.messages import Message, Place, home, messages_of, needs, runs_once, sends
 from deepseed.ir.program import Op, Program, params_only
 from deepseed.ir.schedule import Schedule, format_instruction
 from deepseed.memory import curve
@@ -104,7 +104,7 @@ def staged(p: Program, machine: Machine) -> tuple[list[Lane], Crossing]:
     schedule = p.schedule
     ops = by_place(p, schedule)
     ran = {place: course(p, group, machine) for place, group in ops.items()}
-    messages = crossings(p, schedule)
+    messages = {name: m for name, m in messages_of(p).items() if schedule.lane_of(m[0][1]) != schedule.lane_of(m[1][1])}
     sizes = {name: p.types[name].local_bytes(p.mesh) for name in messages}
     timeline = simulate(schedule, {place: c.seconds for place, c in ran.items()}, messages, sizes, machine.link, machine.latency)
     lanes = []
@@ -126,18 +126,6 @@ def by_place(p: Program, schedule: Schedule) -> dict[Place, list[Op]]:
     out: dict[Place, list[Op]] = {}
     for op in p.ops:
         out.setdefault(home(schedule, (op.part, op.stage)), []).append(op)
-    return out
-
-
-def crossings(p: Program, schedule: Schedule) -> dict[str, Message]:
-    """Where each transferred value is made and first used, in the order of the program."""
-    out: dict[str, Message] = {}
-    for op in p.ops:
-        if op.target == "transfer":
-            source = int(str(op.kw("source")))
-            if schedule.lane_of(source) != schedule.lane_of(op.stage):
-                users = [(u.part, u.stage) for u in p.uses[op.name] if isinstance(u, Op)]
-                out[op.name] = (op.part, source), first_place(users or [(op.part, op.stage)])
     return out
 
 
