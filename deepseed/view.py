@@ -17,8 +17,9 @@ from importlib.resources import files
 from typing import Any
 
 from deepseed.explain import Explanation
-from deepseed.ir.mesh import STAGES, TIME, Mesh
+from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Program
+from deepseed.meshes import ranks_of
 from deepseed.speed import Machine, Sent
 from deepseed.view_lanes import KINDS, Box, Crossing, Moment, staged, straight
 
@@ -30,7 +31,7 @@ def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = 
     the ranks, where it has an axis that the program's mesh has not (pp)."""
     machine = machine or Machine()
     lanes, crossing = staged(p, machine) if p.schedule is not None else ([straight(p, machine)], Crossing())
-    where = ranks or _ranks(p, len(lanes))
+    where = ranks or ranks_of(p)
     bodies: dict[tuple[Sent, ...], int] = {}
     positions = []
     for at, lane in enumerate(lanes):
@@ -89,12 +90,6 @@ def _collectives(boxes: Sequence[Box]) -> list[dict[str, Any]]:
         count[s.axis, s.target] += 1
         nbytes[s.axis, s.target] += s.nbytes
     return [{"axis": axis, "op": op, "count": n, "bytes": nbytes[axis, op]} for (axis, op), n in sorted(count.items())]
-
-
-def _ranks(p: Program, lanes: int) -> Mesh:
-    """The ranks' mesh of a program: its own without time, with the pipeline in front."""
-    mesh = p.mesh.without(TIME)
-    return mesh if lanes == 1 or STAGES in mesh.names else Mesh(((STAGES, lanes), *mesh.axes))
 
 
 def _r(seconds: float) -> float:
