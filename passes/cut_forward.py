@@ -1,8 +1,8 @@
-"""Where the forward is cut: the fewest bytes live across a cut, the work of the stages in balance.
+"""Where the forward is cut: few bytes live across a cut, the work of the stages in balance.
 
-Positions of the traced order where the fewest bytes are live are the cut points. A stage costs its flops, the bytes that it reads and
-writes, and the bytes that arrive; dynamic programming finds the smallest cost of the dearest stage, and among the cuts that keep all stages
-within ``SLACK`` of it the one that sends the fewest bytes.
+Cut points are the valleys of the bytes that are live along the traced order, never inside a group that was one op. A stage costs its flops, the
+bytes that it reads and writes, and the bytes that arrive. Of the cut points, those with the fewest bytes are taken that still keep the
+dearest stage within ``SLACK`` of the best cut; dynamic programming over these balances the stages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from deepseed.ir.program import Op, Program
 from deepseed.passes.cut_kinds import Kinds
 
 TOUCH = 32.0  # flops that take as long as one byte read or written
-SEND = 1024.0  # flops that take as long as one byte sent to another stage
-SLACK = 1.1  # of the dearest stage's cost: what fewer bytes may take
+SEND = 64.0  # flops that take as long as one byte sent to another stage
+SLACK = 1.25  # of the dearest stage's cost: what cuts of fewer bytes may take
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +30,8 @@ def forward_stages(k: Kinds, stages: int, pins: Sequence[str]) -> dict[str, int]
     ops = k.bound(f"forward.{k.loops}")
     place = {op.name: n for n, op in enumerate(ops)}
     at = [place.get(k.glued.get(op.name, ""), n) for n, op in enumerate(ops)]  # a wait stands with its start
-    cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_costs(p, ops, at), _live(p, ops, at), stages)
+    live = _live(p, ops, at)
+    cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, stages), _costs(p, ops, at), live, stages)
     return {op.name: int(np.searchsorted(cuts, n, side="right")) for op, n in zip(ops, at, strict=True)}
 
 
@@ -65,33 +66,74 @@ def _live(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
     return np.cumsum(change)[: len(ops)]
 
 
-def _cuts(cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
-    """Positions of the ``stages - 1`` cuts. Candidates are the valleys of ``live``, a run of equal values with more on both sides; every
-    position where there are too few valleys."""
-    n = len(live)
-    points = [i for i in range(1, n) if live[i] > 0 and (i == 1 or live[i] < live[i - 1]) and not _falls(live, i)]
+def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
+    """Where a cut may stand: in each run of positions with equal ``live`` that has more on both sides, the one that leaves the outermost
+    module. Where there are too few such runs, every position."""
+    inside = _inside_groups(ops, at)
+    open_ = [i for i in range(1, len(live)) if live[i] > 0 and i not in inside]
+    points: list[int] = []
+    for n, i in enumerate(open_):
+        if n and live[open_[n - 1]] <= live[i]:
+            continue
+        run = [i]
+        for j in open_[n + 1 :]:
+            if live[j] != live[i]:
+                if live[j] > live[i]:
+                    points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
+                break
+            run.append(j)
+        else:
+            points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
     if len(points) < stages - 1:
-        points = [i for i in range(1, n) if live[i] > 0]
+        points = open_
     if len(points) < stages - 1:
         raise PassError(
             f"{stages} stages need {stages - 1} cut points, the forward has {len(points)}, pass cut_stages\n"
             f"  fix: use {len(points) + 1} stages or fewer" + ("" if points else ", that is, no pp")
         )
-    begins, ends = np.array([0, *points]), np.array([*points, n])
-    sums = np.concatenate([[0.0], np.cumsum(cost)])
-    sent = np.where(begins > 0, live[begins], 0.0)[:, None]
-    load = sums[ends][None, :] - sums[begins][:, None] + SEND * sent  # [begin, end]
-    load[ends[None, :] <= begins[:, None]] = np.inf
+    return points
+
+
+def _inside_groups(ops: Sequence[Op], at: Sequence[int]) -> set[int]:
+    """Positions with ops of one origin on both sides."""
+    ends: dict[str, tuple[int, int]] = {}
+    for op, n in zip(ops, at, strict=True):
+        if op.origin:
+            first, last = ends.get(op.origin, (n, n))
+            ends[op.origin] = (min(first, n), max(last, n))
+    return {i for first, last in ends.values() for i in range(first + 1, last + 1)}
+
+
+def _shared(one: str, two: str) -> int:
+    """How many modules two ops share."""
+    return next((n for n, (a, b) in enumerate(zip(one.split("."), two.split("."), strict=False)) if a != b), min(len(one.split(".")), len(two.split("."))))
+
+
+def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
+    """Positions of the ``stages - 1`` cuts, of ``points``."""
+    best = _best(_loads(points, cost, live), np.maximum, stages)[0]
+    bounds = sorted({float(live[i]) for i in points})
+    low, high = 0, len(bounds) - 1
+    while low < high:  # the least bytes with which the dearest stage is not much dearer
+        middle = (low + high) // 2
+        few = [i for i in points if live[i] <= bounds[middle]]
+        if len(few) >= stages - 1 and _best(_loads(few, cost, live), np.maximum, stages)[0] <= SLACK * best:
+            high = middle
+        else:
+            low = middle + 1
+    few = [i for i in points if live[i] <= bounds[low]]
+    load = _loads(few, cost, live)
     dearest = _best(load, np.maximum, stages)[0]
-    return begins[_best(np.where(load <= SLACK * dearest, sent + load / load[0, -1], np.inf), np.add, stages)[1]]
+    return np.array([0, *few])[_best(np.where(load <= dearest, (load / dearest) ** 2, np.inf), np.add, stages)[1]]
 
 
-def _falls(live: Floats, i: int) -> bool:
-    """Whether the run of equal values that begins at ``i`` goes down where it ends."""
-    j = i
-    while j < len(live) and live[j] == live[i]:
-        j += 1
-    return j < len(live) and bool(live[j] < live[i])
+def _loads(points: Sequence[int], cost: Floats, live: Floats) -> Floats:
+    """[begin, end] what a stage costs that begins at the start or a point and ends at a point or the end; inf where it would be empty."""
+    begins, ends = np.array([0, *points]), np.array([*points, len(live)])
+    sums = np.concatenate([[0.0], np.cumsum(cost)])
+    load = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
+    load[ends[None, :] <= begins[:, None]] = np.inf
+    return load
 
 
 def _best(load: Floats, join: np.ufunc, stages: int) -> tuple[float, list[int]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from deepseed.ir.collective import IN_TIME
 from deepseed.ir.program import Builder, Op, Output, Program, Ref
-from deepseed.ir.schedule import kind_of, loop_of, order_of
+from deepseed.ir.schedule import loop_of, order_of
 from deepseed.passes.cut_kinds import STORED
 
 RETURNED = ("param", "buffer", "state")  # roles of outputs that lie where the input of their key lies
@@ -112,22 +112,3 @@ def _deepest(ops: list[Op]) -> Op:
         depth.update(dict.fromkeys(op.results, 1 + max((depth.get(r.name, 0) for r in op.refs), default=0)))
     return max(ops, key=lambda op: depth[op.name])
 
-
-def messages(p: Program) -> dict[str, tuple[tuple[str, int], tuple[str, int]]]:
-    """By transfer: (part, stage) that makes the value, (part, stage) that first uses it; those between two parts that run once are left
-    out, where the order of the ops decides."""
-    first: dict[str, str] = {}
-    for op in p.ops:
-        for ref in op.refs:
-            first.setdefault(ref.name, op.part)
-    producers = p.producers
-    out = {}
-    for op in p.ops:
-        if op.target == "transfer":
-            source = int(str(op.kw("source")))
-            maker = producers.get(op.refs[0].name)
-            begin = maker.part if maker is not None and maker.target not in IN_TIME else op.part
-            end = first.get(op.name, op.part)
-            if kind_of(begin) != "once" or kind_of(end) != "once":
-                out[op.name] = ((begin, source), (end, op.stage))
-    return out

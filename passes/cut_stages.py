@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from deepseed.ir.contract import program_pass
+from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
 from deepseed.ir.messages import messages_of
 from deepseed.ir.program import Builder, Op, Program
@@ -21,9 +21,7 @@ from deepseed.passes.cut_forward import earlier_stages, forward_stages
 from deepseed.passes.cut_kinds import STORED, Kinds, kinds, owners
 from deepseed.passes.cut_spread import split_weights, spread
 from deepseed.passes.cut_tails import distribute, tails
-from deepseed.solver.schedules import check, lanes
-
-DEFAULT = "1f1b"
+from deepseed.solver.schedules import ScheduleError, check, lanes
 
 
 @program_pass(requires={"looped"}, provides={"staged"})
@@ -45,20 +43,26 @@ def cut_stages(p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int 
             %h.s1 = transfer(%h, source=0) : f32[8, 8] {part="forward.1", stage=1}
             %y = aten.mm(%h.s1, %w2) : f32[8, 8] {part="forward.1", stage=1}
     """
-    if stages * chunks == 1:
-        return p if TIME not in p.mesh.sizes else _scheduled(p, 1, DEFAULT, 1)
+    if stages == 1 and TIME not in p.mesh.sizes:
+        return p
     k = kinds(p)
+    if stages == 1:
+        return _scheduled(p, schedule if schedule != "interleaved" else "1f1b", 1, 1, k.loops)
     placed, home = _place(k, stages * chunks, pins)
     out = spread(placed, k.free, home)
-    return _scheduled(split_weights(out, k.loops) if schedule == "zb" else out, stages, schedule, chunks)
+    return _scheduled(split_weights(out, k.loops) if schedule == "zb" else out, schedule, stages, chunks, k.loops)
 
 
-def _scheduled(p: Program, ranks: int, name: str, chunks: int) -> Program:
-    """With the instruction list of each rank, which is proved to run to its end."""
-    parts = {(op.part, op.stage) for op in p.ops}
-    s = lanes(name, ranks, p.mesh.sizes.get(TIME, 1), chunks, max(loop_of(part) for part, _ in parts), parts)
-    check(s, messages_of(p), parts)
-    return replace(p, schedule=s)
+def _scheduled(p: Program, name: str, ranks: int, chunks: int, loops: int) -> Program:
+    """``p`` with what each rank runs, proved to run to its end."""
+    crossing = messages_of(p)
+    parts = {(op.part, op.stage) for op in p.ops} | {place for message in crossing.values() for place in message}
+    try:
+        schedule = lanes(name, ranks, dict(p.mesh.axes).get(TIME, 1), chunks, loops, parts)
+        check(schedule, crossing, parts)
+    except ScheduleError as error:
+        raise PassError(f"{error}, pass cut_stages") from None
+    return replace(p, schedule=schedule)
 
 
 def _place(k: Kinds, stages: int, pins: Sequence[str]) -> tuple[Program, dict[str, int]]:
