@@ -63,7 +63,8 @@ def _live(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
         if end > begin:
             change[begin + 1] += nbytes
             change[end + 1] -= nbytes
-    return np.cumsum(change)[: len(ops)]
+    live: Floats = np.cumsum(change)[: len(ops)]
+    return live
 
 
 def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
@@ -131,7 +132,7 @@ def _loads(points: Sequence[int], cost: Floats, live: Floats) -> Floats:
     """[begin, end] what a stage costs that begins at the start or a point and ends at a point or the end; inf where it would be empty."""
     begins, ends = np.array([0, *points]), np.array([*points, len(live)])
     sums = np.concatenate([[0.0], np.cumsum(cost)])
-    load = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
+    load: Floats = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
     load[ends[None, :] <= begins[:, None]] = np.inf
     return load
 
