@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from time import perf_counter
 
 from torch import Tensor
@@ -15,10 +14,11 @@ from deepseed import pipeline
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.layout import Layout
-from deepseed.ir.mesh import STAGES, TIME, Mesh
+from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
+from deepseed.meshes import microbatches, program_mesh, rows_of_a_rank
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
 from deepseed.runtime.executable import Executable
@@ -67,9 +67,9 @@ def build(
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
-    m = _microbatches(captured.program, plan, host, quiet)
-    mesh = host.mesh.without(STAGES)
-    mesh = Mesh((*mesh.axes, (TIME, m))) if m > 1 else mesh
+    mesh = program_mesh(captured.program, plan, host.mesh)
+    if plan.mb is None and plan.stages > 1 and host.first and not quiet and any(o.role == "loss" for o in captured.program.outputs):
+        _say_microbatches(captured.program, plan, host)
 
     def solve() -> str:
         args = pipeline.arguments(mesh, plan.stage, {}, stored, plan)
@@ -81,8 +81,7 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
-    if (refined := _refined(host.mesh, program.mesh)) != host.mesh:
-        host.refine(refined)
+    host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)
@@ -95,24 +94,9 @@ def build(
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
 
 
-def _microbatches(p: Program, plan: Plan, host: Host, quiet: bool) -> int:
-    """How many microbatches a data-parallel rank's rows are cut into. A program that only shows outputs takes what divides its batch."""
-    counts = [i.type.shape[0] for i in p.by_role("batch") if i.type.shape]
-    rows = max(set(counts), key=counts.count) if counts else 1
-    ranks = prod(host.mesh.sizes.get(axis, 1) for axis in ("dp", "ep"))
-    mine = max(1, rows // ranks)
-    m = plan.microbatches(mine)
-    if not any(o.role == "loss" for o in p.outputs):
-        return max(d for d in range(1, min(m, mine) + 1) if mine % d == 0)
-    if plan.mb is None and plan.stages > 1 and host.first and not quiet:
-        print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
-    return m
-
-
-def _refined(ranks: Mesh, program: Mesh) -> Mesh:
-    """The mesh of the ranks with the sub-axes that the program's mesh has in place of an axis."""
-    axes = [((axis, n),) if axis == STAGES else tuple((a, program.sizes[a]) for a in program.parts(axis)) for axis, n in ranks.axes]
-    return Mesh(tuple(pair for pairs in axes for pair in pairs))
+def _say_microbatches(p: Program, plan: Plan, host: Host) -> None:
+    mine, m = rows_of_a_rank(p, host.mesh), microbatches(p, plan, host.mesh)
+    print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
 
 
 def _digest(text: str) -> str:

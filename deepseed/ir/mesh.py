@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -50,7 +50,7 @@ class Mesh:
 
     def seen_from(self, coordinate: Mapping[str, int]) -> Mesh:
         """The mesh as the rank at ``coordinate`` sees it."""
-        return replace(self, at=tuple((name, coordinate[name]) for name in self.names))
+        return Mesh(self.axes, tuple([(name, coordinate[name]) for name, _ in self.axes]))
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
