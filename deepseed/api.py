@@ -313,8 +313,8 @@ class _Compiled:
         for write in built.captured.reads.writes:
             write.apply()
         p = built.program
-        found = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
-        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in found], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
+        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
+        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
 
     def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []

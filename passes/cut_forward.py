@@ -107,7 +107,12 @@ def _inside_groups(ops: Sequence[Op], at: Sequence[int]) -> set[int]:
 
 def _shared(one: str, two: str) -> int:
     """How many modules two ops share."""
-    return next((n for n, (a, b) in enumerate(zip(one.split("."), two.split("."), strict=False)) if a != b), min(len(one.split(".")), len(two.split("."))))
+    n = 0
+    for a, b in zip(one.split("."), two.split("."), strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
 
 
 def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
@@ -156,7 +161,8 @@ def _best(load: Floats, join: np.ufunc, stages: int) -> tuple[float, list[int]]:
 
 def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[str]) -> NDArray[np.int64]:
     if len(pins) != stages - 1:
-        raise PassError(f"{stages} stages have {stages - 1} cuts, {len(pins)} are given: {', '.join(pins)}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
+        given = f"{len(pins)} are given: {', '.join(pins)}"
+        raise PassError(f"{stages} stages have {stages - 1} cuts, {given}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
     first: dict[str, int] = {}
     for op, n in zip(ops, at, strict=True):
         path = op.path
@@ -166,7 +172,8 @@ def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[st
     for pin in pins:
         if pin not in first:
             near = get_close_matches(pin, list(first), n=3, cutoff=0.4)
-            raise PassError(f"cut={pin}: no forward op belongs to this module, pass cut_stages" + (f"\n  fix: did you mean {' or '.join(near)}?" if near else ""))
+            fix = f"\n  fix: did you mean {' or '.join(near)}?" if near else ""
+            raise PassError(f"cut={pin}: no forward op belongs to this module, pass cut_stages{fix}")
     for one, two in zip(("", *pins), pins, strict=False):
         if first[two] <= first.get(one, 0):
             raise PassError(

@@ -33,7 +33,8 @@ def tails(k: Kinds, part: str, epilogue: str) -> Tails:
     """The tail ops of ``part``; waits in the epilogue for what was started in it are among them."""
     p = k.program
     starts = {r for op in p.ops if op.part == part and op.target.endswith(".start") for r in op.results}
-    ops = [op for op in p.ops if op.name not in k.free and (op.part == part or (op.part == epilogue and op.target == "wait" and op.refs[0].name in starts))]
+    late = {op.name for op in p.ops if op.part == epilogue and op.target == "wait" and op.refs[0].name in starts}
+    ops = [op for op in p.ops if op.name not in k.free and (op.part == part or op.name in late)]
     mine = {r for op in ops for r in op.results}
     inside: dict[str, Op] = {}
     leaving: dict[str, None] = {}

@@ -62,7 +62,8 @@ return %norm norm "norm"
 return %w.new param "w"
 return %v.new param "v"
 """
-UNTIMED = re.sub(r'accumulate\((%\S+), axis="mb"\)', r"aten.mul.Scalar(\1, 1.0)", TIED.replace(" sum@mb", "").replace("@mb", "").replace("(mb=2)", "()"))
+UNTIMED = TIED.replace(" sum@mb", "").replace("@mb", "").replace("(mb=2)", "()")
+UNTIMED = re.sub(r'accumulate\((%\S+), axis="mb"\)', r"aten.mul.Scalar(\1, 1.0)", UNTIMED)
 MODELS = {
     "Llama": "LlamaForCausalLM(num_hidden_layers=4)",
     "tied Llama": "LlamaForCausalLM(num_hidden_layers=4, tie_word_embeddings=True)",
@@ -74,7 +75,8 @@ MODELS = {
 }
 TIES = ("tied Llama", "GPT2", "BERT", "T5")
 wide = pytest.mark.wide
-CASES = [(name, stages) if name in ("tied Llama", "GPT2") else pytest.param(name, stages, marks=wide) for name in MODELS for stages in (2, 4)]
+CASES = [pytest.param(name, stages, marks=() if name == "tied Llama" else wide) for name in MODELS for stages in (2, 4)]
+TIMED = Mesh((("mb", 4),))
 
 
 @cache
@@ -90,7 +92,7 @@ def captured(name: str) -> Program:
 
 
 @cache
-def looped(name: str, mesh: Mesh = Mesh((("mb", 4),)), zero: int = 0) -> Program:
+def looped(name: str, mesh: Mesh = TIMED, zero: int = 0) -> Program:
     args = pipeline.arguments(mesh, zero, {})
     args["loop_microbatches"] = {"staged": True}
     names = [each.name for each in pipeline.SHARED]
@@ -160,7 +162,10 @@ def test_zero_bubble_leaves_half_of_the_backward_for_the_bubble() -> None:
         assert 0.35 < work["weights", stage] / (work["weights", stage] + work["backward", stage]) <= 0.5
 
 
-@pytest.mark.parametrize(("axes", "zero"), [((("dp", 2), ("mb", 2)), 1), pytest.param((("dp", 2), ("mb", 2)), 2, marks=wide), ((("dp", 2), ("mb", 2), ("tp", 2)), 3)])
+SHARED = (("dp", 2), ("mb", 2))
+
+
+@pytest.mark.parametrize(("axes", "zero"), [(SHARED, 1), pytest.param(SHARED, 2, marks=wide), pytest.param((*SHARED, ("tp", 2)), 3, marks=wide)])
 def test_stages_of_sharded_states(axes: tuple[tuple[str, int], ...], zero: int) -> None:
     """A stage stores and updates what it uses; from zero2 on a tied gradient crosses as a shard, before it as each rank's summand."""
     out = cut(looped("tied Llama", Mesh(axes), zero), 2)
@@ -171,7 +176,7 @@ def test_stages_of_sharded_states(axes: tuple[tuple[str, int], ...], zero: int) 
     assert {at for (role, _), at in stage.items() if role == "param"} == {0, 1}
     assert all(len(b["forward"]) == len(b["backward"]) == 1 for b in boundaries(out))
     weights = {i.name for i in out.inputs if i.role == "param"}
-    (gradient,) = (op for op in transfers(out) if kind_of(op.part) == "once" and op.type.numel > 1 and op.refs[0].name not in weights and op.type.dtype == "f32" and len(op.type.shape) == 2)
+    (gradient,) = (op for op in transfers(out) if kind_of(op.part) == "once" and len(op.type.shape) == 2 and op.refs[0].name not in weights)
     assert gradient.type.local_bytes(out.mesh) * (2 if zero >= 2 else 1) <= gradient.type.nbytes
 
 
@@ -193,7 +198,8 @@ def test_no_stages_no_change() -> None:
 def test_pins_begin_stages() -> None:
     out = cut(looped("tied Llama"), 2, pins=["model.layers.3"])
     assert boundaries(out)[0]["forward"] == ["model.layers.2.add.1"]
-    assert {i.key for i in out.inputs if i.stage and i.role == "param" and ".layers." in i.key} == {i.key for i in out.inputs if i.role == "param" and ".layers.3." in i.key}
+    layers = [i for i in out.inputs if i.role == "param" and ".layers." in i.key]
+    assert [i for i in layers if i.stage] == [i for i in layers if ".layers.3." in i.key]
 
 
 @pytest.mark.parametrize(
@@ -241,8 +247,8 @@ def mutants() -> list[tuple[str, Callable[[Program], Program], str]]:
         ("wrong source", put("a.s1", kwargs=(("source", 1),)), r"%a.s1 = transfer at middle on stage 1 has the source 1"),
         ("no part", put("y", part=""), r"has the part ''"),
         ("part after a later one", put("y", part="once.0"), r"%y = aten.mm at last of once.0 stands after ops of forward.1"),
-        ("loop value read after the loop", read("n.v", "dv.whole", "dv"), r"%n.v = sum_of_squares of once.1 reads %dv of backward.1, one value a microbatch"),
-        ("sum read inside its loop", read("g", "d", "loss"), r"%g = aten.mul.Tensor at loss of backward.1 reads %loss of all microbatches|is another"),
+        ("read after the loop", read("n.v", "dv.whole", "dv"), r"%n.v = .* of once.1 reads %dv of backward.1, one value a microbatch"),
+        ("sum read in its loop", read("g", "d", "loss"), r"%g = .* of backward.1 reads %loss of all microbatches, .* after forward.1"),
         ("stored elsewhere", inputs("v", 1), r"reads %v on stage 0, and it is on stage 1"),
         ("stored nowhere", inputs("v", 5), r"input param 'v' is stored on stage 5, and there are 2"),
         ("comes back elsewhere", put("v.new", stage=1), r"%v.new = aten.sub.Tensor reads %v on stage 1"),

@@ -85,7 +85,8 @@ def _check_time(op: Op, maker: Op, value: str, timed: bool) -> None:
     if timed and same and maker.target in IN_TIME:
         raise ProgramError(f"{_said(op)} of {op.part} reads %{value} of all microbatches, which is there after {maker.part} only")
     if not same and maker.target not in IN_TIME and (timed or kind_of(op.part) != "once"):
-        raise ProgramError(f"{_said(op)} of {op.part} reads %{value} of {maker.part}, one value a microbatch, outside of its loop\n  fix: accumulate or collect it over {TIME}")
+        where = f"{_said(op)} of {op.part} reads %{value} of {maker.part}, one value a microbatch, outside of its loop"
+        raise ProgramError(f"{where}\n  fix: accumulate or collect it over {TIME}")
 
 
 def _said(op: Op) -> str:
