@@ -63,7 +63,8 @@ def _live(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
         if end > begin:
             change[begin + 1] += nbytes
             change[end + 1] -= nbytes
-    return np.cumsum(change)[: len(ops)]
+    live: Floats = np.cumsum(change)[: len(ops)]
+    return live
 
 
 def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
@@ -106,7 +107,12 @@ def _inside_groups(ops: Sequence[Op], at: Sequence[int]) -> set[int]:
 
 def _shared(one: str, two: str) -> int:
     """How many modules two ops share."""
-    return next((n for n, (a, b) in enumerate(zip(one.split("."), two.split("."), strict=False)) if a != b), min(len(one.split(".")), len(two.split("."))))
+    n = 0
+    for a, b in zip(one.split("."), two.split("."), strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
 
 
 def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
@@ -131,7 +137,7 @@ def _loads(points: Sequence[int], cost: Floats, live: Floats) -> Floats:
     """[begin, end] what a stage costs that begins at the start or a point and ends at a point or the end; inf where it would be empty."""
     begins, ends = np.array([0, *points]), np.array([*points, len(live)])
     sums = np.concatenate([[0.0], np.cumsum(cost)])
-    load = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
+    load: Floats = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
     load[ends[None, :] <= begins[:, None]] = np.inf
     return load
 
@@ -155,7 +161,8 @@ def _best(load: Floats, join: np.ufunc, stages: int) -> tuple[float, list[int]]:
 
 def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[str]) -> NDArray[np.int64]:
     if len(pins) != stages - 1:
-        raise PassError(f"{stages} stages have {stages - 1} cuts, {len(pins)} are given: {', '.join(pins)}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
+        given = f"{len(pins)} are given: {', '.join(pins)}"
+        raise PassError(f"{stages} stages have {stages - 1} cuts, {given}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
     first: dict[str, int] = {}
     for op, n in zip(ops, at, strict=True):
         path = op.path
@@ -165,7 +172,8 @@ def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[st
     for pin in pins:
         if pin not in first:
             near = get_close_matches(pin, list(first), n=3, cutoff=0.4)
-            raise PassError(f"cut={pin}: no forward op belongs to this module, pass cut_stages" + (f"\n  fix: did you mean {' or '.join(near)}?" if near else ""))
+            fix = f"\n  fix: did you mean {' or '.join(near)}?" if near else ""
+            raise PassError(f"cut={pin}: no forward op belongs to this module, pass cut_stages{fix}")
     for one, two in zip(("", *pins), pins, strict=False):
         if first[two] <= first.get(one, 0):
             raise PassError(

@@ -71,7 +71,8 @@ def _place(k: Kinds, stages: int, pins: Sequence[str]) -> tuple[Program, dict[st
     main = forward_stages(k, stages, pins)
     used_on = _used_on(k, main)
     by_key = {i.key: min(used_on.get(i.name, {0})) for i in p.inputs if i.role == "param"}
-    home = {i.name: by_key.get(i.key.partition("/")[2], 0) if i.role == "state" else min(used_on.get(i.name, {0})) for i in p.inputs if i.role in STORED}
+    home = {i.name: min(used_on.get(i.name, {0})) for i in p.inputs if i.role in STORED}
+    home.update((i.name, by_key.get(i.key.partition("/")[2], 0)) for i in p.by_role("state"))
     stage_of: dict[str, int] = {}  # of values
     done: dict[str, list[Op]] = {}  # by op: what stands in its place
     builder = Builder(p)
