@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from gloo.checkpoint import Tagger, batches, everything, made, packed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +20,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.errors import ElsewhereError
 from deepseed.runtime.host import DistributedHost, Host, SimulatedHost
+from gloo.checkpoint import Tagger, batches, everything, made, packed
 
 MODULES = ("embed", "norm", "up", "down", "head")  # of Tagger, in the order in which it runs them
 
