@@ -85,7 +85,7 @@ def _stages(cut: Cut, source: str, folder: Path, late: bool) -> dict[str, Any]:
     step = staged(cut, distributed=True, seed=5, before=None if late else source)
     if late:
         step.load(source)
-    model, out = step.model, {}
+    model, out = step.model, dict[str, Any]()
     assert isinstance(model, Tagger)
     whole = everything(step)
     out["values"], out["own"] = packed(whole), stored_by(step, cut)
