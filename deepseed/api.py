@@ -27,12 +27,14 @@ from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
-from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Program
+from deepseed.ir.mesh import TIME, Mesh
+from deepseed.ir.program import Output, Program
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.rules.lanes import STORED, home
+from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
@@ -306,25 +308,31 @@ class _Compiled:
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
-        results = self.host.run(built.executables, [self._inputs(built.program, state, others, found.local) for state in self.states])
+        results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
         self.host.settle(self.model, self.states)
         for write in built.captured.reads.writes:
             write.apply()
-        shown = [o for o in built.program.outputs if o.role not in ("param", "buffer", "state")]
-        types = built.program.types
-        return {(o.role, o.key): self.host.whole([r[n] for r in results], types[o.ref.name]) for n, o in enumerate(shown)}
+        p = built.program
+        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
+        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
 
-    def _inputs(self, p: Program, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
-        for i in p.inputs:
+        for i in e.inputs:
             key = (i.role, i.key)
             if key in state.tensors:
                 out.append(state.tensors[key])
             else:
                 x = others[key].to(self.host.device)
-                type_ = replace(i.type, shape=tuple(x.shape), layout=i.type.layout.with_("dp", None)) if local and i.role == "batch" else i.type
+                type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
+                type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
+
+
+def _shown(outputs: Sequence[Output]) -> list[Output]:
+    """What a step returns: all but what is stored."""
+    return [o for o in outputs if o.role not in STORED]
 
 
 def _several(given: object) -> bool:

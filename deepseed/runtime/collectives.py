@@ -8,7 +8,7 @@ size 1 sends nothing.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,21 +17,14 @@ from torch import Tensor
 
 from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
+from deepseed.runtime.handle import Handle, done, same
+from deepseed.runtime.pipeline import Messages, Place
 
-Place = tuple[int, int] | tuple[int, int, int, int]
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it: a loss must not keep the whole buffer alive
 
 
-@dataclass
-class Handle:
-    """A collective under way: ``complete`` blocks and gives the exchanged buffer, ``finish`` makes the result of it."""
-
-    complete: Callable[[], Tensor]
-    finish: Callable[[Tensor], Tensor]
-
-
-class Runtime(ABC):
-    """One rank's view of the mesh. A back end gives four flat exchanges; each starts at once and returns how to wait for it."""
+class Runtime(Messages):
+    """One rank's view of the mesh. A back end gives flat exchanges; each starts at once and returns how to wait for it."""
 
     def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> None:
         self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
@@ -57,24 +50,24 @@ class Runtime(ABC):
     def all_gather_start(self, x: Tensor, axis: str, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
-            return _done(x)
+            return done(x)
         return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), lambda y: join(y, put))
 
     def all_reduce_start(self, x: Tensor, axis: str, reduce: str = "sum") -> Handle:
         if self.mesh.size(axis) == 1:
-            return _done(x)
-        return Handle(self.exchange("all_reduce", x.contiguous(), axis, reduce), _same)
+            return done(x)
+        return Handle(self.exchange("all_reduce", x.contiguous(), axis, reduce), same)
 
     def reduce_scatter_start(self, x: Tensor, axis: str, take: Place, reduce: str = "sum") -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
-            return _done(x)
+            return done(x)
         return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), lambda y: own(y, n, self.position(axis), take))
 
     def all_to_all_start(self, x: Tensor, axis: str, take: Place, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
-            return _done(x)
+            return done(x)
         blocks = cut(widest(x, n, put), n, take).contiguous()
         return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.position(axis), take))
 
@@ -82,7 +75,7 @@ class Runtime(ABC):
         """The rows that this rank owns, zeros for all others. ``x``: its part of the rows, cut at ``rows``; ``ids``: of all rows, below ``of``."""
         n, dim = self.mesh.size(axis), rows[0]
         if n == 1:
-            return _done(x)
+            return done(x)
         r = route(ids, n, self.coordinate[axis], rows[1], of)
 
         def finish(y: Tensor) -> Tensor:
@@ -94,7 +87,7 @@ class Runtime(ABC):
         """The inverse of ``dispatch_start``: of all rows, this rank's part."""
         n, dim = self.mesh.size(axis), rows[0]
         if n == 1:
-            return _done(x)
+            return done(x)
         r = route(ids, n, self.coordinate[axis], rows[1], of)
 
         def finish(y: Tensor) -> Tensor:
@@ -109,7 +102,7 @@ class Runtime(ABC):
         (reduce_scatter, all_to_all), ``put``, where it is joined (all_gather, all_to_all)."""
         n, i = self.mesh.size(axis), self.position(axis)
         if n == 1:
-            return [_done(x) for x in xs]
+            return [done(x) for x in xs]
         if put:
             xs = [widest(x, n, place) for x, place in zip(xs, put, strict=True)]
         if take:
@@ -133,11 +126,11 @@ class Runtime(ABC):
 
     def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
-        dim, outer, of, rest = _place(x, self.mesh.size(axis), take)
-        held = chunk(of, self.mesh.size(axis), self.position(axis))
-        if outer == 1:
-            return x.narrow(dim, held.start * rest, len(held) * rest)
-        return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
+        return block(x, self.mesh.size(axis), self.position(axis), take)
+
+    def microbatch(self, x: Tensor, i: int, m: int, take: Place) -> Tensor:
+        """The part of microbatch ``i`` of ``m``; a view where one exists."""
+        return block(x, m, i, take)
 
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
@@ -213,6 +206,15 @@ def cut(x: Tensor, n: int, take: Place) -> Tensor:
     return blocks.reshape(n, *shape[:dim], outer * each * rest, *shape[dim + 1 :])
 
 
+def block(x: Tensor, n: int, i: int, take: Place) -> Tensor:
+    """Block ``i`` of the ``n`` of ``cut``, without padding; a view where one exists."""
+    dim, outer, of, rest = _place(x, n, take)
+    held = chunk(of, n, i)
+    if outer == 1:
+        return x.narrow(dim, held.start * rest, len(held) * rest)
+    return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
+
+
 def join(blocks: Tensor, put: Place) -> Tensor:
     """The inverse of ``cut``: padding is dropped."""
     n, *shape = blocks.shape
@@ -260,11 +262,3 @@ def _padded(x: Tensor, dim: int, size: int) -> Tensor:
     """Zeros behind ``dim`` up to ``size``."""
     missing = size - x.shape[dim]
     return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim) if missing else x
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _done(x: Tensor) -> Handle:
-    return Handle(lambda: x, _same)

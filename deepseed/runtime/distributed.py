@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from deepseed.ir.mesh import Mesh, whole_axis
+from deepseed.ir.mesh import STAGES, Mesh, whole_axis
+from deepseed.runtime.channels import Channels, Group
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import AgreementError, RankError
+from deepseed.runtime.pipeline import as_bytes
 from deepseed.runtime.watch import Watch
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in one collective
@@ -39,6 +41,7 @@ class World:
         self.device, self.timeout = torch.device(device), timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
+        self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
         self._depth = 0
         self.broken = ""  # what put the ranks out of step: no collective can be trusted from then on
         atexit.register(self.leave)
@@ -139,6 +142,7 @@ class DistributedRuntime(Runtime):
             if axis not in self._groups:  # one group for its sub-axes together
                 self._groups[axis] = self.device_mesh[mesh.parts(axis)]._flatten(axis).get_group()
         self._number = 0
+        self._channels = Channels(self.world, mesh.group(STAGES, self.rank) if STAGES in mesh.sizes else ())
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         group, n = self._groups[axis], self.mesh.size(axis)
@@ -197,6 +201,22 @@ class DistributedRuntime(Runtime):
             return out
 
         return complete
+
+    def spread(self, x: Tensor, axis: str, source: int) -> Callable[[], Tensor]:
+        self._number += 1
+        what = f"broadcast over {axis}, number {self._number}"
+        if x.numel():
+            self.world.run(lambda: dist.broadcast(as_bytes(x), self.mesh.group(axis, self.rank)[source], self._groups[axis], async_op=True), what)
+        return lambda: x
+
+    def post(self, x: Tensor, rank: int) -> None:
+        self._channels.post(x, rank)
+
+    def fetch(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Callable[[], Tensor]:
+        return self._channels.fetch(shape, dtype, rank)
+
+    def flush(self) -> None:
+        self._channels.flush()
 
 
 def _named(new: str, old: str) -> Callable[..., dist.Work]:

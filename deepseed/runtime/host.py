@@ -65,6 +65,18 @@ class _Alone(Runtime):
     def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
         raise RuntimeError(f"rows over {axis} on a mesh of one rank")
 
+    def post(self, x: Tensor, rank: int) -> None:
+        raise RuntimeError(f"a message to rank {rank} on a mesh of one rank")
+
+    def fetch(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Callable[[], Tensor]:
+        raise RuntimeError(f"a message from rank {rank} on a mesh of one rank")
+
+    def spread(self, x: Tensor, axis: str, source: int) -> Callable[[], Tensor]:
+        raise RuntimeError(f"a broadcast over {axis} on a mesh of one rank")
+
+    def flush(self) -> None:
+        return None
+
 
 class SimulatedHost:
     """Every rank of the mesh in this process, one thread each; one rank runs without a thread."""

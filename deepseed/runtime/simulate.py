@@ -1,7 +1,7 @@
-"""All ranks of a mesh in one process: the same generated source, one thread a rank, collectives as a rendezvous.
+"""All ranks of a mesh in one process: the same generated source, one thread a rank, collectives as a rendezvous, messages by mailbox.
 
-Deterministic: only the rank that holds the baton runs; it hands it on, in rank order, where it must wait for a collective.
-A collective is computed when its last rank arrives, in the order of the ranks. No run hangs: when every rank waits, the
+Deterministic: only the rank that holds the baton runs; it hands it on, in rank order, where it must wait for a collective or a
+message. A collective is computed when its last rank arrives, in the order of the ranks. No run hangs: when every rank waits, the
 error says for what; when a rank raises, the others end and the error names the rank.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import RankError
+from deepseed.runtime.mailbox import Mailbox, Receipt
 
 Step = Callable[[Any, list[Tensor]], tuple[Tensor, ...]]
 
@@ -37,16 +38,24 @@ class _Meeting:
     complete: bool = False
     sends: dict[int, Sequence[int]] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> str:
+        return f"waits for {sorted(set(self.group) - set(self.brought))} in {self.what}"
+
 
 class _Simulation:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.batons = [threading.Semaphore(0) for _ in range(mesh.ranks)]
-        self.waiting: list[_Meeting | None] = [None] * mesh.ranks
+        self.waiting: list[_Meeting | Receipt | None] = [None] * mesh.ranks
         self.finished = [False] * mesh.ranks
         self.meetings: dict[tuple[tuple[int, ...], int], _Meeting] = {}
         self.counts: dict[tuple[tuple[int, ...], int], int] = {}
+        self.boxes: dict[tuple[int, int], Mailbox] = {}
         self.failure: tuple[int, BaseException] | None = None
+
+    def box(self, sender: int, receiver: int) -> Mailbox:
+        return self.boxes.setdefault((sender, receiver), Mailbox(sender, receiver))
 
     def bring(self, rank: int, kind: str, x: Tensor, axis: str, reduce: str, sends: Sequence[int] = ()) -> _Meeting:
         """``sends``: how many rows of ``x`` go to each rank, where they are not equal blocks."""
@@ -69,14 +78,18 @@ class _Simulation:
             del self.meetings[group, number]
         return meeting
 
-    def wait(self, rank: int, meeting: _Meeting) -> Tensor:
-        while not meeting.complete:
-            self.waiting[rank] = meeting
+    def wait(self, rank: int, until: _Meeting | Receipt) -> None:
+        """Let the others run until what this rank waits for is there."""
+        while not until.complete:
+            self.waiting[rank] = until
             self._hand_on(rank)
             self.batons[rank].acquire()
             if self.failure is not None:
                 raise _Aborted
             self.waiting[rank] = None
+
+    def meet(self, rank: int, meeting: _Meeting) -> Tensor:
+        self.wait(rank, meeting)
         return meeting.results.pop(rank)
 
     def _hand_on(self, rank: int) -> None:
@@ -87,10 +100,7 @@ class _Simulation:
                 self.batons[other].release()
                 return
         if not all(self.finished):
-            lines = [
-                f"  rank {r} {'has finished' if m is None else f'waits for {sorted(set(m.group) - set(m.brought))} in {m.what}'}"
-                for r, m in enumerate(self.waiting)
-            ]
+            lines = [f"  rank {r} {'has finished' if m is None else m.missing}" for r, m in enumerate(self.waiting)]
             raise RuntimeError("deadlock: no rank can go on\n" + "\n".join(lines))
 
     def run(self, rank: int, step: Callable[[], None]) -> None:
@@ -118,11 +128,13 @@ def _rows(parts: Sequence[Tensor], sends: Sequence[Sequence[int]]) -> list[Tenso
 
 
 def _compute(kind: str, parts: Sequence[Tensor], reduce: str) -> list[Tensor]:
-    """What each rank gets; no result shares memory with another one or with an operand."""
+    """What each rank gets; no result shares memory with another one or with an operand. ``reduce`` of a broadcast is its source."""
     if kind == "all_gather":
         return [torch.stack(list(parts)) for _ in parts]
     if kind == "all_to_all":
         return [torch.stack([part[i] for part in parts]) for i in range(len(parts))]
+    if kind == "broadcast":
+        return [parts[int(reduce)].clone() for _ in parts]
     total = parts[0].clone()
     for part in parts[1:]:
         if reduce == "max":
@@ -140,21 +152,46 @@ class SimulatedRuntime(Runtime):
     def __init__(self, simulation: _Simulation, rank: int, device: torch.device | str) -> None:
         super().__init__(simulation.mesh, rank, device)
         self._simulation = simulation
+        self._unflushed = 0  # messages sent since the last flush
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, kind, x, axis, reduce)
-        return lambda: self._simulation.wait(self.rank, meeting)
+        return lambda: self._simulation.meet(self.rank, meeting)
 
     def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, "rows", x, axis, "", sends)
 
         def complete() -> Tensor:
-            out = self._simulation.wait(self.rank, meeting)
+            out = self._simulation.meet(self.rank, meeting)
             if len(out) != sum(receives):
                 raise RuntimeError(f"{meeting.what}: {sum(receives)} rows are due on rank {self.rank}, {len(out)} came")
             return out
 
         return complete
+
+    def post(self, x: Tensor, rank: int) -> None:
+        self._simulation.box(self.rank, rank).put(x)
+        self._unflushed += 1
+
+    def fetch(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Callable[[], Tensor]:
+        receipt = self._simulation.box(rank, self.rank).expect(shape, dtype)
+
+        def complete() -> Tensor:
+            self._simulation.wait(self.rank, receipt)
+            return receipt.take()
+
+        return complete
+
+    def spread(self, x: Tensor, axis: str, source: int) -> Callable[[], Tensor]:
+        return self.exchange("broadcast", x, axis, str(source))
+
+    def flush(self) -> None:
+        self._unflushed = 0
+
+    def ended(self) -> None:
+        """Raises RuntimeError where the step has left messages under way."""
+        if self._unflushed:
+            raise RuntimeError(f"rank {self.rank} ended its step with {self._unflushed} messages under way\n  fix: rt.flush() at the end of the step")
 
 
 def simulate(
@@ -162,7 +199,8 @@ def simulate(
 ) -> list[tuple[Tensor, ...]]:
     """Run ``steps[rank](rt, inputs[rank])`` for every rank of the mesh; what each returned.
 
-    Raises RankError naming the rank that raised (its exception is the cause), or that no rank could go on.
+    Raises RankError naming the rank that raised (its exception is the cause), or that no rank could go on, or the messages that
+    nobody took.
     """
     if len(steps) != mesh.ranks or len(inputs) != mesh.ranks:
         raise ValueError(f"{mesh} has {mesh.ranks} ranks, but {len(steps)} steps and {len(inputs)} lists of inputs are given")
@@ -170,7 +208,9 @@ def simulate(
     results: list[tuple[Tensor, ...]] = [()] * mesh.ranks
 
     def body(rank: int) -> None:
-        results[rank] = steps[rank](SimulatedRuntime(simulation, rank, device), inputs[rank])
+        rt = SimulatedRuntime(simulation, rank, device)
+        results[rank] = steps[rank](rt, inputs[rank])
+        rt.ended()
 
     threads = [
         threading.Thread(target=simulation.run, args=(rank, lambda rank=rank: body(rank)), name=f"rank {rank}", daemon=True)
@@ -184,4 +224,7 @@ def simulate(
     if simulation.failure is not None:
         rank, error = simulation.failure
         raise RankError(rank, f"rank {rank} of {mesh} at {mesh.coordinate(rank)}: {type(error).__name__}: {error}") from error
+    unread = [(box.receiver, line) for box in simulation.boxes.values() for line in box.unread()]
+    if unread:
+        raise RankError(unread[0][0], f"messages are left at the end of the step on {mesh}\n" + "\n".join(line for _, line in unread))
     return results
