@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +16,7 @@ import torch
 from gloo.checkpoint import FIRST, Tagger, adamw, batches, everything, made, trained
 from gloo.launch import ranks
 from gloo.stages import CUTS, FOUR, LATER, LOOPS, THREE_D, ZERO3, Cut, rank_of, staged, stored_by
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseed.api import TrainStep
 from deepseed.ir.layout import Layout, Split
@@ -284,3 +285,67 @@ def test_real_ranks_in_three_dimensions(tmp_path: Path) -> None:
         same(torch.load(io.BytesIO(out["zero3+tp2+pp2"]["values"])), held)
         assert all(out["zero3+tp2+pp2"][word] for word in ("own", "tied", "parameters", "plain", "optimizer", "by the model"))
     goes_on(tmp_path / "zero3+tp2+pp2" / "ours", "zero3+dp2")
+
+
+# programs after the first -----------------------------------------------------------------------------------------------
+
+
+class Long(nn.Module):
+    """Attention, whose share of the work grows with the sequence, then layers: each length is balanced by other cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.mix = nn.Embedding(24, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        h = h + (h @ h.transpose(1, 2)).softmax(-1) @ self.mix(h)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        return self.head(h)
+
+
+def of_length(rows: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    return {name: torch.randint(0, 24, (rows, length), generator=generator) for name in ("ids", "labels")}
+
+
+@pytest.mark.parametrize("plan", ["zero3+pp2+dp2", "zero1+pp4+dp1"])
+def test_a_later_program_finds_its_state_where_the_first_one_put_it(plan: str) -> None:
+    def fresh(plan: str) -> TrainStep:
+        torch.manual_seed(3)
+        return made(plan, backend="simulate", model=Long())
+
+    data = [of_length(8, 4), of_length(8, 150), of_length(8, 4)]
+    want = trained(fresh("zero0+dp1"), data)
+    step = fresh(plan)
+    step(data[0])
+    homes = dict(step.states[0].homes)
+    other = fresh(plan)
+    assert other.compile(data[1]).states[0].homes != homes  # by itself it would be cut elsewhere
+    got = trained(step, data[1:])
+    assert step.programs.compiled == 2 and step.states[0].homes == homes
+    assert got[0] == pytest.approx(want[0][1:], rel=TOLERANCE, abs=0)
+    assert max(float((got[1][key] - t).abs().max()) for key, t in want[1].items()) <= TOLERANCE
+    stored = {i.name for i in step.program.inputs if i.role == "param"}
+    for built in step.programs.cache:  # and no weight crosses: the cuts were made around them
+        assert not [op for op in built.program.ops if op.target == "transfer" and op.refs[0].name in stored]
+
+
+@pytest.mark.parametrize("plan", ["zero3+pp2+dp2", "zero1+pp4+dp1+zb", "zero2+pp2+dp2+interleaved2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_homes_are_exact(plan: str, seed: int) -> None:
+    """Where the forward cannot be cut around what is stored, weights cross to their users and gradients back."""
+    step, rng = made(plan, backend="simulate"), random.Random(seed)
+    stages = 2 if plan.startswith("zero3") else 4
+    names = [("param", n) for n, _ in step.model.named_parameters()] + [("buffer", n) for n, _ in step.model.named_buffers()]
+    asked = {key: rng.randrange(stages) for key in names}
+    step.programs.homes.update(asked)
+    _, _, _, values = checkpoint_of(PLANS[0])
+    got = trained(step, batches())
+    assert {key: step.states[0].homes[key] for key in names} == {key: stage % step.mesh.size("pp") for key, stage in asked.items()}
+    assert any(op.target == "transfer" and op.part == "once.0" for op in step.program.ops)
+    assert got[0][FIRST:] == pytest.approx(checkpoint_of(PLANS[0])[2], rel=TOLERANCE, abs=0)
+    for key, t in values.items():
+        assert (got[1][key] - t).abs().max() <= TOLERANCE * max(1.0, float(t.abs().max())), key
