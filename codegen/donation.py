@@ -13,7 +13,7 @@ from functools import cached_property
 from deepseed.ir.program import Op, Output, Program
 
 STORED = ("param", "buffer", "state")
-_VIEWS = {"reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax"}
+_VIEWS = {"transfer", "reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax"}
 _ATEN_VIEWS = {
     "alias", "as_strided", "contiguous", "detach", "diagonal", "expand", "imag", "lift_fresh", "movedim", "narrow", "permute", "real",
     "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind", "unfold", "unsqueeze", "view",
@@ -27,6 +27,8 @@ def may_alias(op: Op, p: Program) -> bool:
         return True
     if op.target == "wait":
         start = p.producers[op.refs[0].name]
+        if start.target == "receive.start":
+            return False
         return p.mesh.size(str(start.kw("axis"))) == 1
     if op.target.startswith("aten."):
         return op.target.split(".")[1] in _ATEN_VIEWS

@@ -14,9 +14,11 @@ from deepseed import pipeline
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.layout import Layout
+from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
+from deepseed.meshes import microbatches, program_mesh, rows_of_a_rank
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
 from deepseed.runtime.executable import Executable
@@ -65,8 +67,12 @@ def build(
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
+    mesh = program_mesh(captured.program, plan, host.mesh)
+    if plan.mb is None and plan.stages > 1 and host.first and not quiet and any(o.role == "loss" for o in captured.program.outputs):
+        _say_microbatches(captured.program, plan, host)
+
     def solve() -> str:
-        args = pipeline.arguments(host.mesh, plan.stage, {}, stored or {})
+        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan)
         done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
         return str(done[-1].program)
 
@@ -75,17 +81,22 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
-    if program.mesh != host.mesh:
-        host.refine(program.mesh)
+    host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
-        args = pipeline.arguments(host.mesh, plan.stage, coordinate, stored or {})
+        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
-        executables.append(Executable(generate(local[-1].program), program.name))
+        mine = local[-1].program
+        executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
+
+
+def _say_microbatches(p: Program, plan: Plan, host: Host) -> None:
+    mine, m = rows_of_a_rank(p, host.mesh), microbatches(p, plan, host.mesh)
+    print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
 
 
 def _digest(text: str) -> str:

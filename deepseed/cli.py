@@ -78,8 +78,8 @@ def dump(
     names = ["capture", *pipeline.BY_NAME]
     if after not in ("all", *names):
         raise UsageError(f"no pass is called {after!r}{_nearest(after, names)}\n  passes: {', '.join(names)}")
-    p, mesh, zero, seconds = _captured(target, plan, world_size, optimizer, clip)
-    done = _pipeline(p, mesh, zero, seconds, list(pipeline.PIPELINE), check)
+    p, said, ranks, seconds = _captured(target, plan, world_size, optimizer, clip)
+    done = _pipeline(p, said, ranks, seconds, list(pipeline.PIPELINE), check)
     chosen = [(n, each) for n, each in enumerate(done) if after in ("all", each.name)]
     if str(out) == "-":
         for _, each in chosen:
@@ -150,21 +150,34 @@ def explain(
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
     as_json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
+    machine: Annotated[str, typer.Option(help="what the page's times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.explain import explain as count
+    from deepseed.meshes import program_mesh
+    from deepseed.runtime.host import refined
+    from deepseed.speed import parse_machine
 
-    p, mesh, zero, seconds = _captured(target, plan, world_size, optimizer, clip)
+    of = parse_machine(machine)
+    p, said, ranks, seconds = _captured(target, plan, world_size, optimizer, clip)
     if why is not None:
         from deepseed.why import why as answer
 
-        typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, mesh, zero, why))
+        typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = _pipeline(p, mesh, zero, seconds, list(pipeline.SHARED), check=False)
-    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=zero)
+    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False)
+    ranks = refined(ranks, done[-1].program.mesh)
+    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    if html is not None:
+        from deepseed.view import page, view
+
+        html.write_text(page(view(done[-1].program, found, ranks=ranks, title=target, plan=plan, machine=of)))
+        typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
         return
     typer.echo(str(found))
     name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")
@@ -268,8 +281,8 @@ def run(
 # helpers -------------------------------------------------------------------------------------------------------------
 
 
-def _captured(target: str, plan: str, world_size: int | None, optimizer: str | None, clip: float | None) -> tuple[Program, Mesh, int, float]:
-    """The captured step, the plan's mesh and ZeRO stage, and the seconds that it took."""
+def _captured(target: str, plan: str, world_size: int | None, optimizer: str | None, clip: float | None) -> tuple[Program, Plan, Mesh, float]:
+    """The captured step, the plan, the mesh of its ranks, and the seconds that it took."""
     from time import perf_counter
 
     from deepseed.capture import capture
@@ -285,13 +298,14 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
         found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
         clip_grad_norm=_clip(found, clip) if factory else None,
     )  # fmt: skip
-    return captured.program, mesh, parsed.stage, perf_counter() - started
+    return captured.program, parsed, mesh, perf_counter() - started
 
 
-def _pipeline(p: Program, mesh: Mesh, zero: int, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
+def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
     from deepseed import pipeline
+    from deepseed.meshes import program_mesh
 
-    args = pipeline.arguments(mesh, zero, mesh.coordinate(0) if mesh.axes else {})
+    args = pipeline.arguments(program_mesh(p, plan, ranks), plan.stage, ranks.coordinate(0) if ranks.axes else {}, plan=plan)
     return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
 
 
@@ -311,7 +325,8 @@ def _clip(found: Target, said: float | None) -> float | None:
 
 
 def _passes_table(done: Sequence[Passed]) -> list[str]:
-    from deepseed.explain import amount, count_collectives
+    from deepseed.explain import count_collectives
+    from deepseed.explain_text import amount
 
     lines = [f"{'pass':18}{'ops':>14}{'collectives':>14}{'moved/step':>17}{'time':>9}"]
     before = len(done[0].program.ops)

@@ -10,12 +10,14 @@ al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM 
 | G | bytes of all gradients on one device |
 | Omega | bytes of the optimizer state on one device |
 | N | data-parallel ranks, times those that split the sequence |
-| t | tensor-parallel ranks |
+| t | tensor-parallel ranks, times those of a pipeline |
 | F | matmul flops of the step on one device |
 | T | tokens that one tensor-parallel group works on (of the sequence axis: all of its ranks) |
 | h, k | width of the hidden state; of the keys |
 | s | ranks that split the sequence |
 | L | layers |
+| m | microbatches |
+| S, p | stages; ranks of a pipeline |
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 import sympy
 
-Psi, G, Omega, N, t, F, T, h, k, s, L = sympy.symbols("Psi G Omega N t F T h k s L", positive=True)
+Psi, G, Omega, N, t, F, T, h, k, s, L, m, S, p = sympy.symbols("Psi G Omega N t F T h k s L m S p", positive=True)
 Expression = Any  # sympy carries no types
 
 
@@ -49,9 +51,17 @@ def state_bytes(slots: Iterable[tuple[int, int]], parts: int) -> int:
     return sum(elements * size if elements == 1 else elements * size // parts for elements, size in slots)
 
 
-def data_volume(stage: int) -> Expression:
-    """Bytes that a rank sends over the data axis: all_reduce = reduce_scatter + all_gather; stage 3 gathers twice (at most)."""
-    return (3 if stage == 3 else 2) * Psi / t * (N - 1) / N
+def data_volume(stage: int, microbatches: bool = False) -> Expression:
+    """Bytes that a rank sends over the data axis: all_reduce = reduce_scatter + all_gather; stage 3 gathers twice (at most). With
+    ``microbatches``, m of them, stage 2 reduces the gradients of each, and stage 3 gathers the parameters for each, too."""
+    each = m if microbatches else 1
+    return (3 * each if stage == 3 else each + 1 if stage == 2 else 2) * Psi / t * (N - 1) / N
+
+
+def stage_volume() -> Expression:
+    """*Elements* that a rank of a pipeline sends to others, in the mean: an activation and its gradient at each of S - 1 boundaries
+    (Huang et al. 2019), where T tokens go through a rank in a step."""
+    return 2 * T * h * (S - 1) / p
 
 
 def tensor_volume() -> Expression:

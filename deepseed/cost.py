@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from deepseed.ir.collective import KEYED
+from deepseed.ir.collective import IN_TIME, KEYED
+from deepseed.ir.collective import LOCAL as LOCAL_STEPS
 from deepseed.ir.layout import Element, Partial, Split, routes, weaker
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Type
@@ -42,7 +43,7 @@ def sent_bytes(kind: str, before: Type, after: Type, axis: str, mesh: Mesh) -> i
 
     all_gather: the local shard, n-1 times. all_reduce: 2 (n-1)/n of the local tensor. reduce_scatter and all_to_all:
     (n-1)/n of it. dispatch and combine: what n-1 ranks own of a rank's n-th of the rows, where ids are uniform: an expected value.
-    Local steps (``shard``, ``summand``): nothing.
+    Local steps (``shard``, ``summand``) and steps in time: nothing.
     """
     n = mesh.size(axis)
     local = before.local_bytes(mesh)
@@ -54,7 +55,7 @@ def sent_bytes(kind: str, before: Type, after: Type, axis: str, mesh: Mesh) -> i
         return local * (n - 1) // n
     if kind in KEYED:
         return max(local, after.local_bytes(mesh)) * (n - 1) // (n * n)
-    if kind in ("shard", "summand"):
+    if kind in (*LOCAL_STEPS, *IN_TIME):
         return 0
     raise ValueError(f"unknown step {kind!r}")
 

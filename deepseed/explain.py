@@ -10,24 +10,24 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any
 
-from deepseed import closed_forms as form
 from deepseed import cost
-from deepseed.ir.collective import KEYED
+from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
+from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
-from deepseed.ir.mesh import whole_axis
+from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
+from deepseed.ir.messages import TRANSFER, messages_of, sends
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
+from deepseed.meshes import ranks_of
 from deepseed.passes.canonicalize import DECOMPOSITIONS
+from deepseed.plan import bubble
 from deepseed.rules import rule_of
+from deepseed.unroll import unroll
 
-EXPERT_AXIS = "ep"
-DATA_AXIS, SEQUENCE_AXIS = "dp", "sp"
-BATCH_AXES = (DATA_AXIS, SEQUENCE_AXIS)  # they split the batch and share the state; weights are used whole on them
-MOVES = ("reshard", "shard", "summand", "wait")  # and *.start
+MOVES = ("reshard", "shard", "summand", "wait", "accumulate", "collect", TRANSFER)  # and *.start
 CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what leads from a weight to the op that uses it
 
 
@@ -88,18 +88,22 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class ClosedForm:
-    what: str
-    formula: str
-    expected: float | None  # None: the formula has a symbol that a program does not tell
-    counted: float
-    unit: str
+class Pipeline:
+    """``bubble``: the share of a step in which a rank is idle, where all stages take as long."""
+
+    schedule: str
+    stages: int
+    microbatches: int
+    bubble: float
 
 
 @dataclass(frozen=True)
 class Explanation:
-    mesh: Mapping[str, int]
+    """Of a pipeline, ``collectives``, ``peak_at`` and ``matmul_flops`` are those of the rank that has most of them, ``closed_forms`` of the mean rank."""
+
+    mesh: Mapping[str, int]  # of the ranks
     zero: int
+    pipeline: Pipeline | None  # None: no microbatches, no stages
     ranks: tuple[RankBytes, ...]
     peak_at: str
     collectives: tuple[CollectiveCount, ...]
@@ -115,29 +119,81 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(lines(self))
 
 
-def explain(p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None) -> Explanation:
+def explain(p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None, ranks: Mesh | None = None) -> Explanation:
     """Count a lowered program, best the one that ranks run (after group_kernels); ``seconds`` by pass.
 
-    ``zero``: the stage of the closed forms; read from the layouts where it is not given (2 lays everything out as 1 does).
+    ``zero``: the stage of the closed forms; read from the layouts where it is not given (2 lays everything out as 1 does). ``ranks``: their
+    mesh, where the pipeline is not its first axis.
     Raises ValueError on a program that still has reshards."""
     if "lowered" not in p.facts:
         raise ValueError(f"explain needs a program after lower_reshards; this one is {', '.join(sorted(p.facts)) or 'bare'}")
-    grads = [p.types[name] for name in gradients(p)]
-    params, state = [i.type for i in p.by_role("param")], [i.type for i in p.by_role("state")]
-    others = [i.type for role in ("buffer", "constant") for i in p.by_role(role)]
-    live = memory(p)
-    one = RankBytes(0, {}, _local(p, params), _local(p, grads), _local(p, state), _local(p, others), live.peak_bytes)
-    ranks = tuple(replace(one, rank=rank, coordinate=p.mesh.coordinate(rank)) for rank in range(p.mesh.ranks))  # shards are equal
+    steps = [unroll(p, lane).program for lane in range(len(p.schedule.lanes))] if p.schedule is not None else [p]
+    where = ranks or ranks_of(p)
+    counted = [_rank_bytes(step) for step in steps]
+    full = max(range(len(steps)), key=lambda n: counted[n].peak_bytes)
+    each = []
+    for rank in range(where.ranks):  # shards are equal
+        at = where.coordinate(rank)
+        each.append(replace(counted[at.get(STAGES, 0)], rank=rank, coordinate=at))
     stage = zero if zero is not None else _stage(p)
-    collectives = count_collectives(p)
-    flops, whole = matmul_flops(p), sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
+    collectives = [count_collectives(step) + _count_sends(p, n) for n, step in enumerate(steps)]
+    flops, whole = [matmul_flops(step) for step in steps], sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
+    sums = _means(p, steps, where, counted, collectives, flops, whole)
     return Explanation(
-        dict(p.mesh.sizes), stage, ranks, live.peak_at, collectives, flops, whole, _weights(p), tuple(_unruled(p)), tuple(_replicated(p)),
-        tuple(_closed(p, stage, ranks[0], collectives, grads, flops, whole)), dict(seconds or {}),
+        dict(where.sizes), stage, _pipeline(p), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),
+        whole, _weights(p), tuple(_unruled(p)), tuple(_replicated(p)), tuple(closed(sums, stage)), dict(seconds or {}),
     )  # fmt: skip
+
+
+def _pipeline(p: Program) -> Pipeline | None:
+    s = p.schedule
+    return None if s is None else Pipeline(s.name, s.stages, s.microbatches, bubble(len(s.lanes), s.microbatches, s.stages // len(s.lanes)))
+
+
+def _rank_bytes(step: Program) -> RankBytes:
+    grads = [step.types[name] for name in gradients(step)]
+    params, state = [i.type for i in step.by_role("param")], [i.type for i in step.by_role("state")]
+    others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
+    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), memory(step).peak_bytes)
+
+
+def _count_sends(p: Program, lane: int) -> tuple[CollectiveCount, ...]:
+    """What a pipeline rank sends to others in a step."""
+    s = p.schedule
+    if s is None or len(s.lanes) == 1:
+        return ()
+    out = [name for items in sends(s, lane, messages_of(p)) for name, _ in items]
+    return (CollectiveCount(STAGES, "send", len(out), sum(p.types[name].local_bytes(p.mesh) for name in out)),)
+
+
+def _means(
+    p: Program, steps: Sequence[Program], where: Mesh, counted: Sequence[RankBytes], collectives: Sequence[Sequence[CollectiveCount]], flops: Sequence[int], whole: int
+) -> Sums:
+    """What the closed forms are held against: of the mean rank of a pipeline."""
+    n = len(steps)
+    sent, state_of = Counter[str](), Counter[str]()
+    for c in (c for found in collectives for c in found):
+        sent[whole_axis(c.axis)] += c.bytes
+    for step in steps:
+        state_of.update(_sent_for_state(step))
+    grads = sum(step.types[name].nbytes for step in steps for name in gradients(step))
+    return Sums(
+        where, p.mesh.sizes.get(TIME, 1), p.schedule.stages if p.schedule is not None else 1, _whole(i.type for i in p.by_role("param")), grads,
+        _whole(i.type for i in p.by_role("state")), whole, sum(c.param_bytes for c in counted) / n, sum(c.grad_bytes for c in counted) / n,
+        sum(c.optimizer_bytes for c in counted) / n, sum(flops) / n, {a: b / n for a, b in sent.items()}, {a: b / n for a, b in state_of.items()},
+    )  # fmt: skip
+
+
+def _sent_for_state(p: Program) -> Counter[str]:
+    """Bytes by axis of the collectives that gather weights, reduce gradients or belong to the update."""
+    weights, out = params_only(p), Counter[str]()
+    for op in p.ops:
+        if op.target.endswith(".start") and (op.phase == "update" or op.refs[0].name in weights):
+            out[whole_axis(str(op.kw("axis")))] += sent_bytes(p, op)
+    return out
 
 
 # counting ------------------------------------------------------------------------------------------------------------
@@ -184,10 +240,11 @@ def sent_bytes(p: Program, op: Op) -> int:
 
 def matmul_flops(p: Program) -> int:
     """Of one rank: the same formula on local shapes."""
-    return sum(_flops(p, op) for op in p.ops)
+    return sum(local_flops(p, op) for op in p.ops)
 
 
-def _flops(p: Program, op: Op) -> int:
+def local_flops(p: Program, op: Op) -> int:
+    """Matmul flops of one op on one rank."""
     local = [replace(t, shape=t.local(p.mesh)) for t in op.types]
     flops = cost.flops(replace(op, types=tuple(local)), [replace(t, shape=t.local(p.mesh)) for t in (p.types[r.name] for r in op.refs)])
     matrices = {"routed_mm": p.types[op.refs[1].name], "routed_outer": op.type}.get(op.target) if len(op.refs) > 1 else None
@@ -233,9 +290,9 @@ def _arrived_by(p: Program, value: str) -> Iterable[Op]:
 
 
 def _replicated(p: Program) -> Iterable[ReplicatedOp]:
-    axes = [axis for axis, n in p.mesh.axes if n > 1]
+    axes = [axis for axis, n in p.mesh.axes if n > 1 and axis != TIME]
     for op in p.ops:
-        if not (flops := _flops(p, op)):
+        if not (flops := local_flops(p, op)):
             continue
         layouts = [p.types[r.name].layout for r in op.refs] + [t.layout for t in op.types]
         for axis in axes:
@@ -283,115 +340,3 @@ def _weights(p: Program) -> tuple[Weight, ...]:
         key = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", i.key)
         grouped[key, format_type(i.type, p.mesh), ", ".join(sorted(uses.get(i.name, ())))] += 1
     return tuple(Weight(key, n, layout, use) for (key, layout, use), n in grouped.items())
-
-
-# closed forms --------------------------------------------------------------------------------------------------------
-
-
-def _closed(
-    p: Program, stage: int, rank: RankBytes, collectives: Sequence[CollectiveCount], grads: Sequence[Type], flops: int, whole: int
-) -> Iterable[ClosedForm]:
-    params, state = _whole(i.type for i in p.by_role("param")), _whole(i.type for i in p.by_role("state"))
-    axes = [axis for axis in dict.fromkeys(map(whole_axis, p.mesh.names))]
-    shared = [axis for axis in axes if axis in BATCH_AXES and p.mesh.size(axis) > 1]
-    n = prod(p.mesh.size(axis) for axis in shared)
-    known = {"Psi": params, "G": _whole(grads), "Omega": state, "N": n, "t": p.mesh.ranks // n, "F": whole}
-    sent = Counter[str]()
-    for c in collectives:
-        sent[whole_axis(c.axis)] += c.bytes
-    rows: list[tuple[str, Any, float, str]] = [
-        ("parameters", form.param_bytes(stage), rank.param_bytes, "bytes"),
-        ("gradients", form.grad_bytes(stage), rank.grad_bytes, "bytes"),
-        ("optimizer", form.optimizer_bytes(stage), rank.optimizer_bytes, "bytes"),
-        ("matmuls", form.matmul_flops(), flops, "flops"),
-    ]
-    state_of = Counter[str]()  # what is sent over the sequence axis for weights and gradients, not for activations
-    if SEQUENCE_AXIS in shared:
-        state_of.update(_sent_for_state(p))
-        rows.append((f"state, {', '.join(shared)}", form.data_volume(stage), sum(state_of[axis] for axis in shared), "bytes"))
-    elif shared:
-        rows.append((f"sent over {DATA_AXIS}", form.data_volume(stage), sent[DATA_AXIS], "bytes"))
-    for what, expression, counted, unit in rows:
-        yield ClosedForm(what, str(expression), form.value(expression, **known), counted, unit)
-    if SEQUENCE_AXIS in shared:
-        yield ClosedForm(f"activations, {SEQUENCE_AXIS}", f"{form.sequence_volume()} elements", None, sent[SEQUENCE_AXIS] - state_of[SEQUENCE_AXIS], "bytes")
-    for axis in axes:
-        if axis not in (*BATCH_AXES, EXPERT_AXIS):
-            yield ClosedForm(f"sent over {axis}", f"{form.tensor_volume()} elements", None, sent[axis], "bytes")
-
-
-def _sent_for_state(p: Program) -> Counter[str]:
-    """Bytes by axis of the collectives that gather weights, reduce gradients or belong to the update."""
-    weights, out = params_only(p), Counter[str]()
-    for op in p.ops:
-        if op.target.endswith(".start") and (op.phase == "update" or op.refs[0].name in weights):
-            out[whole_axis(str(op.kw("axis")))] += sent_bytes(p, op)
-    return out
-
-
-# the table -----------------------------------------------------------------------------------------------------------
-
-
-def _lines(e: Explanation) -> Iterable[str]:
-    mesh = ", ".join(f"{axis}={n}" for axis, n in e.mesh.items()) or "one rank"
-    yield f"zero{e.zero} on mesh({mesh}), {len(e.ranks)} rank{'s' if len(e.ranks) > 1 else ''}; all numbers are of one rank and one step"
-    yield ""
-    yield f"  {'':16}{'counted':>12}   {'closed form':32}{'':>12}"
-    for c in e.closed_forms:
-        expected = "" if c.expected is None else amount(c.expected, c.unit)
-        ratio = f"  x{c.counted / c.expected:.3f}" if c.expected else ""
-        yield f"  {c.what:16}{amount(c.counted, c.unit):>12}   {c.formula:32}{expected:>12}{ratio}"
-    yield f"  {'peak':16}{amount(e.ranks[0].peak_bytes):>12}   at %{e.peak_at}"
-    if e.collectives:
-        yield ""
-        yield f"  {'axis':6}{'collective':16}{'count':>7}{'sent':>12}"
-        for k in e.collectives:
-            yield f"  {k.axis:6}{k.op:16}{k.count:>7}{amount(k.bytes):>12}" + ("  expected, of ids that are uniform" if k.op in KEYED else "")
-    yield ""
-    width = max([len(w.key) for w in e.weights] + [6]) + 2
-    yield f"  {'weight':{width}}{'count':>5}  {'stored as':30}split in use"
-    for w in _longest_first(e.weights):
-        yield f"  {w.key:{width}}{w.count:>5}  {w.layout:30}{w.use}"
-    if len(e.weights) > _SHOWN:
-        yield f"  and {len(e.weights) - _SHOWN} more: --json lists all"
-    yield from _left_whole(e)
-    if e.seconds:
-        yield ""
-        yield "  seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in e.seconds.items())
-
-
-_SHOWN = 16
-
-
-def _longest_first(weights: Sequence[Weight]) -> Sequence[Weight]:
-    """Those that are split in use first, so that one screen shows the decisions."""
-    return [w for w in weights if w.use][:_SHOWN] + [w for w in weights if not w.use][: max(0, _SHOWN - sum(bool(w.use) for w in weights))]
-
-
-def _left_whole(e: Explanation) -> Iterable[str]:
-    computed = [r for r in e.replicated_ops if r.flops]
-    held = [r for r in e.replicated_ops if r.target == "param"]
-    for title, ops in (
-        ("repeated by every rank of an axis", [(r.axis, f"%{r.name} = {r.target} at {r.path or 'top'}", amount(r.flops, "flops")) for r in computed]),
-        ("held whole by every rank of an axis", [(r.axis, r.path, amount(r.bytes)) for r in held]),
-        ("no rule, so replicated", [("", f"%{u.name} = {u.target} at {u.path or 'top'}", f"{amount(u.bytes)} gathered") for u in e.unruled_ops]),
-    ):
-        if ops:
-            yield ""
-            yield f"  {title}: {len(ops)}"
-            yield from (f"    {axis:4}{what}  {size}" for axis, what, size in ops[:4])
-            if len(ops) > 4:
-                yield f"    and {len(ops) - 4} more: --json lists all"
-
-
-def amount(n: float, unit: str = "bytes") -> str:
-    """``1536`` -> ``1.5 KiB``; flops in powers of 1000.
-
-    >>> amount(1536), amount(12), amount(2.5e9, "flops")
-    ('1.5 KiB', '12 B', '2.50 GFLOP')
-    """
-    step, names, digits = (1000.0, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), 2) if unit == "flops" else (1024.0, ("B", "KiB", "MiB", "GiB", "TiB"), 1)
-    at = 0
-    while abs(n) >= step and at < len(names) - 1:
-        n, at = n / step, at + 1
-    return f"{n:.0f} {names[0]}" if at == 0 else f"{n:.{digits}f} {names[at]}"

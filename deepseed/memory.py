@@ -8,7 +8,8 @@ updated in place takes no second copy (deepseed.codegen.donation says which). Wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +21,7 @@ from deepseed.rules.pointwise import POINTWISE
 Strides = tuple[int, ...]
 LAID_OUT = ("all_gather.start", "all_to_all.start")  # what they bring is joined from blocks
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it (deepseed.runtime.collectives)
+UNROLLED = ("accumulate", "collect", "transfer")  # as deepseed.unroll writes them
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
 
@@ -37,11 +39,23 @@ def memory(p: Program) -> Memory:
     return _Liveness(p).run()
 
 
+def curve(p: Program, kinds: Mapping[str, str]) -> tuple[Mapping[str, int], ...]:
+    """Bytes live while each op runs, by kind; one row an op. ``kinds``: what the storage that a value made is counted as; of a value
+    that is not there, as ``other``. The sum of a row is what ``memory`` takes its peak from."""
+    liveness = _Liveness(p, kinds)
+    moments = liveness.moments()
+    next(moments)  # the inputs
+    return tuple(dict(liveness.live) for _ in moments)
+
+
 class _Liveness:
     """Storages by number: their bytes, and how many values (and collectives under way) still need each."""
 
-    def __init__(self, p: Program) -> None:
+    def __init__(self, p: Program, kinds: Mapping[str, str] | None = None) -> None:
         self.p, self.donation = p, Donation(p)
+        self.kinds = kinds or {}
+        self.kind: list[str] = []
+        self.live: Counter[str] = Counter()  # bytes by kind
         self.nbytes: list[int] = []
         self.needed: list[int] = []
         self.storage: dict[str, int] = {}
@@ -50,31 +64,38 @@ class _Liveness:
         self.now = 0
 
     def run(self) -> Memory:
+        peak, peak_at = 0, ""
+        for name, now in self.moments():
+            if now > peak or not peak_at:
+                peak, peak_at = now, name
+        return Memory(peak, peak_at, sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED))
+
+    def moments(self) -> Iterator[tuple[str, int]]:
+        """(op, bytes live while it runs), after ("inputs", the bytes of all inputs)."""
         for i in self.p.inputs:
             self._new(i.name, i.type.local_bytes(self.p.mesh))
             self.strides[i.name] = contiguous(i.type.local(self.p.mesh))
             if i.role in STORED:
                 self.needed[self.storage[i.name]] += 1
-        resident = sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED)
-        peak, peak_at = self.now, "inputs"
+        yield "inputs", self.now
         self._free(self.donation.dies.get(-1, ()))
         for n, op in enumerate(self.p.ops):
             self._define(n, op)
             if op.target.endswith(".start"):
                 self.under_way.update((result, self._sent(op, i)) for i, result in enumerate(op.results))
-            if self.now > peak:
-                peak, peak_at = self.now, op.name
+            yield op.name, self.now
             if op.target == "wait":  # the first wait of a bucket ends what all of it reads
                 for started in self.p.producers[op.refs[0].name].results:
                     if started in self.under_way:
                         self._release(self.under_way.pop(started))
             self._free(self.donation.dies.get(n, ()))
-        return Memory(peak, peak_at, resident)
 
     def _new(self, value: str, nbytes: int) -> None:
         self.nbytes.append(nbytes)
         self.needed.append(1)
         self.storage[value] = len(self.nbytes) - 1
+        self.kind.append(self.kinds.get(value, "other"))
+        self.live[self.kind[-1]] += nbytes
         self.now += nbytes
 
     def _share(self, value: str, other: str) -> None:
@@ -89,6 +110,7 @@ class _Liveness:
         self.needed[storage] -= 1
         if self.needed[storage] == 0:
             self.now -= self.nbytes[storage]
+            self.live[self.kind[storage]] -= self.nbytes[storage]
 
     def _define(self, n: int, op: Op) -> None:
         """Place the op's results."""
@@ -130,8 +152,10 @@ class _Liveness:
 
     def _view(self, op: Op) -> Strides | None:
         """The result's strides where it shares its first operand's storage, else None."""
-        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait"):
+        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait", *UNROLLED):
             return None
+        if op.target in UNROLLED:  # into what there was; the first sum takes its operand, the first of a whole makes it; from another rank: new
+            return self.strides[op.refs[0].name] if len(op.refs) > (op.target == "collect") else None
         x = op.refs[0].name
         old, strides = self.p.types[x], self.strides[x]
         shape, out = old.local(self.p.mesh), op.type.local(self.p.mesh)

@@ -14,25 +14,30 @@ from typing import Any
 
 from deepseed.check.instances import check_instances
 from deepseed.check.translation import Numbering, check_localized, follow, number
-from deepseed.check.typing import check_types
+from deepseed.check.typing import Typed, check_types
 from deepseed.ir.contract import Pass
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.verify import verify
 from deepseed.passes.canonicalize import canonicalize
+from deepseed.passes.cut_stages import cut_stages
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
+from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
+from deepseed.plan import Plan
 
 PIPELINE: tuple[Pass, ...] = (
     canonicalize,
     solve_placements,
     insert_reshards,
     lower_reshards,
+    loop_microbatches,
+    cut_stages,
     schedule_collectives,
     group_kernels,
     localize,
@@ -58,10 +63,17 @@ class CheckError(ValueError):
 
 
 def arguments(
-    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None
+    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = Plan()
 ) -> dict[str, dict[str, Any]]:
-    """What a plan means, pass by pass."""
-    return {"solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}}, "localize": {"coordinate": coordinate}}
+    """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
+    ``plan``: for its stages and their schedule."""
+    return {
+        "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
+        "lower_reshards": {"zero": zero},
+        "loop_microbatches": {"staged": plan.stages > 1},
+        "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut},
+        "localize": {"coordinate": coordinate},
+    }
 
 
 @contextmanager
@@ -93,6 +105,7 @@ def run(
     began = perf_counter()
     numbering = number(p) if check and passes and "local" not in passes[0].provides else None
     first = perf_counter() - began
+    typed = Typed()
     for each in passes:
         before, started = p, perf_counter()
         p = each(p, **args.get(each.name, {}))
@@ -100,7 +113,7 @@ def run(
         instances, unproved = 0, tuple[str, ...]()
         if check:
             try:
-                instances = check_program(p, each.name, execute=each is passes[-1])
+                instances = check_program(p, each.name, execute=each is passes[-1], typed=typed)
             except CheckError:
                 for earlier in done:
                     check_program(earlier.program, earlier.name)
@@ -128,15 +141,15 @@ def check_translation(
         raise CheckError(f"after pass {after}: {error}") from error
 
 
-def check_program(p: Program, after: str, execute: bool = True) -> int:
-    """Verify, type and (when lowered, with ``execute``) run every distinct instance; the number of instances. Raises CheckError naming
-    ``after``."""
+def check_program(p: Program, after: str, execute: bool = True, typed: Typed | None = None) -> int:
+    """Verify, type and (when lowered, with ``execute``) run every distinct instance; the number of instances. ``typed``: what the programs
+    before have shown. Raises CheckError naming ``after``."""
     try:
         verify(p)
         if "local" in p.facts:
             return 0  # arguments are one rank's now; the instances before were executed as each rank executes them
         if "placed" in p.facts:
-            check_types(p)
+            check_types(p, typed)
         return check_instances(p) if execute and "lowered" in p.facts else 0
     except ValueError as error:
         raise CheckError(f"after pass {after}: {error}") from error

@@ -1,8 +1,11 @@
-"""What the user wants, as a string: ``"zero3+tp2+bf16"``.
+"""What the user wants, as a string: ``"zero3+tp2+pp4+mb8+bf16"``.
 
-    plan ::= word ("+" word)*      word ::= ("dp" | "ep" | "sp" | "tp") N | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+    plan  ::= word ("+" word)*
+    word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "bn(local)" | "order(" axis ("," axis)* ")"
 
-Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the solver's work.
+Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
+modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
 ``Plan.mesh`` closes a plan over a number of ranks. Errors say what, the numbers, and the nearest plan that works.
 """
 
@@ -24,11 +27,14 @@ class PlanError(ValueError):
 PRECISIONS = {"bf16": "bf16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
 
 AXES = {  # mesh axes, major first: the last has neighbouring ranks; what one of N ranks has of the whole
+    "pp": "the layers",
     "dp": "the rows of the batch",
     "ep": "the experts, and the rows",
     "sp": "the sequence",
     "tp": "each weight",
 }
+SCHEDULES = r"gpipe|1f1b|interleaved\d+|zb"
+DEFAULT_SCHEDULE = "1f1b"
 _DATA = "dp"  # the axis that takes the ranks which no other axis asks for
 
 SPELLINGS = {  # what people write -> the word
@@ -38,9 +44,6 @@ SPELLINGS = {  # what people write -> the word
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
-    (r"pp\d+", "pipeline stages", "zero3 or tpN to fit a larger model"),
-    (r"mb\d+", "microbatches", "a smaller batch"),
-    (r"gpipe|1f1b|interleaved\d+|zb", "a pipeline schedule", "a plan without stages"),
     (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
     (r"offload(\(.*\))?", "state kept on the host", "zero3 to divide the state by the ranks"),
     (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
@@ -57,13 +60,37 @@ class Plan:
     ep: int | None = None  # ranks that share the experts, and the rows of the batch
     sp: int | None = None  # ranks that split the sequence
     tp: int | None = None  # ranks that split the weights in use
+    pp: int | None = None  # ranks that each have some of the layers
+    cut: tuple[str, ...] = ()  # module paths with which the stages after the first begin; none: where it balances best
+    mb: int | None = None  # microbatches: parts of each rank's rows that run one after another
+    schedule: str | None = None  # of the stages: gpipe, 1f1b, interleavedV, zb
+    bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch
+    order: tuple[str, ...] = ()  # of the axes of ranks, major first
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, sp, tp, precision: ``"dp2+zero3+tp2+bf16"``."""
-        sized = (("dp", self.dp), ("zero", self.zero), *((axis, self.size(axis)) for axis in AXES if axis != _DATA))
-        words = [f"{word}{n}" for word, n in sized if n is not None]
+        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16"``."""
+        sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp), ("pp", self.pp), ("mb", self.mb))
+        words = [f"{word}{n}" + (f"(cut=[{', '.join(self.cut)}])" if word == "pp" and self.cut else "") for word, n in sized if n is not None]
+        words += [self.schedule] if self.schedule else []
+        words += [f"bn({self.bn})"] if self.bn else []
+        words += [f"order({', '.join(self.order)})"] if self.order else []
         return "+".join(words + ([self.precision] if self.precision else []))
+
+    @property
+    def stages(self) -> int:
+        """Ranks of a pipeline, 1 where the plan has none."""
+        return self.pp or 1
+
+    @property
+    def kind(self) -> str:
+        """The schedule's name without its number: gpipe, 1f1b, interleaved, zb."""
+        return "interleaved" if self.chunks > 1 else self.schedule or DEFAULT_SCHEDULE
+
+    @property
+    def chunks(self) -> int:
+        """Stages a pipeline rank: V of interleavedV, else 1."""
+        return int(self.schedule.removeprefix("interleaved")) if self.schedule and self.schedule.startswith("interleaved") else 1
 
     def size(self, axis: str) -> int | None:
         """Ranks along an axis, a key of AXES; None where the plan does not say."""
@@ -83,13 +110,19 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is legal but perhaps not what was meant, one sentence each; ask the resolved plan for what a run will do."""
-        if not self.stage:
-            return ()
-        if self.dp is None:
-            return (f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated",)
-        if self.dp == 1 and (self.sp or 1) == (self.ep or 1) == 1:
-            return (f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with",)
-        return ()
+        notes: list[str] = []
+        if self.stage and self.dp is None:
+            notes.append(f"zero{self.stage} without dpN: dp is inferred from the world size; without one it is dp2, simulated")
+        elif self.stage and self.dp == 1 and (self.sp or 1) == (self.ep or 1) == 1:
+            notes.append(f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with")
+        if self.schedule and self.stages == 1:
+            notes.append(f"{self.schedule} orders pipeline stages, and the plan has none: it does nothing without ppN")
+        if self.stages > 1 and self.mb is not None and self.mb < self.stages:
+            notes.append(
+                f"mb{self.mb} is fewer microbatches than pp{self.stages} has stages: {bubble(self.stages, self.mb, self.chunks):.0%} of the ranks' time is idle "
+                f"(mb{2 * self.stages}: {bubble(self.stages, 2 * self.stages, self.chunks):.0%})"
+            )
+        return tuple(notes)
 
     def resolve(self, world_size: int | None = None) -> Plan:
         """The same plan with dp filled in for ``world_size`` ranks (launched or simulated); its ``notes`` are about them.
@@ -117,12 +150,26 @@ class Plan:
         return replace(self, dp=dp)
 
     def mesh(self, world_size: int | None = None) -> Mesh:
-        """Axes in the order of AXES, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
+        """Axes in the order of AXES or of ``order``, tp last so that neighbouring ranks share a weight; an axis of one rank is left out.
 
         Raises PlanError where the plan does not fit ``world_size`` ranks: see ``resolve``.
         """
         sizes = self.resolve(world_size)
-        return Mesh(tuple((axis, n) for axis in AXES if (n := sizes.size(axis) or 1) > 1))
+        axes = [axis for axis in AXES if (sizes.size(axis) or 1) > 1]
+        if self.order:
+            missing = [axis for axis in axes if axis not in self.order]
+            if missing:
+                raise PlanError(f"plan {self}: the order of the axes leaves out {', '.join(missing)}\n  fix: order({', '.join([*self.order, *missing])})")
+            axes = [axis for axis in self.order if axis in axes]
+        return Mesh(tuple((axis, sizes.size(axis) or 1) for axis in axes))
+
+    def microbatches(self, rows: int) -> int:
+        """How many microbatches a data-parallel rank's ``rows`` are cut into: as the plan says; with stages and no word for it the
+        smallest divisor of the rows that is twice the stages or more, else the largest."""
+        if self.mb is not None or self.stages == 1 or rows < 1:
+            return self.mb or 1
+        divisors = [m for m in range(1, rows + 1) if rows % m == 0]
+        return next((m for m in divisors if m >= 2 * self.stages), divisors[-1])
 
     def _sized(self, sizes: Mapping[str, int | None]) -> Plan:
         return replace(self, **sizes)  # type: ignore[arg-type]
@@ -144,12 +191,24 @@ class Plan:
         return f'use plan "{str(plan) or "zero0"}", or start {size} ranks'
 
 
-_WORDS: tuple[tuple[str, str, Callable[[str], int | str]], ...] = (  # pattern, field, its value from the word
-    *((rf"{axis}(\d+)", axis, int) for axis in AXES),
+_WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...] = (  # pattern, field, its value from the word
+    *((rf"{axis}(\d+)", axis, int) for axis in (*AXES, "mb")),
     (r"zero([0-3])", "zero", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
+    (rf"({SCHEDULES})", "schedule", str),
+    (r"bn\((local)\)", "bn", str),
+    (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
+    (r"cut=\[?([^\]]*)\]?", "cut", lambda text: tuple(path.strip() for path in text.split(",") if path.strip())),
 )
-KNOWN = ("dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), *PRECISIONS)
+KNOWN = (
+    "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
+    "bn(local)", "order(axes)", *PRECISIONS,
+)  # fmt: skip
+
+
+def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
+    """The share of a step in which a rank of a pipeline is idle, where all stages take as long (Narayanan et al. 2021, section 2.2)."""
+    return (stages - 1) / (chunks * microbatches + stages - 1)
 
 
 def parse_plan(text: str) -> Plan:
@@ -161,27 +220,55 @@ def parse_plan(text: str) -> Plan:
     Raises PlanError on an unknown word (with the nearest known one), a word said twice, a size below 1, and on words that
     this version does not carry out yet: none is ever ignored.
     """
-    found: dict[str, int | str] = {}
+    found: dict[str, int | str | tuple[str, ...]] = {}
     said: dict[str, str] = {}
     for word in _split(text):
         name, value = _read(word, text)
         if name in found:
             raise PlanError(f"plan {text!r} says {said[name]} and {word}\n  fix: keep one of the two")
         if value == 0 and name != "zero":
-            raise PlanError(f"plan {text!r}: {word} asks for 0 ranks\n  fix: use {name}1 or more, or leave {word} out")
+            raise PlanError(f"plan {text!r}: {word} asks for 0 {'microbatches' if name == 'mb' else 'ranks'}\n  fix: use {name}1 or more, or leave {word} out")
         found[name], said[name] = value, word
-    values = {f.name: found.get(f.name) for f in fields(Plan)}
-    return Plan(**values)  # type: ignore[arg-type]
+    given = {f.name: found[f.name] for f in fields(Plan) if f.name in found}
+    plan = Plan(**given)  # type: ignore[arg-type]
+    if plan.schedule and plan.chunks < 2 and plan.schedule.startswith("interleaved"):
+        raise PlanError(f"plan {text!r}: {plan.schedule} gives each rank {plan.chunks} stage\n  fix: interleaved2 or more, or 1f1b")
+    if plan.cut and len(plan.cut) != plan.stages * plan.chunks - 1:
+        raise PlanError(
+            f"plan {text!r} pins the beginnings of {len(plan.cut) + 1} stages ({', '.join(plan.cut)}), and has {plan.stages * plan.chunks}\n"
+            f"  fix: name {plan.stages * plan.chunks - 1} module paths, one for each stage but the first"
+        )
+    if odd := [axis for axis in plan.order if axis not in AXES or plan.order.count(axis) > 1]:
+        raise PlanError(f"plan {text!r}: order({', '.join(plan.order)}) has {odd[0]!r} {'twice' if odd[0] in AXES else 'in it, which is no axis of ranks'}\n  fix: each of {', '.join(AXES)} once, major first")
+    return plan
 
 
 def _split(text: str) -> list[str]:
-    words = [word.strip().lower() for word in text.split("+")] if text.strip() else []
+    """The words; what stands in brackets is one with its word, but for ``pp4(cut=[..])``, which is two."""
+    if not text.strip():
+        return []
+    words: list[str] = []
+    depth, start = 0, 0
+    for n, c in enumerate(text + "+"):
+        depth += (c == "(") - (c == ")")
+        if c == "+" and (depth <= 0 or n == len(text)):
+            words.append(text[start:n].strip())
+            start = n + 1
     if "" in words:
         raise PlanError(f"plan {text!r} has an empty word\n  fix: write words joined by single + signs, as in zero3+tp2")
-    return words
+    out: list[str] = []
+    for word in words:
+        head, bracket, rest = word.partition("(")
+        if bracket and re.fullmatch(r"pp\d+", head.strip().lower()):
+            if not rest.endswith(")") or not rest.startswith("cut="):
+                raise PlanError(f"plan {text!r}: cannot read {word!r}\n  fix: {head.strip().lower()}(cut=[module.path, other.path])")
+            out += [head.strip().lower(), rest[:-1]]
+        else:
+            out.append(word.lower())
+    return out
 
 
-def _read(word: str, text: str) -> tuple[str, int | str]:
+def _read(word: str, text: str) -> tuple[str, int | str | tuple[str, ...]]:
     for pattern, name, value in _WORDS:
         if m := re.fullmatch(pattern, word):
             return name, value(m.group(1))

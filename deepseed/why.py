@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from deepseed.explain import amount
+from deepseed.explain_text import amount
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_op, format_type

@@ -87,6 +87,8 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
                 return None
     if any(name not in p.types for name in operands):
         return None
+    if len({(op.part, op.stage) for op in ops}) > 1:
+        return None
     outside = [u for r in made for u in p.uses[r] if not isinstance(u, Op) or u.origin != ops[0].origin]
     inner = made - set(whole.results)
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
@@ -98,7 +100,8 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     typed = _typed(p, op)
     if typed is None:
         return None
-    return position, replace(typed, phase=ops[-1].phase, path=ops[-1].path, line=ops[-1].line, origin=""), members
+    last = ops[-1]
+    return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
 
 
 def _source(p: Program, name: str, operands: set[str]) -> str:
@@ -235,7 +238,7 @@ def _gather_updates(p: Program) -> Program:
     groups: dict[tuple[object, ...], list[Op]] = {}
     for op in p.ops:
         if op.target.startswith(OPTIMIZER):
-            groups.setdefault((op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype), []).append(op)
+            groups.setdefault((op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage), []).append(op)
     last = {ops[-1].name: ops for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)

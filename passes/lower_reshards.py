@@ -14,14 +14,15 @@ from functools import lru_cache
 from deepseed.cost import sent_bytes
 from deepseed.ir.collective import COLLECTIVES, KEYED, step
 from deepseed.ir.contract import PassError, program_pass
-from deepseed.ir.layout import Layout, LayoutError, Partial, valid
-from deepseed.ir.mesh import Mesh, whole_axis
+from deepseed.ir.layout import Layout, LayoutError, Partial, Split, valid
+from deepseed.ir.mesh import TIME, Mesh, whole_axis
 from deepseed.ir.program import Builder, Op, Output, Program, Ref, Type
 
 
 @program_pass(requires={"explicit"}, provides={"lowered"})
-def lower_reshards(p: Program) -> Program:
-    """Replace every ``reshard`` by collectives and local steps.
+def lower_reshards(p: Program, zero: int = 0) -> Program:
+    """Replace every ``reshard`` by collectives and local steps. ``zero``: from stage 2 on what is summed over microbatches is first
+    reduced to the ranks' shards, in each; below, it is summed whole and reduced once.
 
     A collective starts where the reshard stood; its ``wait`` (and local steps after it) stand just before the first use. What
     only leaves the program is waited for when the next such collective starts: overlap, without holding them all.
@@ -46,7 +47,7 @@ def lower_reshards(p: Program) -> Program:
         if op.target != "reshard":
             out.emit(op)
             continue
-        chain = list(_chain(op, out, p.mesh))
+        chain = list(_chain(op, out, p.mesh, zero >= 2))
         if not chain:
             same[op.name] = op.refs[0].name
         started = max((i + 1 for i, c in enumerate(chain) if c.target.endswith(".start")), default=0)
@@ -60,12 +61,12 @@ def lower_reshards(p: Program) -> Program:
     return out.program(outputs=outputs)
 
 
-def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
+def _chain(op: Op, out: Builder, mesh: Mesh, shards: bool) -> Iterator[Op]:
     """The ops that replace one reshard; the last one defines its result."""
     value = op.refs[0].name
     before = out.types[value]
     try:
-        path = steps(before, op.type.layout, mesh, len(op.refs) > 1)
+        path = steps(before, op.type.layout, mesh, len(op.refs) > 1, shards)
     except LayoutError as error:
         raise PassError(f"%{op.name} = reshard(%{value}) at {op.path or 'top'}, pass lower_reshards: {error}") from None
     for i, (kind, axis, after) in enumerate(path):
@@ -82,9 +83,10 @@ def _chain(op: Op, out: Builder, mesh: Mesh) -> Iterator[Op]:
 
 
 @lru_cache(maxsize=65536)
-def steps(before: Type, to: Layout, mesh: Mesh, keyed: bool = False) -> tuple[tuple[str, str, Type], ...]:
+def steps(before: Type, to: Layout, mesh: Mesh, keyed: bool = False, shards: bool = False) -> tuple[tuple[str, str, Type], ...]:
     """The cheapest steps ``(kind, axis, type after)`` from ``before`` to layout ``to``: least bytes sent, then fewest collectives.
-    ``keyed``: the ids that own rows are at hand, so that these may go to their owners and back.
+    ``keyed``: the ids that own rows are at hand, so that these may go to their owners and back. What is sent before a sum over
+    microbatches is sent in each of them; ``shards``: it is reduced to its shards before it, so that only these are held.
 
     Raises LayoutError where there is no way (``max`` cannot be made from another layout).
     """
@@ -114,6 +116,9 @@ def steps(before: Type, to: Layout, mesh: Mesh, keyed: bool = False) -> tuple[tu
             if axis not in mesh.sizes and kind not in COLLECTIVES:
                 continue
             sent = sent_bytes(kind, before.laid(layout), before.laid(after), axis, mesh)
+            if kind == "accumulate" and shards and any(isinstance(layout.on(a), Partial) and isinstance(to.on(a), Split) for a in mesh.names):
+                continue
+            sent *= mesh.size(TIME) if layout.on(TIME) is not None else 1
             total = (cost[0] + sent, cost[1] + (kind in COLLECTIVES), cost[2] + 1)
             if after not in best or total < best[after]:
                 best[after], came[after] = total, (layout, kind, axis)

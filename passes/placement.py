@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from deepseed.ir.layout import REPLICATED, Element, Layout, Split, valid
+from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Arg, Input, Op, Output, Program, Ref, Type, params_only
 from deepseed.rules import Strategy, candidates, cuts, factor_outers, signature, strategies
 from deepseed.solver.assignment import Choice, Flow, Solution, Use, solve
@@ -95,7 +96,7 @@ class Assignment:
                     self.wants[i] = [self.has[source][0]]
                 elif item.role == "grad":
                     j, r = self.where[item.ref.name]
-                    self.wants[i] = [self.has[j][r]]
+                    self.wants[i] = [self.has[j][r].with_(TIME, None)]
 
     def _classes(self) -> tuple[list[int], list[list[int]]]:
         labels = [(kind, tuple(wants), tuple(has)) for kind, wants, has in zip(self.kinds, self.wants, self.has, strict=True)]
@@ -241,7 +242,7 @@ class Assignment:
             if any(r.want is not None for r in (*refs, *self.refs[i])):
                 given = iter(refs)
                 op = op.map_refs(lambda r: next(given))  # noqa: B023
-            ops.append(replace(op, types=types))
+            ops.append(op.typed(types))
         outputs = tuple(replace(o, ref=use(i, [o.ref])[0]) for i, o in enumerate(self.p.outputs, n + len(ops)))
         return replace(self.p, inputs=inputs, ops=tuple(ops), outputs=outputs)
 

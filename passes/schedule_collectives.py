@@ -4,6 +4,8 @@ A value that is computed joins the open bucket of its kind as soon as it is ther
 something needs one of its values. A weight is there from the beginning, so its gather looks ahead instead: the first use starts a
 bucket of the next weights in the order of their uses, and the bucket after it, so that it arrives during the computation. A bucket
 never reaches into another phase: the backward's gathers start in the backward. Every ``wait`` stands just before the first use.
+In a looped program each part of each stage is scheduled by itself, and what is added up over microbatches is waited for when the next
+bucket of its kind starts, or the part ends.
 """
 
 from __future__ import annotations
@@ -70,16 +72,40 @@ class _Schedule:
         self.buckets: list[Sequence[Op]] = []
         self.in_use: set[int] = set()
         self.there: set[str] = set()
+        self.sums = {op.refs[0].name: op for op in p.ops if op.target == "accumulate" and op.refs[0].name in self.waits}  # by what they add
+        self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
 
     def run(self) -> Program:
         for i in self.p.inputs:
             self._there(i.name)
+        parts = list(dict.fromkeys(op.part for op in self.p.ops))
+        by_part: dict[str, list[Op]] = {part: [] for part in parts}
         for op in self.p.ops:
-            if op.name not in self.waits and op.name not in self.starts and op.name not in self.there:
-                self._emit(op)
+            by_part[op.part].append(op)
+        added = {op.name for op in self.sums.values()}
+        for part in parts:
+            for op in by_part[part]:
+                if op.name not in self.waits and op.name not in self.starts and op.name not in self.there and op.name not in added:
+                    self._emit(op)
+            if part:
+                self._end(by_part[part])
         for o in self.p.outputs:
             self._need(o.ref.name)
         return self.out.program()
+
+    def _end(self, ops: Sequence[Op]) -> None:
+        """Nothing that a part started is still under way when the next one begins."""
+        for key in list(self.open):
+            self._flush(key)
+        for key in list(self.adding):
+            self._add_up(key)
+        for op in ops:
+            if op.name in self.waits:
+                self._need(op.name)
+
+    def _add_up(self, key: Key) -> None:
+        for op in self.adding.pop(key, ()):
+            self._emit(op)
 
     def _emit(self, op: Op) -> None:
         for ref in op.refs:
@@ -112,8 +138,9 @@ class _Schedule:
                 self._look_ahead(start)
             if (number := self.bucket_of[start.name]) not in self.in_use:
                 self.in_use.add(number)
-                if self.ahead and self.ahead[0].phase == start.phase and self._made(self.ahead[0].refs[0].name):  # the next bucket, while this one is used
-                    self._look_ahead(self.ahead[0])
+                after = next((s for s in self.ahead if _place(s) == _place(start)), None)
+                if after is not None and self._made(after.refs[0].name):  # the next bucket, while this one is used
+                    self._look_ahead(after)
         elif start.name not in self.bucket_of:
             self._flush(self._key(start))
         for each in self._together(start):
@@ -132,8 +159,10 @@ class _Schedule:
         bucket = _Bucket()
         alone: list[Op] = []
         for start in [first, *(s for s in self.ahead if s is not first)]:
-            if bucket.nbytes >= self.limit or start.phase != first.phase:
+            if bucket.nbytes >= self.limit:
                 break
+            if _place(start) != _place(first):
+                continue
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
                 bucket.nbytes += start.type.local_bytes(self.p.mesh)
@@ -164,6 +193,9 @@ class _Schedule:
     def _start(self, starts: Sequence[Op]) -> None:
         self.bucket_of.update(dict.fromkeys((s.name for s in starts), len(self.buckets)))
         self.buckets.append(starts)
+        if starts:
+            self._add_up(key := self._key(starts[0]))
+            self.adding[key] = [self.sums[wait.name] for s in starts if (wait := self.wait_of[s.name]).name in self.sums]
         if len(starts) == 1:
             self.out.emit(starts[0])
         elif starts:
@@ -181,7 +213,7 @@ class _Schedule:
         layout = self.p.types[start.refs[0].name].layout
         element = layout.on(self.p.mesh.parts(str(start.kw("axis")))[0])
         phase = "update" if start.phase == "update" else "step"
-        return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase
+        return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase, start.part, start.stage
 
     def _by_use(self) -> Iterator[Op]:
         """The collectives in the order in which their results are first used."""
@@ -192,3 +224,8 @@ class _Schedule:
                 if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
                     seen.add(wait.refs[0].name)
                     yield self.starts[wait.refs[0].name]
+
+
+def _place(start: Op) -> tuple[str, str, int]:
+    """Where a collective may be looked ahead for: a phase, or a part of a stage."""
+    return start.phase, start.part, start.stage

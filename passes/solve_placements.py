@@ -1,7 +1,7 @@
 """Choose a layout for every value and every use, one mesh axis at a time, by a minimum-cost assignment over the whole step.
 
 Order: ``dp`` for forward and backward (the data axis: splitting the batch is free, gathering what was split is forbidden),
-``ep`` (experts: rows are split further, and tables of experts by number), ``sp`` (the sequence: weights are used whole, activations go
+``ep`` (experts: rows are split further, and tables of experts by number), ``mb`` (the data axis in time), ``sp`` (the sequence: weights are used whole, activations go
 where they are cheapest), then the model axes (``tp``), then ``dp``, ``ep`` and ``sp`` again for what is stored and updated. A ZeRO stage is nothing but the layouts that this last step pins on parameters,
 gradients and optimizer state. No op, module or model is known by name here: what an op allows comes from its rule, what a
 reshard costs from deepseed.cost.
@@ -17,7 +17,7 @@ from math import prod
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
-from deepseed.ir.mesh import Mesh, whole_axis
+from deepseed.ir.mesh import TIME, Mesh, whole_axis
 from deepseed.ir.program import Input, Op, Output, Program, Type
 from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
@@ -52,7 +52,7 @@ class Placement(Assignment):
 
     def __init__(self, p: Program, zero: int, pinned: Mapping[tuple[str, str], Layout] | None = None) -> None:
         if not pinned:  # else the mesh is that of the program that stored them
-            p = replace(p, mesh=with_sub_axes(p, p.mesh, [axis for axis in p.mesh.names if axis not in (DATA_AXIS, EXPERT_AXIS)]))
+            p = replace(p, mesh=with_sub_axes(p, p.mesh, [axis for axis in p.mesh.names if axis not in (DATA_AXIS, EXPERT_AXIS, TIME)]))
         super().__init__(p, pinned or {})
         self.zero = zero
         self.tables = experts.tables(p) if EXPERT_AXIS in p.mesh.sizes else {}  # parameters of experts -> the dimension that counts them
@@ -61,12 +61,12 @@ class Placement(Assignment):
 
     def run(self) -> Program:
         axes = [axis for axis, size in self.p.mesh.axes if size > 1]
-        batch = {DATA_AXIS: self._data, EXPERT_AXIS: self._experts, SEQUENCE_AXIS: self._sequence}
+        batch = {DATA_AXIS: self._data, EXPERT_AXIS: self._experts, TIME: self._time, SEQUENCE_AXIS: self._sequence}
         for axis in (a for a in axes if whole_axis(a) in batch):
             batch[whole_axis(axis)](axis)
         for axis in (a for a in axes if whole_axis(a) not in batch):
             self._model(axis)
-        for axis in (a for a in axes if whole_axis(a) in batch):
+        for axis in (a for a in axes if whole_axis(a) in batch and a != TIME):
             self._storage(axis)
         self._name_keys(EXPERT_AXIS, self.wants, self.has)
         return self._program()
@@ -90,6 +90,65 @@ class Placement(Assignment):
             self._solve(axis, "data", pins, moves, partial(work, self))
         except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
             self._solve(axis, "data", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), partial(work, self))
+
+    def _time(self, axis: str) -> None:
+        """Each rank's rows come one microbatch after another; weights and the update are whole. Slicing is free, adding up is priced by
+        the bytes that are held meanwhile; nothing may be gathered over time but what the user is shown."""
+        n, rows = self.p.mesh.size(axis), self._batch_size()
+
+        def pins(i: int, item: Item) -> Sequence[Strategy] | None:
+            split = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (rows,)
+            if isinstance(item, Output):
+                return [same(None)]
+            return self._used_whole(i, item, axis, Split(0, self._behind(i, 0)) if split else None)
+
+        def moves(t: Type, item: Item, user: Item) -> Move:
+            held = t.local_bytes(self.p.mesh) * (4 if t.dtype in ("f16", "bf16") else 1)  # summed as wide as the program makes it
+            shown = isinstance(user, Output) and user.role == "output"
+
+            def move(p: Element, w: Element) -> float | None:
+                if p == w:
+                    return 0.0
+                if isinstance(p, Split):
+                    return 0.0 if shown and w is None else None
+                if isinstance(p, Partial):
+                    return float(held) if w is None else None
+                return cost.LOCAL * t.nbytes
+
+            return move
+
+        spread = [i for i in self.p.by_role("batch") if i.type.shape[:1] == (rows,)]
+        for i in spread:
+            done = self._behind(self.where[i.name][0], 0)
+            if rows % (done * n):
+                each = f"{rows // done} of each of {done} data-parallel ranks" if rows % done == 0 else f"{done} data-parallel ranks"
+                near = [m for m in range(1, rows // done + 1) if rows % (done * m) == 0] if rows % done == 0 else []
+                raise PassError(
+                    f"mb{n}: {n} microbatches do not divide the batch: {i.key!r} has {rows} rows, {each} ({rows} = {done * n} * {rows // (done * n)} + {rows % (done * n)})\n"
+                    f"  fix: {f'mb{min(near, key=lambda m: abs(m - n))}, or ' if near else ''}a batch of {max(1, round(rows / (done * n))) * done * n} rows"
+                )
+        def once(i: int, s: Strategy) -> float:
+            """``work``; of equal ways the one that adds up latest, so that a chain of views stays in one part."""
+            item = self.items[i]
+            return work(self, i, s) + (1e-6 * sum(t.nbytes for t in item.types) if isinstance(item, Op) and not any((*s.operands, *s.results)) else 0.0)
+
+        try:
+            self._solve(axis, "time", pins, moves, once)
+        except Infeasible:
+            self._solve(axis, "time", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), once)
+            self._refuse_gathers(axis)
+
+    def _refuse_gathers(self, axis: str) -> None:
+        """Name the first value that would have to be gathered over time."""
+        for item, refs, wants in zip(self.items, self.refs, self.wants, strict=True):
+            for ref, want in zip(refs, wants, strict=True):
+                i, r = self.where[ref.name]
+                if isinstance(item, Op) and isinstance(self.has[i][r].on(axis), Split) and want.on(axis) != self.has[i][r].on(axis):
+                    raise PassError(
+                        f"%{item.name} = {item.target}" + (f" at {item.path}" if item.path else "") + (f" ({item.line})" if item.line else "")
+                        + f" needs %{ref.name} {list(self.p.types[ref.name].shape)} of all {self.p.mesh.size(axis)} microbatches at once, which run one after another\n"
+                        "  fix: a plan without mb (and pp with mb1), or a model that treats the rows of its batch apart"
+                    )
 
     def _experts(self, axis: str) -> None:
         """Rows of the batch are split, and so are tables of experts, by number; a table never moves: its rows come to it."""

@@ -43,7 +43,7 @@ def per_phase(p: Program) -> Program:
 
 
 def once(p: Program) -> Program:
-    """Ops on parameters alone that have the same operands and layouts, whatever their phase, are computed once."""
+    """Ops on parameters alone that have the same operands and layouts, whatever their phase, are computed once in each part and stage."""
     weights = params_only(p)
     out = Builder(p)
     seen: dict[tuple[object, ...], Op] = {}
@@ -51,7 +51,7 @@ def once(p: Program) -> Program:
     for op in p.ops:
         op = op.map_refs(lambda ref: same.get(ref.name, ref))
         if op.phase != "update" and op.name in weights and not op.origin and "." not in op.target.removeprefix("aten."):
-            found = seen.setdefault((op.target, op.args, op.kwargs, op.types), op)
+            found = seen.setdefault((op.target, op.args, op.kwargs, op.types, op.part, op.stage), op)
             if found is not op:
                 same.update((r, Ref(s)) for r, s in zip(op.results, found.results, strict=True))
                 continue

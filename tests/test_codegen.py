@@ -11,7 +11,8 @@ from placed import MLP, lowered, random_inputs, sources
 from torch import Tensor
 
 from deepseed import ops
-from deepseed.codegen.python import _BINDINGS, CodegenError, generate
+from deepseed.codegen.expressions import _BINDINGS, CodegenError
+from deepseed.codegen.python import generate
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse

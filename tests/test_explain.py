@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseed import closed_forms as form
-from deepseed.explain import amount, explain, gradients
+from deepseed.explain import explain, gradients
+from deepseed.explain_text import amount
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.text import parse
 from deepseed.memory import contiguous, memory, reshaped

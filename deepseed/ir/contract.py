@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseed.ir.program import Program
@@ -26,7 +26,7 @@ class Pass:
         if missing:
             raise PassError(f"pass {self.name} needs a program that is {', '.join(sorted(missing))}; this one is {', '.join(sorted(program.facts)) or 'bare'}")
         out = self.run(program, *args, **kwargs)
-        return Program(out.name, out.mesh, out.inputs, out.ops, out.outputs, out.facts | self.provides, out.origins)
+        return replace(out, facts=out.facts | self.provides)
 
 
 def program_pass(*, requires: set[str] = frozenset(), provides: set[str] = frozenset()) -> Callable[[Callable[..., Program]], Pass]:  # type: ignore[assignment]

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from deepseed.ir.layout import chunk, factors, local_indices
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Arg, Op, Type
+from deepseed.ir.schedule import kind_of
 
 LOOKUPS = {  # op -> the operand that is looked up in by number; None: the result
     "embedding": 0, "embedding_backward": None, "gather": 0, "scatter_add": None, "routed_mm": 1, "routed_outer": None,
@@ -22,12 +23,24 @@ GROUPS = {"aten.convolution": (8, 0), "aten.convolution_backward": (9, 1)}  # ar
 CREATIONS = ("iota", "bernoulli", "uniform", "normal")
 
 
+def localize_timed(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: Mapping[str, int]) -> Op:
+    """``localize_op`` for every microbatch: what differs between them is given as ``index.mb=``, ``start.mb=``, a list of one value each.
+
+    ``coordinate`` has no position on ``mb``; shapes are the same for all."""
+    m = mesh.sizes.get(TIME, 0)
+    first = localize_op(op, operand_types, mesh, {**coordinate, TIME: 0} if m else coordinate)
+    if m == 0 or first is op or op.target not in (*LOOKUPS, *CREATIONS) or kind_of(op.part or "once.0") == "once":
+        return first
+    each = [localize_op(op, operand_types, mesh, {**coordinate, TIME: i}) for i in range(m)]
+    kwargs = tuple((k, v) if all(e.kw(k) == v for e in each) else (f"{k}.{TIME}", tuple(e.kw(k) for e in each)) for k, v in first.kwargs)
+    return replace(first, kwargs=kwargs)
+
+
 def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: Mapping[str, int]) -> Op:
     """The op as the rank at ``coordinate`` runs it: ``op`` itself, or with ``start=`` or ``index=`` added.
 
     ``operand_types`` carry the layouts in which the op reads its operands. ``index`` holds, per dimension, its factors as (size,)
     where all of it is there, else (size, first, number of indices)."""
-    here = mesh.seen_from(coordinate)
     if op.target in LOOKUPS:
         at = LOOKUPS[op.target]
         table = op.type if at is None else operand_types[at]
@@ -44,16 +57,17 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
     elif op.target in ("slice", "unslice"):
         dim, start = op.kw("dim"), op.kw("start", 0)
         if isinstance(dim, int) and isinstance(start, int) and start and op.kw("step", 1) == 1:
-            return _with(op, "start", _shrunk(start, op.type if op.target == "unslice" else operand_types[0], dim, here))
+            return _with(op, "start", _shrunk(start, op.type if op.target == "unslice" else operand_types[0], dim, mesh.seen_from(coordinate)))
     elif op.target == "pad":
         pads = op.kw("pads")
         if isinstance(pads, tuple) and any(op.type.layout.splits(k // 2) for k, n in enumerate(pads) if n):
+            here = mesh.seen_from(coordinate)
             return _with(op, "pads", tuple(_shrunk(n, op.type, k // 2, here) if isinstance(n, int) else n for k, n in enumerate(pads)))
     elif op.target in GROUPS:
         at, x = GROUPS[op.target]
         groups = op.args[at]
         if isinstance(groups, int) and groups > 1:
-            return replace(op, args=(*op.args[:at], _shrunk(groups, operand_types[x], 1, here), *op.args[at + 1 :]))
+            return replace(op, args=(*op.args[:at], _shrunk(groups, operand_types[x], 1, mesh.seen_from(coordinate)), *op.args[at + 1 :]))
     return op
 
 

@@ -126,11 +126,11 @@ class Runtime(Messages):
 
     def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
-        dim, outer, of, rest = _place(x, self.mesh.size(axis), take)
-        held = chunk(of, self.mesh.size(axis), self.position(axis))
-        if outer == 1:
-            return x.narrow(dim, held.start * rest, len(held) * rest)
-        return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
+        return block(x, self.mesh.size(axis), self.position(axis), take)
+
+    def microbatch(self, x: Tensor, i: int, m: int, take: Place) -> Tensor:
+        """The part of microbatch ``i`` of ``m``; a view where one exists."""
+        return block(x, m, i, take)
 
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
@@ -204,6 +204,15 @@ def cut(x: Tensor, n: int, take: Place) -> Tensor:
     shape = list(x.shape)
     blocks = seen.reshape(*shape[:dim], outer, n, each * rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
     return blocks.reshape(n, *shape[:dim], outer * each * rest, *shape[dim + 1 :])
+
+
+def block(x: Tensor, n: int, i: int, take: Place) -> Tensor:
+    """Block ``i`` of the ``n`` of ``cut``, without padding; a view where one exists."""
+    dim, outer, of, rest = _place(x, n, take)
+    held = chunk(of, n, i)
+    if outer == 1:
+        return x.narrow(dim, held.start * rest, len(held) * rest)
+    return _seen(x, dim, outer, of, rest).narrow(dim + 1, held.start, len(held)).flatten(dim, dim + 2)
 
 
 def join(blocks: Tensor, put: Place) -> Tensor:

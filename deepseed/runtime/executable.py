@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,18 +17,19 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from deepseed.ir.program import Input, Output
 from deepseed.runtime.collectives import Runtime
 
 
 class Executable:
     """``Executable(source)(rt, inputs)``: ``inputs`` are local tensors in the program's order; the list is emptied.
 
-    ``path`` is the file that holds the source: a debugger steps through it, a traceback shows its lines.
+    ``inputs``, ``outputs``: of the rank's program; it returns its outputs other than new parameters, buffers and state. ``path`` is the file that holds the source: a debugger steps through it, a traceback shows its lines.
     """
 
-    def __init__(self, source: str, name: str = "step") -> None:
+    def __init__(self, source: str, name: str = "step", inputs: Sequence[Input] = (), outputs: Sequence[Output] = ()) -> None:
         keep_freed_memory()
-        self.source = source
+        self.source, self.inputs, self.outputs = source, inputs, outputs
         self._loaded = _load(source, name)
         self.path, self._step = self._loaded.path, self._loaded.step
 

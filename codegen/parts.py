@@ -1,0 +1,248 @@
+"""A scheduled program as Python: one function for each part of a stage, and ``step``, which walks the rank's instruction list.
+
+``v`` holds what lives as long as the step (inputs, what runs once, sums over microbatches), ``m`` what one microbatch leaves for its
+later parts; a value is taken out by the last function that reads it. ``mb`` is the number of the microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from deepseed.codegen.donation import Donation
+from deepseed.codegen.expressions import DTYPES, Source, expression, listed
+from deepseed.codegen.optim import KERNELS, Update
+from deepseed.ir.collective import step
+from deepseed.ir.mesh import TIME, Mesh
+from deepseed.ir.program import Op, Program, Type
+from deepseed.ir.schedule import Instruction, kind_of
+from deepseed.ir.text import format_type
+
+Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane
+
+
+@dataclass
+class _Function:
+    name: str
+    ops: list[tuple[int, Op]] = field(default_factory=list)
+    reads: dict[str, None] = field(default_factory=dict)  # made elsewhere, in the order of their first use
+    lines: list[str] = field(default_factory=list)
+
+
+def generate_parts(p: Program, lane: int) -> str:
+    """The source of ``step(rt, inputs)`` for the localized program of the pipeline rank ``lane``."""
+    return _Parts(p, lane).source()
+
+
+class _Parts:
+    def __init__(self, p: Program, lane: int) -> None:
+        assert p.schedule is not None
+        self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
+        self.out = Source(p)
+        self.donation = Donation(p)
+        self.update = Update(self.donation, self.out.name, self.out.emit)
+        several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
+        self.functions: dict[Place, _Function] = {}
+        self.at: list[Place] = []  # of each op
+        for n, op in enumerate(p.ops):
+            where = _place(op.part, op.stage)
+            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else "")
+            self.functions.setdefault(where, _Function(name)).ops.append((n, op))
+            self.at.append(where)
+        self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
+        self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
+        self.readers: dict[str, list[Place]] = {}
+        self._find_reads()
+        returned = {o.ref.name for o in self.donation.returned}
+        self.steplong = {v for v in (*self.made, *self.readers) if v in returned or self._steplong(v)}
+
+    def _find_reads(self) -> None:
+        def read(value: str, where: Place) -> None:
+            readers = self.readers.setdefault(value, [])
+            if where not in readers:
+                readers.append(where)
+            if self.made.get(value) != where:
+                self.functions[where].reads.setdefault(value)
+
+        writes: dict[int, list[str]] = {}
+        for stored, n in self.donation.written.items():
+            writes.setdefault(n, []).append(stored)
+        for n, op in enumerate(self.p.ops):
+            for ref in op.refs:
+                read(ref.name, self.at[n])
+            for stored in writes.get(n, ()):
+                if kind_of(self.at[n][0]) == "once":
+                    read(stored, self.at[n])
+                    read(self.donation.stored[stored].ref.name, self.at[n])
+                else:
+                    self.late.append(n)
+
+    def _steplong(self, value: str) -> bool:
+        made = self.made.get(value)
+        if made is None or kind_of(made[0]) == "once" or self.p.producers[value].target in ("accumulate", "collect"):
+            return True
+        new = {self.donation.stored[s].ref.name for s, n in self.donation.written.items() if n in self.late}
+        return value in new or any(kind_of(reader[0]) == "once" for reader in self.readers.get(value, ()))
+
+    # source -----------------------------------------------------------------------------------------------------------
+
+    def source(self) -> str:
+        p, s = self.p, self.schedule
+        lines = [
+            f'"""Generated from program {p.name} on {Mesh(p.mesh.axes)}, {s.name}: one pipeline rank\'s step on local tensors, see deepseed/codegen/parts.py."""',
+            "", "import torch", "", "from deepseed import ops",
+        ]  # fmt: skip
+        for where, function in self.functions.items():
+            self.out.lines = function.lines
+            self._function(where, function)
+            lines += ["", "", *function.lines]
+        self.out.lines = []
+        self._step()
+        return "\n".join([*lines, *self.out.lines]) + "\n"
+
+    def _function(self, where: Place, function: _Function) -> None:
+        out = self.out
+        out.lines.append(f"def {function.name}(rt, v, m, mb):")
+        out.emit("device = rt.device")
+        if where[0] == f"once.{self.schedule.loops}" and any(op.target == "send" for op in self.p.ops):
+            out.emit("rt.flush()", "what was sent may be overwritten now")
+        for value in function.reads:
+            out.emit(f"{out.name(value)} = {self._load(value, where)}", format_type(self.p.types[value], self.p.mesh))
+            if value in self.donation.copied:
+                out.emit(f"{out.name(value + '.copy')} = v[{out.name(value + '.copy')!r}]")
+        if (gone := self._gone(where)) and kind_of(where[0]) == "once":
+            out.emit(f"for name in {listed([repr(out.name(v)) for v in gone])}:")
+            out.emit("    v.pop(name, None)")
+        here = set(function.reads) | {r for _, op in function.ops for r in op.results if op.target not in ("accumulate", "collect", "send")}
+        place = ("", "")
+        done = -1
+        for n, op in function.ops:
+            if n <= done:
+                continue
+            if (op.path, op.phase) != place:
+                place = (op.path, op.phase)
+                out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
+            together = self.update.run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            if op.target in KERNELS:
+                self.update.optimizer(n, together)
+            else:
+                self._op(op, n)
+            for done, each in enumerate(together, n):
+                self._close(done, each, here)
+
+    def _op(self, op: Op, n: int) -> None:
+        out, types = self.out, ", ".join(format_type(t, self.p.mesh) for t in op.types)
+        if op.target == "send":
+            out.emit(f"rt.send({out.name(op.refs[0].name)}, {op.kw('to')})", types)
+        elif op.target == "receive.start":
+            out.emit(f"{out.name(op.name)} = rt.receive_start({out.shape(op.type)}, {DTYPES[op.type.dtype]}, {op.kw('source')})", types)
+        elif op.target == "accumulate":
+            x, key = op.refs[0].name, out.name(op.name)
+            element = self.p.types[x].layout.on(TIME)
+            own = x in self.made and self.donation.memory(x) == frozenset({x}) and self.donation.last_use[x] == n
+            out.emit(f"v[{key!r}] = rt.accumulate(v.get({key!r}), {out.name(x)}, {getattr(element, 'op', 'sum')!r}, own={own})", types)
+        elif op.target == "collect":
+            out.emit(f"v.setdefault({out.name(op.name)!r}, [None] * {self.schedule.microbatches})[mb] = {out.name(op.refs[0].name)}", types)
+        else:
+            out.emit(f"{', '.join(map(out.name, op.results))} = {expression(out, op)}", types)
+
+    def _close(self, n: int, op: Op, here: set[str]) -> None:
+        """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""
+        out, donation = self.out, self.donation
+        for value in op.results:
+            if value in donation.copied:
+                out.emit(f"{out.name(value + '.copy')} = {out.name(value)}.clone()")
+            if value in here and value in donation.copied:
+                out.emit(f"v[{out.name(value + '.copy')!r}] = {out.name(value + '.copy')}")
+            if value in here and self._kept(value):
+                out.emit(f"{'v' if value in self.steplong else 'm'}[{out.name(value)!r}] = {out.name(value)}")
+        if kind_of(op.part) == "once":
+            self.update.after(n)
+        if dead := [out.name(v) for v in donation.dies.get(n, ()) if v in here]:
+            out.emit(f"del {', '.join(dead)}")
+
+    def _kept(self, value: str) -> bool:
+        """Whether a value is read outside of the function that makes it."""
+        late = value in self.steplong and kind_of(self.made[value][0]) != "once"
+        return late or value in {o.ref.name for o in self.donation.returned} or any(r != self.made[value] for r in self.readers.get(value, ()))
+
+    def _load(self, value: str, where: Place) -> str:
+        key = repr(self.out.name(value))
+        last = self.readers[value][-1] == where
+        if value not in self.steplong:
+            return f"m.pop({key})" if last else f"m[{key}]"
+        returned = value in {o.ref.name for o in self.donation.returned}
+        found = f"v.pop({key})" if last and kind_of(where[0]) == "once" and not returned else f"v[{key}]"
+        if value not in self.made and kind_of(where[0]) != "once" and (part := self._microbatch(self.p.types[value])):
+            return f"rt.microbatch({found}, mb, {self.schedule.microbatches}, {part})"
+        return self._joined(value, found)
+
+    def _joined(self, value: str, found: str) -> str:
+        """The whole of what was collected from every microbatch."""
+        made = self.p.producers.get(value)
+        if made is None or made.target != "collect":
+            return found
+        before = self.p.types[made.refs[0].name]
+        place = step(before.shape, before.layout, made.type.layout, TIME, self.p.mesh).put
+        assert place is not None
+        return f"rt.collect({found}, {place.numbers})"
+
+    def _microbatch(self, t: Type) -> str:
+        """Where a rank's part of a batch is cut into microbatches; nothing where it is not."""
+        if t.layout.on(TIME) is None:
+            return ""
+        place = step(t.shape, t.layout.with_(TIME, None), t.layout, TIME, self.p.mesh).take
+        assert place is not None
+        return str(place.numbers)
+
+    def _gone(self, where: Place) -> list[str]:
+        """What ran once, was read last in loops, and is still held when the last part begins."""
+        if where[0] != f"once.{self.schedule.loops}":
+            return []
+        return [v for v, readers in self.readers.items() if v in self.steplong and v in self.made and kind_of(readers[-1][0]) != "once"]
+
+    def _step(self) -> None:
+        out = self.out
+        out.lines += ["", "", "LANE = ("]
+        out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[_place(i.part, i.stage)].name}, {i.microbatch})," for i in self._instructions())]
+        out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
+        out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(self.p.inputs)]
+        out.emit("}")
+        out.emit("inputs.clear()")
+        out.emit(f"m = [{{}} for _ in range({self.schedule.microbatches})]")
+        for stored in (s for s, n in self.donation.written.items() if n == -1):
+            self._write(stored)
+        out.emit("for part, mb in LANE:")
+        out.emit("    part(rt, v, m[mb], mb)")
+        for stored in (s for s, n in self.donation.written.items() if n in self.late):
+            self._write(stored)
+        if any(op.target == "send" for op in self.p.ops):
+            out.emit("rt.flush()")
+        returned = []
+        for o in self.donation.returned:
+            name = o.ref.name + (".copy" if o.ref.name in self.donation.copied else "")
+            returned.append(self._joined(o.ref.name, f"v[{out.name(name)!r}]"))
+        out.emit(f"return {listed(returned)}")
+
+    def _write(self, stored: str) -> None:
+        new = self.donation.stored[stored].ref.name
+        new += ".copy" if new in self.donation.copied else ""
+        self.out.emit(f"v[{self.out.name(stored)!r}].copy_(v[{self.out.name(new)!r}])")
+
+    def _instructions(self) -> Iterator[Instruction]:
+        return (i for i in self.lane if _place(i.part, i.stage) in self.functions)
+
+
+def _place(part: str, stage: int) -> Place:
+    return (part, -1) if kind_of(part) == "once" else (part, stage)
+
+
+def _wrapped(words: Iterator[str]) -> Iterator[str]:
+    line = ""
+    for word in words:
+        if line and len(line) + len(word) > 140:
+            yield line
+            line = ""
+        line += (" " if line else "") + word
+    if line:
+        yield line

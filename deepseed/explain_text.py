@@ -1,0 +1,93 @@
+"""What explain found as one screen of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from deepseed.ir.collective import KEYED
+from deepseed.ir.mesh import STAGES
+
+if TYPE_CHECKING:
+    from deepseed.explain import Explanation, Pipeline, Weight
+
+
+def lines(e: Explanation) -> Iterable[str]:
+    mesh = ", ".join(f"{axis}={n}" for axis, n in e.mesh.items()) or "one rank"
+    mean = " (of the mean pipeline rank)" if STAGES in e.mesh else ""
+    yield f"zero{e.zero} on mesh({mesh}), {len(e.ranks)} rank{'s' if len(e.ranks) > 1 else ''}; all numbers are of one rank and one step{mean}"
+    if e.pipeline is not None:
+        yield from _stages(e, e.pipeline)
+    yield ""
+    yield f"  {'':16}{'counted':>12}   {'closed form':32}{'':>12}"
+    for c in e.closed_forms:
+        expected = "" if c.expected is None else amount(c.expected, c.unit)
+        ratio = f"  x{c.counted / c.expected:.3f}" if c.expected else ""
+        yield f"  {c.what:16}{amount(c.counted, c.unit):>12}   {c.formula:32}{expected:>12}{ratio}"
+    yield f"  {'peak':16}{amount(max(r.peak_bytes for r in e.ranks)):>12}   at %{e.peak_at}"
+    if e.collectives:
+        yield ""
+        yield f"  {'axis':6}{'collective':16}{'count':>7}{'sent':>12}"
+        for k in e.collectives:
+            yield f"  {k.axis:6}{k.op:16}{k.count:>7}{amount(k.bytes):>12}" + ("  expected, of ids that are uniform" if k.op in KEYED else "")
+    yield ""
+    width = max([len(w.key) for w in e.weights] + [6]) + 2
+    yield f"  {'weight':{width}}{'count':>5}  {'stored as':30}split in use"
+    for w in _longest_first(e.weights):
+        yield f"  {w.key:{width}}{w.count:>5}  {w.layout:30}{w.use}"
+    if len(e.weights) > _SHOWN:
+        yield f"  and {len(e.weights) - _SHOWN} more: --json lists all"
+    yield from _left_whole(e)
+    if e.seconds:
+        yield ""
+        yield "  seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in e.seconds.items())
+
+
+def _stages(e: Explanation, p: Pipeline) -> Iterable[str]:
+    lanes = e.mesh.get(STAGES, 1)
+    what = f"{p.schedule}, {p.stages} stages, " if lanes > 1 else ""
+    yield f"{what}{p.microbatches} microbatches" + (f"; idle {p.bubble:.1%} where all stages take as long" if lanes > 1 else "")
+    if lanes > 1:
+        yield ""
+        yield f"  {STAGES:6}{'ranks':>8}{'parameters':>14}{'gradients':>14}{'optimizer':>14}{'peak':>14}"
+        for n in range(lanes):
+            of = [r for r in e.ranks if r.coordinate[STAGES] == n]
+            numbers = (of[0].param_bytes, of[0].grad_bytes, of[0].optimizer_bytes, of[0].peak_bytes)
+            yield f"  {n:<6}{len(of):>8}" + "".join(f"{amount(b):>14}" for b in numbers)
+
+
+_SHOWN = 16
+
+
+def _longest_first(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """Those that are split in use first, so that one screen shows the decisions."""
+    return [w for w in weights if w.use][:_SHOWN] + [w for w in weights if not w.use][: max(0, _SHOWN - sum(bool(w.use) for w in weights))]
+
+
+def _left_whole(e: Explanation) -> Iterable[str]:
+    computed = [r for r in e.replicated_ops if r.flops]
+    held = [r for r in e.replicated_ops if r.target == "param"]
+    for title, ops in (
+        ("repeated by every rank of an axis", [(r.axis, f"%{r.name} = {r.target} at {r.path or 'top'}", amount(r.flops, "flops")) for r in computed]),
+        ("held whole by every rank of an axis", [(r.axis, r.path, amount(r.bytes)) for r in held]),
+        ("no rule, so replicated", [("", f"%{u.name} = {u.target} at {u.path or 'top'}", f"{amount(u.bytes)} gathered") for u in e.unruled_ops]),
+    ):
+        if ops:
+            yield ""
+            yield f"  {title}: {len(ops)}"
+            yield from (f"    {axis:4}{what}  {size}" for axis, what, size in ops[:4])
+            if len(ops) > 4:
+                yield f"    and {len(ops) - 4} more: --json lists all"
+
+
+def amount(n: float, unit: str = "bytes") -> str:
+    """``1536`` -> ``1.5 KiB``; flops in powers of 1000.
+
+    >>> amount(1536), amount(12), amount(2.5e9, "flops")
+    ('1.5 KiB', '12 B', '2.50 GFLOP')
+    """
+    step, names, digits = (1000.0, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), 2) if unit == "flops" else (1024.0, ("B", "KiB", "MiB", "GiB", "TiB"), 1)
+    at = 0
+    while abs(n) >= step and at < len(names) - 1:
+        n, at = n / step, at + 1
+    return f"{n:.0f} {names[0]}" if at == 0 else f"{n:.{digits}f} {names[at]}"

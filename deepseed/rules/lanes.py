@@ -1,0 +1,77 @@
+"""The ops of one pipeline rank: those of its stages, what it sends when that is made, what it receives before it is read.
+
+A ``transfer`` between stages of one lane stays what it is, another name of the value. To another lane it is a ``send`` in the part and
+stage of its operand; from another one it is a ``receive.start`` at the head of its part, and a ``wait`` before the first reader there.
+The order of the messages between two lanes is that of the shared program on both sides, so they need no tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from deepseed.ir.program import Op, Program, Ref
+from deepseed.ir.schedule import kind_of
+
+STORED = ("param", "buffer", "state")
+
+
+def on_lane(p: Program, lane: int) -> Program:
+    """``p`` itself where it has no schedule."""
+    s = p.schedule
+    if s is None:
+        return p
+    stages = {n for n in range(s.stages) if s.lane_of(n) == lane}
+    blocks: dict[tuple[str, int], list[Op]] = {}
+    heads: dict[tuple[str, int], list[Op]] = {}
+    waits: dict[str, Op] = {}  # received value -> its wait, until it is emitted
+    order: dict[tuple[str, int], None] = {}
+    for op in p.ops:
+        key = _block(op.part, op.stage)
+        if op.target == "transfer":
+            source = int(str(op.kw("source")))
+            if op.stage in stages and source not in stages:
+                start = f"{op.name}.start"
+                heads.setdefault(key, []).append(replace(op, results=(start,), target="receive.start", args=(), kwargs=(("source", s.lane_of(source)),)))
+                waits[op.name] = replace(op, target="wait", args=(Ref(start),), kwargs=())
+                order.setdefault(key)
+                continue
+            if source in stages and op.stage not in stages:
+                op = replace(op, target="send", kwargs=(("to", s.lane_of(op.stage)),), stage=source)
+                key = _block(op.part, source)
+        if op.stage not in stages:
+            continue
+        block = blocks.setdefault(key, [])
+        order.setdefault(key)
+        for ref in op.refs:
+            if ref.name in waits and _block(waits[ref.name].part, waits[ref.name].stage) == key:
+                block.append(waits.pop(ref.name))
+        block.append(op)
+    for wait in waits.values():  # read in later parts only
+        blocks.setdefault(_block(wait.part, wait.stage), []).append(wait)
+    ops = [op for key in _by_part(p, order) for op in (*heads.get(key, ()), *blocks.get(key, ()))]
+    made = {r for op in ops for r in op.results}
+    inputs = tuple(i for i in p.inputs if i.role not in STORED or i.stage in stages)
+    given = {i.name for i in inputs}
+    outputs = tuple(o for o in p.outputs if o.ref.name in made or o.ref.name in given)
+    return replace(p, inputs=inputs, ops=tuple(ops), outputs=outputs)
+
+
+def home(p: Program, value: str) -> int:
+    """The pipeline rank on which a value lies; 0 where all have it."""
+    made = p.producers.get(value)
+    if made is not None and p.schedule is not None:
+        return p.schedule.lane_of(made.stage)
+    stage = next((i.stage for i in p.inputs if i.name == value), 0)
+    return p.schedule.lane_of(stage) if p.schedule is not None else 0
+
+
+def _block(part: str, stage: int) -> tuple[str, int]:
+    """What runs as one: a part of a stage; what runs once is one for all stages of the lane, in the order of the program."""
+    return (part, -1) if kind_of(part) == "once" else (part, stage)
+
+
+def _by_part(p: Program, keys: Mapping[tuple[str, int], None]) -> list[tuple[str, int]]:
+    """Parts in their order; in one, the stages as the program first names them."""
+    parts = {part: n for n, part in enumerate(dict.fromkeys(op.part for op in p.ops))}
+    return sorted(keys, key=lambda key: parts[key[0]])

@@ -1,0 +1,118 @@
+"""How long the ops of a step take, estimated op by op: a roofline, with collectives beside the computation.
+
+An op takes the time of its arithmetic or of the memory that it reads and writes, whichever is longer (Williams et al. 2009), and
+the time to start it; views take none. Collectives run beside it, those of one axis one after another, each for the bytes that a
+rank sends (deepseed.cost) at the speed of a link; a ``wait`` holds the computation until its collective has ended. Nothing is measured: the
+numbers compare plans and show what overlaps; a ``Machine`` says what they assume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from deepseed.explain import local_flops, sent_bytes
+from deepseed.ir.program import Op, Program
+
+VIEWS = ("reshape", "permute", "expand", "slice", "shard", "wait", "transfer")
+ROWS = ("embedding", "gather")  # they read the rows that they give, not the whole table
+
+
+class MachineError(ValueError):
+    """A description of a machine that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank does in a second, ``flops`` of matmuls, bytes of ``memory`` and bytes sent over a ``link``; and the seconds that it takes
+    to start a collective (``latency``) and an op (``launch``)."""
+
+    flops: float = 150e12
+    memory: float = 1.5e12
+    link: float = 50e9
+    latency: float = 10e-6
+    launch: float = 3e-6
+
+    def seconds(self, p: Program, op: Op) -> float:
+        """Of one op on one rank, collectives aside."""
+        if op.target in VIEWS or op.target.endswith(".start"):
+            return 0.0
+        names = {} if op.target in ROWS else dict.fromkeys(r.name for r in op.refs)
+        moved = sum(p.types[name].local_bytes(p.mesh) for name in (*names, *op.results))
+        return max(local_flops(p, op) / self.flops, moved / self.memory) + self.launch
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One collective under way, in seconds from the first op. ``nbytes``: what a rank sends; ``held``: how long its first wait stood still."""
+
+    axis: str
+    target: str
+    start: float
+    end: float
+    nbytes: int
+    held: float = 0.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """When each op of a list starts and ends, in seconds from the first; and the collectives beside them."""
+
+    spans: tuple[tuple[float, float], ...]
+    sent_by: tuple[tuple[int, Sent], ...]  # the place of the op that started it in the list, and the collective
+
+    @property
+    def sent(self) -> tuple[Sent, ...]:
+        return tuple(s for _, s in self.sent_by)
+
+    @property
+    def seconds(self) -> float:
+        """Until the last op has ended and the last collective has arrived."""
+        return max([0.0, *(end for _, end in self.spans), *(s.end for s in self.sent)])
+
+
+def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
+    """Run ``ops``, of the lowered program ``p``, in their order. A collective that they wait for without starting it has arrived."""
+    now = 0.0
+    free: dict[str, float] = {}  # axis -> when its last collective ends
+    under_way: dict[str, int] = {}  # started value -> its place in sent
+    sent: list[Sent] = []
+    by: list[int] = []
+    spans: list[tuple[float, float]] = []
+    for op in ops:
+        began = now
+        if op.target.endswith(".start"):
+            axis, nbytes = str(op.kw("axis")), sent_bytes(p, op)
+            start = max(now, free.get(axis, 0.0))
+            free[axis] = start + machine.latency + nbytes / machine.link
+            under_way.update(dict.fromkeys(op.results, len(sent)))
+            sent.append(Sent(axis, op.target.removesuffix(".start"), start, free[axis], nbytes))
+            by.append(len(spans))
+        elif op.target == "wait" and op.refs[0].name in under_way:
+            at = under_way[op.refs[0].name]
+            held = max(0.0, sent[at].end - now)
+            sent[at] = replace(sent[at], held=sent[at].held + held)
+            now += held
+        now += machine.seconds(p, op)
+        spans.append((began, now))
+    return Course(tuple(spans), tuple(zip(by, sent, strict=True)))
+
+
+def parse_machine(text: str) -> Machine:
+    """``flops=300e12,link=1e11``: what is not said stays. Raises MachineError naming the word.
+
+    >>> parse_machine("link=25e9").link
+    25000000000.0
+    """
+    known = {f.name for f in fields(Machine)}
+    said: dict[str, float] = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        name, _, number = word.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if name not in known or value <= 0:
+            raise MachineError(f"--machine {text!r}: cannot read {word!r}\n  fix: write numbers above zero for {', '.join(sorted(known))}, as in flops=300e12,link=100e9")
+        said[name] = value
+    return replace(Machine(), **said)

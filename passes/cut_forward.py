@@ -1,0 +1,198 @@
+"""Where the forward is cut: few bytes live across a cut, the work of the stages in balance.
+
+Cut points are the valleys of the bytes that are live along the traced order, never inside a group that was one op. A stage costs its flops, the
+bytes that it reads and writes, and the bytes that arrive. Of the cut points, those with the fewest bytes are taken that still keep the
+dearest stage within ``SLACK`` of the best cut; dynamic programming over these balances the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseed.cost import flops
+from deepseed.ir.contract import PassError
+from deepseed.ir.program import Op, Program
+from deepseed.passes.cut_kinds import Kinds
+
+TOUCH = 32.0  # flops that take as long as one byte read or written
+SEND = 64.0  # flops that take as long as one byte sent to another stage
+SLACK = 1.25  # of the dearest stage's cost: what cuts of fewer bytes may take
+Floats = NDArray[np.float64]
+
+
+def forward_stages(k: Kinds, stages: int, pins: Sequence[str]) -> dict[str, int]:
+    """The stage of each op of the last loop's forward, by name. Raises PassError: too few cut points, a pin that cannot be met."""
+    p = k.program
+    ops = k.bound(f"forward.{k.loops}")
+    place = {op.name: n for n, op in enumerate(ops)}
+    at = [place.get(k.glued.get(op.name, ""), n) for n, op in enumerate(ops)]  # a wait stands with its start
+    live = _live(p, ops, at)
+    cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, stages), _costs(p, ops, at), live, stages)
+    return {op.name: int(np.searchsorted(cuts, n, side="right")) for op, n in zip(ops, at, strict=True)}
+
+
+def _costs(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
+    """Cost of each op, in flops."""
+    types = p.types
+    out = np.zeros(len(ops))
+    for op, n in zip(ops, at, strict=True):
+        operands = [types[r.name] for r in op.refs]
+        touched = sum(t.local_bytes(p.mesh) for t in (*operands, *op.types))
+        whole, local = op.type.numel, op.type.local_bytes(p.mesh)
+        share = local / op.type.nbytes if whole else 1.0
+        out[n] += flops(op, operands) * share + TOUCH * touched
+    return out
+
+
+def _live(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
+    """Bytes that a cut before each op sends: what was made before it and is used from it on."""
+    made: dict[str, tuple[int, int]] = {}
+    last: dict[str, int] = {}
+    for op, n in zip(ops, at, strict=True):
+        made.update((r, (n, t.local_bytes(p.mesh))) for r, t in zip(op.results, op.types, strict=True))
+        for ref in op.refs:
+            if ref.name in made:
+                last[ref.name] = max(last.get(ref.name, 0), n)
+    change = np.zeros(len(ops) + 2)
+    for value, end in last.items():
+        begin, nbytes = made[value]
+        if end > begin:
+            change[begin + 1] += nbytes
+            change[end + 1] -= nbytes
+    return np.cumsum(change)[: len(ops)]
+
+
+def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
+    """Where a cut may stand: in each run of positions with equal ``live`` that has more on both sides, the one that leaves the outermost
+    module. Where there are too few such runs, every position."""
+    inside = _inside_groups(ops, at)
+    open_ = [i for i in range(1, len(live)) if live[i] > 0 and i not in inside]
+    points: list[int] = []
+    for n, i in enumerate(open_):
+        if n and live[open_[n - 1]] <= live[i]:
+            continue
+        run = [i]
+        for j in open_[n + 1 :]:
+            if live[j] != live[i]:
+                if live[j] > live[i]:
+                    points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
+                break
+            run.append(j)
+        else:
+            points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
+    if len(points) < stages - 1:
+        points = open_
+    if len(points) < stages - 1:
+        raise PassError(
+            f"{stages} stages need {stages - 1} cut points, the forward has {len(points)}, pass cut_stages\n"
+            f"  fix: use {len(points) + 1} stages or fewer" + ("" if points else ", that is, no pp")
+        )
+    return points
+
+
+def _inside_groups(ops: Sequence[Op], at: Sequence[int]) -> set[int]:
+    """Positions with ops of one origin on both sides."""
+    ends: dict[str, tuple[int, int]] = {}
+    for op, n in zip(ops, at, strict=True):
+        if op.origin:
+            first, last = ends.get(op.origin, (n, n))
+            ends[op.origin] = (min(first, n), max(last, n))
+    return {i for first, last in ends.values() for i in range(first + 1, last + 1)}
+
+
+def _shared(one: str, two: str) -> int:
+    """How many modules two ops share."""
+    return next((n for n, (a, b) in enumerate(zip(one.split("."), two.split("."), strict=False)) if a != b), min(len(one.split(".")), len(two.split("."))))
+
+
+def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
+    """Positions of the ``stages - 1`` cuts, of ``points``."""
+    best = _best(_loads(points, cost, live), np.maximum, stages)[0]
+    bounds = sorted({float(live[i]) for i in points})
+    low, high = 0, len(bounds) - 1
+    while low < high:  # the least bytes with which the dearest stage is not much dearer
+        middle = (low + high) // 2
+        few = [i for i in points if live[i] <= bounds[middle]]
+        if len(few) >= stages - 1 and _best(_loads(few, cost, live), np.maximum, stages)[0] <= SLACK * best:
+            high = middle
+        else:
+            low = middle + 1
+    few = [i for i in points if live[i] <= bounds[low]]
+    load = _loads(few, cost, live)
+    dearest = _best(load, np.maximum, stages)[0]
+    return np.array([0, *few])[_best(np.where(load <= dearest, (load / dearest) ** 2, np.inf), np.add, stages)[1]]
+
+
+def _loads(points: Sequence[int], cost: Floats, live: Floats) -> Floats:
+    """[begin, end] what a stage costs that begins at the start or a point and ends at a point or the end; inf where it would be empty."""
+    begins, ends = np.array([0, *points]), np.array([*points, len(live)])
+    sums = np.concatenate([[0.0], np.cumsum(cost)])
+    load = sums[ends][None, :] - sums[begins][:, None] + SEND * np.where(begins > 0, live[begins], 0.0)[:, None]
+    load[ends[None, :] <= begins[:, None]] = np.inf
+    return load
+
+
+def _best(load: Floats, join: np.ufunc, stages: int) -> tuple[float, list[int]]:
+    """The partition into ``stages`` runs whose loads, joined, are least: what they join to, and where the runs after the first begin."""
+    total = load[0]
+    came: list[NDArray[np.int64]] = []
+    for _ in range(stages - 1):
+        before = np.concatenate([[np.inf], total[:-1]])  # a run begins where one has ended
+        through = join(before[:, None], load)
+        came.append(np.argmin(through, axis=0))
+        total = through[came[-1], np.arange(through.shape[1])]
+    begins: list[int] = []
+    end = len(total) - 1
+    for choice in reversed(came):
+        begins.append(int(choice[end]))
+        end = begins[-1] - 1
+    return float(total[-1]), begins[::-1]
+
+
+def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[str]) -> NDArray[np.int64]:
+    if len(pins) != stages - 1:
+        raise PassError(f"{stages} stages have {stages - 1} cuts, {len(pins)} are given: {', '.join(pins)}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
+    first: dict[str, int] = {}
+    for op, n in zip(ops, at, strict=True):
+        path = op.path
+        while path and path not in first:
+            first[path] = n
+            path = path.rpartition(".")[0]
+    for pin in pins:
+        if pin not in first:
+            near = get_close_matches(pin, list(first), n=3, cutoff=0.4)
+            raise PassError(f"cut={pin}: no forward op belongs to this module, pass cut_stages" + (f"\n  fix: did you mean {' or '.join(near)}?" if near else ""))
+    for one, two in zip(("", *pins), pins, strict=False):
+        if first[two] <= first.get(one, 0):
+            raise PassError(
+                f"cut={two}: its first op is forward op {first[two]}, which is not after "
+                + (f"that of {one}, op {first[one]}" if one else "the first op")
+                + ", pass cut_stages\n  fix: name modules in the order in which the forward runs them"
+            )
+    return np.array([first[pin] for pin in pins])
+
+
+def earlier_stages(k: Kinds, part: str, main: Mapping[str, int], stage_of: Mapping[str, int]) -> dict[str, int]:
+    """The stage of each forward op of an earlier loop: that of its like in the last loop, and none before its operands'."""
+    like: dict[tuple[object, ...], int] = {}
+    path: dict[str, int] = {}
+    for op in k.bound(f"forward.{k.loops}"):
+        like.setdefault(_likeness(op), main[op.name])
+        path.setdefault(op.path, main[op.name])
+    out: dict[str, int] = {}
+    known = dict(stage_of)
+    for op in k.bound(part):
+        glued = k.glued.get(op.name)
+        least = max((known[r.name] for r in op.refs if r.name in known), default=0)
+        here = out[glued] if glued in out else max(least, like.get(_likeness(op), path.get(op.path, 0)))
+        out[op.name] = here
+        known.update(dict.fromkeys(op.results, here))
+    return out
+
+
+def _likeness(op: Op) -> tuple[object, ...]:
+    return op.path, op.line, op.form, op.types
