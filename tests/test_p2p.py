@@ -144,6 +144,8 @@ def test_a_value_that_is_never_sent_is_an_error() -> None:
 
 def test_what_nobody_took_is_an_error() -> None:
     said = refused(lambda rt: send(rt, 1, torch.ones(2), torch.ones(4, 1)), lambda rt: receive(rt, 0))
+    assert "rank 0 flushes, and waits for rank 1 to expect message 1, float32[4, 1]" in said and "rank 1 has finished" in said
+    said = refused(lambda rt: send(rt, 1, torch.ones(2), torch.ones(4, 1)), lambda rt: [receive(rt, 0), rt.receive_start((4, 1), F32, 0)])
     assert "message 1 from rank 0 to rank 1, float32[4, 1], was sent and never taken" in said and "message 0" not in said
 
 
@@ -159,7 +161,28 @@ def test_a_tensor_written_before_it_has_come_is_an_error() -> None:
         rt.send(x, 1)
         x.zero_()
 
-    assert "rank 0 wrote the tensor before it was received" in refused(first, lambda rt: receive(rt, 0))
+    assert "rank 0 wrote the tensor before it had left" in refused(first, lambda rt: receive(rt, 0))
+
+
+def test_after_a_flush_what_was_sent_may_be_written() -> None:
+    def first(rt: Runtime) -> None:
+        x = torch.ones(2)
+        rt.send(x, 1)
+        rt.flush()
+        x.zero_()
+
+    assert run(first, lambda rt: [receive(rt, 0)])[1][0].tolist() == [1, 1]
+
+
+def test_a_flush_waits_for_the_receiver() -> None:
+    """As over gloo: two ranks that flush what the other one expects later stand still."""
+
+    def body(rt: Runtime) -> None:
+        rt.send(torch.ones(2), 1 - rt.rank)
+        rt.flush()
+        receive(rt, 1 - rt.rank)
+
+    assert "rank 0 flushes, and waits for rank 1 to expect message 0, float32[2]" in refused(body, body)
 
 
 def test_a_step_that_does_not_flush_is_an_error() -> None:
