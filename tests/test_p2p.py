@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from gloo import pipeline
+from gloo.launch import ranks as launched
+from gloo.sleep import Case, predicted, timed
 from test_runtime import launch, results
 from torch import Tensor
 
@@ -290,3 +292,23 @@ def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: 
             assert process.returncode == 1, f"rank {rank} did not end: {process.returncode}"
             assert says in process.stderr and f"rank {rank} gave up after" in process.stderr, f"rank {rank}:\n{process.stderr}"
     assert "receiving from pipeline rank 2 (rank 2), message " in done[1].stderr and "receiving from pipeline rank 2 (rank 2), message 2" in done[3].stderr
+
+
+# the clock ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [Case("1f1b", 2, 4), Case("zb", 2, 3, tilt=0.5), Case("interleaved", 2, 4, chunks=2)],
+        [Case("1f1b", 4, 8), Case("gpipe", 4, 4, tilt=0.5), Case("interleaved", 4, 8, chunks=2), Case("zb", 4, 8)],
+    ],
+    ids=["2", "4"],
+)
+def test_real_ranks_keep_the_time_of_the_schedule(cases: list[Case]) -> None:
+    """Parts sleep for a known time: the least of three steps is within 5 % of simulated time, and never below it."""
+    got = launched(cases[0].ranks, timed, cases, 3)
+    for case, (wire, took) in zip(cases, got[0], strict=True):
+        want = predicted(case, wire)
+        assert predicted(case, 0.0) <= min(took) <= 1.05 * want, f"{case}: {took} s for {want} s in simulated time"
+    assert all(steps == got[0] for steps in got)
