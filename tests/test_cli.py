@@ -74,7 +74,7 @@ def test_plan_says_mesh_and_meaning() -> None:
     [
         (["plan", "zer3"], "did you mean zero3"),
         (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
-        (["plan", "pp2"], "not yet supported"),
+        (["plan", "remat"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
         (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),
