@@ -144,8 +144,8 @@ function lanePicture(r) {
 }
 function drawLanes() {
   const svg = $("lanes"), view = $("scroll"), height = rows.length * lane + 4;
-  const top = view.scrollTop - lane, bottom = view.scrollTop + view.clientHeight + lane;
   svg.style.height = `${height}px`;
+  const top = view.scrollTop - lane, bottom = view.scrollTop + view.clientHeight + lane;
   const many = Math.max(2, Math.floor((width() - LEFT) / 110));
   let html = ticks(state.t0, state.t1, many).map((t) => `<line class="grid" x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height}"/>`).join("");
   rows.forEach((r, n) => {
