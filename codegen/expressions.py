@@ -20,7 +20,8 @@ DTYPES = {
 # aten ops whose C binding ``torch.<name>`` takes the overload's arguments in the overload's order
 _BINDINGS = frozenset(["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "mm", "bmm", "addmm", "baddbmm", "neg", "rsqrt", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "relu", "erf", "abs", "sign", "floor", "ceil", "round", "reciprocal", "square", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "where.self", "maximum", "minimum", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar", "logical_and", "logical_or", "logical_not", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "bitwise_not", "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Scalar", "lerp.Tensor", "convolution", "clone", "native_layer_norm", "cumsum", "topk", "index_select", "_softmax", "_log_softmax"])
 _NN_BINDINGS = frozenset({"silu", "gelu"})  # in torch._C._nn
-_RESERVED = {"rt", "inputs", "torch", "ops", "device", "step", "v", "m", "mb", "LANE"}
+_RESERVED = {"rt", "inputs", "torch", "ops", "device", "step"}
+_IN_PARTS = {"v", "m", "mb", "part", "LANE"}  # of a scheduled program
 
 
 class CodegenError(ValueError):
@@ -36,7 +37,7 @@ class Source:
     names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._taken = set(_RESERVED)
+        self._taken = _RESERVED | (_IN_PARTS if self.p.schedule is not None else set())
 
     def name(self, value: str) -> str:
         """The identifier of a value: ``layers.0.mlp.mm`` -> ``layers_0_mlp_mm``."""

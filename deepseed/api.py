@@ -196,7 +196,7 @@ class _Compiled:
         if not full or not self.states:
             return dict(self.model.state_dict())
         captured = self.programs.current().captured
-        own = {key: self._whole((role, key)) for role, key in self.states[0].tensors if role in ("param", "buffer")}
+        own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
         alias = captured.aliases
         return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
 
@@ -204,7 +204,7 @@ class _Compiled:
     def optimizer_state(self) -> dict[str, Tensor]:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
-        return {key: self._whole((role, key)) for role, key in self.states[0].tensors if role == "state"} if self.states else {}
+        return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @_together
     def save(self, dir: str | os.PathLike[str], *, extra: Any = None) -> None:
@@ -232,7 +232,7 @@ class _Compiled:
         load_whole(self.model, self.host, self.states, state_dict)
 
     def _whole(self, key: tuple[str, str]) -> Tensor:
-        return self.host.whole([s.tensors[key] for s in self.states], self.states[0].types[key])
+        return self.host.whole([s.tensors.get(key) for s in self.states], self.states[0].types[key], self.states[0].homes[key])
 
     def _adopt(self, built: Built) -> None:
         """The first program decides where state lies; a later one finds it there."""
@@ -241,7 +241,7 @@ class _Compiled:
         values: dict[tuple[str, str], Tensor] = {("param", k): t for k, t in parameters.items()}
         values |= {("buffer", k): t for k, t in self.model.named_buffers()}
         values |= {("state", k): s.existing for k, s in built.captured.state.items() if s.existing is not None}
-        new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].tensors)]
+        new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].types)]
         for role, key in ((i.role, i.key) for i in new):
             if (role, key) in values and values[role, key].is_meta:
                 raise CompileError(
@@ -253,7 +253,7 @@ class _Compiled:
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
         states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
-        stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].tensors}
+        stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].types}
         for entry in new:
             value = values.get((entry.role, entry.key))
             for state in states:
@@ -292,7 +292,7 @@ class _Compiled:
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
-        if self._places is None or self._places.structure is not self.programs.structure or self._places.count != len(self.states[0].tensors):
+        if self._places is None or self._places.structure is not self.programs.structure or self._places.count != len(self.states[0].types):
             self._places = Places(self.model, self.programs.structure, self.states)
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
@@ -313,8 +313,8 @@ class _Compiled:
         for write in built.captured.reads.writes:
             write.apply()
         p = built.program
-        found = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
-        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in found], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
+        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
+        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
 
     def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []

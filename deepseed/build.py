@@ -18,7 +18,7 @@ from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
-from deepseed.meshes import microbatches, program_mesh, refined, rows_of_a_rank
+from deepseed.meshes import microbatches, program_mesh, rows_of_a_rank
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
 from deepseed.runtime.executable import Executable
@@ -81,8 +81,7 @@ def build(
         program = parse(text)
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
-    if (ranks := refined(host.mesh, program.mesh)) != host.mesh:
-        host.refine(ranks)
+    host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)

@@ -83,11 +83,12 @@ def _entries(step: _Compiled) -> dict[str, Entry]:
     def entry(role: str, key: str, t: Tensor) -> Entry:
         if (type_ := stored.get((role, key))) is None:
             return Entry.whole(t, ranks)
-        return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, [s.tensors[role, key] for s in step.states])
+        parts = [s.tensors.get((role, key)) for s in step.states]
+        return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
     written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
     out = {f"model.{name}": entry(role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
-    if meta := [name for name, e in out.items() if e.parts[0].is_meta]:
+    if meta := [name for name, e in out.items() if any(part is not None and part.is_meta for part in e.parts)]:
         raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first")
     names = {id(p): name for name, p in step.model.named_parameters()}
     for optimizer in listed(step.optimizer):
@@ -213,11 +214,12 @@ class _Reads:
         for role, key in tensors:
             if not self._parts((role, key), f"model.{key}"):
                 t = tensors[role, key].detach()
+                self.saved.check(f"model.{key}", tuple(t.shape), t.dtype, self.cast)
                 self._want(f"model.{key}", tuple(t.shape), REPLICATED, {}, t)
 
     def slots(self) -> None:
         """Optimizer state: the ranks' parts; the rest (of parameters that are frozen now) goes to ``optimizer.state``."""
-        stored = [key for role, key in self.step.states[0].tensors if role == "state"]
+        stored = [key for role, key in self.step.states[0].types if role == "state"]
         if lacking := missing_slots(stored, self.saved):
             raise CheckpointError(
                 f"{self.saved.folder} lacks {len(lacking)} of the {len(stored)} tensors of optimizer state that this step has, such as {lacking[0]}\n"
@@ -241,15 +243,15 @@ class _Reads:
 
     def _parts(self, key: tuple[str, str], name: str) -> bool:
         states = self.step.states
-        if not states or key not in states[0].tensors:
+        if not states or key not in states[0].types:
             return False
         type_ = states[0].types[key]
-        for state in states:
+        self.saved.check(name, type_.shape, torch_dtype(type_.dtype), self.cast)  # on every rank, whether it reads a part or not
+        for state in (s for s in states if key in s.tensors):
             self._want(name, type_.shape, type_.layout, state.coordinate, state.tensors[key])
         return True
 
     def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        self.saved.check(name, shape, into.dtype, self.cast)
         memory = torch.empty(into.shape, dtype=into.dtype)
         self.pairs.append((into, memory))
         self.wants.append(Want(name, shape, layout, coordinate, memory))

@@ -156,7 +156,8 @@ def explain(
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.explain import explain as count
-    from deepseed.meshes import program_mesh, refined
+    from deepseed.meshes import program_mesh
+    from deepseed.runtime.host import refined
     from deepseed.speed import parse_machine
 
     of = parse_machine(machine)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from deepseed.capture.state import STARTED
 from deepseed.fits import differences, tied_names
 from deepseed.runtime import agree
+from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State, held, shard
@@ -45,7 +46,7 @@ def follow(
         """Role, key, slot and parameter of each tensor of state, without DeepSeed's bookkeeping."""
         parameters, out = dict(model.named_parameters()), []
         here = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for role, key in states[0].tensors:
+        for role, key in states[0].types:
             slot, _slash, name = key.partition("/")
             if role == "state" and slot != STARTED and id(parameters[name]) in here:
                 out.append((role, key, slot, parameters[name]))
@@ -53,7 +54,7 @@ def follow(
 
     def show(_: torch.optim.Optimizer) -> None:
         for role, key, slot, parameter in mine():
-            value = host.whole([s.tensors[role, key] for s in states], states[0].types[role, key])
+            value = host.whole([s.tensors.get((role, key)) for s in states], states[0].types[role, key], states[0].homes[role, key])
             optimizer.state[parameter][slot] = python[key](value.item()) if key in python else value.clone()
 
     def hide(_: torch.optim.Optimizer, shown: object = None) -> None:
@@ -68,7 +69,7 @@ def follow(
                 loaded.add(key.partition("/")[2])
                 _write(states, (role, key), torch.as_tensor(value))
         for name in loaded:
-            if ("state", f"{STARTED}/{name}") in states[0].tensors:
+            if ("state", f"{STARTED}/{name}") in states[0].types:
                 _write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
         hide(optimizer)
 
@@ -78,7 +79,7 @@ def follow(
 
 
 def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
-    for state in states:
+    for state in (s for s in states if key in s.tensors):
         state.tensors[key].copy_(shard(full.to(state.device), state.types[key], state.mesh, state.coordinate))
 
 
@@ -102,7 +103,7 @@ def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Map
     host.agree([(f"the values of {n}", agree.fingerprint(t)) for n, t in given.items() if n not in others] if host.backend != "simulate" else [])
     with torch.no_grad():
         for name in (n for n in mine if n not in tied and n not in others):
-            keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].tensors]
+            keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].types]
             if keys:
                 _write(states, keys[0], given[name])
             else:
@@ -119,7 +120,7 @@ def accept_whole(model: nn.Module, states: Sequence[State]) -> None:
     def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
         if metadata.get("assign_to_params_buffers"):
             raise CheckpointError("load_state_dict(assign=True) would take the parameters out of the compiled step\n  fix: load_state_dict without assign")
-        mine = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if isinstance(t, DTensor)}
+        mine = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if isinstance(t, DTensor) and not isinstance(t, Elsewhere)}
         keys = {id(held(model, role, key)): (role, key) for role, key in states[0].tensors if role in ("param", "buffer")} if mine else {}
         for name, t in mine.items():
             given = state_dict.get(prefix + name)

@@ -32,12 +32,6 @@ def program_mesh(p: Program, plan: Plan, ranks: Mesh) -> Mesh:
     return Mesh((*mesh.axes, (TIME, m))) if m > 1 else mesh
 
 
-def refined(ranks: Mesh, program: Mesh) -> Mesh:
-    """The mesh of the ranks with the sub-axes that the program's mesh has in place of an axis."""
-    axes = [((axis, n),) if axis == STAGES else tuple((a, program.sizes[a]) for a in program.parts(axis)) for axis, n in ranks.axes]
-    return Mesh(tuple(pair for pairs in axes for pair in pairs))
-
-
 def ranks_of(p: Program) -> Mesh:
     """The mesh of the ranks that run a program: its own without time, with the pipeline in front."""
     mesh, lanes = p.mesh.without(TIME), len(p.schedule.lanes) if p.schedule is not None else 1

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from deepseed.capture.batch import DTYPES
 from deepseed.capture.structure import Structure
 from deepseed.ir.program import Input
+from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State, StateError, shown
 
@@ -26,9 +27,9 @@ class Places:
     """Where a module holds the parameters and buffers of ``states``: found once for a structure of the module."""
 
     def __init__(self, model: nn.Module, structure: Structure, states: Sequence[State]) -> None:
-        self.structure, self.count = structure, len(states[0].tensors)
+        self.structure, self.count = structure, len(states[0].types)
         self._tables: list[tuple[tuple[str, str], dict[str, Any], str]] = []
-        for role, key in states[0].tensors:
+        for role, key in states[0].types:
             if role in _WORDS:
                 path, _, name = key.rpartition(".")
                 try:
@@ -42,16 +43,17 @@ class Places:
         own = host.backend != "simulate" or host.mesh.ranks == 1  # several simulated ranks hold copies, and look for themselves
         taken = False
         for (role, key), table, name in self._tables:
-            now, kept = table.get(name), states[0].tensors[role, key]
+            now, kept = table.get(name), states[0].tensors.get((role, key))  # None: other ranks of the pipeline store it
             type_ = states[0].types[role, key]
-            shape = tuple(kept.shape) if host.backend != "simulate" and not shown(type_, host.mesh) else type_.shape  # such a module holds its part
+            part = kept is not None and host.backend != "simulate" and not shown(type_, host.mesh)  # such a module holds its part
+            shape = tuple(kept.shape) if kept is not None and part else type_.shape
             if now is None or tuple(now.shape) != shape or DTYPES.get(now.dtype) != type_.dtype:
                 is_ = "gone" if now is None else f"{DTYPES.get(now.dtype, now.dtype)}{list(now.shape)}"
                 raise StateError(
                     f"{_WORDS[role]} {key!r} is {is_} now, {type_.dtype}{list(type_.shape)} in the compiled step\n"
                     "  fix: convert the model before it is compiled (a compute dtype is a word of the plan: bf16), or compile it anew"
                 )
-            if own and _local(now).data_ptr() != kept.data_ptr():
+            if own and (not isinstance(now, Elsewhere) if kept is None else _local(now).data_ptr() != kept.data_ptr()):
                 if host.backend != "simulate":
                     raise StateError(
                         f"{_WORDS[role]} {key!r} was replaced by another tensor: each rank's part of the step is in the former one\n"

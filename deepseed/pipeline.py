@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseed.check.instances import check_instances
 from deepseed.check.translation import Numbering, check_localized, follow, number
-from deepseed.check.typing import check_types
+from deepseed.check.typing import Typed, check_types
 from deepseed.ir.contract import Pass
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
@@ -105,6 +105,7 @@ def run(
     began = perf_counter()
     numbering = number(p) if check and passes and "local" not in passes[0].provides else None
     first = perf_counter() - began
+    typed = Typed()
     for each in passes:
         before, started = p, perf_counter()
         p = each(p, **args.get(each.name, {}))
@@ -112,7 +113,7 @@ def run(
         instances, unproved = 0, tuple[str, ...]()
         if check:
             try:
-                instances = check_program(p, each.name, execute=each is passes[-1])
+                instances = check_program(p, each.name, execute=each is passes[-1], typed=typed)
             except CheckError:
                 for earlier in done:
                     check_program(earlier.program, earlier.name)
@@ -140,15 +141,15 @@ def check_translation(
         raise CheckError(f"after pass {after}: {error}") from error
 
 
-def check_program(p: Program, after: str, execute: bool = True) -> int:
-    """Verify, type and (when lowered, with ``execute``) run every distinct instance; the number of instances. Raises CheckError naming
-    ``after``."""
+def check_program(p: Program, after: str, execute: bool = True, typed: Typed | None = None) -> int:
+    """Verify, type and (when lowered, with ``execute``) run every distinct instance; the number of instances. ``typed``: what the programs
+    before have shown. Raises CheckError naming ``after``."""
     try:
         verify(p)
         if "local" in p.facts:
             return 0  # arguments are one rank's now; the instances before were executed as each rank executes them
         if "placed" in p.facts:
-            check_types(p)
+            check_types(p, typed)
         return check_instances(p) if execute and "lowered" in p.facts else 0
     except ValueError as error:
         raise CheckError(f"after pass {after}: {error}") from error

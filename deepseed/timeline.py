@@ -77,24 +77,25 @@ def simulate(
 ) -> Timeline:
     """Run the schedule. ``seconds``: of each (part, stage), one microbatch (0 where none is given); ``sizes``: bytes of each message (0);
     ``bandwidth`` (bytes/s) and ``latency`` (s) of the link between two ranks. Raises ScheduleError naming what each lane waits for when the lanes never end."""
-    return _Run(schedule, seconds, messages or {}, sizes or {}, bandwidth, latency).timeline()
+    wire = {name: (sizes or {}).get(name, 0) / bandwidth for name in messages or {}}
+    return _Run(schedule, seconds, messages or {}, wire, latency).timeline()
 
 
 class _Run:
-    def __init__(self, schedule: Schedule, seconds: Mapping[Place, float], messages: Mapping[str, Message], sizes: Mapping[str, int], bandwidth: float, latency: float) -> None:
-        self.schedule, self.messages, self.latency = schedule, messages, latency
+    def __init__(self, schedule: Schedule, seconds: Mapping[Place, float], messages: Mapping[str, Message], wire: Mapping[str, float], latency: float) -> None:
+        """``wire``: seconds that each message keeps its link."""
+        self.schedule, self.messages, self.wire, self.latency = schedule, messages, wire, latency
         self.seconds = dict(seconds)
         for (part, stage), value in seconds.items():
             if runs_once(part) and stage != schedule.lane_of(stage):  # one instruction a lane, for all its stages
                 lane = schedule.lane_of(stage)
                 self.seconds[part, lane] = self.seconds.get((part, lane), 0.0) + value
-        self.wire = {name: sizes.get(name, 0) / bandwidth for name in messages}
         across = {name: message for name, message in messages.items() if not within_once(message)}
         lanes = range(len(schedule.lanes))
         self.sends = [sends(schedule, lane, across) for lane in lanes]
         self.needs = [needs(schedule, lane, across) for lane in lanes]
         self.meets = _meetings(schedule, messages)
-        self.arrived: dict[Item | tuple[str, int, int], float] = {}
+        self.arrived: dict[Item, float] = {}
         self.link: dict[tuple[int, int], float] = {}  # when the link of a pair is free
         self.at = [0] * len(schedule.lanes)
         self.free = [0.0] * len(schedule.lanes)
@@ -104,7 +105,7 @@ class _Run:
 
     def timeline(self) -> Timeline:
         todo = deque(range(len(self.schedule.lanes)))
-        waiting: dict[Item | tuple[str, int], list[int]] = {}
+        waiting: dict[tuple[str, int], list[int]] = {}  # of each value, or (part, lane) to come: who waits
         while todo:
             lane = todo.popleft()
             while self.at[lane] < len(self.schedule.lanes[lane]):
@@ -118,7 +119,8 @@ class _Run:
                     todo.extend(waiting.pop(key, ()))
         if stuck := [lane for lane, program in enumerate(self.schedule.lanes) if self.at[lane] < len(program)]:
             said = "\n  ".join(self._stuck(lane) for lane in stuck)
-            raise ScheduleError(f"{self.schedule.name}: {len(stuck)} of {len(self.schedule.lanes)} lanes never end\n  {said}\n  fix: deepseed.solver.schedules.check names the cycle")
+            many = f"{len(stuck)} of {len(self.schedule.lanes)} lanes never end"
+            raise ScheduleError(f"{self.schedule.name}: {many}\n  {said}\n  fix: deepseed.solver.schedules.check names the cycle")
         return Timeline(self.schedule, tuple(e for lane in self.events for e in lane), tuple(self.transfers))
 
     def _current(self, lane: int) -> Instruction:
@@ -163,7 +165,10 @@ class _Run:
 
     def _stuck(self, lane: int) -> str:
         i, missing = self._current(lane), self._missing(lane)
-        what = "nothing" if missing is None else f"%{missing[0]} of microbatch {missing[1]}" if missing[0] in self.messages else f"lane {missing[1]} to come to {missing[0]}"
+        what = "nothing"
+        if missing is not None:
+            name, n = missing
+            what = f"%{name} of microbatch {n}" if name in self.messages else f"lane {n} to come to {name}"
         return f"lane {lane}: {format_instruction(i, lane, self.schedule.loops)} waits for {what}"
 
 

@@ -54,7 +54,8 @@ def _scale(timeline: Timeline) -> float:
     step, loops = timeline.step_seconds, timeline.schedule.loops
     if not step:
         return 0.0
-    widths = [(LETTER * len(_label(timeline, e)) + 4) / (e.end - e.start) for e in timeline.events if e.end > e.start and e.instruction.kind != "once" and e.instruction.loop == loops]
+    main = [e for e in timeline.events if e.end > e.start and e.instruction.kind != "once" and e.instruction.loop == loops]
+    widths = [(LETTER * len(_label(timeline, e)) + 4) / (e.end - e.start) for e in main]
     return min(max([LEAST / step, *widths]), MOST / step)
 
 

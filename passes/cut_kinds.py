@@ -51,7 +51,7 @@ def kinds(p: Program) -> Kinds:
         mask = 0
         for ref in op.refs:
             mask |= made_of[ref.name]
-        if mask & _PARAM and mask & _EVERYWHERE or mask & (_PARAM | _BUFFER) and order_of(op.part) == last:
+        if (mask & _PARAM and mask & _EVERYWHERE) or (mask & (_PARAM | _BUFFER) and order_of(op.part) == last):
             mask |= _BOUND
         made_of.update(dict.fromkeys(op.results, mask))
         if not mask & _BOUND:

@@ -98,7 +98,7 @@ def split_weights(p: Program, loop: int) -> Program:
         wanted.update(r.name for r in _deepest([op for op in ops if op.stage == stage and op.target != "transfer"]).refs)
     waited = set[str]()
     for op in reversed(ops):
-        if op.target == "transfer" and op.stage < int(str(op.kw("source"))) or not wanted.isdisjoint(op.results):
+        if (op.target == "transfer" and op.stage < int(str(op.kw("source")))) or not wanted.isdisjoint(op.results):
             waited.add(op.name)
             wanted.update(r.name for r in op.refs)
     new = [replace(op, part=f"weights.{loop}") if op.part == part and op.name not in waited else op for op in p.ops]

@@ -242,7 +242,7 @@ class Assignment:
             if any(r.want is not None for r in (*refs, *self.refs[i])):
                 given = iter(refs)
                 op = op.map_refs(lambda r: next(given))  # noqa: B023
-            ops.append(replace(op, types=types))
+            ops.append(op.typed(types))
         outputs = tuple(replace(o, ref=use(i, [o.ref])[0]) for i, o in enumerate(self.p.outputs, n + len(ops)))
         return replace(self.p, inputs=inputs, ops=tuple(ops), outputs=outputs)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from gloo import pipeline
 from placed import MLP, lowered, new_state, random_inputs, random_reshard, sources
 from rows import there_and_back
 
@@ -127,8 +128,10 @@ def main(mode: str, folder: Path) -> None:
     start("gloo", timeout=60.0)
     if mode.startswith("trouble."):
         trouble(folder, mode.partition(".")[2])
+    elif mode.startswith("pipeline."):
+        pipeline.trouble(folder, mode.partition(".")[2])
     else:
-        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow, "rows": rows}[mode](folder)
+        {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow, "rows": rows, "messages": pipeline.messages}[mode](folder)
     stop()
 
 

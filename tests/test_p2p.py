@@ -1,11 +1,15 @@
-"""Messages between pipeline ranks, in one process: order, copies, and what is refused. Real processes: test_p2p_gloo.py."""
+"""Messages between pipeline ranks: order, copies, and what is refused in one process; the same over gloo, and ranks that end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from gloo import pipeline
+from test_runtime import launch, results
 from torch import Tensor
 
 from deepseed.check.collectives import perform
@@ -227,3 +231,41 @@ def test_collect_is_the_definition(layout: Layout) -> None:
     for rank in range(mesh.ranks):
         got = local_runtime().collect([parts[r] for r in mesh.group("mb", rank)], found.put.numbers)
         assert torch.equal(got, expected[rank]) and torch.equal(got, shard(x, Type("f32", shape, target), mesh, mesh.coordinate(rank)))
+
+
+# gloo ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_messages_on_gloo_are_the_simulation(tmp_path: Path, ranks: int) -> None:
+    """``ranks`` of 8: four pipeline ranks for each of two data-parallel ones."""
+    mesh = pipeline.mesh_of(ranks)
+    got = results("messages", tmp_path, ranks)
+    expected = simulate(mesh, [lambda rt, _: (*pipeline.traffic(rt), *pipeline.posted_first(rt))] * ranks, [[] for _ in range(ranks)])
+    for rank in range(ranks):
+        here = got[rank]
+        for a, b in zip(here["out"], expected[rank], strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        group = mesh.group("pp", rank)
+        p, at = len(group), group.index(rank)
+        before, after = group[at - 1], group[(at + 1) % p]
+        if here["big"]:
+            assert [x.tolist() for x in here["big"]] == [[source, (16 << 20) - 1 + source] for source in (before, after)]
+        assert here["gone"] and here["groups"] == 2 * (p - 1)
+        size = sum(dtype.itemsize * 7 for dtype in pipeline.DTYPES)  # of six numbers and one; an empty tensor is not sent
+        assert here["sent"] == (2 * 2 * len(pipeline.DTYPES) + pipeline.MANY, 2 * size + 16 * pipeline.MANY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("die", "rank 2 died"), ("raise", "rank 2 failed: ValueError: a page of the data is missing"), ("sleep", "rank 2 did not come to a message")],
+)
+def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: str, says: str) -> None:
+    began = time.monotonic()
+    done = launch(f"pipeline.{kind}", tmp_path, 4)
+    assert time.monotonic() - began < 60
+    for rank, process in enumerate(done):
+        assert process.returncode not in (0, None) and "not reached" not in process.stdout
+        if rank != 2:
+            assert says in process.stderr and f"rank {rank} gave up after" in process.stderr, f"rank {rank}:\n{process.stderr}"
+    assert "receiving from pipeline rank 2 (rank 2), message " in done[1].stderr and "receiving from pipeline rank 2 (rank 2), message 2" in done[3].stderr

@@ -252,7 +252,7 @@ def test_a_whole_parameter_is_the_modules_own_storage() -> None:
     module = nn.Linear(4, 4)
     state = State(DP2, {"dp": 0}, torch.device("cpu"))
     kept = state.put(Input("w", Type("f32", (4, 4)), "param", "weight"), module.weight)
-    state.bind(module, None)
+    state.bind(module)
     kept.zero_()
     assert module.weight.abs().sum() == 0 and isinstance(module.weight, nn.Parameter)
 
@@ -268,7 +268,7 @@ def test_split_parameters_come_back_into_the_module() -> None:
     write_back(module, states)
     assert torch.equal(module.weight, 2 * before)
     with pytest.raises(StateError, match="needs a DeviceMesh"):
-        states[0].bind(module, None)
+        states[0].bind(module)
 
 
 def test_inputs_say_what_does_not_fit() -> None:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
-from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from schedule_cases import CASES, equal_stages, received, with_lane
 
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.messages import Message, Place, chain, home, messages_of, needs, queues, receives, runs_once
+from deepseed.ir.messages import Message, chain, messages_of, needs, queues, receives, runs_once
 from deepseed.ir.program import Program
 from deepseed.ir.schedule import Instruction, Schedule
 from deepseed.ir.text import parse
-from deepseed.solver.schedules import NAMES, ScheduleError, check, check_traffic, chunks_in_flight, graph, in_flight, lanes
+from deepseed.solver.schedules import NAMES, ScheduleError, check, check_traffic, chunks_in_flight, in_flight, lanes
 from deepseed.timeline import Timeline, simulate
-from deepseed.timeline_svg import draw
 
 RANKS = range(2, 9)
-
-
-def equal_stages(s: Schedule) -> dict[Place, float]:
-    """Forward 1, backward 2; in zb backward is 1 for the inputs and 1 for the weights."""
-    split = s.name == "zb"
-    kinds = {"forward": 1.0, "backward": 1.0 if split else 2.0} | ({"weights": 1.0} if split else {})
-    return {(f"{kind}.{s.loops}", stage): value for kind, value in kinds.items() for stage in range(s.stages)}
 
 
 def run(name: str, p: int, m: int, v: int = 1) -> Timeline:
@@ -208,9 +196,6 @@ def test_a_deadlock_names_the_instructions_and_the_lanes() -> None:
     assert "F4@8 of lane 0 waits for F4@7 of lane 3 (%x.8)" in str(error.value)
 
 
-CASES = [("gpipe", 3, 4, 1), ("1f1b", 4, 6, 1), ("interleaved", 2, 5, 2), ("interleaved", 3, 6, 2), ("zb", 3, 5, 1)]
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mutants_are_refused(case: tuple[str, int, int, int]) -> None:
     """Every instruction in turn: dropped, doubled, run on another lane, and put before the part of its microbatch that it needs."""
@@ -229,17 +214,13 @@ def test_mutants_are_refused(case: tuple[str, int, int, int]) -> None:
                 mutants[f"deadlocks: {k}"] = tuple(swapped)
             for says, mutant in mutants.items():
                 with pytest.raises(ScheduleError, match=says.partition(":")[0]):
-                    check(_with(s, lane, mutant), messages, parts)
+                    check(with_lane(s, lane, mutant), messages, parts)
                 count += 1
             if i.stage + 1 < s.stages and not runs_once(i.part):
                 beside = (lane + 1) % len(s.lanes)
                 with pytest.raises(ScheduleError, match=f"lane {beside} runs .*, which lane {lane} of"):
-                    check(_with(_with(s, lane, mutants["runs 0 times"]), beside, (*s.lanes[beside], i)), messages, parts)
+                    check(with_lane(with_lane(s, lane, mutants["runs 0 times"]), beside, (*s.lanes[beside], i)), messages, parts)
     assert count > 3 * s.stages * s.microbatches
-
-
-def _with(s: Schedule, lane: int, program: tuple[Instruction, ...]) -> Schedule:
-    return replace(s, lanes=(*s.lanes[:lane], program, *s.lanes[lane + 1 :]))
 
 
 def test_a_schedule_over_its_memory_bound_is_refused() -> None:
@@ -259,23 +240,14 @@ def _gpipe_of_chunks() -> tuple[tuple[Instruction, ...], ...]:
 def test_a_missing_microbatch_and_a_stray_one_are_named() -> None:
     s = lanes("1f1b", 2, 3)
     with pytest.raises(ScheduleError, match="F2 of lane 0 runs 0 times"):
-        check(_with(s, 0, tuple(i for i in s.lanes[0] if (i.kind, i.microbatch) != ("forward", 2))), chain(2))
+        check(with_lane(s, 0, tuple(i for i in s.lanes[0] if (i.kind, i.microbatch) != ("forward", 2))), chain(2))
     with pytest.raises(ScheduleError, match="F7 of lane 1 is of microbatch 7, and there are 3"):
-        check(_with(s, 1, (*s.lanes[1], Instruction("forward.1", 1, 7))), chain(2))
+        check(with_lane(s, 1, (*s.lanes[1], Instruction("forward.1", 1, 7))), chain(2))
     with pytest.raises(ScheduleError, match=r"W0 of lane 1 runs 0 times"):
         check(s, chain(2), {("weights.1", 1)})
 
 
 # traffic --------------------------------------------------------------------------------------------------------------
-
-
-def _received(s: Schedule, messages: Mapping[str, Message]) -> dict[tuple[int, int], list[tuple[str, int]]]:
-    out: dict[tuple[int, int], list[tuple[str, int]]] = {}
-    for lane in range(len(s.lanes)):
-        for items in receives(s, lane, messages):
-            for name, microbatch in items:
-                out.setdefault((s.lane_of(messages[name][0][1]), lane), []).append((name, microbatch))
-    return out
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -285,14 +257,14 @@ def test_order_of_a_pair_is_that_of_first_use_in_every_schedule(case: tuple[str,
     messages = chain(s.stages)
     for lane in range(len(s.lanes)):
         assert [sorted(items) for items in receives(s, lane, messages)] == [sorted(items) for items in needs(s, lane, messages)]
-    assert _received(s, messages) == queues(s, messages)
+    assert received(s, messages) == queues(s, messages)
     assert sum(map(len, queues(s, messages).values())) == len(messages) * s.microbatches
 
 
 def test_traffic_that_differs_is_refused() -> None:
     s = lanes("1f1b", 3, 4)
     sent = queues(s, chain(3))
-    check_traffic(sent, _received(s, chain(3)), s.name)
+    check_traffic(sent, received(s, chain(3)), s.name)
     x0, x1, *others = sent[0, 1]
     for pair, items, says in [
         ((0, 1), [x1, x0, *others], "number 0 is %x.1 of microbatch 0 sent and %x.1 of microbatch 1 received"),
@@ -324,26 +296,7 @@ def test_values_that_cross_once_go_before_the_loop_or_after_it() -> None:
     assert queues(s, messages)[0, 1][0] == ("tied", 0)
     assert queues(s, messages)[1, 0][-1] == ("sum", 0)
     with pytest.raises(ScheduleError, match="deadlocks"):  # the sum is complete only when every microbatch has run
-        check(_with(s, 1, (*s.lanes[1][:-2], s.lanes[1][-1], s.lanes[1][-2])), messages)
-
-
-def norm(s: Schedule) -> dict[str, Message]:
-    """A gradient norm: each stage's summand to stage 0, the sum back to each."""
-    part = f"once.{s.loops}"
-    there: dict[str, Message] = {f"square.{k}": ((part, k), (part, 0)) for k in range(1, s.stages)}
-    return there | {f"norm.{k}": ((part, 0), (part, k)) for k in range(1, s.stages)}
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_norm_crosses_to_and_fro_within_once(case: tuple[str, int, int, int]) -> None:
-    s = lanes(*case)
-    messages = {**chain(s.stages), **norm(s)}
-    check(s, messages)
-    t = simulate(s, {**equal_stages(s), **{("once.1", k): 4.0 for k in range(s.stages)}}, messages, dict.fromkeys(norm(s), 2), bandwidth=4.0, latency=0.25)
-    looped = max(e.end for e in t.events if not runs_once(e.instruction.part))
-    starts = {e.start for e in t.events if e.instruction.part == "once.1"}
-    assert max(starts) == looped + 0.75  # all wait for the last lane, and for its message
-    assert t.step_seconds == looped + 0.75 + 4.0 * s.stages / len(s.lanes)
+        check(with_lane(s, 1, (*s.lanes[1][:-2], s.lanes[1][-1], s.lanes[1][-2])), messages)
 
 
 STAGED = """
@@ -376,118 +329,3 @@ def test_messages_of_a_program_lead_to_the_first_use() -> None:
     one_lane = lanes("interleaved", 1, 2, 3)
     check(one_lane, messages)
     assert queues(one_lane, messages) == {}
-
-
-# simulated time ---------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_over_bandwidth_and_latency() -> None:
-    """Two stages: a link carries one message at a time, and latency overlaps with the next message's bytes."""
-    s = lanes("gpipe", 2, 3, parts={("forward.1", 0), ("forward.1", 1)})
-    messages: dict[str, Message] = {"x": (("forward.1", 0), ("forward.1", 1))}
-    t = simulate(s, {("forward.1", 0): 1.0, ("forward.1", 1): 1.0}, messages, {"x": 8}, bandwidth=4.0, latency=0.5)
-    assert [(x.start, x.end) for x in t.transfers] == [(1.0, 3.5), (3.0, 5.5), (5.0, 7.5)]
-    assert [(e.start, e.end) for e in t.events if e.lane == 1] == [(3.5, 4.5), (5.5, 6.5), (7.5, 8.5)]
-    assert t.step_seconds == 8.5
-    assert t.busy == (3.0, 3.0)
-    assert t.bubble_share == 1 - 6 / 17
-
-
-@st.composite
-def scheduled(draw: st.DrawFn) -> tuple[Schedule, dict[str, Message]]:
-    """Any schedule, with the messages of a pipeline and others that a cut may make: skips, late uses, tied weights, norms."""
-    name = draw(st.sampled_from(NAMES))
-    p, m, v = draw(st.integers(1, 6)), draw(st.integers(1, 13)), draw(st.integers(1, 3)) if name == "interleaved" else 1
-    loops = draw(st.integers(1, 3))
-    s = lanes(name, p, m, v, loops)
-    messages: dict[str, Message] = {f"{n}.{q}": message for q in range(1, loops + 1) for n, message in chain(s.stages, q).items()}
-    stages = st.integers(0, s.stages - 1)
-    for n in range(draw(st.integers(0, 5))):
-        low, high = sorted((draw(stages), draw(stages)))
-        q = draw(st.integers(1, loops))
-        kinds: list[Message] = [((f"backward.{q}", high), (f"once.{q}", low)), ((f"once.{q - 1}", high), (f"forward.{q}", low)), ((f"once.{q}", low), (f"once.{q}", high))]
-        kinds += [((f"once.{q}", high), (f"once.{q}", low)), ((f"forward.{q}", high), (f"backward.{q}", low)), ((f"forward.{q}", low), (f"backward.{q}", high))]
-        if low < high:
-            kinds += [((f"forward.{q}", low), (f"forward.{q}", high)), ((f"backward.{q}", high), (f"backward.{q}", low))]
-        messages[f"more.{n}"] = draw(st.sampled_from(kinds))
-    return s, messages
-
-
-@settings(max_examples=150, deadline=None)
-@given(scheduled(), st.randoms(use_true_random=False))
-def test_every_schedule_runs_to_its_end(case: tuple[Schedule, dict[str, Message]], random: Random) -> None:
-    s, messages = case
-    check(s, messages)
-    assert parse(str(program := Program("p", Mesh((("dp", 2),)), (), (), (), schedule=s))) == program
-    assert _received(s, messages) == queues(s, messages)
-    places = {home(s, (i.part, i.stage)) for lane in s.lanes for i in lane}
-    seconds = {place: random.uniform(0.5, 2) for place in sorted(places)}
-    t = simulate(s, seconds, messages, {name: 1 + n for n, name in enumerate(messages)}, bandwidth=50.0, latency=0.01)
-    assert [e.instruction for e in t.events] == [i for lane in s.lanes for i in lane]
-    assert all(abs(e.end - e.start - seconds[e.instruction.part, e.instruction.stage]) < 1e-9 for e in t.events)
-    assert all(a.lane != b.lane or a.end <= b.start for a, b in pairwise(t.events))
-    when = {e.instruction: e for e in t.events}
-    assert all(when[a].end <= when[b].start for a, b in graph(s, messages).edges)
-    arrived = {(x.name, x.microbatch): x.end for x in t.transfers}
-    for lane, program_of_lane in enumerate(s.lanes):
-        for i, items in zip(program_of_lane, needs(s, lane, messages), strict=True):
-            assert all(arrived[item] <= when[i].start for item in items if item in arrived)
-    assert max(t.busy) <= t.step_seconds + 1e-9
-    assert 0 <= t.bubble_share < 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(scheduled(), st.data())
-def test_what_the_check_lets_pass_runs_to_its_end(case: tuple[Schedule, dict[str, Message]], data: st.DataObject) -> None:
-    """Two instructions of a lane swapped at random: a run that is stuck was refused, and only for a deadlock or for its memory."""
-    s, messages = case
-    lane = data.draw(st.integers(0, len(s.lanes) - 1))
-    a, b = (data.draw(st.integers(0, len(s.lanes[lane]) - 1)) for _ in range(2))
-    swapped = list(s.lanes[lane])
-    swapped[a], swapped[b] = swapped[b], swapped[a]
-    mutant = _with(s, lane, tuple(swapped))
-    try:
-        check(mutant, messages)
-    except ScheduleError as error:
-        assert ("deadlocks" in str(error) and " waits for " in str(error)) or " holds " in str(error)
-    else:
-        assert len(simulate(mutant, {}, messages).events) == len([i for program in mutant.lanes for i in program])
-
-
-def test_a_large_schedule_is_made_checked_and_run_in_a_moment() -> None:
-    """Work, not seconds: 4096 instructions give at most four edges each, so all three are linear."""
-    s = lanes("interleaved", 8, 64, 4)
-    looped = sum(not runs_once(i.part) for lane in s.lanes for i in lane)
-    assert looped == 2 * 32 * 64
-    check(s, chain(32))
-    assert graph(s, chain(32)).number_of_edges() < 4 * looped
-    assert abs(simulate(s, equal_stages(s), chain(32)).bubble_share - 7 / (4 * 64 + 7)) < 1e-12
-
-
-# the picture ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", [("1f1b", 8, 32, 1), ("interleaved", 4, 8, 2), ("zb", 4, 8, 1)], ids=str)
-def test_the_picture_has_a_box_an_instruction(case: tuple[str, int, int, int]) -> None:
-    t = simulate(s := lanes(*case), {place: value / 1000 for place, value in equal_stages(s).items()}, chain(s.stages))
-    ns = {"s": "http://www.w3.org/2000/svg"}
-    root = ET.fromstring(draw(t))
-    boxes = [g for g in root.findall("s:g", ns) if (g.get("class") or "").startswith("box ")]
-    assert len(boxes) == len(t.events)
-    looped = [g for g in boxes if g.get("class") != "box once"]
-    titles = [g.findtext("s:title", "", ns) for g in looped]
-    assert len(set(titles)) == len(titles) == sum(not runs_once(e.instruction.part) for e in t.events)
-    assert all(title.startswith(f"{g.findtext('s:text', '', ns)} stage ") and g.findtext("s:text", "", ns) for g, title in zip(looped, titles, strict=True))  # each has room for its text
-    rows = {g.find("s:rect", ns).get("y") for g in boxes}  # type: ignore[union-attr]
-    assert len(rows) == len(s.lanes)
-    assert sorted({title.split("rank ")[1].split(":")[0] for title in titles}) == [str(k) for k in range(len(s.lanes))]
-    shades = {r.get("fill-opacity") for g in boxes if (r := g.find("s:rect", ns)) is not None}
-    assert len(shades) == s.stages // len(s.lanes)
-    width = float(root.get("width", "0"))
-    assert all(float(r.get("x", "0")) + float(r.get("width", "0")) <= width for r in root.iter("{http://www.w3.org/2000/svg}rect"))
-    assert "0 ms" in [x.text for x in root.findall("s:text", ns)]
-    assert "http" not in draw(t).replace("http://www.w3.org/2000/svg", "")
-
-
-def test_a_timeline_of_no_time_can_be_drawn() -> None:
-    assert ET.fromstring(draw(simulate(lanes("gpipe", 2, 2), {}))).tag.endswith("svg")

@@ -8,7 +8,7 @@ of constants alone: that is rounded as the program rounds it. What was proved is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -19,7 +19,6 @@ from deepseed.check import instances
 from deepseed.check.shrink import Instance
 from deepseed.check.smaller import MOST, Shapes, sizes
 from deepseed.check.translation import Made, Numbering
-from deepseed.check.typing import nameless
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, Arg, Op, Type
 from deepseed.ops import OpError, run, torch_dtype
@@ -45,21 +44,17 @@ class Fragment:
             return False
         self.leaves.discard(n)
         self.opened[n] = made
-        self.leaves.update(m for m in made.operands if m not in self.opened)
+        self.leaves.update([m for m in made.operands if m not in self.opened])
         return True
 
     def close_over(self, other: Numbering, but: int | None = None) -> None:
         """Open what the other program does not have (``but`` counts as such), and constants."""
-        constant = self.side.table.constant
-
-        def due(n: int) -> bool:
-            return n == but or n in constant or not other.has(n)
-
-        pending = [n for n in self.leaves if due(n)]
-        while pending and len(self.opened) <= MOST_OPS:
+        constant, holders, opened = self.side.table.constant, other.holders, self.opened
+        pending = [n for n in self.leaves if n == but or n in constant or holders.get(n, 0) <= 0]
+        while pending and len(opened) <= MOST_OPS:
             n = pending.pop()
             if n in self.leaves and self.open(n):
-                pending += [m for m in self.opened[n].operands if m in self.leaves and due(m)]
+                pending += [m for m in opened[n].operands if m not in opened and (m == but or m in constant or holders.get(m, 0) <= 0)]
 
     def order(self) -> list[int]:
         """Opened values, operands first."""
@@ -91,20 +86,22 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     while True:
         old.close_over(after, now)
         new.close_over(before)
+        fits = old.leaves <= new.leaves or new.leaves <= old.leaves
+        if first is None and fits:
+            found = _compared(old, new, False)
+            if found is None:
+                return None
+            first, step, left = (found, old.ops(), new.ops()), 1, 1  # leaves that are made of one another are opened from here on
         both = old.leaves | new.leaves
         within = {n for n in both if n in before.made and both.issuperset(before.made[n].operands)} if first else set()
         apart = within or old.leaves ^ new.leaves | ({n for n in both if _made_of(before, n, both - {n})} if first else set())
         latest = max((n for n in apart if n in place), key=place.__getitem__, default=-1)
         opened = [each for each in (old, new) if latest in each.leaves]
         last = not all(latest in each.side.made for each in opened) or len(old.opened) + len(new.opened) > MOST_OPS
-        if (last or not opened or left <= 0) and (old.leaves <= new.leaves or new.leaves <= old.leaves):
-            found = _compared(old, new, first is not None)
-            if found is None:
+        if first is not None and fits and (last or not opened or left <= 0):
+            if _compared(old, new, True) is None:
                 return None
-            left = step = max(1, 2 * step)
-            if first is None:
-                first = found, old.ops(), new.ops()
-                continue  # leaves that are made of one another are opened from here on
+            left = step = 2 * step
         if last or not opened or not all([each.open(latest) for each in opened]):
             break
         left -= 1
@@ -127,44 +124,50 @@ def _made_of(side: Numbering, n: int, others: set[int]) -> bool:
 
 
 def _compared(old: Fragment, new: Fragment, thorough: bool) -> str | None:
-    """None where the expressions agree; remembered as they stand, and at the sizes at which they were run."""
+    """None where the expressions agree; remembered as they stand, and at the sizes at which they were run. Where they do not, this is
+    remembered for the programs that share their table."""
     file = instances._file(None)
-    known = instances._known(file)
-    types = old.side.table.types
-    digests = [_digest(old, new, lambda n: types[n][1], thorough)]
-    if digests[0] in known:
+    known, differ, types = instances._known(file), old.side.table.differ, old.side.table.types
+    digest = _digest(old, new, lambda n: types[n][1], thorough)
+    if digest in known:
         return None
+    if digest not in differ:
+        why, proved = _agree(old, new, thorough, known)
+        if why is None:
+            proved = {digest, *proved} if proved is not None else set()
+            instances._remember(file, sorted(proved - known))
+            known.update(proved)
+            return None
+        differ[digest] = why
+    return differ[digest]
+
+
+def _agree(old: Fragment, new: Fragment, thorough: bool, known: Collection[str]) -> tuple[str | None, set[str] | None]:
+    """None where the expressions agree, else why not; and, of smaller sizes, the digests at which that was shown (None: it was not)."""
+    types = old.side.table.types
     try:
         shapes = _shapes(old, new)
     except RuleError as error:
-        return f"no sizes fit an op of these: {error}"
-    if not _runs(old, new, shapes):
-        shapes = {n: types[n][1] for n in shapes}
-    if sum(prod(s) for s in shapes.values()) > MOST:
-        new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
-        return None  # too large to run, and it cannot be made smaller
-    digests.append(_digest(old, new, shapes.__getitem__, thorough))
-    if digests[1] not in known:
-        why = _run(old, new, shapes, thorough)
-        if why is not None:
-            own = {n: types[n][1] for n in shapes}
-            if own == shapes or sum(prod(s) for s in own.values()) > MOST or _run(old, new, own, thorough) is not None:
-                return why
-            digests.pop()  # a number in it was taken from a size: equal at its own sizes only
-    instances._remember(file, sorted({*digests} - known))
-    known.update(digests)
-    return None
+        return f"no sizes fit an op of these: {error}", None
+    own = {n: types[n][1] for n in shapes}
+    if _elements(shapes) <= MOST:
+        digest = _digest(old, new, shapes.__getitem__, thorough)
+        if digest in known:
+            return None, {digest}
+        why, runs = _run(old, new, shapes, thorough)
+        if why is None:
+            return None, {digest}
+        if own == shapes or (runs and _elements(own) > MOST):
+            return why, None
+        if _elements(own) <= MOST:  # it does not run at other sizes than its own, or a number in it was taken from a size
+            again, _ = _run(old, new, own, thorough)
+            return (again and (why if runs else again)), set()
+    new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
+    return None, None  # too large to run, and it cannot be made smaller
 
 
-def _runs(old: Fragment, new: Fragment, shapes: Shapes) -> bool:
-    """Whether the old expression runs at other sizes than its own."""
-    if all(old.side.table.types[n][1] == s for n, s in shapes.items()):
-        return True
-    try:
-        _value(old, {n: _leaf(n, old, new, shapes, *RANGES[1], torch.Generator().manual_seed(0)) for n in sorted(old.leaves | new.leaves)}, shapes)
-    except (OpError, LookupError):
-        return False
-    return True
+def _elements(shapes: Shapes) -> int:
+    return sum(map(prod, shapes.values()))
 
 
 def _digest(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]], thorough: bool) -> str:
@@ -182,20 +185,22 @@ def _shapes(old: Fragment, new: Fragment) -> dict[int, tuple[int, ...]]:
 def _results(f: Fragment, n: int) -> tuple[int, ...]:
     """The numbers of all results of the op that makes ``n``."""
     made = f.opened[n]
-    return tuple(n if k == made.result else f.side.numbers[r] for k, r in enumerate(made.op.results))
+    results = made.op.results
+    return (n,) if len(results) == 1 and made.result == 0 else tuple([n if k == made.result else f.side.numbers[r] for k, r in enumerate(results)])
 
 
 def _text(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]]) -> list[object]:
     """Both expressions with values and sites numbered from the leaves up: equal for equal layers."""
     names: dict[object, int] = {}
     out: list[object] = []
+    types = old.side.table.types
     for f in (old, new):
         local: dict[int, int] = {}
         for n in f.order():
-            made = f.opened[n]
-            reads = [local[m] if m in local else ("leaf", names.setdefault(m, len(names)), f.side.table.types[m][0], shape(m)) for m in made.operands]
-            kwargs = tuple((k, names.setdefault(v, len(names)) if k == "site" else nameless(v)) for k, v in made.op.kwargs)
-            out.append((made.op.target, nameless(made.op.args), kwargs, reads, made.result, [(t.dtype, shape(m)) for t, m in zip(made.op.types, _results(f, n), strict=True)]))
+            op, result, operands = f.opened[n].op, f.opened[n].result, f.opened[n].operands
+            reads = [local[m] if m in local else ("leaf", names.setdefault(m, len(names)), types[m][0], shape(m)) for m in operands]
+            site = None if (site := op.kw("site")) is None else names.setdefault(site, len(names))
+            out.append((op.form, site, reads, result, [(t.dtype, shape(m)) for t, m in zip(op.types, _results(f, n), strict=True)]))
             local[n] = len(out)
         out.append(("end", local.get(f.root) or ("leaf", names.setdefault(f.root, len(names)))))
     return out
@@ -204,9 +209,10 @@ def _text(old: Fragment, new: Fragment, shape: Callable[[int], tuple[int, ...]])
 # running ------------------------------------------------------------------------------------------------------------
 
 
-def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> str | None:
+def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> tuple[str | None, bool]:
     """None where both give the same numbers: on the first range of operands on which the old one is finite (``thorough``, or where
-    a scalar could hide behind a bound: on all), and with each integer of its arguments among the integers, where it runs on them."""
+    a scalar could hide behind a bound: on all), and with each integer of its arguments among the integers, where it runs on them. Also
+    whether the old one runs."""
     leaves = sorted(old.leaves | new.leaves)
     thorough = thorough or any(shapes[n] == () and old.side.table.types[n][0] in FLOATS for n in leaves)
     integers = any(old.side.table.types[n][0] == "i64" for n in leaves)
@@ -227,14 +233,14 @@ def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> str | 
         if mark is not None or (thorough and not wrong):
             why = _differ(new, drawn, whole, shapes)
             if why is not None:
-                return why
+                return why, True
         if mark is None and (best is None or wrong < best[0]):
             best = (wrong, drawn, whole)
         if not thorough and best is not None and not best[0]:
             break
     if best is None:
-        return f"the expression before the pass does not run on random operands: {failure}"
-    return _differ(new, best[1], best[2], shapes) if best[0] or not thorough else None
+        return f"the expression before the pass does not run on random operands: {failure}", False
+    return _differ(new, best[1], best[2], shapes) if best[0] or not thorough else None, True
 
 
 def _differ(new: Fragment, drawn: dict[int, Tensor], whole: Tensor, shapes: Shapes) -> str | None:

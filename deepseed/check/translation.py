@@ -9,18 +9,19 @@ wrong decomposition is named where it stands. What one rank runs is compared wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
-from deepseed.check.typing import MOVES, SAME, describe, nameless, operand_types
+from deepseed.check.typing import MOVES, SAME, describe, operand_types
 from deepseed.ir.mesh import STAGES, TIME
 from deepseed.ir.program import Arg, Op, Program, Ref
 from deepseed.ir.subaxes import on_axes_of
 from deepseed.ir.text import format_op
 from deepseed.rules import localize_timed, on_lane
 
-IDENTITY = (*MOVES, *SAME, "reshard")
+IDENTITY = frozenset((*MOVES, *SAME, "reshard"))
 # An op that writes into its operands, which its schema does not say: operand positions, and the argument that must be true.
 WRITES: dict[str, tuple[tuple[int, ...], int]] = {"aten.native_batch_norm": ((3, 4), 5)}
 
@@ -29,8 +30,7 @@ class TranslationError(ValueError):
     """A value that a pass made another one: names node, module path, both expressions and, where they were run, both numbers."""
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """How a program makes one numbered value: result ``result`` of ``op``, or (-1 - i) what it writes into operand i."""
 
     op: Op
@@ -45,6 +45,7 @@ class Table:
     ids: dict[tuple[object, ...], int] = field(default_factory=dict)
     types: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # dtype and shape by number
     constant: set[int] = field(default_factory=set)  # made of no input
+    differ: dict[str, str] = field(default_factory=dict)  # expressions that were run and give other numbers, by digest: why
 
     def number(self, key: tuple[object, ...], types: list[tuple[str, tuple[int, ...]]], constant: bool) -> int:
         """The number of the first of the values that ``key`` means; the others follow it."""
@@ -64,19 +65,18 @@ class Numbering:
     program: Program
     table: Table
     numbers: dict[str, int] = field(default_factory=dict)  # by value name; what was written into has its new one
-    reads: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by op name: its operands
+    steps: dict[str, tuple[Op, tuple[int, ...]]] = field(default_factory=dict)  # by op name: the op, and its operands
     made: dict[int, Made] = field(default_factory=dict)
     unproved: list[str] = field(default_factory=list)  # expressions that were too large to run: taken as equal, and said so
     holders: dict[int, int] = field(default_factory=dict)  # by number: how many names have it
 
-    def name(self, names: Iterable[str], numbers: Iterable[int]) -> None:
-        """Give each value its number."""
-        known, holders = self.numbers, self.holders
-        for name, n in zip(names, numbers, strict=True):
-            if name in known:
-                holders[known[name]] -= 1
-            known[name] = n
-            holders[n] = holders.get(n, 0) + 1
+    def name(self, name: str, n: int) -> None:
+        """Give a value its number."""
+        holders = self.holders
+        if name in self.numbers:
+            holders[self.numbers[name]] -= 1
+        self.numbers[name] = n
+        holders[n] = holders.get(n, 0) + 1
 
     def has(self, n: int) -> bool:
         """Whether a value of the program, as far as it is numbered, has number ``n``."""
@@ -99,9 +99,9 @@ def number(p: Program) -> Numbering:
     out = Numbering(p, Table())
     _inputs(out)
     for op in p.ops:
-        _read(out, op)
+        reads = _read(out, op)
         if op.target not in IDENTITY:
-            _define(out, op, _lookup(out, op))
+            _define(out, op, reads, _lookup(out, op, reads))
     return out
 
 
@@ -116,25 +116,26 @@ def follow(before: Numbering, after: Program) -> Numbering:
         raise TranslationError(
             f"input {role} {key!r} is {new_inputs.get((role, key), 'gone')} after the pass, {old_inputs.get((role, key), 'missing')} before it"
         )
-    producers, numbers = before.program.producers, before.numbers
+    steps, numbers = before.steps, before.numbers
     for op in after.ops:
         reads = _read(out, op)
         if op.target in IDENTITY:
             continue
-        old = producers.get(op.results[0])
-        if old is not None and before.reads[old.results[0]] == reads and _same(old, op):
-            same = [numbers[r] for r in op.results]
-            out.name(op.results, same)
-            for k, n in enumerate(same):
-                out.made.setdefault(n, Made(op, k, reads))
+        step = steps.get(op.results[0])
+        if step is not None and step[1] == reads and (step[0] is op or _same(step[0], op)):
+            for k, r in enumerate(op.results):
+                n = numbers[r]
+                out.name(r, n)
+                if n not in out.made:
+                    out.made[n] = before.made[n] if step[0] is op else Made(op, k, reads)
             continue
-        first = _lookup(out, op)
-        _define(out, op, first)
+        first = _lookup(out, op, reads)
+        _define(out, op, reads, first)
         for k, (r, t) in enumerate(zip(op.results, op.types, strict=True)):
             was = numbers.get(r)
             if was is not None and was != first + k and before.table.types[was] == (t.dtype, t.shape):
                 _prove(before, out, was, first + k, op)
-                out.name((r,), (was,))
+                out.name(r, was)
                 out.made.setdefault(was, out.made[first + k])
     want, have = before.outputs, out.outputs
     for role, key in [*want, *(k for k in have if k not in want)]:
@@ -162,8 +163,9 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
             made = shared.producers.get(o.ref.name)
             at = f", made at {made.path or 'the top level'}" if made is not None else ""
             raise TranslationError(f"output {mine_o.role} {mine_o.key!r} is %{mine_o.ref.name} on {where}; due is {o.role} {o.key!r}, %{o.ref.name}{at}")
+    shared_types = shared.types
     for n, (op, got) in enumerate(zip(shared.ops, mine.ops, strict=False)):
-        want = localize_timed(op, tuple(shared.types[r.name] for r in op.refs), shared.mesh, coordinate)
+        want = localize_timed(op, [shared_types[r.name] for r in op.refs], shared.mesh, coordinate)
         if want is not got and want != got:
             types = {**shared.types, **mine.types}
             raise TranslationError(
@@ -180,28 +182,31 @@ def check_localized(shared: Program, mine: Program, coordinate: Mapping[str, int
 def _inputs(out: Numbering) -> None:
     for i in out.program.inputs:
         t = (i.type.dtype, i.type.shape)
-        out.name((i.name,), (out.table.number(("input", i.role, i.key, t), [t], False),))
+        out.name(i.name, out.table.number(("input", i.role, i.key, t), [t], False))
 
 
 def _read(out: Numbering, op: Op) -> tuple[int, ...]:
     """The numbers of the operands; what a move brings has its operand's."""
     numbers = out.numbers
     reads = tuple([numbers[r.name] for r in op.refs])
-    out.reads[op.results[0]] = reads
+    out.steps[op.results[0]] = op, reads
     if op.target in IDENTITY:
-        out.name(op.results, reads[: len(op.results)])  # which ids rows travel by is for typing
+        for r, n in zip(op.results, reads, strict=False):  # which ids rows travel by is for typing
+            out.name(r, n)
     return reads
 
 
 def _same(old: Op, op: Op) -> bool:
     """The same op, layouts and operands aside."""
-    if old is op:
-        return True
     if old.target != op.target or old.results != op.results:
         return False
-    if not _alike(old.kwargs, op.kwargs) or not _alike(old.args, op.args):
+    if not (old.kwargs is op.kwargs or _alike(old.kwargs, op.kwargs)) or not (old.args is op.args or _alike(old.args, op.args)):
         return False
-    return all(a is b or (a.dtype, a.shape) == (b.dtype, b.shape) for a, b in zip(old.types, op.types, strict=True))
+    if old.types is not op.types:
+        for a, b in zip(old.types, op.types, strict=True):
+            if a is not b and (a.shape != b.shape or a.dtype != b.dtype):
+                return False
+    return True
 
 
 def _alike(a: Arg | tuple[object, ...], b: Arg | tuple[object, ...]) -> bool:
@@ -213,23 +218,22 @@ def _alike(a: Arg | tuple[object, ...], b: Arg | tuple[object, ...]) -> bool:
     return type(a) is type(b) and (isinstance(a, Ref) or a == b)
 
 
-def _lookup(out: Numbering, op: Op) -> int:
+def _lookup(out: Numbering, op: Op, reads: tuple[int, ...]) -> int:
     types = [(t.dtype, t.shape) for t in op.types]
-    reads = out.reads[op.results[0]]
-    return out.table.number((op.target, nameless(op.args), nameless(op.kwargs), reads, tuple(types)), types, all(r in out.table.constant for r in reads))
+    constant = out.table.constant
+    return out.table.number((op.form, op.kw("site"), reads, tuple(types)), types, all([r in constant for r in reads]))
 
 
-def _define(out: Numbering, op: Op, first: int) -> None:
-    reads = out.reads[op.results[0]]
-    out.name(op.results, range(first, first + len(op.results)))
-    for k in range(len(op.results)):
+def _define(out: Numbering, op: Op, reads: tuple[int, ...], first: int) -> None:
+    for k, r in enumerate(op.results):
+        out.name(r, first + k)
         out.made.setdefault(first + k, Made(op, k, reads))
     positions, given = WRITES.get(op.target, ((), 0))
     for i in positions if positions and op.args[given] else ():
         if i < len(op.refs) and op.args[i] is op.refs[i]:
             t = out.table.types[reads[i]]
             new = out.table.number(("written", first, i), [t], False)
-            out.name((op.refs[i].name,), (new,))
+            out.name(op.refs[i].name, new)
             out.made[new] = Made(op, -1 - i, reads)
 
 

@@ -7,11 +7,12 @@ axis, in the way of its kind (MOVES).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from deepseed.ir.collective import IN_TIME, LOCAL
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import Arg, Op, Program, Ref, Type
+from deepseed.ir.program import Op, Program, Type
 from deepseed.ir.subaxes import joint
 from deepseed.ir.text import format_type
 from deepseed.rules import is_instance, show
@@ -39,18 +40,46 @@ class TypingError(ValueError):
     """An op whose layouts are no instance of its rule: names node, module path, line, layouts, and why."""
 
 
-def check_types(p: Program) -> None:
-    """Raise TypingError at the first op whose operand and result layouts are no instance of its rule."""
-    seen: set[tuple[object, ...]] = set()
+@dataclass
+class Typed:
+    """What was found well typed on one mesh. Programs after one another share most of their ops, and of these the operands' types."""
+
+    mesh: Mesh = Mesh()
+    types: dict[str, Type] = field(default_factory=dict)  # of the values that the ops read
+    ops: dict[int, Op] = field(default_factory=dict)  # these very ops, by id
+    keys: set[tuple[object, ...]] = field(default_factory=set)  # of instances
+    owned: bool = False  # whether any of them has rows that ids own
+
+    def onward(self, p: Program) -> None:
+        """Forget what does not hold of ``p``: all on another mesh, the ops where a value has another type now."""
+        if self.mesh != p.mesh:
+            self.mesh, self.types, self.keys, self.owned = p.mesh, {}, set(), False
+        known = self.types
+        if any([known.get(name, t) is not t and known[name] != t for name, t in p.types.items()]) or not known:
+            self.ops = {}
+        known.update(p.types)
+
+
+def check_types(p: Program, known: Typed | None = None) -> None:
+    """Raise TypingError at the first op whose operand and result layouts are no instance of its rule. ``known``: what earlier programs
+    have shown; what this one shows is added."""
+    known = Typed() if known is None else known
+    known.onward(p)
+    ops, keys = known.ops, known.keys
     for op in p.ops:
+        if id(op) in ops:
+            continue
         operands = operand_types(p, op)
         key = instance_key(op, operands)
-        if key not in seen:
+        if key not in keys:
             why = why_not(op, operands, p.mesh)
             if why is not None:
                 raise TypingError(f"{describe(op, operands, p.mesh)}\n  {why}")
-            seen.add(key)
-    _check_keys(p)
+            keys.add(key)
+            known.owned = known.owned or any(isinstance(e, Owned) for t in (*operands, *op.types) for _, e in t.layout.elements)
+        ops[id(op)] = op
+    if known.owned:
+        _check_keys(p)
 
 
 def _check_keys(p: Program) -> None:
@@ -178,14 +207,3 @@ def _kind(element: Element) -> str:
 
 def _elements(layout: Layout) -> str:
     return ", ".join(f"{axis}: {show(e)}" for axis, e in layout.elements) or "whole"
-
-
-_ANY = Ref("")
-
-
-def nameless(arg: Arg) -> Arg:
-    if isinstance(arg, Ref):
-        return _ANY
-    if isinstance(arg, tuple):
-        return tuple(map(nameless, arg))
-    return arg

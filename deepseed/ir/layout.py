@@ -76,6 +76,9 @@ class Layout:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Layout, (self.elements,)  # hashes differ from process to process
+
     @staticmethod
     def of(**elements: Element) -> Layout:
         return Layout(tuple(sorted((axis, e) for axis, e in elements.items() if e is not None)))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-
 
 TIME = "mb"  # the axis whose points run one after another: microbatches
 STAGES = "pp"  # the axis of ranks on which no tensor is laid out: each of its ranks runs other ops
@@ -50,7 +49,7 @@ class Mesh:
 
     def seen_from(self, coordinate: Mapping[str, int]) -> Mesh:
         """The mesh as the rank at ``coordinate`` sees it."""
-        return replace(self, at=tuple((name, coordinate[name]) for name in self.names))
+        return Mesh(self.axes, tuple([(name, coordinate[name]) for name, _ in self.axes]))
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deepseed.ir.program import Op, Program
-from deepseed.ir.schedule import Instruction, Schedule, kind_of, order_of
+from deepseed.ir.program import Program
+from deepseed.ir.schedule import Instruction, Schedule, kind_of
 
 TRANSFER = "transfer"  # the op whose result is its operand on another stage
 

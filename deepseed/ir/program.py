@@ -40,6 +40,16 @@ class Type:
     shape: tuple[int, ...]
     layout: Layout = REPLICATED
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shape, self.layout))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Type, (self.dtype, self.shape, self.layout)  # hashes differ from process to process
+
     @property
     def numel(self) -> int:
         return prod(self.shape)
@@ -102,18 +112,29 @@ class Op:
     @cached_property
     def refs(self) -> tuple[Ref, ...]:
         """All uses in order, keyword arguments and lists included, repeats kept."""
-        return tuple(_refs(self.args)) + tuple(_refs(tuple(v for _, v in self.kwargs)))
+        return tuple(_refs(self.args)) + (tuple(_refs(tuple([v for _, v in self.kwargs]))) if self.kwargs else ())
 
     @cached_property
-    def form(self) -> tuple[str, tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
-        """Target, arguments and keyword arguments with the values' names, the layouts wanted and the site left out."""
+    def form(self) -> tuple[str, tuple[object, ...], tuple[tuple[str, object], ...]]:
+        """Target, arguments and keyword arguments with the site left out, and ``...`` for each use."""
         return self.target, _nameless(self.args), tuple([(k, _nameless((v,))[0]) for k, v in self.kwargs if k != "site"])
 
     def map_refs(self, f: Callable[[Ref], Arg]) -> Op:
-        """The same op with each use replaced, in the order of ``refs``."""
-        args = tuple(_map(a, f) for a in self.args)
-        kwargs = tuple((k, _map(v, f)) for k, v in self.kwargs)
-        return replace(self, args=args, kwargs=kwargs)
+        """The same op with each use replaced, in the order of ``refs``; the op itself where each stays as it is."""
+        new = [f(ref) for ref in self.refs]
+        if new == list(self.refs):
+            return self
+        given = iter(new)
+        op = replace(self, args=_filled(self.args, given), kwargs=tuple([(k, _filled((v,), given)[0]) for k, v in self.kwargs]))
+        if all([isinstance(ref, Ref) for ref in new]):
+            op.__dict__.update(refs=tuple(new), form=self.form)
+        return op
+
+    def typed(self, types: tuple[Type, ...]) -> Op:
+        """The same op with results of these types."""
+        op = replace(self, types=types)
+        op.__dict__.update(refs=self.refs, form=self.form)
+        return op
 
 
 @dataclass(frozen=True)
@@ -242,16 +263,9 @@ def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:
             yield from _refs(a)
 
 
-_ANY = Ref("")
+def _nameless(args: tuple[Arg, ...]) -> tuple[object, ...]:
+    return tuple([... if isinstance(a, Ref) else _nameless(a) if isinstance(a, tuple) else a for a in args])
 
 
-def _nameless(args: tuple[Arg, ...]) -> tuple[Arg, ...]:
-    return tuple([_ANY if isinstance(a, Ref) else _nameless(a) if isinstance(a, tuple) else a for a in args])
-
-
-def _map(arg: Arg, f: Callable[[Ref], Arg]) -> Arg:
-    if isinstance(arg, Ref):
-        return f(arg)
-    if isinstance(arg, tuple):
-        return tuple(_map(a, f) for a in arg)
-    return arg
+def _filled(args: tuple[Arg, ...], given: Iterator[Arg]) -> tuple[Arg, ...]:
+    return tuple([next(given) if isinstance(a, Ref) else _filled(a, given) if isinstance(a, tuple) else a for a in args])

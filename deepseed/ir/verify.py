@@ -17,29 +17,36 @@ from deepseed.ir.program import INPUT_ROLES, ITEMSIZE, OUTPUT_ROLES, PHASES, Op,
 def verify(p: Program) -> Program:
     """``p`` itself; raises ProgramError with the op's name, path and the numbers that disagree."""
     defined: dict[str, Type] = {}
-    fitting: set[Type] = set()  # types that were found well formed
+    fitting: set[Type | int] = set()  # types that were found well formed, and the ids of these objects
     pending: set[str] = set()
     for i in p.inputs:
         _define(p, defined, i.name, i.type, f"input {i.role} {i.key!r}", fitting)
         if i.role not in INPUT_ROLES:
             raise ProgramError(f"%{i.name}: unknown role {i.role!r}")
+    lowered = "lowered" in p.facts
     for op in p.ops:
+        target, results, types = op.target, op.results, op.types
         if op.phase not in PHASES:
             raise ProgramError(f"{_where(op)}: unknown phase {op.phase!r}")
-        if len(op.results) != len(op.types) or not op.results:
-            raise ProgramError(f"{_where(op)}: {len(op.results)} results but {len(op.types)} types")
+        if len(results) != len(types) or not results:
+            raise ProgramError(f"{_where(op)}: {len(results)} results but {len(types)} types")
+        waits = target == "wait"
         for ref in op.refs:
-            _use(p, defined, ref, op)
-            if ref.name in pending and op.target != "wait":
-                raise ProgramError(f"{_where(op)}: uses %{ref.name}, a collective that was started but not waited for")
-            if ref.name not in pending and op.target == "wait":
-                raise ProgramError(f"{_where(op)}: waits for %{ref.name}, which is no collective that was started")
-        if "lowered" in p.facts and op.target == "reshard":
+            name = ref.name
+            if name not in defined or ref.want is not None:
+                _use(p, defined, ref, op)
+            if (name in pending) is not waits:
+                if waits:
+                    raise ProgramError(f"{_where(op)}: waits for %{name}, which is no collective that was started")
+                raise ProgramError(f"{_where(op)}: uses %{name}, a collective that was started but not waited for")
+        if lowered and target == "reshard":
             raise ProgramError(f"{_where(op)}: a reshard in a lowered program")
-        for name, type_ in zip(op.results, op.types, strict=True):
-            _define(p, defined, name, type_, op, fitting)
-            if op.target.endswith(".start"):
-                pending.add(name)
+        for name, type_ in zip(results, types, strict=False):
+            if name in defined or id(type_) not in fitting:
+                _define(p, defined, name, type_, op, fitting)
+            defined[name] = type_
+        if target.endswith(".start"):
+            pending.update(results)
     inputs = {(i.role, i.key): i for i in p.inputs}
     for o in p.outputs:
         where = f"output {o.role} {o.key!r}"
@@ -62,7 +69,7 @@ def verify(p: Program) -> Program:
     return p
 
 
-def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type]) -> None:
+def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type | int]) -> None:
     if name in defined:
         raise ProgramError(f"{_where(where)}: %{name} is defined twice")
     if t not in fitting:
@@ -73,6 +80,7 @@ def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op 
         except LayoutError as error:
             raise ProgramError(f"{_where(where)}: %{name}: {error}") from None
         fitting.add(t)
+    fitting.add(id(t))
     defined[name] = t
 
 

@@ -41,7 +41,6 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
 
     ``operand_types`` carry the layouts in which the op reads its operands. ``index`` holds, per dimension, its factors as (size,)
     where all of it is there, else (size, first, number of indices)."""
-    here = mesh.seen_from(coordinate)
     if op.target in LOOKUPS:
         at = LOOKUPS[op.target]
         table = op.type if at is None else operand_types[at]
@@ -58,16 +57,17 @@ def localize_op(op: Op, operand_types: Sequence[Type], mesh: Mesh, coordinate: M
     elif op.target in ("slice", "unslice"):
         dim, start = op.kw("dim"), op.kw("start", 0)
         if isinstance(dim, int) and isinstance(start, int) and start and op.kw("step", 1) == 1:
-            return _with(op, "start", _shrunk(start, op.type if op.target == "unslice" else operand_types[0], dim, here))
+            return _with(op, "start", _shrunk(start, op.type if op.target == "unslice" else operand_types[0], dim, mesh.seen_from(coordinate)))
     elif op.target == "pad":
         pads = op.kw("pads")
         if isinstance(pads, tuple) and any(op.type.layout.splits(k // 2) for k, n in enumerate(pads) if n):
+            here = mesh.seen_from(coordinate)
             return _with(op, "pads", tuple(_shrunk(n, op.type, k // 2, here) if isinstance(n, int) else n for k, n in enumerate(pads)))
     elif op.target in GROUPS:
         at, x = GROUPS[op.target]
         groups = op.args[at]
         if isinstance(groups, int) and groups > 1:
-            return replace(op, args=(*op.args[:at], _shrunk(groups, operand_types[x], 1, here), *op.args[at + 1 :]))
+            return replace(op, args=(*op.args[:at], _shrunk(groups, operand_types[x], 1, mesh.seen_from(coordinate)), *op.args[at + 1 :]))
     return op
 
 

@@ -2,7 +2,8 @@
 
 A broadcast in a group of two is a message, with all that a collective has: it runs beside the computation, is waited for in short
 slices (a receive of gloo that times out closes every connection of its group), and can be asked whether it is over. Each
-direction has its own group, hence its own queue (a communicator of nccl): neighbours may send to each other first, both.
+direction has its own group, hence its own queue (a communicator of nccl): neighbours may send to each other first, both. A group is
+made by its two ranks alone: torch's own ``new_group`` is called by all ranks, 56 times for each pipeline of 8.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 
 from deepseed.runtime.pipeline import as_bytes
 
 if TYPE_CHECKING:
     from deepseed.runtime.distributed import World
 
+Group = Any  # torch's Backend, whose stub lacks the collectives
 POSTED = 1800.0  # seconds that a receive may be posted before its message comes, at least
 
 
@@ -40,8 +42,8 @@ class Channels:
 
     def post(self, x: Tensor, rank: int) -> None:
         """Start to send a contiguous ``x``, which is kept until it has left."""
-        while self._under_way and self._under_way[0][0].is_completed() and self._under_way[0][0].exception() is None:
-            self._under_way.popleft()
+        while self._under_way and self._under_way[0][0].is_completed():
+            self._left()
         if x.numel():
             what = self._what("sending to", self.world.rank, rank)
             self._under_way.append((self._begin(x, self.world.rank, rank, what), x, what))
@@ -63,9 +65,13 @@ class Channels:
     def flush(self) -> None:
         """Wait until everything that was posted has left."""
         while self._under_way:
-            work, _, what = self._under_way[0]
-            self.world.wait(work, what)
-            self._under_way.popleft()
+            self._left()
+
+    def _left(self) -> None:
+        """Wait for the message that was sent first, and let go of its tensor."""
+        work, _, what = self._under_way[0]
+        self.world.wait(work, what)
+        self._under_way.popleft()
 
     def _what(self, doing: str, sender: int, receiver: int) -> str:
         other = receiver if sender == self.world.rank else sender
@@ -75,18 +81,28 @@ class Channels:
     def _begin(self, x: Tensor, sender: int, receiver: int, what: str) -> dist.Work:
         began = time.monotonic()
         try:
-            work: dist.Work | None = dist.broadcast(as_bytes(x), sender, self.world.channels[sender, receiver], async_op=True)
+            return _send_first(self.world.channels[sender, receiver], x)
         except (RuntimeError, ValueError) as error:
             self.world.watch.doing = what
             raise self.world.watch.diagnose(error, time.monotonic() - began) from error
-        assert work is not None
-        return work
 
 
-def _channel(world: World, pair: tuple[int, int]) -> ProcessGroup:
-    """A group of two, made by these two alone. A communicator of nccl is made at its first message, where both ranks wait for each
-    other: it is sent here, so that a pipeline that sends first on both sides does not stand still."""
-    group: ProcessGroup = dist.new_group(list(pair), timeout=timedelta(seconds=max(world.timeout, POSTED)), use_local_synchronization=True)
-    if world.device.type != "cpu":
-        dist.broadcast(torch.zeros(1, device=world.device), pair[0], group)
+def _channel(world: World, pair: tuple[int, int]) -> Group:
+    """The group of a sender, its rank 0, and a receiver."""
+    store, rank = PrefixStore(f"deepseed.channel/{pair[0]}/{pair[1]}", _get_default_store()), pair.index(world.rank)
+    timeout = timedelta(seconds=max(world.timeout, POSTED))
+    if world.device.type == "cpu":
+        return ProcessGroupGloo(store, rank, 2, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    _send_first(group, torch.zeros(1, device=world.device)).wait()  # makes the communicator, for which both ranks wait: not in mid-pipeline
     return group
+
+
+def _send_first(group: Group, x: Tensor) -> dist.Work:
+    """Start the message ``x``, contiguous, from rank 0 to rank 1 of a group of two."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+    work: dist.Work = group.broadcast([as_bytes(x)], options)
+    return work

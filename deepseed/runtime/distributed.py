@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepseed.ir.mesh import STAGES, Mesh, whole_axis
-from deepseed.runtime.channels import Channels
+from deepseed.runtime.channels import Channels, Group
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.pipeline import as_bytes
@@ -41,7 +41,7 @@ class World:
         self.device, self.timeout = torch.device(device), timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
-        self.channels: dict[tuple[int, int], ProcessGroup] = {}  # (sender, receiver): a group of its own for messages
+        self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
         self._depth = 0
         self.broken = ""  # what put the ranks out of step: no collective can be trusted from then on
         atexit.register(self.leave)

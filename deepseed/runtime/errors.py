@@ -13,3 +13,7 @@ class RankError(RuntimeError):
 
 class AgreementError(RuntimeError):
     """Ranks that would run different programs or different batches."""
+
+
+class ElsewhereError(RuntimeError):
+    """A computation with a parameter or buffer that other ranks of the pipeline store."""

@@ -1,25 +1,32 @@
-"""The ranks that this process runs: all of them (``simulate``), or its own (``gloo``, ``nccl``). Front doors see no other difference."""
+"""The ranks that this process runs: all of them (``simulate``), or its own (``gloo``, ``nccl``). Front doors see no other difference.
+
+A host's mesh is that of the ranks: it has the axis ``pp`` of pipeline stages, which programs lack, and no axis in time. A value lives at
+one position on ``pp``, its home: ranks elsewhere have None for a part of it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
+from deepseed.ops import torch_dtype
 from deepseed.runtime import agree
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
-from deepseed.runtime.state import Key, State, gather, gather_over, held, write_back
+from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
 
@@ -34,8 +41,9 @@ class Host(Protocol):
     coordinates: Sequence[Mapping[str, int]]
 
     def refine(self, mesh: Mesh) -> None: ...
+    def position(self, coordinate: Mapping[str, int]) -> int: ...
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
-    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor: ...
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor: ...
     def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State]) -> None: ...
@@ -82,21 +90,26 @@ class SimulatedHost:
         self._shown: dict[Key, tuple[int, int]] = {}  # the module's tensors as they were last seen equal to the ranks'
 
     def refine(self, mesh: Mesh) -> None:
-        """See the same ranks on a mesh with sub-axes, before any state lies there."""
-        self.mesh, self.coordinates = mesh, [mesh.coordinate(rank) for rank in range(mesh.ranks)]
+        """See the same ranks with the sub-axes of a program's mesh, before any state lies there."""
+        self.mesh = refined(self.mesh, mesh)
+        self.coordinates = [self.mesh.coordinate(rank) for rank in range(self.mesh.ranks)]
+
+    def position(self, coordinate: Mapping[str, int]) -> int:
+        return position(coordinate)
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
             return [executables[0](_Alone(self.mesh, 0, self.device), inputs[0])]
         return simulate(self.mesh, executables, inputs, self.device)
 
-    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor:
-        return gather(parts, type_, self.mesh)
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
+        return gather(at_home(parts, self.mesh, home), type_, self.mesh.without(STAGES))
 
     def bind(self, module: nn.Module, states: Sequence[State]) -> None:
         """One rank's tensors are the module's own; several ranks need a storage each."""
         if self.mesh.ranks == 1:
-            states[0].bind(module, None)
+            states[0].bind(module)
             return
         for state in states:
             state.tensors = {key: t.clone() for key, t in state.tensors.items()}
@@ -106,12 +119,12 @@ class SimulatedHost:
         """Before a step: what was written into the module since (load_state_dict, another step) goes to the simulated ranks."""
         if self.mesh.ranks == 1:
             return
-        for role, key in states[0].tensors:
+        for role, key in states[0].types:
             if role in ("param", "buffer"):
                 mine = held(module, role, key)
                 if self._shown.get((role, key), _mark(mine)) != _mark(mine):
                     for state in states:
-                        state.put(Input("", state.types[role, key], role, key), mine.detach().clone())
+                        state.put(Input("", state.types[role, key], role, key, state.homes[role, key]), mine.detach().clone())
 
     def settle(self, module: nn.Module, states: Sequence[State]) -> None:
         """After a step: show the module what the simulated ranks hold."""
@@ -120,7 +133,7 @@ class SimulatedHost:
             self._remember(module, states)
 
     def _remember(self, module: nn.Module, states: Sequence[State]) -> None:
-        self._shown = {(role, key): _mark(held(module, role, key)) for role, key in states[0].tensors if role in ("param", "buffer")}
+        self._shown = {(role, key): _mark(held(module, role, key)) for role, key in states[0].types if role in ("param", "buffer")}
 
     def decide(self, make: Callable[[], str]) -> str:
         return make()
@@ -154,27 +167,48 @@ class DistributedHost:
 
     def __init__(self, mesh: Mesh, backend: str | None = None) -> None:
         self.device = start(backend)
-        self.mesh = mesh
-        self.rt = DistributedRuntime(mesh, self.device)
+        self._join(mesh)
         self.backend = str(dist.get_backend())
         self.first = self.rt.rank == 0
+
+    def _join(self, mesh: Mesh) -> None:
+        self.mesh, self.rt = mesh, DistributedRuntime(mesh, self.device)
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(self.rt.rank)]
+        self.meshes = stage_meshes(self.rt)
 
     def refine(self, mesh: Mesh) -> None:
-        """See the same ranks on a mesh with sub-axes, before any state lies there. Every rank must call it: it makes groups."""
-        self.rt = DistributedRuntime(mesh, self.device)
-        self.mesh, self.coordinates = mesh, [mesh.coordinate(self.rt.rank)]
+        """See the same ranks with the sub-axes of a program's mesh, before any state lies there. Every rank must call it: it makes groups."""
+        if (fine := refined(self.mesh, mesh)) != self.mesh:
+            self._join(fine)
+
+    def position(self, coordinate: Mapping[str, int]) -> int:
+        return position(coordinate)
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
-    def whole(self, parts: Sequence[Tensor], type_: Type) -> Tensor:
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline."""
         with self.together(), torch.no_grad():
-            return gather_over(self.rt, parts[0], type_)
+            if position(self.rt.coordinate) == home:
+                if parts[0] is None:
+                    raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
+                out = gather_over(self.rt, parts[0], type_)
+            else:
+                out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
+            return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)
+
+    def _told(self, x: Tensor, home: int) -> Tensor:
+        """``x`` of the rank at position ``home`` on all ranks of this pipeline."""
+        group, source = self.rt.device_mesh.get_group(STAGES), self.mesh.group(STAGES, self.rt.rank)[home]
+        raw = torch.view_as_real(x) if x.is_complex() else x
+        if raw.numel():
+            self.rt.world.run(lambda: dist.broadcast(raw, source, group, async_op=True), f"a value of rank {source} over {STAGES}")
+        return x
 
     def bind(self, module: nn.Module, states: Sequence[State]) -> None:
-        states[0].bind(module, self.rt.device_mesh)
+        states[0].bind(module, self.meshes)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
         return None
@@ -224,6 +258,33 @@ class DistributedHost:
     def everyone(self, value: Any) -> list[Any]:
         with self.together():
             return agree.everyone(value, self.device, self.rt.world.run)
+
+
+def refined(ranks: Mesh, program: Mesh) -> Mesh:
+    """The mesh of the ranks with the sub-axes that a program's mesh has of its axes. Raises MeshError where these have another size."""
+    axes: list[tuple[str, int]] = []
+    for name, n in ranks.axes:
+        subs = [(sub, size) for sub, size in program.axes if sub != name and whole_axis(sub) == name]
+        if subs and prod(size for _, size in subs) != n:
+            raise MeshError(f"{program} has {' x '.join(f'{sub}={size}' for sub, size in subs)}, the ranks lie on {ranks}")
+        axes += subs or [(name, n)]
+    return Mesh(tuple(axes))
+
+
+def stage_meshes(rt: DistributedRuntime) -> list[DeviceMesh]:
+    """For each position on the pipeline the mesh of its ranks, without ``pp``. A rank communicates on its own position's only."""
+    mesh, own = rt.mesh, position(rt.coordinate)
+    if STAGES not in mesh.names:
+        return [rt.device_mesh]
+    rest, out = mesh.without(STAGES), []
+    for at in range(mesh.size(STAGES)):
+        if at == own and rest.names:
+            out.append(rt.device_mesh[rest.names])
+            continue
+        ranks = [rank for rank in range(mesh.ranks) if position(mesh.coordinate(rank)) == at]
+        shape = tuple(n for _, n in rest.axes) or (1,)
+        out.append(DeviceMesh(rt.device.type, torch.tensor(ranks).reshape(shape), mesh_dim_names=rest.names or ("world",), _init_backend=False))
+    return out
 
 
 def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:

@@ -49,6 +49,7 @@ from torch.futures import Future
 from deepseed.ir.layout import REPLICATED, Layout, local_indices
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.folder import CheckpointError
+from deepseed.runtime.state import position
 
 LARGEST = 64 * 2**20  # bytes of a box in a file: reading a corner of it costs at most that
 Ints = tuple[int, ...]
@@ -69,13 +70,15 @@ class Box:
 
 @dataclass(frozen=True)
 class Entry:
-    """One global tensor, and this process's parts of it, one a hosted rank. ``own``: only rank 0 has it (whole)."""
+    """One global tensor, and this process's parts of it, one a hosted rank: None where that rank is not at ``home``, the position on the
+    pipeline whose ranks store it. ``own``: only rank 0 has it (whole)."""
 
     shape: Ints
     dtype: torch.dtype
     layout: Layout
-    parts: Sequence[Tensor]
+    parts: Sequence[Tensor | None]
     own: bool = False
+    home: int = 0
 
     @staticmethod
     def whole(t: Tensor, ranks: int = 1) -> Entry:
@@ -129,6 +132,8 @@ def share_out(entries: Mapping[str, Entry], mesh: Mesh, largest: int = LARGEST) 
         split = [axis for axis, _ in entry.layout.elements]
         holders: dict[Ints, list[int]] = {}
         for rank, c in enumerate(coordinates):
+            if position(c) != entry.home and not entry.own:
+                continue
             holders.setdefault(tuple(c[axis] for axis in split), []).append(rank)
         for ranks in holders.values():
             for box in boxes(entry.shape, entry.layout, mesh, coordinates[ranks[0]]):
@@ -166,7 +171,9 @@ class Saver(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self.texts[write_item.index.fqn])
-        return self.boxes[write_item.index].of(self.entries[write_item.index.fqn].parts[self.position]).detach().contiguous()
+        part = self.entries[write_item.index.fqn].parts[self.position]
+        assert part is not None, f"{write_item.index.fqn} is written by a rank that does not store it"
+        return self.boxes[write_item.index].of(part).detach().contiguous()
 
 
 def write(
@@ -175,8 +182,8 @@ def write(
     """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3."""
     shares = share_out(entries, mesh, largest)
     out: list[WriteResult] = []
-    for position, rank in enumerate(hosted):
-        saver = Saver(entries, shares[rank], position, texts if rank == 0 else {})
+    for n, rank in enumerate(hosted):
+        saver = Saver(entries, shares[rank], n, texts if rank == 0 else {})
         plans = [SavePlan([])] * rank + [saver.create_local_plan()]
         if plans[rank].items:
             writer = FileSystemWriter(folder, sync_files=True, thread_count=1)

@@ -2,6 +2,9 @@
 
 State belongs to the compiled model: its layouts are those of the first program, and generated source updates it in place.
 The module's own parameters *are* this state, no second copy: whole ones keep their storage, split ones become DTensors.
+
+With pipeline stages a key lives at one position on the axis ``pp``, its home: only ranks there store a part. All ranks know each key's
+type and home. No layout names ``pp``; without that axis every key is at home at position 0, on all ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +21,37 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from deepseed.ir import layout as ir
 from deepseed.ir.collective import step
 from deepseed.ir.layout import Layout, chunk, factors
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Input, Program, Type
 from deepseed.runtime.collectives import Runtime, join, widest
+from deepseed.runtime.elsewhere import Elsewhere
 
 Key = tuple[str, str]  # role, key
 
 
 class StateError(ValueError):
     """A tensor that does not fit its input: names the key and both shapes or dtypes."""
+
+
+def position(coordinate: Mapping[str, int]) -> int:
+    """Where a rank lies on the pipeline."""
+    return coordinate.get(STAGES, 0)
+
+
+def home(entry: Input, mesh: Mesh) -> int:
+    """The position whose ranks store a parameter, buffer or state: its stage's."""
+    return entry.stage % mesh.sizes.get(STAGES, 1)
+
+
+def at_home(parts: Sequence[Tensor | None], mesh: Mesh, home: int) -> list[Tensor]:
+    """Of one part a rank those of the ranks at a position: one for each rank of the mesh without ``pp``, in its order."""
+    out = []
+    for rank, part in enumerate(parts):
+        if position(mesh.coordinate(rank)) == home:
+            if part is None:
+                raise StateError(f"rank {rank} of {mesh} has no part of a value of pipeline rank {home}, where it lies")
+            out.append(part)
+    return out
 
 
 def shard(full: Tensor, type_: Type, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
@@ -143,28 +168,41 @@ def layout_of(dtensor_placements: Sequence[Placement], shape: Sequence[int], mes
 
 @dataclass
 class State:
-    """One rank's stored tensors by (role, key)."""
+    """What one rank stores, by (role, key): ``types`` and ``homes`` (positions on the pipeline) of every key, ``tensors`` of the keys
+    whose home this rank's position is. ``mesh`` and ``coordinate`` are those of the ranks, ``pp`` among them."""
 
     mesh: Mesh
     coordinate: Mapping[str, int]
     device: torch.device
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     types: dict[Key, Type] = field(default_factory=dict)
+    homes: dict[Key, int] = field(default_factory=dict)
 
     def put(self, entry: Input, full: Tensor) -> Tensor:
-        """Store this rank's part of a whole tensor (its own storage where the layout keeps it whole), contiguous."""
+        """Store this rank's part of a whole tensor (its own storage where the layout keeps it whole), contiguous. An empty tensor
+        where other ranks of the pipeline store it."""
+        if not self._enter(entry):
+            return torch.empty(0, dtype=_torch_dtype(entry.type.dtype), device=self.device)
         part = shard(full, entry.type, self.mesh, self.coordinate)
         part = part.detach().to(self.device, _torch_dtype(entry.type.dtype))
         whole = entry.type.layout == ir.REPLICATED
         self.tensors[entry.role, entry.key] = part.contiguous() if whole else part.clone(memory_format=torch.contiguous_format)
-        self.types[entry.role, entry.key] = entry.type
         return self.tensors[entry.role, entry.key]
 
     def fill(self, entry: Input, value: float = 0) -> Tensor:
-        """Store a part filled with one value, without ever making the whole tensor."""
-        local = torch.full(entry.type.local(self.mesh.seen_from(self.coordinate)), value, dtype=_torch_dtype(entry.type.dtype), device=self.device)
-        self.tensors[entry.role, entry.key], self.types[entry.role, entry.key] = local, entry.type
+        """Store a part filled with one value, without ever making the whole tensor. Returns as ``put``."""
+        dtype = _torch_dtype(entry.type.dtype)
+        if not self._enter(entry):
+            return torch.empty(0, dtype=dtype, device=self.device)
+        local = torch.full(entry.type.local(self.mesh.seen_from(self.coordinate)), value, dtype=dtype, device=self.device)
+        self.tensors[entry.role, entry.key] = local
         return local
+
+    def _enter(self, entry: Input) -> bool:
+        """Note where a key lies and how; whether its part is stored here."""
+        key = entry.role, entry.key
+        self.types[key], self.homes[key] = entry.type, home(entry, self.mesh)
+        return self.homes[key] == position(self.coordinate)
 
     def inputs(self, p: Program, others: Mapping[str, Tensor]) -> list[Tensor]:
         """The arguments of a step, in the program's order: stored tensors, and ``others`` by value name (whole; this rank's part is
@@ -173,9 +211,13 @@ class State:
         for i in p.inputs:
             stored = self.tensors.get((i.role, i.key))
             if stored is not None:
+                if home(i, self.mesh) != position(self.coordinate):
+                    raise self._elsewhere(i)
                 if self.types[i.role, i.key] != i.type:
                     raise StateError(f"{i.role} {i.key!r} is stored as {self.types[i.role, i.key]}, the program wants {i.type}")
                 out.append(stored)
+            elif (i.role, i.key) in self.types:
+                raise self._elsewhere(i)
             elif i.name in others:
                 x = others[i.name]
                 if tuple(x.shape) != i.type.shape or x.dtype is not _torch_dtype(i.type.dtype):
@@ -186,24 +228,36 @@ class State:
                 raise StateError(f"no value for {i.role} {i.key!r} (%{i.name})")
         return out
 
+    def _elsewhere(self, i: Input) -> StateError:
+        where, wants = self.homes[i.role, i.key], home(i, self.mesh)
+        here = f"which stores what is of pipeline rank {position(self.coordinate)}"
+        fix = "give each rank the program of its own stages (localize)" if where == wants else "pin the stages of what is stored: the first program has cut them"
+        return StateError(f"{i.role} {i.key!r} is stored on pipeline rank {where}, the program of rank {self.mesh.rank(self.coordinate)}, {here}, reads it on {wants}\n  fix: {fix}")
+
     def dtensor(self, key: Key, mesh: DeviceMesh) -> DTensor:
-        """A stored tensor as a DTensor on the same memory."""
+        """A stored tensor as a DTensor on the same memory. ``mesh``: of the ranks of its home."""
         type_ = self.types[key]
         stride = torch.empty(type_.shape, device="meta").stride()
         return DTensor.from_local(
-            self.tensors[key], mesh, placements(type_, self.mesh), run_check=False, shape=torch.Size(type_.shape), stride=stride
+            self.tensors[key], mesh, placements(type_, self.mesh.without(STAGES)), run_check=False, shape=torch.Size(type_.shape), stride=stride
         )
 
-    def bind(self, module: nn.Module, mesh: DeviceMesh | None) -> None:
-        """Make the module's parameters and buffers be this state: DTensors on ``mesh``, or the stored tensor itself where it is whole,
-        or where DTensor has no such placement: this rank's part then."""
-        for (role, key), tensor in self.tensors.items():
+    def bind(self, module: nn.Module, meshes: Sequence[DeviceMesh] = ()) -> None:
+        """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline.
+
+        A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
+        placement (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
+        for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
-            whole = self.types[role, key].layout == ir.REPLICATED
-            if not whole and mesh is None:
+            own = self.tensors.get((role, key))
+            whole = own is not None and type_.layout == ir.REPLICATED
+            if not meshes and not whole:
                 raise StateError(f"{role} {key!r} is split, which needs a DeviceMesh to show as a DTensor")
-            value = tensor if whole or mesh is None or not shown(self.types[role, key], self.mesh) else self.dtensor((role, key), mesh)
+            if own is None:
+                value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
+            else:
+                value = own if whole or not shown(type_, self.mesh) else self.dtensor((role, key), meshes[self.homes[role, key]])
             split: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
@@ -217,17 +271,24 @@ class State:
                     split = nn.Parameter(value, requires_grad=old.requires_grad) if split is None else split
                     owner._parameters[name] = split
 
+    def _shown_elsewhere(self, type_: Type, mesh: DeviceMesh) -> Tensor:
+        """Its placements where DTensor has them; else whole, as these tell of other ranks only."""
+        found = placements(type_, self.mesh.without(STAGES)) if shown(type_, self.mesh) else ()
+        return Elsewhere.like(type_.shape, _torch_dtype(type_.dtype), mesh, found or [Replicate()] * mesh.ndim)
+
 
 def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) -> dict[Key, Tensor]:
     """Whole tensors from all ranks' states (a simulation)."""
-    wanted = list(states[0].tensors) if keys is None else list(keys)
-    return {key: gather([s.tensors[key] for s in states], states[0].types[key], states[0].mesh) for key in wanted}
+    first = states[0]
+    wanted = list(first.types) if keys is None else list(keys)
+    ranks = first.mesh.without(STAGES)
+    return {key: gather(at_home([s.tensors.get(key) for s in states], first.mesh, first.homes[key]), first.types[key], ranks) for key in wanted}
 
 
 def write_back(module: nn.Module, states: Sequence[State]) -> None:
     """Copy a simulation's parameters and buffers into the module, whole."""
     with torch.no_grad():
-        for (role, key), full in gather_states(states, [k for k in states[0].tensors if k[0] in ("param", "buffer")]).items():
+        for (role, key), full in gather_states(states, [k for k in states[0].types if k[0] in ("param", "buffer")]).items():
             for owner, name in _owners(module, role, key):
                 target = owner._buffers[name] if role == "buffer" else owner._parameters[name]
                 assert target is not None

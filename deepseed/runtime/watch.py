@@ -2,7 +2,7 @@
 
 A thread of each rank posts, once a second, a count and what the rank is doing (``all_reduce over tp, number 12``). A rank
 that raises posts why. A rank whose collective fails or takes too long raises the alarm and looks: a rank that posted a
-failure is the culprit, else one whose count stands still (it died), else one that is not in a collective (it fell behind).
+failure is the culprit, else one whose count stands still (it died), else one that is in no collective and at no message (it fell behind).
 Failures belong to a turn, one call into DeepSeed: all ranks make the same calls, and an error that was caught is over.
 """
 
@@ -19,6 +19,7 @@ from deepseed.runtime.errors import RankError
 
 BEAT = 1.0  # seconds
 SILENCE = 4.0  # seconds without a beat: dead
+MESSAGE = ("sending to ", "receiving from ")  # how a rank says that it waits for one other rank
 
 
 class Watch:
@@ -94,10 +95,10 @@ class Watch:
             last = after.get(silent[0], (0, "never seen"))[1]
             many = f" (and {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
             return RankError(silent[0], f"rank {silent[0]}{many} died, last seen in {last}\n  {what} ({_first_line(error)})")
-        late = [r for r in range(self.world) if r != self.rank and " over " not in after.get(r, (0, ""))[1]]
+        late = [r for r in range(self.world) if r != self.rank and not waits(after.get(r, (0, ""))[1])]
         culprit = late[0] if late else -1
         places = "\n".join(f"  rank {r}: {after[r][1]}" for r in sorted(after))
-        blame = f"rank {culprit} did not come to a collective" if late else "ranks wait for each other"
+        blame = f"rank {culprit} did not come to a {'message' if self.doing.startswith(MESSAGE) else 'collective'}" if late else "ranks wait for each other"
         return RankError(culprit, f"{blame}\n  {what} ({_first_line(error)}); all ranks live:\n{places}")
 
     def _beats(self) -> dict[int, tuple[int, str]]:
@@ -108,6 +109,17 @@ class Watch:
                 count, doing = json.loads(self._mine.get(key))
                 out[rank] = (count, doing)
         return out
+
+
+def waits(doing: str) -> bool:
+    """Whether a rank that does this is in a collective, or at a message.
+
+    >>> waits("all_reduce over tp, number 12"), waits("receiving from pipeline rank 1 (rank 2), message 3")
+    (True, True)
+    >>> waits("computation after receiving from pipeline rank 1 (rank 2), message 3")
+    False
+    """
+    return " over " in doing or doing.startswith(MESSAGE)
 
 
 def _first_line(error: BaseException) -> str:

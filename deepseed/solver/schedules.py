@@ -149,13 +149,15 @@ def _check_complete(schedule: Schedule, parts: Collection[Place]) -> None:
     for lane, program in enumerate(schedule.lanes):
         for i in program:
             if not 0 <= i.stage < schedule.stages or schedule.lane_of(i.stage) != lane:
-                raise ScheduleError(f"{schedule.name}: lane {lane} runs {i.part} of stage {i.stage}, which lane {schedule.lane_of(i.stage)} of {len(schedule.lanes)} runs")
+                owner = f"lane {schedule.lane_of(i.stage)} of {len(schedule.lanes)}"
+                raise ScheduleError(f"{schedule.name}: lane {lane} runs {i.part} of stage {i.stage}, which {owner} runs")
     counts = Counter(i for program in schedule.lanes for i in program)
     want = {home(schedule, place) for place in parts} | {(i.part, i.stage) for i in counts}
     wanted = [i for place in sorted(want) for i in instructions_at(schedule, place)]
     for i in wanted:
         if counts[i] != 1:
-            raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} runs {counts[i]} times\n  fix: each part of a stage runs exactly once for each of the {schedule.microbatches} microbatches")
+            fix = f"each part of a stage runs exactly once for each of the {schedule.microbatches} microbatches"
+            raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} runs {counts[i]} times\n  fix: {fix}")
     if strays := counts.keys() - set(wanted):
         i = min(strays, key=lambda i: (i.part, i.stage, i.microbatch))
         raise ScheduleError(f"{schedule.name}: {_say(schedule, i)} is of microbatch {i.microbatch}, and there are {1 if runs_once(i.part) else schedule.microbatches}")
@@ -206,8 +208,8 @@ def _check_deadlock(schedule: Schedule, messages: Mapping[str, Message]) -> None
     names = ", ".join(str(lane) for lane in sorted({schedule.lane_of(b.stage) for _, b, _ in ring}))
     many = f"\n  and {len(said) - 12} more" if len(said) > 12 else ""
     raise ScheduleError(
-        f"{schedule.name} of {len(schedule.lanes)} ranks and {schedule.microbatches} microbatches deadlocks: {len(ring)} instructions of the lanes {names} wait for one another\n  "
-        + "\n  ".join(said[:12]) + many + "\n  fix: take the lanes from deepseed.solver.schedules.lanes, or put the instruction that waits behind what it waits for"
+        f"{schedule.name} of {len(schedule.lanes)} ranks and {schedule.microbatches} microbatches deadlocks: "
+        f"{len(ring)} instructions of the lanes {names} wait for one another\n  " + "\n  ".join(said[:12]) + many + "\n  fix: take the lanes from deepseed.solver.schedules.lanes, or put the instruction that waits behind what it waits for"
     )
 
 
@@ -218,7 +220,8 @@ def check_traffic(sent: Mapping[tuple[int, int], Sequence[Item]], received: Mapp
         for what, items in (("sends", out), ("receives", got)):
             item, count = max(Counter(items).items(), key=lambda entry: entry[1], default=(("", 0), 0))
             if count > 1:
-                raise ScheduleError(f"{name}: lane {pair[what == 'receives']} {what} %{item[0]} of microbatch {item[1]} {count} times\n  fix: each value crosses once to each stage that uses it")
+                said = f"{name}: lane {pair[what == 'receives']} {what} %{item[0]} of microbatch {item[1]} {count} times"
+                raise ScheduleError(f"{said}\n  fix: each value crosses once to each stage that uses it")
         if out != got:
             n = next((n for n, (a, b) in enumerate(zip(out, got, strict=False)) if a != b), min(len(out), len(got)))
             a, b = (f"%{x[n][0]} of microbatch {x[n][1]}" if n < len(x) else "nothing" for x in (out, got))
