@@ -1,11 +1,15 @@
-"""Draw the pictures of docs/parallelism.md from the program itself: ``python docs/pictures.py`` (``--check``: fail when one is old)."""
+"""Draw the pictures of docs/parallelism.md from the program itself: ``python docs/pictures.py`` (``--check``: fail when one is old;
+``--page``: draw explain.png too, which needs a Chromium)."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deepseed import closed_forms as form
 from deepseed.ir.mesh import Mesh
@@ -52,12 +56,12 @@ def _seconds(s: Schedule, name: str) -> dict[tuple[str, int], float]:
 def mesh(m: Mesh) -> str:
     """Ranks at their places: the first axis in columns of boxes, the second downwards, the third across; and who talks to whom."""
     (first, columns), (second, down), (third, across) = m.axes
-    cell, gap, left, top = 74, 26, 64, 56
+    cell, gap, left, top = 74, 26, 40, 84
     block = across * (cell + gap) + 40
     out = []
     for i in range(columns):
         x0 = left + i * block
-        out.append(f'<text class="soft" x="{x0}" y="{top - 30}">{first}={i}</text>')
+        out.append(f'<text class="soft" x="{x0}" y="{top - 28}">{first}={i}</text>')
         out.append(f'<rect class="line" x="{x0 - 12}" y="{top - 20}" width="{across * (cell + gap) - gap + 24}" height="{down * (cell + gap) - gap + 40}" rx="8"/>')
         for j in range(down):
             for k in range(across):
@@ -75,7 +79,7 @@ def mesh(m: Mesh) -> str:
     height, x = top + down * (cell + gap) + 40, left
     for axis, what in ((third, "parts of each matmul, every layer"), (second, "gradients and state, once a step"), (first, "activations, at a boundary")):
         out.append(f'<rect x="{x}" y="{height - 22}" width="14" height="4" fill="{COLOURS[axis]}"/><text x="{x + 20}" y="{height - 16}">{axis}: {what}</text>')
-        x += 240
+        x += 275
     return _svg(max(x, left + columns * block), height, f"eight ranks as {m}", out)
 
 
@@ -106,6 +110,17 @@ def _svg(width: float, height: float, title: str, body: list[str]) -> str:
     return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *([f'<text x="14" y="20" font-weight="600">{escape(title)}</text>'] if body else []), *body, "</svg>\n"])
 
 
+def photograph() -> None:
+    """The page of a Llama of 0.3 billion parameters on sixteen ranks, as a browser shows it."""
+    model = "LlamaForCausalLM(num_hidden_layers=16,hidden_size=1024,intermediate_size=2816,num_attention_heads=16,num_key_value_heads=4,vocab_size=32000,batch_size=32,sequence_length=1024)"
+    browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    with TemporaryDirectory() as folder:
+        html = Path(folder) / "step.html"
+        subprocess.run([sys.executable, "-m", "deepseed", "explain", f"hf:{model}", "--plan", "zero1+pp4+dp2+tp2+mb8", "--html", str(html)], check=True)
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,1500", f"--screenshot={FOLDER / 'explain.png'}"]
+        subprocess.run([browser, *flags, html.as_uri()], check=True, stderr=subprocess.DEVNULL)
+
+
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
         old = [name for name, text in pictures().items() if not (FOLDER / name).exists() or (FOLDER / name).read_text() != text]
@@ -113,3 +128,5 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, text in pictures().items():
         (FOLDER / name).write_text(text)
+    if "--page" in sys.argv[1:]:
+        photograph()
