@@ -177,8 +177,7 @@ def explain(
         from deepseed.view import page, view
 
         html.write_text(page(view(done[-1].program, found, ranks=ranks, title=target, plan=plan, machine=of)))
-        typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
-        return
+        return typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
     typer.echo(str(found))
     name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")
     typer.echo(f"\nnext: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''} --why {name}")

@@ -24,6 +24,7 @@ from deepseed.speed import Machine, Sent
 from deepseed.view_lanes import KINDS, Box, Crossing, Moment, staged, straight
 
 POINTS = 600  # of a memory curve, at most
+DIGITS = 7  # of a time
 
 
 def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = "", plan: str = "", machine: Machine | None = None) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _collectives(boxes: Sequence[Box]) -> list[dict[str, Any]]:
 
 
 def _r(seconds: float) -> float:
-    return float(f"{seconds:.7g}")
+    return float(f"{seconds:.{DIGITS}g}")
 
 
 def _columns(moments: Sequence[Moment]) -> dict[str, Any]:

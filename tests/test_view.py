@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from deepseed.meshes import program_mesh
 from deepseed.plan import parse_plan
 from deepseed.speed import Machine, course, parse_machine
 from deepseed.timeline import simulate
-from deepseed.view import page, thinned, view
+from deepseed.view import DIGITS, page, thinned, view
 from deepseed.view_lanes import KINDS, Moment, by_place, storage_kinds
 
 TARGET = "hf:LlamaForCausalLM(num_hidden_layers=4,batch_size=16)"
 PLANS = ("zero3+dp2+tp2", "zero1+dp2+pp2+mb4", "pp2+mb4+interleaved2", "zero1+dp2+tp2+pp2+mb4+zb")
+ROUNDED = 10.0 ** (1 - DIGITS)
 plans = pytest.mark.parametrize("plan", PLANS)
 
 
@@ -81,7 +83,7 @@ def test_boxes_follow_one_another_and_fill_the_step(plan: str) -> None:
     f = figures(plan)
     for position in f["positions"]:
         boxes = position["boxes"]
-        assert all(a[6] <= b[5] * (1 + 1e-6) for a, b in zip(boxes, boxes[1:], strict=False)) and all(b[5] <= b[6] for b in boxes)
+        assert all(a[6] <= b[5] * (1 + ROUNDED) for a, b in pairwise(boxes)) and all(b[5] <= b[6] for b in boxes)
         assert position["memory"]["time"] == sorted(position["memory"]["time"])
     assert f["step"] == max(b[6] for p in f["positions"] for b in p["boxes"])
     kinds = {b[1] for p in f["positions"] for b in p["boxes"]}
@@ -100,7 +102,7 @@ def test_a_scheduled_program_has_the_boxes_of_its_schedule(plan: str) -> None:
     assert sum(m[4] for m in looped) == sum(row["bytes"] for row in f["transfers"] if not row["part"].startswith("once")) > 0
     for source, target, left, came, _, _, made, used in looped:
         sender, receiver = f["positions"][source]["boxes"][made], f["positions"][target]["boxes"][used]
-        assert sender[6] <= left * (1 + 1e-6) and came <= receiver[5] * (1 + 1e-6) and sender[4] == receiver[4]
+        assert sender[6] <= left * (1 + ROUNDED) and came <= receiver[5] * (1 + ROUNDED) and sender[4] == receiver[4]
 
 
 def test_boxes_are_as_long_as_their_ops() -> None:
@@ -122,7 +124,7 @@ def test_a_collective_holds_the_computation_until_it_has_come() -> None:
     assert slow.spans[-1][1] == pytest.approx(free.spans[-1][1] + held, rel=1e-9) and held > 0
     for axis in ("dp", "tp"):
         mine = [s for s in slow.sent if s.axis == axis]
-        assert mine and all(a.end <= b.start for a, b in zip(mine, mine[1:], strict=False))
+        assert mine and all(a.end <= b.start for a, b in pairwise(mine))
     starts = [op for op in p.ops if op.target.endswith(".start")]
     assert len(slow.sent) == len(starts) and all(s.end - s.start == pytest.approx(Machine().latency + s.nbytes / 1e6) for s in slow.sent)
 
