@@ -26,7 +26,7 @@ function drawMemory() {
     });
     if (p.peak.time >= state.t0 && p.peak.time <= state.t1) html += `<line class="peak" x1="${L}" x2="${w - RIGHT}" y1="${Y(p.peak.bytes)}" y2="${Y(p.peak.bytes)}"/><circle cx="${X(p.peak.time)}" cy="${Y(p.peak.bytes)}" r="3.5" fill="var(--ink)"/>`;
     for (const t of ticks(state.t0, state.t1, Math.max(2, Math.floor((w - L) / 130)))) html += `<text class="soft" x="${X(t)}" y="${H - 4}" text-anchor="middle">${label(t)}</text>`;
-    if (state.hover !== null && state.hover >= state.t0 && state.hover <= state.t1) html += `<line class="cursor" x1="${X(state.hover)}" x2="${X(state.hover)}" y1="0" y2="${H - 18}"/>`;
+    html += `<line class="cursor" style="display:none" y1="0" y2="${H - 18}"/>`;
     svg.style.height = `${H}px`;
     svg.innerHTML = html;
   });
@@ -38,13 +38,12 @@ function makeMemory() {
     const svg = $(`memory-${n}`);
     svg.addEventListener("pointermove", (e) => {
       const area = svg.getBoundingClientRect(), t = state.t0 + ((e.clientX - area.left - LEFT) / (area.width - LEFT - RIGHT)) * (state.t1 - state.t0);
-      if (t < state.t0 || t > state.t1) { state.hover = null; tip(e, null); redraw(); return; }
+      if (t < state.t0 || t > state.t1) { hover(null); tip(e, null); return; }
       const i = Math.max(0, p.memory.time.findLastIndex((s) => s <= t)), live = p.memory.live.map((row) => row[i]);
-      state.hover = t;
+      hover(t);
       tip(e, [`${bytes(sum(live))} at ${seconds(t, step)}`, [named(p.ranks), `while ${p.memory.op[i]} runs`, ...D.kinds.map((k, j) => `${k}: ${bytes(live[j])}`).filter((_, j) => live[j])]]);
-      redraw();
     });
-    svg.addEventListener("pointerleave", (e) => { state.hover = null; tip(e, null); redraw(); });
+    svg.addEventListener("pointerleave", (e) => { hover(null); tip(e, null); });
   });
 }
 

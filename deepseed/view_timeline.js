@@ -31,7 +31,17 @@ let asked = false;
 function redraw() {
   if (asked) return;
   asked = true;
-  requestAnimationFrame(() => { asked = false; drawAxis(); drawLanes(); drawMemory(); });
+  requestAnimationFrame(() => { asked = false; drawAxis(); drawLanes(); drawMemory(); hover(state.hover); });
+}
+
+/** Mark a time, or none, in the timeline and in every memory chart. */
+function hover(t) {
+  state.hover = t;
+  const seen = t !== null && t >= state.t0 && t <= state.t1;
+  for (const line of document.querySelectorAll("svg .cursor")) {
+    line.style.display = seen ? "" : "none";
+    if (seen) for (const end of ["x1", "x2"]) line.setAttribute(end, LEFT + ((t - state.t0) / (state.t1 - state.t0)) * (line.ownerSVGElement.getBoundingClientRect().width - LEFT - RIGHT));
+  }
 }
 
 // timeline ----------------------------------------------------------------------------------------------------------
@@ -61,9 +71,9 @@ function after(boxes, t) {
 }
 const shade = (b) => (b.stage >= pp ? ` fill-opacity="${Math.max(0.45, 1 - 0.22 * Math.floor(b.stage / pp)).toFixed(2)}"` : "");
 
-const chosen = (r, i) => i === state.box && rowOf(r) === rowOf(state.rank);
-function lanePicture(r) {
-  const { boxes } = positions[at[r]], y = rowOf(r) * lane + 3, out = [];
+/** The boxes and collectives of a position in the visible range, at the height of the first lane. */
+function lanePicture({ boxes }) {
+  const y = 3, out = [];
   const left = LEFT, right = width() - RIGHT;
   const thin = (fill, from, to, top, height) => {  // what is narrower than a pixel is drawn together
     const last = out.length ? out[out.length - 1] : null;
@@ -80,13 +90,12 @@ function lanePicture(r) {
     if (i < first) continue;
     const held = [];
     const from = Math.max(left, x(b.start)), to = Math.min(right, x(b.end)), wide = to - from;
-    if (wide < 1.5 && !(chosen(r, i))) { thin(css(b.kind), from, to, y, shape.h); continue; }
+    if (wide < 1.5) { thin(css(b.kind), from, to, y, shape.h); continue; }
     for (const [, , , e, , wait] of b.sent) {  // the end of a collective that computation stands still for
       const f = Math.max(from, x(b.start + e - wait)), t = Math.min(to, x(b.start + e));
       if (wait > 0 && t > f) held.push(`M${f.toFixed(2)} ${y}H${t.toFixed(2)}V${y + shape.h}H${f.toFixed(2)}Z`);
     }
-    const mark = chosen(r, i) ? " chosen" : "";
-    out.push({ html: `<rect class="box${mark}" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>` + (held.length ? `<path class="held" d="${held.join("")}"/>` : "")
+    out.push({ html: `<rect class="box" data-box="${i}" x="${from.toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${shape.h}" fill="${css(b.kind)}"${shade(b)}/>` + (held.length ? `<path class="held" d="${held.join("")}"/>` : "")
       + (shape.h >= 12 && wide > 7 * b.label.length + 4 ? `<text class="in" x="${((from + to) / 2).toFixed(1)}" y="${y + shape.h / 2 + 4}">${esc(b.label)}</text>` : "") });
   }
   return out.map((o) => o.html || `<rect class="box thin" x="${o.from.toFixed(2)}" y="${o.top}" width="${(o.to - o.from).toFixed(2)}" height="${o.height}" fill="${o.fill}"/>`).join("");
@@ -97,22 +106,23 @@ function drawLanes() {
   const top = view.scrollTop - lane, bottom = view.scrollTop + view.clientHeight + lane;
   const many = Math.max(2, Math.floor((width() - LEFT) / 110));
   let html = ticks(state.t0, state.t1, many).map((t) => `<line class="grid" x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height}"/>`).join("");
+  const pictures = new Map(), picture = (n) => (pictures.has(n) || pictures.set(n, lanePicture(positions[n])), pictures.get(n));
   rows.forEach((r, n) => {
     const y = n * lane, chosen = n === rowOf(state.rank);
     const seen = y + lane >= top && y <= bottom;
-    html += `<g class="lane" data-rank="${r}" data-boxes="${positions[at[r]].boxes.length}"><rect class="row${chosen ? " chosen" : ""}" x="0" y="${y}" width="${width()}" height="${lane}"/>`
-      + (seen ? `<rect class="idle" x="${LEFT}" y="${y + 3}" width="${width() - LEFT - RIGHT}" height="${shape.h}"/>${lane >= 12 || n % 2 === 0 ? `<text x="4" y="${y + 3 + shape.h / 2 + 4}"${chosen ? ' font-weight="700"' : ' class="soft"'}>${grouped() ? ends(positions[at[r]].ranks) : `rank ${r}`}</text>` : ""}${lanePicture(r)}` : "") + "</g>";
+    html += `<g class="lane" data-rank="${r}" data-boxes="${positions[at[r]].boxes.length}" transform="translate(0,${y})"><rect class="row${chosen ? " chosen" : ""}" x="0" y="0" width="${width()}" height="${lane}"/>`
+      + (seen ? `<rect class="idle" x="${LEFT}" y="3" width="${width() - LEFT - RIGHT}" height="${shape.h}"/>${lane >= 12 || n % 2 === 0 ? `<text x="4" y="${3 + shape.h / 2 + 4}"${chosen ? ' font-weight="700"' : ' class="soft"'}>${grouped() ? ends(positions[at[r]].ranks) : `rank ${r}`}</text>` : ""}${picture(at[r])}` : "") + "</g>";
   });
-  if (state.hover !== null && state.hover >= state.t0 && state.hover <= state.t1) html += `<line class="cursor" x1="${x(state.hover)}" x2="${x(state.hover)}" y1="0" y2="${height}"/>`;
-  svg.innerHTML = html + messages();
+  svg.innerHTML = `${html}${marked()}<line class="cursor" y1="0" y2="${height}"/>`;
   svg.dataset.lanes = rows.length;
 }
-/** What the chosen box sends to other stages and receives from them. */
-function messages() {
+/** A frame around the chosen box, and what it sends to other stages and receives from them. */
+function marked() {
   const b = positions[at[state.rank]].boxes[state.box];
-  if (!b) return "";
-  const own = at[state.rank];
-  return D.messages.filter(([from, to, , , , , f, t]) => (from === own && f === state.box) || (to === own && t === state.box)).map(([from, to, sent, got]) => {
+  if (!b || b.end < state.t0 || b.start > state.t1) return "";
+  const own = at[state.rank], from = Math.max(LEFT, x(b.start)), to = Math.min(width() - RIGHT, x(b.end));
+  const frame = `<rect class="box chosen" x="${from}" y="${rowOf(state.rank) * lane + 3}" width="${Math.max(1.5, to - from)}" height="${shape.h}" fill="none"/>`;
+  return frame + D.messages.filter(([from, to, , , , , f, t]) => (from === own && f === state.box) || (to === own && t === state.box)).map(([from, to, sent, got]) => {
     const r1 = peer(state.rank, from), r2 = peer(state.rank, to), y1 = rowOf(r1) * lane + 3 + shape.h / 2, y2 = rowOf(r2) * lane + 3 + shape.h / 2;
     return `<path class="message" d="M${x(sent).toFixed(1)} ${y1}L${x(got).toFixed(1)} ${y2}"/><circle cx="${x(got).toFixed(1)}" cy="${y2}" r="3" fill="currentColor"/>`;
   }).join("");
@@ -200,11 +210,10 @@ function steer() {
   });
   view.addEventListener("pointermove", (e) => {
     const found = drag && drag.moved ? null : hit(e);
-    state.hover = found ? found.t : null;
+    hover(found ? found.t : null);
     tip(e, found && (found.sent ? aboutSent(found.r, ...found.sent) : found.i >= 0 ? about(found.r, found.i) : null));
-    redraw();
   });
-  view.addEventListener("pointerleave", (e) => { state.hover = null; tip(e, null); redraw(); });
+  view.addEventListener("pointerleave", (e) => { hover(null); tip(e, null); });
   whole_.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey) return;
     const span = state.t1 - state.t0, boxes = positions[at[state.rank]].boxes, i = state.box;
