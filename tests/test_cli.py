@@ -69,6 +69,12 @@ def test_plan_says_mesh_and_meaning() -> None:
     assert "next: deepseed explain TARGET --plan zero3+tp2 --world-size 8" in out
 
 
+def test_plan_says_stages_and_microbatches() -> None:
+    out = deepseed("plan", "zero2+dp2+pp2+mb4+interleaved2").output
+    assert "4 stages, 2 on each of 2 ranks" in out and "4 microbatches" in out and "idle 11.1%" in out  # (2 - 1) / (2 * 4 + 2 - 1)
+    assert "1.2500" in out and "Psi*(N - 1)*(m + 1)/(N*t)" in out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -78,6 +78,17 @@ def test_the_figures_are_those_of_explain(plan: str) -> None:
     assert max(p["flops"] for p in f["positions"]) == e.matmul_flops
 
 
+def test_the_mean_rank_of_a_pipeline_has_what_the_formula_says() -> None:
+    _, e, _ = program(PLANS[1])
+    rows = {c.what: (c.counted, c.expected) for c in e.closed_forms}
+    for what in ("parameters", "gradients", "matmuls"):
+        counted, expected = rows[what]
+        assert counted == pytest.approx(expected, rel=1e-12)
+    assert sum(r.param_bytes for r in e.ranks) == 2 * sum(i.type.nbytes for i in captured().by_role("param"))  # whole on each of two
+    sent = {c.axis: c.bytes for c in e.collectives}
+    assert sent["pp"] == sum(4 * n for n in (2 * 16 * 64 * 4,)) + 8  # an activation (or a gradient) of 2 rows x 16 tokens x 64 in each of 4 microbatches; norms
+
+
 @plans
 def test_boxes_follow_one_another_and_fill_the_step(plan: str) -> None:
     f = figures(plan)
