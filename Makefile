@@ -46,6 +46,7 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/pictures.py
 	$(BIN)/python -m deepseed.rules > docs/rules.md
 
 clean:
