@@ -1,0 +1,147 @@
+"""One rank of a training run whose step has several instructions: ``loop_worker.py TARGET PLAN FOLDER``, with torchrun's environment.
+
+Counts as cost_worker does, and what only shows between instructions: bytes that live on from one microbatch to the next, gathered weights
+that are alive at once, messages to other pipeline ranks. Shares nothing with deepseed.memory, deepseed.unroll or explain's counting.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cost_worker import Peak, Sent
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deepseed
+from deepseed.ops import rng
+from deepseed.runtime import channels
+from deepseed.target import load
+
+warnings.filterwarnings("ignore")
+
+
+class Messages:
+    """Bytes of the tensors that are sent to other pipeline ranks."""
+
+    def __init__(self) -> None:
+        self.bytes = self.count = 0
+        self.on = False
+        begin = channels._send_first
+
+        def counted(group: Any, x: Tensor) -> dist.Work:
+            if self.on and group.rank() == 0:
+                self.bytes += x.numel() * x.itemsize
+                self.count += 1
+            return begin(group, x)
+
+        channels._send_first = counted
+
+
+class Alive(TorchDispatchMode):
+    """Storages made in a step: bytes that are alive at a moment, and the most bytes of gathered weights at once.
+
+    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. ``large``: bytes
+    from which a storage is looked at."""
+
+    def __init__(self, large: int = 0) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self.gathered: dict[int, int] = {}
+        self.most_gathered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if "allgather" in str(func):
+            self._note_gathered(next(t for t in tree_leaves(args) if isinstance(t, Tensor)))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.bytes:
+                    self.bytes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+                if given and all(each in self.gathered for each in given):
+                    self._note_gathered(t)
+        return out
+
+    def now(self) -> int:
+        return sum(self.bytes.values())
+
+    def _note_gathered(self, t: Tensor) -> None:
+        self.gathered[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        self.most_gathered = max(self.most_gathered, sum(self.gathered.values()))
+
+    def _freed(self, storage: int) -> None:
+        self.bytes.pop(storage, None)
+        self.gathered.pop(storage, None)
+
+
+def watched(step: Callable[..., Any], before: Callable[[str, int], None]) -> Callable[[], None]:
+    """Have ``before(name of the function, microbatch)`` called ahead of every instruction of generated source; the result undoes it."""
+    names = step.__globals__
+    lane = names["LANE"]
+
+    def announced(part: Callable[..., None]) -> Callable[..., None]:
+        def run(rt: Any, v: Any, m: Any, mb: int) -> None:
+            before(part.__name__, mb)
+            part(rt, v, m, mb)
+
+        return run
+
+    names["LANE"] = tuple((announced(part), mb) for part, mb in lane)
+    return lambda: names.update(LANE=lane)
+
+
+def main(target: str, plan: str, folder: Path) -> None:
+    sent, messages = Sent(), Messages()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = load(target)
+    step = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
+    step(found.batch)
+    rng._counters.cache_clear()
+    sent.on = messages.on = True
+    step(found.batch)
+    sent.on = messages.on = False
+    run = step.programs.latest.executables[0]._loaded.step
+    gc.collect()
+    between: list[tuple[str, int, int]] = []
+    with Alive() as alive:
+        undo = watched(run, lambda name, mb: between.append((name, mb, alive.now())))
+        step(found.batch)
+        undo()
+    peaks: list[tuple[str, int, int]] = []
+    with Peak() as peak:
+        undo = watched(run, lambda name, mb: peaks.append((name, mb, peak.peak)))
+        step(found.batch)
+        undo()
+    rng._counters.cache_clear()
+    params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
+    explained = step.explain().to_json() if rank == 0 else None
+    groups = {axis: list(step.mesh.group(axis, rank)) for axis in step.mesh.names}
+    counted: Counter[str] = Counter({axis: sent.bytes[tuple(group)] for axis, group in groups.items() if len(group) > 1})
+    if messages.count:
+        counted["pp"] = messages.bytes
+    result = {
+        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peak": peak.peak, "peaks": peaks,
+        "between": between, "gathered": alive.most_gathered, "sent": dict(counted), "messages": messages.count, "explain": explained,
+    }  # fmt: skip
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
