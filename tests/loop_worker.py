@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -18,16 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost_worker import Peak, Sent
+from cost_worker import Sent
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepseed
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Program
+from deepseed.memory import curve, memory
 from deepseed.ops import rng
 from deepseed.runtime import channels
 from deepseed.target import load
+from deepseed.unroll import unroll
 
 warnings.filterwarnings("ignore")
 
@@ -50,22 +55,26 @@ class Messages:
 
 
 class Alive(TorchDispatchMode):
-    """Storages made in a step: bytes that are alive at a moment, and the most bytes of gathered weights at once.
+    """Storages made in a step: the bytes that are alive, the most since ``restart``, and the most of gathered weights at once.
 
-    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. ``large``: bytes
-    from which a storage is looked at."""
+    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. Not counted are
+    the blocks that gloo's reduce_scatter receives to add them up, as deepseed.memory says."""
 
-    def __init__(self, large: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[int, int] = {}
         self.gathered: dict[int, int] = {}
-        self.most_gathered = 0
+        self.most = self.most_gathered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if "allgather" in str(func):
-            self._note_gathered(next(t for t in tree_leaves(args) if isinstance(t, Tensor)))
+        if "allgather" in str(func) or "alltoall" in str(func):
+            written = next(t for t in tree_leaves(args) if isinstance(t, Tensor))
+            if "allgather" in str(func):
+                self._note_gathered(written)
+            else:
+                self.bytes.pop(written.untyped_storage()._cdata, None)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 storage = t.untyped_storage()
@@ -74,14 +83,28 @@ class Alive(TorchDispatchMode):
                     weakref.finalize(storage, self._freed, storage._cdata)
                 if given and all(each in self.gathered for each in given):
                     self._note_gathered(t)
+        if self.now() > self.most:
+            self.most = self.settled()
         return out
 
     def now(self) -> int:
         return sum(self.bytes.values())
 
+    def settled(self) -> int:
+        """What is alive once gloo's threads have let go of the buffers of collectives that are over."""
+        time.sleep(0.003)
+        return self.now()
+
+    def restart(self) -> int:
+        """The most bytes that were alive since the last restart."""
+        most, self.most = self.most, self.settled()
+        return most
+
     def _note_gathered(self, t: Tensor) -> None:
         self.gathered[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        self.most_gathered = max(self.most_gathered, sum(self.gathered.values()))
+        if sum(self.gathered.values()) > self.most_gathered:
+            time.sleep(0.003)
+            self.most_gathered = sum(self.gathered.values())
 
     def _freed(self, storage: int) -> None:
         self.bytes.pop(storage, None)
@@ -104,6 +127,18 @@ def watched(step: Callable[..., Any], before: Callable[[str, int], None]) -> Cal
     return lambda: names.update(LANE=lane)
 
 
+def predicted(p: Program, rank: int, mesh: Mesh) -> list[int]:
+    """What deepseed.memory says of each instruction of a rank: the most bytes beside what stays between steps."""
+    lane = mesh.coordinate(rank).get("pp", 0)
+    found = unroll(p, lane)
+    stays = memory(found.program).resident_bytes
+    assert p.schedule is not None
+    most = [0] * len(p.schedule.lanes[lane])
+    for (instruction, _), row in zip(found.origin, curve(found.program, {}), strict=True):
+        most[instruction] = max(most[instruction], sum(row.values()) - stays)
+    return most
+
+
 def main(target: str, plan: str, folder: Path) -> None:
     sent, messages = Sent(), Messages()
     dist.init_process_group("gloo")
@@ -118,14 +153,16 @@ def main(target: str, plan: str, folder: Path) -> None:
     run = step.programs.latest.executables[0]._loaded.step
     gc.collect()
     between: list[tuple[str, int, int]] = []
+    peaks: list[int] = []
     with Alive() as alive:
-        undo = watched(run, lambda name, mb: between.append((name, mb, alive.now())))
+
+        def ahead(name: str, mb: int) -> None:
+            peaks.append(alive.restart())
+            between.append((name, mb, alive.now()))
+
+        undo = watched(run, ahead)
         step(found.batch)
-        undo()
-    peaks: list[tuple[str, int, int]] = []
-    with Peak() as peak:
-        undo = watched(run, lambda name, mb: peaks.append((name, mb, peak.peak)))
-        step(found.batch)
+        peaks.append(alive.restart())
         undo()
     rng._counters.cache_clear()
     params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
@@ -135,8 +172,8 @@ def main(target: str, plan: str, folder: Path) -> None:
     if messages.count:
         counted["pp"] = messages.bytes
     result = {
-        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peak": peak.peak, "peaks": peaks,
-        "between": between, "gathered": alive.most_gathered, "sent": dict(counted), "messages": messages.count, "explain": explained,
+        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peaks": peaks[1:],
+        "said": predicted(step.program, rank, step.mesh), "between": between, "gathered": alive.most_gathered, "sent": dict(counted), "messages": messages.count, "explain": explained,
     }  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
