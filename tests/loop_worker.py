@@ -57,8 +57,8 @@ class Messages:
 class Alive(TorchDispatchMode):
     """Storages made in a step: the bytes that are alive, the most since ``restart``, and the most of gathered weights at once.
 
-    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. Not counted are
-    the blocks that gloo's reduce_scatter receives to add them up, as deepseed.memory says."""
+    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. Of the
+    n blocks that gloo's reduce_scatter receives to add them up one is counted, the result: see deepseed.memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Alive(TorchDispatchMode):
             if "allgather" in str(func):
                 self._note_gathered(written)
             else:
-                self.bytes.pop(written.untyped_storage()._cdata, None)
+                self.bytes[written.untyped_storage()._cdata] //= len(written)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 storage = t.untyped_storage()
