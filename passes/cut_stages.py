@@ -108,12 +108,18 @@ def _settle(ops: Iterable[Op], at: Mapping[str, int], done: dict[str, list[Op]],
 
 
 def _used_on(k: Kinds, main: Mapping[str, int]) -> dict[str, set[int]]:
-    """The stages whose forward uses each parameter and buffer."""
+    """The stages whose forward uses each parameter and buffer; of one that only runs once (running statistics), its module's stage."""
     out: dict[str, set[int]] = {}
+    paths: dict[str, int] = {}
     for op in k.bound(f"forward.{k.loops}"):
+        paths.setdefault(op.path, main[op.name])
         for ref in op.refs:
             for root in k.stored.get(ref.name, ()):
                 out.setdefault(root, set()).add(main[op.name])
+    for i in k.program.inputs:
+        if i.role in STORED and i.name not in out:
+            found = {paths[u.path] for u in k.program.uses[i.name] if isinstance(u, Op) and u.phase == "forward" and u.path in paths}
+            out |= {i.name: found} if found else {}
     return out
 
 

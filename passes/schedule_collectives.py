@@ -79,6 +79,8 @@ class _Schedule:
         self.limits = self._limits()
         self.sums = {op.refs[0].name: op for op in p.ops if op.target == "accumulate" and op.refs[0].name in self.waits}  # by what they add
         self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
+        self.part = ""  # the part whose ops are emitted
+        self.later: dict[str, list[Op]] = {}  # collectives of later parts whose operand is there, by part
 
     def run(self) -> Program:
         for i in self.p.inputs:
@@ -89,6 +91,9 @@ class _Schedule:
             by_part[op.part].append(op)
         added = {op.name for op in self.sums.values()}
         for part in parts:
+            self.part = part
+            for start in self.later.pop(part, ()):
+                self._join(start)
             for op in by_part[part]:
                 if op.name not in self.waits and op.name not in self.starts and op.name not in self.there and op.name not in added:
                     self._emit(op)
@@ -122,17 +127,24 @@ class _Schedule:
     def _there(self, value: str) -> None:
         self.there.add(value)
         for start in self.of_value.get(value, ()):
-            if self._alone(start):
-                self._start([start])
-                continue
-            key, nbytes = self._key(start), start.type.local_bytes(self.p.mesh)
-            if key in self.open and self.open[key].nbytes + nbytes > self._limit(start):
-                self._flush(key)
-            bucket = self.open.setdefault(key, _Bucket())
-            bucket.starts.append(start)
-            bucket.nbytes += nbytes
-            if bucket.nbytes >= self._limit(start):
-                self._flush(key)
+            if start.part == self.part:
+                self._join(start)
+            else:
+                self.later.setdefault(start.part, []).append(start)
+
+    def _join(self, start: Op) -> None:
+        """Into the open bucket of its kind, which starts when it is full."""
+        if self._alone(start):
+            self._start([start])
+            return
+        key, nbytes = self._key(start), start.type.local_bytes(self.p.mesh)
+        if key in self.open and self.open[key].nbytes + nbytes > self._limit(start):
+            self._flush(key)
+        bucket = self.open.setdefault(key, _Bucket())
+        bucket.starts.append(start)
+        bucket.nbytes += nbytes
+        if bucket.nbytes >= self._limit(start):
+            self._flush(key)
 
     def _need(self, value: str) -> None:
         """Have a wait's result: its collective started, the wait emitted."""
