@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-
 TIME = "mb"  # the axis whose points run one after another: microbatches
 STAGES = "pp"  # the axis of ranks on which no tensor is laid out: each of its ranks runs other ops
 
