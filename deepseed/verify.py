@@ -117,7 +117,7 @@ def verify(
     def train(other: nn.Module, given: Sequence[Mapping[str, Tensor]]) -> None:
         _train(other, given, optimizer_factory, clip_grad_norm)
 
-    unclear = undetermined(copy.deepcopy(model).double(), params, want_grads, grads, train, TOLERANCE / 2)
+    unclear = undetermined(_copied(model), params, want_grads, grads, train, TOLERANCE / 2)
     written = {o.key for o in step.program.outputs if o.role == "buffer"}  # running statistics and the like
     buffers = {name: b.double() for name, b in theirs.named_buffers() if name in written and name in state}
     have = {name: state[name].double() for name in (*params, *buffers)}
@@ -132,13 +132,15 @@ def verify(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy in float64. Raises CompileError where the model cannot be copied."""
+    """A copy in float64; of a tensor that forward computed and left on a module (a weight under a norm) the value alone. Raises
+    CompileError where the model cannot be copied."""
+    computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and t.grad_fn is not None}
     try:
-        return copy.deepcopy(model).double()
+        return copy.deepcopy(model, computed).double()
     except RuntimeError as error:
         raise CompileError(
             f"{type(model).__name__} cannot be copied, and verify trains copies: {error}\n"
-            "  fix: keep no computed tensor on a module; for nn.utils.weight_norm, use nn.utils.parametrizations.weight_norm"
+            "  fix: keep no computed tensor in a list or an object on a module"
         ) from error
 
 
@@ -153,7 +155,7 @@ def _blame(
 ) -> Blame:
     """Which pass, or what before or after them, makes one step from the start differ."""
     built = step.programs.current()
-    eager = copy.deepcopy(model).double()
+    eager = _copied(model)
     values = {("param", name): p.detach().clone() for name, p in eager.named_parameters()}
     values |= {("buffer", name): b.clone() for name, b in eager.named_buffers()}
     values |= {("batch", key): t for key, t in built.captured.batch.flatten(batch).items()}
