@@ -69,6 +69,7 @@ BODIES: dict[str, Callable[..., Tensor]] = {
     "lookup of what is valid": lambda m, h, y, k: m.table(y[k]).square().mean() + h.mean(),
     "defined for the chosen": lambda m, h, y, k: h[h > 0].log().mean() + (1 / h[h.abs() > 0.1]).sum(),
     "view": lambda m, h, y, k: h[k].view(-1, 2, 4).sum(1).square().mean() + h[..., 0][k].view(-1).exp().sum() + h[k].reshape(-1, 8).mean(),
+    "products": lambda m, h, y, k: (h[k] @ m.second.weight.T).square().mean() + torch.mm(h[k], m.second.weight.mT).exp().mean() + F.one_hot(y[k], 5).sum(),
     "assigned": assigned,
     "of a mask with a slice": lambda m, h, y, k: h[k, :].mean() + h[k, ...].square().sum(),
 }
@@ -89,6 +90,9 @@ def test_what_a_mask_chooses(name: str) -> None:
         (lambda m, h, y, k: h[k].cumsum(0).sum(), "cumsum along dimension 0"),
         (lambda m, h, y, k: h[k].softmax(0)[0].sum(), "softmax along dimension 0"),
         (lambda m, h, y, k: (h[k] * torch.ones(15, 8, dtype=h.dtype)).sum(), "mul with a tensor of as many dimensions"),
+        (lambda m, h, y, k: F.layer_norm(h[..., 0][k], (15,)).sum(), "layer_norm of x[mask]"),
+        (lambda m, h, y, k: F.linear(h[..., 0][k], torch.ones(15, 15, dtype=h.dtype)).sum(), "linear of x[mask]"),
+        (lambda m, h, y, k: (h[k] @ torch.ones(2, 8, 3, dtype=h.dtype)).sum(), "matmul of x[mask]"),
         (lambda m, h, y, k: (h[k] @ h[k].mT).sum(), "of x[mask]"),
         (lambda m, h, y, k: h[k][0].sum(), "__getitem__ of x[mask]"),
         (lambda m, h, y, k: h[k].view(5, -1).sum(), "view to [5, -1]"),
@@ -123,6 +127,59 @@ def test_under_plans(plan: str) -> None:
     name, _, ranks = plan.partition("x")
     report = verify(Model(body), batches()[0], name, world_size=int(ranks) if ranks else None, loss_fn=returned, backend="simulate", steps=2)
     assert report.ok, str(report)
+
+
+# packed sequences ----------------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, make: Callable[[], nn.Module], sort: bool = False, how: str = "padded") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.sort, self.how = make(), sort, how
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.sort)
+        out, last = self.rnn(packed)
+        ends = last if isinstance(last, tuple) else (last,)
+        extra = sum(((n + 1) * e * e.sin()).mean() for n, e in enumerate(ends))
+        if self.how == "data":
+            return (out.data * packed.data.sum(-1, keepdim=True)).square().mean() + extra
+        padded, again = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, padding_value=0.5, total_length=8 if self.how == "longer" else None)
+        return (padded * torch.arange(padded.shape[1])[:, None]).square().mean() + extra * again.double().mean()
+
+
+def ragged(seed: int, sort: bool = False) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([6, 5, 3, 1] if sort else [3, 6, 1, 5]).roll(0 if sort else seed)
+    return {"x": torch.randn(4, 7, 3, dtype=torch.float64, generator=g), "lengths": lengths}
+
+
+RECURRENT: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
+    "gru": (lambda: nn.GRU(3, 4, batch_first=True), False, "padded"),
+    "gru sorted longer": (lambda: nn.GRU(3, 4, batch_first=True), True, "longer"),
+    "gru both ways": (lambda: nn.GRU(3, 4, 2, bidirectional=True, batch_first=True), False, "padded"),
+    "lstm both ways": (lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True), False, "padded"),
+    "lstm projected, no bias": (lambda: nn.LSTM(3, 4, proj_size=2, bias=False, batch_first=True), False, "padded"),
+    "rnn": (lambda: nn.RNN(3, 4, bidirectional=True, batch_first=True), False, "data"),
+    "rnn relu": (lambda: nn.RNN(3, 4, nonlinearity="relu", batch_first=True), False, "data"),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_packed_sequences(name: str) -> None:
+    make, sort, how = RECURRENT[name]
+    check_gradients(Recurrent(make, sort, how).double(), [ragged(0, sort), ragged(1, sort)], returned)
+
+
+def test_the_longest_length_is_a_guard() -> None:
+    c = capture(Recurrent(lambda: nn.GRU(3, 4, batch_first=True)).double(), ragged(0), loss_fn=returned)
+    assert 6 in {g.value for g in c.guards}
+
+
+def test_dropout_between_packed_layers_is_refused() -> None:
+    with pytest.raises(CaptureError, match="dropout between the layers of a gru"):
+        capture(Recurrent(lambda: nn.GRU(3, 4, 2, dropout=0.1, batch_first=True)).double(), ragged(0), loss_fn=returned)
 
 
 # CTC -----------------------------------------------------------------------------------------------------------------

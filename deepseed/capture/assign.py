@@ -1,8 +1,8 @@
-"""What depends on data in its size, said without it, while a model is traced: assignments and choices by a mask, CTC.
+"""What depends on data in its size, said without it, while a model is traced: assignments and choices by a mask, packed sequences, CTC.
 
 ``x[mask] = value``: PyTorch differentiates it by collecting what the mask chooses; where the value is one for all that the mask
-chooses, ``torch.where`` says the same. ``x[mask]`` and ``masked_select``: ``deepseed.capture.chosen``. ``ctc_loss``:
-``deepseed.capture.ctc``.
+chooses, ``torch.where`` says the same. ``x[mask]`` and ``masked_select``: ``deepseed.capture.chosen``. Packed sequences: ``deepseed.capture.packed``.
+``ctc_loss``: ``deepseed.capture.ctc``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 from deepseed.capture.chosen import Chosen, choose, put_back
 from deepseed.capture.ctc import ctc_loss
 from deepseed.capture.metadata import Where
+from deepseed.capture.packed import pack, pad, recur
+
+PACKED = ("gru", "lstm", "rnn_tanh", "rnn_relu")
 
 
 class Masked(TorchFunctionMode):
@@ -37,6 +40,13 @@ class Masked(TorchFunctionMode):
             return choose(x, mask, self.here)
         if func in (F.ctc_loss, torch.ctc_loss):
             return ctc_loss(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            return pack(self.here, *args)
+        if name == "_pad_packed_sequence":
+            return pad(*args)
+        if name in PACKED and args and isinstance(args[0], Chosen):
+            return recur(name, *args)
         return func(*args, **(kwargs or {}))
 
 

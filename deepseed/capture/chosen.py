@@ -31,6 +31,7 @@ ROWWISE = frozenset("""add sub rsub mul div true_divide neg abs exp log log1p lo
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __rpow__ __neg__ __pow__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__
     __invert__ bitwise_and bitwise_or bitwise_not""".split())  # noqa: SIM905  # fmt: skip
 OF_THE_FIRST = frozenset("linear layer_norm embedding matmul __matmul__ mm one_hot".split())  # noqa: SIM905, rows are those of the first argument
+PRODUCTS = ("matmul", "__matmul__", "mm")
 ALONG = {"softmax": 1, "log_softmax": 1, "logsumexp": 1, "argmax": 1, "norm": 2, "normalize": 2, "cumsum": 1, "sum": 1, "mean": 1, "amax": 1, "amin": 1, "squeeze": 1, "unsqueeze": 1}  # name -> place of dim
 LOSSES = frozenset("binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div".split())  # noqa: SIM905
 OF_ALL = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "layout", "requires_grad", "ndim", "is_meta", "is_sparse", "is_quantized", "is_cuda")} | {
@@ -132,6 +133,8 @@ def _apply(func: Any, first: Chosen, args: tuple[Any, ...], kwargs: dict[str, An
     name = getattr(func, "__name__", str(func))
     if func in OF_ALL:
         return func(first.rows)
+    if name == "size" and len(args) == 2 and args[1] % first.rows.dim():
+        return first.rows.size(args[1])
     for other in tree_leaves((args, kwargs)):
         if isinstance(other, Chosen) and not same(other.mask, first.mask):
             first.refuse(f"{name} with rows chosen by another mask, besides those,")
@@ -150,7 +153,10 @@ def _apply(func: Any, first: Chosen, args: tuple[Any, ...], kwargs: dict[str, An
         if not isinstance(dim, int) or dim % (first.rows.dim() + (name == "unsqueeze")) == 0 or (kwargs.get("keepdim", False) and name == "argmax"):
             first.refuse(f"{name} along dimension {dim}")
     elif name in OF_THE_FIRST:
-        if args[0] is not first or any(isinstance(a, Chosen) for a in tree_leaves((args[1:], kwargs))) or (name in ("matmul", "__matmul__", "mm") and (first.rows.dim() != 2 or args[1].dim() > 2)):
+        normed = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+        within = first.rows.dim() > (len(normed) if name == "layer_norm" else 1) or name in ("embedding", "one_hot")
+        flat = name not in PRODUCTS or (first.rows.dim() == 2 and len(args) > 1 and args[1].dim() <= 2)
+        if args[0] is not first or any(isinstance(a, Chosen) for a in tree_leaves((args[1:], kwargs))) or not within or not flat:
             first.refuse(name)
     elif name not in ROWWISE:
         first.refuse(name)
