@@ -72,7 +72,7 @@ def _one(kind: str, x: Tensor, mask: Tensor, state: Sequence[Tensor], weights: S
     out: list[Tensor] = []
     for t in reversed(range(len(x))) if back else range(len(x)):
         if project is not None:
-            new = _projected(x[t], state, own, project)
+            new: Any = _projected(x[t], state, own, project)
         else:
             new = cell(x[t], tuple(state) if kind == "lstm" else state[0], *own)
             new = new if kind == "lstm" else (new,)
