@@ -62,8 +62,11 @@ class CheckError(ValueError):
     """A check that failed after a pass: names the pass; the cause names node, module path, layouts and numbers."""
 
 
+ONE_RANK = Plan()
+
+
 def arguments(
-    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = Plan(),
+    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
     homes: Mapping[tuple[str, str], int] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
