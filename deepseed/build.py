@@ -18,7 +18,8 @@ from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
-from deepseed.meshes import microbatches, program_mesh, rows_of_a_rank
+from deepseed.local_norms import with_local_norms
+from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of_a_rank
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
 from deepseed.runtime.executable import Executable
@@ -64,6 +65,8 @@ def build(
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
+    if plan.bn == "local":
+        captured = replace(captured, program=with_local_norms(captured.program, data_ranks(host.mesh), microbatches(captured.program, plan, host.mesh)))
     host.agree([("plan", str(plan))])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []

@@ -308,8 +308,11 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
 
 def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
     from deepseed import pipeline
-    from deepseed.meshes import program_mesh
+    from deepseed.local_norms import with_local_norms
+    from deepseed.meshes import data_ranks, microbatches, program_mesh
 
+    if plan.bn == "local":
+        p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
     args = pipeline.arguments(program_mesh(p, plan, ranks), plan.stage, ranks.coordinate(0) if ranks.axes else {}, plan=plan)
     return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
 

@@ -13,7 +13,12 @@ def rows_of_a_rank(p: Program, ranks: Mesh) -> int:
     """Rows of the batch that a data-parallel rank has; of a captured program."""
     counts = [i.type.shape[0] for i in p.by_role("batch") if i.type.shape]
     rows = max(set(counts), key=counts.count) if counts else 1
-    return max(1, rows // prod(ranks.sizes.get(axis, 1) for axis in ("dp", "ep")))
+    return max(1, rows // data_ranks(ranks))
+
+
+def data_ranks(ranks: Mesh) -> int:
+    """Over how many ranks the rows of the batch are split."""
+    return prod(ranks.sizes.get(axis, 1) for axis in ("dp", "ep"))
 
 
 def microbatches(p: Program, plan: Plan, ranks: Mesh) -> int:

@@ -74,7 +74,7 @@ def arguments(
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
-        "loop_microbatches": {"staged": plan.stages > 1},
+        "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
         "localize": {"coordinate": coordinate},
     }

@@ -2,7 +2,7 @@
 
     plan  ::= word ("+" word)*
     word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp32" | "fp64"
-            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "bn(local)" | "order(" axis ("," axis)* ")"
+            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
 modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
@@ -64,7 +64,7 @@ class Plan:
     cut: tuple[str, ...] = ()  # module paths with which the stages after the first begin; none: where it balances best
     mb: int | None = None  # microbatches: parts of each rank's rows that run one after another
     schedule: str | None = None  # of the stages: gpipe, 1f1b, interleavedV, zb
-    bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch
+    bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch; "exact": of all, at any price
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
@@ -196,7 +196,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     (r"zero([0-3])", "zero", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
     (rf"({SCHEDULES})", "schedule", str),
-    (r"bn\((local)\)", "bn", str),
+    (r"bn\((local|exact)\)", "bn", str),
     (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
     (r"cut=\[?([^\]]*)\]?", "cut", lambda text: tuple(path.strip() for path in text.split(",") if path.strip())),
 )

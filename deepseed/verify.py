@@ -22,10 +22,11 @@ from deepseed.api import TrainStep
 from deepseed.bisect import Blame, diagnose
 from deepseed.build import CompileError
 from deepseed.capture.batch import rebuild, tensors
-from deepseed.capture.eager import eager_reference
+from deepseed.capture.eager import Runs, eager_reference
 from deepseed.capture.options import Optimizers, listed
 from deepseed.explain import matmul_flops
 from deepseed.ir.program import Program
+from deepseed.meshes import data_ranks
 from deepseed.noise import undetermined
 from deepseed.rounding import growth
 
@@ -100,11 +101,13 @@ def verify(
     started = perf_counter()
     batches = [_rotate(_widen(batch), step) for step in range(steps)]
 
+    runs: list[Runs | None] = [None]  # of the plan, once it is resolved
+
     def train(other: nn.Module, given: Sequence[Mapping[str, Tensor]]) -> None:
         _train(other, given, optimizer_factory, clip_grad_norm)
 
     def eager(other: nn.Module, each: Callable[[int], None] | None = None) -> _Run:
-        return _eager(other, batches, optimizer_factory, loss_fn, clip_grad_norm, seed, each)
+        return _eager(other, batches, optimizer_factory, loss_fn, clip_grad_norm, seed, each, runs[0])
 
     def trial(follow: bool) -> tuple[TrainStep, _Run, _Errors]:
         ours, theirs = _copied(model), _copied(model)
@@ -112,6 +115,7 @@ def verify(
             ours, plan, optimizer=_made(optimizer_factory, ours), loss_fn=loss_fn, clip_grad_norm=clip_grad_norm,
             world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True,
         )  # fmt: skip
+        runs[0] = _runs(step, batches[0])
         reached: list[Mapping[str, Tensor]] = []  # eager's parameters and buffers after each step
         want = eager(theirs, (lambda _: reached.append(_state(theirs))) if follow else None)
         have = _Run([], [], [])
@@ -210,6 +214,15 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def _runs(step: TrainStep, batch: Any) -> Runs | None:
+    """How ranks and microbatches share the rows, where the plan's batch norms depend on it."""
+    if step.plan.bn != "local":
+        return None
+    counts = [len(t) for t in tensors(batch).values() if t.dim()]
+    ranks = data_ranks(step.mesh)
+    return Runs(ranks, step.plan.microbatches(max(1, max(set(counts), key=counts.count) // ranks)))
+
+
 def _repeated(p: Program) -> float:
     whole = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
     done = sum(matmul_flops(replace(p, mesh=p.mesh.seen_from(p.mesh.coordinate(rank)))) for rank in range(p.mesh.ranks))
@@ -225,7 +238,7 @@ def _blame(
     values = {("param", name): p.detach().clone() for name, p in eager.named_parameters()}
     values |= {("buffer", name): b.clone() for name, b in eager.named_buffers()}
     values |= {("batch", key): t for key, t in built.captured.batch.flatten(batch).items()}
-    run = _eager(eager, [batch], factory, loss_fn, clip, seed)
+    run = _eager(eager, [batch], factory, loss_fn, clip, seed, runs=_runs(step, batch))
     want = {("loss", "loss"): torch.tensor(run.losses[0], dtype=torch.float64)} | {("grad", name): g for name, g in run.grads[0].items()}
     want |= {("norm", "grad_norm"): next(iter(run.norms[0].values()))} if run.norms[0] else {}
     want |= {("param", name): p.detach() for name, p in eager.named_parameters()}
@@ -234,14 +247,14 @@ def _blame(
 
 def _eager(
     model: nn.Module, batches: Sequence[Any], factory: OptimizerFactory, loss_fn: Callable[..., Tensor] | None, clip: float | None, seed: int,
-    each: Callable[[int], None] | None = None,
+    each: Callable[[int], None] | None = None, runs: Runs | None = None,
 ) -> _Run:  # fmt: skip
     """The user's own training loop; ``each`` is called after each step."""
     optimizers = _made(factory, model)
     run = _Run([], [], [])
     for number, batch in enumerate(batches):
         model.zero_grad()
-        with eager_reference(model, rng=torch.tensor([seed, number]), widen=True):
+        with eager_reference(model, rng=torch.tensor([seed, number]), widen=True, runs=runs):
             loss = _loss(model, batch, loss_fn)
             loss.backward()  # type: ignore[no-untyped-call]
         run.grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

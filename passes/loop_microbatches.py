@@ -12,15 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from deepseed.ir.contract import program_pass
+from deepseed import cost
+from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
 
+DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
+
+
 @program_pass(requires={"lowered"}, provides={"looped"})
-def loop_microbatches(p: Program, staged: bool = False) -> Program:
+def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False) -> Program:
     """Give every op its part, and list the ops part by part; a program without ``mb`` stays as it is, unless it is to be cut in stages.
+    Raises PassError where what is computed again in several loops is more than ``DEAR`` times the step, unless ``confirmed``.
 
     before: %n = sum(%mask) : f32[] sum@mb                      after: %n = sum(%mask) : f32[] sum@mb {part="forward.1"}
             %n.whole_mb = accumulate(%n, axis="mb") : f32[]            %n.whole_mb = accumulate(%n, axis="mb") : f32[] {part="forward.1"}
@@ -28,7 +33,11 @@ def loop_microbatches(p: Program, staged: bool = False) -> Program:
     """
     if TIME not in p.mesh.sizes and not staged:
         return p
-    return _Loops(p).run()
+    loops = _Loops(p)
+    out = loops.run()
+    if not confirmed:
+        loops.check_price()
+    return out
 
 
 class _Loops:
@@ -111,6 +120,22 @@ class _Loops:
                 if ref.name in self.home:
                     needed[self.home[ref.name]] |= parts
 
+    def check_price(self) -> None:
+        """Refuse what ends loops again and again: the statistics of batch norms."""
+        once = {op.name: _work(self.p, op) for op in self.p.ops}
+        done = sum(once[op.name] * (len(self.parts[op.name]) if op.name not in self.weights else 1) for op in self.p.ops)
+        ratio = done / max(1.0, sum(once.values()))
+        if ratio <= DEAR:
+            return
+        loops = max(loop_of(part) for parts in self.parts.values() for part in parts)
+        ends = [op for op in self.p.ops if op.target == "accumulate" and op.phase != "update" and loop_of(self.parts[op.name][0]) < loops]
+        first = next((op for op in ends if op.path), ends[0])
+        raise PassError(
+            f"{loops} loops over the microbatches compute {ratio:.1f} times the step: {len(ends)} values of all microbatches are needed before they can go on, "
+            f"such as %{first.name} at {first.path or 'the top level'}" + (f" ({first.line})" if first.line else "") + "\n"
+            "  fix: bn(local), the statistics of each microbatch, where these are of batch norms; bn(exact) to pay for it; or a plan without mb (and pp with mb1)"
+        )
+
     # the ops in order --------------------------------------------------------------------------------------------------
 
     def _emit_part(self, part: str, ops: Iterable[Op]) -> None:
@@ -162,6 +187,12 @@ class _Loops:
         kept = {key for key, where in parts.items() if len(where) == 1}
         ops = tuple(op if not op.origin or op.origin in kept else replace(op, origin="") for op in p.ops)
         return replace(p, ops=ops, origins=tuple((key, op) for key, op in p.origins if key in kept or key not in parts))
+
+
+def _work(p: Program, op: Op) -> float:
+    """Flops, and a few for each element that is read or written."""
+    operands = [p.types[r.name] for r in op.refs]
+    return float(cost.flops(op, operands)) + 4.0 * sum(t.numel for t in (*operands, *op.types))
 
 
 def _before(need: str) -> int:
