@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log, prod
+from math import log
 
 from deepseed.ir.contract import PassError
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref, Type
@@ -139,7 +139,7 @@ class _Local:
         return replace(t, shape=(t.shape[0] // self.m, self.m * t.shape[1], *t.shape[2:]))
 
     def _each_type(self, t: Type) -> Type:
-        return replace(t, shape=(self.m * t.shape[0],)) if t.shape and prod(t.shape) else t
+        return replace(t, shape=(self.m * t.shape[0],)) if t.numel and t.shape else t
 
     def _reshape(self, x: Ref, shape: Sequence[int]) -> Ref:
         return self._emit("reshape", (x,), replace(self.builder.types[x.name], shape=tuple(shape)), "")

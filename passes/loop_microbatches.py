@@ -18,7 +18,6 @@ from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
-
 DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
 
 
