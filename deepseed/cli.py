@@ -243,6 +243,8 @@ def zoo(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
+    listed: Annotated[Path | None, typer.Option("--list", help="a file of TARGETs, one a line; the # lines at its top head the table")] = None,
+    keep: Annotated[Path | None, typer.Option(help="a file of results, a JSON line a target: a target that it has is not run again")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify many targets under many plans, each target in its own process. Exit code 1 where one differs or fails."""
@@ -251,9 +253,12 @@ def zoo(
     from deepseed import zoo as all_of
 
     words = [word.strip() for word in plans.split(",")] if plans else list(all_of.PLANS)
-    results = all_of.run(targets or all_of.TARGETS, words, steps=steps, jobs=jobs, timeout=timeout, tell=lambda line: typer.echo(line, err=as_json))
+    if targets and listed is not None:
+        raise UsageError("TARGETs and --list\n  fix: give one of the two")
+    these, head = all_of.read_list(listed) if listed is not None else (targets or all_of.TARGETS, [])
+    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json))
     if out is not None:
-        out.write_text(all_of.table(results, words))
+        out.write_text(all_of.table(results, words, head) if head else all_of.table(results, words))
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)

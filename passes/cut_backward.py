@@ -3,7 +3,8 @@
 Along backward edges the stage falls; no op runs before the stage of a forward value that it reads. Of what this leaves open, boundary k
 cuts the ops of stages above k from the others: a backward value costs its bytes where it crosses, once however many read it; a forward
 value or a weight costs its bytes where it is read on a side that does not have it; a gradient costs its bytes where it is not at home.
-``scipy.sparse.csgraph.maximum_flow`` (Dinic) and a search of the residual give the cut with the fewest ops above it.
+``scipy.sparse.csgraph.maximum_flow`` (Dinic) and a search of the residual give, of equal cuts, the one with the most ops above it: a
+backward op then runs where the forward op ran that read the same values.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ class _Graph:
             self.room.append(self.most if nbytes is None else max(1, nbytes // self.unit))
 
     def late(self) -> set[int]:
-        """The nodes on the source's side of the minimum cut, as few as can be."""
+        """The nodes on the source's side of the minimum cut, as many as can be: all from which the sink is out of reach."""
         graph = csr_array((np.array(self.room, dtype=np.int64), (self.heads, self.tails)), shape=(self.size, self.size))
         graph.data = np.minimum(graph.data, self.most).astype(np.int32)  # parallel edges were added up
         flow = maximum_flow(graph, _LATE, _EARLY).flow
         rest = csr_array(graph - flow)
         rest.data[rest.data < 0] = 0
         rest.eliminate_zeros()
-        return set(breadth_first_order(rest, _LATE, return_predecessors=False).tolist())
+        return set(range(self.size)).difference(breadth_first_order(rest.T.tocsr(), _EARLY, return_predecessors=False).tolist())
 
 
 def backward_stages(k: Kinds, ops: Sequence[Op], stages: int, known: Known) -> dict[str, int]:

@@ -83,11 +83,11 @@ def owners(p: Program, part: str) -> Mapping[str, str]:
     for op in reversed(p.ops):
         if op.part == part:
             own = {inputs[r.name] for r in op.refs if inputs.get(r.name)}
-            keys_here = own or {found[r] for r in op.results if found.get(r)}
-            key = keys_here.pop() if len(keys_here) == 1 else ""
+            of = own or {key for r in op.results if (key := found.get(r))}
+            key = of.pop() if len(of) == 1 else ""
             for r in op.results:
                 found[r] = key
             for ref in op.refs:
-                note(ref.name, key or "")
+                note(ref.name, key)
     return {value: key for value, key in found.items() if key}
 

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from deepseed.ir.collective import IN_TIME
-from deepseed.ir.program import Builder, Op, Output, Program, Ref
+from deepseed.ir.program import Builder, Op, Program, Ref
 from deepseed.ir.schedule import loop_of, order_of
 from deepseed.passes.cut_kinds import STORED
-
-RETURNED = ("param", "buffer", "state")  # roles of outputs that lie where the input of their key lies
 
 
 def needs(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int]) -> dict[str, set[int]]:
@@ -22,7 +20,7 @@ def needs(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int]) 
     need: dict[str, set[int]] = {name: set() for name in p.types}
     homes = {(i.role, i.key): home.get(i.name, 0) for i in p.inputs}
     for o in p.outputs:
-        if o.role in RETURNED:
+        if o.role in STORED:
             need[o.ref.name].add(homes[o.role, o.key])
         elif o.ref.name in free:
             need[o.ref.name].add(0)
@@ -71,17 +69,11 @@ def spread(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int])
             part = f"once.{loop_of(op.part)}" if op.target in IN_TIME else op.part
             for r in op.results:
                 send((op.phase, op.path, op.line), r, op.stage, part)
-    outputs = [replace(o, ref=replace(o.ref, name=_returned(p, o, on, need, home))) for o in p.outputs]
+    homes = {(i.role, i.key): home.get(i.name, 0) for i in p.inputs}
+    outputs = [replace(o, ref=replace(o.ref, name=on[o.ref.name, homes[o.role, o.key]])) if o.role in STORED else o for o in p.outputs]
     done = out.program(outputs=outputs)
     inputs = tuple(replace(i, stage=home.get(i.name, 0)) if i.role in STORED else i for i in p.inputs)
     return replace(done, inputs=inputs, ops=tuple(sorted(done.ops, key=lambda op: order_of(op.part))))
-
-
-def _returned(p: Program, o: Output, on: Mapping[tuple[str, int], str], need: Mapping[str, set[int]], home: Mapping[str, int]) -> str:
-    if o.role in RETURNED:
-        source = next(i for i in p.inputs if (i.role, i.key) == (o.role, o.key))
-        return on[o.ref.name, home.get(source.name, 0)]
-    return o.ref.name
 
 
 def split_weights(p: Program, loop: int) -> Program:

@@ -5,13 +5,15 @@ Invariants:
 2. every layout fits its shape and the mesh (axes exist, divide, do not overlap);
 3. roles and phases are known; an output param, buffer or state has an input of the same key, dtype and shape;
 4. once explicit, no use wants another layout than the value has; once lowered, no reshard is left;
-5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else.
+5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else;
+6. once staged, every value is there when and where it is read (deepseed.ir.staged).
 """
 
 from __future__ import annotations
 
 from deepseed.ir.layout import LayoutError, check
 from deepseed.ir.program import INPUT_ROLES, ITEMSIZE, OUTPUT_ROLES, PHASES, Op, Program, ProgramError, Ref, Type
+from deepseed.ir.staged import check_staged
 
 
 def verify(p: Program) -> Program:
@@ -47,6 +49,7 @@ def verify(p: Program) -> Program:
             defined[name] = type_
         if target.endswith(".start"):
             pending.update(results)
+    p.__dict__.setdefault("types", defined)  # they need not be collected once more
     inputs = {(i.role, i.key): i for i in p.inputs}
     for o in p.outputs:
         where = f"output {o.role} {o.key!r}"
@@ -66,6 +69,8 @@ def verify(p: Program) -> Program:
                 raise ProgramError(f"{where}: {new.dtype}{list(new.shape)} for an input of {source.type.dtype}{list(source.type.shape)}")
             if "explicit" in p.facts and new.layout != source.type.layout:
                 raise ProgramError(f"{where}: comes back as {new.layout.elements}, was stored as {source.type.layout.elements}")
+    if "staged" in p.facts and "local" not in p.facts and any(op.part for op in p.ops):
+        check_staged(p)
     return p
 
 
