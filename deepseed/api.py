@@ -319,11 +319,10 @@ class _Compiled:
     def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
         for i in e.inputs:
-            key = (i.role, i.key)
-            if key in state.tensors:
-                out.append(state.tensors[key])
+            if (stored := state.stored(i)) is not None:
+                out.append(stored)
             else:
-                x = others[key].to(self.host.device)
+                x = others[i.role, i.key].to(self.host.device)
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already

@@ -56,9 +56,10 @@ class Built:
 
 
 def build(
-    captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None, wide: bool = False, quiet: bool = False
+    captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
+    homes: Mapping[tuple[str, str], int] | None = None, wide: bool = False, quiet: bool = False
 ) -> Built:
-    """Run the pipeline. ``stored`` pins the layouts of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``stored`` and ``homes`` pin the layouts and stages of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
@@ -72,7 +73,7 @@ def build(
         _say_microbatches(captured.program, plan, host)
 
     def solve() -> str:
-        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan)
+        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes)
         done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
         return str(done[-1].program)
 
@@ -84,7 +85,7 @@ def build(
     host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
-        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan)
+        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))

@@ -177,8 +177,7 @@ def explain(
         from deepseed.view import page, view
 
         html.write_text(page(view(done[-1].program, found, ranks=ranks, title=target, plan=plan, machine=of)))
-        typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
-        return
+        return typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
     typer.echo(str(found))
     name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")
     typer.echo(f"\nnext: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''} --why {name}")
@@ -189,9 +188,10 @@ def explain(
 def plan(text: Annotated[str, typer.Argument(metavar="PLAN")], world_size: RanksOption = None) -> None:
     """Print the mesh of a plan and what it means."""
     from deepseed.plan import parse_plan
+    from deepseed.plan_text import meaning
 
     parsed = parse_plan(text)
-    typer.echo("\n".join(_meaning(parsed, parsed.resolve(world_size), parsed.mesh(world_size))))
+    typer.echo("\n".join(meaning(parsed, parsed.resolve(world_size), parsed.mesh(world_size))))
 
 
 @app.command()
@@ -243,6 +243,8 @@ def zoo(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
+    listed: Annotated[Path | None, typer.Option("--list", help="a file of TARGETs, one a line; the # lines at its top head the table")] = None,
+    keep: Annotated[Path | None, typer.Option(help="a file of results, a JSON line a target: a target that it has is not run again")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify many targets under many plans, each target in its own process. Exit code 1 where one differs or fails."""
@@ -251,9 +253,12 @@ def zoo(
     from deepseed import zoo as all_of
 
     words = [word.strip() for word in plans.split(",")] if plans else list(all_of.PLANS)
-    results = all_of.run(targets or all_of.TARGETS, words, steps=steps, jobs=jobs, timeout=timeout, tell=lambda line: typer.echo(line, err=as_json))
+    if targets and listed is not None:
+        raise UsageError("TARGETs and --list\n  fix: give one of the two")
+    these, head = all_of.read_list(listed) if listed is not None else (targets or all_of.TARGETS, [])
+    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json))
     if out is not None:
-        out.write_text(all_of.table(results, words))
+        out.write_text(all_of.table(results, words, head) if head else all_of.table(results, words))
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
@@ -339,39 +344,6 @@ def _passes_table(done: Sequence[Passed]) -> list[str]:
     left = [name for each in done for name in each.unproved]
     if left:
         lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands, such as %{left[0]}")
-    return lines
-
-
-def _meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
-    from deepseed import closed_forms as form
-
-    n, e, s, t = plan.dp or 1, plan.ep or 1, plan.sp or 1, plan.tp or 1
-    stored = ("everything whole on each rank", "optimizer state split over dp", "optimizer state and gradients split over dp",
-              "optimizer state, gradients and parameters split over dp; parameters gathered for use")  # fmt: skip
-    lines = [f"{said or 'one rank'} on {mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh}"]
-    lines.append(f"  dp{n:<6} " + (f"the batch is split over {n} ranks" if n > 1 else "one data-parallel rank has the whole batch"))
-    lines.append(f"  zero{plan.stage:<4} {stored[plan.stage]}")
-    if e > 1:
-        lines.append(f"  ep{e:<6} experts are split over {e} ranks, and the rows of the batch; the ranks share the rest of the state too")
-    if s > 1:
-        lines.append(f"  sp{s:<6} the sequence is split over {s} ranks, which share the state too")
-    if t > 1:
-        lines.append(f"  tp{t:<6} each weight is split over {t} neighbouring ranks")
-    if plan.dtype:
-        lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
-    lines += [f"  {'':8} {note}" for note in plan.notes]
-    lines.append("")
-    lines.append("  of the whole, a rank holds      closed form")
-    one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "N": float(n * e * s), "t": float(t)}
-    for what, size in (("parameters", form.param_bytes), ("gradients", form.grad_bytes), ("optimizer", form.optimizer_bytes)):
-        lines.append(f"  {what:14}{form.value(size(plan.stage), **one):>10.4f}        {size(plan.stage)}")
-    if n * e * s > 1:
-        lines.append(f"  {'sent over dp' if s == e == 1 else 'sent for state':14}{form.value(form.data_volume(plan.stage), **one):>10.4f}        {form.data_volume(plan.stage)}")
-    if mesh.ranks > 1:
-        lines.append("")
-        shown = [f"{rank}: " + " ".join(f"{a}={i}" for a, i in mesh.coordinate(rank).items()) for rank in range(min(mesh.ranks, 8))]
-        lines.append("  rank " + ", ".join(shown) + (" ..." if mesh.ranks > 8 else ""))
-    lines.append(f"next: deepseed explain TARGET --plan {said or 'zero0'}" + (f" --world-size {mesh.ranks}" if mesh.ranks > 1 else ""))
     return lines
 
 

@@ -62,16 +62,20 @@ class CheckError(ValueError):
     """A check that failed after a pass: names the pass; the cause names node, module path, layouts and numbers."""
 
 
+ONE_RANK = Plan()
+
+
 def arguments(
-    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = Plan()
-) -> dict[str, dict[str, Any]]:
+    mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
+    homes: Mapping[tuple[str, str], int] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
-    ``plan``: for its stages and their schedule."""
+    ``plan``: for its stages and their schedule. ``stored`` and ``homes``: layouts and stages of what an earlier program stores."""
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
         "loop_microbatches": {"staged": plan.stages > 1},
-        "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut},
+        "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
         "localize": {"coordinate": coordinate},
     }
 

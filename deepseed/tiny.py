@@ -35,11 +35,11 @@ def tiny_model(name: str, said: Mapping[str, Any], *, meta: bool = False) -> tup
     """
     cls = _class(name)
     rows, tokens = (int(said.get(word, default)) for word, default in BATCH_WORDS.items())
-    fields = {key: value for key, value in said.items() if key not in BATCH_WORDS}
+    fields = _decoder(cls) | {key: value for key, value in said.items() if key not in BATCH_WORDS}
     try:
         way = _way(cls)
     except TinyError as error:
-        if error.final or not fields:
+        if error.final or not said:
             raise
         way = WAYS[0]  # what is said may be what it lacked
     model = _built(cls, tiny_config(cls.config_class, fields, tokens, way), meta)
@@ -90,7 +90,7 @@ def _way(cls: Any) -> str:
     first: Exception | None = None
     for way in WAYS:
         try:
-            config = tiny_config(cls.config_class, {}, TOKENS, way)
+            config = tiny_config(cls.config_class, _decoder(cls), TOKENS, way)
             size = sum(p.numel() for p in _built(cls, config, meta=True).parameters())
             if size > MOST_PARAMETERS:
                 raise TinyError(f"{cls.__name__} would still have {size:,} parameters\n  fix: give smaller fields in a file target, path/to/file.py:name")
@@ -116,6 +116,14 @@ def _way(cls: Any) -> str:
         f"{cls.__name__} cannot be made small: {type(first).__name__}: {first}\n"
         "  fix: write a file target that returns model and batch, path/to/file.py:name"
     ) from first
+
+
+def _decoder(cls: Any) -> dict[str, Any]:
+    """A class for causal language is a decoder, where its configuration asks."""
+    with _quiet():
+        fields = cls.config_class().to_dict()
+    asks = task_of(cls.__name__) == "CAUSAL_LM" and fields.get("is_decoder") is False and not fields.get("is_encoder_decoder")
+    return {"is_decoder": True} if asks else {}
 
 
 def _built(cls: Any, config: Any, meta: bool = False) -> nn.Module:

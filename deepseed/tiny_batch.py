@@ -79,7 +79,7 @@ def tiny_batch(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict
     if task == "MULTIPLE_CHOICE":
         inputs = {key: value[:, None].expand(rows, 2, *value.shape[1:]).contiguous() for key, value in inputs.items()}
     if "future_values" in takes:
-        return inputs | {"future_values": torch.randn(rows, config.prediction_length, inputs["past_values"].shape[2], generator=random)}
+        return inputs | _series_more(config, inputs["past_values"], takes, random)
     if not takes & {"labels", "start_positions"}:
         return inputs
     if "input_ids" not in takes and not both and task not in (*ONE_LABEL_A_ROW, "CTC"):
@@ -134,7 +134,24 @@ def _sound(config: Any, rows: int, random: torch.Generator) -> Tensor:
 
 
 def _series(config: Any, rows: int, random: torch.Generator) -> Tensor:
-    return torch.randn(rows, config.context_length, getattr(config, "num_input_channels", 1), generator=random)
+    """Past values: a context, and before it as many as the farthest lag looks back; ``[rows, time]`` or, of several channels, one more dimension."""
+    past = config.context_length + max(getattr(config, "lags_sequence", None) or [0])
+    channels = getattr(config, "num_input_channels", None) or getattr(config, "input_size", 1)
+    return torch.randn(*((rows, past) if channels == 1 and hasattr(config, "lags_sequence") else (rows, past, channels)), generator=random)
+
+
+def _series_more(config: Any, past: Tensor, takes: set[str], random: torch.Generator) -> dict[str, Tensor]:
+    """What is to be foretold, what is known of each time, and which past values were seen (the last one of every fifth row was not)."""
+    rows, ahead = len(past), config.prediction_length
+    out = {"future_values": torch.randn(rows, ahead, *past.shape[2:], generator=random)}
+    if "past_observed_mask" in takes:
+        out["past_observed_mask"] = torch.ones(past.shape)
+        out["past_observed_mask"][::5, -1] = 0
+    if "past_time_features" in takes:
+        features = config.num_time_features
+        out["past_time_features"] = torch.randn(*past.shape[:2], features, generator=random)
+        out["future_time_features"] = torch.randn(rows, ahead, features, generator=random)
+    return out
 
 
 def _with_images(model: nn.Module, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -36,7 +36,7 @@ FIXED = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "sliding_window": 8, "attention_window_size": 8, "window_size": 8, "attention_chunk_size": 8, "chunk_size": 8,
     "mamba_chunk_size": 8, "state_size": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "n_groups": 2, "time_step_rank": 8, "mamba_dt_rank": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "adapter_rank": 8, "image_size": 32, "patch_size": 8, "num_mel_bins": 16,
-    "max_source_positions": 32, "mask_token_id": 1,
+    "max_source_positions": 32, "mask_token_id": 1, "num_conv_pos_embeddings": 16,
 }  # fmt: skip
 ABSENT = {*KV_HEADS, "head_dim", "num_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "vocab_size", "mask_token_id"}  # given a size where the default is None
 OFF: dict[str, Any] = {  # coins that Python or NumPy throws: another program each step
@@ -91,6 +91,8 @@ def _by_meaning(defaults: Mapping[str, Any], said: Mapping[str, Any], tokens: in
     if "state_size" in defaults and "head_dim" in defaults:  # the heads are those of a state space
         small["head_dim"] = expand * width // heads
     out = {name: small[name] for name, value in defaults.items() if name in small and (_is_int(value) or (value is None and name in ABSENT))}
+    if channels := _ints(defaults.get("conv_dim")):  # of the convolutions over a wave
+        out["conv_dim"] = type(defaults["conv_dim"])(width // 2 for _ in channels)
     if latent and "head_dim" in out:
         out["head_dim"] = FIXED["qk_rope_head_dim"]
     return out

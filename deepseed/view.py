@@ -24,6 +24,8 @@ from deepseed.speed import Machine, Sent
 from deepseed.view_lanes import KINDS, Box, Crossing, Moment, staged, straight
 
 POINTS = 600  # of a memory curve, at most
+SCRIPTS = ("view_numbers.js", "view_timeline.js", "view.js")
+DIGITS = 7  # of a time
 
 
 def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = "", plan: str = "", machine: Machine | None = None) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def page(figures: Mapping[str, Any]) -> str:
     here = files("deepseed")
     title = " ".join(filter(None, (figures["title"], figures["plan"]))) or "a program"
     parts = {
-        "title": escape(title), "style": (here / "view.css").read_text(), "script": (here / "view.js").read_text(),
+        "title": escape(title), "style": (here / "view.css").read_text(), "script": "\n".join((here / name).read_text() for name in SCRIPTS),
         "figures": json.dumps(figures, separators=(",", ":"), default=_short).replace("<", "\\u003c"),
     }  # fmt: skip
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m.group(1)], (here / "view.html").read_text())
@@ -93,7 +95,7 @@ def _collectives(boxes: Sequence[Box]) -> list[dict[str, Any]]:
 
 
 def _r(seconds: float) -> float:
-    return float(f"{seconds:.7g}")
+    return float(f"{seconds:.{DIGITS}g}")
 
 
 def _columns(moments: Sequence[Moment]) -> dict[str, Any]:

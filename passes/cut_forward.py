@@ -24,14 +24,17 @@ SLACK = 1.25  # of the dearest stage's cost: what cuts of fewer bytes may take
 Floats = NDArray[np.float64]
 
 
-def forward_stages(k: Kinds, stages: int, pins: Sequence[str]) -> dict[str, int]:
-    """The stage of each op of the last loop's forward, by name. Raises PassError: too few cut points, a pin that cannot be met."""
+def forward_stages(k: Kinds, stages: int, pins: Sequence[str], homes: Mapping[str, int]) -> dict[str, int]:
+    """The stage of each op of the last loop's forward, by name. ``homes``: the stages of inputs that are stored already, which are used
+    there first where the order of the forward allows it. Raises PassError: too few cut points, a pin that cannot be met."""
     p = k.program
     ops = k.bound(f"forward.{k.loops}")
     place = {op.name: n for n, op in enumerate(ops)}
     at = [place.get(k.glued.get(op.name, ""), n) for n, op in enumerate(ops)]  # a wait stands with its start
     live = _live(p, ops, at)
     cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, stages), _costs(p, ops, at), live, stages)
+    if homes and not pins:
+        cuts = _held(cuts, _first_uses(k, ops, at), homes, [i for i in range(1, len(live)) if live[i] > 0 and i not in _inside_groups(ops, at)], live)
     return {op.name: int(np.searchsorted(cuts, n, side="right")) for op, n in zip(ops, at, strict=True)}
 
 
@@ -131,6 +134,30 @@ def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDA
     load = _loads(few, cost, live)
     dearest = _best(load, np.maximum, stages)[0]
     return np.array([0, *few])[_best(np.where(load <= dearest, (load / dearest) ** 2, np.inf), np.add, stages)[1]]
+
+
+def _first_uses(k: Kinds, ops: Sequence[Op], at: Sequence[int]) -> dict[str, int]:
+    """Where the forward first uses each stored input."""
+    out: dict[str, int] = {}
+    for op, n in zip(ops, at, strict=True):
+        for ref in op.refs:
+            for root in k.stored.get(ref.name, ()):
+                out[root] = min(out.get(root, n), n)
+    return out
+
+
+def _held(cuts: NDArray[np.int64], uses: Mapping[str, int], homes: Mapping[str, int], points: Sequence[int], live: Floats) -> NDArray[np.int64]:
+    """Each cut moved between the inputs stored before it and those stored after it, to where the fewest bytes are live; as they are where
+    the forward uses them in another order, or leaves no place for a cut: weights then cross."""
+    out: list[int] = []
+    for stage, cut in enumerate(cuts.tolist(), 1):
+        low = max([n + 1 for name, n in uses.items() if homes.get(name, stage) < stage], default=0)
+        high = min([n for name, n in uses.items() if homes.get(name, -1) >= stage], default=len(live))
+        between = [i for i in points if max(low, out[-1] + 1 if out else 0) <= i <= high]
+        if not between:
+            return cuts
+        out.append(cut if cut in between else min(between, key=lambda i: (live[i], i)))
+    return np.array(out)
 
 
 def _loads(points: Sequence[int], cost: Floats, live: Floats) -> Floats:

@@ -25,11 +25,14 @@ from deepseed.solver.schedules import ScheduleError, check, lanes
 
 
 @program_pass(requires={"looped"}, provides={"staged"})
-def cut_stages(p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int = 1, pins: Sequence[str] = ()) -> Program:
+def cut_stages(
+    p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int = 1, pins: Sequence[str] = (), stored: Mapping[tuple[str, str], int] | None = None
+) -> Program:  # fmt: skip
     """Give every op its stage, 0 .. ``stages`` x ``chunks`` - 1; values that another stage uses cross by ``transfer``.
 
     ``stages``: pipeline ranks. ``schedule``: gpipe, 1f1b, interleaved (with ``chunks`` stages a rank) or zb. ``pins``: module paths with
-    which the stages after the first begin. Raises PassError where there are fewer cut points than cuts, or a pin cannot be met.
+    which the stages after the first begin. ``stored``: by role and key the stages on which an earlier program stores its inputs: they stay
+    there, and the cuts are made around them where that can be. Raises PassError where there are fewer cut points than cuts, or a pin cannot be met.
 
     before: %w1 : f32[8, 8] param "w1"
             %w2 : f32[8, 8] param "w2"
@@ -48,7 +51,7 @@ def cut_stages(p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int 
     k = kinds(p)
     if stages == 1:
         return _scheduled(p, schedule if schedule != "interleaved" else "1f1b", 1, 1, k.loops)
-    placed, home = _place(k, stages * chunks, pins)
+    placed, home = _place(k, stages * chunks, pins, stored or {})
     out = spread(placed, k.free, home)
     return _scheduled(split_weights(out, k.loops) if schedule == "zb" else out, schedule, stages, chunks, k.loops)
 
@@ -65,14 +68,16 @@ def _scheduled(p: Program, name: str, ranks: int, chunks: int, loops: int) -> Pr
     return replace(p, schedule=schedule)
 
 
-def _place(k: Kinds, stages: int, pins: Sequence[str]) -> tuple[Program, dict[str, int]]:
+def _place(k: Kinds, stages: int, pins: Sequence[str], stored: Mapping[tuple[str, str], int]) -> tuple[Program, dict[str, int]]:
     """Every bound op with its stage, sums over stages written out; and where each stored input is at home."""
     p = k.program
-    main = forward_stages(k, stages, pins)
+    fixed = {i.name: stored[i.role, i.key] for i in p.inputs if (i.role, i.key) in stored}
+    main = forward_stages(k, stages, pins, fixed)
     used_on = _used_on(k, main)
-    by_key = {i.key: min(used_on.get(i.name, {0})) for i in p.inputs if i.role == "param"}
+    by_key = {i.key: fixed.get(i.name, min(used_on.get(i.name, {0}))) for i in p.inputs if i.role == "param"}
     home = {i.name: min(used_on.get(i.name, {0})) for i in p.inputs if i.role in STORED}
     home.update((i.name, by_key.get(i.key.partition("/")[2], 0)) for i in p.by_role("state"))
+    home.update(fixed)
     stage_of: dict[str, int] = {}  # of values
     done: dict[str, list[Op]] = {}  # by op: what stands in its place
     builder = Builder(p)
@@ -103,12 +108,18 @@ def _settle(ops: Iterable[Op], at: Mapping[str, int], done: dict[str, list[Op]],
 
 
 def _used_on(k: Kinds, main: Mapping[str, int]) -> dict[str, set[int]]:
-    """The stages whose forward uses each parameter and buffer."""
+    """The stages whose forward uses each parameter and buffer; of one that only runs once (running statistics), its module's stage."""
     out: dict[str, set[int]] = {}
+    paths: dict[str, int] = {}
     for op in k.bound(f"forward.{k.loops}"):
+        paths.setdefault(op.path, main[op.name])
         for ref in op.refs:
             for root in k.stored.get(ref.name, ()):
                 out.setdefault(root, set()).add(main[op.name])
+    for i in k.program.inputs:
+        if i.role in STORED and i.name not in out:
+            found = {paths[u.path] for u in k.program.uses[i.name] if isinstance(u, Op) and u.phase == "forward" and u.path in paths}
+            out |= {i.name: found} if found else {}
     return out
 
 

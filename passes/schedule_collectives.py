@@ -4,13 +4,16 @@ A value that is computed joins the open bucket of its kind as soon as it is ther
 something needs one of its values. A weight is there from the beginning, so its gather looks ahead instead: the first use starts a
 bucket of the next weights in the order of their uses, and the bucket after it, so that it arrives during the computation. A bucket
 never reaches into another phase: the backward's gathers start in the backward. Every ``wait`` stands just before the first use.
+What splits a tensor or puts it together is done to save memory, which a bucket of a whole model would spend again: such a bucket holds no more than the
+second largest module of its kind, unless one tensor alone is larger. With one bucket in use and one on its way, no more is whole than the two largest modules.
 In a looped program each part of each stage is scheduled by itself, and what is added up over microbatches is waited for when the next
 bucket of its kind starts, or the part ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deepseed.ir.collective import KEYED
@@ -19,6 +22,7 @@ from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
+SPLITTING = ("all_gather.start", "reduce_scatter.start")
 ALONE = 1 / 16  # of a bucket: a tensor of this size goes by itself, packing it would cost more than a message
 Key = tuple[object, ...]
 
@@ -72,8 +76,11 @@ class _Schedule:
         self.buckets: list[Sequence[Op]] = []
         self.in_use: set[int] = set()
         self.there: set[str] = set()
+        self.limits = self._limits()
         self.sums = {op.refs[0].name: op for op in p.ops if op.target == "accumulate" and op.refs[0].name in self.waits}  # by what they add
         self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
+        self.part = ""  # the part whose ops are emitted
+        self.later: dict[str, list[Op]] = {}  # collectives of later parts whose operand is there, by part
 
     def run(self) -> Program:
         for i in self.p.inputs:
@@ -84,6 +91,9 @@ class _Schedule:
             by_part[op.part].append(op)
         added = {op.name for op in self.sums.values()}
         for part in parts:
+            self.part = part
+            for start in self.later.pop(part, ()):
+                self._join(start)
             for op in by_part[part]:
                 if op.name not in self.waits and op.name not in self.starts and op.name not in self.there and op.name not in added:
                     self._emit(op)
@@ -117,14 +127,24 @@ class _Schedule:
     def _there(self, value: str) -> None:
         self.there.add(value)
         for start in self.of_value.get(value, ()):
-            if self._alone(start):
-                self._start([start])
-                continue
-            bucket = self.open.setdefault(self._key(start), _Bucket())
-            bucket.starts.append(start)
-            bucket.nbytes += start.type.local_bytes(self.p.mesh)
-            if bucket.nbytes >= self.limit:
-                self._flush(self._key(start))
+            if start.part == self.part:
+                self._join(start)
+            else:
+                self.later.setdefault(start.part, []).append(start)
+
+    def _join(self, start: Op) -> None:
+        """Into the open bucket of its kind, which starts when it is full."""
+        if self._alone(start):
+            self._start([start])
+            return
+        key, nbytes = self._key(start), start.type.local_bytes(self.p.mesh)
+        if key in self.open and self.open[key].nbytes + nbytes > self._limit(start):
+            self._flush(key)
+        bucket = self.open.setdefault(key, _Bucket())
+        bucket.starts.append(start)
+        bucket.nbytes += nbytes
+        if bucket.nbytes >= self._limit(start):
+            self._flush(key)
 
     def _need(self, value: str) -> None:
         """Have a wait's result: its collective started, the wait emitted."""
@@ -136,17 +156,17 @@ class _Schedule:
         if start.name in self.looking:
             if start.name not in self.bucket_of:
                 self._look_ahead(start)
-            if (number := self.bucket_of[start.name]) not in self.in_use:
-                self.in_use.add(number)
-                after = next((s for s in self.ahead if _place(s) == _place(start)), None)
-                if after is not None and self._made(after.refs[0].name):  # the next bucket, while this one is used
-                    self._look_ahead(after)
         elif start.name not in self.bucket_of:
             self._flush(self._key(start))
         for each in self._together(start):
             self.out.emit(each)
         for each in self._together(start):
             self._there(each.name)
+        if start.name in self.looking and (number := self.bucket_of[start.name]) not in self.in_use:
+            self.in_use.add(number)
+            after = next((s for s in self.ahead if _place(s) == _place(start)), None)
+            if after is not None and self._made(after.refs[0].name):  # the next bucket, while this one is used
+                self._look_ahead(after)
 
     def _together(self, start: Op) -> Sequence[Op]:
         """The waits to emit for one: reduced values arrive with their bucket, what is joined from blocks is laid out when it is used."""
@@ -158,14 +178,17 @@ class _Schedule:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
         bucket = _Bucket()
         alone: list[Op] = []
+        copy = 0  # of the tensor in use, which is laid out from the bucket
         for start in [first, *(s for s in self.ahead if s is not first)]:
-            if bucket.nbytes >= self.limit:
-                break
+            nbytes = start.type.local_bytes(self.p.mesh)
             if _place(start) != _place(first):
                 continue
+            copy = max(copy, nbytes)
+            if start is not first and bucket.nbytes + nbytes + copy > self._limit(first):
+                break
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
-                bucket.nbytes += start.type.local_bytes(self.p.mesh)
+                bucket.nbytes += nbytes
                 (alone if self._alone(start) else bucket.starts).append(start)
         number = len(self.buckets)
         for starts in (*([s] for s in alone), bucket.starts):
@@ -181,6 +204,28 @@ class _Schedule:
             return False
         self._emit(op)
         return True
+
+    def _limit(self, start: Op) -> int:
+        return self.limits.get(_kind(start), self.limit)
+
+    def _limits(self) -> Mapping[Key, int]:
+        """Bytes of a bucket of what splits tensors or makes them whole: those of the second largest module, of the largest if it is the only one."""
+        used = Counter[tuple[Key, str, Key]]()
+        for s in self.starts.values():
+            if s.target in SPLITTING:
+                used[_kind(s), self._module(s), _place(s)] += s.type.local_bytes(self.p.mesh)
+        modules: dict[Key, dict[str, int]] = {}
+        for (kind, module, _), nbytes in used.items():
+            sizes = modules.setdefault(kind, {})
+            sizes[module] = max(sizes.get(module, 0), nbytes)
+        return {kind: min(self.limit, sorted(sizes.values())[-2:][0]) for kind, sizes in modules.items()}
+
+    def _module(self, start: Op) -> str:
+        """The path of the module that uses a gathered weight, or makes a gradient; the value itself where none is known."""
+        op: Op | None = start
+        while op is not None and not op.path and op.refs:
+            op = self.p.producers.get(op.refs[0].name)
+        return op.path if op is not None and op.path else start.name
 
     def _alone(self, start: Op) -> bool:
         return start.type.local_bytes(self.p.mesh) >= ALONE * self.limit
@@ -224,6 +269,10 @@ class _Schedule:
                 if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
                     seen.add(wait.refs[0].name)
                     yield self.starts[wait.refs[0].name]
+
+
+def _kind(start: Op) -> Key:
+    return start.target, start.kwargs, start.phase == "update"
 
 
 def _place(start: Op) -> tuple[str, str, int]:

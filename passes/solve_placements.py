@@ -84,7 +84,7 @@ class Placement(Assignment):
             if _settled_later(user):
                 return free
             size = t.local_bytes(self.p.mesh)
-            return lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
+            return self._no_summand(item, lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n))
 
         try:
             self._solve(axis, "data", pins, moves, partial(work, self))
@@ -167,7 +167,7 @@ class Placement(Assignment):
                 return free
             size = t.local_bytes(self.p.mesh)
             fixed = self._name(item) in self.weights or (isinstance(item, Input) and item.role == "batch")
-            return lambda p, w: None if fixed and isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)
+            return self._no_summand(item, lambda p, w: None if fixed and isinstance(p, Split) and p != w else cost.reshard(p, w, size, n))
 
         self.owned = self.marks = experts.marks(self.p)
         before = [list(w) for w in self.wants], [list(h) for h in self.has]
@@ -213,13 +213,19 @@ class Placement(Assignment):
             size = t.local_bytes(self.p.mesh)
             weight = self._name(item) in self.weights and isinstance(user, Op) and cost.reads_weights(user, [self.p.types[r.name] for r in user.refs])
             fixed = weight or (isinstance(item, Input) and item.role == "batch")
-            return lambda p, w: None if fixed and isinstance(w, Split) and p != w else cost.reshard(p, w, size, n)
+            return self._no_summand(item, lambda p, w: None if fixed and isinstance(w, Split) and p != w else cost.reshard(p, w, size, n))
 
         self._solve(axis, "sequence", pins, moves, partial(work, self))
 
     def _behind(self, i: int, dim: int) -> int:
         """The outer of a split behind those that dimension ``dim`` of input ``i`` has, all on one axis."""
         return prod(e.of or self.p.mesh.size(axis) for axis, e in self.has[i][0].splits(dim))
+
+    def _no_summand(self, item: Item, move: Move) -> Move:
+        """A weight that will be stored in parts comes to its uses whole, never as one rank's summand (of a bias that meets a partial sum)."""
+        if self._name(item) not in self.weights or (self.zero < 3 and not self.pinned):
+            return move
+        return lambda p, w: None if isinstance(w, Partial) else move(p, w)
 
     def _used_whole(self, i: int, item: Item, axis: str, batch: Split | None) -> list[Strategy] | None:
         """What a data axis and a sequence axis pin: an input as given, weights and the update whole, what is shown never partial."""

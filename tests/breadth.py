@@ -394,6 +394,7 @@ CASES: dict[str, Case] = {
     "cross_entropy 2d": (IMAGE, lambda h: F.cross_entropy(h, ids(h, 4, 8, 8), ignore_index=1)),
     "cross_entropy sequence": (ROWS, lambda h: F.cross_entropy(h.transpose(1, 2), ids(h, 8, 6))),
     "nll none": (PLANE, lambda h: F.nll_loss(h.log_softmax(-1), ids(h, 8, 1)[:, 0], reduction="none")),
+    "ctc": ((4, 12, 5), lambda h: F.ctc_loss(h[0].transpose(0, 1).log_softmax(-1), torch.tensor([[1, 2], [2, 3], [1, 1], [4, 2]]), (12, 12, 12, 12), (2, 2, 2, 2))),
     "cosine_embedding": (ROWS, lambda h: F.cosine_embedding_loss(h[:, 0], h[:, 1], torch.tensor([1, -1, 1, -1]), margin=0.2)),
     "margin_ranking triplet": (ROWS, lambda h: F.margin_ranking_loss(h[:, 0], h[:, 1], torch.ones(4, 8, dtype=h.dtype), margin=0.1) + F.triplet_margin_loss(h[:, 0], h[:, 1], h[:, 2])),
     "multi margin": (PLANE, lambda h: F.multi_margin_loss(h, ids(h, 8, 1)[:, 0])),
@@ -444,7 +445,6 @@ CASES: dict[str, Case] = {
 
 REFUSED: dict[str, Case] = {  # what depends on data, or is drawn in a way that has no counter-based form
     "lstsq": ((6, 4), lambda h: torch.linalg.lstsq(h, h[..., :2] * 2 + 1)[0]),
-    "ctc": ((4, 12, 5), lambda h: F.ctc_loss(h[0].transpose(0, 1).log_softmax(-1), torch.tensor([[1, 2], [2, 3], [1, 1], [4, 2]]), (12, 12, 12, 12), (2, 2, 2, 2))),
     "poisson gaussian": (ROWS, lambda h: F.poisson_nll_loss(h, h.detach().abs()) + F.gaussian_nll_loss(h, h.roll(1, 1).detach(), h.abs() + 1)),
     "poisson": (ROWS, lambda h: h * torch.poisson(h.detach().abs())),
 }

@@ -129,7 +129,7 @@ def main(mode: str, folder: Path) -> None:
     if mode.startswith("trouble."):
         trouble(folder, mode.partition(".")[2])
     elif mode.startswith("pipeline."):
-        pipeline.trouble(folder, mode.partition(".")[2])
+        pipeline.trouble(mode.partition(".")[2])
     else:
         {"reshards": reshards, "step": step, "dtypes": dtypes, "agreement": agreement, "slow": slow, "rows": rows, "messages": pipeline.messages}[mode](folder)
     stop()

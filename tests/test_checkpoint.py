@@ -51,6 +51,7 @@ torch.set_num_threads(1)
 
 PLANS = [
     "zero0", "zero0+dp2", "zero1+dp2", "zero2+dp4", "zero3+dp2", "zero3+dp4", "tp2", "tp4", "zero1+tp2+dp2", "zero3+tp2+dp2",
+    "zero3+pp2+dp2", "zero1+pp4+dp1", "zero3+tp2+pp2+dp2", "zero2+pp2+dp2+interleaved2", "zero3+pp2+dp2+zb",
 ]  # fmt: skip
 PAIRS = list(itertools.product(PLANS, PLANS))
 TOLERANCE = 1e-12
@@ -182,7 +183,7 @@ def test_training_goes_on_under_another_plan(first: str, then: str) -> None:
     goes_on(compiled(then), *checkpoint_of(first), f"{first} -> {then}")
 
 
-@pytest.mark.parametrize(("first", "then"), [("zero3+tp2+dp2", "zero1+dp2"), ("zero0", "zero3+dp4"), ("tp2", "zero3+tp2+dp2")])
+@pytest.mark.parametrize(("first", "then"), [("zero3+tp2+dp2", "zero1+dp2"), ("zero0", "zero3+dp4"), ("tp2", "zero3+tp2+pp2+dp2"), ("zero1+pp4+dp1", "zero3+pp2+dp2")])
 def test_loading_before_the_first_batch(first: str, then: str) -> None:
     """The usual way to resume: optimizer state waits for the first program."""
     step = quiet(then, seed=4)
@@ -204,7 +205,7 @@ def test_every_plan_goes_on_from_every_other(first: str, then: str) -> None:
     goes_on(compiled(then), path, losses, values, f"{first} -> {then}, compiled")
 
 
-@pytest.mark.parametrize("plan", [pytest.param("zero0", marks=pytest.mark.wide), pytest.param("zero2+dp2", marks=pytest.mark.wide), "zero3+tp2+dp2"])
+@pytest.mark.parametrize("plan", [pytest.param("zero0", marks=pytest.mark.wide), pytest.param("zero2+dp2", marks=pytest.mark.wide), "zero3+tp2+dp2", "zero3+pp2+dp2"])
 def test_the_same_plan_goes_on_bit_for_bit_in_float32(plan: str, tmp_path: Path) -> None:
     """With dropout, and a scheduler that moves lr and betas: its own state is the user's ``extra``."""
 
@@ -691,6 +692,28 @@ def test_real_ranks_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
                 close(torch.load(io.BytesIO(got[when])), want, f"{plan} on {number}")
             assert got["largest"] <= max(t.numel() for t in want.values()) // 2  # optimizer state is read by parts
     goes_on(quiet("zero3+tp2+dp2", seed=4), tmp_path / "c", written[0]["losses"], want, "gloo -> simulate")
+
+
+def test_real_ranks_of_a_pipeline_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
+    """zero3+pp2 on four ranks -> zero1+pp4 on four, tp2 simulated; what is saved of zero3 -> zero3+pp2 on four."""
+    folder = str(tmp_path / "c")
+    written = ranks(4, ranks_do.writes, "zero3+pp2", folder)
+    want = torch.load(io.BytesIO(written[0]["values"]))
+    for w in written:
+        assert set(w["sent"]) <= {"what each rank has over all ranks", "agreement over all ranks"}
+        close(torch.load(io.BytesIO(w["values"])), want)
+        assert w["losses"] == written[0]["losses"] == pytest.approx(checkpoint_of("zero3+dp2")[1], rel=TOLERANCE)
+    close(want, checkpoint_of("zero3+dp2")[2])
+    for got in ranks(4, ranks_do.goes_on, "zero1+pp4", folder):
+        assert got["extra"] == {"note": "kept"}
+        assert got["losses"] == pytest.approx(written[0]["losses"], rel=TOLERANCE) and got["again"] == got["losses"]
+        for when in ("values", "values again"):
+            close(torch.load(io.BytesIO(got[when])), want)
+    goes_on(quiet("tp2", seed=4), tmp_path / "c", written[0]["losses"], want, "gloo -> simulate")
+    path, losses, values = checkpoint_of("zero3+dp2")
+    for got in ranks(4, ranks_do.goes_on, "zero3+pp2", str(path)):
+        assert got["losses"] == pytest.approx(losses, rel=TOLERANCE) and got["again"] == got["losses"]
+        close(torch.load(io.BytesIO(got["values again"])), values)
 
 
 def test_a_rank_in_trouble_does_not_leave_the_others_waiting(tmp_path: Path) -> None:

@@ -69,12 +69,18 @@ def test_plan_says_mesh_and_meaning() -> None:
     assert "next: deepseed explain TARGET --plan zero3+tp2 --world-size 8" in out
 
 
+def test_plan_says_stages_and_microbatches() -> None:
+    out = deepseed("plan", "zero2+dp2+pp2+mb4+interleaved2").output
+    assert "4 stages, 2 on each of 2 ranks" in out and "4 microbatches" in out and "idle 11.1%" in out  # (2 - 1) / (2 * 4 + 2 - 1)
+    assert "1.2500" in out and "Psi*(N - 1)*(m + 1)/(N*t)" in out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["plan", "zer3"], "did you mean zero3"),
         (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
-        (["plan", "pp2"], "not yet supported"),
+        (["plan", "remat"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
         (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),

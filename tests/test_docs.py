@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,12 +53,26 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(), re.MULTILINE)) <= targets
 
 
-def test_the_page_of_passes_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_passes_is_up_to_date() -> None:
+    generate = script("generate")
     assert generate.TARGET.read_text() == generate.text(), "run `make docs`"
+
+
+def test_the_pictures_are_up_to_date() -> None:
+    pictures = script("pictures")
+    drawn = pictures.pictures()
+    assert {f.name for f in pictures.FOLDER.glob("*.svg")} == set(drawn)
+    for name, text in drawn.items():
+        assert (pictures.FOLDER / name).read_text() == text, f"{name}: run `make docs`"
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ def local_op(change: Callable[[Op], Op]) -> Callable[[pytest.MonkeyPatch], None]
     """``localize_op`` itself is wrong, for the pass and the checks alike."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        right = deepseed.passes.localize.localize_op
-        for module in (deepseed.passes.localize, deepseed.check.translation, instances):
+        right = deepseed.rules.local.localize_op
+        for module in (deepseed.rules.local, instances):
             patch.setattr(module, "localize_op", lambda op, *args: change(right(op, *args)))
 
     return apply
@@ -171,8 +171,8 @@ def generated(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
         right = deepseed.build.generate
 
-        def wrong(p: Program) -> str:
-            text, n = re.subn(old, new, right(p))
+        def wrong(p: Program, lane: int) -> str:
+            text, n = re.subn(old, new, right(p, lane))
             assert n, old
             return text
 

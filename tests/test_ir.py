@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from itertools import product
 from math import prod
 
@@ -155,7 +159,22 @@ def test_blank_lines_and_comments_are_skipped(p: Program) -> None:
 def test_uses_and_producers_agree(p: Program) -> None:
     assert sum(len(u) for u in p.uses.values()) == sum(len(op.refs) for op in p.ops) + len(p.outputs)
     assert all(name in p.producers[name].results for name in p.producers)
-    assert all(op.map_refs(lambda r: r) == op for op in p.ops)
+    assert all(op.map_refs(lambda r: Ref(r.name, r.want)) is op for op in p.ops)
+    for op in p.ops:
+        moved = op.map_refs(lambda r: Ref(r.name + ".new", r.want))
+        fresh = Op(moved.results, moved.target, moved.args, moved.types, moved.kwargs)
+        assert [r.name for r in moved.refs] == [r.name + ".new" for r in op.refs]
+        assert (moved.refs, moved.form) == (fresh.refs, fresh.form) and moved.form == op.form
+        typed = op.typed(tuple(t.laid(REPLICATED) for t in op.types))
+        assert (typed.refs, typed.form) == (op.refs, op.form) and all(t.layout == REPLICATED for t in typed.types)
+
+
+def test_a_type_from_another_process_is_the_same_key() -> None:
+    """Hashes of strings differ from process to process: they must not travel."""
+    made = "import pickle, sys; from deepseed.ir.program import Type; from deepseed.ir.layout import Layout, Split; "
+    made += "t = Type('f32', (4, 6), Layout.of(dp=Split(0))); hash(t); sys.stdout.buffer.write(pickle.dumps(t))"
+    text = subprocess.run([sys.executable, "-c", made], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, check=True).stdout
+    assert {pickle.loads(text): 1}[Type("f32", (4, 6), Layout.of(dp=Split(0)))] == 1
 
 
 def test_numbers_and_names_that_are_easy_to_misread() -> None:

@@ -35,7 +35,7 @@ from deepseed.check.equivalence import compare
 from deepseed.check.execution import ExecutionError, Values, execute
 from deepseed.check.shards import ShardsError, assemble
 from deepseed.check.translation import Numbering, follow, number
-from deepseed.check.typing import MOVES
+from deepseed.check.typing import MOVES, Typed, check_types
 from deepseed.codegen.python import generate
 from deepseed.ir.contract import Pass
 from deepseed.ir.layout import LayoutError
@@ -97,6 +97,7 @@ class Stage:
     ranks: tuple[Program, ...]
     values: Values
     numbering: Numbering | None
+    typed: Typed  # what the programs up to this one have shown
 
 
 @cache
@@ -131,14 +132,21 @@ def stages(model: str, plan: str) -> tuple[dict[str, Tensor], tuple[Stage, ...]]
     values = {("param", k): t.detach().double() for k, t in module.named_parameters()} | {("buffer", k): wide(t) for k, t in module.named_buffers()}
     inputs = inputs_of(built_, values | {("batch", k): t for k, t in captured.batch.flatten(wide_batch(model)).items()}, torch.tensor([0, 0]))
     numbering: Numbering | None = number(captured.program)
-    found = [Stage("capture", captured.program, (), execute(captured.program, inputs), numbering)]
+    typed = Typed()
+    found = [Stage("capture", captured.program, (), execute(captured.program, inputs), numbering, copied(typed))]
     for each in done:
         ranks: tuple[Program, ...] = ()
         if "local" in each.program.facts:
             ranks = tuple(pipeline.BY_NAME[each.name](shared, mesh.coordinate(r)) for r in range(mesh.ranks))
         numbering = None if numbering is None or ranks else follow(numbering, each.program)
-        found.append(Stage(each.name, each.program, ranks, execute(each.program, inputs, ranks=ranks), numbering))
+        if "placed" in each.program.facts and not ranks:
+            check_types(each.program, typed)
+        found.append(Stage(each.name, each.program, ranks, execute(each.program, inputs, ranks=ranks), numbering, copied(typed)))
     return inputs, tuple(found)
+
+
+def copied(typed: Typed) -> Typed:
+    return replace(typed, types=dict(typed.types), ops=dict(typed.ops), keys=set(typed.keys))
 
 
 # one draw -----------------------------------------------------------------------------------------------------------
@@ -210,7 +218,7 @@ def _checked(before: Stage, stage: Stage, bad: Program, programs: Sequence[Progr
     """What the checks of a compile say of the wrong program, the cheapest first."""
     try:
         for program in programs or (bad,):
-            pipeline.check_program(program, stage.name)
+            pipeline.check_program(program, stage.name, typed=copied(before.typed))
         for rank, program in enumerate(programs if translation else ()):
             pipeline.check_translation(before.program, program, stage.name, None, {"coordinate": stage.program.mesh.coordinate(rank)})
         if not programs and translation:

@@ -108,10 +108,7 @@ def test_precision() -> None:
     assert [parse_plan(word).dtype for word in ("bf16", "fp32", "fp64", "zero1")] == ["bf16", "f32", "f64", None]
 
 
-@pytest.mark.parametrize(
-    "word",
-    ["pp4", "mb8", "gpipe", "1f1b", "interleaved2", "zb", "remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"],
-)  # fmt: skip
+@pytest.mark.parametrize("word", ["remat", "offload(optimizer)", "offload(optimizer,params)", "offload", "budget(8GiB)", "auto"])
 def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
     message = refusal(f"zero3+{word}")
     assert message.startswith(f"not yet supported by this version: {word.lower()} (") and "; use " in message
@@ -124,7 +121,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, epN, spN, tpN, bf16, fp32, fp64" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), order(axes), bf16, fp32, fp64" in message
 
 
 def test_other_refusals() -> None:
@@ -135,3 +132,40 @@ def test_other_refusals() -> None:
     assert "tp0 asks for 0 ranks" in refusal("tp0")
     assert "empty word" in refusal("zero1++tp2")
     assert "unknown word 'tp-2'" in refusal("tp-2")
+
+
+# pipelines -----------------------------------------------------------------------------------------------------------
+
+
+def test_stages_microbatches_and_schedules() -> None:
+    plan = parse_plan("zero3+tp2+pp4(cut=[model.layers.1, model.Layers.2,model.norm])+mb8+zb+order(dp,pp,tp)")
+    assert (plan.stages, plan.mb, plan.kind, plan.chunks) == (4, 8, "zb", 1)
+    assert plan.cut == ("model.layers.1", "model.Layers.2", "model.norm")  # a module path keeps its case
+    assert parse_plan(str(plan)) == plan
+    assert str(plan.mesh(16)) == "mesh(dp=2, pp=4, tp=2)"
+    assert str(parse_plan("zero3+tp2+pp4").mesh(16)) == "mesh(pp=4, dp=2, tp=2)"
+    assert (parse_plan("pp2").kind, parse_plan("pp2+interleaved3").kind, parse_plan("pp2+interleaved3").chunks) == ("1f1b", "interleaved", 3)
+
+
+def test_a_pipeline_without_microbatches_picks_some() -> None:
+    """The smallest divisor of a rank's rows that is twice the stages or more, else the largest."""
+    assert [parse_plan("pp2").microbatches(rows) for rows in (1, 2, 4, 6, 8, 12, 7)] == [1, 2, 4, 6, 4, 4, 7]
+    assert parse_plan("pp4").microbatches(6) == 6
+    assert parse_plan("zero1").microbatches(8) == 1 and parse_plan("mb3").microbatches(8) == 3
+
+
+def test_pipeline_notes() -> None:
+    assert "60% of the ranks' time is idle (mb8: 27%)" in parse_plan("pp4+mb2").notes[0]
+    assert parse_plan("pp4+mb4").notes == ()
+    assert "does nothing without ppN" in parse_plan("zb+mb4").notes[0]
+
+
+def test_pipeline_refusals() -> None:
+    assert "pins the beginnings of 3 stages (a, b), and has 2" in refusal("pp2(cut=[a, b])")
+    assert "cannot read 'pp2(layers)'" in refusal("pp2(layers)")
+    assert "interleaved1 gives each rank 1 stage" in refusal("pp2+interleaved1")
+    assert "mb0 asks for 0 microbatches" in refusal("mb0")
+    for text, ranks, says in (("pp3", 8, "pp3 splits the layers over 3 ranks, but the world size 8 is not a multiple of 3"), ("tp2+pp2+order(pp)", 4, "leaves out tp")):
+        with pytest.raises(PlanError, match=says):
+            parse_plan(text).mesh(ranks)
+    assert "'dp' twice" in refusal("order(dp,dp)") and "'mb' in it, which is no axis of ranks" in refusal("order(mb)")

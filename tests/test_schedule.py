@@ -79,13 +79,26 @@ def test_a_large_tensor_goes_alone() -> None:
 
 def test_gathers_of_weights_run_one_bucket_ahead() -> None:
     """A bucket holds one weight here: v is on its way while u is used, w while v is used; the backward's is not started before it."""
-    p = schedule_collectives(parse(WEIGHTS), bucket_bytes=256)
-    assert order(p) == ["u.s", "v.s", "u.w", "a", "w.s", "v.w", "b", "w.w", "c", "v.s.1", "v.w.1", "d"]
+    for limit in (256, 1 << 30):  # never more than a module
+        p = schedule_collectives(parse(WEIGHTS), bucket_bytes=limit)
+        assert order(p) == ["u.s", "u.w", "v.s", "a", "v.w", "w.s", "b", "w.w", "c", "v.s.1", "v.w.1", "d"]
 
 
-def test_a_bucket_of_gathers_keeps_to_its_phase() -> None:
-    p = schedule_collectives(parse(WEIGHTS), bucket_bytes=1 << 30)
-    assert starts(p) == [("u.s", "v.s", "w.s"), ("v.s.1",)]
+def test_a_bucket_of_gathers_keeps_to_its_phase_and_within_the_second_largest_module() -> None:
+    """u, v and a copy of one of them take as much as w does; t, which is as large, goes by itself."""
+    large = WEIGHTS.replace("%w : f32[8@dp, 8]", "%w : f32[8@dp, 24]").replace("wait(%w.s) : f32[8, 8]", "wait(%w.s) : f32[8, 24]").replace(
+        "all_gather.start(%w, axis=\"dp\") : f32[8, 8]", "all_gather.start(%w, axis=\"dp\") : f32[8, 24]"
+    ).replace("%c = aten.mm(%b, %w.w) : f32[8@dp, 8]", "%c = aten.mm(%b, %w.w) : f32[8@dp, 24]")  # fmt: skip
+    third = """%t : f32[8@dp, 24] param "t"
+%x :"""
+    used = """%t.s = all_gather.start(%t, axis="dp") : f32[8, 24] {phase="forward"}
+%t.w = wait(%t.s) : f32[8, 24] {phase="forward"}
+%e = aten.mm(%b, %t.w) : f32[8@dp, 24] {phase="forward"}
+%v.s.1 ="""
+    text = large.replace("%x :", third).replace("%v.s.1 =", used)
+    assert starts(schedule_collectives(parse(text), bucket_bytes=1 << 30)) == [("u.s", "v.s"), ("w.s",), ("t.s",), ("v.s.1",)]
+    smaller = text.replace("24]", "16]")
+    assert starts(schedule_collectives(parse(smaller), bucket_bytes=1 << 30)) == [("u.s",), ("v.s",), ("w.s",), ("t.s",), ("v.s.1",)]
 
 
 def test_two_steps_of_one_reshard_stay_in_order() -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from deepseed.check.typing import TypingError, check_types
-from deepseed.ir.program import Program
+import deepseed.check.typing
+from deepseed.check.typing import Typed, TypingError, check_types
+from deepseed.ir.layout import Layout, Split
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Op, Program, Type
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 
@@ -109,3 +114,37 @@ def test_five_thousand_ops_are_typed_in_a_moment() -> None:
     start = time.process_time()
     check_types(p)
     assert time.process_time() - start < 0.3
+
+
+def test_what_a_pass_left_alone_is_typed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    key = deepseed.check.typing.instance_key
+
+    def watched(op: Op, operands: Sequence[Type]) -> tuple[object, ...]:
+        looked_at.append(op.name)
+        return key(op, operands)
+
+    monkeypatch.setattr(deepseed.check.typing, "instance_key", watched)
+    p, known = program(GOOD["megatron"]), Typed()
+    check_types(p, known)
+    assert looked_at == ["up", "down", "s", "y"]
+    again = replace(p, ops=(*p.ops[:3], replace(p.ops[3])))  # equal, and another object
+    check_types(again, known)
+    assert looked_at[4:] == ["y"]
+    check_types(replace(p, mesh=Mesh((("tp", 2), ("dp", 2)))), known)  # axis sizes decide what divides: all once more
+    assert looked_at[5:] == ["up", "down", "s", "y"]
+
+
+def test_what_changed_around_an_op_is_seen() -> None:
+    """The same op object is ill typed once its operand has another layout."""
+    p, known = program(GOOD["megatron"]), Typed()
+    check_types(p, known)
+    x, w, v = p.inputs[:3]
+    whole = replace(v, type=v.type.laid(Layout()))
+    with pytest.raises(TypingError, match=r"(?s)^%down = .*then operand 2 is split\(dim 0\), not whole"):
+        check_types(replace(p, inputs=(x, w, whole, *p.inputs[3:])), known)
+    check_types(p, known)
+    up = replace(p.ops[0], types=(p.ops[0].type.laid(Layout.of(dp=Split(0))),))
+    with pytest.raises(TypingError, match=r"(?s)^%up = .*result 1"):
+        check_types(replace(p, ops=(up, *p.ops[1:])), known)
+    check_types(p, known)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from deepseed.cli import app
 from deepseed.plan import PlanError
-from deepseed.zoo import PLANS, TARGETS, Outcome, Result, examine, line, parse_plans, run, summary, table
+from deepseed.zoo import PLANS, TARGETS, Outcome, Result, examine, line, parse_plans, read_results, run, summary, table
 
 FILE = """
 import os, time
@@ -101,6 +101,26 @@ def test_the_command_writes_the_page_and_json(file: Path, tmp_path: Path) -> Non
     failed = CliRunner().invoke(app, ["zoo", f"{file}:raises", "--plans", "tp2"])
     assert failed.exit_code == 1 and failed.output.splitlines()[-1].startswith("next: deepseed verify ")
     assert CliRunner().invoke(app, ["zoo", f"{file}:good", "--plans", "zer3"]).exit_code == 2
+
+
+def test_a_list_of_targets_whose_results_are_kept(file: Path, tmp_path: Path) -> None:
+    listed, keep, out = tmp_path / "list.txt", tmp_path / "kept.jsonl", tmp_path / "page.md"
+    listed.write_text(f"# Two models\n#\n# A word on them.\n\n{file}:good\n# a remark\n{file}:branches\n")
+    command = ["zoo", "--list", str(listed), "--keep", str(keep), "--plans", "tp2", "--steps", "1", "--out", str(out)]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0 and len(keep.read_text().splitlines()) == 2, first.output
+    page = out.read_text()
+    assert page.startswith("# Two models\n\nA word on them.\n") and "1 of 2 models equal in all plans; 1 equal, 1 refused." in page
+    file.write_text("raise SystemExit")  # nothing is run again
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0 and out.read_text() == page
+    (one, two) = read_results(keep)
+    assert one.ok and two.verdict == "refused"
+    assert CliRunner().invoke(app, [*command, f"{file}:good"]).exit_code == 2
+    keep.write_text("{}\n")
+    assert "kept.jsonl:1 is no result" in CliRunner().invoke(app, command).output
+    listed.write_text(f"{file}:good\n{file}:good\n")
+    assert "twice" in CliRunner().invoke(app, command).output
 
 
 SMALL = [target for target in TARGETS if target.split(":")[1].startswith(("Llama", "GPT2", "Mpt", "Phi3", "OPT", "dlrm", "dit"))]

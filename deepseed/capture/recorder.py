@@ -48,6 +48,7 @@ class Recorder:
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._first: dict[tuple[int, str], _First | None] = {}  # None: written by the trace before it was read
         self._lines: dict[tuple[int, str], str] = {}
+        self._start: dict[tuple[int, str], Any] = {}  # what an attribute held when the trace first wrote it
         self._hooked: dict[type, list[tuple[str, Any]]] = {}
         self._on = self._noting = False
         self._seen: set[int] = set()
@@ -81,6 +82,15 @@ class Recorder:
                 now = current(first.holder, first.name)
                 found.append(Attribute(first.holder, first.name, first.path, first.line, now, frozen(now)))
         return Reads(found, self.writes)
+
+    def give_back(self, holder: Any, name: str) -> bool:
+        """Put back what ``holder.name`` was before the trace, if each forward writes it before it reads it: steps do not depend
+        on one another through it. False, and nothing done, where the trace read it first or not at all (then somebody else does)."""
+        key = (id(holder), name)
+        if key not in self._start or self._first.get(key, MISSING) is not None:
+            return False
+        put(holder, name, self._start[key])
+        return True
 
     def _undo(self) -> None:
         """Find what the forward has changed of what it read, and put it back."""
@@ -133,6 +143,8 @@ class Recorder:
             key = (id(holder), name)
             if self._first.get(key) is not None and key not in self._lines:
                 self._lines[key] = source_line()
+            if key not in self._first and key not in self._start and id(holder) in self._paths:
+                self._start[key] = _state(holder).get(name, MISSING)
             put(holder, name, value)
 
         try:

@@ -229,7 +229,7 @@ class _Traced:
                         f"the forward or the loss of {type(model).__name__} draws from Python's {source}: once, when it is captured, and never again",
                         fix="draw with torch.rand, whose numbers are new at every step; a branch on them must be a torch.where",
                     )
-        _check_leaks(model, real)
+        _check_leaks(model, real, recorder)
         self.python = recorder.reads()
         self.reads: list[Read] = reader.reads
         self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
@@ -350,8 +350,9 @@ def _check_settles(once: Reads, trace_again: Callable[[], Reads]) -> None:
             )  # fmt: skip
 
 
-def _check_leaks(model: nn.Module, real: Mapping[int, Tensor]) -> None:
-    """Give back parameters that a module cached while it ran on fakes; refuse any other fake tensor left on a module."""
+def _check_leaks(model: nn.Module, real: Mapping[int, Tensor], recorder: Recorder) -> None:
+    """Give back parameters that a module cached while it ran on fakes, and what each forward computes anew (a weight under a norm);
+    refuse any other fake tensor left on a module."""
     for name, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
             if isinstance(value, FakeTensor) and id(value) in real:
@@ -362,7 +363,7 @@ def _check_leaks(model: nn.Module, real: Mapping[int, Tensor]) -> None:
                         value[key] = real[id(held)]
             value = vars(module)[attribute]
             left = [*value.values()] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(v, FakeTensor) for v in left):
+            if any(isinstance(v, FakeTensor) for v in left) and not recorder.give_back(module, attribute):
                 raise CaptureError(
                     f"the model stores a tensor of its forward on itself ({type(module).__name__}.{attribute}), so steps would depend on one another",
                     path=name, fix="return the tensor, or register it as a buffer",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils.checkpoint as _checkpoints
+from torch import Tensor, nn
 
 CONFIG: dict[str, Any] = {
     "use_cache": False,  # a key-value cache is an output nobody asked for
@@ -19,7 +20,7 @@ CONFIG: dict[str, Any] = {
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """CONFIG set on every config of the model's modules; gradient checkpointing non-reentrant; no fused CPU recurrences, no
+    """CONFIG set on every config of the model's modules; activation checkpointing non-reentrant; no fused CPU recurrences, no
     fused encoder layers; no validation of distributions' arguments, which reads their values in Python;
     what ``torch.compile`` wrapped runs as it was written."""
     validated = torch.distributions.Distribution._validate_args
@@ -42,6 +43,7 @@ def switched(model: nn.Module) -> Iterator[None]:
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is not False:
                 set_(module, "_gradient_checkpointing_func", functools.partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False}))
+        set_(_checkpoints, "CheckpointFunction", _NonReentrant)
         torch._C._set_mkldnn_enabled(False)
         torch.backends.mha.set_fastpath_enabled(False)
         torch.distributions.Distribution.set_default_validate_args(False)
@@ -53,6 +55,18 @@ def switched(model: nn.Module) -> Iterator[None]:
         torch.distributions.Distribution.set_default_validate_args(validated)
         for holder, name, old in reversed(undo):
             setattr(holder, name, old)
+
+
+class _NonReentrant:
+    """``torch.utils.checkpoint(..., use_reentrant=True)`` recomputes inside a backward of its own, which ``torch.autograd.grad`` refuses; the
+    other kind gives the same gradients, and draws the same numbers again. As there, where no argument wants a gradient nothing inside gets one."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            with torch.no_grad():
+                return function(*args)
+        return _checkpoints.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseed.capture.assign import MaskedAssignment
+from deepseed.capture.assign import Masked
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.guards import Reader, read_value
 from deepseed.capture.metadata import Tracker, Where
@@ -143,7 +143,7 @@ def record(
     ``wide``: narrower floats that are asked for are float64."""
 
     def run(*flat: Tensor) -> Sequence[Any]:
-        with tagged(tracker.here), tracker.on(), MaskedAssignment(), _Intercept(tracker, Draw(flat[rng], tracker), reader, wide), wide_default(wide):
+        with tagged(tracker.here), tracker.on(), Masked(tracker.here), _Intercept(tracker, Draw(flat[rng], tracker), reader, wide), wide_default(wide):
             try:
                 return step(*flat)
             except CaptureError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -35,22 +36,23 @@ def shards(x: Tensor, type_: Type, mesh: Mesh, generator: torch.Generator | None
                 spread[(*key, i)] = part
         whole = spread
     axes = [axis for axis, _ in partials]
-    return [_cut(whole[tuple(c[a] for a in axes)], type_, mesh, c) for c in coordinates(mesh)]
+    held = _held(type_, mesh)
+    return [_cut(whole[tuple([c[a] for a in axes])], i) for c, (_, i) in zip(coordinates(mesh), held, strict=True)]
 
 
 def assemble(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
     """The whole tensor. Raises ShardsError where two ranks that hold the same elements disagree."""
-    for rank, (part, c) in enumerate(zip(parts, coordinates(mesh), strict=True)):
-        local = type_.local(mesh.seen_from(c))
-        if tuple(part.shape) != local:
+    held = _held(type_, mesh)
+    for rank, (part, (local, _)) in enumerate(zip(parts, held, strict=True)):
+        if part.shape != local:
             raise ShardsError(f"rank {rank} holds {list(part.shape)}, the layout says {list(local)}")
     partials = type_.layout.partials
     split = {axis for axis, e in type_.layout.elements if not isinstance(e, Partial)}
     wholes: dict[tuple[int, ...], Tensor] = {}
     seen: dict[tuple[int, ...], Tensor] = {}
-    for part, c in zip(parts, coordinates(mesh), strict=True):
-        key = tuple(c[a] for a, _ in partials)
-        place = (*key, *(c[a] for a in mesh.names if a in split))
+    for part, c, (_, index) in zip(parts, coordinates(mesh), held, strict=True):
+        key = tuple([c[a] for a, _ in partials])
+        place = (*key, *[i for a, i in c.items() if a in split])
         if place in seen:
             if not _equal(seen[place], part):
                 raise ShardsError(f"ranks that should hold the same part differ: {_difference(seen[place], part)} (at {_where(c)})")
@@ -60,7 +62,7 @@ def assemble(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
             wholes[key] = part
             continue
         whole = wholes.setdefault(key, part.new_zeros(type_.shape))
-        whole[_index(type_, mesh, c)] = part
+        whole[index] = part
     for n, (_, op) in reversed(list(enumerate(partials))):
         reduced: dict[tuple[int, ...], Tensor] = {}
         for key in sorted(wholes):
@@ -116,33 +118,26 @@ def _random(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randint(-3, 4, x.shape, generator=generator).to(x.dtype)
 
 
-def _held(type_: Type, dim: int, mesh: Mesh, coordinate: Mapping[str, int]) -> list[int] | slice:
-    """The indices of a dimension that a rank holds; a slice where they follow one another."""
-    if not type_.layout.splits(dim):
-        return slice(0, type_.shape[dim])
-    ids = local_indices(type_.shape[dim], dim, type_.layout, mesh, coordinate) if type_.shape[dim] else []
-    return slice(ids[0], ids[-1] + 1) if ids and ids[-1] - ids[0] == len(ids) - 1 else ids  # they ascend
+@lru_cache(maxsize=1024)
+def _held(type_: Type, mesh: Mesh) -> tuple[tuple[tuple[int, ...], tuple[slice, ...] | tuple[Tensor, ...]], ...]:
+    """Of each rank, in rank order: the shape of its part, and the elements of the whole that it holds, as an index."""
+    return tuple([(type_.local(mesh.seen_from(c)), _index(type_, mesh, c)) for c in coordinates(mesh)])
 
 
 def _index(type_: Type, mesh: Mesh, coordinate: Mapping[str, int]) -> tuple[slice, ...] | tuple[Tensor, ...]:
-    """The elements of a rank: a slice a dimension, or one index tensor a dimension, ready to broadcast."""
-    held = [_held(type_, dim, mesh, coordinate) for dim in range(len(type_.shape))]
-    slices = tuple([h for h in held if isinstance(h, slice)])
-    if len(slices) == len(held):
-        return slices
-    ids = [torch.arange(h.start, h.stop) if isinstance(h, slice) else torch.tensor(h, dtype=torch.int64) for h in held]
-    return tuple([x.view([-1 if d == dim else 1 for d in range(len(ids))]) for dim, x in enumerate(ids)])
+    """A slice a dimension where all that a rank holds is contiguous, else one index tensor a dimension, ready to broadcast."""
+    held = [
+        local_indices(size, dim, type_.layout, mesh, coordinate) if size and type_.layout.splits(dim) else range(size) for dim, size in enumerate(type_.shape)
+    ]
+    if all([not ids or ids[-1] - ids[0] == len(ids) - 1 for ids in held]):  # they ascend
+        return tuple([slice(ids[0], ids[-1] + 1) if ids else slice(0, 0) for ids in held])
+    return tuple([torch.tensor(ids, dtype=torch.int64).view([-1 if d == dim else 1 for d in range(len(held))]) for dim, ids in enumerate(held)])
 
 
-def _cut(x: Tensor, type_: Type, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
-    for dim in range(len(type_.shape)):
-        if type_.layout.splits(dim):
-            held = _held(type_, dim, mesh, coordinate)
-            if isinstance(held, slice):
-                x = x.narrow(dim, held.start, held.stop - held.start).clone()
-            else:
-                x = x.index_select(dim, torch.tensor(held, dtype=torch.int64))
-    return x
+def _cut(x: Tensor, index: tuple[slice, ...] | tuple[Tensor, ...]) -> Tensor:
+    """What a rank holds of ``x``; never memory of ``x`` itself where that is a part of it."""
+    part = x[index]
+    return x if part.shape == x.shape else part.clone() if isinstance(index[0], slice) else part
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -9,6 +9,7 @@ wrong decomposition is named where it stands. What one rank runs is compared wit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,19 +69,19 @@ class Numbering:
     steps: dict[str, tuple[Op, tuple[int, ...]]] = field(default_factory=dict)  # by op name: the op, and its operands
     made: dict[int, Made] = field(default_factory=dict)
     unproved: list[str] = field(default_factory=list)  # expressions that were too large to run: taken as equal, and said so
-    holders: dict[int, int] = field(default_factory=dict)  # by number: how many names have it
 
     def name(self, name: str, n: int) -> None:
         """Give a value its number."""
-        holders = self.holders
-        if name in self.numbers:
-            holders[self.numbers[name]] -= 1
+        if "holders" in self.__dict__:
+            if name in self.numbers:
+                self.holders[self.numbers[name]] -= 1
+            self.holders[n] += 1
         self.numbers[name] = n
-        holders[n] = holders.get(n, 0) + 1
 
-    def has(self, n: int) -> bool:
-        """Whether a value of the program, as far as it is numbered, has number ``n``."""
-        return self.holders.get(n, 0) > 0
+    @cached_property
+    def holders(self) -> Counter[int]:
+        """How many values of the program, as far as it is numbered, have each number."""
+        return Counter(self.numbers.values())
 
     @cached_property
     def order(self) -> Mapping[int, int]:
@@ -116,19 +117,22 @@ def follow(before: Numbering, after: Program) -> Numbering:
         raise TranslationError(
             f"input {role} {key!r} is {new_inputs.get((role, key), 'gone')} after the pass, {old_inputs.get((role, key), 'missing')} before it"
         )
-    steps, numbers = before.steps, before.numbers
+    steps, numbers, known, makers = before.steps, before.numbers, out.numbers, out.made
     for op in after.ops:
-        reads = _read(out, op)
         if op.target in IDENTITY:
+            _read(out, op)
             continue
+        reads = tuple([known[ref.name] for ref in op.refs])
         step = steps.get(op.results[0])
         if step is not None and step[1] == reads and (step[0] is op or _same(step[0], op)):
+            out.steps[op.results[0]] = step if step[0] is op else (op, reads)
             for k, r in enumerate(op.results):
                 n = numbers[r]
                 out.name(r, n)
-                if n not in out.made:
-                    out.made[n] = before.made[n] if step[0] is op else Made(op, k, reads)
+                if n not in makers:
+                    makers[n] = before.made[n] if step[0] is op else Made(op, k, reads)
             continue
+        out.steps[op.results[0]] = op, reads
         first = _lookup(out, op, reads)
         _define(out, op, reads, first)
         for k, (r, t) in enumerate(zip(op.results, op.types, strict=True)):
@@ -136,7 +140,7 @@ def follow(before: Numbering, after: Program) -> Numbering:
             if was is not None and was != first + k and before.table.types[was] == (t.dtype, t.shape):
                 _prove(before, out, was, first + k, op)
                 out.name(r, was)
-                out.made.setdefault(was, out.made[first + k])
+                makers.setdefault(was, makers[first + k])
     want, have = before.outputs, out.outputs
     for role, key in [*want, *(k for k in have if k not in want)]:
         a, b = want.get((role, key)), have.get((role, key))

@@ -44,7 +44,7 @@ class TypingError(ValueError):
 class Typed:
     """What was found well typed on one mesh. Programs after one another share most of their ops, and of these the operands' types."""
 
-    mesh: Mesh = Mesh()
+    mesh: Mesh = field(default_factory=Mesh)
     types: dict[str, Type] = field(default_factory=dict)  # of the values that the ops read
     ops: dict[int, Op] = field(default_factory=dict)  # these very ops, by id
     keys: set[tuple[object, ...]] = field(default_factory=set)  # of instances

@@ -64,10 +64,8 @@ def order_of(part: str) -> tuple[int, int]:
 
 
 def format_instruction(i: Instruction, lane: int, loops: int) -> str:
-    if i.kind == "once":
-        text = i.part
-    else:
-        text = (f"{i.loop}:" if i.loop != loops else "") + f"{i.kind[0].upper()}{i.microbatch}"
+    loop = f"{i.loop}:" if i.loop != loops else ""
+    text = i.part if i.kind == "once" else f"{loop}{i.kind[0].upper()}{i.microbatch}"
     return text + (f"@{i.stage}" if i.stage != lane else "")
 
 

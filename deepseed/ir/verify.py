@@ -49,6 +49,7 @@ def verify(p: Program) -> Program:
             defined[name] = type_
         if target.endswith(".start"):
             pending.update(results)
+    p.__dict__.setdefault("types", defined)  # they need not be collected once more
     inputs = {(i.role, i.key): i for i in p.inputs}
     for o in p.outputs:
         where = f"output {o.role} {o.key!r}"

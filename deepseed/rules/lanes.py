@@ -50,7 +50,7 @@ def on_lane(p: Program, lane: int) -> Program:
     for wait in waits.values():  # read in later parts only
         blocks.setdefault(_block(wait.part, wait.stage), []).append(wait)
     ops = [op for key in _by_part(p, order) for op in (*heads.get(key, ()), *blocks.get(key, ()))]
-    made = {r for op in ops for r in op.results}
+    made = {r for op in ops if op.target != "send" for r in op.results}  # a value that is sent is the receiver's output
     inputs = tuple(i for i in p.inputs if i.role not in STORED or i.stage in stages)
     given = {i.name for i in inputs}
     outputs = tuple(o for o in p.outputs if o.ref.name in made or o.ref.name in given)

@@ -8,6 +8,7 @@ instead of hanging.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class World:
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
         self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
         self._depth = 0
+        self._failed = False
         self.broken = ""  # what put the ranks out of step: no collective can be trusted from then on
         atexit.register(self.leave)
 
@@ -52,6 +54,9 @@ class World:
         for it has returned, and cannot be joined (a bare process group that exits at once aborted 4 times in 32, with the pause 0)."""
         atexit.unregister(self.leave)
         self.watch.close()
+        if self._failed and self.device.type == "cpu":
+            for group in (*self.channels.values(), *dist.distributed_c10d._world.pg_map):
+                _never_let_go(group)
         time.sleep(PAUSE)
 
     def run(self, begin: Callable[[], dist.Work | None], what: str) -> None:
@@ -96,6 +101,7 @@ class World:
         try:
             yield
         except BaseException as error:
+            self._failed = True
             if self._depth == 1:
                 if not isinstance(error, RankError | AgreementError):  # those every rank has
                     self.watch.failed(error)
@@ -217,6 +223,11 @@ class DistributedRuntime(Runtime):
 
     def flush(self) -> None:
         self._channels.flush()
+
+
+def _never_let_go(group: object) -> None:
+    """A group of gloo whose last reference goes waits for what was started on it: for ever, where another rank stays away."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _named(new: str, old: str) -> Callable[..., dist.Work]:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_leaves
 
 from deepseed.runtime.errors import ElsewhereError
@@ -26,10 +28,9 @@ class Elsewhere(DTensor):
     @staticmethod
     def like(shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh, placements: Sequence[Placement]) -> Elsewhere:
         """``mesh``: of the ranks that store it, without this one."""
-        stride = torch.empty(tuple(shape), device="meta").stride()
-        empty = torch.empty(0, dtype=dtype, device=mesh.device_type)
-        made = DTensor.from_local(empty, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-        return _again(made)
+        whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        spec = DTensorSpec(mesh, tuple(placements), TensorMeta(whole.shape, whole.stride(), dtype))  # from_local takes no shape of 0 dimensions
+        return _made(torch.empty(0, dtype=dtype, device=mesh.device_type), spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Elsewhere({str(self.dtype).removeprefix('torch.')}{list(self.shape)} on ranks {_ranks(self)})"
@@ -41,7 +42,7 @@ class Elsewhere(DTensor):
         first = args[0] if args else None
         if isinstance(first, Elsewhere):
             if func in _SAME:
-                return _again(first)
+                return _made(first._local_tensor, first._spec)
             if func._schema.is_mutable and func._schema.name.endswith("_"):
                 return first
         next(a for a in tree_leaves((args, kwargs)) if isinstance(a, Elsewhere))._refuse(str(func))
@@ -64,5 +65,5 @@ def _ranks(t: DTensor) -> list[int]:
     return found
 
 
-def _again(t: DTensor) -> Elsewhere:
-    return Elsewhere(t._local_tensor, t._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+def _made(empty: Tensor, spec: DTensorSpec) -> Elsewhere:
+    return Elsewhere(empty, spec, requires_grad=False)  # type: ignore[no-untyped-call]

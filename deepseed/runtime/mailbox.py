@@ -17,16 +17,18 @@ from deepseed.runtime.pipeline import as_bytes, named
 
 @dataclass
 class Mailbox:
-    """From one rank to another. ``held``: the sender's tensor and the copy that travels, by number, until it is taken."""
+    """From one rank to another. ``held``: the copy that travels, by number, until it is taken; ``watched``: the sender's tensor, until
+    the message has left."""
 
     sender: int
     receiver: int
     sent: int = 0
-    held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    held: dict[int, Tensor] = field(default_factory=dict)
+    watched: dict[int, Tensor] = field(default_factory=dict)
     receipts: list[Receipt] = field(default_factory=list)
 
     def put(self, x: Tensor) -> None:
-        self.held[self.sent] = (x, x.clone())
+        self.held[self.sent], self.watched[self.sent] = x.clone(), x
         self.sent += 1
 
     def expect(self, shape: Sequence[int], dtype: torch.dtype) -> Receipt:
@@ -34,9 +36,18 @@ class Mailbox:
         self.receipts.append(receipt)
         return receipt
 
+    def leave(self, number: int) -> None:
+        """The sender may write its tensor from now on. Raises RuntimeError where it did so before."""
+        x = self.watched.pop(number, None)
+        if x is not None and not torch.equal(as_bytes(x), as_bytes(self.held[number])):
+            raise RuntimeError(
+                f"message {number} from rank {self.sender} to rank {self.receiver}: rank {self.sender} wrote the tensor before it had left\n"
+                "  fix: send a copy, or write after rt.flush()"
+            )
+
     def unread(self) -> Iterator[str]:
         """What is wrong at the end of a step: a line a message."""
-        for number, (x, _) in self.held.items():
+        for number, x in self.held.items():
             yield f"  message {number} from rank {self.sender} to rank {self.receiver}, {named(x.shape, x.dtype)}, was sent and never taken"
         for receipt in self.receipts[self.sent :]:
             yield f"  message {receipt.number} from rank {self.sender} to rank {self.receiver}, {receipt.expected}, was expected and never sent"
@@ -68,12 +79,36 @@ class Receipt:
         where = f"message {self.number} from rank {self.box.sender} to rank {self.box.receiver}"
         if self.number not in self.box.held:
             raise RuntimeError(f"{where} was waited for twice")
-        x, copy = self.box.held.pop(self.number)
+        self.box.leave(self.number)
+        copy = self.box.held.pop(self.number)
         if tuple(copy.shape) != self.shape or copy.dtype != self.dtype:
             raise RuntimeError(
                 f"{where}: rank {self.box.receiver} expects {self.expected}, rank {self.box.sender} sent {named(copy.shape, copy.dtype)}\n"
                 "  fix: a pair of ranks must have its sends and receives in one order; compare the two lanes of the schedule"
             )
-        if not torch.equal(as_bytes(x), as_bytes(copy)):
-            raise RuntimeError(f"{where}: rank {self.box.sender} wrote the tensor before it was received\n  fix: send a copy, or write after the receiver has answered")
         return copy
+
+
+@dataclass
+class Flush:
+    """What a rank waits for until all that it sent has left: a message leaves when its receiver has posted the receive."""
+
+    boxes: Sequence[Mailbox]
+
+    @property
+    def complete(self) -> bool:
+        return all(len(box.receipts) >= box.sent for box in self.boxes)
+
+    @property
+    def missing(self) -> str:
+        waits = [f"rank {box.receiver} to expect message {len(box.receipts)}, {self._named(box)}" for box in self.boxes if len(box.receipts) < box.sent]
+        return f"flushes, and waits for {' and for '.join(waits)}"
+
+    def leave(self) -> None:
+        for box in self.boxes:
+            for number in list(box.watched):
+                box.leave(number)
+
+    @staticmethod
+    def _named(box: Mailbox) -> str:
+        return named(box.held[len(box.receipts)].shape, box.held[len(box.receipts)].dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import RankError
-from deepseed.runtime.mailbox import Mailbox, Receipt
+from deepseed.runtime.mailbox import Flush, Mailbox, Receipt
 
 Step = Callable[[Any, list[Tensor]], tuple[Tensor, ...]]
 
@@ -47,7 +47,7 @@ class _Simulation:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.batons = [threading.Semaphore(0) for _ in range(mesh.ranks)]
-        self.waiting: list[_Meeting | Receipt | None] = [None] * mesh.ranks
+        self.waiting: list[_Meeting | Receipt | Flush | None] = [None] * mesh.ranks
         self.finished = [False] * mesh.ranks
         self.meetings: dict[tuple[tuple[int, ...], int], _Meeting] = {}
         self.counts: dict[tuple[tuple[int, ...], int], int] = {}
@@ -78,7 +78,7 @@ class _Simulation:
             del self.meetings[group, number]
         return meeting
 
-    def wait(self, rank: int, until: _Meeting | Receipt) -> None:
+    def wait(self, rank: int, until: _Meeting | Receipt | Flush) -> None:
         """Let the others run until what this rank waits for is there."""
         while not until.complete:
             self.waiting[rank] = until
@@ -186,6 +186,9 @@ class SimulatedRuntime(Runtime):
         return self.exchange("broadcast", x, axis, str(source))
 
     def flush(self) -> None:
+        sent = Flush([box for box in self._simulation.boxes.values() if box.sender == self.rank])
+        self._simulation.wait(self.rank, sent)
+        sent.leave()
         self._unflushed = 0
 
     def ended(self) -> None:

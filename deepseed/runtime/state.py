@@ -204,20 +204,24 @@ class State:
         self.types[key], self.homes[key] = entry.type, home(entry, self.mesh)
         return self.homes[key] == position(self.coordinate)
 
+    def stored(self, i: Input) -> Tensor | None:
+        """This rank's part for an input of its program; None for what no rank stores. Raises StateError where it is another rank's of the
+        pipeline."""
+        key = i.role, i.key
+        if key in self.types and (key not in self.tensors or home(i, self.mesh) != position(self.coordinate)):
+            raise self._elsewhere(i)
+        return self.tensors.get(key)
+
     def inputs(self, p: Program, others: Mapping[str, Tensor]) -> list[Tensor]:
         """The arguments of a step, in the program's order: stored tensors, and ``others`` by value name (whole; this rank's part is
         taken). Raises StateError where one is missing or does not fit."""
         out = []
         for i in p.inputs:
-            stored = self.tensors.get((i.role, i.key))
+            stored = self.stored(i)
             if stored is not None:
-                if home(i, self.mesh) != position(self.coordinate):
-                    raise self._elsewhere(i)
                 if self.types[i.role, i.key] != i.type:
                     raise StateError(f"{i.role} {i.key!r} is stored as {self.types[i.role, i.key]}, the program wants {i.type}")
                 out.append(stored)
-            elif (i.role, i.key) in self.types:
-                raise self._elsewhere(i)
             elif i.name in others:
                 x = others[i.name]
                 if tuple(x.shape) != i.type.shape or x.dtype is not _torch_dtype(i.type.dtype):

@@ -1,18 +1,23 @@
 """How long does compiling take, and does it grow with depth? Seconds of each pass, of HiGHS, and of the default checks.
 
-    python tests/bench/bench_compile.py [--layers 12 24 48 96] [--target hf:LlamaForCausalLM] [--plan zero3+tp2] [--memory]
+    python tests/bench/bench_compile.py [--layers 12 24 48 96] [--target hf:LlamaForCausalLM ..] [--plan zero3+tp2] [--memory]
+    python tests/bench/bench_compile.py --share --target hf:LlamaForCausalLM hf:BertForMaskedLM hf:MixtralForCausalLM --layers 12
 
 A tiny Llama by default; captured from the meta device, solved, checked, and generated for one rank, as rank 0 of a run does it.
 Seconds are of this process's CPU, one thread: other work on the machine does not count. The instances' memory on disk is left out, as in
-a first compile, unless ``--memory`` is given.
+a first compile, unless ``--memory`` is given. ``--share``: the share of the default checks alone, each target and depth in a process of
+its own that starts with an empty folder (cold), then in another one that finds there what the first has shown (warm).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
+from statistics import median
 from time import process_time
 
 
@@ -71,11 +76,12 @@ def measure(target: str, layers: int, plan: str) -> Timed:
         source = generate(local[-1].program)
         Executable(source, "bench")
         stage("codegen", started)
+        out.passes["codegen"] -= sum(p.check_seconds for p in local)
     finally:
         Assignment._solve = solve  # type: ignore[method-assign]
     out.ops = len(done[0].program.ops)
     out.passes |= {p.name: p.seconds for p in done}
-    out.checks = sum(p.check_seconds for p in done)
+    out.checks = sum(p.check_seconds for p in (*done, *local))
     for r in reports:
         out.solver[f"{r.axis} {r.part}"] = r.solution.seconds
         out.variables[f"{r.axis} {r.part}"] = r.solution.variables
@@ -102,29 +108,64 @@ def table(rows: list[Timed]) -> str:
     return "\n".join(lines)
 
 
+def share(targets: list[str], layers: list[int], plan: str, rounds: int) -> None:
+    """Print the default checks' share of a compile in fresh processes, cold and warm: of each the medians of ``rounds``."""
+    for target, depth in ((t, n) for t in targets for n in layers):
+        seconds: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                for found in seconds.values():
+                    call = [sys.executable, __file__, "--once", "--target", target, "--layers", str(depth), "--plan", plan]
+                    said = subprocess.run(call, env={**os.environ, "DEEPSEED_CACHE_DIR": folder}, capture_output=True, text=True, check=True).stdout
+                    checks, total = map(float, said.split()[-2:])
+                    found.append((checks, total))
+        for name, found in seconds.items():
+            checks, total = (median(column) for column in zip(*found, strict=True))
+            of = sorted(c / t for c, t in found)
+            print(f"{target:28}{depth:>7} {name}: checks {checks:.2f} of {total:.2f} CPU s, {median(of):.1%} ({of[0]:.1%} to {of[-1]:.1%})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96])
-    parser.add_argument("--target", default="hf:LlamaForCausalLM")
+    parser.add_argument("--target", nargs="+", default=["hf:LlamaForCausalLM"])
     parser.add_argument("--plan", default="zero3+tp2")
     parser.add_argument("--memory", action="store_true", help="use the instances that earlier compiles checked")
+    parser.add_argument("--share", action="store_true", help="only the share of the default checks, in fresh processes, cold and warm")
+    parser.add_argument("--rounds", type=int, default=3, help="of --share")
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     said = parser.parse_args()
+    if said.share:
+        share(said.target, said.layers, said.plan, said.rounds)
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    if said.once:
+        timed = measure(said.target[0], said.layers[0], said.plan)
+        print(timed.checks, timed.total)
+        return
+    for target in said.target:
+        compare(target, said.layers, said.plan, said.memory)
+
+
+def compare(target: str, depths: list[int], plan: str, memory: bool) -> None:
+    """Print a target's table, depth by depth, in this process."""
     import torch
 
     from deepseed.check import instances
 
-    torch.set_num_threads(1)
-    measure(said.target, 1, said.plan)  # imports
+    measure(target, 1, plan)  # imports
     rows = []
-    for layers in said.layers:
+    for layers in depths:
         with tempfile.TemporaryDirectory() as folder:
-            if not said.memory:
+            if not memory:
                 os.environ["DEEPSEED_CACHE_DIR"] = folder
                 instances._passed.clear()
                 instances._hashes.clear()
-            rows.append(measure(said.target, layers, said.plan))
+            rows.append(measure(target, layers, plan))
         print(f"{layers} layers: {rows[-1].total:.1f} s", flush=True)
-    print(f"\n{said.target} under {said.plan}, {torch.get_num_threads()} thread\n")
+    print(f"\n{target} under {plan}, {torch.get_num_threads()} thread\n")
     print(table(rows))
 
 

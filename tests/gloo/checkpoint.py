@@ -99,7 +99,7 @@ def writes(plan: str, folder: str) -> dict[str, Any]:
     step.host.rt.world.run, type(step.host.rt).exchange = run, exchange  # type: ignore[attr-defined]
     losses, values = trained(step, data[FIRST:])
     file = Path(folder) / f"__{dist.get_rank()}_0.distcp"
-    return {"losses": losses, "values": packed(values), "bytes": file.stat().st_size, "sent": sorted(set(sent))}
+    return {"losses": losses, "values": packed(values), "bytes": file.stat().st_size if file.exists() else 0, "sent": sorted(set(sent))}
 
 
 def goes_on(plan: str, folder: str) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""A plan in words: its mesh, what each axis does, and what a rank holds and sends by the closed forms."""
+
+from __future__ import annotations
+
+from deepseed import closed_forms as form
+from deepseed.ir.mesh import Mesh
+from deepseed.plan import Plan, bubble
+
+
+def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
+    """``said``: as the user wrote it; ``plan``: with dp filled in; ``mesh``: of its ranks."""
+    n, e, s, t, m = plan.dp or 1, plan.ep or 1, plan.sp or 1, plan.tp or 1, plan.mb or 1
+    stored = ("everything whole on each rank", "optimizer state split over dp", "optimizer state and gradients split over dp",
+              "optimizer state, gradients and parameters split over dp; parameters gathered for use")  # fmt: skip
+    lines = [f"{said or 'one rank'} on {mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh}"]
+    lines.append(f"  dp{n:<6} " + (f"the batch is split over {n} ranks" if n > 1 else "one data-parallel rank has the whole batch"))
+    lines.append(f"  zero{plan.stage:<4} {stored[plan.stage]}")
+    if e > 1:
+        lines.append(f"  ep{e:<6} experts are split over {e} ranks, and the rows of the batch; the ranks share the rest of the state too")
+    if s > 1:
+        lines.append(f"  sp{s:<6} the sequence is split over {s} ranks, which share the state too")
+    if t > 1:
+        lines.append(f"  tp{t:<6} each weight is split over {t} neighbouring ranks")
+    if plan.stages > 1:
+        layers = f"{plan.stages * plan.chunks} stages, {plan.chunks} on each of {plan.stages} ranks" if plan.chunks > 1 else f"{plan.stages} stages, one a rank"
+        lines.append(f"  pp{plan.stages:<6} the layers are cut into {layers}; they run in the order of {plan.kind}")
+    if plan.mb is not None:
+        idle = f"; a rank is idle {bubble(plan.stages, m, plan.chunks):.1%} of the step, where all stages take as long" if plan.stages > 1 and plan.kind != "zb" else ""
+        lines.append(f"  mb{m:<6} each rank's rows are cut into {m} microbatches, one after another{idle}")
+    if plan.dtype:
+        lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
+    lines += [f"  {'':8} {note}" for note in plan.notes]
+    lines.append("")
+    lines.append("  of the whole, a rank holds      closed form")
+    one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "N": float(n * e * s), "t": float(t * plan.stages), "m": float(m)}
+    for what, size in (("parameters", form.param_bytes), ("gradients", form.grad_bytes), ("optimizer", form.optimizer_bytes)):
+        lines.append(f"  {what:14}{form.value(size(plan.stage), **one):>10.4f}        {size(plan.stage)}")
+    volume = form.data_volume(plan.stage, m > 1)
+    if n * e * s > 1:
+        lines.append(f"  {'sent over dp' if s == e == 1 else 'sent for state':14}{form.value(volume, **one):>10.4f}        {volume}")
+    if mesh.ranks > 1:
+        lines.append("")
+        shown = [f"{rank}: " + " ".join(f"{a}={i}" for a, i in mesh.coordinate(rank).items()) for rank in range(min(mesh.ranks, 8))]
+        lines.append("  rank " + ", ".join(shown) + (" ..." if mesh.ranks > 8 else ""))
+    lines.append(f"next: deepseed explain TARGET --plan {said or 'zero0'}" + (f" --world-size {mesh.ranks}" if mesh.ranks > 1 else ""))
+    return lines

@@ -1,0 +1,184 @@
+"""One rank of a training run whose step has several instructions: ``loop_worker.py TARGET PLAN FOLDER``, with torchrun's environment.
+
+Counts as cost_worker does, and what only shows between instructions: bytes that live on from one microbatch to the next, gathered weights
+that are alive at once, messages to other pipeline ranks. Shares nothing with deepseed.memory, deepseed.unroll or explain's counting.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cost_worker import Sent
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deepseed
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Program
+from deepseed.memory import curve, memory
+from deepseed.ops import rng
+from deepseed.runtime import channels
+from deepseed.target import load
+from deepseed.unroll import unroll
+
+warnings.filterwarnings("ignore")
+
+
+class Messages:
+    """Bytes of the tensors that are sent to other pipeline ranks."""
+
+    def __init__(self) -> None:
+        self.bytes = self.count = 0
+        self.on = False
+        begin = channels._send_first
+
+        def counted(group: Any, x: Tensor) -> dist.Work:
+            if self.on and group.rank() == 0:
+                self.bytes += x.numel() * x.itemsize
+                self.count += 1
+            return begin(group, x)
+
+        channels._send_first = counted
+
+
+class Alive(TorchDispatchMode):
+    """Storages made in a step: the bytes that are alive, the most since ``restart``, and the most of gathered weights at once.
+
+    Gathered is what an all_gather has written, and what is made of such tensors alone: laid out in order, cast, transposed. Of the
+    n blocks that gloo's reduce_scatter receives to add them up one is counted, the result: see deepseed.memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self.gathered: dict[int, int] = {}
+        self.most = self.most_gathered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if "allgather" in str(func) or "alltoall" in str(func):
+            written = next(t for t in tree_leaves(args) if isinstance(t, Tensor))
+            if "allgather" in str(func):
+                self._note_gathered(written)
+            else:
+                self.bytes[written.untyped_storage()._cdata] //= len(written)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.bytes:
+                    self.bytes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+                if given and all(each in self.gathered for each in given):
+                    self._note_gathered(t)
+        if self.now() > self.most:
+            self.most = self.settled()
+        return out
+
+    def now(self) -> int:
+        return sum(self.bytes.values())
+
+    def settled(self) -> int:
+        """What is alive once gloo's threads have let go of the buffers of collectives that are over."""
+        time.sleep(0.003)
+        return self.now()
+
+    def restart(self) -> int:
+        """The most bytes that were alive since the last restart."""
+        most, self.most = self.most, self.settled()
+        return most
+
+    def _note_gathered(self, t: Tensor) -> None:
+        self.gathered[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        if sum(self.gathered.values()) > self.most_gathered:
+            time.sleep(0.003)
+            self.most_gathered = sum(self.gathered.values())
+
+    def _freed(self, storage: int) -> None:
+        self.bytes.pop(storage, None)
+        self.gathered.pop(storage, None)
+
+
+def watched(step: Callable[..., Any], before: Callable[[str, int], None]) -> Callable[[], None]:
+    """Have ``before(name of the function, microbatch)`` called ahead of every instruction of generated source; the result undoes it."""
+    names = step.__globals__
+    lane = names["LANE"]
+
+    def announced(part: Callable[..., None]) -> Callable[..., None]:
+        def run(rt: Any, v: Any, m: Any, mb: int) -> None:
+            before(part.__name__, mb)
+            part(rt, v, m, mb)
+
+        return run
+
+    names["LANE"] = tuple((announced(part), mb) for part, mb in lane)
+    return lambda: names.update(LANE=lane)
+
+
+def predicted(p: Program, rank: int, mesh: Mesh) -> list[int]:
+    """What deepseed.memory says of each instruction of a rank: the most bytes beside what stays between steps."""
+    lane = mesh.coordinate(rank).get("pp", 0)
+    found = unroll(p, lane)
+    stays = memory(found.program).resident_bytes
+    assert p.schedule is not None
+    most = [0] * len(p.schedule.lanes[lane])
+    for (instruction, _), row in zip(found.origin, curve(found.program, {}), strict=True):
+        most[instruction] = max(most[instruction], sum(row.values()) - stays)
+    return most
+
+
+def main(target: str, plan: str, folder: Path) -> None:
+    sent, messages = Sent(), Messages()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = load(target)
+    step = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
+    step(found.batch)
+    rng._counters.cache_clear()
+    sent.on = messages.on = True
+    step(found.batch)
+    sent.on = messages.on = False
+    run = step.programs.latest.executables[0]._loaded.step
+    gc.collect()
+    between: list[tuple[str, int, int]] = []
+    peaks: list[int] = []
+    with Alive() as alive:
+
+        def ahead(name: str, mb: int) -> None:
+            peaks.append(alive.restart())
+            between.append((name, mb, alive.now()))
+
+        undo = watched(run, ahead)
+        step(found.batch)
+        peaks.append(alive.restart())
+        undo()
+    rng._counters.cache_clear()
+    params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
+    explained = step.explain().to_json() if rank == 0 else None
+    groups = {axis: list(step.mesh.group(axis, rank)) for axis in step.mesh.names}
+    counted: Counter[str] = Counter({axis: sent.bytes[tuple(group)] for axis, group in groups.items() if len(group) > 1})
+    if messages.count:
+        counted["pp"] = messages.bytes
+    result = {
+        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peaks": peaks[1:],
+        "said": predicted(step.program, rank, step.mesh), "between": between, "gathered": alive.most_gathered, "sent": dict(counted), "messages": messages.count, "explain": explained,
+    }  # fmt: skip
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
