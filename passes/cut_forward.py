@@ -189,7 +189,8 @@ def _best(load: Floats, join: np.ufunc, stages: int) -> tuple[float, list[int]]:
 def _pinned(ops: Sequence[Op], at: Sequence[int], stages: int, pins: Sequence[str]) -> NDArray[np.int64]:
     if len(pins) != stages - 1:
         given = f"{len(pins)} are given: {', '.join(pins)}"
-        raise PassError(f"{stages} stages have {stages - 1} cuts, {given}, pass cut_stages\n  fix: name the module that each stage but the first begins with")
+        said = f"{stages} stages have {stages - 1} cuts, {given}, pass cut_stages"
+        raise PassError(f"{said}\n  fix: name the module that each stage after the first begins with")
     first: dict[str, int] = {}
     for op, n in zip(ops, at, strict=True):
         path = op.path

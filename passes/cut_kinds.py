@@ -34,9 +34,19 @@ class Kinds:
         of = {r: op.name for op in self.program.ops if op.name in starts for r in op.results}
         return {op.name: of[op.refs[0].name] for op in self.program.ops if op.target == "wait"}
 
+    @cached_property
+    def parts(self) -> Mapping[str, Sequence[Op]]:
+        """The ops that stand on one stage, by part, in order."""
+        out: dict[str, list[Op]] = {}
+        for op in self.program.ops:
+            here = out.setdefault(op.part, [])
+            if op.name not in self.free:
+                here.append(op)
+        return out
+
     def bound(self, part: str) -> Sequence[Op]:
         """The ops of a part that stand on one stage."""
-        return [op for op in self.program.ops if op.part == part and op.name not in self.free]
+        return self.parts.get(part, ())
 
 
 def kinds(p: Program) -> Kinds:

@@ -81,17 +81,17 @@ def _place(k: Kinds, stages: int, pins: Sequence[str], stored: Mapping[tuple[str
     stage_of: dict[str, int] = {}  # of values
     done: dict[str, list[Op]] = {}  # by op: what stands in its place
     builder = Builder(p)
-    for part in dict.fromkeys(op.part for op in p.ops):
+    owner = {value: by_key[key] for value, key in owners(p, f"once.{k.loops}").items()}
+    once = {r for op in p.ops if kind_of(op.part) == "once" for r in op.results}
+    for part in k.parts:
         after = f"once.{loop_of(part)}"
         ops = [op for op in k.bound(part) if op.name not in done]
-        owner = {value: by_key[key] for value, key in owners(p, after).items()}
         if kind_of(part) == "forward":
             _settle(ops, main if loop_of(part) == k.loops else earlier_stages(k, part, main, stage_of), done, stage_of)
         elif kind_of(part) == "backward":
-            t = tails(k, part, after)
+            t = tails(k, part)
             core = [op for op in ops if op.name not in t.ops]
             ends = {leaves[0]: owner[value] for value, leaves in t.leaves.items() if len(leaves) == 1 and value in owner}
-            once = {r for op in p.ops if kind_of(op.part) == "once" for r in op.results}
             _settle(core, backward_stages(k, core, stages, Known(stage_of, _read_on(done), used_on, ends, once)), done, stage_of)
             for name, made in distribute(t, stage_of, owner, after, builder.fresh).items():
                 done[name] = made

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.program import Op, Output, Ref
+from deepseed.ir.schedule import kind_of
 from deepseed.passes.cut_kinds import Kinds
 
 UNARY = frozenset(
@@ -29,20 +30,20 @@ class Tails:
     leaves: Mapping[str, tuple[str, ...]]
 
 
-def tails(k: Kinds, part: str, epilogue: str) -> Tails:
-    """The tail ops of ``part``; waits in the epilogue for what was started in it are among them."""
+def tails(k: Kinds, part: str) -> Tails:
+    """The tail ops of ``part``; waits after the loop for what was started in it are among them."""
     p = k.program
     starts = {r for op in p.ops if op.part == part and op.target.endswith(".start") for r in op.results}
-    late = {op.name for op in p.ops if op.part == epilogue and op.target == "wait" and op.refs[0].name in starts}
+    late = {op.name for op in p.ops if kind_of(op.part) == "once" and op.target == "wait" and op.refs[0].name in starts}
     ops = [op for op in p.ops if op.name not in k.free and (op.part == part or op.name in late)]
     mine = {r for op in ops for r in op.results}
     inside: dict[str, Op] = {}
     leaving: dict[str, None] = {}
     for op in reversed(ops):
-        leaves_by = {r: [isinstance(u, Output) or (u.part == epilogue and u.name not in inside) for u in p.uses[r]] for r in op.results}
+        leaves_by = {r: [isinstance(u, Output) or (kind_of(u.part) == "once" and u.name not in inside) for u in p.uses[r]] for r in op.results}
         leaving.update((r, None) for r, out in leaves_by.items() if any(out))
         users = [u for r in op.results for u in p.uses[r]]
-        if _linear(op, mine, k) and users and all(isinstance(u, Output) or u.name in inside or u.part == epilogue for u in users):
+        if _linear(op, mine, k) and users and all(isinstance(u, Output) or u.name in inside or kind_of(u.part) == "once" for u in users):
             inside[op.name] = op
     inside = dict(reversed(inside.items()))
     leaves: dict[str, tuple[str, ...]] = {}
