@@ -28,12 +28,11 @@ from deepseed.capture.step import Want
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Output, Program
+from deepseed.ir.program import Program
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
-from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
@@ -312,9 +311,7 @@ class _Compiled:
         self.host.settle(self.model, self.states)
         for write in built.captured.reads.writes:
             write.apply()
-        p = built.program
-        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(built.executables, results, strict=True)]
-        return {(o.role, o.key): self.host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
+        return built.returned(self.host, results)
 
     def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
@@ -327,11 +324,6 @@ class _Compiled:
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
-
-
-def _shown(outputs: Sequence[Output]) -> list[Output]:
-    """What a step returns: all but what is stored."""
-    return [o for o in outputs if o.role not in STORED]
 
 
 def _several(given: object) -> bool:

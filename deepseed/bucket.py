@@ -18,8 +18,9 @@ from torch import Tensor
 from deepseed.build import Built, CompileError
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.convert import live
-from deepseed.ir.mesh import Mesh
+from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Op, Program
+from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State, shard
 
@@ -104,12 +105,14 @@ def checkable(p: Program) -> Program:
 def compare(host: Host, states: Sequence[State], bare: tuple[Built, Mapping[str, Tensor]], full: tuple[Built, Mapping[str, Tensor]]) -> None:
     """Raises CompileError with both numbers where the padded batch (``full``) has another loss or gradient than the batch itself."""
     mesh = states[0].mesh
-    results = [host.run(built.executables, [_inputs(built, state, batch, mesh) for state in states]) for built, batch in (bare, full)]
-    known = [{(o.role, o.key): (n, built.program.types[o.ref.name]) for n, o in enumerate(built.program.outputs)} for built, _ in (bare, full)]
+    whole: list[Mapping[tuple[str, str], Tensor]] = []
+    for built, batch in (bare, full):
+        inputs = [_inputs(e, built.constants, state, batch, mesh) for e, state in zip(built.executables, states, strict=True)]
+        whole.append(built.returned(host, host.run(built.executables, inputs)))
     errors: list[tuple[float, str]] = []
     largest = 0.0
-    for key in known[0]:
-        a, b = (host.whole([r[known[n][key][0]] for r in results[n]], known[n][key][1]) for n in (0, 1))
+    for key, a in whole[0].items():
+        b = whole[1][key]
         if key[0] == "loss":
             if not abs(float(a) - float(b)) <= LOSS_TOLERANCE * abs(float(a)):
                 raise _refusal(f"the loss is {float(a):.17g} without padding and {float(b):.17g} with it", bare, full)
@@ -129,15 +132,15 @@ def _refusal(what: str, *two: tuple[Built, Mapping[str, Tensor]]) -> CompileErro
     )
 
 
-def _inputs(built: Built, state: State, batch: Mapping[str, Tensor], mesh: Mesh) -> list[Tensor]:
+def _inputs(e: Executable, constants: Mapping[str, Tensor], state: State, batch: Mapping[str, Tensor], mesh: Mesh) -> list[Tensor]:
     out = []
-    for i in built.program.inputs:
-        key = (i.role, i.key)
-        if key in state.tensors:
-            out.append(_wide(state.tensors[key]))
+    for i in e.inputs:
+        if (stored := state.stored(i)) is not None:
+            out.append(_wide(stored))
         else:
-            whole = batch[i.key] if i.role == "batch" else built.constants[i.key]
-            out.append(shard(_wide(whole.to(state.device)), i.type, mesh, state.coordinate))
+            whole = batch[i.key] if i.role == "batch" else constants[i.key]
+            type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
+            out.append(shard(_wide(whole.to(state.device)), type_, mesh, state.coordinate))
     return out
 
 

@@ -15,13 +15,14 @@ from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import STAGES
-from deepseed.ir.program import Program
+from deepseed.ir.program import Output, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
 from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of_a_rank
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
+from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 
@@ -54,6 +55,17 @@ class Built:
     def unproved(self) -> tuple[str, ...]:
         """Values that a pass wrote differently and that are too large to run: taken as equal."""
         return tuple(name for p in self.passes for name in p.unproved)
+
+
+    def returned(self, host: Host, results: Sequence[Sequence[Tensor]]) -> dict[tuple[str, str], Tensor]:
+        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable."""
+        p = self.program
+        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(self.executables, results, strict=True)]
+        return {(o.role, o.key): host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
+
+
+def _shown(outputs: Sequence[Output]) -> list[Output]:
+    return [o for o in outputs if o.role not in STORED]
 
 
 def build(

@@ -18,7 +18,9 @@ from gloo.launch import ranks
 from gloo.stages import CUTS, FOUR, LATER, LOOPS, THREE_D, ZERO3, Cut, rank_of, staged, stored_by
 from torch import Tensor, nn
 
+import deepseed
 from deepseed.api import TrainStep
+from deepseed.build import CompileError
 from deepseed.ir.layout import Layout, Split
 from deepseed.ir.mesh import Mesh, MeshError
 from deepseed.ir.program import Input, Program, Type
@@ -349,3 +351,19 @@ def test_any_homes_are_exact(plan: str, seed: int) -> None:
     assert got[0][FIRST:] == pytest.approx(checkpoint_of(PLANS[0])[2], rel=TOLERANCE, abs=0)
     for key, t in values.items():
         assert (got[1][key] - t).abs().max() <= TOLERANCE * max(1.0, float(t.abs().max())), key
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2+mb2", "zero3+pp2+dp2"])
+def test_padding_is_checked_in_microbatches_and_on_stages(plan: str) -> None:
+    """A model that takes a mean over the padded positions is refused; one that ignores them trains as without padding."""
+
+    def padded(**model: Any) -> TrainStep:
+        torch.manual_seed(3)
+        return made(plan, backend="simulate", buckets=deepseed.Bucket(fill={"ids": 0, "labels": -100}, to=[8]), **model)
+
+    with pytest.raises(CompileError, match="padding changes what this model computes: the loss is"):
+        padded(model=Long())(batches(1)[0])  # its attention has no mask
+    step, plain = padded(), made("zero0+dp1", backend="simulate")
+    step.model.eval()
+    plain.model.eval()
+    assert [float(step(b)) for b in batches(2)] == pytest.approx([float(plain(b)) for b in batches(2)], rel=TOLERANCE, abs=0)
