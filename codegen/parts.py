@@ -236,7 +236,8 @@ class _Parts:
         for (part, stage), function in self.functions.items():
             if stage < -1:
                 turns = self.p.ops[-2 - stage].kw("turns")
-                alone.update((turn, (function.name, microbatch)) for microbatch, turn in enumerate(turns))
+                assert isinstance(turns, tuple)
+                alone.update((int(str(turn)), (function.name, microbatch)) for microbatch, turn in enumerate(turns))
         count = 0
         for i in self.lane:
             while count in alone:
