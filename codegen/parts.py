@@ -18,7 +18,7 @@ from deepseed.ir.program import Op, Program, Type
 from deepseed.ir.schedule import Instruction, kind_of
 from deepseed.ir.text import format_type
 
-Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane
+Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, less for a receive on its own
 
 
 @dataclass
@@ -45,8 +45,9 @@ class _Parts:
         self.functions: dict[Place, _Function] = {}
         self.at: list[Place] = []  # of each op
         for n, op in enumerate(p.ops):
-            where = _place(op.part, op.stage)
-            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else "")
+            alone = op.kw("turns") is not None
+            where = (op.part, -2 - n) if alone else _place(op.part, op.stage)
+            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else f"_{self.out.name(op.name)}" if alone else "")
             self.functions.setdefault(where, _Function(name)).ops.append((n, op))
             self.at.append(where)
         self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
@@ -204,7 +205,7 @@ class _Parts:
     def _step(self) -> None:
         out = self.out
         out.lines += ["", "", "LANE = ("]
-        out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[_place(i.part, i.stage)].name}, {i.microbatch})," for i in self._instructions())]
+        out.lines += [f"    {line}" for line in _wrapped(f"({name}, {microbatch})," for name, microbatch in self._turns())]
         out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
         out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(self.p.inputs)]
         out.emit("}")
@@ -229,8 +230,22 @@ class _Parts:
         new += ".copy" if new in self.donation.copied else ""
         self.out.emit(f"v[{self.out.name(stored)!r}].copy_(v[{self.out.name(new)!r}])")
 
-    def _instructions(self) -> Iterator[Instruction]:
-        return (i for i in self.lane if _place(i.part, i.stage) in self.functions)
+    def _turns(self) -> Iterator[tuple[str, int]]:
+        """What the lane does, as function and microbatch: its instructions, and the receives that stand between them."""
+        alone: dict[int, tuple[str, int]] = {}
+        for (part, stage), function in self.functions.items():
+            if stage < -1:
+                turns = self.p.ops[-2 - stage].kw("turns")
+                assert isinstance(turns, tuple)
+                alone.update((int(str(turn)), (function.name, microbatch)) for microbatch, turn in enumerate(turns))
+        count = 0
+        for i in self.lane:
+            while count in alone:
+                yield alone[count]
+                count += 1
+            count += 1
+            if _place(i.part, i.stage) in self.functions:
+                yield self.functions[_place(i.part, i.stage)].name, i.microbatch
 
 
 def _place(part: str, stage: int) -> Place:

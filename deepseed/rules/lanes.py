@@ -2,7 +2,9 @@
 
 A ``transfer`` between stages of one lane stays what it is, another name of the value. To another lane it is a ``send`` in the part and
 stage of its operand; from another one it is a ``receive.start`` at the head of its part, and a ``wait`` before the first reader there.
-The order of the messages between two lanes is that of the shared program on both sides, so they need no tags.
+Messages have no tags: they are received in the order in which they were sent. Where the heads of the parts are another order (a value
+sent past a stage of the same lane that runs first), each ``receive.start`` has ``turns``: for each microbatch, its place in the list of
+what the lane does, instructions and these receives.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from deepseed.ir.messages import Item, messages_of, receives
 from deepseed.ir.program import Op, Program, Ref
-from deepseed.ir.schedule import kind_of
+from deepseed.ir.schedule import Schedule, kind_of
 
 STORED = ("param", "buffer", "state")
 
@@ -49,12 +52,38 @@ def on_lane(p: Program, lane: int) -> Program:
         block.append(op)
     for wait in waits.values():  # read in later parts only
         blocks.setdefault(_block(wait.part, wait.stage), []).append(wait)
+    turns = _turns(p, s, lane, heads)
+    heads = {key: [_at(op, turns) for op in ops] for key, ops in heads.items()} if turns else heads
     ops = [op for key in _by_part(p, order) for op in (*heads.get(key, ()), *blocks.get(key, ()))]
     made = {r for op in ops if op.target != "send" for r in op.results}  # a value that is sent is the receiver's output
     inputs = tuple(i for i in p.inputs if i.role not in STORED or i.stage in stages)
     given = {i.name for i in inputs}
     outputs = tuple(o for o in p.outputs if o.ref.name in made or o.ref.name in given)
     return replace(p, inputs=inputs, ops=tuple(ops), outputs=outputs)
+
+
+def _turns(p: Program, s: Schedule, lane: int, heads: Mapping[tuple[str, int], list[Op]]) -> dict[str, list[int]]:
+    """By received value, when its receives are posted; nothing where the heads of the parts are the order in which they were sent."""
+    posted = receives(s, lane, messages_of(p))
+    plain: list[list[Item]] = []
+    for i in s.lanes[lane]:
+        names = [op.name.removesuffix(".start") for op in heads.get(_block(i.part, i.stage), ())]
+        plain.append([(name, i.microbatch) for name in names])
+    source = {op.name.removesuffix(".start"): int(str(op.kw("source"))) for ops in heads.values() for op in ops}
+    if all(sorted(a, key=lambda item: source[item[0]]) == sorted(b, key=lambda item: source[item[0]]) for a, b in zip(plain, posted, strict=True)):
+        return {}
+    turns: dict[str, dict[int, int]] = {}
+    count = 0
+    for items in posted:
+        for name, microbatch in items:
+            turns.setdefault(name, {})[microbatch] = count
+            count += 1
+        count += 1  # the instruction itself
+    return {name: [at[mb] for mb in sorted(at)] for name, at in turns.items()}
+
+
+def _at(op: Op, turns: Mapping[str, list[int]]) -> Op:
+    return replace(op, kwargs=(*op.kwargs, ("turns", tuple(turns[op.name.removesuffix(".start")]))))
 
 
 def home(p: Program, value: str) -> int:
