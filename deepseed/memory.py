@@ -3,7 +3,8 @@
 A view shares its base's storage: whether ``reshape`` is one is decided as PyTorch decides it, from strides, which are tracked
 from op to op. A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
 updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
-``wait``. Scratch space inside kernels and collectives (the blocks that gloo's reduce_scatter receives) is not counted.
+``wait``. Attention's copies of keys and values that several query heads share, and of a mask of booleans, are counted; scratch space inside
+kernels and collectives (the blocks that gloo's reduce_scatter receives) is not.
 """
 
 from __future__ import annotations
@@ -83,12 +84,30 @@ class _Liveness:
             self._define(n, op)
             if op.target.endswith(".start"):
                 self.under_way.update((result, self._sent(op, i)) for i, result in enumerate(op.results))
+            scratch = self._scratch(op)
             yield op.name, self.now
+            for storage in scratch:
+                self._release(storage)
             if op.target == "wait":  # the first wait of a bucket ends what all of it reads
                 for started in self.p.producers[op.refs[0].name].results:
                     if started in self.under_way:
                         self._release(self.under_way.pop(started))
             self._free(self.donation.dies.get(n, ()))
+
+    def _scratch(self, op: Op) -> Sequence[int]:
+        """The storages that attention needs while it runs (deepseed.ops.attention): keys and values by query heads, in the backward their
+        gradients too, and a mask as numbers."""
+        if op.target not in ("sdpa", "sdpa_backward"):
+            return ()
+        first = len(self.nbytes)
+        q, k, v, *masks = (self.p.types[r.name] for r in op.refs[op.target == "sdpa_backward" :])
+        heads, shared = q.local(self.p.mesh)[1], k.local(self.p.mesh)[1]
+        if heads != shared:
+            for t in (k, v) * (2 if op.target == "sdpa_backward" else 1):
+                self._new("", t.local_bytes(self.p.mesh) // shared * heads)
+        if masks and masks[0].dtype == "bool":
+            self._new("", prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype])
+        return range(first, len(self.nbytes))
 
     def _new(self, value: str, nbytes: int) -> None:
         self.nbytes.append(nbytes)

@@ -41,15 +41,15 @@ class Channels:
                 world.channels[pair] = _channel(world, pair)
 
     def post(self, x: Tensor, rank: int) -> None:
-        """Start to send a contiguous ``x``, which is kept until it has left."""
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._left()
+        """Start to send a contiguous ``x``, which is kept until it has left (and this rank has sent or received something after that)."""
+        self._let_go()
         if x.numel():
             what = self._what("sending to", self.world.rank, rank)
             self._under_way.append((self._begin(x, self.world.rank, rank, what), x, what))
 
     def fetch(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Callable[[], Tensor]:
         """Start to receive the next message of ``rank``."""
+        self._let_go()
         out = torch.empty(tuple(shape), dtype=dtype, device=self.world.device)
         if not out.numel():
             return lambda: out
@@ -58,6 +58,7 @@ class Channels:
 
         def complete() -> Tensor:
             self.world.wait(work, what)
+            self._let_go()
             return out
 
         return complete
@@ -65,6 +66,11 @@ class Channels:
     def flush(self) -> None:
         """Wait until everything that was posted has left."""
         while self._under_way:
+            self._left()
+
+    def _let_go(self) -> None:
+        """Of what has left."""
+        while self._under_way and self._under_way[0][0].is_completed():
             self._left()
 
     def _left(self) -> None:
