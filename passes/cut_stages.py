@@ -26,7 +26,8 @@ from deepseed.solver.schedules import ScheduleError, check, lanes
 
 @program_pass(requires={"looped"}, provides={"staged"})
 def cut_stages(
-    p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int = 1, pins: Sequence[str] = (), stored: Mapping[tuple[str, str], int] | None = None
+    p: Program, stages: int = 1, schedule: str = "1f1b", chunks: int = 1, pins: Sequence[str] = (),
+    stored: Mapping[tuple[str, str], int] | None = None,
 ) -> Program:  # fmt: skip
     """Give every op its stage, 0 .. ``stages`` x ``chunks`` - 1; values that another stage uses cross by ``transfer``.
 
