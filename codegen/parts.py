@@ -15,7 +15,7 @@ from deepseed.codegen.optim import KERNELS, Update
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Op, Program, Type
-from deepseed.ir.schedule import Instruction, kind_of
+from deepseed.ir.schedule import kind_of
 from deepseed.ir.text import format_type
 
 Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, less for a receive on its own
@@ -233,7 +233,7 @@ class _Parts:
     def _turns(self) -> Iterator[tuple[str, int]]:
         """What the lane does, as function and microbatch: its instructions, and the receives that stand between them."""
         alone: dict[int, tuple[str, int]] = {}
-        for (part, stage), function in self.functions.items():
+        for (_, stage), function in self.functions.items():
             if stage < -1:
                 turns = self.p.ops[-2 - stage].kw("turns")
                 assert isinstance(turns, tuple)

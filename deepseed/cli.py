@@ -151,7 +151,7 @@ def explain(
     clip: ClipOption = None,
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
-    machine: Annotated[str, typer.Option(help="what the page's times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
+    machine: Annotated[str, typer.Option(help="what the times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
@@ -169,7 +169,7 @@ def explain(
         return
     done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False)
     ranks = refined(ranks, done[-1].program.mesh)
-    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks)
+    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
         return

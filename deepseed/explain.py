@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deepseed import cost
+from deepseed.counts import local_flops, matmul_flops, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
@@ -23,8 +24,9 @@ from deepseed.ir.text import format_type
 from deepseed.memory import memory
 from deepseed.meshes import ranks_of
 from deepseed.passes.canonicalize import DECOMPOSITIONS
-from deepseed.plan import bubble
 from deepseed.rules import rule_of
+from deepseed.speed import Machine
+from deepseed.timing import Timing, timing
 from deepseed.unroll import unroll
 
 MOVES = ("reshard", "shard", "summand", "wait", "accumulate", "collect", TRANSFER)  # and *.start
@@ -88,22 +90,12 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """``bubble``: the share of a step in which a rank is idle, where all stages take as long."""
-
-    schedule: str
-    stages: int
-    microbatches: int
-    bubble: float
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Of a pipeline, ``collectives``, ``peak_at`` and ``matmul_flops`` are those of the rank that has most of them, ``closed_forms`` of the mean rank."""
 
     mesh: Mapping[str, int]  # of the ranks
     zero: int
-    pipeline: Pipeline | None  # None: no microbatches, no stages
+    schedule: Timing | None  # None: no microbatches, no stages
     ranks: tuple[RankBytes, ...]
     peak_at: str
     collectives: tuple[CollectiveCount, ...]
@@ -122,11 +114,13 @@ class Explanation:
         return "\n".join(lines(self))
 
 
-def explain(p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None, ranks: Mesh | None = None) -> Explanation:
+def explain(
+    p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None, ranks: Mesh | None = None, machine: Machine | None = None
+) -> Explanation:
     """Count a lowered program, best the one that ranks run (after group_kernels); ``seconds`` by pass.
 
     ``zero``: the stage of the closed forms; read from the layouts where it is not given (2 lays everything out as 1 does). ``ranks``: their
-    mesh, where the pipeline is not its first axis.
+    mesh, where the pipeline is not its first axis. ``machine``: what the times of a schedule assume.
     Raises ValueError on a program that still has reshards."""
     if "lowered" not in p.facts:
         raise ValueError(f"explain needs a program after lower_reshards; this one is {', '.join(sorted(p.facts)) or 'bare'}")
@@ -143,14 +137,9 @@ def explain(p: Program, *, seconds: Mapping[str, float] | None = None, zero: int
     flops, whole = [matmul_flops(step) for step in steps], sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
     sums = _means(p, steps, where, counted, collectives, flops, whole)
     return Explanation(
-        dict(where.sizes), stage, _pipeline(p), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),
+        dict(where.sizes), stage, None if p.schedule is None else timing(p, machine or Machine()), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),
         whole, _weights(p), tuple(_unruled(p)), tuple(_replicated(p)), tuple(closed(sums, stage)), dict(seconds or {}),
     )  # fmt: skip
-
-
-def _pipeline(p: Program) -> Pipeline | None:
-    s = p.schedule
-    return None if s is None else Pipeline(s.name, s.stages, s.microbatches, bubble(len(s.lanes), s.microbatches, s.stages // len(s.lanes)))
 
 
 def _rank_bytes(step: Program) -> RankBytes:
@@ -230,27 +219,6 @@ def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
             sent[key] += sent_bytes(p, op)
     order = {axis: n for n, name in enumerate(p.mesh.names) for axis in (name, whole_axis(name))}
     return tuple(CollectiveCount(*key, count[key], sent[key]) for key in sorted(count, key=lambda k: (order[k[0]], k[1])))
-
-
-def sent_bytes(p: Program, op: Op) -> int:
-    """Bytes that one rank sends for a started collective."""
-    kind, axis = op.target.removesuffix(".start"), str(op.kw("axis"))
-    return sum(cost.sent_bytes(kind, p.types[r.name], t, axis, p.mesh) for r, t in zip(op.refs, op.types, strict=False))
-
-
-def matmul_flops(p: Program) -> int:
-    """Of one rank: the same formula on local shapes."""
-    return sum(local_flops(p, op) for op in p.ops)
-
-
-def local_flops(p: Program, op: Op) -> int:
-    """Matmul flops of one op on one rank."""
-    local = [replace(t, shape=t.local(p.mesh)) for t in op.types]
-    flops = cost.flops(replace(op, types=tuple(local)), [replace(t, shape=t.local(p.mesh)) for t in (p.types[r.name] for r in op.refs)])
-    matrices = {"routed_mm": p.types[op.refs[1].name], "routed_outer": op.type}.get(op.target) if len(op.refs) > 1 else None
-    if matrices is not None:  # a rank computes the rows of its matrices, on average
-        flops = flops * matrices.local(p.mesh)[0] // matrices.shape[0]
-    return flops
 
 
 def _local(p: Program, types: Iterable[Type]) -> int:

@@ -9,15 +9,16 @@ from deepseed.ir.collective import KEYED
 from deepseed.ir.mesh import STAGES
 
 if TYPE_CHECKING:
-    from deepseed.explain import Explanation, Pipeline, Weight
+    from deepseed.explain import Explanation, Weight
+    from deepseed.timing import Timing
 
 
 def lines(e: Explanation) -> Iterable[str]:
     mesh = ", ".join(f"{axis}={n}" for axis, n in e.mesh.items()) or "one rank"
     mean = " (of the mean pipeline rank)" if STAGES in e.mesh else ""
     yield f"zero{e.zero} on mesh({mesh}), {len(e.ranks)} rank{'s' if len(e.ranks) > 1 else ''}; all numbers are of one rank and one step{mean}"
-    if e.pipeline is not None:
-        yield from _stages(e, e.pipeline)
+    if e.schedule is not None:
+        yield from _stages(e, e.schedule)
     yield ""
     yield f"  {'':16}{'counted':>12}   {'closed form':32}{'':>12}"
     for c in e.closed_forms:
@@ -43,17 +44,25 @@ def lines(e: Explanation) -> Iterable[str]:
         yield "  seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in e.seconds.items())
 
 
-def _stages(e: Explanation, p: Pipeline) -> Iterable[str]:
+def _stages(e: Explanation, t: Timing) -> Iterable[str]:
     lanes = e.mesh.get(STAGES, 1)
-    what = f"{p.schedule}, {p.stages} stages, " if lanes > 1 else ""
-    yield f"{what}{p.microbatches} microbatches" + (f"; idle {p.bubble:.1%} where all stages take as long" if lanes > 1 else "")
-    if lanes > 1:
-        yield ""
-        yield f"  {STAGES:6}{'ranks':>8}{'parameters':>14}{'gradients':>14}{'optimizer':>14}{'peak':>14}"
-        for n in range(lanes):
-            of = [r for r in e.ranks if r.coordinate[STAGES] == n]
-            numbers = (of[0].param_bytes, of[0].grad_bytes, of[0].optimizer_bytes, of[0].peak_bytes)
-            yield f"  {n:<6}{len(of):>8}" + "".join(f"{amount(b):>14}" for b in numbers)
+    what = f"{t.name}, {t.stages} stages, " if lanes > 1 else ""
+    yield f"{what}{t.microbatches} microbatches, {t.loops} loop{'s' if t.loops > 1 else ''} over them" + (f" ({t.repeated:.1%} of the matmul flops are of earlier loops)" if t.repeated else "")
+    if lanes == 1:
+        return
+    yield f"estimated step {t.step_seconds * 1e3:.3f} ms, idle {t.bubble_share:.1%} ({t.bubble_share_equal:.1%} where all stages take as long)"
+    yield ""
+    yield f"  {STAGES:6}{'ranks':>8}{'parameters':>14}{'gradients':>14}{'optimizer':>14}{'peak':>14}   microbatches held"
+    for n in range(lanes):
+        of = [r for r in e.ranks if r.coordinate[STAGES] == n]
+        numbers = (of[0].param_bytes, of[0].grad_bytes, of[0].optimizer_bytes, of[0].peak_bytes)
+        yield f"  {n:<6}{len(of):>8}" + "".join(f"{amount(b):>14}" for b in numbers) + "   " + ", ".join(str(t.in_flight[s]) for s in range(n, t.stages, lanes))
+    yield ""
+    yield "  boundary  crosses"
+    for k, boundary in enumerate(t.boundaries):
+        for n, (when, names) in enumerate((when, names) for when, names in boundary.items() if names):
+            said = ", ".join(f"%{name}" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            yield f"  {f'{k} | {k + 1}' if n == 0 else '':10}{when}: {said}"
 
 
 _SHOWN = 16

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from deepseed.explain import local_flops, sent_bytes
+from deepseed.counts import local_flops, sent_bytes
 from deepseed.ir.program import Op, Program
 
 VIEWS = ("reshape", "permute", "expand", "slice", "shard", "wait", "transfer")

@@ -24,7 +24,7 @@ from deepseed.build import CompileError
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import Runs, eager_reference
 from deepseed.capture.options import Optimizers, listed
-from deepseed.explain import matmul_flops
+from deepseed.counts import matmul_flops
 from deepseed.ir.program import Program
 from deepseed.meshes import data_ranks
 from deepseed.noise import undetermined

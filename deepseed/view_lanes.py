@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from deepseed.explain import CARRIERS, gradients, local_flops
-from deepseed.ir.messages import Message, Place, home, messages_of, needs, runs_once, sends
-from deepseed.ir.program import Op, Program, params_only
-from deepseed.ir.schedule import Schedule, format_instruction
+from deepseed.counts import local_flops
+from deepseed.explain import CARRIERS, gradients
+from deepseed.ir.messages import Message, Place, needs, runs_once, sends
+from deepseed.ir.program import Program, params_only
+from deepseed.ir.schedule import format_instruction
 from deepseed.memory import curve
 from deepseed.speed import Course, Machine, Sent, course
-from deepseed.timeline import Timeline, simulate
+from deepseed.timeline import Timeline
+from deepseed.timing import by_place, run_schedule
 from deepseed.unroll import original, unroll
 
 KINDS = ("parameters", "optimizer", "weights in use", "gradients", "activations", "other")  # of memory, in the order in which they are stacked
@@ -102,11 +104,8 @@ def staged(p: Program, machine: Machine) -> tuple[list[Lane], Crossing]:
     """A scheduled program: the lane of each pipeline rank, and what crosses."""
     assert p.schedule is not None
     schedule = p.schedule
-    ops = by_place(p, schedule)
-    ran = {place: course(p, group, machine) for place, group in ops.items()}
-    messages = {name: m for name, m in messages_of(p).items() if schedule.lane_of(m[0][1]) != schedule.lane_of(m[1][1])}
-    sizes = {name: p.types[name].local_bytes(p.mesh) for name in messages}
-    timeline = simulate(schedule, {place: c.seconds for place, c in ran.items()}, messages, sizes, machine.link, machine.latency)
+    ops, run = by_place(p, schedule), run_schedule(p, machine)
+    ran, messages, sizes, timeline = run.ran, run.messages, run.sizes, run.timeline
     lanes = []
     for lane in range(len(schedule.lanes)):
         boxes, flops = [], 0
@@ -119,14 +118,6 @@ def staged(p: Program, machine: Machine) -> tuple[list[Lane], Crossing]:
             flops += sum(local_flops(p, op) for op in ops.get(place, ()))
         lanes.append(Lane(boxes, _memory(p, lane, boxes, ran), flops))
     return lanes, Crossing(_messages(timeline, messages, sizes), _table(timeline, messages, sizes))
-
-
-def by_place(p: Program, schedule: Schedule) -> dict[Place, list[Op]]:
-    """The ops of each instruction: of a part and stage; what runs once, of all stages of a rank together."""
-    out: dict[Place, list[Op]] = {}
-    for op in p.ops:
-        out.setdefault(home(schedule, (op.part, op.stage)), []).append(op)
-    return out
 
 
 def _messages(timeline: Timeline, messages: Mapping[str, Message], sizes: Mapping[str, int]) -> list[tuple[int, int, float, float, int, str, int, int]]:

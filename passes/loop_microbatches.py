@@ -26,9 +26,17 @@ def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False)
     """Give every op its part, and list the ops part by part; a program without ``mb`` stays as it is, unless it is to be cut in stages.
     Raises PassError where what is computed again in several loops is more than ``DEAR`` times the step, unless ``confirmed``.
 
-    before: %n = sum(%mask) : f32[] sum@mb                      after: %n = sum(%mask) : f32[] sum@mb {part="forward.1"}
-            %n.whole_mb = accumulate(%n, axis="mb") : f32[]            %n.whole_mb = accumulate(%n, axis="mb") : f32[] {part="forward.1"}
-            %y = aten.div.Tensor(%x, %n.whole_mb) : f32[8@mb]          %y = aten.div.Tensor(%x, %n.whole_mb) : f32[8@mb] {part="forward.2"}
+    before: mesh(mb=2)
+            %x : f32[8@mb] batch "x"
+            %mask : f32[8@mb] batch "mask"
+            %n = sum(%mask, dims=[0], keepdim=false) : f32[] sum@mb {phase="forward"}
+            %n.whole_mb = accumulate(%n, axis="mb") : f32[] {phase="forward"}
+            %y = aten.div.Tensor(%x, %n.whole_mb) : f32[8@mb] {phase="forward"}
+    after:  %x : f32[8@mb] batch "x"
+            %mask : f32[8@mb] batch "mask"
+            %n = sum(%mask, dims=[0], keepdim=false) : f32[] sum@mb {phase="forward", part="forward.1"}
+            %n.whole_mb = accumulate(%n, axis="mb") : f32[] {phase="forward", part="forward.1"}
+            %y = aten.div.Tensor(%x, %n.whole_mb) : f32[8@mb] {phase="forward", part="forward.2"}
     """
     if TIME not in p.mesh.sizes and not staged:
         return p

@@ -13,7 +13,8 @@ import pytest
 
 from deepseed import closed_forms as form
 from deepseed import pipeline
-from deepseed.explain import Explanation, explain, sent_bytes
+from deepseed.counts import sent_bytes
+from deepseed.explain import Explanation, explain
 from deepseed.ir.layout import Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import ITEMSIZE, Program

@@ -20,7 +20,8 @@ from torch import Tensor
 import deepseed
 from deepseed import closed_forms as form
 from deepseed import pipeline
-from deepseed.explain import Explanation, explain, sent_bytes
+from deepseed.counts import sent_bytes
+from deepseed.explain import Explanation, explain
 from deepseed.ir.contract import PassError
 from deepseed.ir.layout import Split
 from deepseed.ir.mesh import Mesh

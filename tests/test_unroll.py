@@ -75,7 +75,7 @@ def test_memory_along_a_lane() -> None:
 
 def test_what_explain_counts_on_lanes() -> None:
     e = explain(parse(STEP), zero=0)
-    assert e.mesh == {"pp": 2} and e.pipeline is not None and e.pipeline.microbatches == 2 and e.pipeline.bubble == pytest.approx(1 / 3)
+    assert e.mesh == {"pp": 2} and e.schedule is not None and e.schedule.microbatches == 2 and e.schedule.bubble_share_equal == pytest.approx(1 / 3)
     assert [r.coordinate for r in e.ranks] == [{"pp": 0}, {"pp": 1}] and [r.param_bytes for r in e.ranks] == [WEIGHT, WEIGHT]
     assert [(c.axis, c.op, c.count, c.bytes) for c in e.collectives] == [("pp", "send", 2, 2 * ROWS)]
     assert e.matmul_flops * 2 == e.matmul_flops_one_device == 4 * 2 * 32 * 8 * 8

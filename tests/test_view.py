@@ -105,7 +105,7 @@ def test_boxes_follow_one_another_and_fill_the_step(plan: str) -> None:
 def test_a_scheduled_program_has_the_boxes_of_its_schedule(plan: str) -> None:
     p, e, _ = program(plan)
     f = figures(plan)
-    assert p.schedule is not None and e.pipeline is not None
+    assert p.schedule is not None and e.schedule is not None
     assert [len(position["boxes"]) for position in f["positions"]] == [len(lane) for lane in p.schedule.lanes]
     for lane, position in zip(p.schedule.lanes, f["positions"], strict=True):
         assert [(b[2], b[3], b[4]) for b in position["boxes"]] == [(i.part, i.stage, i.microbatch) for i in lane]
