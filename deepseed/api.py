@@ -146,6 +146,9 @@ class _Compiled:
         said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
+        if self.host.first and not quiet:
+            for note in self.plan.notes:
+                print(f"deepseed: {note}", file=sys.stderr)
         self.steps = 0
         self.states: list[State] = []
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)

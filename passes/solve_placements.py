@@ -117,16 +117,10 @@ class Placement(Assignment):
 
             return move
 
-        spread = [i for i in self.p.by_role("batch") if i.type.shape[:1] == (rows,)]
-        for i in spread:
-            done = self._behind(self.where[i.name][0], 0)
-            if rows % (done * n):
-                each = f"{rows // done} of each of {done} data-parallel ranks" if rows % done == 0 else f"{done} data-parallel ranks"
-                near = [m for m in range(1, rows // done + 1) if rows % (done * m) == 0] if rows % done == 0 else []
-                raise PassError(
-                    f"mb{n}: {n} microbatches do not divide the batch: {i.key!r} has {rows} rows, {each} ({rows} = {done * n} * {rows // (done * n)} + {rows % (done * n)})\n"
-                    f"  fix: {f'mb{min(near, key=lambda m: abs(m - n))}, or ' if near else ''}a batch of {max(1, round(rows / (done * n))) * done * n} rows"
-                )
+        for i in self.p.by_role("batch"):
+            if i.type.shape[:1] == (rows,):
+                self._check_rows(i, axis)
+
         def once(i: int, s: Strategy) -> float:
             """``work``; of equal ways the one that adds up latest, so that a chain of views stays in one part."""
             item = self.items[i]
@@ -137,6 +131,19 @@ class Placement(Assignment):
         except Infeasible:
             self._solve(axis, "time", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), once)
             self._refuse_gathers(axis)
+
+    def _check_rows(self, i: Input, axis: str) -> None:
+        """The rows of each data-parallel rank are as many for all of them, and the microbatches divide them."""
+        m, rows, splits = self.p.mesh.size(axis), i.type.shape[0], self.has[self.where[i.name][0]][0].splits(0)
+        ranks = prod(self.p.mesh.size(a) for a, _ in splits)
+        if rows % (ranks * m) == 0:
+            return
+        each = f", {rows // ranks} of each of {ranks} data-parallel ranks" if rows % ranks == 0 and ranks > 1 else f", {ranks} data-parallel ranks" if ranks > 1 else ""
+        near = [k for k in range(1, rows // ranks + 1) if rows % (ranks * k) == 0]
+        raise PassError(
+            f"mb{m}: {m} microbatches do not divide the batch: {i.key!r} has {rows} rows{each} ({rows} = {ranks * m} * {rows // (ranks * m)} + {rows % (ranks * m)})\n"
+            f"  fix: {f'mb{min(near, key=lambda k: abs(k - m))}, or ' if near else ''}a batch of {max(1, round(rows / (ranks * m))) * ranks * m} rows"
+        )
 
     def _refuse_gathers(self, axis: str) -> None:
         """Name the first value that would have to be gathered over time."""
