@@ -129,6 +129,11 @@ class Peak(TorchDispatchMode):
         self.now -= self.alive.pop(storage, 0)
 
 
+def here(t: Tensor) -> Tensor:
+    """This rank's part."""
+    return t.to_local() if isinstance(t, DTensor) else t.data
+
+
 def storages() -> dict[int, int]:
     """Storages of all tensors that the garbage collector knows, DTensors by their local part."""
     found = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor | FakeTensor)]  # a fake has no memory
@@ -158,9 +163,8 @@ def main(target: str, plan: str, folder: Path) -> None:
     step(found.batch)
     rng._counters.cache_clear()  # a table of fixed size, no state of the model
     gc.collect()
-    params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
-    param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}
-    batch = {t.untyped_storage().data_ptr() for t in found.batch.values()} | {b.untyped_storage().data_ptr() for b in found.model.buffers()}
+    param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in map(here, found.model.parameters())}
+    batch = {here(t).untyped_storage().data_ptr() for t in (*found.batch.values(), *found.model.buffers())}
     rest = {ptr: n for ptr, n in storages().items() if ptr not in param_storages and ptr not in batch}
     counter = flop_counter()
     with counter:

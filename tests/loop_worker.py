@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost_worker import Sent
+from cost_worker import Sent, here
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -157,7 +156,7 @@ def main(target: str, plan: str, folder: Path) -> None:
     names = [instruction for instruction, _ in seen[0].between]
     between = [(*instruction, min(s.between[n][1] for s in seen)) for n, instruction in enumerate(names)]
     rng._counters.cache_clear()
-    params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
+    params = map(here, found.model.parameters())
     explained = step.explain().to_json() if rank == 0 else None
     result = {
         "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()),
