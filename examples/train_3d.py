@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Random weights, the same on every rank; 1.1 million of them with the default sizes."""
+    """Random weights, the same on every rank; 1.0 million of them with the default sizes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
