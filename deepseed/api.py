@@ -35,6 +35,7 @@ from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
+from deepseed.weights import check_values, open_weights
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 
@@ -54,6 +55,7 @@ def compile(
     seed: int = 0,
     max_programs: int = MOST_PROGRAMS,
     buckets: Bucket | Sequence[Bucket] = (),
+    weights: str | os.PathLike[str] | None = None,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -68,13 +70,15 @@ def compile(
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
     programs are kept, one a batch shape, value read, mode and set of options; the one used longest ago is dropped for a new one. buckets:
     ``deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 0, "labels": -100}, to=64)`` pads batches to few shapes for steps and
-    losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused.
+    losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused. weights: a
+    .safetensors file, or a folder as ``save_pretrained`` of transformers writes it, from which parameters and buffers are read, by each rank its part
+    only: the model may be on the meta device (build it in ``with deepseed.meta():``).
 
-    Raises PlanError, CaptureError, CompileError, PassError, CheckError.
+    Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
-        "max_programs": max_programs, "buckets": buckets,
+        "max_programs": max_programs, "buckets": buckets, "weights": weights,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -116,6 +120,7 @@ class _Compiled:
         seed: int = 0,
         max_programs: int = MOST_PROGRAMS,
         buckets: Bucket | Sequence[Bucket] = (),
+        weights: str | os.PathLike[str] | None = None,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -143,12 +148,13 @@ class _Compiled:
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
+        self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
@@ -244,13 +250,9 @@ class _Compiled:
         values |= {("buffer", k): t for k, t in self.model.named_buffers()}
         values |= {("state", k): s.existing for k, s in built.captured.state.items() if s.existing is not None}
         new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].types)]
-        for role, key in ((i.role, i.key) for i in new):
-            if (role, key) in values and values[role, key].is_meta:
-                raise CompileError(
-                    f"{ {'param': 'parameter', 'state': 'optimizer state'}.get(role, role)} {key!r} of {type(self.model).__name__} is on the meta device: "
-                    "it has a shape and no values, so that nothing can be run\n"
-                    "  fix: model.to_empty(device=...) and load or initialise its values, before the optimizer is made; explain() needs no values"
-                )
+        read = [(i.role, i.key) for i in new if self.weights is not None and (i.role, i.key) in self.weights.found]
+        check_values(self.model, {(i.role, i.key): values[i.role, i.key] for i in new if (i.role, i.key) in values and (i.role, i.key) not in read})
+        values = {key: t for key, t in values.items() if key not in read}
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
@@ -261,9 +263,13 @@ class _Compiled:
             for state in states:
                 if value is not None:
                     state.put(entry, _as(value, self._widen and entry.role == "state"))
+                elif (entry.role, entry.key) in read:
+                    state.reserve(entry)
                 else:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
+        if self.weights is not None:
+            self.weights.read(self.host, states, read)
         self.states, built.adopted = states, True
         self._fills |= {key: slot.fill for key, slot in built.captured.state.items()}
         built.captured = replace(  # the values are in the states now: no second copy
@@ -271,6 +277,8 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
+        if read:
+            self.host.settle(self.model, self.states)
         self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
         for optimizer in listed(self.optimizer):
             take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
@@ -285,7 +293,7 @@ class _Compiled:
     def _find(self, batch: Any, want: Want) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         found = self.programs.find(batch, want)
-        if not found.built.adopted and not any(p.is_meta for p in self.model.parameters()):
+        if not found.built.adopted and (self.weights is not None or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
         if found.unchecked is not None and found.built.adopted:
             self._ready()

@@ -13,10 +13,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
 from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ops import torch_dtype
-from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, faults, find, publish
-from deepseed.runtime.host import Host
+from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
+from deepseed.runtime.host import check_files, everywhere
 from deepseed.runtime.saved import Entry, Want, read, write, write_metadata
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 EXTRA = "extra"
-R = TypeVar("R")
 
 
 def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
@@ -47,12 +46,12 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
     texts: dict[str, bytes] = {}
-    _everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
+    everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
     entries, tied = _entries(step), {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items()}
     hosted = [step.mesh.rank(c) for c in host.coordinates]
-    folder = Path(_everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
+    folder = Path(everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
     try:
 
         def mine() -> tuple[list[Any], dict[str, Any]]:
@@ -67,8 +66,8 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
             files = {name: d for _, digests in written for name, d in digests.items()}
             publish(folder, target, {**_manifest(step, entries, tied, texts), "files": {**files, ".metadata": digest(folder / ".metadata")}})
 
-        written = _everywhere(host, f"saving to {target}", mine)
-        _everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
+        written = everywhere(host, f"saving to {target}", mine)
+        everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
     except Exception:
         if host.first:
             discard(folder)
@@ -141,11 +140,11 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
     host, target = step.host, Path(os.path.realpath(dir))
     what = f"loading {target}"
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
-    folder, manifest = _everywhere(host, what, lambda: _opened(target))[0]
+    folder, manifest = everywhere(host, what, lambda: _opened(target))[0]
     if host.first and folder != target:
         print(f"deepseed: {target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded", file=sys.stderr)
     saved = Saved.of(folder, manifest)
-    _everywhere(host, what, lambda: _verify(step, folder, manifest))
+    everywhere(host, what, lambda: check_files(host, folder, manifest["files"]))
     compare = optimizer and step.optimizer is not None
     optimizers = listed(step.optimizer)
 
@@ -160,7 +159,7 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
         return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
 
     staged: list[tuple[_Reads, Any]] = []
-    _everywhere(host, what, lambda: staged.append(stage()))
+    everywhere(host, what, lambda: staged.append(stage()))
     reads, extra = staged[0]  # every rank has all that it needs: from here on nothing is read
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
@@ -194,7 +193,7 @@ def resume(step: _Compiled) -> None:
         return reads
 
     staged: list[_Reads] = []
-    _everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
+    everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
     staged[0].commit()
     step._resume = None
 
@@ -262,28 +261,3 @@ def _opened(target: Path) -> tuple[Path, dict[str, Any]]:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}\n  fix: load it with the version that wrote it, {manifest.get('deepseed')}")
     return folder, manifest
-
-
-def _verify(step: _Compiled, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checksums of this process's share of the files: together the ranks read each file once."""
-    names, hosted = sorted(manifest["files"]), {step.mesh.rank(c) for c in step.host.coordinates}
-    wrong = faults(folder, manifest["files"], [name for n, name in enumerate(names) if n % step.mesh.ranks in hosted])
-    if wrong:
-        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
-
-
-def _everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
-    """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
-    mine: tuple[Any, str]
-    try:
-        mine = (do(), "")
-    except CheckpointError as error:
-        mine = (None, str(error))
-    except Exception as error:
-        mine = (None, f"{what}: {type(error).__name__}: {error}")
-    said = host.everyone(mine)
-    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
-    if wrong:
-        rank, text = wrong[0]
-        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
-    return [value for value, _ in said]
