@@ -19,7 +19,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deepseed import checkpoint
+from deepseed import checkpoint, pretrained
+from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
 from deepseed.capture.options import Optimizers, listed
@@ -125,26 +126,8 @@ class _Compiled:
         grads: bool = False,
         quiet: bool = False,
     ) -> None:
-        if not isinstance(plan, str):
-            raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
-        if not isinstance(model, nn.Module | torch.export.ExportedProgram):
-            raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
-        if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or _several(optimizer)):
-            raise CompileError(
-                f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters()); "
-                "or a list of several, each over its own"
-            )
-        if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
-            raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
-        if batch not in ("global", "local"):
-            raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
-        if not isinstance(max_programs, int) or max_programs < 1:
-            raise CompileError(f"max_programs={max_programs!r}\n  fix: a whole number of programs to keep, at least 1")
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        if not all(isinstance(each, Bucket) for each in pads):
-            raise CompileError(f"buckets={buckets!r}\n  fix: a deepseed.Bucket, or several")
-        if pads and batch == "local":
-            raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
+        check_arguments(model, plan, optimizer, clip_grad_norm, batch, max_programs, pads)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
@@ -223,6 +206,14 @@ class _Compiled:
         CheckpointError on every rank where one fails; training can go on.
         """
         checkpoint.save(self, dir, extra)
+
+    @_together
+    def save_pretrained(self, dir: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write parameters and buffers as safetensors files that ``from_pretrained`` of transformers and ``compile(weights=dir)`` read, with its
+        configuration if the model has one. max_shard_size: bytes of a file, at most, unless one tensor has more. No rank holds the model; every rank
+        must call it, with one folder that all of them see. Whole or not at all, as ``save``. Raises CheckpointError on every rank.
+        """
+        pretrained.save(self, dir, max_shard_size)
 
     @_together
     def load(self, dir: str | os.PathLike[str], *, optimizer: bool = True, cast: bool = False) -> Any:
@@ -335,10 +326,6 @@ class _Compiled:
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
         return out
-
-
-def _several(given: object) -> bool:
-    return isinstance(given, Sequence) and bool(given) and all(isinstance(o, torch.optim.Optimizer) for o in given)
 
 
 class TrainStep(_Compiled):

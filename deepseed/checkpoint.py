@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from deepseed.api import _Compiled
 
 FORMAT = 1
+WEIGHTS = "safetensors"  # the format of what save_pretrained writes
 EXTRA = "extra"
 
 
@@ -74,27 +75,34 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
         raise
 
 
-def _entries(step: _Compiled) -> dict[str, Entry]:
-    """Everything that is saved, by name in the files: as the ranks store it, else as the module or the optimizer holds it."""
-    ranks = len(step.host.coordinates)
-    stored = step.states[0].types if step.states else {}
+def entry(step: _Compiled, role: str, key: str, t: Tensor) -> Entry:
+    """A tensor as the ranks store it, else ``t``, as the module or the optimizer holds it."""
+    type_ = step.states[0].types.get((role, key)) if step.states else None
+    if type_ is None:
+        return Entry.whole(t, len(step.host.coordinates))
+    parts = [s.tensors.get((role, key)) for s in step.states]
+    return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
-    def entry(role: str, key: str, t: Tensor) -> Entry:
-        if (type_ := stored.get((role, key))) is None:
-            return Entry.whole(t, ranks)
-        parts = [s.tensors.get((role, key)) for s in step.states]
-        return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
-    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
-    out = {f"model.{name}": entry(role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
+def model_entries(step: _Compiled, written: Collection[str] = ()) -> dict[str, Entry]:
+    """What ``state_dict()`` has, and the buffers in ``written``, by first name. Raises CheckpointError where one has no values."""
+    out = {name: entry(step, role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
     if meta := [name for name, e in out.items() if any(part is not None and part.is_meta for part in e.parts)]:
-        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first")
+        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first; with weights=, run a batch")
+    return out
+
+
+def _entries(step: _Compiled) -> dict[str, Entry]:
+    """Everything that is saved, by name in the files."""
+    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
+    out = {f"model.{name}": e for name, e in model_entries(step, written).items()}
     names = {id(p): name for name, p in step.model.named_parameters()}
     for optimizer in listed(step.optimizer):
         for p, slots in optimizer.state.items():
             held = {k: v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64) for k, v in slots.items() if isinstance(v, Tensor | int | float)}
-            out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, ranks) for slot, t in held.items() if id(p) in names}
-    return out | {f"optimizer.{key}": entry(role, key, torch.empty(0)) for role, key in stored if role == "state"}
+            out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, len(step.host.coordinates)) for slot, t in held.items() if id(p) in names}
+    stored = step.states[0].types if step.states else {}
+    return out | {f"optimizer.{key}": entry(step, role, key, torch.empty(0)) for role, key in stored if role == "state"}
 
 
 def _manifest(step: _Compiled, entries: Mapping[str, Entry], tied: Mapping[str, str], texts: Mapping[str, bytes]) -> dict[str, Any]:
@@ -258,6 +266,8 @@ class _Reads:
 
 def _opened(target: Path) -> tuple[Path, dict[str, Any]]:
     folder, manifest = find(target)
+    if manifest.get("format") == WEIGHTS:
+        raise CheckpointError(f"{folder} was written by step.save_pretrained: it holds weights, no state to go on from\n  fix: deepseed.compile(..., weights={str(folder)!r})")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}\n  fix: load it with the version that wrote it, {manifest.get('deepseed')}")
     return folder, manifest

@@ -25,7 +25,7 @@ def meta() -> Iterator[None]:
     >>> model[0].weight.is_meta, model[1].running_var.sum()
     (True, tensor(4096.))
     """
-    made = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]  # one for each, under however many names it is registered
+    made = WeakTensorKeyDictionary()  # one for each, under however many names it is registered
 
     def empty(_: nn.Module, __: str, p: nn.Parameter | None) -> nn.Parameter | None:
         if p is None or p.is_meta or isinstance(p, UninitializedParameter):
@@ -36,7 +36,7 @@ def meta() -> Iterator[None]:
         known: nn.Parameter = made[p]
         return known
 
-    handle = register_module_parameter_registration_hook(empty)
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # its stub forgets that the result is taken
     try:
         yield
     finally:

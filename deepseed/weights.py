@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ class Weights:
     def _fill(self, state: State, key: Key, maps: Mapping[Path, Tensor]) -> None:
         type_, into = state.types[key], state.tensors[key]
         first, *others = [self.files[name] for name in self.found[key]]
-        for box in (piece for box in boxes(type_.shape, type_.layout, state.mesh, state.coordinate) for piece in cut(box, into.element_size())):
+        held = boxes(type_.shape, type_.layout, state.mesh, state.coordinate)
+        for box in chain.from_iterable(cut(each, into.element_size()) for each in held):
             mine, *same = [t.part(maps[t.path], box) for t in (first, *others)]
             box.of(into).copy_(mine)
             if different := [name for name, x in zip(self.found[key][1:], same, strict=True) if not torch.equal(x.to(mine.dtype), mine)]:

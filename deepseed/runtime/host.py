@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree
+from deepseed.runtime import agree, channels
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
@@ -57,6 +57,7 @@ class Host(Protocol):
     def same(self, text: str) -> bool: ...
     def together(self) -> AbstractContextManager[None]: ...
     def everyone(self, value: Any) -> list[Any]: ...
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None: ...
 
 
 class _Alone(Runtime):
@@ -158,6 +159,9 @@ class SimulatedHost:
 
     def everyone(self, value: Any) -> list[Any]:
         return [value]
+
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        return x
 
 
 def _mark(t: Tensor) -> tuple[int, int]:
@@ -261,6 +265,11 @@ class DistributedHost:
     def everyone(self, value: Any) -> list[Any]:
         with self.together():
             return agree.everyone(value, self.device, self.rt.world.run)
+
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        """``x`` of rank ``source`` (elsewhere None) on rank ``target`` (elsewhere None)."""
+        with self.together():
+            return channels.hand(self.rt.world, x, shape, dtype, source, target)
 
 
 def refined(ranks: Mesh, program: Mesh) -> Mesh:
