@@ -144,7 +144,7 @@ class _Compiled:
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
-        self._resume: checkpoint.Resume | None = None  # optimizer state that is read once it is known which part each rank holds
+        self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -241,9 +241,11 @@ class _Compiled:
         values |= {("buffer", k): t for k, t in self.model.named_buffers()}
         values |= {("state", k): s.existing for k, s in built.captured.state.items() if s.existing is not None}
         new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].types)]
-        read = [(i.role, i.key) for i in new if self.weights is not None and (i.role, i.key) in self.weights.found]
-        check_values(self.model, {(i.role, i.key): values[i.role, i.key] for i in new if (i.role, i.key) in values and (i.role, i.key) not in read})
-        values = {key: t for key, t in values.items() if key not in read}
+        waits = {key for r in self._resume for key in r.model}
+        read = [(i.role, i.key) for i in new if self.weights is not None and (i.role, i.key) in self.weights.found and (i.role, i.key) not in waits]
+        come = {*read, *waits}  # what has its values from files
+        check_values(self.model, {(i.role, i.key): values[i.role, i.key] for i in new if (i.role, i.key) in values and (i.role, i.key) not in come})
+        values = {key: t for key, t in values.items() if key not in come}
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
@@ -254,7 +256,7 @@ class _Compiled:
             for state in states:
                 if value is not None:
                     state.put(entry, _as(value, self._widen and entry.role == "state"))
-                elif (entry.role, entry.key) in read:
+                elif (entry.role, entry.key) in come:
                     state.reserve(entry)
                 else:
                     slot = built.captured.state[entry.key]
@@ -268,7 +270,7 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
-        if read:
+        if come:
             self.host.settle(self.model, self.states)
         self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
         for optimizer in listed(self.optimizer):
@@ -284,7 +286,7 @@ class _Compiled:
     def _find(self, batch: Any, want: Want) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         found = self.programs.find(batch, want)
-        if not found.built.adopted and (self.weights is not None or not any(p.is_meta for p in self.model.parameters())):
+        if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
         if found.unchecked is not None and found.built.adopted:
             self._ready()

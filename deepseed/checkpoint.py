@@ -14,7 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,9 @@ EXTRA = "extra"
 def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
     host, target = step.host, Path(os.path.realpath(dir))
     host.agree([("the folder to save to", str(target))])
-    if step._resume is not None:
+    if step._resume:
         raise CheckpointError(
-            f"the optimizer state of {step._resume.folder} is read with the first batch; until then there is nothing more to save than that checkpoint has\n"
+            f"{'parameters and' if step._resume[0].model else 'the'} optimizer state of {step._resume[0].folder} {'are' if step._resume[0].model else 'is'} read with the first batch; until then there is nothing more to save than that checkpoint has\n"
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
     texts: dict[str, bytes] = {}
@@ -136,12 +136,15 @@ def _packed(extra: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Resume:
-    """Optimizer state that waits in a checkpoint until the first program says which part each rank holds."""
+    """What waits in a checkpoint until the first program says which part each rank holds: optimizer state (``slots``), and the ``model``'s tensors by
+    role and name where it is on the meta device (else empty)."""
 
     folder: Path
     checksum: str
     saved: Saved
     cast: bool
+    slots: bool
+    model: Mapping[tuple[str, str], Tensor]
 
 
 def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
@@ -154,11 +157,18 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
     saved = Saved.of(folder, manifest)
     everywhere(host, what, lambda: check_files(host, folder, manifest["files"]))
     compare = optimizer and step.optimizer is not None
+    waits: dict[tuple[str, str], Tensor] = {}
     optimizers = listed(step.optimizer)
 
     def stage() -> tuple[_Reads, Any]:
         reads = _Reads(step, saved, cast)
-        reads.model(check_model(step.model, saved))
+        tensors = check_model(step.model, saved)
+        if not step.states and any(t.is_meta for t in tensors.values()):
+            waits.update(tensors)
+            for (_, name), t in tensors.items():
+                saved.check(f"model.{name}", tuple(t.shape), t.dtype, cast)
+        else:
+            reads.model(tensors)
         if compare:
             check_optimizers(optimizers, step.model, saved)
             if step.states:
@@ -179,7 +189,9 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
             for role, key in state.tensors:
                 if role == "state" and key not in saved.slots:  # not trained yet when it was saved
                     state.tensors[role, key].fill_(step._fills[key])
-        step._resume = None if step.states or not saved.slots else Resume(folder, checksum(manifest), saved, cast)
+    now = [] if step.states else [Resume(folder, checksum(manifest), saved, cast, compare and bool(saved.slots), waits)]
+    earlier = [replace(r, slots=r.slots and not compare, model={}) for r in step._resume]
+    step._resume = [r for r in (*earlier, *now) if r.slots or r.model]
     reads.commit()
     if step.states:
         host.settle(step.model, step.states)
@@ -187,23 +199,26 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
 
 
 def resume(step: _Compiled) -> None:
-    """Read the waiting optimizer state, now that a program says which part of it each rank holds."""
-    waiting = step._resume
-    if waiting is None:
-        return
+    """Read what waits, now that a program says which part of it each rank holds."""
+    while step._resume:
+        waiting = step._resume[0]
+        staged: list[_Reads] = []
+        everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(_resumed(step, waiting)))  # noqa: B023
+        staged[0].commit()
+        step._resume = step._resume[1:]
+        if waiting.model:
+            step.host.settle(step.model, step.states)
 
-    def stage() -> _Reads:
-        if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
-            raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
-        reads = _Reads(step, waiting.saved, waiting.cast)
+
+def _resumed(step: _Compiled, waiting: Resume) -> _Reads:
+    if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
+        raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
+    reads = _Reads(step, waiting.saved, waiting.cast)
+    reads.model(waiting.model)
+    if waiting.slots:
         reads.slots()
-        read(waiting.folder, reads.wants, step.mesh)
-        return reads
-
-    staged: list[_Reads] = []
-    everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
-    staged[0].commit()
-    step._resume = None
+    read(waiting.folder, reads.wants, step.mesh)
+    return reads
 
 
 class _Reads:

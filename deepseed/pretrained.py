@@ -22,9 +22,11 @@ from torch import Tensor
 
 import deepseed
 from deepseed.checkpoint import WEIGHTS, model_entries
+from deepseed.hf_names import Made, Shapes, conversions, in_files
+from deepseed.pieces import Source
 from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish
 from deepseed.runtime.host import everywhere
-from deepseed.runtime.safetensors import Stored, lay_out, mapped, sync
+from deepseed.runtime.safetensors import layout, make, mapped, sync
 from deepseed.runtime.saved import Entry, share_out
 from deepseed.weights import INDEX, SINGLE
 
@@ -45,15 +47,16 @@ def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str
     skipped = getattr(step.model, "_keys_to_ignore_on_save", None) or ()
     entries: dict[str, Entry] = {}
     everywhere(host, what, lambda: entries.update({name: e for name, e in model_entries(step).items() if name not in skipped}))
-    files = shards(entries, largest)
-    folder = Path(everywhere(host, what, lambda: str(aside(target, _OURS, carry=True)) if host.first else "")[0])
+    tensors, made = written_as(step.model, {name: (e.dtype, e.shape) for name, e in entries.items()})
+    files = shards(tensors, largest)
+    folder = Path(everywhere(host, what, lambda: str(aside(target, "step.save_pretrained", _OURS, carry=True)) if host.first else "")[0])
     try:
-        written = _write(step, folder, entries, files)
+        written = _write(step, folder, entries, made, {name: {t: tensors[t] for t in held} for name, held in files.items()})
 
         def close() -> None:
             _config(step.model, folder, entries)
             if len(files) > 1:
-                _index(folder, entries, files)
+                _index(folder, tensors, files)
             others = [name for name in (INDEX, *_TOLD) if (folder / name).exists()]
             digests = {name: d for each in written for name, d in each.items()} | {name: digest(folder / name) for name in others}
             model = {"format": WEIGHTS, "deepseed": deepseed.__version__, "torch": torch.__version__, "model": type(step.model).__name__}
@@ -66,46 +69,64 @@ def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str
         raise
 
 
-def _write(step: _Compiled, folder: Path, entries: Mapping[str, Entry], files: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+def written_as(model: Any, own: Shapes) -> tuple[Shapes, Mapping[str, Made]]:
+    """Dtype and shape of the tensors in the files, and which of the model's are made of several of these. Where transformers takes more than stacking
+    and joining for its own names, the files have the model's: ``from_pretrained`` reads these too."""
+    tensors = in_files(model, own)
+    try:
+        made = conversions(model, [name for name in tensors if name not in own])
+    except CheckpointError:
+        return own, {}
+    covered = {name for name in own if name in tensors} | set(made)
+    return (tensors, made) if covered >= set(own) else (own, {})
+
+
+def _write(
+    step: _Compiled, folder: Path, entries: Mapping[str, Entry], made: Mapping[str, Made], files: Mapping[str, Shapes]
+) -> list[dict[str, Any]]:  # fmt: skip
     """Write the files, each by one rank; what each rank wrote, with checksums."""
     host, what = step.host, f"saving to {folder}"
     hosted = {step.mesh.rank(c): n for n, c in enumerate(host.coordinates)}
-    writer = {name: n % step.mesh.ranks for n, name in enumerate(files)}
-    mine = [name for name in files if writer[name] in hosted]
-    file_of = {t: name for name, tensors in files.items() for t in tensors}
-    laid: dict[str, Stored] = {}
-    maps: dict[str, Tensor] = {}
+    writer = {folder / name: n % step.mesh.ranks for n, name in enumerate(files)}
+    mine = [path for path in writer if writer[path] in hosted]
+    laid = {t: stored for name, shapes in files.items() for t, stored in layout(folder / name, shapes)[1].items()}
+    sources = {t: Source.made(t, made[t], laid) if t in made else Source.whole(t, laid[t]) for t in entries}
+    maps: dict[Path, Tensor] = {}
 
     def begin() -> None:
+        if odd := [t for t in entries if sources[t].shape != entries[t].shape]:
+            raise CheckpointError(f"{odd[0]} is {list(entries[odd[0]].shape)} in the model and would be {list(sources[odd[0]].shape)} in the files")
         if not folder.is_dir():
             raise CheckpointError(f"{folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
-        for name in mine:
-            laid.update(lay_out(folder / name, {t: (entries[t].dtype, entries[t].shape) for t in files[name]}))
-            maps[name] = mapped(folder / name, write=True)
+        for path in mine:
+            make(path, files[path.name])
+            maps[path] = mapped(path, write=True)
 
     def end() -> dict[str, Any]:
         maps.clear()
-        for name in mine:
-            sync(folder / name)
-        return {name: digest(folder / name) for name in mine}
+        for path in mine:
+            sync(path)
+        return {path.name: digest(path) for path in mine}
 
     everywhere(host, what, begin)
-    order = {t: n for n, t in enumerate(file_of)}
+    order = {t: n for n, t in enumerate(entries)}
     parts = [(t, sender, box) for sender, share in enumerate(share_out(entries, step.mesh)) for t, box in share]
     for t, sender, box in sorted(parts, key=lambda each: order[each[0]]):  # one order for all ranks
         own = entries[t].parts[hosted[sender]] if sender in hosted else None
-        came = host.hand(None if own is None else box.of(own.detach()), box.sizes, entries[t].dtype, sender, writer[file_of[t]])
-        if came is not None:
-            laid[t].part(maps[file_of[t]], box).copy_(came)
+        for piece in sources[t].pieces:
+            if (met := piece.meets(box)) is not None:
+                came = host.hand(None if own is None else met.of(own.detach()), met.sizes, entries[t].dtype, sender, writer[piece.stored.path])
+                if came is not None:
+                    piece.part(maps[piece.stored.path], met).copy_(came)
     return everywhere(host, what, end)
 
 
-def shards(entries: Mapping[str, Entry], largest: int) -> dict[str, list[str]]:
+def shards(tensors: Shapes, largest: int) -> dict[str, list[str]]:
     """The tensors of each file, in the order of the model: a file is full where the next tensor would make it larger than ``largest`` bytes."""
     groups: list[list[str]] = [[]]
     held = 0
-    for name, e in entries.items():
-        size = prod(e.shape) * e.dtype.itemsize
+    for name, (dtype, shape) in tensors.items():
+        size = prod(shape) * dtype.itemsize
         if groups[-1] and held + size > largest:
             groups.append([])
             held = 0
@@ -114,9 +135,9 @@ def shards(entries: Mapping[str, Entry], largest: int) -> dict[str, list[str]]:
     return {SINGLE if len(groups) == 1 else f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
-def _index(folder: Path, entries: Mapping[str, Entry], files: Mapping[str, list[str]]) -> None:
-    count, size = (sum(prod(e.shape) * (e.dtype.itemsize if of_bytes else 1) for e in entries.values()) for of_bytes in (False, True))
-    where = {t: name for name, tensors in files.items() for t in tensors}
+def _index(folder: Path, tensors: Shapes, files: Mapping[str, list[str]]) -> None:
+    count, size = (sum(prod(shape) * (dtype.itemsize if of_bytes else 1) for dtype, shape in tensors.values()) for of_bytes in (False, True))
+    where = {t: name for name, held in files.items() for t in held}
     index = {"metadata": {"total_parameters": count, "total_size": size}, "weight_map": dict(sorted(where.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     sync(folder / INDEX)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from deepseed.build import CompileError
 from deepseed.fits import SHOWN, tensors_of, tied_names
+from deepseed.hf_names import conversions
+from deepseed.pieces import Source
 from deepseed.runtime.folder import MANIFEST, CheckpointError, find, manifest_of
 from deepseed.runtime.host import Host, check_files, everywhere
 from deepseed.runtime.safetensors import Stored, mapped, stored
@@ -32,12 +34,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a model in files. ``found``: by role and first name, under which names the files have it, the best first;
+    """The tensors of a model in files. ``found``: by role and first name, where the files have it, once for each of its names, the best first;
     ``kept``: what is not there and keeps the values that the model has; ``unused``: what is there for nothing."""
 
     path: Path
-    files: Mapping[str, Stored]
-    found: Mapping[Key, Sequence[str]]
+    found: Mapping[Key, Sequence[Source]]
     kept: Sequence[str]
     unused: Sequence[str]
 
@@ -49,7 +50,7 @@ class Weights:
             maps: dict[Path, Tensor] = {}
             for key in keys:
                 here = [state for state in states if key in state.tensors]
-                maps |= {path: mapped(path) for path in {self.files[name].path for name in self.found[key]} if here and path not in maps}
+                maps |= {path: mapped(path) for path in {p.stored.path for s in self.found[key] for p in s.pieces} if here and path not in maps}
                 for state in here:
                     self._fill(state, key, maps)
 
@@ -57,16 +58,18 @@ class Weights:
 
     def _fill(self, state: State, key: Key, maps: Mapping[Path, Tensor]) -> None:
         type_, into = state.types[key], state.tensors[key]
-        first, *others = [self.files[name] for name in self.found[key]]
         held = boxes(type_.shape, type_.layout, state.mesh, state.coordinate)
         for box in chain.from_iterable(cut(each, into.element_size()) for each in held):
-            mine, *same = [t.part(maps[t.path], box) for t in (first, *others)]
-            box.of(into).copy_(mine)
-            if different := [name for name, x in zip(self.found[key][1:], same, strict=True) if not torch.equal(x.to(mine.dtype), mine)]:
-                raise CheckpointError(
-                    f"{self.path}: {self.found[key][0]} and {different[0]} are one tensor in the model, and differ in the files\n"
-                    "  fix: build the model without tying them (HF: tie_word_embeddings=False in its config)"
-                )
+            for n, source in enumerate(self.found[key]):
+                for piece, met in [(p, met) for p in source.pieces if (met := p.meets(box)) is not None]:
+                    target, values = met.of(into), piece.part(maps[piece.stored.path], met)
+                    if n == 0:
+                        target.copy_(values)
+                    elif not torch.equal(target, values.to(target)):
+                        raise CheckpointError(
+                            f"{self.path}: {self.found[key][0].names[0]} and {source.names[0]} are one tensor in the model, and differ in the files\n"
+                            "  fix: build the model without tying them (HF: tie_word_embeddings=False in its config)"
+                        )
 
 
 def open_weights(path: str | os.PathLike[str], model: nn.Module, host: Host, quiet: bool) -> Weights:
@@ -138,21 +141,26 @@ def _tensors(where: Path) -> dict[str, Stored]:
 
 
 def fitted(where: Path, files: Mapping[str, Stored], model: nn.Module) -> Weights:
-    """Which tensor of the files is which of the model's."""
+    """Which tensors of the files are which of the model's."""
     own = tensors_of(model)
     mine = own | {("buffer", n): b for n, b in model.named_buffers() if b.is_meta}
     names: dict[str, list[str]] = {}
     for alias, first in tied_names(model).items():
         names.setdefault(first, [first]).append(alias)
-    found = {(role, n): [f for f in _written(names.get(n, [n]), model) if f in files] for role, n in mine}
-    used = {name for each in found.values() for name in each}
+    found = {(role, n): [Source.whole(f, files[f]) for f in _written(names.get(n, [n]), model) if f in files] for role, n in mine}
+    used = {name for each in found.values() for source in each for name in source.names}
+    if used != set(files) and not all(found.values()):
+        made = conversions(model, [name for name in files if name not in used])
+        for role, n in (key for key, each in found.items() if not each):
+            found[role, n] = [Source.made(n, made[one], files) for one in names.get(n, [n]) if one in made]
+            used |= {name for source in found[role, n] for name in source.names}
     unused = [name for name in files if name not in used]
-    lacking = [(role, n) for (role, n), t in mine.items() if not found[role, n] and t.is_meta]
-    unfit = [(key, files[each[0]]) for key, each in found.items() if each and not _casts(files[each[0]], mine[key])]
+    lacking = [key for key, t in mine.items() if not found[key] and t.is_meta]
+    unfit = [(key[1], mine[key], source) for key, each in found.items() for source in each if not _casts(source, mine[key])]
     if lacking or unfit or not used:
-        _refuse(where, model, own, lacking, [(n, mine[role, n], t) for (role, n), t in unfit], unused)
+        _refuse(where, model, own, lacking, unfit, unused)
     kept = [n for (role, n), t in mine.items() if not found[role, n] and not t.is_meta]
-    return Weights(where, files, {key: each for key, each in found.items() if each}, kept, unused)
+    return Weights(where, {key: each for key, each in found.items() if each}, kept, unused)
 
 
 def _written(names: Sequence[str], model: nn.Module) -> list[str]:
@@ -163,13 +171,13 @@ def _written(names: Sequence[str], model: nn.Module) -> list[str]:
     return [*names, *(n.removeprefix(prefix) if n.startswith(prefix) else prefix + n for n in names)]
 
 
-def _casts(t: Stored, mine: Tensor) -> bool:
+def _casts(t: Source, mine: Tensor) -> bool:
     kinds = [(d.is_floating_point, d.is_complex, d if not d.is_floating_point and not d.is_complex else None) for d in (t.dtype, mine.dtype)]
     return t.shape == tuple(mine.shape) and kinds[0] == kinds[1]
 
 
 def _refuse(
-    where: Path, model: nn.Module, own: Mapping[Key, Tensor], lacking: Sequence[Key], unfit: Sequence[tuple[str, Tensor, Stored]], unused: Sequence[str]
+    where: Path, model: nn.Module, own: Mapping[Key, Tensor], lacking: Sequence[Key], unfit: Sequence[tuple[str, Tensor, Source]], unused: Sequence[str]
 ) -> None:  # fmt: skip
     """Say what is missing, under which names it may be, and what has another shape or dtype."""
     missing = [name for role, name in lacking if (role, name) in own]

@@ -85,9 +85,8 @@ def mapped(path: Path, write: bool = False) -> Tensor:
     return torch.from_file(str(path), shared=write, size=path.stat().st_size, dtype=torch.uint8)
 
 
-def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, Ints]]) -> dict[str, Stored]:
-    """Make a file for these tensors, all zeros; where each lies. Raises OSError where the disk has no room, CheckpointError for a dtype that
-    the format lacks."""
+def layout(path: Path, tensors: Mapping[str, tuple[torch.dtype, Ints]]) -> tuple[bytes, dict[str, Stored]]:
+    """The first bytes of a file of these tensors, and where each lies. Raises CheckpointError for a dtype that the format lacks."""
     entries: dict[str, Any] = {}
     at = 0
     for name in sorted(tensors, key=lambda n: -tensors[n][0].itemsize):  # so that each is aligned, since a header is
@@ -99,13 +98,21 @@ def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, Ints]]) -> dict
         at = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _PREFIX)
+    start = _PREFIX + len(text)
+    found = {name: Stored(path, *tensors[name], start + e["data_offsets"][0]) for name, e in entries.items()}
+    return len(text).to_bytes(_PREFIX, "little") + text, found
+
+
+def make(path: Path, tensors: Mapping[str, tuple[torch.dtype, Ints]]) -> None:
+    """Make the file of ``layout``, its tensors all zeros. Raises OSError where the disk has no room."""
+    head, found = layout(path, tensors)
+    size = len(head) + sum(t.bytes for t in found.values())
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_PREFIX, "little") + text)
+        file.write(head)
         file.flush()
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, _PREFIX + len(text) + at)  # a full disk fails here, not in a page of the map
-        file.truncate(_PREFIX + len(text) + at)
-    return stored(path)
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk fails here, not in a page of the map
+        file.truncate(size)
 
 
 def sync(path: Path) -> None:
