@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Op, Program, params_only
 from deepseed.rules.strides import Lying
@@ -139,16 +142,17 @@ class Between:
         return {r: n for n, op in enumerate(self.forward) for r in op.results}
 
     @cached_property
-    def _last_read(self) -> Mapping[str, int]:
-        """By storage: the last op of the forward that reads it."""
-        return {self.storage[r.name]: n for n, op in enumerate(self.forward) for r in op.refs}
+    def _spans(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
+        """Storages that do not depend on parameters alone; where each is made, and where the forward last reads it."""
+        last = {self.storage[r.name]: n for n, op in enumerate(self.forward) for r in op.refs}
+        names = [s for s in last if s not in self.inputs and s not in self.weights]
+        return names, np.array([self._position[s] for s in names], dtype=np.int64), np.array([last[s] for s in names], dtype=np.int64)
 
     def _across(self, op: Op) -> frozenset[str]:
         """The storages made before ``op`` that the forward reads from it on."""
+        names, made, last = self._spans
         n = self._position[op.name]
-        return frozenset(
-            s for s, last in self._last_read.items() if s not in self.inputs and s not in self.weights and self._position[s] < n <= last
-        )
+        return frozenset(names[i] for i in np.flatnonzero((made < n) & (n <= last)).tolist())
 
     def _held(self, kept: Sequence[frozenset[str]], begins: Sequence[Op]) -> int:
         """Bytes of what is kept, and of what the largest run between holds for the backward."""
