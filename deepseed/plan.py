@@ -202,7 +202,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "order(axes)", *PRECISIONS,
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS,
 )  # fmt: skip
 
 
