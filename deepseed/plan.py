@@ -204,7 +204,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "order(axes)", *PRECISIONS, "remat",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "remat",
 )  # fmt: skip
 
 
@@ -288,8 +288,9 @@ def _suggest(word: str) -> str:
         return ": ZeRO has the stages 0, 1, 2 and 3"
     number = "".join(re.findall(r"\d+", word)[:1])
     candidates = [k.replace("N", number or "2") for k in KNOWN]
-    near = get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f": did you mean {near[0]}?" if near else ""
+    near = get_close_matches(word, candidates, cutoff=0.5)
+    same = [k for k in near if sorted(k) == sorted(word)]  # letters in another order
+    return f": did you mean {(same or near)[0]}?" if near else ""
 
 
 def with_dtype(plan: Plan, dtype: str) -> Plan:
