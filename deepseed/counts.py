@@ -1,11 +1,22 @@
-"""What one op of a lowered program costs one rank: bytes sent, flops."""
+"""What one op of a lowered program costs one rank: bytes sent to others, bytes moved between its memories, flops."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from deepseed import cost
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.program import Op, Program
+
+
+def is_collective(op: Op) -> bool:
+    """Whether an op starts a collective."""
+    return op.target.endswith(".start") and op.target not in MEMORIES
+
+
+def moved_bytes(p: Program, op: Op) -> int:
+    """Bytes that a move between host and device brings."""
+    return sum(t.local_bytes(p.mesh) for t in op.types)
 
 
 def sent_bytes(p: Program, op: Op) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deepseed import cost
-from deepseed.counts import local_flops, matmul_flops, sent_bytes
+from deepseed.counts import is_collective, local_flops, matmul_flops, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
@@ -180,7 +180,7 @@ def _sent_for_state(p: Program) -> Counter[str]:
     """Bytes by axis of the collectives that gather weights, reduce gradients or belong to the update."""
     weights, out = params_only(p), Counter[str]()
     for op in p.ops:
-        if op.target.endswith(".start") and (op.phase == "update" or op.refs[0].name in weights):
+        if is_collective(op) and (op.phase == "update" or op.refs[0].name in weights):
             out[whole_axis(str(op.kw("axis")))] += sent_bytes(p, op)
     return out
 
@@ -213,7 +213,7 @@ def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
     count: Counter[tuple[str, str]] = Counter()
     sent: Counter[tuple[str, str]] = Counter()
     for op in p.ops:
-        if op.target.endswith(".start"):
+        if is_collective(op):
             key = (str(op.kw("axis")), op.target.removesuffix(".start"))
             count[key] += 1
             sent[key] += sent_bytes(p, op)
@@ -252,7 +252,7 @@ def _unruled(p: Program) -> Iterable[UnruledOp]:
 def _arrived_by(p: Program, value: str) -> Iterable[Op]:
     """The collectives that brought a value into the layout in which it is used."""
     while (op := p.producers.get(value)) is not None and _moves(op):
-        if op.target.endswith(".start"):
+        if is_collective(op):
             yield op
         value = op.refs[0].name
 
