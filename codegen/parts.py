@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import DTYPES, Source, expression, listed
+from deepseed.codegen.expressions import DTYPES, Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
@@ -145,7 +145,7 @@ class _Parts:
         elif op.target == "collect":
             out.emit(f"v.setdefault({out.name(op.name)!r}, [None] * {self.schedule.microbatches})[mb] = {out.name(op.refs[0].name)}", types)
         else:
-            out.emit(f"{', '.join(map(out.name, op.results))} = {expression(out, op)}", types)
+            out.emit(assignment(out, op), types)
 
     def _close(self, n: int, op: Op, here: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""

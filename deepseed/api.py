@@ -33,6 +33,7 @@ from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.runtime.arena import accounts
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
@@ -54,6 +55,7 @@ def compile(
     seed: int = 0,
     max_programs: int = MOST_PROGRAMS,
     buckets: Bucket | Sequence[Bucket] = (),
+    device_memory: str | int | None = None,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -69,12 +71,14 @@ def compile(
     programs are kept, one a batch shape, value read, mode and set of options; the one used longest ago is dropped for a new one. buckets:
     ``deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 0, "labels": -100}, to=64)`` pads batches to few shapes for steps and
     losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused.
+    device_memory: without an accelerator, bytes of each rank's "device" (``"256MiB"``; ``"unlimited"``: count only; default:
+    ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
-        "max_programs": max_programs, "buckets": buckets,
+        "max_programs": max_programs, "buckets": buckets, "device_memory": device_memory,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -116,6 +120,7 @@ class _Compiled:
         seed: int = 0,
         max_programs: int = MOST_PROGRAMS,
         buckets: Bucket | Sequence[Bucket] = (),
+        device_memory: str | int | None = None,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -146,6 +151,7 @@ class _Compiled:
         said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
+        self.host.arenas = accounts(device_memory, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
@@ -183,6 +189,11 @@ class _Compiled:
     @property
     def instances_checked(self) -> int:
         return self.programs.current().instances
+
+    @property
+    def counted_peak_bytes(self) -> Sequence[Mapping[str, int]]:
+        """Of each hosted rank the most bytes that were live in a step so far, ``{"rank", "device", "host"}``, where memory is counted."""
+        return [{"rank": a.rank, "device": a.peak, "host": a.host_peak} for a in self.host.arenas]
 
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
@@ -260,7 +271,7 @@ class _Compiled:
             value = values.get((entry.role, entry.key))
             for state in states:
                 if value is not None:
-                    state.put(entry, _as(value, self._widen and entry.role == "state"))
+                    state.put(entry, value.double() if self._widen and entry.role == "state" and value.is_floating_point() else value)
                 else:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
@@ -322,10 +333,12 @@ class _Compiled:
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
             else:
-                x = others[i.role, i.key].to(self.host.device)
+                x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
-                out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
+                part = shard(x, type_, self.mesh, state.coordinate)  # local rows are dp's part already
+                part = part if part.numel() * part.itemsize == part.untyped_storage().nbytes() else part.clone()  # not the whole batch on every rank
+                out.append(part if i.type.host else part.to(self.host.device))
         return out
 
 
@@ -384,7 +397,3 @@ class Module(_Compiled):
         """Compile the forward for batches like this one, without running it."""
         self._find(example_batch, "forward")
         return self
-
-
-def _as(t: Tensor, wide: bool) -> Tensor:
-    return t.double() if wide and t.is_floating_point() else t

@@ -143,7 +143,7 @@ def _memory(op: Op, operands: Sequence[Type]) -> str | None:
     elif odd := next((r for r, t in zip(op.results, op.types, strict=True) if t.host is not (op.target == TO_HOST)), None):
         return f"{op.target} makes %{odd} {'on the device' if op.target == TO_HOST else 'on the host'}; it brings a value to the other memory"
     want = op.target == TO_DEVICE if op.target in MEMORIES else sides[0][1] if sides else False
-    if op.target in MOVES and op.target.endswith(".start") or op.target == "transfer":
+    if (op.target in MOVES and op.target.endswith(".start")) or op.target == "transfer":
         want = False
     wrong = next((name for name, host in sides if host is not want), None)
     if wrong is None:

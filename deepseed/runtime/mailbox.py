@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from deepseed.runtime.pipeline import as_bytes, named
 
@@ -28,7 +29,8 @@ class Mailbox:
     receipts: list[Receipt] = field(default_factory=list)
 
     def put(self, x: Tensor) -> None:
-        self.held[self.sent], self.watched[self.sent] = x.clone(), x
+        with _disable_current_modes():  # the copy is the receiver's
+            self.held[self.sent], self.watched[self.sent] = x.clone(), x
         self.sent += 1
 
     def expect(self, shape: Sequence[int], dtype: torch.dtype) -> Receipt:
