@@ -11,7 +11,7 @@ from deepseed.ir.program import Op, Program
 
 def is_collective(op: Op) -> bool:
     """Whether an op starts a collective."""
-    return op.target.endswith(".start") and op.target not in MEMORIES
+    return op.target.endswith(".start") and op.target not in (*MEMORIES, "receive.start")
 
 
 def moved_bytes(p: Program, op: Op) -> int:

@@ -18,7 +18,7 @@ from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
-from deepseed.ir.messages import TRANSFER, messages_of, sends
+from deepseed.ir.messages import TRANSFER, messages_of, runs_once, sends
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
@@ -209,14 +209,16 @@ def gradients(p: Program) -> tuple[str, ...]:
     return tuple(found)
 
 
-def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
+def count_collectives(p: Program, microbatches: int = 1) -> tuple[CollectiveCount, ...]:
+    """Of a whole step; ``microbatches``: how often what stands in a loop runs. Messages between stages are no collectives."""
     count: Counter[tuple[str, str]] = Counter()
     sent: Counter[tuple[str, str]] = Counter()
     for op in p.ops:
         if is_collective(op):
             key = (str(op.kw("axis")), op.target.removesuffix(".start"))
-            count[key] += 1
-            sent[key] += sent_bytes(p, op)
+            times = 1 if not op.part or runs_once(op.part) else microbatches
+            count[key] += times
+            sent[key] += times * sent_bytes(p, op)
     order = {axis: n for n, name in enumerate(p.mesh.names) for axis in (name, whole_axis(name))}
     return tuple(CollectiveCount(*key, count[key], sent[key]) for key in sorted(count, key=lambda k: (order[k[0]], k[1])))
 
