@@ -260,6 +260,12 @@ def params_only(p: Program) -> frozenset[str]:
     return frozenset(found)
 
 
+def kept(p: Program) -> frozenset[str]:
+    """Values that are brought to the device once a step and stay there, whatever reads them in which loop: moves that say so, and their waits."""
+    found = {r for op in p.ops if op.kw("kept") for r in op.results}
+    return frozenset(found.union(*(op.results for op in p.ops if op.target == "wait" and op.refs[0].name in found)))
+
+
 def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:
     for a in args:
         if isinstance(a, Ref):
