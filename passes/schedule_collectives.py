@@ -80,7 +80,7 @@ class _Schedule:
         self.there: set[str] = set()
         self.limits = self._limits()
         ends = [op for op in p.ops if op.target in ("accumulate", TO_HOST) and op.refs[0].name in self.waits]
-        self.sums = {op.refs[0].name: op for op in ends}  # what ends a collective's result on the device, by that
+        self.sums = {op.refs[0].name: op for op in ends}  # what ends a value that arrives, by that: it is added up, or goes to the host
         self.leaving: list[tuple[Op, int]] = []  # moves to the host under way, and their bytes
         self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
         self.part = ""  # the part whose ops are emitted
@@ -113,6 +113,8 @@ class _Schedule:
             self._flush(key)
         for key in list(self.adding):
             self._add_up(key)
+        while self.leaving:
+            self._left()
         for op in ops:
             if op.name in self.waits:
                 self._need(op.name)
@@ -159,7 +161,8 @@ class _Schedule:
             return
         wait = self.waits[value]
         start = self.starts[wait.refs[0].name]
-        self._need(start.refs[0].name)
+        if not self._made(start.refs[0].name):
+            self._need(start.refs[0].name)
         if start.name in self.looking:
             if start.name not in self.bucket_of:
                 self._look_ahead(start)
@@ -273,7 +276,14 @@ class _Schedule:
         self.out.emit(start)
         self.leaving.append((start, start.type.local_bytes(self.p.mesh)))
         while len(self.leaving) > 1 and sum(n for _, n in self.leaving) > 2 * self._limit(start):
-            self._need(self.wait_of[self.leaving.pop(0)[0].name].name)
+            self._left()
+
+    def _left(self) -> None:
+        """The oldest move to the host has ended; what it brought is added up."""
+        wait = self.wait_of[self.leaving.pop(0)[0].name]
+        self._need(wait.name)
+        if wait.name in self.sums:
+            self._emit(self.sums[wait.name])
 
     def _key(self, start: Op) -> Key:
         """What may share a bucket: one kind over one axis, of one dtype and reduction."""
