@@ -28,6 +28,7 @@ from deepseed.passes.localize import localize
 from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.offload import offload
+from deepseed.passes.offload_activations import offload_activations
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
 from deepseed.plan import Plan
@@ -40,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     offload,
     loop_microbatches,
     cut_stages,
+    offload_activations,
     schedule_collectives,
     group_kernels,
     localize,
@@ -80,6 +82,7 @@ def arguments(
         "offload": {"what": plan.offload, "stored": hosted or {}},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
+        "offload_activations": {"wanted": "activations" in plan.offload},
         "localize": {"coordinate": coordinate},
     }
 

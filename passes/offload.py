@@ -3,7 +3,7 @@
 ``optimizer``: parameters and their optimizer state are stored on the host, where they are updated. A parameter goes to the device once a step
 (cast there already, where it is used in a shorter dtype) and stays for the step. ``params``: parameters are stored on the host and go
 to the device for each use, in each phase again. ``gradients``: they go to the host as soon as they are there, and what is summed over
-microbatches is summed there. ``activations``: what the backward reads of the forward waits on the host (deepseed.passes.offload_saved).
+microbatches is summed there. Activations are ``offload_activations``' work.
 
 An op of the update runs where what it reads lies; so does what leads there, where no more would have to be moved. All that ranks exchange
 lies on the device. A move to the host starts when its value is made, one to the device before its first reader; what is issued when is
@@ -18,15 +18,13 @@ from dataclasses import replace
 from deepseed.ir.collective import LOCAL, TO_DEVICE, TO_HOST
 from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Builder, Input, Op, Output, Program, Ref, Type, params_only
-from deepseed.passes.offload_saved import offload_saved
 
-KINDS = ("optimizer", "gradients", "params", "activations")
 Key = tuple[str, str]
 
 
 @program_pass(requires={"lowered"}, provides={"offloaded"})
 def offload(p: Program, what: Collection[str] = (), stored: Mapping[Key, bool] | None = None) -> Program:
-    """Give every value its memory. ``what``: of KINDS. ``stored``: whether an earlier program stores an input on the host.
+    """Give every value its memory. ``what``: of "optimizer", "gradients" and "params". ``stored``: whether an earlier program stores an input on the host.
 
     before: %w : f32[64] param "w"
             %x : f32[64] batch "x"
@@ -44,10 +42,9 @@ def offload(p: Program, what: Collection[str] = (), stored: Mapping[Key, bool] |
             %w.new = aten.sub.Tensor(%w, %y.host) : f32[64] host {phase="update"}
             return %w.new param "w"
     """
-    if not what:
+    if not {"optimizer", "gradients", "params"} & set(what):
         return p
-    p = _Offload(p, frozenset(what), stored or {}).run()
-    return offload_saved(p) if "activations" in what else p
+    return _Offload(p, frozenset(what), stored or {}).run()
 
 
 class _Offload:

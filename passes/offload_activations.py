@@ -1,30 +1,36 @@
-"""``offload(activations)``: what the backward reads of the forward waits on the host. Helper of the pass ``offload``.
+"""``offload(activations)``: what the backward reads of the forward waits on the host, each microbatch's on the stage that made it.
 
 A value goes to the host when it is made, and its device memory ends with its last reader in the forward; it comes back for its first
 reader in the backward. A reshape, a turn or an expansion is made again there from what it was made of, which is moved once.
+This runs behind ``cut_stages``: which stage saves what is known there only.
 """
 
 from __future__ import annotations
 
 from deepseed.ir.collective import TO_DEVICE, TO_HOST
+from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref, params_only
 
 VIEWS = ("reshape", "permute", "expand")  # they share the memory of their operand, or may
 LEAST = 1024  # bytes on a rank below which a value stays: moving it would cost more than it frees
 
 
-def offload_saved(p: Program) -> Program:
-    """Moves for every value of ``LEAST`` bytes or more that the backward reads of the forward.
+@program_pass(requires={"lowered"})
+def offload_activations(p: Program, wanted: bool = False) -> Program:
+    """Moves for every value of ``LEAST`` bytes or more that the backward reads of the forward, where the plan has ``wanted`` that.
 
     before: %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
             %g = aten.mul.Tensor(%d, %h) : f32[64, 64] {phase="backward"}
-    after:  %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
+    after, wanted=true:
+            %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
             %h.host.start = to_host.start(%h) : f32[64, 64] host {phase="forward"}
             %h.host = wait(%h.host.start) : f32[64, 64] host {phase="forward"}
             %h.device.start = to_device.start(%h.host) : f32[64, 64] {phase="backward"}
             %h.device = wait(%h.device.start) : f32[64, 64] {phase="backward"}
             %g = aten.mul.Tensor(%d, %h.device) : f32[64, 64] {phase="backward"}
     """
+    if not wanted:
+        return p
     weights = params_only(p)
     out = Builder(p)
     back: dict[str, str] = {}  # saved value -> its name in the backward
@@ -52,16 +58,18 @@ def offload_saved(p: Program) -> Program:
 
     def again(name: str, reader: Op) -> str:
         op, new = p.producers[name], out.fresh(f"{name}.again")
-        out.emit(Op((new,), op.target, tuple([here(a, reader) if isinstance(a, Ref) else a for a in op.args]), op.types, op.kwargs, "backward", op.path, op.line))
+        out.emit(Op((new,), op.target, tuple([here(a, reader) if isinstance(a, Ref) else a for a in op.args]), op.types, op.kwargs, "backward", op.path, op.line, "", reader.part, reader.stage))
         return new
 
     def returned(name: str, reader: Op) -> str:
         wait = waits.pop(name)
-        out.emit(wait)
+        if not wait.part:
+            out.emit(wait)
         t, new = p.types[name], out.fresh(f"{name}.device")
         start = out.fresh(f"{new}.start")
-        out.emit(Op((start,), TO_DEVICE, (Ref(wait.name),), (t,), (), "backward", reader.path, reader.line))
-        out.emit(Op((new,), "wait", (Ref(start),), (t,), (), "backward", reader.path, reader.line))
+        there = "backward", reader.path, reader.line, "", reader.part, reader.stage
+        out.emit(Op((start,), TO_DEVICE, (Ref(wait.name),), (t,), (), *there))
+        out.emit(Op((new,), "wait", (Ref(start),), (t,), (), *there))
         return new
 
     for op in p.ops:
@@ -70,6 +78,9 @@ def offload_saved(p: Program) -> Program:
             if name in roots:
                 t, host = p.types[name].on(True), out.fresh(f"{name}.host")
                 start = out.fresh(f"{host}.start")
-                out.emit(Op((start,), TO_HOST, (Ref(name),), (t,), (), "forward", op.path, op.line))
-                waits[name] = Op((host,), "wait", (Ref(start),), (t,), (), "forward", op.path, op.line)
+                here_too = "forward", op.path, op.line, "", op.part, op.stage
+                out.emit(Op((start,), TO_HOST, (Ref(name),), (t,), (), *here_too))
+                waits[name] = Op((host,), "wait", (Ref(start),), (t,), (), *here_too)
+                if op.part:  # it ends with its part
+                    out.emit(waits[name])
     return out.program()
