@@ -15,6 +15,7 @@ from typing import Any
 from deepseed import cost
 from deepseed.counts import is_collective, local_flops, matmul_flops, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
+from deepseed.explain_moves import moved
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
@@ -35,7 +36,8 @@ CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what lea
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once."""
+    """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once on the device,
+    ``host_bytes``: on the host; ``moved_bytes``: what a step moves between them, by kind."""
 
     rank: int
     coordinate: Mapping[str, int]
@@ -44,6 +46,8 @@ class RankBytes:
     optimizer_bytes: int
     other_bytes: int  # buffers and constants
     peak_bytes: int
+    host_bytes: int
+    moved_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,9 @@ def explain(
 def _rank_bytes(step: Program) -> RankBytes:
     grads = [step.types[name] for name in gradients(step)]
     params, state = [i.type for i in step.by_role("param")], [i.type for i in step.by_role("state")]
+    found = memory(step)
     others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
-    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), memory(step).peak_bytes)
+    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step))
 
 
 def _count_sends(p: Program, lane: int) -> tuple[CollectiveCount, ...]:

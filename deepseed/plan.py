@@ -257,7 +257,7 @@ def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:
     disks = [word.partition("=")[2].strip() for word in words if word.partition("=")[0].strip().lower() == "disk"]
     kinds = [word.lower() for word in words if word.partition("=")[0].strip().lower() != "disk"]
     if odd := [kind for kind in kinds if kind not in OFFLOADS or kinds.count(kind) > 1]:
-        why = "says it twice" if odd[0] in OFFLOADS else "has no such kind"
+        why = "is there twice" if odd[0] in OFFLOADS else "has no such kind"
         raise PlanError(f"plan {text!r}: offload({', '.join(words)}): {odd[0]!r} {why}\n  fix: any of {', '.join(OFFLOADS)}, each once")
     if len(disks) > 1 or "" in disks or (disks and not {"optimizer", "params"} & set(kinds)):
         raise PlanError(f"plan {text!r}: disk= takes one folder, for optimizer state or parameters\n  fix: offload(optimizer, params, disk=/a/folder)")

@@ -24,23 +24,20 @@ Key = tuple[str, str]
 
 @program_pass(requires={"lowered"}, provides={"offloaded"})
 def offload(p: Program, what: Collection[str] = (), stored: Mapping[Key, bool] | None = None) -> Program:
-    """Give every value its memory. ``what``: of "optimizer", "gradients" and "params". ``stored``: whether an earlier program stores an input on the host.
+    """Give every value its memory (below, for optimizer and params). ``what``: of "optimizer", "gradients" and "params". ``stored``: whether an earlier program stores an input on the host.
 
     before: %w : f32[64] param "w"
             %x : f32[64] batch "x"
             %y = aten.mul.Tensor(%x, %w) : f32[64] {phase="forward"}
             %w.new = aten.sub.Tensor(%w, %y) : f32[64] {phase="update"}
-            return %w.new param "w"
-    after, what=optimizer:
-            %w : f32[64] host param "w"
+    after:  %w : f32[64] host param "w"
             %x : f32[64] batch "x"
-            %w.device.start = to_device.start(%w, kept=true) : f32[64] {phase="forward"}
+            %w.device.start = to_device.start(%w) : f32[64] {phase="forward"}
             %w.device = wait(%w.device.start) : f32[64] {phase="forward"}
             %y = aten.mul.Tensor(%x, %w.device) : f32[64] {phase="forward"}
             %y.host.start = to_host.start(%y) : f32[64] host {phase="update"}
             %y.host = wait(%y.host.start) : f32[64] host {phase="update"}
             %w.new = aten.sub.Tensor(%w, %y.host) : f32[64] host {phase="update"}
-            return %w.new param "w"
     """
     if not {"optimizer", "gradients", "params"} & set(what):
         return p

@@ -19,9 +19,12 @@ LEAST = 1024  # bytes on a rank below which a value stays: moving it would cost 
 def offload_activations(p: Program, wanted: bool = False) -> Program:
     """Moves for every value of ``LEAST`` bytes or more that the backward reads of the forward, where the plan has ``wanted`` that.
 
-    before: %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
+    before: %x : f32[64, 64] batch "x"
+            %d : f32[64, 64] batch "d"
+            %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
             %g = aten.mul.Tensor(%d, %h) : f32[64, 64] {phase="backward"}
-    after, wanted=true:
+    after:  %x : f32[64, 64] batch "x"
+            %d : f32[64, 64] batch "d"
             %h = aten.exp(%x) : f32[64, 64] {phase="forward"}
             %h.host.start = to_host.start(%h) : f32[64, 64] host {phase="forward"}
             %h.host = wait(%h.host.start) : f32[64, 64] host {phase="forward"}
