@@ -29,6 +29,7 @@ from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
 from deepseed.passes.offload import offload
 from deepseed.passes.offload_activations import offload_activations
+from deepseed.passes.plan_memory import plan_memory
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
 from deepseed.plan import Plan
@@ -38,6 +39,7 @@ PIPELINE: tuple[Pass, ...] = (
     solve_placements,
     insert_reshards,
     lower_reshards,
+    plan_memory,
     offload,
     loop_microbatches,
     cut_stages,
@@ -79,6 +81,7 @@ def arguments(
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
+        "plan_memory": {"saved": 0.0, "every": 1} if plan.remat else {},
         "offload": {"what": plan.offload, "stored": hosted or {}},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},

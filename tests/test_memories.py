@@ -56,7 +56,7 @@ def test_an_op_runs_in_one_memory(line, wrong, said):
 
 def test_ranks_exchange_what_lies_on_the_device():
     text = 'program p mesh(dp=2) facts(lowered, placed)\n%w : f32[8@dp] host param "w"\n%s = all_gather.start(%w, axis="dp") : f32[8] host {phase="forward"}\n%f = wait(%s) : f32[8] host {phase="forward"}\nreturn %f output "f"\n'
-    with pytest.raises(TypingError, match="all_gather.start runs on the device, and %w lies on the host"):
+    with pytest.raises(TypingError, match=r"all_gather.start runs on the device, and %w lies on the host"):
         check_types(parse(text))
 
 

@@ -25,12 +25,12 @@ class DeviceMemoryError(torch.OutOfMemoryError):
     """An op asked for more than a rank's device memory has: names rank, op, source line, and the bytes."""
 
 
-class Arena(TorchDispatchMode):
+class Arena(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """One rank's account. ``limit``: bytes of the device, None to count only. ``peak`` and ``host_peak``: the most that was live in a step,
     of all steps so far."""
 
     def __init__(self, rank: int, limit: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rank, self.limit = rank, limit
         self.now = self.host_now = self.peak = self.host_peak = 0
         self._live: dict[int, tuple[int, bool, object]] = {}  # by storage: bytes, whether the host's, and a token of this life of it

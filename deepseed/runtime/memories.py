@@ -52,7 +52,7 @@ class Memories:
 
     @cached_property
     def _side(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device)
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
 
 class _Copied:
