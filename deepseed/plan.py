@@ -258,16 +258,14 @@ def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:
     """The kinds of ``offload(..)`` in their order, and its folder."""
     assert isinstance(words, tuple)
     disks = [word.partition("=")[2].strip() for word in words if word.partition("=")[0].strip().lower() == "disk"]
-    kinds = [word.lower() for word in words if word.partition("=")[0].strip().lower() != "disk"]
-    if kinds == [""]:
-        raise PlanError(f"plan {text!r}: offload() says of nothing that it is to lie on the host\n  fix: any of {', '.join(OFFLOADS)}, as offload(optimizer)")
+    kinds = [word.lower() for word in words if word and word.partition("=")[0].strip().lower() != "disk"]
     if odd := [kind for kind in kinds if kind not in OFFLOADS or kinds.count(kind) > 1]:
         why = "is there twice" if odd[0] in OFFLOADS else "has no such kind"
         raise PlanError(f"plan {text!r}: offload({', '.join(words)}): {odd[0]!r} {why}\n  fix: any of {', '.join(OFFLOADS)}, each once")
     if len(disks) > 1 or "" in disks or (disks and not {"optimizer", "params"} & set(kinds)):
         raise PlanError(f"plan {text!r}: disk= takes one folder, for optimizer state or parameters\n  fix: offload(optimizer, params, disk=/a/folder)")
     if not kinds:
-        raise PlanError(f"plan {text!r}: offload(..) says of nothing that it is kept on the host\n  fix: offload(optimizer)")
+        raise PlanError(f"plan {text!r}: offload() says of nothing that it is to lie on the host\n  fix: offload(optimizer)")
     return {"offload": tuple(kind for kind in OFFLOADS if kind in kinds), "disk": disks[0] if disks else ""}
 
 
