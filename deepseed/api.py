@@ -139,7 +139,7 @@ class _Compiled:
         said = [("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
-        self.host.arenas = accounts(device_memory, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
+        self.host.arenas = accounts(device_memory if device_memory is not None else self.plan.budget, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)

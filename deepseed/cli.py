@@ -172,7 +172,7 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False)
+    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
@@ -300,6 +300,7 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
     from time import perf_counter
 
     from deepseed.capture import capture
+    from deepseed.ops import torch_dtype
     from deepseed.plan import parse_plan
     from deepseed.target import load
 
@@ -310,20 +311,25 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
     started = perf_counter()
     captured = capture(
         found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
-        clip_grad_norm=_clip(found, clip) if factory else None,
+        clip_grad_norm=_clip(found, clip) if factory else None, compute=None if parsed.dtype is None else torch_dtype(parsed.dtype),
     )  # fmt: skip
     return captured.program, parsed, mesh, perf_counter() - started
 
 
-def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
+def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool, machine: Any = None) -> list[Passed]:
     from deepseed import pipeline
+    from deepseed.budget import run_shared
+    from deepseed.ir.amounts import format_bytes
     from deepseed.local_norms import with_local_norms
     from deepseed.meshes import data_ranks, microbatches, program_mesh
 
     if plan.bn == "local":
         p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
-    args = pipeline.arguments(program_mesh(p, plan, ranks), plan.stage, ranks.coordinate(0) if ranks.axes else {}, plan=plan)
-    return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
+    mesh, at = program_mesh(p, plan, ranks), ranks.coordinate(0) if ranks.axes else {}
+    done, chosen = run_shared(p, plan, lambda plan: pipeline.arguments(mesh, plan.stage, at, plan=plan), check=check, passes=passes, machine=machine)
+    if chosen is not None:
+        typer.echo(f"deepseed: budget({format_bytes(plan.budget or 0)}): {chosen}", err=True)
+    return [pipeline.Passed("capture", p, seconds), *done]
 
 
 def _factory(found: Target, said: str | None) -> Any:

@@ -3,7 +3,7 @@
     plan  ::= word ("+" word)*
     word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp32" | "fp64"
             | "gpipe" | "1f1b" | "interleaved" V | "zb" | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
-            | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
+            | "budget(" bytes ")" | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
 modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from math import gcd, prod
 
+from deepseed.ir.amounts import format_bytes, parse_bytes
 from deepseed.ir.mesh import Mesh
 
 
@@ -46,7 +47,6 @@ SPELLINGS = {  # what people write -> the word
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
-    (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
     (r"auto", "a plan chosen by the compiler", "zero1 to begin with, zero3 when memory is short"),
 )
 
@@ -68,6 +68,7 @@ class Plan:
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
     remat: str | None = None  # "remat": the backward computes again what it reads of the forward, from the layers' inputs
     offload: tuple[str, ...] = ()  # what lies on the host, of OFFLOADS
+    budget: int | None = None  # bytes of each rank's device: what is computed again and what lies on the host is chosen so that the step fits
     disk: str = ""  # a folder for what of that is stored between steps
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
@@ -81,6 +82,7 @@ class Plan:
         words += [self.precision] if self.precision else []
         words += [self.remat] if self.remat else []
         words += [f"offload({', '.join([*self.offload, *([f'disk={self.disk}'] if self.disk else [])])})"] if self.offload else []
+        words += [f"budget({format_bytes(self.budget)})"] if self.budget else []
         return "+".join(words)
 
     @property
@@ -206,12 +208,13 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     (r"bn\((local|exact)\)", "bn", str),
     (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
     (r"cut=\[?([^\]]*)\]?", "cut", lambda text: tuple(path.strip() for path in text.split(",") if path.strip())),
+    (r"budget\((.*)\)", "budget", lambda text: _amount(text)),
     (r"offload()", "offload", lambda _: ("optimizer",)),
     (r"offload\((.*)\)", "offload", lambda text: tuple(kind.strip() for kind in text.split(","))),
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "remat", "offload(optimizer)",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "remat", "offload(optimizer)", "budget(8GiB)",
 )  # fmt: skip
 
 
@@ -252,6 +255,13 @@ def parse_plan(text: str) -> Plan:
     if odd := [axis for axis in plan.order if axis not in AXES or plan.order.count(axis) > 1]:
         raise PlanError(f"plan {text!r}: order({', '.join(plan.order)}) has {odd[0]!r} {'twice' if odd[0] in AXES else 'in it, which is no axis of ranks'}\n  fix: each of {', '.join(AXES)} once, major first")
     return plan
+
+
+def _amount(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise PlanError(f"budget({text}): {error}\n  fix: budget(8GiB)") from None
 
 
 def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:

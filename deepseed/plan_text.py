@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deepseed import closed_forms as form
+from deepseed.ir.amounts import format_bytes
 from deepseed.ir.mesh import Mesh
 from deepseed.plan import Plan, bubble
 
@@ -31,6 +32,8 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
     if plan.remat:
         lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
+    if plan.budget:
+        lines.append(f"  {'budget':8} the step fits {format_bytes(plan.budget)} of each rank's device: what is computed again and what lies on the host is chosen for that")
     lines += [f"  {'':8} {note}" for note in plan.notes]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")
