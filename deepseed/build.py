@@ -70,9 +70,9 @@ def _shown(outputs: Sequence[Output]) -> list[Output]:
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
-    homes: Mapping[tuple[str, str], int] | None = None, wide: bool = False, quiet: bool = False
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, wide: bool = False, quiet: bool = False
 ) -> Built:
-    """Run the pipeline. ``stored`` and ``homes`` pin the layouts and stages of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
@@ -88,7 +88,7 @@ def build(
         _say_microbatches(captured.program, plan, host)
 
     def solve() -> str:
-        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes)
+        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes, hosted)
         done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
         return str(done[-1].program)
 
@@ -100,7 +100,7 @@ def build(
     host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
-        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes)
+        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))

@@ -1,4 +1,4 @@
-"""What one op of a lowered program costs one rank: bytes sent, flops; and which ops a step computes again."""
+"""What one op of a lowered program costs one rank: bytes sent to others, bytes moved between its memories, flops; and which ops a step computes again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from collections import Counter
 from dataclasses import replace
 
 from deepseed import cost
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.program import Op, Program
 from deepseed.ir.schedule import kind_of, loop_of
+
+
+def is_collective(op: Op) -> bool:
+    """Whether an op starts a collective."""
+    return op.target.endswith(".start") and op.target not in (*MEMORIES, "receive.start")
+
+
+def moved_bytes(p: Program, op: Op) -> int:
+    """Bytes that a move between host and device brings."""
+    return sum(t.local_bytes(p.mesh) for t in op.types)
 
 
 def sent_bytes(p: Program, op: Op) -> int:
