@@ -197,6 +197,7 @@ class _Schedule:
             if _place(start) != _place(first):
                 continue
             copy = max(copy, nbytes)
+            nbytes += 0 if self._alone(start) else self.p.types[start.refs[0].name].local_bytes(self.p.mesh)  # what is sent is packed
             if start is not first and bucket.nbytes + nbytes + copy > self._limit(first):
                 break
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
