@@ -162,7 +162,9 @@ def test_a_tensor_written_before_it_has_come_is_an_error() -> None:
         x = torch.ones(2)
         rt.send(x, 1)
         x.zero_()
+        written.append(x)
 
+    written: list[Tensor] = []
     assert "rank 0 wrote the tensor before it had left" in refused(first, lambda rt: receive(rt, 0))
 
 
