@@ -496,22 +496,24 @@ def test_pieces_that_do_not_fit_together() -> None:
 # real ranks -------------------------------------------------------------------------------------------------------------
 
 
-def test_real_ranks_read_and_write_their_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["zero3", *wide("tp2", "pp2+mb2")])
+def test_real_ranks_read_and_write_their_parts(plan: str, tmp_path: Path) -> None:
     """Two ranks, no more than the half of the model on each at any time; and one simulated process takes what they saved."""
     values = filed(tmp_path / "w", width=64)
     out = str(tmp_path / "out")
-    got = ranks(2, ranks_do.begins, "zero3", str(tmp_path / "w"), out, 64)
+    got = ranks(2, ranks_do.begins, plan, str(tmp_path / "w"), out, 64)
     for each in got:
-        assert each["read"] <= 0.52 * each["whole"], f"{each['read']} of {each['whole']} bytes"
-        for held in ("held", "held by resuming"):
-            assert 0.49 * each["whole"] <= each[held] <= 0.55 * each["whole"] + 20_000, f"{held}: {each[held]} of {each['whole']} bytes"
+        if "pp" not in plan:  # its stages are what they are
+            assert each["read"] <= 0.52 * each["whole"], f"{each['read']} of {each['whole']} bytes"
+            for held in ("held", "held by resuming"):
+                assert 0.49 * each["whole"] <= each[held] <= 0.55 * each["whole"] + 20_000, f"{held}: {each[held]} of {each['whole']} bytes"
         same(torch.load(io.BytesIO(each["begun"])), values)
         assert each["losses"] == got[0]["losses"] and each["on"][0] == each["on"][1]
         same(torch.load(io.BytesIO(each["resumed"])), torch.load(io.BytesIO(each["values"])))
     other = quiet("tp2", model=empty(64), weights=out)
     other.compile(batches()[0])
     same(other.state_dict(), {n: t for n, t in torch.load(io.BytesIO(got[0]["values"])).items() if n in other.state_dict()})
-    assert len(list(Path(out).glob("*.safetensors"))) >= 3
+    assert sum(each["read"] for each in got) >= got[0]["whole"] and len(list(Path(out).glob("*.safetensors"))) >= 3
 
 
 def test_a_rank_in_trouble_is_heard_by_all(tmp_path: Path) -> None:
