@@ -303,6 +303,10 @@ def test_files_that_are_damaged_are_named(tmp_path: Path) -> None:
         damage(folder)
         refused(says, folder)
     folder = sharded(tmp_path / "whole")
+    late = quiet("zero3+dp2", model=empty(), weights=changed(tmp_path / "late"))
+    changed(tmp_path / "late", up_weight=torch.zeros(49, 16))
+    with pytest.raises(CheckpointError, match=r"late/model.safetensors is another file than compile\(weights=\) has seen"):
+        late.compile(batches()[0])
     step = quiet("zero3+dp2", model=empty(), weights=folder)
     step.compile(batches()[0])
     same(step.state_dict(), files()[1])
