@@ -34,6 +34,7 @@ from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.runtime.arena import accounts
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 from deepseed.weights import check_values, open_weights
@@ -57,6 +58,7 @@ def compile(
     max_programs: int = MOST_PROGRAMS,
     buckets: Bucket | Sequence[Bucket] = (),
     weights: str | os.PathLike[str] | None = None,
+    device_memory: str | int | None = None,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -74,12 +76,14 @@ def compile(
     losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused. weights: a
     .safetensors file, or a folder as ``save_pretrained`` of transformers writes it, from which parameters and buffers are read, by each rank its part
     only: the model may be on the meta device (build it in ``with deepseed.meta():``).
+    device_memory: without an accelerator, bytes of each rank's "device" (``"256MiB"``; ``"unlimited"``: count only; default:
+    ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
-        "max_programs": max_programs, "buckets": buckets, "weights": weights,
+        "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -122,6 +126,7 @@ class _Compiled:
         max_programs: int = MOST_PROGRAMS,
         buckets: Bucket | Sequence[Bucket] = (),
         weights: str | os.PathLike[str] | None = None,
+        device_memory: str | int | None = None,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -134,6 +139,7 @@ class _Compiled:
         said = [("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
+        self.host.arenas = accounts(device_memory, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
@@ -172,6 +178,11 @@ class _Compiled:
     @property
     def instances_checked(self) -> int:
         return self.programs.current().instances
+
+    @property
+    def counted_peak_bytes(self) -> Sequence[Mapping[str, int]]:
+        """Of each hosted rank the most bytes that were live in a step so far, ``{"rank", "device", "host"}``, where memory is counted."""
+        return [{"rank": a.rank, "device": a.peak, "host": a.host_peak} for a in self.host.arenas]
 
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
@@ -255,7 +266,7 @@ class _Compiled:
             value = values.get((entry.role, entry.key))
             for state in states:
                 if value is not None:
-                    state.put(entry, _as(value, self._widen and entry.role == "state"))
+                    state.put(entry, value.double() if self._widen and entry.role == "state" and value.is_floating_point() else value)
                 elif (entry.role, entry.key) in come:
                     state.reserve(entry)
                 else:
@@ -323,10 +334,13 @@ class _Compiled:
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
             else:
-                x = others[i.role, i.key].to(self.host.device)
+                x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
-                out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
+                part = shard(x, type_, self.mesh, state.coordinate)  # local rows are dp's part already
+                if self.host.arenas and part.nbytes < part.untyped_storage().nbytes():
+                    part = part.clone()  # an account of storages would see the whole batch on every rank
+                out.append(part if i.type.host else part.to(self.host.device))
         return out
 
 
@@ -381,7 +395,3 @@ class Module(_Compiled):
         """Compile the forward for batches like this one, without running it."""
         self._find(example_batch, "forward")
         return self
-
-
-def _as(t: Tensor, wide: bool) -> Tensor:
-    return t.double() if wide and t.is_floating_point() else t

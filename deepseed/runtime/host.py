@@ -22,6 +22,7 @@ from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
 from deepseed.runtime import agree, channels
+from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
@@ -42,6 +43,7 @@ class Host(Protocol):
     first: bool  # whether rank 0 is here: it solves, and it speaks
     device: torch.device
     coordinates: Sequence[Mapping[str, int]]
+    arenas: Sequence[Arena]  # accounts of memory of the hosted ranks, where they are counted
 
     def refine(self, mesh: Mesh) -> None: ...
     def position(self, coordinate: Mapping[str, int]) -> int: ...
@@ -91,6 +93,7 @@ class SimulatedHost:
     def __init__(self, mesh: Mesh, device: torch.device | str = "cpu") -> None:
         self.mesh, self.device = mesh, torch.device(device)
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
+        self.arenas: Sequence[Arena] = ()
         self._shown: dict[Key, tuple[int, int]] = {}  # the module's tensors as they were last seen equal to the ranks'
 
     def refine(self, mesh: Mesh) -> None:
@@ -103,8 +106,10 @@ class SimulatedHost:
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
-            return [executables[0](_Alone(self.mesh, 0, self.device), inputs[0])]
-        return simulate(self.mesh, executables, inputs, self.device)
+            rt = _Alone(self.mesh, 0, self.device)
+            rt.arena = self.arenas[0] if self.arenas else None
+            return [executables[0](rt, inputs[0])]
+        return simulate(self.mesh, executables, inputs, self.device, self.arenas)
 
     def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
         """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
@@ -177,6 +182,7 @@ class DistributedHost:
         self._join(mesh)
         self.backend = str(dist.get_backend())
         self.first = self.rt.rank == 0
+        self.arenas: Sequence[Arena] = ()
 
     def _join(self, mesh: Mesh) -> None:
         self.mesh, self.rt = mesh, DistributedRuntime(mesh, self.device)
@@ -192,6 +198,7 @@ class DistributedHost:
         return position(coordinate)
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+        self.rt.arena = self.arenas[0] if self.arenas else None
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
@@ -201,7 +208,7 @@ class DistributedHost:
             if position(self.rt.coordinate) == home:
                 if parts[0] is None:
                     raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
-                out = gather_over(self.rt, parts[0], type_)
+                out = gather_over(self.rt, parts[0].to(self.device), type_)
             else:
                 out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
             return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)

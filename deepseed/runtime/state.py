@@ -26,6 +26,7 @@ from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Input, Program, Type
 from deepseed.runtime.collectives import Runtime, join, widest
 from deepseed.runtime.elsewhere import Elsewhere
+from deepseed.runtime.memories import HOST, stored_on
 
 Key = tuple[str, str]  # role, key
 
@@ -185,8 +186,8 @@ class State:
         if not self._enter(entry):
             return torch.empty(0, dtype=_torch_dtype(entry.type.dtype), device=self.device)
         part = shard(full, entry.type, self.mesh, self.coordinate)
-        part = part.detach().to(self.device, _torch_dtype(entry.type.dtype))
-        whole = entry.type.layout == ir.REPLICATED
+        part = stored_on(part.detach().to(_torch_dtype(entry.type.dtype)), entry.type.host, self.device)
+        whole = entry.type.layout == ir.REPLICATED or part.is_pinned()
         self.tensors[entry.role, entry.key] = part.contiguous() if whole else part.clone(memory_format=torch.contiguous_format)
         return self.tensors[entry.role, entry.key]
 
@@ -199,8 +200,8 @@ class State:
         dtype = _torch_dtype(entry.type.dtype)
         if not self._enter(entry):
             return torch.empty(0, dtype=dtype, device=self.device)
-        local = torch.empty(entry.type.local(self.mesh.seen_from(self.coordinate)), dtype=dtype, device=self.device)
-        self.tensors[entry.role, entry.key] = local
+        local = torch.empty(entry.type.local(self.mesh.seen_from(self.coordinate)), dtype=dtype, device=HOST if entry.type.host else self.device)
+        self.tensors[entry.role, entry.key] = local = stored_on(local, entry.type.host, self.device)
         return local
 
     def _enter(self, entry: Input) -> bool:
