@@ -127,6 +127,26 @@ def watched(step: Callable[..., Any], before: Callable[[str, int], None]) -> Cal
     return lambda: names.update(LANE=lane)
 
 
+def watch(step: Any, batch: Any) -> tuple[list[tuple[str, int, int]], list[int], Alive]:
+    """Run a step of this process's first rank: (function, microbatch, bytes alive) ahead of every instruction, the most bytes in each, and
+    what was counted."""
+    run = step.programs.latest.executables[0]._loaded.step
+    gc.collect()
+    between: list[tuple[str, int, int]] = []
+    peaks: list[int] = []
+    with Alive() as alive:
+
+        def ahead(name: str, mb: int) -> None:
+            peaks.append(alive.restart())
+            between.append((name, mb, alive.now()))
+
+        undo = watched(run, ahead)
+        step(batch)
+        peaks.append(alive.restart())
+        undo()
+    return between, peaks[1:], alive
+
+
 def predicted(p: Program, rank: int, mesh: Mesh) -> list[int]:
     """What deepseed.memory says of each instruction of a rank: the most bytes beside what stays between steps."""
     lane = mesh.coordinate(rank).get("pp", 0)
@@ -150,20 +170,7 @@ def main(target: str, plan: str, folder: Path) -> None:
     sent.on = messages.on = True
     step(found.batch)
     sent.on = messages.on = False
-    run = step.programs.latest.executables[0]._loaded.step
-    gc.collect()
-    between: list[tuple[str, int, int]] = []
-    peaks: list[int] = []
-    with Alive() as alive:
-
-        def ahead(name: str, mb: int) -> None:
-            peaks.append(alive.restart())
-            between.append((name, mb, alive.now()))
-
-        undo = watched(run, ahead)
-        step(found.batch)
-        peaks.append(alive.restart())
-        undo()
+    between, peaks, alive = watch(step, found.batch)
     rng._counters.cache_clear()
     params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
     explained = step.explain().to_json() if rank == 0 else None
@@ -172,7 +179,7 @@ def main(target: str, plan: str, folder: Path) -> None:
     if messages.count:
         counted["pp"] = messages.bytes
     result = {
-        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peaks": peaks[1:],
+        "params": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}.values()), "peaks": peaks,
         "said": predicted(step.program, rank, step.mesh), "between": between, "gathered": alive.most_gathered, "sent": dict(counted), "messages": messages.count, "explain": explained,
     }  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(result))

@@ -62,7 +62,7 @@ def levels(p: Program, machine: Machine | None = None, gathers: str = "again", s
         for i in range(steps, -1, -1):
             choice = problem.solve(i / steps)
             found.setdefault(choice.kept, (choice.seconds, choice.nbytes, i / steps, every))
-    return [(saved, every) for _, _, saved, every in sorted(found.values(), key=lambda f: (f[0], -f[1]))]
+    return [(saved, every) for _, _, saved, every in sorted(found.values(), key=lambda f: f[:2])]
 
 
 @dataclass
