@@ -192,6 +192,17 @@ MODELS = {
 
 
 @wide
+@pytest.mark.parametrize("plan", ["ep2+remat", "zero3+dp2+ep2+remat"])
+def test_ids_that_own_rows_are_kept(plan: str) -> None:
+    pytest.importorskip("transformers")
+    from deepseed.target import load
+
+    found = load("hf:MixtralForCausalLM(num_hidden_layers=2)")
+    report = verify(found.model, found.batch, plan, loss_fn=found.loss_fn, steps=2)
+    assert report.ok, report
+
+
+@wide
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("plan", ["remat", "zero1+dp2+tp2+remat", "zero2+dp2+mb2+remat", "zero3+dp2+remat", "zero3+pp2+dp2+mb2+remat", "pp2+mb2+zb+remat"])
 def test_steps_of_models_are_eagers(name: str, plan: str) -> None:
@@ -213,6 +224,20 @@ def test_a_models_own_checkpoints_stay_and_their_inputs_are_kept() -> None:
     found.model.gradient_checkpointing_enable()  # type: ignore[operator]
     report = verify(found.model, found.batch, "zero3+dp2+remat", steps=2)
     assert report.ok, report
+
+
+def test_a_step_is_to_the_bit_what_it_is_without() -> None:
+    """Kernels that were fused are, on what runs again too: so are the bits of float32."""
+    pytest.importorskip("transformers")
+    from deepseed.target import load
+
+    losses = []
+    for plan in ("", "remat"):
+        found = load("hf:GPT2LMHeadModel(num_hidden_layers=2,resid_pdrop=0.1,attn_pdrop=0.1,embd_pdrop=0.1)")
+        step = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters()), backend="simulate", clip_grad_norm=1.0)
+        losses.append([float(step(found.batch)) for _ in range(4)])
+    assert losses[0] == losses[1]
+    assert len({*losses[0]}) == 4
 
 
 def level(monkeypatch: pytest.MonkeyPatch, arguments: Mapping[str, Any]) -> None:
