@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import Source, expression, listed
+from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update
 from deepseed.codegen.parts import generate_parts
 from deepseed.ir.mesh import Mesh
@@ -42,7 +42,7 @@ def generate(p: Program, lane: int = 0) -> str:
             update.optimizer(n, together)
         else:
             types = ", ".join(format_type(t, p.mesh) for t in op.types)
-            out.emit(f"{', '.join(map(out.name, op.results))} = {expression(out, op)}", types)
+            out.emit(assignment(out, op), types)
         for each in together:
             _close(out, update, n, each.results)
             n += 1

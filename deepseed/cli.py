@@ -102,23 +102,28 @@ def dump(
 def opt(
     file: Annotated[Path, typer.Argument(metavar="FILE.ir", help="a program as text; - reads stdin")],
     passes: Annotated[str, typer.Option(help="names joined by commas; none: parse and print")] = "",
-    mesh: Annotated[str, typer.Option(help="for solve_placements: dp=2,tp=2")] = "",
-    zero: Annotated[int, typer.Option(min=0, max=3, help="for solve_placements: the ZeRO stage")] = 0,
+    plan: PlanOption = "",
+    world_size: RanksOption = None,
     rank: Annotated[int, typer.Option(help="for localize: the rank")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="a file instead of stdout")] = None,
     check: CheckOption = True,
 ) -> None:
-    """Run passes on a program text and print what comes out."""
+    """Run passes on a program text, as a plan would have them run, and print what comes out."""
     from deepseed import pipeline
     from deepseed.ir.verify import verify
+    from deepseed.meshes import program_mesh, ranks_of
+    from deepseed.plan import parse_plan
 
     p = verify(_read(file))
     names = [name.strip() for name in passes.split(",") if name.strip()]
     for name in names:
         if name not in pipeline.BY_NAME:
             raise UsageError(f"no pass is called {name!r}{_nearest(name, list(pipeline.BY_NAME))}\n  passes: {', '.join(pipeline.BY_NAME)}")
-    where = _mesh(mesh) if mesh else p.mesh
-    args = pipeline.arguments(where, zero, where.coordinate(rank) if where.axes else {})
+    said = parse_plan(plan)
+    ranks = said.mesh(world_size) if plan else ranks_of(p)
+    args = pipeline.arguments(
+        p.mesh if "placed" in p.facts else program_mesh(p, said, ranks), said.stage, ranks.coordinate(rank) if ranks.axes else {}, plan=said
+    )
     done = pipeline.run(p, args, [pipeline.BY_NAME[name] for name in names], check=check)
     text = str(done[-1].program if done else p)
     if out is None:
@@ -239,7 +244,7 @@ def verify(
 def zoo(
     targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET]...", help="left out, the thirty of docs/models.md")] = None,
     plans: Annotated[str, typer.Option(help="joined by commas, xN for N ranks  [default: zero1x2,zero2x3,zero3x4,tp2,sp2,zero3+tp2x4]")] = "",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md, anew after each target")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
@@ -256,9 +261,13 @@ def zoo(
     if targets and listed is not None:
         raise UsageError("TARGETs and --list\n  fix: give one of the two")
     these, head = all_of.read_list(listed) if listed is not None else (targets or all_of.TARGETS, [])
-    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json))
+
+    def write(results: Sequence[all_of.Result]) -> None:
+        if out is not None:
+            out.write_text(all_of.table(results, words, head or all_of.HEAD, len(these)))
+
+    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json), so_far=write)
     if out is not None:
-        out.write_text(all_of.table(results, words, head) if head else all_of.table(results, words))
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
@@ -335,12 +344,13 @@ def _clip(found: Target, said: float | None) -> float | None:
 def _passes_table(done: Sequence[Passed]) -> list[str]:
     from deepseed.explain import count_collectives
     from deepseed.explain_text import amount
+    from deepseed.ir.mesh import TIME
 
     lines = [f"{'pass':18}{'ops':>14}{'collectives':>14}{'moved/step':>17}{'time':>9}"]
     before = len(done[0].program.ops)
     for each in done:
         ops = len(each.program.ops)
-        found = count_collectives(each.program)
+        found = count_collectives(each.program, each.program.mesh.sizes.get(TIME, 1))
         moved = f"{amount(sum(c.bytes for c in found))}/rank" if found else "-"
         lines.append(f"{each.name:18}{f'{before} -> {ops}':>14}{sum(c.count for c in found):>14}{moved:>17}{each.seconds:>7.2f} s")
         before = ops
@@ -361,16 +371,6 @@ def _read(file: Path) -> Program:
     from deepseed.ir.text import parse
 
     return parse(sys.stdin.read() if str(file) == "-" else file.read_text())
-
-
-def _mesh(text: str) -> Mesh:
-    axes = []
-    for word in text.split(","):
-        name, _, size = word.partition("=")
-        if not size.strip().isdigit():
-            raise UsageError(f"--mesh {text!r}: {word!r} is no axis\n  fix: write axes as dp=2,tp=2")
-        axes.append((name.strip(), int(size)))
-    return Mesh(tuple(axes))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

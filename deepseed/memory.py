@@ -3,7 +3,7 @@
 A view shares its base's storage (deepseed.rules.strides says which ops make views). A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
 updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
 ``wait``. Attention's copies of keys and values that several query heads share, and of a mask of booleans, are counted; scratch space inside
-kernels and collectives (the blocks that gloo's reduce_scatter receives) is not.
+kernels and collectives (the blocks that gloo's reduce_scatter receives) is not. What lies on the host is counted apart: the peak is the device's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from deepseed.codegen.donation import Donation
-from deepseed.ir.collective import KEYED
+from deepseed.ir.collective import KEYED, MEMORIES
 from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.strides import Lying, contiguous, in_front
 
@@ -23,11 +23,13 @@ STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. ``peak_at``: the op during which ``peak_bytes`` are live; ``resident_bytes``: what stays between steps."""
+    """Bytes on one rank's device. ``peak_at``: the op during which ``peak_bytes`` are live; ``resident_bytes``: what stays between steps;
+    ``host_bytes``: the most that lies on its host."""
 
     peak_bytes: int
     peak_at: str
     resident_bytes: int
+    host_bytes: int = 0
 
 
 def memory(p: Program) -> Memory:
@@ -58,19 +60,22 @@ class _Liveness:
         self.lying = Lying(p)
         self.strides = self.lying.strides
         self.under_way: dict[str, int] = {}  # started collective -> the storage that it reads
-        self.now = 0
+        self.on_host: list[bool] = []
+        self.now = self.host = 0
 
     def run(self) -> Memory:
-        peak, peak_at = 0, ""
+        peak, peak_at, host = 0, "", 0
         for name, now in self.moments():
+            host = max(host, self.host)
             if now > peak or not peak_at:
                 peak, peak_at = now, name
-        return Memory(peak, peak_at, sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED))
+        stored = sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED and not i.type.host)
+        return Memory(peak, peak_at, stored, host)
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """(op, bytes live while it runs), after ("inputs", the bytes of all inputs)."""
         for i in self.p.inputs:
-            self._new(i.name, i.type.local_bytes(self.p.mesh))
+            self._new(i.name, i.type.local_bytes(self.p.mesh), i.type.host)
             if i.role in STORED:
                 self.needed[self.storage[i.name]] += 1
         yield "inputs", self.now
@@ -104,13 +109,20 @@ class _Liveness:
             self._new("", prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype])
         return range(first, len(self.nbytes))
 
-    def _new(self, value: str, nbytes: int) -> None:
+    def _new(self, value: str, nbytes: int, host: bool = False) -> None:
         self.nbytes.append(nbytes)
+        self.on_host.append(host)
         self.needed.append(1)
         self.storage[value] = len(self.nbytes) - 1
         self.kind.append(self.kinds.get(value, "other"))
-        self.live[self.kind[-1]] += nbytes
-        self.now += nbytes
+        self._count(len(self.nbytes) - 1, nbytes)
+
+    def _count(self, storage: int, nbytes: int) -> None:
+        if self.on_host[storage]:
+            self.host += nbytes
+        else:
+            self.live[self.kind[storage]] += nbytes
+            self.now += nbytes
 
     def _share(self, value: str, other: str) -> None:
         self.storage[value] = self.storage[other]
@@ -123,8 +135,7 @@ class _Liveness:
     def _release(self, storage: int) -> None:
         self.needed[storage] -= 1
         if self.needed[storage] == 0:
-            self.now -= self.nbytes[storage]
-            self.live[self.kind[storage]] -= self.nbytes[storage]
+            self._count(storage, -self.nbytes[storage])
 
     def _define(self, n: int, op: Op) -> None:
         """Place the op's results."""
@@ -139,10 +150,10 @@ class _Liveness:
                 self._share(result, op.refs[0].name)
                 self.strides[result] = view
             else:
-                self._new(result, t.local_bytes(self.p.mesh))
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
                 self.strides[result] = self.lying.fresh(op, shape)
             if result in self.donation.copied:
-                self._new(result, t.local_bytes(self.p.mesh))
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
         return None
 
     def _bucket(self, op: Op) -> None:
@@ -161,12 +172,15 @@ class _Liveness:
             if old is not None and self.donation.in_place(n, old, result):
                 self._share(result, old)
             else:
-                self._new(result, t.local_bytes(self.p.mesh))
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
             self.strides[result] = contiguous(t.local(self.p.mesh))
 
     def _sent(self, op: Op, operand: int = 0) -> int:
         """The storage that a collective reads until its wait: contiguous, blocks first; a copy where the operand does not lie so."""
         x = op.refs[operand].name
+        if op.target in MEMORIES:
+            self.needed[self.storage[x]] += 1
+            return self.storage[x]
         if len(op.results) > 1:  # a packed copy; an all_reduce works in it
             self._new("", 0 if op.target == "all_reduce.start" else self.p.types[x].local_bytes(self.p.mesh))
             return len(self.nbytes) - 1

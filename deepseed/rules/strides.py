@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from deepseed.ir.collective import Place, Step, step
+from deepseed.ir.collective import MEMORIES, Place, Step, step
 from deepseed.ir.program import Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
@@ -72,6 +72,8 @@ class Lying:
     def _joined(self, op: Op) -> Strides | None:
         """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
         start = self.p.producers[op.refs[0].name]
+        if start.target in MEMORIES:
+            return contiguous(op.type.local(self.p.mesh))
         if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
             small = SMALL * prod(op.type.local(self.p.mesh)) < sum(prod(t.local(self.p.mesh)) for t in start.types)
             return None if small or start.target in LAID_OUT else contiguous(op.type.local(self.p.mesh))
