@@ -107,6 +107,12 @@ def test_zero_alone_says_that_it_does_nothing() -> None:
     assert parse_plan("zero0").resolve(1).notes == parse_plan("tp2").notes == ()
 
 
+def test_remat_is_a_word_of_its_own() -> None:
+    plan = parse_plan("remat+zero3+bf16")
+    assert plan.remat == "remat" and str(plan) == "zero3+bf16+remat" and parse_plan(str(plan)) == plan
+    assert "says remat and remat" in refusal("remat+remat")
+
+
 def test_precision() -> None:
     assert [parse_plan(word).dtype for word in ("bf16", "fp32", "fp64", "zero1")] == ["bf16", "f32", "f64", None]
 
