@@ -258,7 +258,7 @@ def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:
     """The kinds of ``offload(..)`` in their order, and its folder."""
     assert isinstance(words, tuple)
     disks = [word.partition("=")[2].strip() for word in words if word.partition("=")[0].strip().lower() == "disk"]
-    kinds = [word.lower() for word in words if word.partition("=")[0].strip().lower() != "disk"]
+    kinds = [word.lower() for word in words if word and word.partition("=")[0].strip().lower() != "disk"]
     if odd := [kind for kind in kinds if kind not in OFFLOADS or kinds.count(kind) > 1]:
         why = "is there twice" if odd[0] in OFFLOADS else "has no such kind"
         raise PlanError(f"plan {text!r}: offload({', '.join(words)}): {odd[0]!r} {why}\n  fix: any of {', '.join(OFFLOADS)}, each once")
@@ -314,7 +314,7 @@ def _suggest(word: str) -> str:
         return ": ZeRO has the stages 0, 1, 2 and 3"
     number = "".join(re.findall(r"\d+", word)[:1])
     candidates = [k.replace("N", number or "2") for k in KNOWN]
-    near = get_close_matches(word, candidates, n=1, cutoff=0.5)
+    near = sorted(get_close_matches(word, candidates, n=3, cutoff=0.5), key=lambda k: k[:1] != word[:1])
     return f": did you mean {near[0]}?" if near else ""
 
 

@@ -6,6 +6,13 @@ from deepseed import closed_forms as form
 from deepseed.ir.mesh import Mesh
 from deepseed.plan import Plan, bubble
 
+OFFLOADED = {
+    "optimizer": "parameters and optimizer state lie on the host, which updates them; a parameter goes to the device once a step",
+    "gradients": "gradients, and their sums over microbatches, lie on the host",
+    "params": "parameters lie on the host and go to the device for each use",
+    "activations": "what the backward reads of the forward waits on the host",
+}
+
 
 def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
     """``said``: as the user wrote it; ``plan``: with dp filled in; ``mesh``: of its ranks."""
@@ -31,6 +38,7 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
     if plan.remat:
         lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
+    lines += [f"  {'offload':8} {OFFLOADED[kind]}" for kind in plan.offload]
     lines += [f"  {'':8} {note}" for note in plan.notes]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")

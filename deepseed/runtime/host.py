@@ -121,7 +121,7 @@ class SimulatedHost:
             states[0].bind(module)
             return
         for state in states:
-            state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+            state.tensors = {key: t if state.on_disk(key[0]) else t.clone() for key, t in state.tensors.items()}
         self._remember(module, states)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
