@@ -19,9 +19,9 @@ from deepseed.ir.program import Output, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
-from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of_a_rank
+from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of, rows_of_a_rank
 from deepseed.pipeline import Passed
-from deepseed.plan import Plan
+from deepseed.plan import Plan, bubble
 from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
@@ -112,7 +112,9 @@ def build(
 
 def _say_microbatches(p: Program, plan: Plan, host: Host) -> None:
     mine, m = rows_of_a_rank(p, host.mesh), microbatches(p, plan, host.mesh)
-    print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
+    rows, ranks = rows_of(p), data_ranks(host.mesh)
+    what = f"{m} microbatches of {mine // m} of the {mine} rows that each data-parallel rank has" if rows % ranks == 0 else f"1 microbatch, since {rows} rows do not divide by {ranks} ranks"
+    print(f"deepseed: pp{plan.stages} without mb: {what}; {bubble(plan.stages, m, plan.chunks):.0%} of the ranks' time is idle", file=sys.stderr, flush=True)
 
 
 def _digest(text: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deepseed import cost
-from deepseed.counts import is_collective, local_flops, matmul_flops, sent_bytes
+from deepseed.counts import is_collective, local_flops, matmul_flops, repeated, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
 from deepseed.explain_moves import moved
 from deepseed.explain_text import lines
@@ -138,7 +138,8 @@ def explain(
         each.append(replace(counted[at.get(STAGES, 0)], rank=rank, coordinate=at))
     stage = zero if zero is not None else _stage(p)
     collectives = [count_collectives(step) + _count_sends(p, n) for n, step in enumerate(steps)]
-    flops, whole = [matmul_flops(step) for step in steps], sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
+    flops, again = [matmul_flops(step) for step in steps], repeated(p)
+    whole = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops if op.name not in again)
     sums = _means(p, steps, where, counted, collectives, flops, whole)
     return Explanation(
         dict(where.sizes), stage, None if p.schedule is None else timing(p, machine or Machine()), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),

@@ -211,7 +211,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "order(axes)", *PRECISIONS, "remat", "offload(optimizer)",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "remat", "offload(optimizer)",
 )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:
     if len(disks) > 1 or "" in disks or (disks and not {"optimizer", "params"} & set(kinds)):
         raise PlanError(f"plan {text!r}: disk= takes one folder, for optimizer state or parameters\n  fix: offload(optimizer, params, disk=/a/folder)")
     if not kinds:
-        raise PlanError(f"plan {text!r}: offload(..) says of nothing that it is kept on the host\n  fix: offload(optimizer)")
+        raise PlanError(f"plan {text!r}: offload() says of nothing that it is to lie on the host\n  fix: offload(optimizer)")
     return {"offload": tuple(kind for kind in OFFLOADS if kind in kinds), "disk": disks[0] if disks else ""}
 
 
@@ -314,8 +314,9 @@ def _suggest(word: str) -> str:
         return ": ZeRO has the stages 0, 1, 2 and 3"
     number = "".join(re.findall(r"\d+", word)[:1])
     candidates = [k.replace("N", number or "2") for k in KNOWN]
-    near = sorted(get_close_matches(word, candidates, n=3, cutoff=0.5), key=lambda k: k[:1] != word[:1])
-    return f": did you mean {near[0]}?" if near else ""
+    near = get_close_matches(word, candidates, cutoff=0.5)
+    same = [k for k in near if sorted(k) == sorted(word)]  # letters in another order
+    return f": did you mean {(same or near)[0]}?" if near else ""
 
 
 def with_dtype(plan: Plan, dtype: str) -> Plan:

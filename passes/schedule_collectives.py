@@ -108,18 +108,19 @@ class _Schedule:
         return self.out.program()
 
     def _end(self, ops: Sequence[Op]) -> None:
-        """Nothing that a part started is still under way when the next one begins."""
-        for key in list(self.open):
-            self._flush(key)
-        for key in list(self.adding):
-            self._add_up(key)
-        while self.leaving:
-            self._left()
-        for op in ops:
-            if op.name in self.waits:
-                self._need(op.name)
-        for key in list(self.adding):  # a collective that waited for another one has started since
-            self._add_up(key)
+        """Nothing that a part started is still under way when the next one begins; what arrives may be what another collective sends."""
+        waits = [op.name for op in ops if op.name in self.waits]
+        while True:
+            for key in list(self.open):
+                self._flush(key)
+            for key in list(self.adding):
+                self._add_up(key)
+            while self.leaving:
+                self._left()
+            for wait in waits:
+                self._need(wait)
+            if not self.open and not self.adding and not self.leaving:
+                break
 
     def _add_up(self, key: Key) -> None:
         for op in self.adding.pop(key, ()):

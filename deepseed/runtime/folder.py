@@ -28,9 +28,9 @@ class CheckpointError(ValueError):
 
 
 def aside(target: Path, by: str = "step.save", ours: re.Pattern[str] = _OURS, carry: bool = False) -> Path:
-    """Make the folder beside ``target`` in which the new checkpoint is written. ``ours``: names of files that ``by`` writes and that
-    are replaced in the end; ``carry``:
-    other files beside such ones go into the new folder too. Raises CheckpointError where ``target`` is in use for something else."""
+    """Make the folder beside ``target`` in which the new checkpoint is written. ``ours``: names of files that ``by`` writes,
+    which are replaced in the end; ``carry``: other files beside such ones go into the new folder too. Raises CheckpointError where ``target`` is in
+    use for something else."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file\n  fix: give a folder of its own to each checkpoint")
     names = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
