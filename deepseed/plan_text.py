@@ -7,9 +7,10 @@ from deepseed.ir.mesh import Mesh
 from deepseed.plan import Plan, bubble
 
 OFFLOADED = {
-    "optimizer": "parameters and optimizer state lie on the host, which updates them; a parameter goes to the device once a step",
+    "optimizer": "optimizer state lies on the host with the parameters, which are updated there",
     "gradients": "gradients, and their sums over microbatches, lie on the host",
-    "params": "parameters lie on the host and go to the device for each use",
+    "params": "parameters go to the device for each use",
+    "": "a parameter goes to the device once a step",
     "activations": "what the backward reads of the forward waits on the host",
 }
 
@@ -38,7 +39,9 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
     if plan.remat:
         lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
-    lines += [f"  {'offload':8} {OFFLOADED[kind]}" for kind in plan.offload]
+    kept = "optimizer" in plan.offload and "params" not in plan.offload
+    lines += [f"  {'offload':8} {OFFLOADED[kind]}" for kind in (*plan.offload, *([""] if kept else []))]
+    lines += [f"  {'disk':8} what of that is stored between steps lies in files below {plan.disk}"] if plan.disk else []
     lines += [f"  {'':8} {note}" for note in plan.notes]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")

@@ -268,7 +268,7 @@ class State:
         """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline.
 
         A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
-        placement (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
+        placement or would copy it from the host to the device (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
         for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
@@ -279,7 +279,8 @@ class State:
             if own is None:
                 value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
             else:
-                value = own if whole or not shown(type_, self.mesh) else self.dtensor((role, key), meshes[self.homes[role, key]])
+                plain = whole or not shown(type_, self.mesh) or own.device.type != self.device.type
+                value = own if plain else self.dtensor((role, key), meshes[self.homes[role, key]])
             new: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
