@@ -35,8 +35,9 @@ from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
 from deepseed.runtime.arena import accounts
+from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
-from deepseed.runtime.state import State, shard
+from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
@@ -260,7 +261,7 @@ class _Compiled:
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
-        states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        states = self.states or [State(self.mesh, c, self.host.device, disk=disk_of(self.plan.disk, self.plan.offload, self.mesh.rank(c))) for c in self.host.coordinates]
         stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].types}
         for entry in new:
             value = values.get((entry.role, entry.key))
@@ -322,8 +323,10 @@ class _Compiled:
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
+        check_disks(self.states, self.model)
         results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
         self.host.settle(self.model, self.states)
+        seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
             write.apply()
         return built.returned(self.host, results)
@@ -338,8 +341,7 @@ class _Compiled:
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 part = shard(x, type_, self.mesh, state.coordinate)  # local rows are dp's part already
-                if self.host.arenas and part.nbytes < part.untyped_storage().nbytes():
-                    part = part.clone()  # an account of storages would see the whole batch on every rank
+                part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
                 out.append(part if i.type.host else part.to(self.host.device))
         return out
 
