@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deepseed import checkpoint
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
+from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
@@ -33,6 +34,7 @@ from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.ops import torch_dtype
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
@@ -46,6 +48,7 @@ def compile(
     optimizer: Optimizers = None,
     loss_fn: LossFn | None = None,
     clip_grad_norm: float | None = None,
+    loss_scale: LossScale | float | None = None,
     example_batch: Any = None,
     world_size: int | None = None,
     backend: str | None = None,
@@ -62,7 +65,7 @@ def compile(
 
     model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
     several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
-    clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
+    clip_grad_norm: global 2-norm. loss_scale: a ``deepseed.LossScale``, or a number that stays; ``fp16`` in the plan has the default one. example_batch: compile now instead of at the first batch. world_size, backend: number of
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
@@ -73,7 +76,7 @@ def compile(
     Raises PlanError, CaptureError, CompileError, PassError, CheckError.
     """
     common: dict[str, Any] = {
-        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
+        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
@@ -109,6 +112,7 @@ class _Compiled:
         optimizer: Optimizers = None,
         loss_fn: LossFn | None = None,
         clip_grad_norm: float | None = None,
+        loss_scale: LossScale | float | None = None,
         world_size: int | None = None,
         backend: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -131,6 +135,11 @@ class _Compiled:
             )
         if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
             raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
+        if loss_scale is not None and (optimizer is None or isinstance(loss_scale, bool) or not isinstance(loss_scale, LossScale | int | float)):
+            raise CompileError(
+                f"loss_scale={loss_scale!r}" + (" without an optimizer: gradients are returned as they are" if optimizer is None else "")
+                + "\n  fix: a deepseed.LossScale, or a number that stays, for a step with an optimizer"
+            )
         if batch not in ("global", "local"):
             raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
         if not isinstance(max_programs, int) or max_programs < 1:
@@ -142,16 +151,18 @@ class _Compiled:
             raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
+        scale = loss_scale if isinstance(loss_scale, LossScale) or loss_scale is None else LossScale(float(loss_scale), window=0)
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("loss_scale", scale), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
+        self._scale = LossScale() if scale is None and self.plan.precision == "fp16" and optimizer is not None else scale
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, self._scale, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
@@ -225,6 +236,7 @@ class _Compiled:
         optimizer: False takes parameters and buffers only. cast: allow another float dtype than it was saved in. Every file is checked
         first: raises CheckpointError where one is damaged or does not fit, and nothing is changed then. Every rank must call it.
         """
+        self._shown = {}
         return checkpoint.load(self, dir, optimizer, cast)
 
     @_together
@@ -232,6 +244,10 @@ class _Compiled:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
         dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
         load_whole(self.model, self.host, self.states, state_dict)
+
+    def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        """Of what a run returned the gradients, as wide as their parameters."""
+        return {key: t.to(torch_dtype(self.states[0].types["param", key].dtype)) for (role, key), t in shown.items() if role == "grad"}
 
     def _whole(self, key: tuple[str, str]) -> Tensor:
         return self.host.whole([s.tensors.get(key) for s in self.states], self.states[0].types[key], self.states[0].homes[key])
@@ -360,7 +376,24 @@ class TrainStep(_Compiled):
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
-        return {key: t for (role, key), t in self._shown.items() if role == "grad"}
+        return self._gradients(self._shown)
+
+    @property
+    def loss_scale(self) -> float:
+        """By what the next step multiplies the loss: 1.0 without loss scaling."""
+        return self._scaling(SCALE, 1.0 if self._scale is None else self._scale.initial)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing so far, because a gradient was not finite."""
+        return int(self._scaling(SKIPPED, 0.0))
+
+    def _scaling(self, key: str, start: float) -> float:
+        """What the latest step left; before a first step what is stored, and then every rank must ask."""
+        if ("norm", key) in self._shown:
+            return float(self._shown["norm", key])
+        stored = self.states and ("state", key) in self.states[0].types
+        return float(self._whole(("state", key))) if stored else start
 
 
 class Module(_Compiled):
@@ -377,7 +410,7 @@ class Module(_Compiled):
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The global mean loss and the whole gradient of every trainable parameter."""
         shown = self._run(self._find(batch, "loss_and_grads"))
-        return shown["loss", "loss"], {key: t for (role, key), t in shown.items() if role == "grad"}
+        return shown["loss", "loss"], self._gradients(shown)
 
     @_together
     def compile(self, example_batch: Any) -> Module:

@@ -162,7 +162,7 @@ def _fusable(p: Program, op: Op) -> bool:
 
 
 def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[Op, Sequence[int]]:
-    """The update without its step count: the kernel reads the new count, ops that make it stay on their own.
+    """The update without its step count: the kernel reads the count of this step, ops that make the stored one stay on their own.
 
     before: %w.new, %step.new, %m.new = optim.x(%w, %g, %step, %m, %lr, states=["step", "m"])
     after:  %w.new, %m.new = optim.x(%w, %g, %step.new, %m, %lr, states=["step", "m"])
@@ -179,9 +179,11 @@ def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequenc
         if op is not None and op.origin and at[op.name] in members and at[op.name] not in alone:
             alone.add(at[op.name])
             pending += [ref.name for ref in op.refs]
+    made = p.producers.get(new)
+    counted = made.args[2] if made is not None and made.target == "aten.where.self" and whole.kw("skip") == made.args[0] else Ref(new)
     whole = replace(
         whole,
-        args=(*whole.args[: 2 + i], Ref(new), *whole.args[3 + i :]),
+        args=(*whole.args[: 2 + i], counted, *whole.args[3 + i :]),
         results=(*whole.results[: 1 + i], *whole.results[2 + i :]),
         types=(*whole.types[: 1 + i], *whole.types[2 + i :]),
     )
@@ -221,7 +223,7 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     it is no other parameter's gradient too."""
     g = scaling.refs[0].name
     made = p.producers.get(g)
-    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum"):
+    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum", "cast"):
         return False
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
