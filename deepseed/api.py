@@ -30,11 +30,12 @@ from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
+from deepseed.ops import torch_dtype
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
+from deepseed.precision import precision
 from deepseed.programs import Found, LossFn, Programs, Subject
-from deepseed.ops import torch_dtype
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, shard
 
@@ -151,18 +152,18 @@ class _Compiled:
             raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
-        scale = loss_scale if isinstance(loss_scale, LossScale) or loss_scale is None else LossScale(float(loss_scale), window=0)
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("loss_scale", scale), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
-        self._scale = LossScale() if scale is None and self.plan.precision == "fp16" and optimizer is not None else scale
+        words = precision(self.plan, loss_scale)
+        self._scale = words["loss_scale"]
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, self._scale, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
@@ -300,6 +301,11 @@ class _Compiled:
 
     def _find(self, batch: Any, want: Want) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
+        if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
+            raise CompileError(
+                "called inside of torch.autocast, which a compiled program does not ask for\n"
+                "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
+            )
         found = self.programs.find(batch, want)
         if not found.built.adopted and not any(p.is_meta for p in self.model.parameters()):
             self._adopt(found.built)

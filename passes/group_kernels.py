@@ -19,6 +19,7 @@ from deepseed.rules import is_instance, rule_of
 
 _MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start")
 OPTIMIZER = "optim."
+WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
@@ -238,9 +239,14 @@ def _gather_updates(p: Program) -> Program:
             %b.new = optim.sgd(%b, %b.g, %lr)                  %a.out.start = all_gather.start(%a.new)
     """
     groups: dict[tuple[object, ...], list[Op]] = {}
+    widened: dict[tuple[object, ...], int] = {}  # bytes of the gradients that were cast for it
     for op in p.ops:
         if op.target.startswith(OPTIMIZER):
-            groups.setdefault((op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage), []).append(op)
+            key = (op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage)
+            cast = p.producers.get(op.refs[1].name)
+            if cast is not None and cast.target == "cast" and cast.phase == "update":
+                widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
+            groups.setdefault((*key, widened.get(key, 0) // WIDENED), []).append(op)
     last = {ops[-1].name: ops for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)

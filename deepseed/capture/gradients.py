@@ -79,6 +79,7 @@ class Ready:
         """The gradient to be shown: not clipped; without a loss scale as narrow as it is."""
         if self.inverse is None:
             return self.narrow[name]
+        e.phase, e.base = "update", f"{name}.grad"
         g = e.cast(self.narrow[name], e.type(self.inverse).dtype)
         return e.one("aten.mul.Tensor", (g, self.inverse), e.type(g))
 
@@ -109,7 +110,9 @@ def ready(
     if (clip is None and scale is None) or not gradients:
         return Ready(gradients, None, None, None), []
     total = _sum_of_squares(e, list(gradients.values()))
-    scalar, outputs, overflow, inverse = e.type(total), list[Output](), None, None
+    scalar, outputs = e.type(total), list[Output]()
+    overflow: Ref | None = None
+    inverse: Ref | None = None
     if scale is not None:
         overflow = e.one("aten.logical_not", (e.one("aten.isfinite", (total,), _BOOL),), _BOOL)
         now = given[SCALE] if scale.moves else e.full(scale.initial, _F32)
@@ -120,12 +123,10 @@ def ready(
         norm = norm if inverse is None else e.one("aten.mul.Tensor", (norm, inverse), scalar)
         share = e.one("aten.reciprocal", (e.one("aten.add.Tensor", (norm, 1e-6), scalar),), scalar)
         clipped = e.one("aten.clamp", (e.one("aten.mul.Tensor", (share, clip), scalar), None, 1.0), scalar)
-        factor = clipped if inverse is None else e.one("aten.mul.Tensor", (clipped, inverse), scalar)
         outputs.append(Output(norm, "norm", "grad_norm"))
-    else:
-        factor = inverse
-    e.base = ""
-    return Ready(gradients, factor, inverse, overflow), outputs
+        factor = clipped if inverse is None else e.one("aten.mul.Tensor", (clipped, inverse), scalar)
+        return Ready(gradients, factor, inverse, overflow), outputs
+    return Ready(gradients, inverse, inverse, overflow), outputs
 
 
 def _sum_of_squares(e: Emitter, gradients: Sequence[Ref]) -> Ref:

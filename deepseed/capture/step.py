@@ -31,7 +31,7 @@ from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op, Output, Program, Ref, Type
+from deepseed.ir.program import Op, Output, Program, Ref
 from deepseed.ir.verify import verify
 
 Want = Literal["step", "loss_and_grads", "forward"]
