@@ -36,7 +36,9 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         idle = f"; a rank is idle {bubble(plan.stages, m, plan.chunks):.1%} of the step, where all stages take as long" if plan.stages > 1 and plan.kind != "zb" else ""
         lines.append(f"  mb{m:<6} each rank's rows are cut into {m} microbatches, one after another{idle}")
     if plan.dtype:
-        lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
+        lines.append(f"  {plan.precision:8} computed in {plan.dtype}" + ("; the loss is scaled, and a step whose gradients overflow is skipped" if plan.dtype == "f16" else ""))
+    if plan.grad_dtype:
+        lines.append(f"  {'grads':8} reduced and added up in {plan.grad_dtype}")
     if plan.remat:
         lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
     kept = "optimizer" in plan.offload and "params" not in plan.offload
