@@ -87,7 +87,7 @@ class Search:
         room = budget - int(MARGIN * budget)
         best: Choice | None = None
         for offload in self.sets:
-            free = self.choice(*self.levels[0], offload)
+            free = self._at(0, offload)
             if best is not None and free.seconds >= best.seconds:
                 continue
             first = 0 if free.peak <= room else self._bisect(offload, room)
@@ -101,11 +101,11 @@ class Search:
     def _bisect(self, offload: tuple[str, ...], room: int) -> int | None:
         """The first level that fits, as if peaks fell from level to level; None where the last does not."""
         low, high = 0, len(self.levels) - 1
-        if self.choice(*self.levels[high], offload).peak > room:
+        if self._at(high, offload).peak > room:
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            if self.choice(*self.levels[middle], offload).peak <= room:
+            if self._at(middle, offload).peak <= room:
                 high = middle
             else:
                 low = middle
@@ -115,19 +115,23 @@ class Search:
         """Of the levels from ``first`` on. What is computed again need not be moved: with activations on the host a later level may be
         faster, and a grid that is refined around its best point looks for it."""
         if "activations" not in offload:
-            return self.choice(*self.levels[first], offload)
+            return self._at(first, offload)
         fits: dict[int, Choice] = {}
         low, high = first, len(self.levels) - 1
         while True:
             width = max(1, (high - low) // 4)
             for n in {*range(low, high + 1, width), high}:
-                found = self.choice(*self.levels[n], offload)
+                found = self._at(n, offload)
                 if found.peak <= room:
                     fits[n] = found
             at = min(fits, key=lambda n: fits[n].seconds)
             if width == 1:
                 return fits[at]
             low, high = max(first, at - width), min(len(self.levels) - 1, at + width)
+
+    def _at(self, level: int, offload: tuple[str, ...]) -> Choice:
+        saved, every = self.levels[level]
+        return self.choice(saved, every, offload)
 
     def choice(self, saved: float, every: int, offload: tuple[str, ...]) -> Choice:
         """Run the passes and count."""
