@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from deepseed.target import OptimizerFactory, Target
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
+configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
+app.add_typer(configs, name="config")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]
@@ -267,6 +269,34 @@ def zoo(
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
+
+
+@configs.command("check")
+@_friendly
+def config_check(
+    file: Annotated[str, typer.Argument(metavar="DS_CONFIG.json", help="a file, JSON text or its base64")],
+    world_size: RanksOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what becomes of each key of a DeepSpeed config, and the plan that equals it. Exit code 1 where a key is rejected."""
+    from dataclasses import asdict
+
+    from deepseed.config import ConfigError, read, settings, verdicts
+
+    found = read(file)
+    rows = verdicts(found)
+    plan, error = None, None
+    try:
+        plan = settings(found, world_size).plan
+    except ConfigError as said:
+        error = str(said)
+    if as_json:
+        typer.echo(json.dumps({"keys": [asdict(row) for row in rows], "plan": plan, "error": error}, indent=1))
+    else:
+        wide = max((len(row.key) for row in rows), default=0)
+        typer.echo("\n".join(f"{row.key:{wide}}  {row.verdict:9}  {row.note}".rstrip() for row in rows))
+        typer.echo(f"\nplan: {plan}\nnext: deepseed explain TARGET --plan '{plan}'" if plan is not None else f"\nno plan: {error}")
+    raise typer.Exit(0 if plan is not None else 1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from deepseed.config.fields import SUPPORTED, AUTO, Auto, Count, Flag, Number, Says, Section, Kind, mapped, rejected, unless_off  # noqa: I001
+from deepseed.config.fields import SUPPORTED, Count, Flag, Kind, Number, Says, Section, mapped, rejected, unless_off
 
 ALWAYS = mapped("always so: the passes put collectives into buckets and overlap them")
 NOTHING = mapped("no effect: nothing here needs it")
@@ -209,7 +209,7 @@ class Config(Section):
     gradient_clipping: Annotated[Number, SUPPORTED] = 1.0
     steps_per_print: Annotated[Count | None, SUPPORTED] = None
     wall_clock_breakdown: Annotated[Flag, SUPPORTED] = False
-    zero_optimization: Annotated[Zero, SUPPORTED] = Field(default_factory=Zero)
+    zero_optimization: Annotated[Zero, SUPPORTED] = Field(default_factory=lambda: Zero.model_validate({}))
     fp16: Annotated[Fp16, SUPPORTED] = Field(default_factory=Fp16)
     bf16: Annotated[Bf16, SUPPORTED] = Field(default_factory=Bf16)
     bfloat16: Annotated[Bf16 | None, mapped('the old name of "bf16"')] = None
@@ -262,5 +262,9 @@ class Config(Section):
     comms_config: Annotated[Switch | None, REPORT] = None
     mpu: Annotated[Any, rejected("groups of ranks are the plan's: tpN, ppN, spN")] = None
 
+    @field_validator("zero_optimization", mode="before")
+    @classmethod
+    def _old_form(cls, value: Any) -> Any:
+        """``true`` was once stage 1."""
+        return {"stage": int(value)} if isinstance(value, bool) else value
 
-__all__ = ["AUTO", "Auto", "Config"]
