@@ -246,7 +246,7 @@ def verify(
 def zoo(
     targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET]...", help="left out, the thirty of docs/models.md")] = None,
     plans: Annotated[str, typer.Option(help="joined by commas, xN for N ranks  [default: zero1x2,zero2x3,zero3x4,tp2,sp2,zero3+tp2x4]")] = "",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md, anew after each target")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
@@ -263,9 +263,13 @@ def zoo(
     if targets and listed is not None:
         raise UsageError("TARGETs and --list\n  fix: give one of the two")
     these, head = all_of.read_list(listed) if listed is not None else (targets or all_of.TARGETS, [])
-    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json))
+
+    def write(results: Sequence[all_of.Result]) -> None:
+        if out is not None:
+            out.write_text(all_of.table(results, words, head or all_of.HEAD, len(these)))
+
+    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json), so_far=write)
     if out is not None:
-        out.write_text(all_of.table(results, words, head) if head else all_of.table(results, words))
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)

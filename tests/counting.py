@@ -1,4 +1,4 @@
-"""What real ranks counted of a looped step: runs of loop_worker.py on gloo, each once a session."""
+"""What real ranks counted: runs of cost_worker.py, or of loop_worker.py for a step of several instructions, on gloo; each once a session."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SCALARS = 1024  # bytes: norms, losses, label counts, and the small collectives 
 
 
 @cache
-def counted(target: str, plan: str, ranks: int) -> list[dict[str, Any]]:
+def counted(target: str, plan: str, ranks: int, by: str = "loop_worker") -> list[dict[str, Any]]:
     """What each rank counted, with rank 0's ``explain`` in all."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with tempfile.TemporaryDirectory() as folder:
-        worker = [str(Path(__file__).with_name("loop_worker.py")), target, plan, folder]
+        worker = [str(Path(__file__).with_name(f"{by}.py")), target, plan, folder]
         done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         found: list[dict[str, Any]] = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -36,6 +36,19 @@ def alive_before(rank: dict[str, Any], part: str) -> list[int]:
 def main_loop(rank: dict[str, Any], kind: str) -> str:
     """The function of the last loop's ``kind``: ``forward_2`` where there are two."""
     return max(name for name, _, _ in rank["between"] if name.startswith(kind))
+
+
+def axes_agree(found: list[dict[str, Any]], axes: set[str]) -> None:
+    """What ranks sent over each axis: in the mean what explain's table says, and one rank the most that it says of a rank."""
+    e = found[0]["explain"]
+    for rank in found:
+        assert set(rank["sent"]) == axes
+    for axis in axes:
+        mean = sum(rank["sent"][axis] for rank in found) / len(found)
+        (row,) = (c for c in e["closed_forms"] if c["what"] == f"sent over {axis}")
+        assert abs(mean - row["counted"]) <= 0.01 * row["counted"] + SCALARS
+        said = sum(c["bytes"] for c in e["collectives"] if c["axis"] == axis)
+        assert min(abs(rank["sent"][axis] - said) for rank in found) <= 0.01 * said + SCALARS
 
 
 def agrees(rank: dict[str, Any], number: int) -> None:
