@@ -411,5 +411,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """The ``deepseed`` command."""
+    """The ``deepseed`` command: a first word that is an option or a script starts the launcher, any other is a subcommand."""
+    words = sys.argv[1:]
+    if words and words[0] != "--help" and (words[0].startswith("-") or Path(words[0]).suffix == ".py"):
+        from deepseed.launcher import main as launch
+
+        sys.exit(launch(words))
     app()
+
