@@ -54,8 +54,10 @@ class _Parts:
         self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
         self.readers: dict[str, list[Place]] = {}
         self._find_reads()
-        returned = {o.ref.name for o in self.donation.returned}
-        self.steplong = {v for v in (*self.made, *self.readers) if v in returned or self._steplong(v)}
+        late = [stored for stored, n in self.donation.written.items() if n in self.late]
+        new = {self.donation.stored[stored].ref.name for stored in late}
+        self.to_the_end = {o.ref.name for o in self.donation.returned} | {*late, *new}  # read by ``step`` itself
+        self.steplong = {v for v in (*self.made, *self.readers) if v in self.to_the_end or self._steplong(v)}
 
     def _find_reads(self) -> None:
         def read(value: str, where: Place) -> None:
@@ -82,8 +84,7 @@ class _Parts:
         made = self.made.get(value)
         if made is None or kind_of(made[0]) == "once" or self.p.producers[value].target in ("accumulate", "collect"):
             return True
-        new = {self.donation.stored[s].ref.name for s, n in self.donation.written.items() if n in self.late}
-        return value in new or any(kind_of(reader[0]) == "once" for reader in self.readers.get(value, ()))
+        return any(kind_of(reader[0]) == "once" for reader in self.readers.get(value, ()))
 
     # source -----------------------------------------------------------------------------------------------------------
 
@@ -165,15 +166,14 @@ class _Parts:
     def _kept(self, value: str) -> bool:
         """Whether a value is read outside of the function that makes it."""
         late = value in self.steplong and kind_of(self.made[value][0]) != "once"
-        return late or value in {o.ref.name for o in self.donation.returned} or any(r != self.made[value] for r in self.readers.get(value, ()))
+        return late or value in self.to_the_end or any(r != self.made[value] for r in self.readers.get(value, ()))
 
     def _load(self, value: str, where: Place) -> str:
         key = repr(self.out.name(value))
         last = self.readers[value][-1] == where
         if value not in self.steplong:
             return f"m.pop({key})" if last else f"m[{key}]"
-        returned = value in {o.ref.name for o in self.donation.returned}
-        found = f"v.pop({key})" if last and kind_of(where[0]) == "once" and not returned else f"v[{key}]"
+        found = f"v.pop({key})" if last and kind_of(where[0]) == "once" and value not in self.to_the_end else f"v[{key}]"
         if value not in self.made and kind_of(where[0]) != "once" and (part := self._microbatch(self.p.types[value])):
             return f"rt.microbatch({found}, mb, {self.schedule.microbatches}, {part})"
         return self._joined(value, found)
@@ -200,7 +200,7 @@ class _Parts:
         """What ran once, was read last in loops, and is still held when the last part begins."""
         if where[0] != f"once.{self.schedule.loops}":
             return []
-        return [v for v, readers in self.readers.items() if v in self.steplong and v in self.made and kind_of(readers[-1][0]) != "once"]
+        return [v for v, readers in self.readers.items() if v in self.steplong and v in self.made and v not in self.to_the_end and kind_of(readers[-1][0]) != "once"]
 
     def _step(self) -> None:
         out = self.out

@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,6 +31,7 @@ from torch.distributed.run import main as torchrun
 from train_text import CLIP, Batch, make_tokenizer, text, warmup_then_cosine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import deepseed
 from deepseed.api import TrainStep
 from deepseed.capture.eager import eager_reference
 from deepseed.runtime.distributed import stop
@@ -49,10 +51,9 @@ def main(arguments: Sequence[str]) -> None:
 
     started = perf_counter()
     optimizer, schedule = make_optimizer(model, args)
-    step = TrainStep(
-        model, args.plan, optimizer=optimizer, clip_grad_norm=CLIP, world_size=args.ranks, backend="simulate" if args.simulate else None,
-        widen=args.dtype == "float64", quiet=not first,
-    ).compile(batches[0])  # fmt: skip
+    compiler = deepseed.compile if args.dtype == "float32" else partial(TrainStep, widen=True)
+    step = compiler(model, args.plan, optimizer=optimizer, clip_grad_norm=CLIP, world_size=args.ranks, backend="simulate" if args.simulate else None)
+    step.compile(batches[0])
     log = Log(args, step, perf_counter() - started) if first else None
     for batch in batches:
         started = perf_counter()
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Random weights, the same on every rank; 1.1 million of them with the default sizes."""
+    """Random weights, the same on every rank; 1.0 million of them with the default sizes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
@@ -127,7 +128,7 @@ class OneDevice:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.schedule.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 class Log:

@@ -112,6 +112,8 @@ class _Schedule:
         for op in ops:
             if op.name in self.waits:
                 self._need(op.name)
+        for key in list(self.adding):  # a collective that waited for another one has started since
+            self._add_up(key)
 
     def _add_up(self, key: Key) -> None:
         for op in self.adding.pop(key, ()):

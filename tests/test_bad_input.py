@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from gloo import mistakes
-from gloo.launch import ranks
+from gloo.launch import PRELOAD, ranks
 from gloo.mistakes import Branching, Mlp, batch, made
 from torch import Tensor, nn
 
@@ -230,6 +230,7 @@ def end(folder: Path, kind: str, number: int = 3) -> tuple[list[tuple[int | None
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
         context = multiprocessing.get_context("forkserver")
