@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -303,23 +302,12 @@ def config_check(
     raise typer.Exit(0 if plan is not None else 1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
-@_friendly
-def run(
-    context: typer.Context,
-    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="its own arguments follow it")],
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
-    nnodes: Annotated[int, typer.Option(min=1)] = 1,
-    node_rank: Annotated[int, typer.Option(min=0)] = 0,
-    rdzv_endpoint: Annotated[str, typer.Option(help="host:port of the first node; needed with --nnodes")] = "",
-) -> None:
-    """Start a script on several ranks, by torchrun's own machinery."""
-    if not script.is_file():
-        raise UsageError(f"no file {script}")
-    if nnodes > 1 and not rdzv_endpoint:
-        raise UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every node")
-    nodes = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}"] if nnodes > 1 else None
-    raise typer.Exit(_launch(nproc_per_node, [str(script), *context.args], nodes))
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed [flags] SCRIPT.py, without --local_rank among its arguments."""
+    from deepseed.launcher import main as launch
+
+    raise typer.Exit(launch(["--no_local_rank", *context.args]))
 
 
 # helpers -------------------------------------------------------------------------------------------------------------
@@ -388,13 +376,6 @@ def _passes_table(done: Sequence[Passed]) -> list[str]:
     if left:
         lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands, such as %{left[0]}")
     return lines
-
-
-def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = None) -> int:
-    """``torch.distributed.run`` with this Python; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}", "--"]
-    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([*launcher, *command], env=environment, check=False).returncode
 
 
 def _read(file: Path) -> Program:
