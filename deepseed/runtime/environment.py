@@ -33,12 +33,12 @@ def adopt(environment: MutableMapping[str, str] | None = None) -> bool:
     for rank, size, local, local_size in NAMES:
         if rank not in env or int(env.get(size, "1")) < 2 or ("SLURM" in rank and "SLURM_STEP_ID" not in env):
             continue
+        if "SLURM" not in rank and "MASTER_ADDR" not in env and env[size] != env.get(local_size, env[size]):
+            raise AgreementError(f"{env[size]} ranks on several nodes, and none says where rank 0 is\n  fix: mpirun -x MASTER_ADDR=HOST, the host of rank 0")
         env["RANK"], env["WORLD_SIZE"] = env[rank], env[size]
         env.setdefault("LOCAL_RANK", env.get(local, "0"))
         if env.get(local_size, "").isdigit():
             env.setdefault("LOCAL_WORLD_SIZE", env[local_size])
-        if "SLURM" not in rank and "MASTER_ADDR" not in env and env[size] != env.get(local_size, env[size]):
-            raise AgreementError(f"{env[size]} ranks on several nodes, and none says where rank 0 is\n  fix: mpirun -x MASTER_ADDR=HOST, the host of rank 0")
         job = int(re.sub(r"\D", "", env.get("SLURM_JOB_ID", "") or "0") or 0)
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "127.0.0.1"))
         env.setdefault("MASTER_PORT", str(PORT + job % 10000 if job else PORT))  # two jobs on one node do not meet
