@@ -27,6 +27,7 @@ from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
 from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
+from deepseed.passes.plan_memory import plan_memory
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
 from deepseed.plan import Plan
@@ -36,6 +37,7 @@ PIPELINE: tuple[Pass, ...] = (
     solve_placements,
     insert_reshards,
     lower_reshards,
+    plan_memory,
     loop_microbatches,
     cut_stages,
     schedule_collectives,
@@ -74,6 +76,7 @@ def arguments(
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
+        "plan_memory": {"saved": 0.0, "every": 1} if plan.remat else {},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
         "localize": {"coordinate": coordinate},

@@ -2,7 +2,7 @@
 
     plan  ::= word ("+" word)*
     word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp32" | "fp64"
-            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
+            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
 modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
@@ -44,7 +44,6 @@ SPELLINGS = {  # what people write -> the word
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
     (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
-    (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
     (r"offload(\(.*\))?", "state kept on the host", "zero3 to divide the state by the ranks"),
     (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
     (r"auto", "a plan chosen by the compiler", "zero1 to begin with, zero3 when memory is short"),
@@ -66,16 +65,18 @@ class Plan:
     schedule: str | None = None  # of the stages: gpipe, 1f1b, interleavedV, zb
     bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch; "exact": of all, at any price
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
+    remat: str | None = None  # "remat": the backward computes again what it reads of the forward, from the layers' inputs
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16"``."""
+        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, remat: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16"``."""
         sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp), ("pp", self.pp), ("mb", self.mb))
         words = [f"{word}{n}" + (f"(cut=[{', '.join(self.cut)}])" if word == "pp" and self.cut else "") for word, n in sized if n is not None]
         words += [self.schedule] if self.schedule else []
         words += [f"bn({self.bn})"] if self.bn else []
         words += [f"order({', '.join(self.order)})"] if self.order else []
-        return "+".join(words + ([self.precision] if self.precision else []))
+        words += [self.precision] if self.precision else []
+        return "+".join(words + ([self.remat] if self.remat else []))
 
     @property
     def stages(self) -> int:
@@ -195,6 +196,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     *((rf"{axis}(\d+)", axis, int) for axis in (*AXES, "mb")),
     (r"zero([0-3])", "zero", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
+    (r"(remat)", "remat", str),
     (rf"({SCHEDULES})", "schedule", str),
     (r"bn\((local|exact)\)", "bn", str),
     (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
@@ -202,7 +204,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "order(axes)", *PRECISIONS,
+    "bn(local)", "order(axes)", *PRECISIONS, "remat",
 )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  mb{m:<6} each rank's rows are cut into {m} microbatches, one after another{idle}")
     if plan.dtype:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}")
+    if plan.remat:
+        lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
     lines += [f"  {'':8} {note}" for note in plan.notes]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")

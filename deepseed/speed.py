@@ -8,7 +8,7 @@ numbers compare plans and show what overlaps; a ``Machine`` says what they assum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from deepseed.counts import local_flops, sent_bytes
@@ -35,11 +35,23 @@ class Machine:
 
     def seconds(self, p: Program, op: Op) -> float:
         """Of one op on one rank, collectives aside."""
-        if op.target in VIEWS or op.target.endswith(".start"):
+        return self.together(p, (op,))
+
+    def together(self, p: Program, ops: Sequence[Op]) -> float:
+        """Of ops that one kernel does: it reads what they take from outside, and writes what is read outside. Collectives aside."""
+        work = [op for op in ops if op.target not in VIEWS and not op.target.endswith(".start")]
+        if not work:
             return 0.0
-        names = {} if op.target in ROWS else dict.fromkeys(r.name for r in op.refs)
-        moved = sum(p.types[name].local_bytes(p.mesh) for name in (*names, *op.results))
-        return max(local_flops(p, op) / self.flops, moved / self.memory) + self.launch
+        made = {r for op in ops for r in op.results}
+        members = {op.name for op in ops}
+        read = {r.name for op in work if op.target not in ROWS for r in op.refs} - made
+        inner = {r for op in work[:-1] for r in op.results if all(isinstance(u, Op) and u.name in members for u in p.uses[r])}
+        moved = sum(p.types[name].local_bytes(p.mesh) for name in (*read, *(r for op in work for r in op.results if r not in inner)))
+        return max(sum(local_flops(p, op) for op in work) / self.flops, moved / self.memory) + self.launch
+
+    def sending(self, p: Program, op: Op) -> float:
+        """Of one collective, from its start to its end."""
+        return self.latency + sent_bytes(p, op) / self.link
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
         if op.target.endswith(".start"):
             axis, nbytes = str(op.kw("axis")), sent_bytes(p, op)
             start = max(now, free.get(axis, 0.0))
-            free[axis] = start + machine.latency + nbytes / machine.link
+            free[axis] = start + machine.sending(p, op)
             under_way.update(dict.fromkeys(op.results, len(sent)))
             sent.append(Sent(axis, op.target.removesuffix(".start"), start, free[axis], nbytes))
             by.append(len(spans))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,15 +20,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree, environment
+from deepseed.runtime import agree, channels, environment
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
+from deepseed.runtime.folder import CheckpointError, faults
 from deepseed.runtime.simulate import simulate
 from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
+R = TypeVar("R")
 
 
 class Host(Protocol):
@@ -53,6 +56,7 @@ class Host(Protocol):
     def same(self, text: str) -> bool: ...
     def together(self) -> AbstractContextManager[None]: ...
     def everyone(self, value: Any) -> list[Any]: ...
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None: ...
 
 
 class _Alone(Runtime):
@@ -154,6 +158,9 @@ class SimulatedHost:
 
     def everyone(self, value: Any) -> list[Any]:
         return [value]
+
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        return x
 
 
 def _mark(t: Tensor) -> tuple[int, int]:
@@ -258,6 +265,11 @@ class DistributedHost:
         with self.together():
             return agree.everyone(value, self.device, self.rt.world.run)
 
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        """``x`` of rank ``source`` (elsewhere None) on rank ``target`` (elsewhere None)."""
+        with self.together():
+            return channels.hand(self.rt.world, x, shape, dtype, source, target)
+
 
 def refined(ranks: Mesh, program: Mesh) -> Mesh:
     """The mesh of the ranks with the sub-axes that a program's mesh has of its axes. Raises MeshError where these have another size."""
@@ -293,6 +305,30 @@ def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:
     with here.guarded():
         agree.agree_on_values(said, device, here.run)
     return here.size
+
+
+def everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
+    """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
+    mine: tuple[Any, str]
+    try:
+        mine = (do(), "")
+    except CheckpointError as error:
+        mine = (None, str(error))
+    except Exception as error:
+        mine = (None, f"{what}: {type(error).__name__}: {error}")
+    said = host.everyone(mine)
+    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
+    if wrong:
+        rank, text = wrong[0]
+        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
+    return [value for value, _ in said]
+
+
+def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checksums of this process's share of a folder's files: together the ranks read each file once. Raises CheckpointError."""
+    hosted = {host.mesh.rank(c) for c in host.coordinates}
+    if wrong := faults(folder, files, [name for n, name in enumerate(sorted(files)) if n % host.mesh.ranks in hosted]):
+        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
 
 
 def launched() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,10 +192,14 @@ class State:
 
     def fill(self, entry: Input, value: float = 0) -> Tensor:
         """Store a part filled with one value, without ever making the whole tensor. Returns as ``put``."""
+        return self.reserve(entry).fill_(value)
+
+    def reserve(self, entry: Input) -> Tensor:
+        """Store a part whose values are to be written yet. Returns as ``put``."""
         dtype = _torch_dtype(entry.type.dtype)
         if not self._enter(entry):
             return torch.empty(0, dtype=dtype, device=self.device)
-        local = torch.full(entry.type.local(self.mesh.seen_from(self.coordinate)), value, dtype=dtype, device=self.device)
+        local = torch.empty(entry.type.local(self.mesh.seen_from(self.coordinate)), dtype=dtype, device=self.device)
         self.tensors[entry.role, entry.key] = local
         return local
 
@@ -262,18 +267,18 @@ class State:
                 value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
             else:
                 value = own if whole or not shown(type_, self.mesh) else self.dtensor((role, key), meshes[self.homes[role, key]])
-            split: nn.Parameter | None = None  # one for all names of a tied weight
+            new: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
                     owner._buffers[name] = value
                     continue
                 old = owner._parameters[name]
                 assert old is not None
-                if whole:
+                if whole and not old.is_meta:
                     old.data = value
                 else:
-                    split = nn.Parameter(value, requires_grad=old.requires_grad) if split is None else split
-                    owner._parameters[name] = split
+                    new = nn.Parameter(value, requires_grad=old.requires_grad) if new is None else new
+                    owner._parameters[name] = new
 
     def _shown_elsewhere(self, type_: Type, mesh: DeviceMesh) -> Tensor:
         """Its placements where DTensor has them; else whole, as these tell of other ranks only."""
@@ -290,13 +295,18 @@ def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) ->
 
 
 def write_back(module: nn.Module, states: Sequence[State]) -> None:
-    """Copy a simulation's parameters and buffers into the module, whole."""
+    """Copy a simulation's parameters and buffers into the module, whole; what is on the meta device there is replaced by values."""
     with torch.no_grad():
         for (role, key), full in gather_states(states, [k for k in states[0].types if k[0] in ("param", "buffer")]).items():
+            old = held(module, role, key)
+            if not old.is_meta:
+                old.copy_(full)
+                continue
+            new: Any = torch.empty_like(old, device=full.device).copy_(full)
+            if role == "param":
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
             for owner, name in _owners(module, role, key):
-                target = owner._buffers[name] if role == "buffer" else owner._parameters[name]
-                assert target is not None
-                target.copy_(full)
+                (owner._buffers if role == "buffer" else owner._parameters)[name] = new
 
 
 def held(module: nn.Module, role: str, key: str) -> Tensor:
