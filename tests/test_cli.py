@@ -196,7 +196,7 @@ def test_verify_on_gloo_runs_the_program_that_simulate_ran(mlp: str) -> None:
 def test_run_starts_ranks_and_gives_the_script_its_arguments(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, sys\nopen(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(' '.join(sys.argv[2:]))\nsys.exit(3 if sys.argv[-1] == 'fail' else 0)\n")
-    done = shell("run", "--nproc-per-node", "2", str(script), str(tmp_path), "--lr", "0.1")
+    done = shell("run", "--num_gpus", "2", str(script), str(tmp_path), "--lr", "0.1")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--lr 0.1"] * 2
-    assert shell("run", str(script), str(tmp_path), "fail").returncode != 0
+    assert shell("run", str(script), str(tmp_path), "fail").returncode == 3
