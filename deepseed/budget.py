@@ -99,8 +99,8 @@ class Search:
         return best
 
     def _bisect(self, offload: tuple[str, ...], room: int) -> int | None:
-        """The first level that fits, as if peaks fell from level to level; None where the last does not."""
-        low, high = 0, len(self.levels) - 1
+        """The first level that fits, as if peaks fell up to the level with the least; None where that does not fit."""
+        low, high = 0, self._refined(0, lambda n: self._at(n, offload).peak)
         if self._at(high, offload).peak > room:
             return None
         while high - low > 1:
@@ -111,23 +111,28 @@ class Search:
                 low = middle
         return high
 
+    def _refined(self, first: int, price: Callable[[int], float]) -> int:
+        """The level from ``first`` on with the least price: the best of a grid, which is made finer around it."""
+        low, high = first, len(self.levels) - 1
+        while True:
+            width = max(1, (high - low) // 4)
+            grid: list[int] = sorted({*range(low, high + 1, width), high})
+            best = min(grid, key=price)
+            if width == 1:
+                return best
+            low, high = max(first, best - width), min(len(self.levels) - 1, best + width)
+
     def _fastest(self, offload: tuple[str, ...], room: int, first: int) -> Choice:
         """Of the levels from ``first`` on. What is computed again need not be moved: with activations on the host a later level may be
         faster, and a grid that is refined around its best point looks for it."""
         if "activations" not in offload:
             return self._at(first, offload)
-        fits: dict[int, Choice] = {}
-        low, high = first, len(self.levels) - 1
-        while True:
-            width = max(1, (high - low) // 4)
-            for n in {*range(low, high + 1, width), high}:
-                found = self._at(n, offload)
-                if found.peak <= room:
-                    fits[n] = found
-            at = min(fits, key=lambda n: fits[n].seconds)
-            if width == 1:
-                return fits[at]
-            low, high = max(first, at - width), min(len(self.levels) - 1, at + width)
+
+        def price(level: int) -> float:
+            found = self._at(level, offload)
+            return found.seconds if found.peak <= room else float("inf")
+
+        return self._at(self._refined(first, price), offload)
 
     def _at(self, level: int, offload: tuple[str, ...]) -> Choice:
         saved, every = self.levels[level]

@@ -50,7 +50,7 @@ def test_of_all_choices_the_cheapest_that_fits() -> None:
     s = search("zero1+dp2")
     all_of = [s.choice(saved, every, offload) for (saved, every), offload in itertools.product(s.levels, s.sets)]
     peaks = sorted({c.peak for c in all_of})
-    assert len(peaks) > 10 and peaks[0] < peaks[-1] / 4
+    assert len(peaks) > 10 and peaks[0] < peaks[-1] / 3
     exact = 0
     for room in peaks[:: max(1, len(peaks) // 8)]:
         budget = next(b for b in range(room, 2 * room) if b - int(MARGIN * b) >= room)
@@ -89,7 +89,7 @@ def test_too_small_a_budget_says_what_would_do_and_what_fills_it() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "part"),
-    [("zero1+dp2", 0.5), pytest.param("zero3+dp2", 0.3, marks=wide), pytest.param("zero2+dp2+pp2+mb2", 0.6, marks=wide), pytest.param("tp2", 0.4, marks=wide), pytest.param("zero3+dp2", 0.6, marks=wide)],
+    [("zero1+dp2", 0.5), pytest.param("zero3+dp2", 0.5, marks=wide), pytest.param("zero2+dp2+pp2+mb2", 0.6, marks=wide), pytest.param("tp2", 0.4, marks=wide), pytest.param("zero3+dp2", 0.6, marks=wide)],
 )
 def test_a_step_runs_within_its_budget_and_is_equal(plan: str, part: float) -> None:
     """The arena enforces the budget: an op that asked for more would fail."""
