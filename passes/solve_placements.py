@@ -24,7 +24,7 @@ from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
 from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
 from deepseed.passes.placement_subaxes import with_sub_axes
-from deepseed.rules import Strategy
+from deepseed.rules import Strategy, candidates
 from deepseed.solver.assignment import Infeasible
 
 __all__ = ["AxisReport", "Placement", "solve_placements"]
@@ -117,9 +117,11 @@ class Placement(Assignment):
 
             return move
 
-        for i in self.p.by_role("batch"):
-            if i.type.shape[:1] == (rows,):
-                self._check_rows(i, axis)
+        batch = [i for i in self.p.by_role("batch") if i.type.shape[:1] == (rows,)]
+        for i in batch:
+            self._check_rows(i, axis)
+        if EXPERT_AXIS in self.p.mesh.sizes:  # rows that come to their experts are whole there, and still cut behind the ranks' parts
+            self.outers = candidates(self.p, given={i.name: self._behind(self.where[i.name][0], 0) for i in batch})
 
         def once(i: int, s: Strategy) -> float:
             """``work``; of equal ways the one that adds up latest, so that a chain of views stays in one part."""

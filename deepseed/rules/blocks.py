@@ -20,9 +20,11 @@ Link = tuple[int, list[tuple[set[int], int]]]  # a factor of an op: its size; th
 Candidates = Mapping[str, tuple[frozenset[int], ...]]  # value -> per dimension its outers
 
 
-def candidates(p: Program, cap: int = CAP) -> Candidates:
-    """The candidate outers of every dimension of every value; 1 is always one."""
+def candidates(p: Program, cap: int = CAP, given: Mapping[str, int] | None = None) -> Candidates:
+    """The candidate outers of every dimension of every value; 1 is always one. ``given``: one of the first dimension of some values."""
     found: dict[str, list[set[int]]] = {name: [{1} for _ in t.shape] for name, t in p.types.items()}
+    for name, outer in (given or {}).items():
+        found[name][0].add(outer)
     links: list[Link] = []
     of: dict[int, list[int]] = {}  # id of a dimension's outers -> the links that read it
     for op in p.ops:
