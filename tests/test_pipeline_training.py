@@ -66,6 +66,7 @@ SIZED = [
     ("MixtralForCausalLM", "", "ep2+pp2"),
     ("MixtralForCausalLM", "", "zero3+ep2+pp2+gpipe"),
     ("Qwen3MoeForCausalLM", "", "ep2+tp2+pp2"),
+    ("MixtralForCausalLM", "", "dp2+ep2+mb2"),
     ("GPT2LMHeadModel", ",vocab_size=50257", "tp2+pp2"),
     ("LlamaForCausalLM", ",num_attention_heads=5,num_key_value_heads=5,hidden_size=40", "zero1+dp2+tp2+pp2+zb"),
     ("LlamaForCausalLM", ",batch_size=7", "dp3+pp2"),
@@ -79,9 +80,19 @@ SIZED = [
 def test_axes_and_sizes(model: str, more: str, plan: str) -> None:
     """Sequences and experts beside stages; vocabularies, heads and rows that the ranks do not divide; any order of the axes."""
     pytest.importorskip("transformers")
-    found = load(f"hf:{model}{LARGE.format(more=more)}")
+    equal(f"hf:{model}{LARGE.format(more=more)}", plan)
+
+
+def equal(target: str, plan: str) -> None:
+    found = load(target)
     report = verify(found.model, found.batch, plan, clip_grad_norm=0.1, backend="simulate")
     assert report.ok, str(report)
+
+
+def test_rows_come_to_their_experts_in_each_microbatch() -> None:
+    """There they are whole over ep, and still cut in time behind the parts of the ranks."""
+    pytest.importorskip("transformers")
+    equal("hf:MixtralForCausalLM(num_hidden_layers=1,hidden_size=32,vocab_size=64,sequence_length=8)", "ep2+mb2")
 
 
 @pytest.mark.parametrize("plan", ["bf16+pp2+mb2", pytest.param("bf16+zero3+dp2+pp2+mb2+zb", marks=wide)])
