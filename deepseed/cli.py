@@ -301,6 +301,7 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
 
     from deepseed.capture import capture
     from deepseed.plan import parse_plan
+    from deepseed.precision import precision
     from deepseed.target import load
 
     parsed = parse_plan(plan)
@@ -310,7 +311,7 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
     started = perf_counter()
     captured = capture(
         found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
-        clip_grad_norm=_clip(found, clip) if factory else None,
+        clip_grad_norm=_clip(found, clip) if factory else None, **precision(parsed),
     )  # fmt: skip
     return captured.program, parsed, mesh, perf_counter() - started
 

@@ -80,7 +80,7 @@ def test_plan_says_stages_and_microbatches() -> None:
     [
         (["plan", "zer3"], "did you mean zero3"),
         (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
-        (["plan", "remat"], "not yet supported"),
+        (["plan", "auto"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
         (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),

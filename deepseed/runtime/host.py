@@ -121,7 +121,7 @@ class SimulatedHost:
             states[0].bind(module)
             return
         for state in states:
-            state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+            state.tensors = {key: t if state.on_disk(key[0]) else _own(t) for key, t in state.tensors.items()}
         self._remember(module, states)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
@@ -167,6 +167,10 @@ class SimulatedHost:
 
     def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
         return x
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.clone().pin_memory() if t.is_pinned() else t.clone()
 
 
 def _mark(t: Tensor) -> tuple[int, int]:
