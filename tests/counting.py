@@ -54,9 +54,10 @@ def axes_agree(found: list[dict[str, Any]], axes: set[str]) -> None:
 
 
 def agrees(rank: dict[str, Any], number: int) -> None:
-    """What a rank holds at most during each instruction is what is predicted, within 1 % (and the rows of a batch); explain says the peak."""
+    """A rank's peak is the predicted one within 1 %, and explain says it. So is what it holds at most during each instruction, but for the rows
+    of a batch; where it sends messages, these stay until the receiver takes them, which only the clock knows."""
     for (name, mb, _), peak, said in zip(rank["between"], rank["peaks"], rank["said"], strict=True):
-        assert abs(peak - said) <= 0.01 * said + BATCH, f"rank {number} held {peak:,} bytes at once in {name} of microbatch {mb}, {said:,} are predicted"
+        assert rank["messages"] or abs(peak - said) <= 0.01 * said + BATCH, f"rank {number} held {peak:,} bytes at once in {name} of microbatch {mb}, {said:,} are predicted"
     peak, said = max(rank["peaks"]), max(rank["said"])
     assert abs(peak - said) <= 0.01 * said, f"rank {number} held {peak:,} bytes at once, {said:,} are predicted"
     e = rank["explain"]["ranks"][number]
