@@ -108,6 +108,20 @@ def test_arguments_that_mean_nothing_are_refused() -> None:
             plan_memory(parse(LAYERS), **wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [('%m.again = bernoulli(%seed, p=0.5, site="two.drop")', '%m.again = bernoulli(%seed, p=0.5, site="two.drop.again")'),
+     ("aten.mm(%b.again, %v.whole.1)", "aten.mm(%a.again, %v.whole.1)"), ("all_gather.start(%w, axis=\"dp\") : f32[64, 64] {at=\"one\", phase=\"backward\"}",
+      "all_gather.start(%v, axis=\"dp\") : f32[64, 64] {at=\"one\", phase=\"backward\"}")],
+)  # fmt: skip
+def test_an_error_in_what_runs_again_is_found(right: str, wrong: str) -> None:
+    before = parse(LAYERS)
+    text = str(plan_memory(before, saved=0.0))
+    assert right in text
+    with pytest.raises(pipeline.CheckError, match="after pass plan_memory"):
+        pipeline.check_translation(before, parse(text.replace(right, wrong)), "plan_memory")
+
+
 # the optimum --------------------------------------------------------------------------------------------------------
 
 
@@ -215,11 +229,13 @@ def test_steps_of_models_are_eagers(name: str, plan: str) -> None:
 
 
 def test_a_models_own_checkpoints_stay_and_their_inputs_are_kept() -> None:
-    """Under gradient checkpointing the captured backward computes layers again itself: it reads their inputs alone, and so there is
-    little left that ``remat`` could add. Both are equal to eager."""
+    """Under gradient checkpointing the captured backward computes layers again itself: it reads less than half of the bytes, and ``remat``
+    chooses among these."""
     pytest.importorskip("transformers")
     from deepseed.target import load
 
+    plain, checkpointed = Between(deep(4)), Between(deep(4, True))
+    assert checkpointed.nbytes(checkpointed.needed) < 0.5 * plain.nbytes(plain.needed)
     found = load("hf:LlamaForCausalLM(num_hidden_layers=2)")
     found.model.gradient_checkpointing_enable()  # type: ignore[operator]
     report = verify(found.model, found.batch, "zero3+dp2+remat", steps=2)
@@ -250,13 +266,15 @@ def level(monkeypatch: pytest.MonkeyPatch, arguments: Mapping[str, Any]) -> None
 
 
 @cache
-def deep(layers: int = 8) -> Program:
-    """The lowered step of a Llama on one rank."""
+def deep(layers: int = 8, checkpoints: bool = False) -> Program:
+    """The lowered step of a Llama on one rank, without an optimizer."""
     pytest.importorskip("transformers")
     from deepseed.capture import capture
     from deepseed.target import load
 
     found = load(f"hf:LlamaForCausalLM(num_hidden_layers={layers},sequence_length=64)", meta=True)
+    if checkpoints:
+        found.model.gradient_checkpointing_enable()  # type: ignore[operator]
     args = pipeline.arguments(Mesh(), 0, {})
     return pipeline.run(capture(found.model, found.batch).program, args, pipeline.SHARED[: pipeline.SHARED.index(plan_memory)], check=False)[-1].program
 
