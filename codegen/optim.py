@@ -4,7 +4,7 @@
     optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
 
 ``states`` names the state operands as torch.optim does; results are the new parameter and each new state but ``step``, which
-comes in counted up already. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
+comes in counted up already. ``skip=`` (nothing changes) and ``scale=`` (of the gradient) are operands too. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
 has no later reader, else on a copy.
 """
 
@@ -34,15 +34,6 @@ class Update:
                 new = self.donation.stored[stored].ref.name
                 new += ".copy" if new in self.donation.copied else ""
                 self.emit(f"{self.name(stored)}.copy_({self.name(new)})")
-
-    def run_from(self, position: int, ops: Sequence[Op]) -> Sequence[Op]:
-        """The updates from ``position`` on that one call can do."""
-        first = ops[position]
-        end, made = position + 1, set(first.results)
-        while end < len(ops) and _options(ops[end]) == _options(first) and not any(r.name in made for r in ops[end].refs):
-            made.update(ops[end].results)
-            end += 1
-        return ops[position:end]
 
     def optimizer(self, position: int, ops: Sequence[Op]) -> None:
         """One fused call. The lists are named, so that a debugger shows them. (CUDA kernels read the learning rate as float32.)"""
@@ -74,6 +65,8 @@ class Update:
         scale = first.kw("scale")
         if isinstance(scale, Ref):
             self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
+        skip = first.kw("skip")
+        given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []
         given.append(f"maximize={bool(first.kw('maximize', False))}")
         self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
         for c, column in enumerate(updated):
@@ -101,6 +94,16 @@ class Update:
             taken.add(ref.name)
             return name
         return f"{name}.clone(memory_format=torch.contiguous_format)"
+
+
+def run_from(position: int, ops: Sequence[Op]) -> Sequence[Op]:
+    """The updates from ``position`` on that one call can do."""
+    first = ops[position]
+    end, made = position + 1, set(first.results)
+    while end < len(ops) and _options(ops[end]) == _options(first) and not any(r.name in made for r in ops[end].refs):
+        made.update(ops[end].results)
+        end += 1
+    return ops[position:end]
 
 
 def _options(op: Op) -> tuple[object, ...]:

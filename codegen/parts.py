@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import DTYPES, Source, assignment, listed
-from deepseed.codegen.optim import KERNELS, Update
+from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Op, Program, Type
@@ -122,7 +122,7 @@ class _Parts:
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-            together = self.update.run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            together = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
             if op.target in KERNELS:
                 self.update.optimizer(n, together)
             else:

@@ -23,6 +23,7 @@ from deepseed import checkpoint, pretrained
 from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
+from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
@@ -30,13 +31,16 @@ from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
+from deepseed.ops import torch_dtype
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
+from deepseed.precision import precision
 from deepseed.programs import Found, LossFn, Programs, Subject
 from deepseed.runtime.arena import accounts
+from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
-from deepseed.runtime.state import State, shard
+from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
@@ -49,6 +53,7 @@ def compile(
     optimizer: Optimizers = None,
     loss_fn: LossFn | None = None,
     clip_grad_norm: float | None = None,
+    loss_scale: LossScale | float | None = None,
     example_batch: Any = None,
     world_size: int | None = None,
     backend: str | None = None,
@@ -67,7 +72,7 @@ def compile(
 
     model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
     several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
-    clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
+    clip_grad_norm: global 2-norm. loss_scale: a ``deepseed.LossScale``, or a number that stays; ``fp16`` in the plan has the default one. example_batch: compile now instead of at the first batch. world_size, backend: number of
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
@@ -82,7 +87,7 @@ def compile(
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
-        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
+        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
@@ -118,6 +123,7 @@ class _Compiled:
         optimizer: Optimizers = None,
         loss_fn: LossFn | None = None,
         clip_grad_norm: float | None = None,
+        loss_scale: LossScale | float | None = None,
         world_size: int | None = None,
         backend: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -132,21 +138,26 @@ class _Compiled:
         quiet: bool = False,
     ) -> None:
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        check_arguments(model, plan, optimizer, clip_grad_norm, batch, max_programs, pads)
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [
+            ("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale), ("seed", seed),
+            ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer))),
+        ]  # fmt: skip
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
-        self.host.arenas = accounts(device_memory, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
+        self.host.arenas = accounts(device_memory if device_memory is not None else self.plan.budget, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
+        words = precision(self.plan, loss_scale)
+        self._scale = words["loss_scale"]
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
@@ -233,6 +244,7 @@ class _Compiled:
         optimizer: False takes parameters and buffers only. cast: allow another float dtype than it was saved in. Every file is checked
         first: raises CheckpointError where one is damaged or does not fit, and nothing is changed then. Every rank must call it.
         """
+        self._shown = {}
         return checkpoint.load(self, dir, optimizer, cast)
 
     @_together
@@ -240,6 +252,10 @@ class _Compiled:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
         dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
         load_whole(self.model, self.host, self.states, state_dict)
+
+    def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        """Of what a run returned the gradients, as wide as their parameters."""
+        return {key: t.to(torch_dtype(self.states[0].types["param", key].dtype)) for (role, key), t in shown.items() if role == "grad"}
 
     def _whole(self, key: tuple[str, str]) -> Tensor:
         return self.host.whole([s.tensors.get(key) for s in self.states], self.states[0].types[key], self.states[0].homes[key])
@@ -260,7 +276,7 @@ class _Compiled:
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
-        states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        states = self.states or [State(self.mesh, c, self.host.device, disk=disk_of(self.plan.disk, self.plan.offload, self.mesh.rank(c))) for c in self.host.coordinates]
         stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].types}
         for entry in new:
             value = values.get((entry.role, entry.key))
@@ -296,6 +312,11 @@ class _Compiled:
 
     def _find(self, batch: Any, want: Want) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
+        if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
+            raise CompileError(
+                "called inside of torch.autocast, which a compiled program does not ask for\n"
+                "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
+            )
         found = self.programs.find(batch, want)
         if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
@@ -322,8 +343,10 @@ class _Compiled:
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
+        check_disks(self.states, self.model)
         results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
         self.host.settle(self.model, self.states)
+        seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
             write.apply()
         return built.returned(self.host, results)
@@ -338,8 +361,7 @@ class _Compiled:
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
                 part = shard(x, type_, self.mesh, state.coordinate)  # local rows are dp's part already
-                if self.host.arenas and part.nbytes < part.untyped_storage().nbytes():
-                    part = part.clone()  # an account of storages would see the whole batch on every rank
+                part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
                 out.append(part if i.type.host else part.to(self.host.device))
         return out
 
@@ -371,7 +393,24 @@ class TrainStep(_Compiled):
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
-        return {key: t for (role, key), t in self._shown.items() if role == "grad"}
+        return self._gradients(self._shown)
+
+    @property
+    def loss_scale(self) -> float:
+        """By what the next step multiplies the loss: 1.0 without loss scaling."""
+        return self._scaling(SCALE, 1.0 if self._scale is None else self._scale.initial)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing so far, because a gradient was not finite."""
+        return int(self._scaling(SKIPPED, 0.0))
+
+    def _scaling(self, key: str, start: float) -> float:
+        """What the latest step left; before a first step what is stored, and then every rank must ask."""
+        if ("norm", key) in self._shown:
+            return float(self._shown["norm", key])
+        stored = self.states and ("state", key) in self.states[0].types
+        return float(self._whole(("state", key))) if stored else start
 
 
 class Module(_Compiled):
@@ -388,7 +427,7 @@ class Module(_Compiled):
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The global mean loss and the whole gradient of every trainable parameter."""
         shown = self._run(self._find(batch, "loss_and_grads"))
-        return shown["loss", "loss"], {key: t for (role, key), t in shown.items() if role == "grad"}
+        return shown["loss", "loss"], self._gradients(shown)
 
     @_together
     def compile(self, example_batch: Any) -> Module:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from deepseed.codegen.donation import Donation
+from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.ir.collective import KEYED, MEMORIES
 from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.strides import Lying, contiguous, in_front
@@ -62,6 +63,8 @@ class _Liveness:
         self.under_way: dict[str, int] = {}  # started collective -> the storage that it reads
         self.on_host: list[bool] = []
         self.now = self.host = 0
+        self.together = _calls(p)
+        self.ending: dict[int, list[str]] = {}
 
     def run(self) -> Memory:
         peak, peak_at, host = 0, "", 0
@@ -92,7 +95,11 @@ class _Liveness:
                 for started in self.p.producers[op.refs[0].name].results:
                     if started in self.under_way:
                         self._release(self.under_way.pop(started))
-            self._free(self.donation.dies.get(n, ()))
+            last = self.together.get(n, n)  # updates that one call does end together
+            if last != n:
+                self.ending.setdefault(last, []).extend(self.donation.dies.get(n, ()))
+            else:
+                self._free((*self.ending.pop(n, ()), *self.donation.dies.get(n, ())))
 
     def _scratch(self, op: Op) -> Sequence[int]:
         """The storages that attention needs while it runs (deepseed.ops.attention): keys and values by query heads, in the backward their
@@ -193,3 +200,13 @@ class _Liveness:
             return self.storage[x]
         self._new("", prod(shape) * ITEMSIZE[self.p.types[x].dtype])
         return len(self.nbytes) - 1
+
+
+def _calls(p: Program) -> dict[int, int]:
+    """For each update that shares a fused call with its neighbours: the place of the call's last one."""
+    out: dict[int, int] = {}
+    for n, op in enumerate(p.ops):
+        if op.target in KERNELS and n not in out:
+            last = n + len(run_from(n, p.ops)) - 1
+            out.update(dict.fromkeys(range(n, last + 1), last))
+    return out

@@ -23,6 +23,7 @@ from torch import Tensor
 import deepseed
 from deepseed.checkpoint import WEIGHTS, model_entries
 from deepseed.hf_names import Made, Shapes, in_files
+from deepseed.ir.amounts import parse_bytes
 from deepseed.pieces import Piece, Source
 from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish
 from deepseed.runtime.host import everywhere
@@ -33,13 +34,12 @@ from deepseed.weights import INDEX, SINGLE
 if TYPE_CHECKING:
     from deepseed.api import _Compiled
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _TOLD = ("config.json", "generation_config.json")
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|manifest\.json")
 
 
 def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
-    host, target, largest = step.host, Path(os.path.realpath(dir)), bytes_of(max_shard_size)
+    host, target, largest = step.host, Path(os.path.realpath(dir)), _largest(max_shard_size)
     what = f"saving to {target}"
     host.agree([("the folder to save to", str(target)), ("max_shard_size", largest)])
     if step.states:
@@ -146,12 +146,8 @@ def _config(model: Any, folder: Path, entries: Mapping[str, Entry]) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def bytes_of(size: int | str) -> int:
-    """
-    >>> bytes_of("5GB"), bytes_of("64 MiB"), bytes_of(1000)
-    (5000000000, 67108864, 1000)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(size).upper())
-    if found is None or float(found[1]) <= 0:
-        raise CheckpointError(f"max_shard_size={size!r}\n  fix: a number of bytes, or such as '5GB' or '500MiB'")
-    return int(float(found[1]) * _UNITS[found[2]])
+def _largest(size: int | str) -> int:
+    try:
+        return parse_bytes(size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size={error}") from None

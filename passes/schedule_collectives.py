@@ -177,7 +177,7 @@ class _Schedule:
             self._there(each.name)
         if start.name in self.looking and (number := self.bucket_of[start.name]) not in self.in_use:
             self.in_use.add(number)
-            after = next((s for s in self.ahead if _place(s) == _place(start)), None)
+            after = next((s for s in self.ahead if (_place(s), s.target) == (_place(start), start.target)), None)
             if after is not None and self._made(after.refs[0].name):  # the next bucket, while this one is used
                 self._look_ahead(after)
 
@@ -191,17 +191,19 @@ class _Schedule:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
         bucket = _Bucket()
         alone: list[Op] = []
-        copy = 0  # of the tensor in use, which is laid out from the bucket
+        copy = packed = 0  # of the tensor in use, which is laid out from the bucket; before that, of what is sent
         for start in [first, *(s for s in self.ahead if s is not first)]:
             nbytes = start.type.local_bytes(self.p.mesh)
-            if _place(start) != _place(first):
+            if (_place(start), start.target) != (_place(first), first.target):
                 continue
             copy = max(copy, nbytes)
-            if start is not first and bucket.nbytes + nbytes + copy > self._limit(first):
+            sent = 0 if self._alone(start) else self.p.types[start.refs[0].name].local_bytes(self.p.mesh)
+            if start is not first and bucket.nbytes + nbytes + max(copy, packed + sent) > self._limit(first):
                 break
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
                 bucket.nbytes += nbytes
+                packed += sent
                 (alone if self._alone(start) else bucket.starts).append(start)
         number = len(self.buckets)
         for starts in (*([s] for s in alone), bucket.starts):
@@ -298,14 +300,29 @@ class _Schedule:
         return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase, start.part, start.stage
 
     def _by_use(self) -> Iterator[Op]:
-        """The collectives in the order in which their results are first used."""
+        """The collectives in the order in which their results are first used; a move of what one of them sends comes just before it."""
         seen: set[str] = set()
         for op in self.p.ops:
             for ref in op.refs:
                 wait = self.waits.get(ref.name)
                 if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
-                    seen.add(wait.refs[0].name)
-                    yield self.starts[wait.refs[0].name]
+                    start = self.starts[wait.refs[0].name]
+                    moved = self._moved(start)
+                    if moved is not None and moved.name not in seen:
+                        seen.add(moved.name)
+                        yield moved
+                    seen.add(start.name)
+                    yield start
+
+    def _moved(self, start: Op) -> Op | None:
+        """The move to the device that brings what a weight's gather is made of."""
+        value = start.refs[0].name
+        while value in self.weights and value in self.p.producers:
+            op = self.p.producers[value]
+            if op.target == TO_DEVICE:
+                return op
+            value = op.refs[0].name
+        return None
 
 
 def _kind(start: Op) -> Key:

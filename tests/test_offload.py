@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deepseed
 from deepseed.api import TrainStep
+from deepseed.ir.program import params_only
 from deepseed.memory import curve
 from deepseed.unroll import unroll
 from deepseed.verify import verify
@@ -22,6 +23,7 @@ MORE = (
     "zero1+dp2+mb2+offload(gradients)", "zero2+dp2+mb2+offload(optimizer)", "zero3+dp2+offload(optimizer)", "zero3+dp2+offload(optimizer, params)",
     "zero3+dp2+tp2+offload(optimizer, params, activations)", "pp2+mb2+offload(activations)", "zero1+dp2+pp2+mb2+offload(optimizer)",
     "zero3+dp2+pp2+mb4+offload(optimizer, gradients, params, activations)", "pp2+mb4+zb+offload(activations)", "pp2+mb2+interleaved2+offload(optimizer, activations)",
+    "zero0+remat+offload(activations)", "zero3+dp2+mb2+remat+offload(optimizer, params, activations)",
 )  # fmt: skip
 
 
@@ -84,18 +86,18 @@ def test_a_parameter_in_a_shorter_dtype_is_cast_on_the_host_and_moved_once() -> 
     step = trained("zero0+mb4+bf16+offload(optimizer)")
     moves = [op for op in step.program.ops if op.target == "to_device.start" and op.kw("kept")]
     matrices = [i for i in step.program.by_role("param") if len(i.type.shape) == 2]
-    assert {op.part for op in moves} == {"once.0"} and all(op.type.dtype == "bf16" for op in moves if len(op.type.shape) == 2)
+    assert {op.part for op in moves} == {"once.1"} and all(op.type.dtype == "bf16" for op in moves if len(op.type.shape) == 2)
     assert sum(len(op.type.shape) == 2 for op in moves) == len(matrices)
     (rank,) = step.explain().ranks
     assert rank.moved_bytes["params"] == sum(op.type.nbytes for op in moves)
 
 
 def test_no_more_than_two_layers_of_parameters_are_on_the_device() -> None:
-    """Counted by the memory curve of what is made of parameters: shards under way, gathered weights, their casts."""
+    """By the memory curve of what is made of parameters: shards under way, gathered weights, their casts."""
     layers = 4
     step = trained("zero3+dp2+offload(optimizer, params)", layers)
     p = step.program
-    weights = {r for op in p.ops if op.phase != "update" for r in op.results if r in _of_weights(step)}
+    weights = params_only(p)
     most = max(row.get("weights", 0) for row in curve(p, dict.fromkeys(weights, "weights")))
     sizes: dict[str, int] = {}
     for i in p.by_role("param"):
@@ -105,12 +107,6 @@ def test_no_more_than_two_layers_of_parameters_are_on_the_device() -> None:
     assert len(sizes) == layers
     whole = sum(i.type.nbytes for i in p.by_role("param"))
     assert 0 < most <= 2 * max(sizes.values()) < whole
-
-
-def _of_weights(step: TrainStep) -> frozenset[str]:
-    from deepseed.ir.program import params_only
-
-    return params_only(step.program)
 
 
 def test_activations_wait_on_the_host() -> None:

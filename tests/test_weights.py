@@ -36,7 +36,6 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
 from deepseed.pieces import Piece, Source
-from deepseed.pretrained import bytes_of
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import SimulatedHost
 from deepseed.runtime.safetensors import DTYPES, Stored, make, mapped
@@ -387,9 +386,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     step.save(tmp_path / "state")
     with pytest.raises(CheckpointError, match=r"files that step.save_pretrained has not written, such as"):
         step.save_pretrained(tmp_path / "state")
-    with pytest.raises(CheckpointError, match=r"max_shard_size='5 apples'\n  fix: a number of bytes"):
+    with pytest.raises(CheckpointError, match=r"max_shard_size='5 apples' is no amount of memory: 256MiB"):
         step.save_pretrained(out, max_shard_size="5 apples")
-    assert bytes_of("1.5KB") == 1500
 
 
 def test_a_flipped_bit_in_what_was_saved_is_found(tmp_path: Path) -> None:

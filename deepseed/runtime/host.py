@@ -6,7 +6,6 @@ one position on ``pp``, its home: ranks elsewhere have None for a part of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree, channels
+from deepseed.runtime import agree, channels, environment
 from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
@@ -121,7 +120,7 @@ class SimulatedHost:
             states[0].bind(module)
             return
         for state in states:
-            state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+            state.tensors = {key: t if state.on_disk(key[0]) else _own(t) for key, t in state.tensors.items()}
         self._remember(module, states)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
@@ -167,6 +166,10 @@ class SimulatedHost:
 
     def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
         return x
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.clone().pin_memory() if t.is_pinned() else t.clone()
 
 
 def _mark(t: Tensor) -> tuple[int, int]:
@@ -340,6 +343,6 @@ def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]
 
 
 def launched() -> bool:
-    """Whether this process is one of several ranks: a process group exists, or a launcher's environment."""
-    return dist.is_available() and (dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ))
+    """Whether this process is one of several ranks: a process group exists, or the environment of a launcher, srun or mpirun."""
+    return dist.is_available() and (dist.is_initialized() or environment.adopt())
 

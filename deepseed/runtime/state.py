@@ -25,6 +25,7 @@ from deepseed.ir.layout import Layout, chunk, factors
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Input, Program, Type
 from deepseed.runtime.collectives import Runtime, join, widest
+from deepseed.runtime.disk import Disk
 from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.memories import HOST, stored_on
 
@@ -179,6 +180,7 @@ class State:
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     types: dict[Key, Type] = field(default_factory=dict)
     homes: dict[Key, int] = field(default_factory=dict)
+    disk: Disk | None = None  # files for what is stored there
 
     def put(self, entry: Input, full: Tensor) -> Tensor:
         """Store this rank's part of a whole tensor (its own storage where the layout keeps it whole), contiguous. An empty tensor
@@ -186,6 +188,8 @@ class State:
         if not self._enter(entry):
             return torch.empty(0, dtype=_torch_dtype(entry.type.dtype), device=self.device)
         part = shard(full, entry.type, self.mesh, self.coordinate)
+        if self.on_disk(entry.role):
+            return self.reserve(entry).copy_(part.detach())
         part = stored_on(part.detach().to(_torch_dtype(entry.type.dtype)), entry.type.host, self.device)
         whole = entry.type.layout == ir.REPLICATED or part.is_pinned()
         self.tensors[entry.role, entry.key] = part.contiguous() if whole else part.clone(memory_format=torch.contiguous_format)
@@ -200,9 +204,17 @@ class State:
         dtype = _torch_dtype(entry.type.dtype)
         if not self._enter(entry):
             return torch.empty(0, dtype=dtype, device=self.device)
-        local = torch.empty(entry.type.local(self.mesh.seen_from(self.coordinate)), dtype=dtype, device=HOST if entry.type.host else self.device)
-        self.tensors[entry.role, entry.key] = local = stored_on(local, entry.type.host, self.device)
+        shape = entry.type.local(self.mesh.seen_from(self.coordinate))
+        if self.on_disk(entry.role):
+            assert self.disk is not None
+            local = self.disk.tensor((entry.role, entry.key), shape, dtype)
+        else:
+            local = stored_on(torch.empty(shape, dtype=dtype, device=HOST if entry.type.host else self.device), entry.type.host, self.device)
+        self.tensors[entry.role, entry.key] = local
         return local
+
+    def on_disk(self, role: str) -> bool:
+        return self.disk is not None and role in self.disk.roles
 
     def _enter(self, entry: Input) -> bool:
         """Note where a key lies and how; whether its part is stored here."""
@@ -256,7 +268,7 @@ class State:
         """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline.
 
         A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
-        placement (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
+        placement or would copy it from the host to the device (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
         for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
@@ -267,7 +279,8 @@ class State:
             if own is None:
                 value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
             else:
-                value = own if whole or not shown(type_, self.mesh) else self.dtensor((role, key), meshes[self.homes[role, key]])
+                plain = whole or not shown(type_, self.mesh) or own.device.type != self.device.type
+                value = own if plain else self.dtensor((role, key), meshes[self.homes[role, key]])
             new: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
@@ -308,6 +321,25 @@ def write_back(module: nn.Module, states: Sequence[State]) -> None:
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             for owner, name in _owners(module, role, key):
                 (owner._buffers if role == "buffer" else owner._parameters)[name] = new
+
+
+def check_disks(states: Sequence[State], module: nn.Module) -> None:
+    """Before a step: what lies in files is what the latest step has left there. Raises DiskError."""
+    for state in states:
+        if state.disk is not None:
+            state.disk.check(lambda key: _version(module, key))
+
+
+def seal_disks(states: Sequence[State], module: nn.Module) -> None:
+    """Behind a step: checksums of what it has left in files."""
+    for state in states:
+        if state.disk is not None:
+            state.disk.seal(lambda key: _version(module, key))
+
+
+def _version(module: nn.Module, key: Key) -> int:
+    """Another one after each write to the module's own tensor."""
+    return held(module, *key)._version if key[0] == "param" else 0
 
 
 def held(module: nn.Module, role: str, key: str) -> Tensor:
