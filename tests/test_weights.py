@@ -509,12 +509,14 @@ def test_real_ranks_read_and_write_their_parts(plan: str, tmp_path: Path) -> Non
             assert each["read"] <= 0.52 * each["whole"], f"{each['read']} of {each['whole']} bytes"
             for held in ("held", "held by resuming"):
                 assert 0.49 * each["whole"] <= each[held] <= 0.55 * each["whole"] + 20_000, f"{held}: {each[held]} of {each['whole']} bytes"
+        assert each["held by saving"] <= 0.3 * each["whole"], f"{each['held by saving']} of {each['whole']} bytes: more than a part of one tensor"
         same(torch.load(io.BytesIO(each["begun"])), values)
         assert each["losses"] == got[0]["losses"] and each["on"][0] == each["on"][1]
         same(torch.load(io.BytesIO(each["resumed"])), torch.load(io.BytesIO(each["values"])))
     other = quiet("tp2", model=empty(64), weights=out)
     other.compile(batches()[0])
     same(other.state_dict(), {n: t for n, t in torch.load(io.BytesIO(got[0]["values"])).items() if n in other.state_dict()})
+    assert 0 < sum(each["sent"] for each in got) <= got[0]["whole"], "each byte travels once at most"
     assert sum(each["read"] for each in got) >= got[0]["whole"] and len(list(Path(out).glob("*.safetensors"))) >= 3
 
 
