@@ -18,7 +18,10 @@ from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
-_MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", *MEMORIES)
+_MOVES = (
+    "wait", "shard", "summand", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start",
+    *MEMORIES,
+)  # fmt: skip
 OPTIMIZER = "optim."
 WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
@@ -109,7 +112,8 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
 def _source(p: Program, name: str, operands: set[str]) -> str:
     """The operand that a value brings, in another layout maybe."""
     while name not in operands and name in p.producers and p.producers[name].target in _MOVES:
-        name = p.producers[name].refs[0].name
+        moved = p.producers[name]
+        name = moved.refs[moved.results.index(name)].name  # of a bucket, its own
     return name
 
 

@@ -150,7 +150,7 @@ def test_hysteresis_is_deepspeeds() -> None:
 
 def test_a_number_stays_and_still_skips() -> None:
     step = made("zero2+dp2+fp16", loss_scale=1024)
-    start = step.state_dict()
+    start = {name: t.clone() for name, t in step.state_dict().items()}
     step(batches()[BAD])
     assert (step.loss_scale, step.skipped) == (1024.0, 1) and differing(step.state_dict(), start) == []
     step(batches()[0])
@@ -170,7 +170,7 @@ def test_small_gradients_survive_by_the_scale() -> None:
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         step(batches()[0])
         moved[scale] = sum(float((p.detach() - start[name]).abs().sum()) for name, p in model.named_parameters())
-    assert moved[2.0**16] > 0.1 and moved[1.0] < 0.1 * moved[2.0**16], moved
+    assert moved[2.0**16] > 0.01 and moved[1.0] == 0, moved
 
 
 def test_without_a_scale() -> None:
