@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseed.check.translation import follow, number
+from deepseed.check.translation import TranslationError, follow, number
 from deepseed.check.typing import TypingError, check_types
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
@@ -36,6 +36,16 @@ def test_moves_are_well_typed_and_mean_nothing():
     plain = "\n".join(line for line in MOVED.split("\n") if "start" not in line and "wait" not in line)
     plain = plain.replace("%w.device", "%w").replace("%d.host", "%d").replace(" host", "")
     follow(number(parse(plain)), p)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [("to_host.start(%d)", "to_host.start(%g)"), ("aten.sub.Tensor(%w, %m.new)", "aten.sub.Tensor(%w, %m)"), ("%g, %w.device)", "%g, %g)")],
+)
+def test_a_move_of_another_value_is_found(line, wrong):
+    p = parse(MOVED)
+    with pytest.raises(TranslationError, match="another value"):
+        follow(number(p), parse(MOVED.replace(line, wrong)))
 
 
 @pytest.mark.parametrize(

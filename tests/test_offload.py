@@ -109,6 +109,25 @@ def test_no_more_than_two_layers_of_parameters_are_on_the_device() -> None:
     assert 0 < most <= 2 * max(sizes.values()) < whole
 
 
+def test_moves_to_the_device_look_ahead_and_those_to_the_host_end_soon() -> None:
+    """A weight is under way before the one before it is used; no move to the host is waited for at once, and none through the whole step."""
+    ops = trained("zero3+dp2+offload(optimizer, params)", 4).program.ops
+    at = {r: n for n, op in enumerate(ops) for r in op.results}
+    used: dict[str, int] = {}
+    for n, op in enumerate(ops):
+        for ref in op.refs:
+            used.setdefault(ref.name, n)
+    forward = [op for op in ops if op.target == "to_device.start" and op.phase == "forward"]
+    waits = [used[op.name] for op in forward]
+    assert waits == sorted(waits) and len(forward) > 30
+    assert all(at[after.name] < used[ops[wait].name] for after, wait in zip(forward[1:], waits, strict=False))
+    saved = trained("zero0+offload(activations)", 4).program.ops
+    starts = [n for n, op in enumerate(saved) if op.target == "to_host.start" and op.phase == "forward"]
+    ends = {op.refs[0].name: n for n, op in enumerate(saved) if op.target == "wait"}
+    spans = [ends[saved[n].name] - n for n in starts]
+    assert sum(span > 1 for span in spans) >= 0.9 * len(spans) and max(spans) < len(saved) / 4
+
+
 def test_activations_wait_on_the_host() -> None:
     plain, offloaded = trained("zero0", 4), trained("zero0+offload(activations)", 4)
     (before,), (after,) = plain.explain().ranks, offloaded.explain().ranks
