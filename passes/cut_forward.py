@@ -21,6 +21,7 @@ from deepseed.solver.cuts import Floats, cut_points, live_bytes, open_places, pl
 
 TOUCH = 32.0  # flops that take as long as one byte read or written
 SEND = 64.0  # flops that take as long as one byte sent to another stage
+UNEVEN = 1.4  # of the dearest stage's cost with cuts anywhere: above it, valleys lie too far from where the work is divided
 SLACK = 1.25  # of the dearest stage's cost: what cuts of fewer bytes may take
 
 
@@ -31,7 +32,8 @@ def forward_stages(k: Kinds, stages: int, pins: Sequence[str], homes: Mapping[st
     ops = k.bound(f"forward.{k.loops}")
     at = places(ops, k.glued)
     live = live_bytes(p, ops, at)
-    cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, stages), _costs(p, ops, at), live, stages)
+    cost = _costs(p, ops, at)
+    cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, cost, stages), cost, live, stages)
     if homes and not pins:
         cuts = _held(cuts, _first_uses(k, ops, at), homes, open_places(ops, at, live), live)
     return {op.name: int(np.searchsorted(cuts, n, side="right")) for op, n in zip(ops, at, strict=True)}
@@ -50,11 +52,13 @@ def _costs(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
     return out
 
 
-def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
-    """The cut points; where there are too few, every place where a cut may stand. Raises PassError: still too few."""
-    points = cut_points(ops, at, live)
-    if len(points) < stages - 1:
-        points = open_places(ops, at, live)
+def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, cost: Floats, stages: int) -> list[int]:
+    """The cut points; where there are too few, or none near the middle of the work (a chain of equal widths has no valleys but at its end), every
+    place where a cut may stand. Raises PassError: still too few."""
+    points, anywhere = cut_points(ops, at, live), open_places(ops, at, live)
+    least = max(float(cost.sum()) / stages, float(cost.max(initial=0.0)))  # no cuts divide the work better
+    if len(points) < stages - 1 or ((dearest := _dearest(points, cost, live, stages)) > UNEVEN * least and dearest > UNEVEN * _dearest(anywhere, cost, live, stages)):
+        points = anywhere
     if len(points) < stages - 1:
         raise PassError(
             f"{stages} stages need {stages - 1} cut points, the forward has {len(points)}, pass cut_stages\n"
@@ -63,15 +67,20 @@ def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> 
     return points
 
 
+def _dearest(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> float:
+    """The cost of the dearest stage of the best cut at ``points``."""
+    return _best(_loads(points, cost, live), np.maximum, stages)[0]
+
+
 def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:
     """Positions of the ``stages - 1`` cuts, of ``points``."""
-    best = _best(_loads(points, cost, live), np.maximum, stages)[0]
+    best = _dearest(points, cost, live, stages)
     bounds = sorted({float(live[i]) for i in points})
     low, high = 0, len(bounds) - 1
     while low < high:  # the least bytes with which the dearest stage is not much dearer
         middle = (low + high) // 2
         few = [i for i in points if live[i] <= bounds[middle]]
-        if len(few) >= stages - 1 and _best(_loads(few, cost, live), np.maximum, stages)[0] <= SLACK * best:
+        if len(few) >= stages - 1 and _dearest(few, cost, live, stages) <= SLACK * best:
             high = middle
         else:
             low = middle + 1

@@ -195,6 +195,22 @@ def test_no_stages_no_change() -> None:
     assert cut_stages(loop_microbatches(parse(UNTIMED))).schedule is None
 
 
+def test_a_chain_of_equal_widths_is_cut_in_the_middle() -> None:
+    """No place of it has fewer bytes live than its neighbours, but the end."""
+    widths = "\n".join(f'%w{n} : f32[512, 512] param "w{n}"' for n in range(6))
+    chain = "\n".join(f'%h{n + 1} = aten.mm(%h{n}, %w{n}) : f32[64, 512] {{at="layer{n}", phase="forward"}}' for n in range(6))
+    program = f"""program step mesh() facts(canonical, captured, explicit, lowered, placed)
+{widths}
+%h0 : f32[64, 512] batch "x"
+{chain}
+%loss = sum(%h6, dims=[0, 1], keepdim=false) : f32[] {{phase="forward"}}
+return %loss loss "loss"
+"""
+    for stages in (2, 3):
+        out = cut_stages(loop_microbatches(parse(program), staged=True), stages=stages)
+        assert [i.stage for i in out.by_role("param")] == [n // (6 // stages) for n in range(6)]
+
+
 def test_pins_begin_stages() -> None:
     out = cut(looped("tied Llama"), 2, pins=["model.layers.3"])
     assert boundaries(out)[0]["forward"] == ["model.layers.2.add.1"]
