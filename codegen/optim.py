@@ -4,7 +4,7 @@
     optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
 
 ``states`` names the state operands as torch.optim does; results are the new parameter and each new state but ``step``, which
-comes in counted up already. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
+comes in counted up already. ``skip=`` (nothing changes) and ``scale=`` (of the gradient) are operands too. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
 has no later reader, else on a copy.
 """
 
@@ -65,6 +65,8 @@ class Update:
         scale = first.kw("scale")
         if isinstance(scale, Ref):
             self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
+        skip = first.kw("skip")
+        given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []
         given.append(f"maximize={bool(first.kw('maximize', False))}")
         self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
         for c, column in enumerate(updated):

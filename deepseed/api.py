@@ -23,6 +23,7 @@ from deepseed import checkpoint, pretrained
 from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
+from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
@@ -30,9 +31,11 @@ from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
+from deepseed.ops import torch_dtype
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
+from deepseed.precision import precision
 from deepseed.programs import Found, LossFn, Programs, Subject
 from deepseed.runtime.arena import accounts
 from deepseed.runtime.disk import disk_of
@@ -50,6 +53,7 @@ def compile(
     optimizer: Optimizers = None,
     loss_fn: LossFn | None = None,
     clip_grad_norm: float | None = None,
+    loss_scale: LossScale | float | None = None,
     example_batch: Any = None,
     world_size: int | None = None,
     backend: str | None = None,
@@ -68,7 +72,7 @@ def compile(
 
     model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
     several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
-    clip_grad_norm: global 2-norm. example_batch: compile now instead of at the first batch. world_size, backend: number of
+    clip_grad_norm: global 2-norm. loss_scale: a ``deepseed.LossScale``, or a number that stays; ``fp16`` in the plan has the default one. example_batch: compile now instead of at the first batch. world_size, backend: number of
     ranks and ``"simulate"`` (all ranks in this process), ``"gloo"`` or ``"nccl"``; by default what the launcher started, else
     simulate. dtype: the compute dtype, as the plan's ``bf16``. batch: ``"global"`` (every process is given the whole batch) or
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
@@ -83,7 +87,7 @@ def compile(
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
-        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
+        "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
@@ -119,6 +123,7 @@ class _Compiled:
         optimizer: Optimizers = None,
         loss_fn: LossFn | None = None,
         clip_grad_norm: float | None = None,
+        loss_scale: LossScale | float | None = None,
         world_size: int | None = None,
         backend: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -133,21 +138,26 @@ class _Compiled:
         quiet: bool = False,
     ) -> None:
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        check_arguments(model, plan, optimizer, clip_grad_norm, batch, max_programs, pads)
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [
+            ("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale), ("seed", seed),
+            ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer))),
+        ]  # fmt: skip
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
-        self.host.arenas = accounts(device_memory, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
+        self.host.arenas = accounts(device_memory if device_memory is not None else self.plan.budget, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
+        words = precision(self.plan, loss_scale)
+        self._scale = words["loss_scale"]
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
@@ -234,6 +244,7 @@ class _Compiled:
         optimizer: False takes parameters and buffers only. cast: allow another float dtype than it was saved in. Every file is checked
         first: raises CheckpointError where one is damaged or does not fit, and nothing is changed then. Every rank must call it.
         """
+        self._shown = {}
         return checkpoint.load(self, dir, optimizer, cast)
 
     @_together
@@ -241,6 +252,10 @@ class _Compiled:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
         dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
         load_whole(self.model, self.host, self.states, state_dict)
+
+    def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        """Of what a run returned the gradients, as wide as their parameters."""
+        return {key: t.to(torch_dtype(self.states[0].types["param", key].dtype)) for (role, key), t in shown.items() if role == "grad"}
 
     def _whole(self, key: tuple[str, str]) -> Tensor:
         return self.host.whole([s.tensors.get(key) for s in self.states], self.states[0].types[key], self.states[0].homes[key])
@@ -297,6 +312,11 @@ class _Compiled:
 
     def _find(self, batch: Any, want: Want) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
+        if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
+            raise CompileError(
+                "called inside of torch.autocast, which a compiled program does not ask for\n"
+                "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
+            )
         found = self.programs.find(batch, want)
         if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
@@ -373,7 +393,24 @@ class TrainStep(_Compiled):
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
-        return {key: t for (role, key), t in self._shown.items() if role == "grad"}
+        return self._gradients(self._shown)
+
+    @property
+    def loss_scale(self) -> float:
+        """By what the next step multiplies the loss: 1.0 without loss scaling."""
+        return self._scaling(SCALE, 1.0 if self._scale is None else self._scale.initial)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing so far, because a gradient was not finite."""
+        return int(self._scaling(SKIPPED, 0.0))
+
+    def _scaling(self, key: str, start: float) -> float:
+        """What the latest step left; before a first step what is stored, and then every rank must ask."""
+        if ("norm", key) in self._shown:
+            return float(self._shown["norm", key])
+        stored = self.states and ("state", key) in self.states[0].types
+        return float(self._whole(("state", key))) if stored else start
 
 
 class Module(_Compiled):
@@ -390,7 +427,7 @@ class Module(_Compiled):
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The global mean loss and the whole gradient of every trainable parameter."""
         shown = self._run(self._find(batch, "loss_and_grads"))
-        return shown["loss", "loss"], {key: t for (role, key), t in shown.items() if role == "grad"}
+        return shown["loss", "loss"], self._gradients(shown)
 
     @_together
     def compile(self, example_batch: Any) -> Module:

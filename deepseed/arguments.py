@@ -10,9 +10,10 @@ from torch import nn
 
 from deepseed.bucket import Bucket
 from deepseed.build import CompileError
+from deepseed.capture.gradients import LossScale
 
 
-def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, batch: Any, max_programs: Any, pads: Sequence[Any]) -> None:
+def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, loss_scale: Any, batch: Any, max_programs: Any, pads: Sequence[Any]) -> None:
     """Raises CompileError."""
     if not isinstance(plan, str):
         raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
@@ -25,6 +26,11 @@ def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, 
         )
     if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
         raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
+    if loss_scale is not None and (optimizer is None or isinstance(loss_scale, bool) or not isinstance(loss_scale, LossScale | int | float)):
+        raise CompileError(
+            f"loss_scale={loss_scale!r}" + (" without an optimizer: gradients are returned as they are" if optimizer is None else "")
+            + "\n  fix: a deepseed.LossScale, or a number that stays, for a step with an optimizer"
+        )
     if batch not in ("global", "local"):
         raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
     if not isinstance(max_programs, int) or max_programs < 1:

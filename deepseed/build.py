@@ -11,8 +11,10 @@ from time import perf_counter
 from torch import Tensor
 
 from deepseed import pipeline
+from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
+from deepseed.ir.amounts import format_bytes
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Output, Program
@@ -88,8 +90,13 @@ def build(
         _say_microbatches(captured.program, plan, host)
 
     def solve() -> str:
-        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes, hosted)
-        done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
+        passed, choice = run_shared(
+            captured.program, plan, lambda plan: pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes, hosted),
+            on_pass=lambda p: _say(p, started, quiet), hosted=hosted,
+        )  # fmt: skip
+        done.extend(passed)
+        if choice is not None and not quiet:
+            print(f"deepseed: budget({format_bytes(plan.budget or 0)}): {choice}", file=sys.stderr, flush=True)
         return str(done[-1].program)
 
     text = host.decide(solve)

@@ -213,7 +213,7 @@ def resume(step: _Compiled) -> None:
 def _resumed(step: _Compiled, waiting: Resume) -> _Reads:
     if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
         raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
-    reads = _Reads(step, waiting.saved, waiting.cast)
+    reads = _Reads(step, waiting.saved, waiting.cast, direct=True)
     reads.model(waiting.model)
     if waiting.slots:
         reads.slots()
@@ -222,11 +222,11 @@ def _resumed(step: _Compiled, waiting: Resume) -> _Reads:
 
 
 class _Reads:
-    """What this process reads of a checkpoint into memory of its own, and where it goes in the end. Raises CheckpointError where a
-    shape or dtype differs."""
+    """What this process reads of a checkpoint into memory of its own, and where it goes in the end; ``direct``: at once, where nothing can run before
+    all is read. Raises CheckpointError where a shape or dtype differs."""
 
-    def __init__(self, step: _Compiled, saved: Saved, cast: bool) -> None:
-        self.step, self.saved, self.cast = step, saved, cast
+    def __init__(self, step: _Compiled, saved: Saved, cast: bool, direct: bool = False) -> None:
+        self.step, self.saved, self.cast, self.direct = step, saved, cast, direct
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
         self.wants: list[Want] = []
@@ -274,8 +274,9 @@ class _Reads:
         return True
 
     def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        memory = torch.empty(into.shape, dtype=into.dtype)
-        self.pairs.append((into, memory))
+        memory = into if self.direct else torch.empty(into.shape, dtype=into.dtype)
+        if not self.direct:
+            self.pairs.append((into, memory))
         self.wants.append(Want(name, shape, layout, coordinate, memory))
 
 

@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from deepseed.target import OptimizerFactory, Target
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
+configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
+app.add_typer(configs, name="config")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]
@@ -172,7 +173,7 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False)
+    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
@@ -273,23 +274,40 @@ def zoo(
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@configs.command("check")
 @_friendly
-def run(
-    context: typer.Context,
-    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="its own arguments follow it")],
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
-    nnodes: Annotated[int, typer.Option(min=1)] = 1,
-    node_rank: Annotated[int, typer.Option(min=0)] = 0,
-    rdzv_endpoint: Annotated[str, typer.Option(help="host:port of the first node; needed with --nnodes")] = "",
+def config_check(
+    file: Annotated[str, typer.Argument(metavar="DS_CONFIG.json", help="a file, JSON text or its base64")],
+    world_size: RanksOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Start a script on several ranks, by torchrun's own machinery."""
-    if not script.is_file():
-        raise UsageError(f"no file {script}")
-    if nnodes > 1 and not rdzv_endpoint:
-        raise UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every node")
-    nodes = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}"] if nnodes > 1 else None
-    raise typer.Exit(_launch(nproc_per_node, [str(script), *context.args], nodes))
+    """Say what becomes of each key of a DeepSpeed config, and the plan that equals it. Exit code 1 where a key is rejected."""
+    from dataclasses import asdict
+
+    from deepseed.config import ConfigError, read, settings, verdicts
+
+    found = read(file)
+    rows = verdicts(found)
+    plan, error = None, None
+    try:
+        plan = settings(found, world_size).plan
+    except ConfigError as said:
+        error = str(said)
+    if as_json:
+        typer.echo(json.dumps({"keys": [asdict(row) for row in rows], "plan": plan, "error": error}, indent=1))
+    else:
+        wide = max((len(row.key) for row in rows), default=0)
+        typer.echo("\n".join(f"{row.key:{wide}}  {row.verdict:9}  {row.note}".rstrip() for row in rows))
+        typer.echo(f"\nplan: {plan}\nnext: deepseed explain TARGET --plan '{plan}'" if plan is not None else f"\nno plan: {error}")
+    raise typer.Exit(0 if plan is not None else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed [flags] SCRIPT.py, without --local_rank among its arguments."""
+    from deepseed.launcher import main as launch
+
+    raise typer.Exit(launch(["--no_local_rank", *context.args]))
 
 
 # helpers -------------------------------------------------------------------------------------------------------------
@@ -301,6 +319,7 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
 
     from deepseed.capture import capture
     from deepseed.plan import parse_plan
+    from deepseed.precision import precision
     from deepseed.target import load
 
     parsed = parse_plan(plan)
@@ -310,20 +329,25 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
     started = perf_counter()
     captured = capture(
         found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
-        clip_grad_norm=_clip(found, clip) if factory else None,
+        clip_grad_norm=_clip(found, clip) if factory else None, **precision(parsed),
     )  # fmt: skip
     return captured.program, parsed, mesh, perf_counter() - started
 
 
-def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
+def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool, machine: Any = None) -> list[Passed]:
     from deepseed import pipeline
+    from deepseed.budget import run_shared
+    from deepseed.ir.amounts import format_bytes
     from deepseed.local_norms import with_local_norms
     from deepseed.meshes import data_ranks, microbatches, program_mesh
 
     if plan.bn == "local":
         p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
-    args = pipeline.arguments(program_mesh(p, plan, ranks), plan.stage, ranks.coordinate(0) if ranks.axes else {}, plan=plan)
-    return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
+    mesh, at = program_mesh(p, plan, ranks), ranks.coordinate(0) if ranks.axes else {}
+    done, chosen = run_shared(p, plan, lambda plan: pipeline.arguments(mesh, plan.stage, at, plan=plan), check=check, passes=passes, machine=machine)
+    if chosen is not None:
+        typer.echo(f"deepseed: budget({format_bytes(plan.budget or 0)}): {chosen}", err=True)
+    return [pipeline.Passed("capture", p, seconds), *done]
 
 
 def _factory(found: Target, said: str | None) -> Any:
@@ -360,13 +384,6 @@ def _passes_table(done: Sequence[Passed]) -> list[str]:
     return lines
 
 
-def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = None) -> int:
-    """``torch.distributed.run`` with this Python; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}", "--"]
-    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([*launcher, *command], env=environment, check=False).returncode
-
-
 def _read(file: Path) -> Program:
     from deepseed.ir.text import parse
 
@@ -381,5 +398,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """The ``deepseed`` command."""
+    """The ``deepseed`` command: a first word that is an option or a script starts the launcher, any other is a subcommand."""
+    words = sys.argv[1:]
+    if words and words[0] != "--help" and (words[0].startswith("-") or Path(words[0]).suffix == ".py"):
+        from deepseed.launcher import main as launch
+
+        sys.exit(launch(words))
     app()
+

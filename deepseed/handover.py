@@ -27,9 +27,9 @@ def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
     """Point the optimizer at the model's bound parameters, and drop the state (``slot/parameter``) that the step has now."""
     for key in taken:
         slot, _, name = key.partition("/")
-        held = optimizer.state.get(old[name], {})
+        held = optimizer.state.get(old[name], {}) if name else {}  # no name: the step's own, as a loss scale
         held.pop(slot, None)
-        if not held:
+        if name and not held:
             optimizer.state.pop(old[name], None)
     bound = {id(p): new[name] for name, p in old.items()}
     for group in optimizer.param_groups:
@@ -48,7 +48,7 @@ def follow(
         here = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for role, key in states[0].types:
             slot, _slash, name = key.partition("/")
-            if role == "state" and slot != STARTED and id(parameters[name]) in here:
+            if role == "state" and slot != STARTED and name in parameters and id(parameters[name]) in here:
                 out.append((role, key, slot, parameters[name]))
         return out
 

@@ -16,6 +16,7 @@ import torch
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.saved import Ints
 
+UNDERSTOOD = (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"])  # of transformers' operations
 Shapes = Mapping[str, tuple[torch.dtype, Ints]]
 
 
@@ -56,8 +57,8 @@ def _made(target: str, groups: Mapping[str | None, list[str]], by_pattern: Mappi
     if first is None:
         return Made((tuple(groups[None][:1]),), None, None)
     converter = by_pattern[first]
-    kinds = [type(op).__name__ for op in converter.operations]
-    if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
+    kinds = _kinds(converter)
+    if kinds not in UNDERSTOOD:
         raise CheckpointError(
             f"{target} is made of {groups[first][0]} by {', '.join(kinds)}, and only stacking and joining can be read by parts\n"
             "  fix: write the files anew once: from_pretrained(path), then save_pretrained(dir, save_original_format=False)"
@@ -68,13 +69,25 @@ def _made(target: str, groups: Mapping[str | None, list[str]], by_pattern: Mappi
     return Made(ordered if stack is not None else tuple((name,) for group in ordered for name in group), stack, join)
 
 
-def in_files(model: Any, tensors: Shapes) -> dict[str, tuple[torch.dtype, Ints]]:
-    """Dtypes and shapes as transformers would write these tensors of the model: it keeps to the names that a model's files have always had."""
+def _kinds(converter: Any) -> list[str]:
+    return [type(op).__name__ for op in converter.operations]
+
+
+def in_files(model: Any, own: Shapes) -> tuple[Shapes, Mapping[str, Made]]:
+    """Dtypes and shapes of the tensors in files, as transformers would write these of the model: with the names that its files have always had; and
+    which of the model's are made of several of those. The model's own where that takes more than stacking and joining: transformers reads both."""
     if not hasattr(model, "base_model_prefix"):
-        return dict(tensors)
+        return own, {}
     try:
-        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, revert_weight_conversion
     except ImportError:
-        return dict(tensors)
-    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in tensors.items()}
-    return {name: (t.dtype, tuple(t.shape)) for name, t in revert_weight_conversion(model, shapes).items()}
+        return own, {}
+    if any(_kinds(t) not in UNDERSTOOD for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)):
+        return own, {}
+    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in own.items()}
+    tensors = {name: (t.dtype, tuple(t.shape)) for name, t in revert_weight_conversion(model, shapes).items()}
+    made = {target: how for target, how in conversions(model, [name for name in tensors if name not in own]).items() if target in own}
+    used = [name for name in own if name in tensors] + [name for how in made.values() for group in how.groups for name in group]
+    whole = sorted(used) == sorted(tensors) and {*made, *(name for name in own if name in tensors)} == set(own)
+    return (tensors, made) if whole else (own, {})

@@ -1,9 +1,9 @@
 """What the user wants, as a string: ``"zero3+tp2+pp4+mb8+bf16"``.
 
     plan  ::= word ("+" word)*
-    word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp32" | "fp64"
+    word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp16" | "fp32" | "fp64"
             | "gpipe" | "1f1b" | "interleaved" V | "zb" | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
-            | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
+            | "grads(" ("bf16" | "fp16" | "fp32" | "fp64") ")" | "budget(" bytes ")" | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
 modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from math import gcd, prod
 
+from deepseed.ir.amounts import format_bytes, parse_bytes
 from deepseed.ir.mesh import Mesh
 
 
@@ -25,7 +26,8 @@ class PlanError(ValueError):
     """A plan that cannot be read, or that does not fit the ranks: says what, the numbers and the fix."""
 
 
-PRECISIONS = {"bf16": "bf16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
+PRECISIONS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}  # word -> dtype of the program
+_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
 
 AXES = {  # mesh axes, major first: the last has neighbouring ranks; what one of N ranks has of the whole
     "pp": "the layers",
@@ -45,8 +47,6 @@ SPELLINGS = {  # what people write -> the word
 }  # fmt: skip
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
-    (r"fp16", "half precision, which needs loss scaling", "bf16, which has the range of fp32"),
-    (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
     (r"auto", "a plan chosen by the compiler", "zero1 to begin with, zero3 when memory is short"),
 )
 
@@ -68,19 +68,23 @@ class Plan:
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
     remat: str | None = None  # "remat": the backward computes again what it reads of the forward, from the layers' inputs
     offload: tuple[str, ...] = ()  # what lies on the host, of OFFLOADS
+    budget: int | None = None  # bytes of each rank's device: what is computed again and what lies on the host is chosen so that the step fits
     disk: str = ""  # a folder for what of that is stored between steps
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
+    grads: str | None = None  # in which gradients are reduced and added up, a key of PRECISIONS; not said: as the backward makes them
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, remat: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16"``."""
+        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, grads, remat, offload, budget: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16+grads(fp32)"``."""
         sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp), ("pp", self.pp), ("mb", self.mb))
         words = [f"{word}{n}" + (f"(cut=[{', '.join(self.cut)}])" if word == "pp" and self.cut else "") for word, n in sized if n is not None]
         words += [self.schedule] if self.schedule else []
         words += [f"bn({self.bn})"] if self.bn else []
         words += [f"order({', '.join(self.order)})"] if self.order else []
         words += [self.precision] if self.precision else []
+        words += [f"grads({self.grads})"] if self.grads else []
         words += [self.remat] if self.remat else []
         words += [f"offload({', '.join([*self.offload, *([f'disk={self.disk}'] if self.disk else [])])})"] if self.offload else []
+        words += [f"budget({format_bytes(self.budget)})"] if self.budget else []
         return "+".join(words)
 
     @property
@@ -112,6 +116,11 @@ class Plan:
     def dtype(self) -> str | None:
         """The dtype in which the program computes (``"bf16"``, ``"f32"``, ``"f64"``), None for the model's own."""
         return PRECISIONS[self.precision] if self.precision else None
+
+    @property
+    def grad_dtype(self) -> str | None:
+        """The dtype in which gradients are reduced over ranks and added up over microbatches, None for the one in which they are made."""
+        return PRECISIONS[self.grads] if self.grads else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -204,14 +213,16 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     (r"(remat)", "remat", str),
     (rf"({SCHEDULES})", "schedule", str),
     (r"bn\((local|exact)\)", "bn", str),
+    (rf"grads\(({'|'.join(PRECISIONS)})\)", "grads", str),
     (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
     (r"cut=\[?([^\]]*)\]?", "cut", lambda text: tuple(path.strip() for path in text.split(",") if path.strip())),
+    (r"budget\((.*)\)", "budget", lambda text: _amount(text)),
     (r"offload()", "offload", lambda _: ("optimizer",)),
     (r"offload\((.*)\)", "offload", lambda text: tuple(kind.strip() for kind in text.split(","))),
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "remat", "offload(optimizer)",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "grads(fp32)", "remat", "offload(optimizer)", "budget(8GiB)",
 )  # fmt: skip
 
 
@@ -242,6 +253,11 @@ def parse_plan(text: str) -> Plan:
         found |= _offloaded(found["offload"], text)
     given = {f.name: found[f.name] for f in fields(Plan) if f.name in found}
     plan = Plan(**given)  # type: ignore[arg-type]
+    if plan.grads and plan.precision not in (None, plan.grads) and _BITS[plan.grads] <= _BITS[plan.precision or ""]:
+        raise PlanError(
+            f"plan {text!r}: gradients are made in {plan.precision}, and {plan.grads} does not hold what {plan.precision} does\n"
+            f"  fix: grads({plan.precision}), grads(fp32), or leave it out: they are reduced as they are made"
+        )
     if plan.schedule and plan.chunks < 2 and plan.schedule.startswith("interleaved"):
         raise PlanError(f"plan {text!r}: {plan.schedule} gives each rank {plan.chunks} stage\n  fix: interleaved2 or more, or 1f1b")
     if plan.cut and len(plan.cut) != plan.stages * plan.chunks - 1:
@@ -252,6 +268,13 @@ def parse_plan(text: str) -> Plan:
     if odd := [axis for axis in plan.order if axis not in AXES or plan.order.count(axis) > 1]:
         raise PlanError(f"plan {text!r}: order({', '.join(plan.order)}) has {odd[0]!r} {'twice' if odd[0] in AXES else 'in it, which is no axis of ranks'}\n  fix: each of {', '.join(AXES)} once, major first")
     return plan
+
+
+def _amount(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise PlanError(f"budget({text}): {error}\n  fix: budget(8GiB)") from None
 
 
 def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:

@@ -22,24 +22,24 @@ from torch import Tensor
 
 import deepseed
 from deepseed.checkpoint import WEIGHTS, model_entries
-from deepseed.hf_names import Made, Shapes, conversions, in_files
-from deepseed.pieces import Source
+from deepseed.hf_names import Made, Shapes, in_files
+from deepseed.ir.amounts import parse_bytes
+from deepseed.pieces import Piece, Source
 from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish
 from deepseed.runtime.host import everywhere
 from deepseed.runtime.safetensors import layout, make, mapped, sync
-from deepseed.runtime.saved import Entry, share_out
+from deepseed.runtime.saved import Box, Entry, share_out
 from deepseed.weights import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from deepseed.api import _Compiled
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _TOLD = ("config.json", "generation_config.json")
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|manifest\.json")
 
 
 def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
-    host, target, largest = step.host, Path(os.path.realpath(dir)), bytes_of(max_shard_size)
+    host, target, largest = step.host, Path(os.path.realpath(dir)), _largest(max_shard_size)
     what = f"saving to {target}"
     host.agree([("the folder to save to", str(target)), ("max_shard_size", largest)])
     if step.states:
@@ -47,7 +47,7 @@ def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str
     skipped = getattr(step.model, "_keys_to_ignore_on_save", None) or ()
     entries: dict[str, Entry] = {}
     everywhere(host, what, lambda: entries.update({name: e for name, e in model_entries(step).items() if name not in skipped}))
-    tensors, made = written_as(step.model, {name: (e.dtype, e.shape) for name, e in entries.items()})
+    tensors, made = in_files(step.model, {name: (e.dtype, e.shape) for name, e in entries.items()})
     files = shards(tensors, largest)
     folder = Path(everywhere(host, what, lambda: str(aside(target, "step.save_pretrained", _OURS, carry=True)) if host.first else "")[0])
     try:
@@ -67,18 +67,6 @@ def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str
         if host.first:
             discard(folder)
         raise
-
-
-def written_as(model: Any, own: Shapes) -> tuple[Shapes, Mapping[str, Made]]:
-    """Dtype and shape of the tensors in the files, and which of the model's are made of several of these. Where transformers takes more than stacking
-    and joining for its own names, the files have the model's: ``from_pretrained`` reads these too."""
-    tensors = in_files(model, own)
-    try:
-        made = conversions(model, [name for name in tensors if name not in own])
-    except CheckpointError:
-        return own, {}
-    covered = {name for name in own if name in tensors} | set(made)
-    return (tensors, made) if covered >= set(own) else (own, {})
 
 
 def _write(
@@ -102,6 +90,13 @@ def _write(
             make(path, files[path.name])
             maps[path] = mapped(path, write=True)
 
+    def move(t: str, sender: int, piece: Piece, box: Box) -> None:
+        """A box of a tensor from the rank that sends it into the file."""
+        own = entries[t].parts[hosted[sender]] if sender in hosted else None
+        came = host.hand(None if own is None else box.of(own.detach()), box.sizes, entries[t].dtype, sender, writer[piece.stored.path])
+        if came is not None:
+            piece.part(maps[piece.stored.path], box).copy_(came)
+
     def end() -> dict[str, Any]:
         maps.clear()
         for path in mine:
@@ -112,12 +107,9 @@ def _write(
     order = {t: n for n, t in enumerate(entries)}
     parts = [(t, sender, box) for sender, share in enumerate(share_out(entries, step.mesh)) for t, box in share]
     for t, sender, box in sorted(parts, key=lambda each: order[each[0]]):  # one order for all ranks
-        own = entries[t].parts[hosted[sender]] if sender in hosted else None
         for piece in sources[t].pieces:
             if (met := piece.meets(box)) is not None:
-                came = host.hand(None if own is None else met.of(own.detach()), met.sizes, entries[t].dtype, sender, writer[piece.stored.path])
-                if came is not None:
-                    piece.part(maps[piece.stored.path], met).copy_(came)
+                move(t, sender, piece, met)
     return everywhere(host, what, end)
 
 
@@ -154,12 +146,8 @@ def _config(model: Any, folder: Path, entries: Mapping[str, Entry]) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def bytes_of(size: int | str) -> int:
-    """
-    >>> bytes_of("5GB"), bytes_of("64 MiB"), bytes_of(1000)
-    (5000000000, 67108864, 1000)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(size).upper())
-    if found is None or float(found[1]) <= 0:
-        raise CheckpointError(f"max_shard_size={size!r}\n  fix: a number of bytes, or such as '5GB' or '500MiB'")
-    return int(float(found[1]) * _UNITS[found[2]])
+def _largest(size: int | str) -> int:
+    try:
+        return parse_bytes(size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size={error}") from None

@@ -30,6 +30,7 @@ from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
 from deepseed.ir.widen import widen
 from deepseed.plan import Plan
+from deepseed.precision import Precision
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State
 
@@ -44,6 +45,7 @@ class Subject:
     optimizer: Optimizers
     loss_fn: LossFn | None
     clip_grad_norm: float | None
+    precision: Precision
     seed: int
     plan: Plan
     host: Host
@@ -250,8 +252,7 @@ class Programs:
         try:
             return capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
-                want=want, grads=s.grads, seed=s.seed, compute=None if s.plan.dtype is None else ops.torch_dtype(s.plan.dtype),
-                moving=self.moving, wide=s.wide,
+                want=want, grads=s.grads, seed=s.seed, moving=self.moving, wide=s.wide, **s.precision,
             )  # fmt: skip
         except CaptureError:
             raise

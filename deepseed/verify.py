@@ -122,6 +122,7 @@ def verify(
             world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True,
             device_memory=os.environ.get("DEEPSEED_DEVICE_MEMORY") or "unlimited",
         )  # fmt: skip
+        step.compile(batches[0])  # what cannot be captured is said before eager PyTorch stumbles over it
         runs[0] = _runs(step, batches[0])
         reached: list[Mapping[str, Tensor]] = []  # eager's parameters and buffers after each step
         want = eager(theirs, (lambda _: reached.append(_state(theirs))) if follow else None)

@@ -50,10 +50,16 @@ class Weights:
             maps: dict[Path, Tensor] = {}
             for key in keys:
                 here = [state for state in states if key in state.tensors]
-                maps |= {path: mapped(path) for path in {p.stored.path for s in self.found[key] for p in s.pieces} if here and path not in maps}
+                for piece in (p for source in self.found[key] for p in source.pieces if here):
+                    path = piece.stored.path
+                    if path not in maps:
+                        maps[path], laid[path] = mapped(path), set(stored(path).values())
+                    if piece.stored not in laid[path]:
+                        raise CheckpointError(f"{path} is another file than compile(weights=) has seen: it was written anew since\n  fix: compile anew")
                 for state in here:
                     self._fill(state, key, maps)
 
+        laid: dict[Path, set[Stored]] = {}
         everywhere(host, f"reading {self.path}", fill)
 
     def _fill(self, state: State, key: Key, maps: Mapping[Path, Tensor]) -> None:

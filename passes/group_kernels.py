@@ -18,8 +18,12 @@ from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
-_MOVES = ("wait", "shard", "summand", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", *MEMORIES)
+_MOVES = (
+    "wait", "shard", "summand", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start",
+    *MEMORIES,
+)  # fmt: skip
 OPTIMIZER = "optim."
+WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
@@ -123,7 +127,8 @@ def _nearby(p: Program, name: str, position: int, reader: Op) -> str | None:
 def _source(p: Program, name: str, operands: set[str]) -> str:
     """The operand that a value brings, in another layout maybe."""
     while name not in operands and name in p.producers and p.producers[name].target in _MOVES:
-        name = p.producers[name].refs[0].name
+        moved = p.producers[name]
+        name = moved.refs[moved.results.index(name)].name  # of a bucket, its own
     return name
 
 
@@ -181,7 +186,7 @@ def _fusable(p: Program, op: Op) -> bool:
 
 
 def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[int]) -> tuple[Op, Sequence[int]]:
-    """The update without its step count: the kernel reads the new count, ops that make it stay on their own.
+    """The update without its step count: the kernel reads the count of this step, ops that make the stored one stay on their own.
 
     before: %w.new, %step.new, %m.new = optim.x(%w, %g, %step, %m, %lr, states=["step", "m"])
     after:  %w.new, %m.new = optim.x(%w, %g, %step.new, %m, %lr, states=["step", "m"])
@@ -198,9 +203,11 @@ def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequenc
         if op is not None and op.origin and at[op.name] in members and at[op.name] not in alone:
             alone.add(at[op.name])
             pending += [ref.name for ref in op.refs]
+    made = p.producers.get(new)
+    counted = made.args[2] if made is not None and made.target == "aten.where.self" and whole.kw("skip") == made.args[0] else Ref(new)
     whole = replace(
         whole,
-        args=(*whole.args[: 2 + i], Ref(new), *whole.args[3 + i :]),
+        args=(*whole.args[: 2 + i], counted, *whole.args[3 + i :]),
         results=(*whole.results[: 1 + i], *whole.results[2 + i :]),
         types=(*whole.types[: 1 + i], *whole.types[2 + i :]),
     )
@@ -240,7 +247,7 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     it is no other parameter's gradient too."""
     g = scaling.refs[0].name
     made = p.producers.get(g)
-    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum"):
+    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum", "cast"):
         return False
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
@@ -255,9 +262,14 @@ def _gather_updates(p: Program) -> Program:
             %b.new = optim.sgd(%b, %b.g, %lr)                  %a.out.start = all_gather.start(%a.new)
     """
     groups: dict[tuple[object, ...], list[Op]] = {}
+    widened: dict[tuple[object, ...], int] = {}  # bytes of the gradients that were cast for it
     for op in p.ops:
         if op.target.startswith(OPTIMIZER):
-            groups.setdefault((op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage), []).append(op)
+            key = (op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage)
+            cast = p.producers.get(op.refs[1].name)
+            if cast is not None and cast.target == "cast" and cast.phase == "update":
+                widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
+            groups.setdefault((*key, widened.get(key, 0) // WIDENED), []).append(op)
     last = {ops[-1].name: ops for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)

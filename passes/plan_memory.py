@@ -16,6 +16,7 @@ from deepseed.solver.between import Between
 from deepseed.solver.remat import GATHERS, choose
 
 _MOVES = ("wait", "shard", "summand")
+AGAIN = ".again"  # the end of the names of what the backward computes again
 
 
 @program_pass(requires={"lowered"}, provides={"budgeted"})
@@ -52,7 +53,7 @@ class _Again:
         self.out = Builder(self.p)
         self.there = {i.name for i in self.p.inputs}  # values that are emitted
         self.made: dict[str, str] = {}  # a value of the forward -> the backward's own
-        self.groups: dict[str, list[Op]] = {}  # origin -> what stands for its members in the backward
+        self.groups: dict[str, list[Op]] = {}  # origin -> its members in the backward
         self.forward_of = {own: value for value, own in b.again.items() if b.storage[value] in kept}
 
     def run(self) -> Program:
@@ -60,11 +61,14 @@ class _Again:
             if op.name in self.there:
                 continue  # pulled forward
             if op.phase == "backward":
-                self._emit(op.map_refs(lambda ref: Ref(self._read(self.forward_of.get(ref.name, ref.name)))))
+                op = op.map_refs(lambda ref: Ref(self._read(self.forward_of.get(ref.name, ref.name))))
+                self._emit(op)
+                if op.origin in self.out.origins:
+                    self.groups.setdefault(op.origin, []).append(op)
             else:
                 self._emit(op)
         producers = {r: op for op in self.out.ops for r in op.results}
-        self.out.origins.update({f"{key}.again": self._group(key, producers) for key in self.groups})
+        self.out.origins.update({key: self._group(key, producers) for key in self.groups})
         return _alive(self.out.program())
 
     def _emit(self, op: Op) -> None:
@@ -97,24 +101,28 @@ class _Again:
 
     def _clone(self, op: Op) -> None:
         copy = op.map_refs(lambda ref: Ref(self._read(ref.name, op.origin)))
-        names = tuple(self.out.fresh(f"{r}.again") for r in op.results)
+        names = tuple(self.out.fresh(r + AGAIN) for r in op.results)
         self.made.update(zip(op.results, names, strict=True))
-        copy = replace(copy, results=names, phase="backward", origin=f"{op.origin}.again" if op.origin in self.out.origins else "")
+        copy = replace(copy, results=names, phase="backward", origin=op.origin + AGAIN if op.origin in self.out.origins else "")
         self._emit(copy)
         if copy.origin:
-            self.groups.setdefault(op.origin, []).append(copy)
+            self.groups.setdefault(copy.origin, []).append(copy)
 
     def _group(self, key: str, producers: Mapping[str, Op]) -> Op:
-        """Members of a group that run again are a group of their own: the op that they were, on the values that they read."""
-        whole = self.out.origins[key]
+        """The op that the members of a group in the backward are, on the values that they read now. Members that run again are a group of
+        their own."""
+        first = key.removesuffix(AGAIN) if key not in self.out.origins else key
+        whole = self.out.origins[first]
         read = _sources(self.groups[key], producers)
-        results = tuple(self.made[r] if r in self.made else self.out.fresh(f"{r}.again") for r in whole.results)
 
         def operand(ref: Ref) -> Arg:
             own = self.made.get(ref.name, ref.name)
             return Ref(own if own in read else ref.name)
 
-        return replace(whole.map_refs(operand), results=results, phase="backward")
+        whole = whole.map_refs(operand)
+        if first == key:
+            return whole
+        return replace(whole, results=tuple(self.made[r] if r in self.made else self.out.fresh(r + AGAIN) for r in whole.results), phase="backward")
 
 
 def _sources(ops: Sequence[Op], producers: Mapping[str, Op]) -> set[str]:

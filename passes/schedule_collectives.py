@@ -191,17 +191,19 @@ class _Schedule:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
         bucket = _Bucket()
         alone: list[Op] = []
-        copy = 0  # of the tensor in use, which is laid out from the bucket
+        copy = packed = 0  # of the tensor in use, which is laid out from the bucket; before that, of what is sent
         for start in [first, *(s for s in self.ahead if s is not first)]:
             nbytes = start.type.local_bytes(self.p.mesh)
             if (_place(start), start.target) != (_place(first), first.target):
                 continue
             copy = max(copy, nbytes)
-            if start is not first and bucket.nbytes + nbytes + copy > self._limit(first):
+            sent = 0 if self._alone(start) else self.p.types[start.refs[0].name].local_bytes(self.p.mesh)
+            if start is not first and bucket.nbytes + nbytes + max(copy, packed + sent) > self._limit(first):
                 break
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
                 bucket.nbytes += nbytes
+                packed += sent
                 (alone if self._alone(start) else bucket.starts).append(start)
         number = len(self.buckets)
         for starts in (*([s] for s in alone), bucket.starts):

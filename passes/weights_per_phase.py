@@ -37,8 +37,11 @@ def per_phase(p: Program) -> Program:
             again.update((r, Ref(n)) for r, n in zip(made.results, names, strict=True))
         return again[ref.name]
 
+    backward = set()
     for op in p.ops:
         out.emit(op.map_refs(own) if op.phase == "backward" else op)
+        backward |= {op.origin} if op.phase == "backward" else set()
+    out.origins = {key: op.map_refs(lambda ref: again.get(ref.name, ref)) if key in backward else op for key, op in p.origins}
     return out.program()
 
 
@@ -56,4 +59,5 @@ def once(p: Program) -> Program:
                 same.update((r, Ref(s)) for r, s in zip(op.results, found.results, strict=True))
                 continue
         out.emit(op)
+    out.origins = {key: op.map_refs(lambda ref: same.get(ref.name, ref)) for key, op in p.origins}
     return out.program(outputs=[replace(o, ref=same.get(o.ref.name, o.ref)) for o in p.outputs])

@@ -80,7 +80,7 @@ def test_plan_says_stages_and_microbatches() -> None:
     [
         (["plan", "zer3"], "did you mean zero3"),
         (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
-        (["plan", "remat"], "not yet supported"),
+        (["plan", "auto"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
         (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),
@@ -196,7 +196,7 @@ def test_verify_on_gloo_runs_the_program_that_simulate_ran(mlp: str) -> None:
 def test_run_starts_ranks_and_gives_the_script_its_arguments(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, sys\nopen(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(' '.join(sys.argv[2:]))\nsys.exit(3 if sys.argv[-1] == 'fail' else 0)\n")
-    done = shell("run", "--nproc-per-node", "2", str(script), str(tmp_path), "--lr", "0.1")
+    done = shell("run", "--num_gpus", "2", str(script), str(tmp_path), "--lr", "0.1")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--lr 0.1"] * 2
-    assert shell("run", str(script), str(tmp_path), "fail").returncode != 0
+    assert shell("run", str(script), str(tmp_path), "fail").returncode == 3

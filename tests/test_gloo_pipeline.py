@@ -1,6 +1,6 @@
 """Pipelines on real ranks over gloo: three axes equal to eager PyTorch in float64, and every rank that is left names the one that ended.
 
-Llama of four layers, trained for three steps with clipping; each row has another number of labels, so no two microbatches count the same.
+Llama, and by ``wide`` others, of four layers, trained for three steps with clipping; each row has another number of labels, so no two microbatches count the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 THREE_AXES: dict[int, list[Case]] = {
     2: [("llama", "pp2", "interleaved2"), ("tied llama", "pp2+mb8", "gpipe")],
+    4: [
+        ("t5", "zero3+dp2+pp2", "zb"), ("gpt2", "zero2+dp2+pp2", "interleaved2"), ("bert", "zero1+tp2+pp2", "zb"), ("vit", "tp2+pp2", "gpipe"),
+        ("qwen3", "pp4+mb8", "1f1b"),
+    ],
     8: [
         ("llama", "zero3+dp2+tp2+pp2", "1f1b"), ("llama", "zero3+dp2+tp2+pp2", "zb"),
         ("llama", "zero3+dp2+pp4", "1f1b"), ("llama", "zero3+dp2+pp4", "zb"), ("tied llama", "zero3+dp2+tp2+pp2", "1f1b"),

@@ -107,11 +107,17 @@ def test_zero_alone_says_that_it_does_nothing() -> None:
     assert parse_plan("zero0").resolve(1).notes == parse_plan("tp2").notes == ()
 
 
+def test_remat_is_a_word_of_its_own() -> None:
+    plan = parse_plan("remat+zero3+bf16")
+    assert plan.remat == "remat" and str(plan) == "zero3+bf16+remat" and parse_plan(str(plan)) == plan
+    assert "says remat and remat" in refusal("remat+remat")
+
+
 def test_precision() -> None:
     assert [parse_plan(word).dtype for word in ("bf16", "fp32", "fp64", "zero1")] == ["bf16", "f32", "f64", None]
 
 
-@pytest.mark.parametrize("word", ["budget(8GiB)", "auto"])
+@pytest.mark.parametrize("word", ["auto"])
 def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
     message = refusal(f"zero3+{word}")
     assert message.startswith(f"not yet supported by this version: {word.lower()} (") and "; use " in message
@@ -124,7 +130,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp32, fp64, remat, offload(optimizer)" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp16, fp32, fp64, grads(fp32), remat, offload(optimizer), budget(8GiB)" in message
 
 
 def test_offload() -> None:

@@ -171,8 +171,8 @@ class Updates:
             self.hyper[key] = lambda: number.read(options)
         return self._hyper[key]
 
-    def update(self, name: str, parameter: nn.Parameter, group: int, param: Ref, grad: Ref) -> tuple[Ref, dict[str, Ref]]:
-        """The new parameter, and the new state by key."""
+    def update(self, name: str, parameter: nn.Parameter, group: int, param: Ref, grad: Ref, skip: Ref | None = None) -> tuple[Ref, dict[str, Ref]]:
+        """The new parameter, and the new state by key; the old ones where ``skip`` is true."""
         optimizer, options = self._groups[group]
         key = (tuple(parameter.shape), parameter.dtype, group)
         rule = self._rules.get(key)
@@ -193,12 +193,16 @@ class Updates:
         if rule.first is not None:
             started = e.one("aten.gt.Scalar", (old[STARTED], 0.5), Type("bool", ()))
             new = self._choose(started, new, self._instances(rule.first, given))
+        begun = e.full(1.0, Type("f32", ())) if rule.first is not None else None
+        if skip is not None:
+            new = self._choose(skip, [param, *(old[s] for s in slots)], new)
+            begun = begun and e.one("aten.where.self", (skip, old[STARTED], begun), Type("f32", ()))
         result, states = new[0], dict(zip(slots, new[1:], strict=True))
         if e.origin:
-            self.origins[e.origin] = _fused(fused or "", options, param, grad, slots, old, moving[0], [result, *states.values()], e)
+            self.origins[e.origin] = _fused(fused or "", options, param, grad, slots, old, moving[0], [result, *states.values()], e, skip)
         out = {f"{s}/{name}": states[s] for s in slots}
-        if rule.first is not None:
-            out[f"{STARTED}/{name}"] = e.full(1.0, Type("f32", ()))
+        if begun is not None:
+            out[f"{STARTED}/{name}"] = begun
         e.where, e.phase, e.base, e.origin = Where(), "forward", "", ""
         return result, out
 
@@ -251,11 +255,13 @@ def _constant(e: Emitter, c: Tensor) -> Ref:
 
 def _fused(
     target: str, options: Mapping[str, Any], param: Ref, grad: Ref, slots: Sequence[str], old: Mapping[str, Ref], lr: Ref,
-    new: Sequence[Ref], e: Emitter,
+    new: Sequence[Ref], e: Emitter, skip: Ref | None,
 ) -> Op:  # fmt: skip
-    """The whole update as one op: args param, grad, states, lr; results param and states; kwargs the options and the slot names."""
+    """The whole update as one op: args param, grad, states, lr; results param and states; kwargs the options and the slot names, and
+    ``skip``: whether nothing changes."""
     kept = {k: v for k, v in options.items() if k not in HIDDEN and k not in ("lr", "decoupled_weight_decay")}
     kwargs: list[tuple[str, Arg]] = [("states", tuple(slots))]
     kwargs += [(k, plain(v)) for k, v in kept.items()]
+    kwargs += [("skip", skip)] if skip is not None else []
     args = (param, grad, *(old[s] for s in slots), lr)
     return Op(tuple(r.name for r in new), target, args, tuple(e.type(r) for r in new), tuple(kwargs), "update", e.where.path)

@@ -23,7 +23,7 @@ STARTED = "started"  # own slot, 0 before the first step: for optimizers whose f
 
 @dataclass(frozen=True)
 class StateSlot:
-    """One tensor of optimizer state: ``exp_avg`` of one parameter."""
+    """One tensor of optimizer state: ``exp_avg`` of one parameter; of the step as a whole where ``param`` is empty."""
 
     param: str
     slot: str
@@ -35,7 +35,7 @@ class StateSlot:
 
     @property
     def key(self) -> str:
-        return f"{self.slot}/{self.param}"
+        return f"{self.slot}/{self.param}" if self.param else self.slot
 
 
 @dataclass(frozen=True)

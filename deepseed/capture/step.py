@@ -19,6 +19,7 @@ from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.functional import Flat, functional
+from deepseed.capture.gradients import SCALE, LossScale, ready, reduced
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
@@ -30,7 +31,7 @@ from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op, Output, Program, Ref, Type
+from deepseed.ir.program import Op, Output, Program, Ref
 from deepseed.ir.verify import verify
 
 Want = Literal["step", "loss_and_grads", "forward"]
@@ -81,6 +82,8 @@ def capture(
     want: Want | None = None,
     grads: bool = False,
     compute: torch.dtype | None = None,
+    reduce: torch.dtype | None = None,
+    loss_scale: LossScale | None = None,
     moving: Collection[str] = (),
     wide: bool = False,
     seed: int = 0,
@@ -91,7 +94,8 @@ def capture(
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
     floats that the model, the loss or the optimizer creates, or casts to, are float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
     one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
-    gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
+    gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``reduce``: gradients
+    are reduced in this dtype, else as the backward makes them. ``loss_scale``: of a step. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
     """
     want = want or ("step" if optimizer is not None else "loss_and_grads")
@@ -106,9 +110,11 @@ def capture(
     if hooked:
         raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
     group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
-    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide)
+    loss_scale = loss_scale if want == "step" else None
+    scaled = loss_scale.initial if loss_scale is not None and not loss_scale.moves else SCALE if loss_scale is not None else None
+    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled)
     if traced.python.writes:
-        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide).python)
+        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled).python)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -118,26 +124,30 @@ def capture(
     outputs: list[Output] = []
     hyper: dict[str, Callable[[], float]] = {}
     state: dict[str, StateSlot] = {}
-    gradients = {key: v for (role, key), v in named.items() if role == "grad" and isinstance(v, Ref)}
+    e.where = Where()
+    gradients = reduced(e, {key: v for (role, key), v in named.items() if role == "grad" and isinstance(v, Ref)}, None if wide or reduce is None else DTYPES[reduce])
     for (role, key), v in named.items():
         if role in ("loss", "output") and isinstance(v, Ref):
             outputs.append(Output(v, role, key))
-        elif role == "grad" and isinstance(v, Ref) and (grads or want == "loss_and_grads"):
-            outputs.append(Output(v, "grad", key))
-    e.phase, e.where = "update", Where()
     origins: dict[str, Op] = {}
     options: dict[str, Any] = {}
     moved: frozenset[str] = frozenset()
-    if clip_grad_norm is not None and gradients and want != "forward":
-        gradients, norm = _clip(e, gradients, float(clip_grad_norm))
-        outputs.append(Output(norm, "norm", "grad_norm"))
+    slots = {slot.key: slot for slot in loss_scale.slots()} if loss_scale is not None else {}
+    known = {key: refs.get(("state", key)) or e.input(slot.type, "state", key) for key, slot in slots.items()}
+    state |= slots
+    limit = None if clip_grad_norm is None else float(clip_grad_norm)
+    final, more = ready(e, gradients, limit if want != "forward" else None, loss_scale, known)
+    outputs += more
+    if grads or want == "loss_and_grads":
+        outputs += [Output(final.unscaled(e, key), "grad", key) for key in gradients]
     if want == "step" and optimizer is not None:
         updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
-        for name, grad in gradients.items():
+        for name in gradients:
             if name in group_of:
                 written = named["param", name]  # by forward, or as it came in
                 start = written if isinstance(written, Ref) else refs["param", name]
-                new, states = updates.update(name, parameters[name], group_of[name], start, grad)
+                grad = final.of(e, name, DTYPES[parameters[name].dtype])
+                new, states = updates.update(name, parameters[name], group_of[name], start, grad, final.overflow)
                 outputs.append(Output(new, "param", name))
                 outputs += [Output(ref, "state", key) for key, ref in states.items()]
         moved = updates.moved
@@ -174,7 +184,9 @@ class _Traced:
         buffers: Mapping[str, Tensor],
         compute: torch.dtype | None,
         wide: bool,
+        scale: float | str | None,
     ) -> None:
+        """``scale``: of the loss; a number, or the key of the state that holds it."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.names: list[tuple[str, str]] = []
         self.output: Any = None
@@ -183,6 +195,7 @@ class _Traced:
             self.sources = [_Source("param", n, torch.empty(p.shape, dtype=p.dtype, requires_grad=n in trainable)) for n, p in parameters.items()]
             self.sources += [_Source("buffer", n, torch.empty(b.shape, dtype=b.dtype)) for n, b in buffers.items()]
             self.sources += [_Source("batch", n, torch.empty(t.shape, dtype=t.dtype)) for n, t in tensors(batch).items()]
+            self.sources += [_Source("state", scale, torch.empty((), dtype=torch.float32))] if isinstance(scale, str) else []
             self.sources += [_Source("rng", "rng", torch.empty(2, dtype=torch.int64))]
         keys = [(s.role, s.key) for s in self.sources]
 
@@ -206,8 +219,9 @@ class _Traced:
                     loss = _loss(model, inner, loss_fn)
                     tracker.backward = True
                     found["loss", "loss"] = loss
-                    wanted = [given["param", key] for key in trainable]
-                    got = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+                    wanted = [swapped[key] for key in trainable]  # as narrow as they are computed
+                    start = None if scale is None else (given["state", scale] if isinstance(scale, str) else torch.full((), scale)).to(loss.dtype)
+                    got = torch.autograd.grad(loss, wanted, start, allow_unused=True) if wanted else ()
                     found |= {("grad", key): g for key, g in zip(trainable, got, strict=True)}
             lost = next((key for key in parameters if swapped[key] is not given["param", key] and swapped[key]._version), None)
             if lost is not None:
@@ -292,28 +306,6 @@ def _constant(e: Emitter, value: Tensor, constants: dict[str, Tensor]) -> Ref:
     constants[key] = t
     known = next((i for i in e.inputs if i.role == "constant" and i.key == key), None)
     return Ref(known.name) if known is not None else e.input(type_of(t), "constant", key)
-
-
-def _clip(e: Emitter, gradients: Mapping[str, Ref], limit: float) -> tuple[dict[str, Ref], Ref]:
-    """Scaled gradients and their global norm: one sum of squares over all of them."""
-    dtypes = {e.type(g).dtype for g in gradients.values()}
-    wide = "f64" if "f64" in dtypes else "f32"
-    scalar = Type(wide, ())
-    e.base = "clip"
-    total: Ref | None = None
-    for g in gradients.values():
-        part = e.one("sum_of_squares", (g,), scalar)
-        total = part if total is None else e.one("aten.add.Tensor", (total, part), scalar)
-    assert total is not None
-    norm = e.one("aten.sqrt", (total,), scalar)
-    inverse = e.one("aten.reciprocal", (e.one("aten.add.Tensor", (norm, 1e-6), scalar),), scalar)
-    factor = e.one("aten.clamp", (e.one("aten.mul.Tensor", (inverse, limit), scalar), None, 1.0), scalar)
-    clipped = {}
-    for name, g in gradients.items():
-        t = e.type(g)
-        clipped[name] = e.one("aten.mul.Tensor", (g, e.cast(factor, t.dtype)), t)
-    e.base = ""
-    return clipped, norm
 
 
 def _guard(read: Read, mode: FakeTensorMode, spec: BatchSpec, constants: dict[str, Tensor]) -> Guard:

@@ -39,6 +39,10 @@ class _Intercept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cuda") and func.namespace == "aten" and func is not _aten.detach.default:  # what torch asks by itself must not fail
+            where = self.tracker.here()
+            raise CaptureError('the model enters torch.autocast("cuda"), which does nothing where a step is captured: on the CPU, for any device',
+                               path=where.path, line=where.line, fix="leave it out, and give the plan a word of precision: zero3+bf16")  # fmt: skip
         if self.wide:
             args, kwargs = widened(args, kwargs)
         device = kwargs.get("device")

@@ -194,9 +194,9 @@ def turned(position: int) -> Callable[[Call], str]:
 
 
 def _cast(call: Call) -> str:
-    """0, between floats where the result is f32 or f64"""
+    """0, between floats: summands are rounded as a product's are"""
     source, target = call.operands[0].dtype, call.results[0].dtype
-    return "0" if source == target or (source in FLOATS and target in ("f32", "f64")) else ""
+    return "0" if source == target or (source in FLOATS and target in FLOATS) else ""
 
 
 def _zero(key: str, then: str) -> Callable[[Call], str]:

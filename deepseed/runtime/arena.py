@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseed.ir.amounts import parse_bytes
+
 
 class DeviceMemoryError(torch.OutOfMemoryError):
     """An op asked for more than a rank's device memory has: names rank, op, source line, and the bytes."""
@@ -119,7 +121,7 @@ def accounts(given: str | int | None, device: torch.device, ranks: Sequence[int]
     said = os.environ.get("DEEPSEED_DEVICE_MEMORY", "") if given is None else str(given)
     if not said or device.type != "cpu":
         return []
-    limit = parse_bytes(said)
+    limit = None if said.strip().lower() == "unlimited" else _amount(said)
     return [Arena(rank, limit) for rank in ranks]
 
 
@@ -141,22 +143,8 @@ def _line() -> str:
     return ""
 
 
-def parse_bytes(text: str) -> int | None:
-    """``"256MiB"`` -> bytes; None for ``"unlimited"``. Raises ValueError on anything else.
-
-    >>> parse_bytes("256MiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
-    (268435456, 1500000000, 4096)
-    """
-    word = text.strip().lower()
-    if word == "unlimited":
-        return None
-    units = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    number = word.rstrip("kmgtib ")
-    unit = word[len(number) :].strip() or "b"
+def _amount(text: str) -> int:
     try:
-        found = int(float(number) * units[unit])
-    except (KeyError, ValueError):
-        found = 0
-    if found <= 0:
-        raise ValueError(f"device_memory={text!r} is no amount of memory\n  fix: write 256MiB, 8GiB or a number of bytes above 0; unlimited counts only")
-    return found
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"device_memory={error}\n  fix: write one of these; unlimited counts only") from None

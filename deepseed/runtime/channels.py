@@ -99,7 +99,7 @@ def hand(world: World, x: Tensor | None, shape: Sequence[int], dtype: torch.dtyp
         return x if world.rank == target else None
     if (source, target) not in world.channels:
         world.channels[source, target] = _channel(world, (source, target))
-    out = torch.empty(tuple(shape), dtype=dtype, device=world.device) if x is None else x.contiguous()
+    out = torch.empty(tuple(shape), dtype=dtype, device=world.device) if x is None else x.to(world.device).contiguous()
     if out.numel():
         world.run(lambda: _send_first(world.channels[source, target], out), f"a part of a tensor from rank {source} to rank {target}")
     return out if world.rank == target else None

@@ -6,7 +6,6 @@ one position on ``pp``, its home: ranks elsewhere have None for a part of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree, channels
+from deepseed.runtime import agree, channels, environment
 from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
@@ -344,6 +343,6 @@ def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]
 
 
 def launched() -> bool:
-    """Whether this process is one of several ranks: a process group exists, or a launcher's environment."""
-    return dist.is_available() and (dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ))
+    """Whether this process is one of several ranks: a process group exists, or the environment of a launcher, srun or mpirun."""
+    return dist.is_available() and (dist.is_initialized() or environment.adopt())
 

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseed.ir.layout import Owned
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Op, Program, params_only
 from deepseed.rules.strides import Lying
@@ -90,6 +91,12 @@ class Between:
         if TIME in self.p.mesh.sizes:
             out |= {s for s in self.storage.values() if self.p.types[s].layout.on(TIME) is None and s not in self.weights}
         return frozenset(out) - self.inputs
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The storages of ids by which rows are owned: layouts name them, so that there is one of each."""
+        found = {e.key for t in self.p.types.values() for _, e in t.layout.elements if isinstance(e, Owned)}
+        return frozenset(self.storage[key] for key in found if key in self.storage) - self.inputs
 
     @cached_property
     def units(self) -> Sequence[Unit]:

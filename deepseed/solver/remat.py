@@ -62,7 +62,7 @@ def levels(p: Program, machine: Machine | None = None, gathers: str = "again", s
         for i in range(steps, -1, -1):
             choice = problem.solve(i / steps)
             found.setdefault(choice.kept, (choice.seconds, choice.nbytes, i / steps, every))
-    return [(saved, every) for _, _, saved, every in sorted(found.values(), key=lambda f: (f[0], -f[1]))]
+    return [(saved, every) for _, _, saved, every in sorted(found.values(), key=lambda f: f[:2])]
 
 
 @dataclass
@@ -95,7 +95,7 @@ class _Problem:
             gathered = set()
         if gathers != "again":
             self.wanted |= gathered
-        self.cuts = frozenset[str]().union(*b.layers[::every]) & self.owner.keys() if every else frozenset[str]()
+        self.cuts = b.keys.union(*b.layers[::every] if every else ()) & self.owner.keys()  # must be kept
         little = {s for s in self.wanted if b.nbytes([s]) <= BLOCK and s not in b.weights}
         self.free = (b.lasting & self.owner.keys()) | little | (gathered if gathers == "kept" else set())
         self.never = {s for u in self.units if u.weight for s in u.makes} - (gathered if gathers != "again" else set()) - self.free

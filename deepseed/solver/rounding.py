@@ -16,7 +16,9 @@ NARROW = ("bf16", "f16")
 
 
 def without_split_contractions(op: Op, found: Sequence[Strategy]) -> list[Strategy]:
-    """Of the strategies of an update's op, those that leave no narrow partial result of operands that are none."""
+    """Of the strategies of an update's op, those that leave no narrow partial result of operands that are none, or that are cast."""
     if op.phase != "update" or not any(t.dtype in NARROW for t in op.types):
         return list(found)
+    if op.target == "cast":
+        return [s for s in found if not any(isinstance(e, Partial) for e in s.results)]
     return [s for s in found if not any(isinstance(e, Partial) for e in s.results) or any(isinstance(e, Partial) for e in s.operands)]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deepseed
 from deepseed.api import TrainStep
 from deepseed.pieces import Piece
+from deepseed.runtime import channels
 from deepseed.weights import Weights
 from gloo.checkpoint import Tagger, batches, made, packed, trained
 
@@ -119,7 +121,16 @@ def begins(plan: str, source: str, target: str, width: int) -> dict[str, Any]:
         held = watched(step, data[0])
     out: dict[str, Any] = {"whole": whole, "read": sum(counted.values()), "held": held, "begun": packed(step.state_dict())}
     out["losses"], values = trained(step, data[:2])
-    step.save_pretrained(target, max_shard_size=whole // 3)
+    sent, hand = [0], channels.hand
+
+    def handing(world: Any, x: Any, shape: Any, dtype: torch.dtype, source: int, to: int) -> Any:
+        sent[0] += x.nbytes if x is not None and source != to else 0
+        return hand(world, x, shape, dtype, source, to)
+
+    with Living() as living, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channels, "hand", handing)
+        step.save_pretrained(target, max_shard_size=whole // 3)
+    out["sent"], out["held by saving"] = sent[0], living.peak
     out["values"] = packed(values)
     step.save(f"{target}.checkpoint")
     again = made(plan, backend="gloo", model=empty(width), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
