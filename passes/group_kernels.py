@@ -99,6 +99,9 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
+    for name in operands - set(arrived):  # what the group does not read, of the memory in which it runs
+        if (near := _nearby(p, name, position, ops[-1])) is not None:
+            arrived[name] = near
     op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
     if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
         return None
@@ -107,6 +110,18 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
         return None
     last = ops[-1]
     return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
+
+
+def _nearby(p: Program, name: str, position: int, reader: Op) -> str | None:
+    """The copy of a value that a move brought, before ``position``, to the memory in which ``reader`` runs; None where it lies there."""
+    if p.types[name].host == reader.type.host:
+        return None
+    for op in reversed(p.ops[:position]):
+        if op.target == "wait" and (op.part, op.stage, op.type.host) == (reader.part, reader.stage, reader.type.host):
+            start = p.producers[op.refs[0].name]
+            if start.target in MEMORIES and start.refs[0].name == name:
+                return op.name
+    return None
 
 
 def _source(p: Program, name: str, operands: set[str]) -> str:
@@ -122,6 +137,8 @@ def _typed(p: Program, op: Op) -> Op | None:
     reads (and that the group does not make) gets whatever layout makes it one."""
     operands = [p.types[ref.name] for ref in op.refs]
     host = bool(operands) and operands[0].host
+    if any(t.host != host for t in operands):
+        return None
     types = [p.types.get(r, t.on(host)) for r, t in zip(op.results, op.types, strict=True)]
     if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in zip(types, op.types, strict=True)):
         return None

@@ -29,7 +29,15 @@ def written(folder: Path) -> Disk:
     made.tensor(("state", "exp_avg/w"), (4, 8), torch.float32).fill_(1.5)
     made.tensor(("param", "w"), (4, 8), torch.bfloat16).fill_(2)
     made.seal(unmarked)
+    settle(made)
     return made
+
+
+def settle(made: Disk) -> None:
+    """Wait until every checksum is taken."""
+    for file in made._files.values():
+        assert file.sum is not None
+        file.sum.result()
 
 
 def trained(plan: str) -> TrainStep:
@@ -76,10 +84,6 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_torn_file_is_found_before_it_is_read(tmp_path: Path, wrong: str, said: str) -> None:
     made = written(tmp_path)
     path = made.paths["param", "w"]
-    made.seal(unmarked)
-    for file in made._files.values():
-        assert file.sum is not None
-        file.sum.result()
     os.truncate(path, 40) if wrong == "torn" else path.unlink()
     with pytest.raises(DiskError, match=f"{path.name}, which holds param 'w', {said}"):
         made.check(unmarked)
@@ -110,9 +114,7 @@ def test_damage_between_two_steps_ends_training_and_a_checkpoint_goes_on(tmp_pat
     found = step.states[0].disk
     assert found is not None and found.paths and all(role == "state" for role, _ in found.paths)
     path = next(p for (_, key), p in found.paths.items() if key.startswith("exp_avg/"))
-    for file in found._files.values():
-        assert file.sum is not None
-        file.sum.result()
+    settle(found)
     with path.open("r+b") as raw:
         raw.write(b"\x7f" * 8)
     before = step.steps

@@ -13,6 +13,7 @@ import deepseed
 from deepseed.api import TrainStep
 from deepseed.ir.program import params_only
 from deepseed.memory import curve
+from deepseed.target import load
 from deepseed.unroll import unroll
 from deepseed.verify import verify
 
@@ -69,6 +70,26 @@ def test_the_counted_peak_is_the_predicted_one(plan: str) -> None:
     for c, r in zip(counted, said, strict=True):
         assert 0.99 * c["device"] <= r.peak_bytes <= 1.01 * c["device"], (plan, c, r.peak_bytes)
         assert 0.99 * c["host"] <= r.host_bytes <= 1.01 * c["host"], (plan, c, r.host_bytes)
+
+
+@wide
+@pytest.mark.parametrize(
+    ("target", "plan"),
+    [
+        ("hf:GPT2LMHeadModel", "zero3+dp2+offload(optimizer, params)"), ("hf:GPT2LMHeadModel", "tp2+offload(optimizer, params, activations)"),
+        ("hf:GPT2LMHeadModel", "zero1+dp2+mb2+offload(optimizer)"), ("hf:T5ForConditionalGeneration", "zero3+dp2+mb2+offload(optimizer, params)"),
+        ("hf:T5ForConditionalGeneration", "zero1+dp2+offload(optimizer, gradients, activations)"),
+    ],
+)  # fmt: skip
+def test_tied_weights_and_dropout(target: str, plan: str) -> None:
+    found = load(target)
+    report = verify(found.model, found.batch, plan, steps=2)
+    assert report.ok, str(report)
+    model = load(target).model
+    step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters()), clip_grad_norm=1.0, device_memory="unlimited")
+    step(found.batch)
+    for c, r in zip(step.counted_peak_bytes, step.explain().ranks, strict=True):
+        assert 0.99 * c["device"] <= r.peak_bytes <= 1.01 * c["device"] and 0.99 * c["host"] <= r.host_bytes <= 1.01 * c["host"], (c, r)
 
 
 def test_the_optimizer_on_the_host_leaves_parameters_and_gradients_on_the_device() -> None:

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Index = Sequence[Sequence[Sequence[int]]]
 
@@ -134,8 +135,9 @@ def _mix(z: Tensor, temporary: Tensor | None = None) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _counters(n: int, device: torch.device) -> Tensor:
-    """(c + 1) * golden for c < n."""
-    return torch.arange(1, n + 1, device=device).mul_(_signed(GOLDEN))
+    """(c + 1) * golden for c < n: a table of the process, in no mode's account."""
+    with _disable_current_modes():
+        return torch.arange(1, n + 1, device=device).mul_(_signed(GOLDEN))
 
 
 def _key(rng: Tensor, site: str) -> int | Tensor:

@@ -72,14 +72,12 @@ class Arena(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         made = [t for t in _tensors((out,)) if t.untyped_storage()._cdata not in self._live]
         if made:
-            host = self._hosting or any(self._on_host(t) for t in _tensors((*args, *(kwargs or {}).values())))
+            given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
+            host = self._hosting or any(key in self._live and self._live[key][1] for key in given)
             for t in made:
-                self._see(t, host, str(func))
+                if t.untyped_storage()._cdata not in given:  # else it is a view of the caller's
+                    self._see(t, host, str(func))
         return out
-
-    def _on_host(self, t: Tensor) -> bool:
-        found = self._live.get(t.untyped_storage()._cdata)
-        return found is not None and found[1]
 
     def _see(self, t: Tensor, host: bool, what: str) -> None:
         storage = t.untyped_storage()
