@@ -49,7 +49,7 @@ class _Again:
     """Writes the program in which the backward reads ``kept`` storages of the forward only."""
 
     def __init__(self, b: Between, kept: frozenset[str]) -> None:
-        self.b, self.p, self.kept = b, b.p, kept
+        self.b, self.p, self.kept = b, b.p, kept | b.inputs
         self.out = Builder(self.p)
         self.there = {i.name for i in self.p.inputs}  # values that are emitted
         self.made: dict[str, str] = {}  # a value of the forward -> the backward's own
@@ -77,10 +77,7 @@ class _Again:
 
     def _read(self, value: str, inside: str = "") -> str:
         """``value`` for the backward; ``inside``: for an op of this origin group, whose members all run again."""
-        op = self.p.producers.get(value)
-        if op is None or op.phase != "forward":
-            return value
-        if not (inside and op.origin == inside) and self.b.storage[value] in self.kept | self.b.inputs:
+        if not self._lost(value, inside):
             return value
         if value not in self.made:
             own = self.b.again.get(value)
@@ -88,8 +85,28 @@ class _Again:
                 self._pull(own)
                 self.made[value] = own
             else:
-                self._clone(op)
+                self._run_again(value)
         return self.made[value]
+
+    def _lost(self, value: str, inside: str) -> bool:
+        """Whether a value of the forward is not kept."""
+        op = self.p.producers.get(value)
+        if op is None or op.phase != "forward":
+            return False
+        return bool(inside and op.origin == inside) or self.b.storage[value] not in self.kept
+
+    def _run_again(self, value: str) -> None:
+        """The op that makes ``value``, and before it, in the forward's order, those whose values it reads that are not there."""
+        ops: dict[int, Op] = {}
+        pending = [value]
+        while pending:
+            op = self.p.producers[pending.pop()]
+            n = self.b.position[op.name]
+            if n not in ops and op.name not in self.made:
+                ops[n] = op
+                pending += [r.name for r in op.refs if self._lost(r.name, op.origin) and r.name not in self.b.again]
+        for n in sorted(ops):
+            self._clone(ops[n])
 
     def _pull(self, value: str) -> None:
         """Emit an op of the backward, which depends on parameters alone, before its turn."""

@@ -163,6 +163,13 @@ def exhaustive(b: Between, bound: float) -> float:
     return best
 
 
+def test_a_chain_of_any_length_runs_again() -> None:
+    lines = ['%v0 : f32[256, 2] batch "x"', *(f'%v{i + 1} = aten.add.Tensor(%v{i}, {i}) : f32[256, 2] {{phase="forward"}}' for i in range(3000))]
+    text = "\n".join(["program p mesh() facts(canonical, captured, explicit, lowered, placed)", *lines, '%d = aten.neg(%v3000) : f32[256, 2] {phase="backward"}', 'return %d grad "x"'])
+    ops = plan_memory(parse(text), saved=0.0).ops
+    assert len(ops) == 3001 and {op.phase for op in ops} == {"backward"}
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)))
 def test_the_integer_program_finds_what_exhaustive_search_finds(seed: int, ops: int, saved: float) -> None:

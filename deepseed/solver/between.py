@@ -145,7 +145,8 @@ class Between:
         return out
 
     @cached_property
-    def _position(self) -> Mapping[str, int]:
+    def position(self) -> Mapping[str, int]:
+        """In the forward, of the op that makes each value."""
         return {r: n for n, op in enumerate(self.forward) for r in op.results}
 
     @cached_property
@@ -153,19 +154,19 @@ class Between:
         """Storages that do not depend on parameters alone; where each is made, and where the forward last reads it."""
         last = {self.storage[r.name]: n for n, op in enumerate(self.forward) for r in op.refs}
         names = [s for s in last if s not in self.inputs and s not in self.weights]
-        return names, np.array([self._position[s] for s in names], dtype=np.int64), np.array([last[s] for s in names], dtype=np.int64)
+        return names, np.array([self.position[s] for s in names], dtype=np.int64), np.array([last[s] for s in names], dtype=np.int64)
 
     def _across(self, op: Op) -> frozenset[str]:
         """The storages made before ``op`` that the forward reads from it on."""
         names, made, last = self._spans
-        n = self._position[op.name]
+        n = self.position[op.name]
         return frozenset(names[i] for i in np.flatnonzero((made < n) & (n <= last)).tolist())
 
     def _held(self, kept: Sequence[frozenset[str]], begins: Sequence[Op]) -> int:
         """Bytes of what is kept, and of what the largest run between holds for the backward."""
-        first = [self._position[op.name] for op in begins]
+        first = [self.position[op.name] for op in begins]
         all_kept = frozenset[str]().union(*kept)
         runs = [0] * (len(first) + 1)
         for s in self.needed - all_kept - self.weights:
-            runs[bisect_right(first, self._position[s])] += self.nbytes([s])
+            runs[bisect_right(first, self.position[s])] += self.nbytes([s])
         return self.nbytes(all_kept) + max(runs)
