@@ -94,6 +94,9 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     inner = made - set(whole.results)
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
+    for unread in operands - arrived.keys():  # plays no part: what the group reads of the same type stands for it
+        alike = [v for v in arrived.values() if _alike(p.types[v], p.types[unread]) and p.types[v].layout != p.types[unread].layout]
+        arrived.update({unread: alike[0]} if alike else {})
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
     op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
     if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
@@ -103,6 +106,10 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
         return None
     last = ops[-1]
     return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
+
+
+def _alike(a: Type, b: Type) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _source(p: Program, name: str, operands: set[str]) -> str:
@@ -118,7 +125,7 @@ def _typed(p: Program, op: Op) -> Op | None:
     reads (and that the group does not make) gets whatever layout makes it one."""
     operands = [p.types[ref.name] for ref in op.refs]
     types = [p.types.get(r, t) for r, t in zip(op.results, op.types, strict=True)]
-    if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in zip(types, op.types, strict=True)):
+    if not all(_alike(a, b) for a, b in zip(types, op.types, strict=True)):
         return None
     free = [n for n, r in enumerate(op.results) if r not in p.types]
     for axis in p.mesh.names if free else ():
