@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.program import Op, Output, Program
 
 STORED = ("param", "buffer", "state")
@@ -27,7 +28,7 @@ def may_alias(op: Op, p: Program) -> bool:
         return True
     if op.target == "wait":
         start = p.producers[op.refs[0].name]
-        if start.target == "receive.start":
+        if start.target in ("receive.start", *MEMORIES):
             return False
         return p.mesh.size(str(start.kw("axis"))) == 1
     if op.target.startswith("aten."):

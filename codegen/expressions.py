@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from deepseed.ir.collective import COLLECTIVES, KEYED, step
+from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES, step
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 
@@ -89,12 +89,14 @@ class Source:
 def expression(out: Source, op: Op) -> str:
     local = [t.local(out.p.mesh) for t in op.types]
     if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand", "transfer"):
-        empty = [f"torch.empty({listed(shape)}, dtype={DTYPES[t.dtype]}, device=device)" for shape, t in zip(local, op.types, strict=True)]
+        empty = [f"torch.empty({listed(shape)}, dtype={DTYPES[t.dtype]}, device={_device(op)})" for shape, t in zip(local, op.types, strict=True)]
         return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
         return OWN[op.target](out, op)
     if op.target.startswith("sized."):
         return f"ops.sized({op.target.partition('.')[2]!r}, [{_x(out, op)}], {out.arg(op.kw('given'))}, {out.shape(op.type)})"
+    if op.target in MEMORIES:
+        return f"rt.{op.target.replace('.', '_')}({_x(out, op)})"
     if op.target.endswith(".start") or op.target in ("shard", "summand"):
         return _communication(out, op)
     namespace, _, rest = op.target.partition(".")
@@ -109,6 +111,16 @@ def expression(out: Source, op: Op) -> str:
     if any(isinstance(a, tuple) and any(b is False for b in a) for a in op.args):  # an output mask: what is not asked for comes as None
         called = f"ops.present({called})"
     return called
+
+
+def assignment(out: Source, op: Op) -> str:
+    """``results = expression``; what is made on the host of no operands says so."""
+    line = f"{', '.join(map(out.name, op.results))} = {expression(out, op)}"
+    return f"with rt.on_host: {line}" if op.type.host and not op.refs else line
+
+
+def _device(op: Op) -> str:
+    return "rt.host" if op.type.host else "device"
 
 
 def _communication(out: Source, op: Op) -> str:
@@ -163,13 +175,13 @@ def _cast(out: Source, op: Op) -> str:
 
 
 def _full(out: Source, op: Op) -> str:
-    return f"torch.full({out.shape(op.type)}, {out.arg(op.kw('value'))}, dtype={_dtype(op)}, device=device)"
+    return f"torch.full({out.shape(op.type)}, {out.arg(op.kw('value'))}, dtype={_dtype(op)}, device={_device(op)})"
 
 
 def _iota(out: Source, op: Op) -> str:
     (n,) = op.type.local(out.p.mesh)
     index = "" if (given := out.given(op, "index")) is None else f", {given}"
-    return f"ops.iota({n}, {out.arg(op.kw('start', 0))}, {out.arg(op.kw('step', 1))}, {_dtype(op)}{index}, device=device)"
+    return f"ops.iota({n}, {out.arg(op.kw('start', 0))}, {out.arg(op.kw('step', 1))}, {_dtype(op)}{index}, device={_device(op)})"
 
 
 def _slice(out: Source, op: Op) -> str:

@@ -35,15 +35,6 @@ class Update:
                 new += ".copy" if new in self.donation.copied else ""
                 self.emit(f"{self.name(stored)}.copy_({self.name(new)})")
 
-    def run_from(self, position: int, ops: Sequence[Op]) -> Sequence[Op]:
-        """The updates from ``position`` on that one call can do."""
-        first = ops[position]
-        end, made = position + 1, set(first.results)
-        while end < len(ops) and _options(ops[end]) == _options(first) and not any(r.name in made for r in ops[end].refs):
-            made.update(ops[end].results)
-            end += 1
-        return ops[position:end]
-
     def optimizer(self, position: int, ops: Sequence[Op]) -> None:
         """One fused call. The lists are named, so that a debugger shows them. (CUDA kernels read the learning rate as float32.)"""
         first = ops[0]
@@ -103,6 +94,16 @@ class Update:
             taken.add(ref.name)
             return name
         return f"{name}.clone(memory_format=torch.contiguous_format)"
+
+
+def run_from(position: int, ops: Sequence[Op]) -> Sequence[Op]:
+    """The updates from ``position`` on that one call can do."""
+    first = ops[position]
+    end, made = position + 1, set(first.results)
+    while end < len(ops) and _options(ops[end]) == _options(first) and not any(r.name in made for r in ops[end].refs):
+        made.update(ops[end].results)
+        end += 1
+    return ops[position:end]
 
 
 def _options(op: Op) -> tuple[object, ...]:

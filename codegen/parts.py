@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import DTYPES, Source, expression, listed
-from deepseed.codegen.optim import KERNELS, Update
+from deepseed.codegen.expressions import DTYPES, Source, assignment, listed
+from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Op, Program, Type
@@ -54,8 +54,11 @@ class _Parts:
         self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
         self.readers: dict[str, list[Place]] = {}
         self._find_reads()
-        returned = {o.ref.name for o in self.donation.returned}
-        self.steplong = {v for v in (*self.made, *self.readers) if v in returned or self._steplong(v)}
+        late = [stored for stored, n in self.donation.written.items() if n in self.late]
+        new = {self.donation.stored[stored].ref.name for stored in late}
+        self.to_the_end = {o.ref.name for o in self.donation.returned} | {*late, *new}  # read by ``step`` itself
+        self.turns = list(self._turns())
+        self.steplong = {v for v in (*self.made, *self.readers) if v in self.to_the_end or self._steplong(v)}
 
     def _find_reads(self) -> None:
         def read(value: str, where: Place) -> None:
@@ -82,8 +85,7 @@ class _Parts:
         made = self.made.get(value)
         if made is None or kind_of(made[0]) == "once" or self.p.producers[value].target in ("accumulate", "collect"):
             return True
-        new = {self.donation.stored[s].ref.name for s, n in self.donation.written.items() if n in self.late}
-        return value in new or any(kind_of(reader[0]) == "once" for reader in self.readers.get(value, ()))
+        return any(kind_of(reader[0]) == "once" for reader in self.readers.get(value, ()))
 
     # source -----------------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,6 @@ class _Parts:
             out.emit(f"{out.name(value)} = {self._load(value, where)}", format_type(self.p.types[value], self.p.mesh))
             if value in self.donation.copied:
                 out.emit(f"{out.name(value + '.copy')} = v[{out.name(value + '.copy')!r}]")
-        if (gone := self._gone(where)) and kind_of(where[0]) == "once":
-            out.emit(f"for name in {listed([repr(out.name(v)) for v in gone])}:")
-            out.emit("    v.pop(name, None)")
         here = set(function.reads) | {r for _, op in function.ops for r in op.results if op.target not in ("accumulate", "collect", "send")}
         place = ("", "")
         done = -1
@@ -123,7 +122,7 @@ class _Parts:
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-            together = self.update.run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            together = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
             if op.target in KERNELS:
                 self.update.optimizer(n, together)
             else:
@@ -145,7 +144,7 @@ class _Parts:
         elif op.target == "collect":
             out.emit(f"v.setdefault({out.name(op.name)!r}, [None] * {self.schedule.microbatches})[mb] = {out.name(op.refs[0].name)}", types)
         else:
-            out.emit(f"{', '.join(map(out.name, op.results))} = {expression(out, op)}", types)
+            out.emit(assignment(out, op), types)
 
     def _close(self, n: int, op: Op, here: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""
@@ -165,15 +164,16 @@ class _Parts:
     def _kept(self, value: str) -> bool:
         """Whether a value is read outside of the function that makes it."""
         late = value in self.steplong and kind_of(self.made[value][0]) != "once"
-        return late or value in {o.ref.name for o in self.donation.returned} or any(r != self.made[value] for r in self.readers.get(value, ()))
+        return late or value in self.to_the_end or any(r != self.made[value] for r in self.readers.get(value, ()))
 
     def _load(self, value: str, where: Place) -> str:
         key = repr(self.out.name(value))
         last = self.readers[value][-1] == where
         if value not in self.steplong:
             return f"m.pop({key})" if last else f"m[{key}]"
-        returned = value in {o.ref.name for o in self.donation.returned}
-        found = f"v.pop({key})" if last and kind_of(where[0]) == "once" and not returned else f"v[{key}]"
+        found = f"v.pop({key})" if last and kind_of(where[0]) == "once" and value not in self.to_the_end else f"v[{key}]"
+        if (turn := self._last_turn(value)) is not None and turn[0] == where:
+            found = f"(v.pop({key}) if mb == {turn[1]} else v[{key}])"
         if value not in self.made and kind_of(where[0]) != "once" and (part := self._microbatch(self.p.types[value])):
             return f"rt.microbatch({found}, mb, {self.schedule.microbatches}, {part})"
         return self._joined(value, found)
@@ -196,16 +196,17 @@ class _Parts:
         assert place is not None
         return str(place.numbers)
 
-    def _gone(self, where: Place) -> list[str]:
-        """What ran once, was read last in loops, and is still held when the last part begins."""
-        if where[0] != f"once.{self.schedule.loops}":
-            return []
-        return [v for v, readers in self.readers.items() if v in self.steplong and v in self.made and kind_of(readers[-1][0]) != "once"]
+    def _last_turn(self, value: str) -> tuple[Place, int] | None:
+        """The function and the microbatch that read a value of the whole step last, where that is in a loop and nothing reads it later."""
+        readers = self.readers[value]
+        if value in self.to_the_end or value in self.donation.copied or value in self.donation.stored or any(kind_of(part) == "once" for part, _ in readers):
+            return None
+        return next((turn for turn in reversed(self.turns) if turn[0] in readers), None)
 
     def _step(self) -> None:
         out = self.out
         out.lines += ["", "", "LANE = ("]
-        out.lines += [f"    {line}" for line in _wrapped(f"({name}, {microbatch})," for name, microbatch in self._turns())]
+        out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in self.turns)]
         out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
         out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(self.p.inputs)]
         out.emit("}")
@@ -230,14 +231,14 @@ class _Parts:
         new += ".copy" if new in self.donation.copied else ""
         self.out.emit(f"v[{self.out.name(stored)!r}].copy_(v[{self.out.name(new)!r}])")
 
-    def _turns(self) -> Iterator[tuple[str, int]]:
-        """What the lane does, as function and microbatch: its instructions, and the receives that stand between them."""
-        alone: dict[int, tuple[str, int]] = {}
-        for (_, stage), function in self.functions.items():
+    def _turns(self) -> Iterator[tuple[Place, int]]:
+        """What the lane does, as place and microbatch: its instructions, and the receives that stand between them."""
+        alone: dict[int, tuple[Place, int]] = {}
+        for part, stage in self.functions:
             if stage < -1:
                 turns = self.p.ops[-2 - stage].kw("turns")
                 assert isinstance(turns, tuple)
-                alone.update((int(str(turn)), (function.name, microbatch)) for microbatch, turn in enumerate(turns))
+                alone.update((int(str(turn)), ((part, stage), microbatch)) for microbatch, turn in enumerate(turns))
         count = 0
         for i in self.lane:
             while count in alone:
@@ -245,7 +246,7 @@ class _Parts:
                 count += 1
             count += 1
             if _place(i.part, i.stage) in self.functions:
-                yield self.functions[_place(i.part, i.stage)].name, i.microbatch
+                yield _place(i.part, i.stage), i.microbatch
 
 
 def _place(part: str, stage: int) -> Place:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import Source, expression, listed
-from deepseed.codegen.optim import KERNELS, Update
+from deepseed.codegen.expressions import Source, assignment, listed
+from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.codegen.parts import generate_parts
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
@@ -38,11 +38,11 @@ def generate(p: Program, lane: int = 0) -> str:
             out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
         together: Sequence[Op] = (op,)
         if op.target in KERNELS:
-            together = update.run_from(n, p.ops)
+            together = run_from(n, p.ops)
             update.optimizer(n, together)
         else:
             types = ", ".join(format_type(t, p.mesh) for t in op.types)
-            out.emit(f"{', '.join(map(out.name, op.results))} = {expression(out, op)}", types)
+            out.emit(assignment(out, op), types)
         for each in together:
             _close(out, update, n, each.results)
             n += 1

@@ -19,7 +19,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deepseed import checkpoint
+from deepseed import checkpoint, pretrained
+from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
 from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
@@ -36,8 +37,11 @@ from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.precision import precision
 from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.runtime.arena import accounts
+from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
-from deepseed.runtime.state import State, shard
+from deepseed.runtime.state import State, check_disks, seal_disks, shard
+from deepseed.weights import check_values, open_weights
 
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 
@@ -58,6 +62,8 @@ def compile(
     seed: int = 0,
     max_programs: int = MOST_PROGRAMS,
     buckets: Bucket | Sequence[Bucket] = (),
+    weights: str | os.PathLike[str] | None = None,
+    device_memory: str | int | None = None,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -72,13 +78,17 @@ def compile(
     ``"local"`` (each data-parallel rank its own rows). seed: of dropout and other random ops. max_programs: how many compiled
     programs are kept, one a batch shape, value read, mode and set of options; the one used longest ago is dropped for a new one. buckets:
     ``deepseed.Bucket(fill={"input_ids": 0, "attention_mask": 0, "labels": -100}, to=64)`` pads batches to few shapes for steps and
-    losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused.
+    losses; at the first padded batch loss and gradients are compared with those of the batch itself, and another number is refused. weights: a
+    .safetensors file, or a folder as ``save_pretrained`` of transformers writes it, from which parameters and buffers are read, by each rank its part
+    only: the model may be on the meta device (build it in ``with deepseed.meta():``).
+    device_memory: without an accelerator, bytes of each rank's "device" (``"256MiB"``; ``"unlimited"``: count only; default:
+    ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
 
-    Raises PlanError, CaptureError, CompileError, PassError, CheckError.
+    Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
-        "max_programs": max_programs, "buckets": buckets,
+        "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -121,53 +131,37 @@ class _Compiled:
         seed: int = 0,
         max_programs: int = MOST_PROGRAMS,
         buckets: Bucket | Sequence[Bucket] = (),
+        weights: str | os.PathLike[str] | None = None,
+        device_memory: str | int | None = None,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
     ) -> None:
-        if not isinstance(plan, str):
-            raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
-        if not isinstance(model, nn.Module | torch.export.ExportedProgram):
-            raise CompileError(f"model is a {type(model).__name__}\n  fix: pass an nn.Module or a torch.export.ExportedProgram")
-        if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or _several(optimizer)):
-            raise CompileError(
-                f"optimizer={optimizer!r} is no optimizer\n  fix: pass an instance over the model's parameters: torch.optim.AdamW(model.parameters()); "
-                "or a list of several, each over its own"
-            )
-        if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
-            raise CompileError(f"clip_grad_norm={clip_grad_norm!r}\n  fix: a number above 0, or None to clip nothing")
-        if loss_scale is not None and (optimizer is None or isinstance(loss_scale, bool) or not isinstance(loss_scale, LossScale | int | float)):
-            raise CompileError(
-                f"loss_scale={loss_scale!r}" + (" without an optimizer: gradients are returned as they are" if optimizer is None else "")
-                + "\n  fix: a deepseed.LossScale, or a number that stays, for a step with an optimizer"
-            )
-        if batch not in ("global", "local"):
-            raise CompileError(f'batch={batch!r}\n  fix: batch="global" (the whole batch on every rank) or batch="local" (this rank\'s rows)')
-        if not isinstance(max_programs, int) or max_programs < 1:
-            raise CompileError(f"max_programs={max_programs!r}\n  fix: a whole number of programs to keep, at least 1")
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        if not all(isinstance(each, Bucket) for each in pads):
-            raise CompileError(f"buckets={buckets!r}\n  fix: a deepseed.Bucket, or several")
-        if pads and batch == "local":
-            raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
-        said = [("batch=", batch), ("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale), ("seed", seed), ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer)))]
+        said = [
+            ("batch=", batch), ("weights=", weights and str(weights)), ("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale), ("seed", seed),
+            ("optimizer", ", ".join(type(o).__name__ for o in listed(optimizer))),
+        ]  # fmt: skip
         self.plan, self.host = place(plan, dtype, world_size, backend, device_of(self.model), quiet, said)
         self.backend = self.host.backend
+        self.host.arenas = accounts(device_memory if device_memory is not None else self.plan.budget, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
         words = precision(self.plan, loss_scale)
         self._scale = words["loss_scale"]
         if self.host.first and not quiet:
             for note in self.plan.notes:
                 print(f"deepseed: {note}", file=sys.stderr)
+        self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
         self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
-        self._resume: checkpoint.Resume | None = None  # optimizer state that is read once it is known which part each rank holds
+        self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -195,6 +189,11 @@ class _Compiled:
     @property
     def instances_checked(self) -> int:
         return self.programs.current().instances
+
+    @property
+    def counted_peak_bytes(self) -> Sequence[Mapping[str, int]]:
+        """Of each hosted rank the most bytes that were live in a step so far, ``{"rank", "device", "host"}``, where memory is counted."""
+        return [{"rank": a.rank, "device": a.peak, "host": a.host_peak} for a in self.host.arenas]
 
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
@@ -231,6 +230,14 @@ class _Compiled:
         checkpoint.save(self, dir, extra)
 
     @_together
+    def save_pretrained(self, dir: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write parameters and buffers as safetensors files that ``from_pretrained`` of transformers and ``compile(weights=dir)`` read, with its
+        configuration if the model has one. max_shard_size: bytes of a file, at most, unless one tensor has more. No rank holds the model; every rank
+        must call it, with one folder that all of them see. Whole or not at all, as ``save``. Raises CheckpointError on every rank.
+        """
+        pretrained.save(self, dir, max_shard_size)
+
+    @_together
     def load(self, dir: str | os.PathLike[str], *, optimizer: bool = True, cast: bool = False) -> Any:
         """Go on from the checkpoint in ``dir``, written under any plan, before the first batch or later; returns its ``extra``.
 
@@ -261,26 +268,28 @@ class _Compiled:
         values |= {("buffer", k): t for k, t in self.model.named_buffers()}
         values |= {("state", k): s.existing for k, s in built.captured.state.items() if s.existing is not None}
         new = [i for i in built.program.inputs if i.role in ("param", "buffer", "state") and (first or (i.role, i.key) not in self.states[0].types)]
-        for role, key in ((i.role, i.key) for i in new):
-            if (role, key) in values and values[role, key].is_meta:
-                raise CompileError(
-                    f"{ {'param': 'parameter', 'state': 'optimizer state'}.get(role, role)} {key!r} of {type(self.model).__name__} is on the meta device: "
-                    "it has a shape and no values, so that nothing can be run\n"
-                    "  fix: model.to_empty(device=...) and load or initialise its values, before the optimizer is made; explain() needs no values"
-                )
+        waits = {key for r in self._resume for key in r.model}
+        read = [(i.role, i.key) for i in new if self.weights is not None and (i.role, i.key) in self.weights.found and (i.role, i.key) not in waits]
+        come = {*read, *waits}  # what has its values from files
+        check_values(self.model, {(i.role, i.key): values[i.role, i.key] for i in new if (i.role, i.key) in values and (i.role, i.key) not in come})
+        values = {key: t for key, t in values.items() if key not in come}
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
             print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
-        states = self.states or [State(self.mesh, c, self.host.device) for c in self.host.coordinates]
+        states = self.states or [State(self.mesh, c, self.host.device, disk=disk_of(self.plan.disk, self.plan.offload, self.mesh.rank(c))) for c in self.host.coordinates]
         stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].types}
         for entry in new:
             value = values.get((entry.role, entry.key))
             for state in states:
                 if value is not None:
-                    state.put(entry, _as(value, self._widen and entry.role == "state"))
+                    state.put(entry, value.double() if self._widen and entry.role == "state" and value.is_floating_point() else value)
+                elif (entry.role, entry.key) in come:
+                    state.reserve(entry)
                 else:
                     slot = built.captured.state[entry.key]
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
+        if self.weights is not None:
+            self.weights.read(self.host, states, read)
         self.states, built.adopted = states, True
         self._fills |= {key: slot.fill for key, slot in built.captured.state.items()}
         built.captured = replace(  # the values are in the states now: no second copy
@@ -288,6 +297,8 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states)
+        if come:
+            self.host.settle(self.model, self.states)
         self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
         for optimizer in listed(self.optimizer):
             take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
@@ -307,7 +318,7 @@ class _Compiled:
                 "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
             )
         found = self.programs.find(batch, want)
-        if not found.built.adopted and not any(p.is_meta for p in self.model.parameters()):
+        if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
         if found.unchecked is not None and found.built.adopted:
             self._ready()
@@ -332,8 +343,10 @@ class _Compiled:
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
+        check_disks(self.states, self.model)
         results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
         self.host.settle(self.model, self.states)
+        seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
             write.apply()
         return built.returned(self.host, results)
@@ -344,15 +357,13 @@ class _Compiled:
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
             else:
-                x = others[i.role, i.key].to(self.host.device)
+                x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
                 type_ = replace(type_, shape=tuple(x.shape), layout=type_.layout.with_("dp", None)) if local and i.role == "batch" else type_
-                out.append(shard(x, type_, self.mesh, state.coordinate))  # local rows are dp's part already
+                part = shard(x, type_, self.mesh, state.coordinate)  # local rows are dp's part already
+                part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
+                out.append(part if i.type.host else part.to(self.host.device))
         return out
-
-
-def _several(given: object) -> bool:
-    return isinstance(given, Sequence) and bool(given) and all(isinstance(o, torch.optim.Optimizer) for o in given)
 
 
 class TrainStep(_Compiled):
@@ -423,7 +434,3 @@ class Module(_Compiled):
         """Compile the forward for batches like this one, without running it."""
         self._find(example_batch, "forward")
         return self
-
-
-def _as(t: Tensor, wide: bool) -> Tensor:
-    return t.double() if wide and t.is_floating_point() else t

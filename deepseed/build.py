@@ -11,17 +11,19 @@ from time import perf_counter
 from torch import Tensor
 
 from deepseed import pipeline
+from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
+from deepseed.ir.amounts import format_bytes
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import Output, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
-from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of_a_rank
+from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of, rows_of_a_rank
 from deepseed.pipeline import Passed
-from deepseed.plan import Plan
+from deepseed.plan import Plan, bubble
 from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
@@ -70,9 +72,9 @@ def _shown(outputs: Sequence[Output]) -> list[Output]:
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
-    homes: Mapping[tuple[str, str], int] | None = None, wide: bool = False, quiet: bool = False
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, wide: bool = False, quiet: bool = False
 ) -> Built:
-    """Run the pipeline. ``stored`` and ``homes`` pin the layouts and stages of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
@@ -88,8 +90,13 @@ def build(
         _say_microbatches(captured.program, plan, host)
 
     def solve() -> str:
-        args = pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes)
-        done.extend(pipeline.run(captured.program, args, pipeline.SHARED, on_pass=lambda p: _say(p, started, quiet)))
+        passed, choice = run_shared(
+            captured.program, plan, lambda plan: pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes, hosted),
+            on_pass=lambda p: _say(p, started, quiet), hosted=hosted,
+        )  # fmt: skip
+        done.extend(passed)
+        if choice is not None and not quiet:
+            print(f"deepseed: budget({format_bytes(plan.budget or 0)}): {choice}", file=sys.stderr, flush=True)
         return str(done[-1].program)
 
     text = host.decide(solve)
@@ -100,7 +107,7 @@ def build(
     host.refine(program.mesh)
     executables = []
     for coordinate in host.coordinates:
-        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes)
+        args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))
@@ -112,7 +119,9 @@ def build(
 
 def _say_microbatches(p: Program, plan: Plan, host: Host) -> None:
     mine, m = rows_of_a_rank(p, host.mesh), microbatches(p, plan, host.mesh)
-    print(f"deepseed: pp{plan.stages} without mb: {m} microbatches of {mine // m} rows of the {mine} of each data-parallel rank", file=sys.stderr, flush=True)
+    rows, ranks = rows_of(p), data_ranks(host.mesh)
+    what = f"{m} microbatches of {mine // m} of the {mine} rows that each data-parallel rank has" if rows % ranks == 0 else f"1 microbatch, since {rows} rows do not divide by {ranks} ranks"
+    print(f"deepseed: pp{plan.stages} without mb: {what}; {bubble(plan.stages, m, plan.chunks):.0%} of the ranks' time is idle", file=sys.stderr, flush=True)
 
 
 def _digest(text: str) -> str:

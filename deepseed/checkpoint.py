@@ -13,10 +13,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,33 +26,33 @@ from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
 from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ops import torch_dtype
-from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, faults, find, publish
-from deepseed.runtime.host import Host
+from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
+from deepseed.runtime.host import check_files, everywhere
 from deepseed.runtime.saved import Entry, Want, read, write, write_metadata
 
 if TYPE_CHECKING:
     from deepseed.api import _Compiled
 
 FORMAT = 1
+WEIGHTS = "safetensors"  # the format of what save_pretrained writes
 EXTRA = "extra"
-R = TypeVar("R")
 
 
 def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
     host, target = step.host, Path(os.path.realpath(dir))
     host.agree([("the folder to save to", str(target))])
-    if step._resume is not None:
+    if step._resume:
         raise CheckpointError(
-            f"the optimizer state of {step._resume.folder} is read with the first batch; until then there is nothing more to save than that checkpoint has\n"
+            f"{'parameters and' if step._resume[0].model else 'the'} optimizer state of {step._resume[0].folder} {'are' if step._resume[0].model else 'is'} read with the first batch; until then there is nothing more to save than that checkpoint has\n"
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
     texts: dict[str, bytes] = {}
-    _everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
+    everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
     entries, tied = _entries(step), {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items()}
     hosted = [step.mesh.rank(c) for c in host.coordinates]
-    folder = Path(_everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
+    folder = Path(everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
     try:
 
         def mine() -> tuple[list[Any], dict[str, Any]]:
@@ -67,35 +67,42 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
             files = {name: d for _, digests in written for name, d in digests.items()}
             publish(folder, target, {**_manifest(step, entries, tied, texts), "files": {**files, ".metadata": digest(folder / ".metadata")}})
 
-        written = _everywhere(host, f"saving to {target}", mine)
-        _everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
+        written = everywhere(host, f"saving to {target}", mine)
+        everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
     except Exception:
         if host.first:
             discard(folder)
         raise
 
 
-def _entries(step: _Compiled) -> dict[str, Entry]:
-    """Everything that is saved, by name in the files: as the ranks store it, else as the module or the optimizer holds it."""
-    ranks = len(step.host.coordinates)
-    stored = step.states[0].types if step.states else {}
+def entry(step: _Compiled, role: str, key: str, t: Tensor) -> Entry:
+    """A tensor as the ranks store it, else ``t``, as the module or the optimizer holds it."""
+    type_ = step.states[0].types.get((role, key)) if step.states else None
+    if type_ is None:
+        return Entry.whole(t, len(step.host.coordinates))
+    parts = [s.tensors.get((role, key)) for s in step.states]
+    return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
-    def entry(role: str, key: str, t: Tensor) -> Entry:
-        if (type_ := stored.get((role, key))) is None:
-            return Entry.whole(t, ranks)
-        parts = [s.tensors.get((role, key)) for s in step.states]
-        return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
-    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
-    out = {f"model.{name}": entry(role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
+def model_entries(step: _Compiled, written: Collection[str] = ()) -> dict[str, Entry]:
+    """What ``state_dict()`` has, and the buffers in ``written``, by first name. Raises CheckpointError where one has no values."""
+    out = {name: entry(step, role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
     if meta := [name for name, e in out.items() if any(part is not None and part.is_meta for part in e.parts)]:
-        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first")
+        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save\n  fix: load or initialise the model's values first; with weights=, run a batch")
+    return out
+
+
+def _entries(step: _Compiled) -> dict[str, Entry]:
+    """Everything that is saved, by name in the files."""
+    written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
+    out = {f"model.{name}": e for name, e in model_entries(step, written).items()}
     names = {id(p): name for name, p in step.model.named_parameters()}
     for optimizer in listed(step.optimizer):
         for p, slots in optimizer.state.items():
             held = {k: v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64) for k, v in slots.items() if isinstance(v, Tensor | int | float)}
-            out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, ranks) for slot, t in held.items() if id(p) in names}
-    return out | {f"optimizer.{key}": entry(role, key, torch.empty(0)) for role, key in stored if role == "state"}
+            out |= {f"optimizer.{slot}/{names[id(p)]}": Entry.whole(t, len(step.host.coordinates)) for slot, t in held.items() if id(p) in names}
+    stored = step.states[0].types if step.states else {}
+    return out | {f"optimizer.{key}": entry(step, role, key, torch.empty(0)) for role, key in stored if role == "state"}
 
 
 def _manifest(step: _Compiled, entries: Mapping[str, Entry], tied: Mapping[str, str], texts: Mapping[str, bytes]) -> dict[str, Any]:
@@ -129,29 +136,39 @@ def _packed(extra: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Resume:
-    """Optimizer state that waits in a checkpoint until the first program says which part each rank holds."""
+    """What waits in a checkpoint until the first program says which part each rank holds: optimizer state (``slots``), and the ``model``'s tensors by
+    role and name where it is on the meta device (else empty)."""
 
     folder: Path
     checksum: str
     saved: Saved
     cast: bool
+    slots: bool
+    model: Mapping[tuple[str, str], Tensor]
 
 
 def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
     host, target = step.host, Path(os.path.realpath(dir))
     what = f"loading {target}"
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
-    folder, manifest = _everywhere(host, what, lambda: _opened(target))[0]
+    folder, manifest = everywhere(host, what, lambda: _opened(target))[0]
     if host.first and folder != target:
         print(f"deepseed: {target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded", file=sys.stderr)
     saved = Saved.of(folder, manifest)
-    _everywhere(host, what, lambda: _verify(step, folder, manifest))
+    everywhere(host, what, lambda: check_files(host, folder, manifest["files"]))
     compare = optimizer and step.optimizer is not None
+    waits: dict[tuple[str, str], Tensor] = {}
     optimizers = listed(step.optimizer)
 
     def stage() -> tuple[_Reads, Any]:
         reads = _Reads(step, saved, cast)
-        reads.model(check_model(step.model, saved))
+        tensors = check_model(step.model, saved)
+        if not step.states and any(t.is_meta for t in tensors.values()):
+            waits.update(tensors)
+            for (_, name), t in tensors.items():
+                saved.check(f"model.{name}", tuple(t.shape), t.dtype, cast)
+        else:
+            reads.model(tensors)
         if compare:
             check_optimizers(optimizers, step.model, saved)
             if step.states:
@@ -160,7 +177,7 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
         return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
 
     staged: list[tuple[_Reads, Any]] = []
-    _everywhere(host, what, lambda: staged.append(stage()))
+    everywhere(host, what, lambda: staged.append(stage()))
     reads, extra = staged[0]  # every rank has all that it needs: from here on nothing is read
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
@@ -172,7 +189,9 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
             for role, key in state.tensors:
                 if role == "state" and key not in saved.slots:  # not trained yet when it was saved
                     state.tensors[role, key].fill_(step._fills[key])
-        step._resume = None if step.states or not saved.slots else Resume(folder, checksum(manifest), saved, cast)
+    now = [] if step.states else [Resume(folder, checksum(manifest), saved, cast, compare and bool(saved.slots), waits)]
+    earlier = [replace(r, slots=r.slots and not compare, model={}) for r in step._resume]
+    step._resume = [r for r in (*earlier, *now) if r.slots or r.model]
     reads.commit()
     if step.states:
         host.settle(step.model, step.states)
@@ -180,31 +199,34 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
 
 
 def resume(step: _Compiled) -> None:
-    """Read the waiting optimizer state, now that a program says which part of it each rank holds."""
-    waiting = step._resume
-    if waiting is None:
-        return
+    """Read what waits, now that a program says which part of it each rank holds."""
+    while step._resume:
+        waiting = step._resume[0]
+        staged: list[_Reads] = []
+        everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(_resumed(step, waiting)))  # noqa: B023
+        staged[0].commit()
+        step._resume = step._resume[1:]
+        if waiting.model:
+            step.host.settle(step.model, step.states)
 
-    def stage() -> _Reads:
-        if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
-            raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
-        reads = _Reads(step, waiting.saved, waiting.cast)
+
+def _resumed(step: _Compiled, waiting: Resume) -> _Reads:
+    if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
+        raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
+    reads = _Reads(step, waiting.saved, waiting.cast, direct=True)
+    reads.model(waiting.model)
+    if waiting.slots:
         reads.slots()
-        read(waiting.folder, reads.wants, step.mesh)
-        return reads
-
-    staged: list[_Reads] = []
-    _everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(stage()))
-    staged[0].commit()
-    step._resume = None
+    read(waiting.folder, reads.wants, step.mesh)
+    return reads
 
 
 class _Reads:
-    """What this process reads of a checkpoint into memory of its own, and where it goes in the end. Raises CheckpointError where a
-    shape or dtype differs."""
+    """What this process reads of a checkpoint into memory of its own, and where it goes in the end; ``direct``: at once, where nothing can run before
+    all is read. Raises CheckpointError where a shape or dtype differs."""
 
-    def __init__(self, step: _Compiled, saved: Saved, cast: bool) -> None:
-        self.step, self.saved, self.cast = step, saved, cast
+    def __init__(self, step: _Compiled, saved: Saved, cast: bool, direct: bool = False) -> None:
+        self.step, self.saved, self.cast, self.direct = step, saved, cast, direct
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
         self.wants: list[Want] = []
@@ -252,38 +274,16 @@ class _Reads:
         return True
 
     def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        memory = torch.empty(into.shape, dtype=into.dtype)
-        self.pairs.append((into, memory))
+        memory = into if self.direct else torch.empty(into.shape, dtype=into.dtype)
+        if not self.direct:
+            self.pairs.append((into, memory))
         self.wants.append(Want(name, shape, layout, coordinate, memory))
 
 
 def _opened(target: Path) -> tuple[Path, dict[str, Any]]:
     folder, manifest = find(target)
+    if manifest.get("format") == WEIGHTS:
+        raise CheckpointError(f"{folder} was written by step.save_pretrained: it holds weights, no state to go on from\n  fix: deepseed.compile(..., weights={str(folder)!r})")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}\n  fix: load it with the version that wrote it, {manifest.get('deepseed')}")
     return folder, manifest
-
-
-def _verify(step: _Compiled, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checksums of this process's share of the files: together the ranks read each file once."""
-    names, hosted = sorted(manifest["files"]), {step.mesh.rank(c) for c in step.host.coordinates}
-    wrong = faults(folder, manifest["files"], [name for n, name in enumerate(names) if n % step.mesh.ranks in hosted])
-    if wrong:
-        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
-
-
-def _everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
-    """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
-    mine: tuple[Any, str]
-    try:
-        mine = (do(), "")
-    except CheckpointError as error:
-        mine = (None, str(error))
-    except Exception as error:
-        mine = (None, f"{what}: {type(error).__name__}: {error}")
-    said = host.everyone(mine)
-    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
-    if wrong:
-        rank, text = wrong[0]
-        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
-    return [value for value, _ in said]

@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from deepseed.target import OptimizerFactory, Target
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
+configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
+app.add_typer(configs, name="config")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]
@@ -102,23 +103,28 @@ def dump(
 def opt(
     file: Annotated[Path, typer.Argument(metavar="FILE.ir", help="a program as text; - reads stdin")],
     passes: Annotated[str, typer.Option(help="names joined by commas; none: parse and print")] = "",
-    mesh: Annotated[str, typer.Option(help="for solve_placements: dp=2,tp=2")] = "",
-    zero: Annotated[int, typer.Option(min=0, max=3, help="for solve_placements: the ZeRO stage")] = 0,
+    plan: PlanOption = "",
+    world_size: RanksOption = None,
     rank: Annotated[int, typer.Option(help="for localize: the rank")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="a file instead of stdout")] = None,
     check: CheckOption = True,
 ) -> None:
-    """Run passes on a program text and print what comes out."""
+    """Run passes on a program text, as a plan would have them run, and print what comes out."""
     from deepseed import pipeline
     from deepseed.ir.verify import verify
+    from deepseed.meshes import program_mesh, ranks_of
+    from deepseed.plan import parse_plan
 
     p = verify(_read(file))
     names = [name.strip() for name in passes.split(",") if name.strip()]
     for name in names:
         if name not in pipeline.BY_NAME:
             raise UsageError(f"no pass is called {name!r}{_nearest(name, list(pipeline.BY_NAME))}\n  passes: {', '.join(pipeline.BY_NAME)}")
-    where = _mesh(mesh) if mesh else p.mesh
-    args = pipeline.arguments(where, zero, where.coordinate(rank) if where.axes else {})
+    said = parse_plan(plan)
+    ranks = said.mesh(world_size) if plan else ranks_of(p)
+    args = pipeline.arguments(
+        p.mesh if "placed" in p.facts else program_mesh(p, said, ranks), said.stage, ranks.coordinate(rank) if ranks.axes else {}, plan=said
+    )
     done = pipeline.run(p, args, [pipeline.BY_NAME[name] for name in names], check=check)
     text = str(done[-1].program if done else p)
     if out is None:
@@ -167,7 +173,7 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False)
+    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
@@ -239,7 +245,7 @@ def verify(
 def zoo(
     targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET]...", help="left out, the thirty of docs/models.md")] = None,
     plans: Annotated[str, typer.Option(help="joined by commas, xN for N ranks  [default: zero1x2,zero2x3,zero3x4,tp2,sp2,zero3+tp2x4]")] = "",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the table there, as docs/models.md, anew after each target")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="targets at a time")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for a target")] = 900,
@@ -256,31 +262,52 @@ def zoo(
     if targets and listed is not None:
         raise UsageError("TARGETs and --list\n  fix: give one of the two")
     these, head = all_of.read_list(listed) if listed is not None else (targets or all_of.TARGETS, [])
-    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json))
+
+    def write(results: Sequence[all_of.Result]) -> None:
+        if out is not None:
+            out.write_text(all_of.table(results, words, head or all_of.HEAD, len(these)))
+
+    results = all_of.run(these, words, steps=steps, jobs=jobs, timeout=timeout, keep=keep, tell=lambda line: typer.echo(line, err=as_json), so_far=write)
     if out is not None:
-        out.write_text(all_of.table(results, words, head) if head else all_of.table(results, words))
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@configs.command("check")
 @_friendly
-def run(
-    context: typer.Context,
-    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="its own arguments follow it")],
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
-    nnodes: Annotated[int, typer.Option(min=1)] = 1,
-    node_rank: Annotated[int, typer.Option(min=0)] = 0,
-    rdzv_endpoint: Annotated[str, typer.Option(help="host:port of the first node; needed with --nnodes")] = "",
+def config_check(
+    file: Annotated[str, typer.Argument(metavar="DS_CONFIG.json", help="a file, JSON text or its base64")],
+    world_size: RanksOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Start a script on several ranks, by torchrun's own machinery."""
-    if not script.is_file():
-        raise UsageError(f"no file {script}")
-    if nnodes > 1 and not rdzv_endpoint:
-        raise UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every node")
-    nodes = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}"] if nnodes > 1 else None
-    raise typer.Exit(_launch(nproc_per_node, [str(script), *context.args], nodes))
+    """Say what becomes of each key of a DeepSpeed config, and the plan that equals it. Exit code 1 where a key is rejected."""
+    from dataclasses import asdict
+
+    from deepseed.config import ConfigError, read, settings, verdicts
+
+    found = read(file)
+    rows = verdicts(found)
+    plan, error = None, None
+    try:
+        plan = settings(found, world_size).plan
+    except ConfigError as said:
+        error = str(said)
+    if as_json:
+        typer.echo(json.dumps({"keys": [asdict(row) for row in rows], "plan": plan, "error": error}, indent=1))
+    else:
+        wide = max((len(row.key) for row in rows), default=0)
+        typer.echo("\n".join(f"{row.key:{wide}}  {row.verdict:9}  {row.note}".rstrip() for row in rows))
+        typer.echo(f"\nplan: {plan}\nnext: deepseed explain TARGET --plan '{plan}'" if plan is not None else f"\nno plan: {error}")
+    raise typer.Exit(0 if plan is not None else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed [flags] SCRIPT.py, without --local_rank among its arguments."""
+    from deepseed.launcher import main as launch
+
+    raise typer.Exit(launch(["--no_local_rank", *context.args]))
 
 
 # helpers -------------------------------------------------------------------------------------------------------------
@@ -307,15 +334,20 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
     return captured.program, parsed, mesh, perf_counter() - started
 
 
-def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool) -> list[Passed]:
+def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool, machine: Any = None) -> list[Passed]:
     from deepseed import pipeline
+    from deepseed.budget import run_shared
+    from deepseed.ir.amounts import format_bytes
     from deepseed.local_norms import with_local_norms
     from deepseed.meshes import data_ranks, microbatches, program_mesh
 
     if plan.bn == "local":
         p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
-    args = pipeline.arguments(program_mesh(p, plan, ranks), plan.stage, ranks.coordinate(0) if ranks.axes else {}, plan=plan)
-    return [pipeline.Passed("capture", p, seconds), *pipeline.run(p, args, passes, check=check)]
+    mesh, at = program_mesh(p, plan, ranks), ranks.coordinate(0) if ranks.axes else {}
+    done, chosen = run_shared(p, plan, lambda plan: pipeline.arguments(mesh, plan.stage, at, plan=plan), check=check, passes=passes, machine=machine)
+    if chosen is not None:
+        typer.echo(f"deepseed: budget({format_bytes(plan.budget or 0)}): {chosen}", err=True)
+    return [pipeline.Passed("capture", p, seconds), *done]
 
 
 def _factory(found: Target, said: str | None) -> Any:
@@ -336,12 +368,13 @@ def _clip(found: Target, said: float | None) -> float | None:
 def _passes_table(done: Sequence[Passed]) -> list[str]:
     from deepseed.explain import count_collectives
     from deepseed.explain_text import amount
+    from deepseed.ir.mesh import TIME
 
     lines = [f"{'pass':18}{'ops':>14}{'collectives':>14}{'moved/step':>17}{'time':>9}"]
     before = len(done[0].program.ops)
     for each in done:
         ops = len(each.program.ops)
-        found = count_collectives(each.program)
+        found = count_collectives(each.program, each.program.mesh.sizes.get(TIME, 1))
         moved = f"{amount(sum(c.bytes for c in found))}/rank" if found else "-"
         lines.append(f"{each.name:18}{f'{before} -> {ops}':>14}{sum(c.count for c in found):>14}{moved:>17}{each.seconds:>7.2f} s")
         before = ops
@@ -351,27 +384,10 @@ def _passes_table(done: Sequence[Passed]) -> list[str]:
     return lines
 
 
-def _launch(ranks: int, command: Sequence[str], nodes: Sequence[str] | None = None) -> int:
-    """``torch.distributed.run`` with this Python; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *(nodes or ["--standalone"]), f"--nproc-per-node={ranks}", "--"]
-    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([*launcher, *command], env=environment, check=False).returncode
-
-
 def _read(file: Path) -> Program:
     from deepseed.ir.text import parse
 
     return parse(sys.stdin.read() if str(file) == "-" else file.read_text())
-
-
-def _mesh(text: str) -> Mesh:
-    axes = []
-    for word in text.split(","):
-        name, _, size = word.partition("=")
-        if not size.strip().isdigit():
-            raise UsageError(f"--mesh {text!r}: {word!r} is no axis\n  fix: write axes as dp=2,tp=2")
-        axes.append((name.strip(), int(size)))
-    return Mesh(tuple(axes))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -382,5 +398,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """The ``deepseed`` command."""
+    """The ``deepseed`` command: a first word that is an option or a script starts the launcher, any other is a subcommand."""
+    words = sys.argv[1:]
+    if words and words[0] != "--help" and (words[0].startswith("-") or Path(words[0]).suffix == ".py"):
+        from deepseed.launcher import main as launch
+
+        sys.exit(launch(words))
     app()
+

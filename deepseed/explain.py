@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deepseed import cost
-from deepseed.counts import local_flops, matmul_flops, sent_bytes
+from deepseed.counts import is_collective, local_flops, matmul_flops, repeated, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
+from deepseed.explain_moves import moved
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
-from deepseed.ir.messages import TRANSFER, messages_of, sends
+from deepseed.ir.messages import TRANSFER, messages_of, runs_once, sends
 from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
@@ -35,7 +36,8 @@ CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what lea
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once."""
+    """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once on the device,
+    ``host_bytes``: on the host; ``moved_bytes``: what a step moves between them, by kind."""
 
     rank: int
     coordinate: Mapping[str, int]
@@ -44,6 +46,8 @@ class RankBytes:
     optimizer_bytes: int
     other_bytes: int  # buffers and constants
     peak_bytes: int
+    host_bytes: int
+    moved_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ def explain(
         each.append(replace(counted[at.get(STAGES, 0)], rank=rank, coordinate=at))
     stage = zero if zero is not None else _stage(p)
     collectives = [count_collectives(step) + _count_sends(p, n) for n, step in enumerate(steps)]
-    flops, whole = [matmul_flops(step) for step in steps], sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops)
+    flops, again = [matmul_flops(step) for step in steps], repeated(p)
+    whole = sum(cost.flops(op, [p.types[r.name] for r in op.refs]) for op in p.ops if op.name not in again)
     sums = _means(p, steps, where, counted, collectives, flops, whole)
     return Explanation(
         dict(where.sizes), stage, None if p.schedule is None else timing(p, machine or Machine()), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),
@@ -145,8 +150,9 @@ def explain(
 def _rank_bytes(step: Program) -> RankBytes:
     grads = [step.types[name] for name in gradients(step)]
     params, state = [i.type for i in step.by_role("param")], [i.type for i in step.by_role("state")]
+    found = memory(step)
     others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
-    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), memory(step).peak_bytes)
+    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step))
 
 
 def _count_sends(p: Program, lane: int) -> tuple[CollectiveCount, ...]:
@@ -180,7 +186,7 @@ def _sent_for_state(p: Program) -> Counter[str]:
     """Bytes by axis of the collectives that gather weights, reduce gradients or belong to the update."""
     weights, out = params_only(p), Counter[str]()
     for op in p.ops:
-        if op.target.endswith(".start") and (op.phase == "update" or op.refs[0].name in weights):
+        if is_collective(op) and (op.phase == "update" or op.refs[0].name in weights):
             out[whole_axis(str(op.kw("axis")))] += sent_bytes(p, op)
     return out
 
@@ -209,14 +215,16 @@ def gradients(p: Program) -> tuple[str, ...]:
     return tuple(found)
 
 
-def count_collectives(p: Program) -> tuple[CollectiveCount, ...]:
+def count_collectives(p: Program, microbatches: int = 1) -> tuple[CollectiveCount, ...]:
+    """Of a whole step; ``microbatches``: how often what stands in a loop runs. Messages between stages are no collectives."""
     count: Counter[tuple[str, str]] = Counter()
     sent: Counter[tuple[str, str]] = Counter()
     for op in p.ops:
-        if op.target.endswith(".start"):
+        if is_collective(op):
             key = (str(op.kw("axis")), op.target.removesuffix(".start"))
-            count[key] += 1
-            sent[key] += sent_bytes(p, op)
+            times = 1 if not op.part or runs_once(op.part) else microbatches
+            count[key] += times
+            sent[key] += times * sent_bytes(p, op)
     order = {axis: n for n, name in enumerate(p.mesh.names) for axis in (name, whole_axis(name))}
     return tuple(CollectiveCount(*key, count[key], sent[key]) for key in sorted(count, key=lambda k: (order[k[0]], k[1])))
 
@@ -252,7 +260,7 @@ def _unruled(p: Program) -> Iterable[UnruledOp]:
 def _arrived_by(p: Program, value: str) -> Iterable[Op]:
     """The collectives that brought a value into the layout in which it is used."""
     while (op := p.producers.get(value)) is not None and _moves(op):
-        if op.target.endswith(".start"):
+        if is_collective(op):
             yield op
         value = op.refs[0].name
 

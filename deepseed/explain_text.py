@@ -26,6 +26,10 @@ def lines(e: Explanation) -> Iterable[str]:
         ratio = f"  x{c.counted / c.expected:.3f}" if c.expected else ""
         yield f"  {c.what:16}{amount(c.counted, c.unit):>12}   {c.formula:32}{expected:>12}{ratio}"
     yield f"  {'peak':16}{amount(max(r.peak_bytes for r in e.ranks)):>12}   at %{e.peak_at}"
+    most = max(e.ranks, key=lambda r: (r.host_bytes, sum(r.moved_bytes.values())))
+    if most.host_bytes:
+        moves = ", ".join(f"{kind} {amount(n)}" for kind, n in most.moved_bytes.items() if n)
+        yield f"  {'host':16}{amount(most.host_bytes):>12}   moved between host and device in a step: {moves or 'nothing'}"
     if e.collectives:
         yield ""
         yield f"  {'axis':6}{'collective':16}{'count':>7}{'sent':>12}"

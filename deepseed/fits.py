@@ -88,8 +88,6 @@ def check_model(model: nn.Module, saved: Saved) -> dict[tuple[str, str], Tensor]
     for alias, name in tied.items():
         if saved.tied.get(alias, alias) != saved.tied.get(name, name):
             raise CheckpointError(f"{saved.folder}: {alias} and {name} are one tensor in this model, two in the checkpoint\n  fix: load it into a model that does not tie them")
-    if meta := [name for (_, name), t in mine.items() if t.is_meta]:
-        raise CheckpointError(f"{meta[0]} is on the meta device\n  fix: model.to_empty(device=...), before the optimizer is made; then load")
     return mine
 
 

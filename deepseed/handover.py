@@ -101,6 +101,8 @@ def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Map
         if alias in given and not torch.equal(given[alias], given[name]):
             raise CheckpointError(f"{what}: {alias} and {name} are one tensor in the model, and differ in the state_dict")
     host.agree([(f"the values of {n}", agree.fingerprint(t)) for n, t in given.items() if n not in others] if host.backend != "simulate" else [])
+    if not states and (empty := [n for n in needed if mine[n].is_meta]):
+        raise CheckpointError(f"{empty[0]} is on the meta device: nothing can be written into it\n  fix: step.compile(example_batch) first, where compile had weights=, or load a checkpoint")
     with torch.no_grad():
         for name in (n for n in mine if n not in tied and n not in others):
             keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].types]

@@ -1,10 +1,9 @@
 """How much memory one rank's step needs: liveness over storages, in the program's own order.
 
-A view shares its base's storage: whether ``reshape`` is one is decided as PyTorch decides it, from strides, which are tracked
-from op to op. A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
+A view shares its base's storage (deepseed.rules.strides says which ops make views). A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
 updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
 ``wait``. Attention's copies of keys and values that several query heads share, and of a mask of booleans, are counted; scratch space inside
-kernels and collectives (the blocks that gloo's reduce_scatter receives) is not.
+kernels and collectives (the blocks that gloo's reduce_scatter receives) is not. What lies on the host is counted apart: the peak is the device's.
 """
 
 from __future__ import annotations
@@ -15,24 +14,23 @@ from dataclasses import dataclass
 from math import prod
 
 from deepseed.codegen.donation import Donation
-from deepseed.ir.collective import KEYED, Place, Step, step
+from deepseed.codegen.optim import KERNELS, run_from
+from deepseed.ir.collective import KEYED, MEMORIES
 from deepseed.ir.program import ITEMSIZE, Op, Program
-from deepseed.rules.pointwise import POINTWISE
+from deepseed.rules.strides import Lying, contiguous, in_front
 
-Strides = tuple[int, ...]
-LAID_OUT = ("all_gather.start", "all_to_all.start")  # what they bring is joined from blocks
-SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it (deepseed.runtime.collectives)
-UNROLLED = ("accumulate", "collect", "transfer")  # as deepseed.unroll writes them
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. ``peak_at``: the op during which ``peak_bytes`` are live; ``resident_bytes``: what stays between steps."""
+    """Bytes on one rank's device. ``peak_at``: the op during which ``peak_bytes`` are live; ``resident_bytes``: what stays between steps;
+    ``host_bytes``: the most that lies on its host."""
 
     peak_bytes: int
     peak_at: str
     resident_bytes: int
+    host_bytes: int = 0
 
 
 def memory(p: Program) -> Memory:
@@ -60,22 +58,27 @@ class _Liveness:
         self.nbytes: list[int] = []
         self.needed: list[int] = []
         self.storage: dict[str, int] = {}
-        self.strides: dict[str, Strides] = {}
+        self.lying = Lying(p)
+        self.strides = self.lying.strides
         self.under_way: dict[str, int] = {}  # started collective -> the storage that it reads
-        self.now = 0
+        self.on_host: list[bool] = []
+        self.now = self.host = 0
+        self.together = _calls(p)
+        self.ending: dict[int, list[str]] = {}
 
     def run(self) -> Memory:
-        peak, peak_at = 0, ""
+        peak, peak_at, host = 0, "", 0
         for name, now in self.moments():
+            host = max(host, self.host)
             if now > peak or not peak_at:
                 peak, peak_at = now, name
-        return Memory(peak, peak_at, sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED))
+        stored = sum(self.nbytes[self.storage[i.name]] for i in self.p.inputs if i.role in STORED and not i.type.host)
+        return Memory(peak, peak_at, stored, host)
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """(op, bytes live while it runs), after ("inputs", the bytes of all inputs)."""
         for i in self.p.inputs:
-            self._new(i.name, i.type.local_bytes(self.p.mesh))
-            self.strides[i.name] = contiguous(i.type.local(self.p.mesh))
+            self._new(i.name, i.type.local_bytes(self.p.mesh), i.type.host)
             if i.role in STORED:
                 self.needed[self.storage[i.name]] += 1
         yield "inputs", self.now
@@ -92,7 +95,11 @@ class _Liveness:
                 for started in self.p.producers[op.refs[0].name].results:
                     if started in self.under_way:
                         self._release(self.under_way.pop(started))
-            self._free(self.donation.dies.get(n, ()))
+            last = self.together.get(n, n)  # updates that one call does end together
+            if last != n:
+                self.ending.setdefault(last, []).extend(self.donation.dies.get(n, ()))
+            else:
+                self._free((*self.ending.pop(n, ()), *self.donation.dies.get(n, ())))
 
     def _scratch(self, op: Op) -> Sequence[int]:
         """The storages that attention needs while it runs (deepseed.ops.attention): keys and values by query heads, in the backward their
@@ -109,13 +116,20 @@ class _Liveness:
             self._new("", prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype])
         return range(first, len(self.nbytes))
 
-    def _new(self, value: str, nbytes: int) -> None:
+    def _new(self, value: str, nbytes: int, host: bool = False) -> None:
         self.nbytes.append(nbytes)
+        self.on_host.append(host)
         self.needed.append(1)
         self.storage[value] = len(self.nbytes) - 1
         self.kind.append(self.kinds.get(value, "other"))
-        self.live[self.kind[-1]] += nbytes
-        self.now += nbytes
+        self._count(len(self.nbytes) - 1, nbytes)
+
+    def _count(self, storage: int, nbytes: int) -> None:
+        if self.on_host[storage]:
+            self.host += nbytes
+        else:
+            self.live[self.kind[storage]] += nbytes
+            self.now += nbytes
 
     def _share(self, value: str, other: str) -> None:
         self.storage[value] = self.storage[other]
@@ -128,8 +142,7 @@ class _Liveness:
     def _release(self, storage: int) -> None:
         self.needed[storage] -= 1
         if self.needed[storage] == 0:
-            self.now -= self.nbytes[storage]
-            self.live[self.kind[storage]] -= self.nbytes[storage]
+            self._count(storage, -self.nbytes[storage])
 
     def _define(self, n: int, op: Op) -> None:
         """Place the op's results."""
@@ -137,17 +150,17 @@ class _Liveness:
             return self._update(n, op)
         if op.target.endswith(".start") and len(op.results) > 1:
             return self._bucket(op)
-        view = self._view(op)
+        view = self.lying.view(op)
         for result, t in zip(op.results, op.types, strict=True):
             shape = t.local(self.p.mesh)
             if view is not None:
                 self._share(result, op.refs[0].name)
                 self.strides[result] = view
             else:
-                self._new(result, t.local_bytes(self.p.mesh))
-                self.strides[result] = self._fresh(op, shape)
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
+                self.strides[result] = self.lying.fresh(op, shape)
             if result in self.donation.copied:
-                self._new(result, t.local_bytes(self.p.mesh))
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
         return None
 
     def _bucket(self, op: Op) -> None:
@@ -166,130 +179,34 @@ class _Liveness:
             if old is not None and self.donation.in_place(n, old, result):
                 self._share(result, old)
             else:
-                self._new(result, t.local_bytes(self.p.mesh))
+                self._new(result, t.local_bytes(self.p.mesh), t.host)
             self.strides[result] = contiguous(t.local(self.p.mesh))
-
-    def _view(self, op: Op) -> Strides | None:
-        """The result's strides where it shares its first operand's storage, else None."""
-        if op.target not in ("reshape", "permute", "expand", "slice", "cast", "sum", "amax", "shard", "wait", *UNROLLED):
-            return None
-        if op.target in UNROLLED:  # into what there was; the first sum takes its operand, the first of a whole makes it; from another rank: new
-            return self.strides[op.refs[0].name] if len(op.refs) > (op.target == "collect") else None
-        x = op.refs[0].name
-        old, strides = self.p.types[x], self.strides[x]
-        shape, out = old.local(self.p.mesh), op.type.local(self.p.mesh)
-        if op.target == "reshape":
-            return reshaped(shape, strides, out)
-        if op.target == "permute":
-            return tuple(strides[d] for d in _ints(op, "dims"))
-        if op.target == "expand":
-            lead = len(out) - len(shape)
-            return (0,) * lead + tuple(0 if size != new else s for size, new, s in zip(shape, out[lead:], strides, strict=True))
-        if op.target == "slice":
-            ((dim,), (by,)) = _ints(op, "dim"), _ints(op, "step", 1)
-            return tuple(s * by if d == dim else s for d, s in enumerate(strides))
-        if op.target == "shard":
-            place = self._step(op).take
-            return strides if place is not None and place.outer == 1 else None
-        if op.target == "wait":
-            return self._joined(op)
-        if op.target == "cast" or not _ints(op, "dims"):
-            return strides if old.dtype == op.type.dtype else None
-        return None
-
-    def _fresh(self, op: Op, shape: tuple[int, ...]) -> Strides:
-        """Strides of a new tensor: pointwise ops keep a dense operand's order, attention lays heads inside rows."""
-        if op.target in ("sdpa", "sdpa_backward") and len(shape) == 4:
-            _, h, s, d = shape
-            return (s * h * d, d, h * d, 1)
-        if op.target == "cast" or op.target in POINTWISE:
-            for ref in op.refs:
-                if self.p.types[ref.name].local(self.p.mesh) == shape and _dense(shape, self.strides[ref.name]):
-                    return self.strides[ref.name]
-        return contiguous(shape)
-
-    def _step(self, op: Op) -> Step:
-        before = self.p.types[op.refs[0].name]
-        return step(before.shape, before.layout, op.type.layout, str(op.kw("axis")), self.p.mesh, len(op.refs) > len(op.results))
-
-    def _joined(self, op: Op) -> Strides | None:
-        """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
-        start = self.p.producers[op.refs[0].name]
-        if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
-            small = SMALL * prod(op.type.local(self.p.mesh)) < sum(prod(t.local(self.p.mesh)) for t in start.types)
-            return None if small or start.target in LAID_OUT else contiguous(op.type.local(self.p.mesh))
-        s, shape = self._step(start), op.type.local(self.p.mesh)
-        return contiguous(shape) if s.put is None or _in_front(shape, s.put) else None
 
     def _sent(self, op: Op, operand: int = 0) -> int:
         """The storage that a collective reads until its wait: contiguous, blocks first; a copy where the operand does not lie so."""
         x = op.refs[operand].name
+        if op.target in MEMORIES:
+            self.needed[self.storage[x]] += 1
+            return self.storage[x]
         if len(op.results) > 1:  # a packed copy; an all_reduce works in it
             self._new("", 0 if op.target == "all_reduce.start" else self.p.types[x].local_bytes(self.p.mesh))
             return len(self.nbytes) - 1
-        s, shape = self._step(op), self.p.types[x].local(self.p.mesh)
+        s, shape = self.lying.step(op), self.p.types[x].local(self.p.mesh)
         if s.kind in KEYED:  # a sorted copy of the rows that this rank has, or of those that it owns: one in n where ids are uniform
             self._new("", min(self.p.types[x].local_bytes(self.p.mesh), op.type.local_bytes(self.p.mesh)))
             return len(self.nbytes) - 1
-        if self.strides[x] == contiguous(shape) and (s.take is None or _in_front(shape, s.take)):
+        if self.strides[x] == contiguous(shape) and (s.take is None or in_front(shape, s.take)):
             self.needed[self.storage[x]] += 1
             return self.storage[x]
         self._new("", prod(shape) * ITEMSIZE[self.p.types[x].dtype])
         return len(self.nbytes) - 1
 
 
-# strides -------------------------------------------------------------------------------------------------------------
-
-
-def contiguous(shape: Sequence[int]) -> Strides:
-    out, n = [], 1
-    for size in reversed(shape):
-        out.append(n)
-        n *= max(size, 1)
-    return tuple(reversed(out))
-
-
-def reshaped(shape: Sequence[int], strides: Strides, new: Sequence[int]) -> Strides | None:
-    """The strides of a reshape that is a view; None where it must copy (ATen's computeStride).
-
-    >>> reshaped((4, 6), (6, 1), (2, 2, 6)), reshaped((4, 6), (1, 4), (24,))
-    ((12, 6, 1), None)
-    """
-    if prod(shape) == 0:
-        return contiguous(new)
-    out: list[int] = [1] * len(new)
-    d = len(new) - 1
-    have = want = 1
-    base = strides[-1] if shape else 1
-    for i in reversed(range(len(shape))):
-        have *= shape[i]
-        if i == 0 or (shape[i - 1] != 1 and strides[i - 1] != have * base):  # the end of a stretch that lies in order
-            while d >= 0 and (want < have or new[d] == 1):
-                out[d] = want * base
-                want *= new[d]
-                d -= 1
-            if want != have:
-                return None
-            if i > 0:
-                base, have, want = strides[i - 1], 1, 1
-    return tuple(out)
-
-
-def _dense(shape: Sequence[int], strides: Strides) -> bool:
-    """Every element once, without gaps, in some order of the dimensions."""
-    n = 1
-    for stride, size in sorted((s, size) for s, size in zip(strides, shape, strict=True) if size > 1):
-        if stride != n:
-            return False
-        n *= size
-    return True
-
-
-def _in_front(shape: Sequence[int], place: Place) -> bool:
-    return place.outer * prod(shape[: place.dim]) == 1
-
-
-def _ints(op: Op, name: str, default: int | None = None) -> tuple[int, ...]:
-    value = op.kw(name, default)
-    items = value if isinstance(value, tuple) else (value,)
-    return tuple(i for i in items if isinstance(i, int))
+def _calls(p: Program) -> dict[int, int]:
+    """For each update that shares a fused call with its neighbours: the place of the call's last one."""
+    out: dict[int, int] = {}
+    for n, op in enumerate(p.ops):
+        if op.target in KERNELS and n not in out:
+            last = n + len(run_from(n, p.ops)) - 1
+            out.update(dict.fromkeys(range(n, last + 1), last))
+    return out

@@ -11,7 +11,7 @@ from deepseed.plan import Plan
 
 def rows_of_a_rank(p: Program, ranks: Mesh) -> int:
     """Rows of the batch that a data-parallel rank has; of a captured program."""
-    return max(1, _rows(p) // data_ranks(ranks))
+    return max(1, rows_of(p) // data_ranks(ranks))
 
 
 def data_ranks(ranks: Mesh) -> int:
@@ -19,7 +19,8 @@ def data_ranks(ranks: Mesh) -> int:
     return prod(ranks.sizes.get(axis, 1) for axis in ("dp", "ep"))
 
 
-def _rows(p: Program) -> int:
+def rows_of(p: Program) -> int:
+    """Rows of the batch: of most of its entries."""
     counts = [i.type.shape[0] for i in p.by_role("batch") if i.type.shape]
     return max(set(counts), key=counts.count) if counts else 1
 
@@ -28,7 +29,7 @@ def microbatches(p: Program, plan: Plan, ranks: Mesh) -> int:
     """How many microbatches a data-parallel rank's rows are cut into. A program that only shows outputs takes what divides its batch."""
     mine = rows_of_a_rank(p, ranks)
     m = plan.microbatches(mine)
-    if plan.mb is None and _rows(p) % data_ranks(ranks):
+    if plan.mb is None and rows_of(p) % data_ranks(ranks):
         return 1  # ranks with unequal rows
     if any(o.role == "loss" for o in p.outputs):
         return m

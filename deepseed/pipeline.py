@@ -27,6 +27,9 @@ from deepseed.passes.insert_reshards import insert_reshards
 from deepseed.passes.localize import localize
 from deepseed.passes.loop_microbatches import loop_microbatches
 from deepseed.passes.lower_reshards import lower_reshards
+from deepseed.passes.offload import offload
+from deepseed.passes.offload_activations import offload_activations
+from deepseed.passes.plan_memory import plan_memory
 from deepseed.passes.schedule_collectives import schedule_collectives
 from deepseed.passes.solve_placements import solve_placements
 from deepseed.plan import Plan
@@ -36,8 +39,11 @@ PIPELINE: tuple[Pass, ...] = (
     solve_placements,
     insert_reshards,
     lower_reshards,
+    plan_memory,
+    offload,
     loop_microbatches,
     cut_stages,
+    offload_activations,
     schedule_collectives,
     group_kernels,
     localize,
@@ -67,15 +73,19 @@ ONE_RANK = Plan()
 
 def arguments(
     mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
-    homes: Mapping[tuple[str, str], int] | None = None,
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
-    ``plan``: for its stages and their schedule. ``stored`` and ``homes``: layouts and stages of what an earlier program stores."""
+    ``plan``: for its stages and their schedule. ``stored``, ``homes`` and ``hosted``: layouts and stages of what an earlier program stores, and
+    whether on the host."""
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
+        "plan_memory": {"saved": 0.0, "every": 1} if plan.remat else {},
+        "offload": {"what": plan.offload, "stored": hosted or {}},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
+        "offload_activations": {"wanted": "activations" in plan.offload},
         "localize": {"coordinate": coordinate},
     }
 

@@ -2,8 +2,8 @@
 
     plan  ::= word ("+" word)*
     word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp16" | "fp32" | "fp64"
-            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
-            | "grads(" ("bf16" | "fp16" | "fp32" | "fp64") ")"
+            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
+            | "grads(" ("bf16" | "fp16" | "fp32" | "fp64") ")" | "budget(" bytes ")" | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
 modules with which the stages after the first begin. ``order`` names the axes major first; the last has neighbouring ranks.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from math import gcd, prod
 
+from deepseed.ir.amounts import format_bytes, parse_bytes
 from deepseed.ir.mesh import Mesh
 
 
@@ -35,6 +36,7 @@ AXES = {  # mesh axes, major first: the last has neighbouring ranks; what one of
     "sp": "the sequence",
     "tp": "each weight",
 }
+OFFLOADS = ("optimizer", "gradients", "params", "activations")
 SCHEDULES = r"gpipe|1f1b|interleaved\d+|zb"
 DEFAULT_SCHEDULE = "1f1b"
 _DATA = "dp"  # the axis that takes the ranks which no other axis asks for
@@ -45,9 +47,6 @@ SPELLINGS = {  # what people write -> the word
 }  # fmt: skip
 
 LATER: tuple[tuple[str, str, str], ...] = (  # pattern, what it would mean, what serves today
-    (r"remat", "recomputing activations", "the model's own gradient checkpointing"),
-    (r"offload(\(.*\))?", "state kept on the host", "zero3 to divide the state by the ranks"),
-    (r"budget(\(.*\))?", "a bound on memory", "zero3 to divide the state by the ranks"),
     (r"auto", "a plan chosen by the compiler", "zero1 to begin with, zero3 when memory is short"),
 )
 
@@ -67,11 +66,15 @@ class Plan:
     schedule: str | None = None  # of the stages: gpipe, 1f1b, interleavedV, zb
     bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch; "exact": of all, at any price
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
+    remat: str | None = None  # "remat": the backward computes again what it reads of the forward, from the layers' inputs
+    offload: tuple[str, ...] = ()  # what lies on the host, of OFFLOADS
+    budget: int | None = None  # bytes of each rank's device: what is computed again and what lies on the host is chosen so that the step fits
+    disk: str = ""  # a folder for what of that is stored between steps
     precision: str | None = None  # compute precision, a key of PRECISIONS; not said: the model's own
     grads: str | None = None  # in which gradients are reduced and added up, a key of PRECISIONS; not said: as the backward makes them
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, grads: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16+grads(fp32)"``."""
+        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, grads, remat, offload, budget: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16+grads(fp32)"``."""
         sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp), ("pp", self.pp), ("mb", self.mb))
         words = [f"{word}{n}" + (f"(cut=[{', '.join(self.cut)}])" if word == "pp" and self.cut else "") for word, n in sized if n is not None]
         words += [self.schedule] if self.schedule else []
@@ -79,6 +82,9 @@ class Plan:
         words += [f"order({', '.join(self.order)})"] if self.order else []
         words += [self.precision] if self.precision else []
         words += [f"grads({self.grads})"] if self.grads else []
+        words += [self.remat] if self.remat else []
+        words += [f"offload({', '.join([*self.offload, *([f'disk={self.disk}'] if self.disk else [])])})"] if self.offload else []
+        words += [f"budget({format_bytes(self.budget)})"] if self.budget else []
         return "+".join(words)
 
     @property
@@ -204,15 +210,19 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     *((rf"{axis}(\d+)", axis, int) for axis in (*AXES, "mb")),
     (r"zero([0-3])", "zero", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
+    (r"(remat)", "remat", str),
     (rf"({SCHEDULES})", "schedule", str),
     (r"bn\((local|exact)\)", "bn", str),
     (rf"grads\(({'|'.join(PRECISIONS)})\)", "grads", str),
     (r"order\((.*)\)", "order", lambda text: tuple(axis.strip() for axis in text.split(","))),
     (r"cut=\[?([^\]]*)\]?", "cut", lambda text: tuple(path.strip() for path in text.split(",") if path.strip())),
+    (r"budget\((.*)\)", "budget", lambda text: _amount(text)),
+    (r"offload()", "offload", lambda _: ("optimizer",)),
+    (r"offload\((.*)\)", "offload", lambda text: tuple(kind.strip() for kind in text.split(","))),
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "order(axes)", *PRECISIONS, "grads(fp32)",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "grads(fp32)", "remat", "offload(optimizer)", "budget(8GiB)",
 )  # fmt: skip
 
 
@@ -239,6 +249,8 @@ def parse_plan(text: str) -> Plan:
         if value == 0 and name != "zero":
             raise PlanError(f"plan {text!r}: {word} asks for 0 {'microbatches' if name == 'mb' else 'ranks'}\n  fix: use {name}1 or more, or leave {word} out")
         found[name], said[name] = value, word
+    if "offload" in found:
+        found |= _offloaded(found["offload"], text)
     given = {f.name: found[f.name] for f in fields(Plan) if f.name in found}
     plan = Plan(**given)  # type: ignore[arg-type]
     if plan.grads and plan.precision not in (None, plan.grads) and _BITS[plan.grads] <= _BITS[plan.precision or ""]:
@@ -256,6 +268,28 @@ def parse_plan(text: str) -> Plan:
     if odd := [axis for axis in plan.order if axis not in AXES or plan.order.count(axis) > 1]:
         raise PlanError(f"plan {text!r}: order({', '.join(plan.order)}) has {odd[0]!r} {'twice' if odd[0] in AXES else 'in it, which is no axis of ranks'}\n  fix: each of {', '.join(AXES)} once, major first")
     return plan
+
+
+def _amount(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise PlanError(f"budget({text}): {error}\n  fix: budget(8GiB)") from None
+
+
+def _offloaded(words: object, text: str) -> dict[str, str | tuple[str, ...]]:
+    """The kinds of ``offload(..)`` in their order, and its folder."""
+    assert isinstance(words, tuple)
+    disks = [word.partition("=")[2].strip() for word in words if word.partition("=")[0].strip().lower() == "disk"]
+    kinds = [word.lower() for word in words if word and word.partition("=")[0].strip().lower() != "disk"]
+    if odd := [kind for kind in kinds if kind not in OFFLOADS or kinds.count(kind) > 1]:
+        why = "is there twice" if odd[0] in OFFLOADS else "has no such kind"
+        raise PlanError(f"plan {text!r}: offload({', '.join(words)}): {odd[0]!r} {why}\n  fix: any of {', '.join(OFFLOADS)}, each once")
+    if len(disks) > 1 or "" in disks or (disks and not {"optimizer", "params"} & set(kinds)):
+        raise PlanError(f"plan {text!r}: disk= takes one folder, for optimizer state or parameters\n  fix: offload(optimizer, params, disk=/a/folder)")
+    if not kinds:
+        raise PlanError(f"plan {text!r}: offload() says of nothing that it is to lie on the host\n  fix: offload(optimizer)")
+    return {"offload": tuple(kind for kind in OFFLOADS if kind in kinds), "disk": disks[0] if disks else ""}
 
 
 def _split(text: str) -> list[str]:
@@ -278,6 +312,8 @@ def _split(text: str) -> list[str]:
             if not rest.endswith(")") or not rest.startswith("cut="):
                 raise PlanError(f"plan {text!r}: cannot read {word!r}\n  fix: {head.strip().lower()}(cut=[module.path, other.path])")
             out += [head.strip().lower(), rest[:-1]]
+        elif bracket and head.strip().lower() == "offload":
+            out.append("offload(" + rest)  # a folder keeps its case
         else:
             out.append(word.lower())
     return out
@@ -301,8 +337,9 @@ def _suggest(word: str) -> str:
         return ": ZeRO has the stages 0, 1, 2 and 3"
     number = "".join(re.findall(r"\d+", word)[:1])
     candidates = [k.replace("N", number or "2") for k in KNOWN]
-    near = get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f": did you mean {near[0]}?" if near else ""
+    near = get_close_matches(word, candidates, cutoff=0.5)
+    same = [k for k in near if sorted(k) == sorted(word)]  # letters in another order
+    return f": did you mean {(same or near)[0]}?" if near else ""
 
 
 def with_dtype(plan: Plan, dtype: str) -> Plan:

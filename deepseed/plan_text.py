@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from deepseed import closed_forms as form
+from deepseed.ir.amounts import format_bytes
 from deepseed.ir.mesh import Mesh
 from deepseed.plan import Plan, bubble
+
+OFFLOADED = {
+    "optimizer": "optimizer state lies on the host with the parameters, which are updated there",
+    "gradients": "gradients, and their sums over microbatches, lie on the host",
+    "params": "parameters go to the device for each use",
+    "": "a parameter goes to the device once a step",
+    "activations": "what the backward reads of the forward waits on the host",
+}
 
 
 def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
@@ -31,6 +40,13 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}" + ("; the loss is scaled, and a step whose gradients overflow is skipped" if plan.dtype == "f16" else ""))
     if plan.grad_dtype:
         lines.append(f"  {'grads':8} reduced and added up in {plan.grad_dtype}")
+    if plan.remat:
+        lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
+    kept = "optimizer" in plan.offload and "params" not in plan.offload
+    lines += [f"  {'offload':8} {OFFLOADED[kind]}" for kind in (*plan.offload, *([""] if kept else []))]
+    lines += [f"  {'disk':8} what of that is stored between steps lies in files below {plan.disk}"] if plan.disk else []
+    if plan.budget:
+        lines.append(f"  {'budget':8} the step fits {format_bytes(plan.budget)} of each rank's device: what is computed again and what lies on the host is chosen for that")
     lines += [f"  {'':8} {note}" for note in plan.notes]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")

@@ -105,6 +105,7 @@ class Programs:
         self.latest: Built | None = None
         self.stored: dict[tuple[str, str], Layout] = {}  # where parameters and state lie: as the first program with them had it
         self.homes: dict[tuple[str, str], int] = {}  # and on which stage
+        self.hosted: dict[tuple[str, str], bool] = {}  # and whether on the host
         self.structure = Structure(subject.model)  # as the latest batch found it
         self.compiled = 0
         self._seen = 0
@@ -162,7 +163,7 @@ class Programs:
         for batch in (found.unchecked, padded(found.unchecked, s.buckets)):
             captured = self._capture(batch, "loss_and_grads")
             captured = replace(captured, program=checkable(captured.program))
-            pair.append((build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, wide=True, quiet=True), captured.batch.flatten(batch)))
+            pair.append((build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, wide=True, quiet=True), captured.batch.flatten(batch)))
         compare(s.host, states, pair[0], pair[1])
         self._checked.add(self._kind(found.unchecked, self._made_for))
         self._say(f"padding is exact: loss and gradients of {said(pair[0][0].captured.batch)} are those of the padded batch ({perf_counter() - started:.1f} s)")
@@ -235,11 +236,12 @@ class Programs:
         if twin is not None:  # what changed is read, and does not matter
             built = replace(twin, captured=captured, adopted=False)
         else:
-            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, wide=s.wide, quiet=s.quiet or not s.host.first)
+            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, wide=s.wide, quiet=s.quiet or not s.host.first)
         for i in built.program.inputs:
             if i.role in ("param", "buffer", "state"):
                 self.stored.setdefault((i.role, i.key), i.type.layout)
                 self.homes.setdefault((i.role, i.key), i.stage)
+                self.hosted.setdefault((i.role, i.key), i.type.host)
         self.compiled += 1
         if number > 1:
             self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))

@@ -1,17 +1,18 @@
 """How long the ops of a step take, estimated op by op: a roofline, with collectives beside the computation.
 
 An op takes the time of its arithmetic or of the memory that it reads and writes, whichever is longer (Williams et al. 2009), and
-the time to start it; views take none. Collectives run beside it, those of one axis one after another, each for the bytes that a
+the time to start it; views take none. What runs on the host takes the time of the host's memory. Moves between the memories are like
+collectives, one after another over the host's link, in each direction. Collectives run beside it, those of one axis one after another, each for the bytes that a
 rank sends (deepseed.cost) at the speed of a link; a ``wait`` holds the computation until its collective has ended. Nothing is measured: the
 numbers compare plans and show what overlaps; a ``Machine`` says what they assume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from deepseed.counts import local_flops, sent_bytes
+from deepseed.counts import is_collective, local_flops, moved_bytes, sent_bytes
 from deepseed.ir.program import Op, Program
 
 VIEWS = ("reshape", "permute", "expand", "slice", "shard", "wait", "transfer")
@@ -24,22 +25,36 @@ class MachineError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank does in a second, ``flops`` of matmuls, bytes of ``memory`` and bytes sent over a ``link``; and the seconds that it takes
-    to start a collective (``latency``) and an op (``launch``)."""
+    """What one rank does in a second, ``flops`` of matmuls, bytes of ``memory`` (of the host's, ``host_memory``), bytes sent over a ``link`` and
+    moved over that to the host, ``host_link``; and the seconds that it takes to start a collective (``latency``) and an op (``launch``)."""
 
     flops: float = 150e12
     memory: float = 1.5e12
     link: float = 50e9
+    host_memory: float = 100e9
+    host_link: float = 25e9
     latency: float = 10e-6
     launch: float = 3e-6
 
     def seconds(self, p: Program, op: Op) -> float:
         """Of one op on one rank, collectives aside."""
-        if op.target in VIEWS or op.target.endswith(".start"):
+        return self.together(p, (op,))
+
+    def together(self, p: Program, ops: Sequence[Op]) -> float:
+        """Of ops that one kernel does: it reads what they take from outside, and writes what is read outside. Collectives aside."""
+        work = [op for op in ops if op.target not in VIEWS and not op.target.endswith(".start")]
+        if not work:
             return 0.0
-        names = {} if op.target in ROWS else dict.fromkeys(r.name for r in op.refs)
-        moved = sum(p.types[name].local_bytes(p.mesh) for name in (*names, *op.results))
-        return max(local_flops(p, op) / self.flops, moved / self.memory) + self.launch
+        made = {r for op in ops for r in op.results}
+        members = {op.name for op in ops}
+        read = {r.name for op in work if op.target not in ROWS for r in op.refs} - made
+        inner = {r for op in work[:-1] for r in op.results if all(isinstance(u, Op) and u.name in members for u in p.uses[r])}
+        moved = sum(p.types[name].local_bytes(p.mesh) for name in (*read, *(r for op in work for r in op.results if r not in inner)))
+        return max(sum(local_flops(p, op) for op in work) / self.flops, moved / (self.host_memory if work[0].type.host else self.memory)) + self.launch
+
+    def sending(self, p: Program, op: Op) -> float:
+        """Of one collective, or of a move between the memories, from its start to its end."""
+        return self.latency + (sent_bytes(p, op) / self.link if is_collective(op) else moved_bytes(p, op) / self.host_link)
 
 
 @dataclass(frozen=True)
@@ -82,9 +97,10 @@ def course(p: Program, ops: Iterable[Op], machine: Machine) -> Course:
     for op in ops:
         began = now
         if op.target.endswith(".start"):
-            axis, nbytes = str(op.kw("axis")), sent_bytes(p, op)
+            far = is_collective(op)
+            axis, nbytes = (str(op.kw("axis")), sent_bytes(p, op)) if far else (op.target.removesuffix(".start"), moved_bytes(p, op))
             start = max(now, free.get(axis, 0.0))
-            free[axis] = start + machine.latency + nbytes / machine.link
+            free[axis] = start + machine.sending(p, op)
             under_way.update(dict.fromkeys(op.results, len(sent)))
             sent.append(Sent(axis, op.target.removesuffix(".start"), start, free[axis], nbytes))
             by.append(len(spans))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deepseed.boundaries import boundaries
-from deepseed.counts import local_flops
+from deepseed.counts import local_flops, repeated
 from deepseed.ir.messages import Message, Place, home, messages_of
 from deepseed.ir.program import Op, Program
-from deepseed.ir.schedule import Schedule, kind_of, loop_of
+from deepseed.ir.schedule import Schedule, kind_of
 from deepseed.plan import bubble
 from deepseed.solver.schedules import in_flight
 from deepseed.speed import Course, Machine, course
@@ -24,7 +24,7 @@ class Timing:
     stages: int
     microbatches: int
     loops: int  # over the microbatches: more than one where values of all of them are needed before the rest can go on
-    repeated: float  # the share of the matmul flops that earlier loops compute again
+    repeated: float  # the share of the loops' matmul flops that a later loop computes again
     bubble_share: float  # of the step in which a rank is idle
     bubble_share_equal: float  # the same where all stages take as long and nothing else is done
     step_seconds: float
@@ -57,14 +57,9 @@ def timing(p: Program, machine: Machine) -> Timing:
     s = p.schedule
     assert s is not None
     timeline = run_schedule(p, machine).timeline
-    flops = [0, 0]  # in earlier loops, in all
-    for op in p.ops:
-        if kind_of(op.part) != "once":
-            n = local_flops(p, op)
-            flops[0] += n if loop_of(op.part) < s.loops else 0
-            flops[1] += n
+    flops, again = {op.name: local_flops(p, op) for op in p.ops if kind_of(op.part) != "once"}, repeated(p)
     return Timing(
-        s.name, s.stages, s.microbatches, s.loops, flops[0] / flops[1] if flops[1] else 0.0, timeline.bubble_share,
+        s.name, s.stages, s.microbatches, s.loops, sum(n for name, n in flops.items() if name in again) / max(1, sum(flops.values())), timeline.bubble_share,
         bubble(len(s.lanes), s.microbatches, s.stages // len(s.lanes)), timeline.step_seconds, tuple(in_flight(s)), boundaries(p),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ itself leaves to rounding are found as deepseed.noise says, counted in the repor
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
@@ -25,6 +26,7 @@ from deepseed.capture.batch import rebuild, tensors
 from deepseed.capture.eager import Runs, eager_reference
 from deepseed.capture.options import Optimizers, listed
 from deepseed.counts import matmul_flops
+from deepseed.explain_text import amount
 from deepseed.ir.program import Program
 from deepseed.meshes import data_ranks
 from deepseed.noise import undetermined
@@ -56,6 +58,8 @@ class VerifyReport:
     unproved: int = 0  # expressions that the checks of the compile took as equal: too large to run, and not to be made smaller
     left_out: int = 0  # entries of parameters that the user's optimizer makes of rounding noise alone (deepseed.noise)
     growth: float = 0.0  # not 0: what rounding alone does to eager's own gradients, so that steps were compared one by one (deepseed.rounding)
+    counted_peak_bytes: tuple[int, ...] = ()  # by rank, of its device's memory: counted while the steps ran (deepseed.runtime.arena)
+    counted_host_bytes: tuple[int, ...] = ()
     blame: str = ""  # where it differs: the pass, node and module path that changed the numbers (deepseed.bisect)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +76,8 @@ class VerifyReport:
             + (f"  unproved    {self.unproved} expressions that passes wrote differently are too large to run on small operands\n" if self.unproved else "")
             + (f"  left out    {self.left_out} entries whose gradient is rounding noise, which the optimizer amplifies\n" if self.left_out else "")
             + (f"  rounding    eager PyTorch off by a unit in the last place comes to {self.growth:.1e}: each step was compared from eager's parameters\n" if self.growth else "")
+            + (f"  peak        {amount(max(self.counted_peak_bytes))} of a rank's device, counted" if self.counted_peak_bytes else "")
+            + (f", {amount(max(self.counted_host_bytes))} of its host" if any(self.counted_host_bytes) else "") + ("\n" if self.counted_peak_bytes else "")
             + f"  program     sha256 {self.program_hash[:16]}" + (f"\n  worst       {self.worst}\n  {self.blame}" if not self.ok else "")
         )
 
@@ -114,7 +120,9 @@ def verify(
         step = TrainStep(
             ours, plan, optimizer=_made(optimizer_factory, ours), loss_fn=loss_fn, clip_grad_norm=clip_grad_norm,
             world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True,
+            device_memory=os.environ.get("DEEPSEED_DEVICE_MEMORY") or "unlimited",
         )  # fmt: skip
+        step.compile(batches[0])  # what cannot be captured is said before eager PyTorch stumbles over it
         runs[0] = _runs(step, batches[0])
         reached: list[Mapping[str, Tensor]] = []  # eager's parameters and buffers after each step
         want = eager(theirs, (lambda _: reached.append(_state(theirs))) if follow else None)
@@ -147,6 +155,7 @@ def verify(
         errors.ok, str(step.plan), step.mesh.ranks, step.backend, steps, errors.loss, errors.grad, errors.param,
         errors.worst_grad if errors.grad >= errors.param else errors.worst_param, step.instances_checked, step.program_hash, perf_counter() - started,
         _repeated(step.program), len(step.programs.current().unproved), errors.left_out, grown,
+        tuple(c["device"] for c in step.counted_peak_bytes), tuple(c["host"] for c in step.counted_peak_bytes),
         "" if errors.ok else str(_blame(step, model, batches[-1], optimizer_factory, loss_fn, clip_grad_norm, seed)),
     )  # fmt: skip
 

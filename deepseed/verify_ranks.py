@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,7 +56,11 @@ def verify_ranks(
         reports.append(got[rank])
         if tell is not None:
             tell(rank, got[rank])
-    return next((report for report in reports if not report.ok), reports[0])
+    found = next((report for report in reports if not report.ok), reports[0])
+    return replace(
+        found, counted_peak_bytes=tuple(n for report in reports for n in report.counted_peak_bytes),
+        counted_host_bytes=tuple(n for report in reports for n in report.counted_host_bytes),
+    )  # fmt: skip
 
 
 def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int) -> VerifyReport | str:

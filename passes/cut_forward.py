@@ -17,11 +17,11 @@ from deepseed.cost import flops
 from deepseed.ir.contract import PassError
 from deepseed.ir.program import Op, Program
 from deepseed.passes.cut_kinds import Kinds
+from deepseed.solver.cuts import Floats, cut_points, live_bytes, open_places, places
 
 TOUCH = 32.0  # flops that take as long as one byte read or written
 SEND = 64.0  # flops that take as long as one byte sent to another stage
 SLACK = 1.25  # of the dearest stage's cost: what cuts of fewer bytes may take
-Floats = NDArray[np.float64]
 
 
 def forward_stages(k: Kinds, stages: int, pins: Sequence[str], homes: Mapping[str, int]) -> dict[str, int]:
@@ -29,12 +29,11 @@ def forward_stages(k: Kinds, stages: int, pins: Sequence[str], homes: Mapping[st
     there first where the order of the forward allows it. Raises PassError: too few cut points, a pin that cannot be met."""
     p = k.program
     ops = k.bound(f"forward.{k.loops}")
-    place = {op.name: n for n, op in enumerate(ops)}
-    at = [place.get(k.glued.get(op.name, ""), n) for n, op in enumerate(ops)]  # a wait stands with its start
-    live = _live(p, ops, at)
+    at = places(ops, k.glued)
+    live = live_bytes(p, ops, at)
     cuts = _pinned(ops, at, stages, pins) if pins else _cuts(_points(ops, at, live, stages), _costs(p, ops, at), live, stages)
     if homes and not pins:
-        cuts = _held(cuts, _first_uses(k, ops, at), homes, [i for i in range(1, len(live)) if live[i] > 0 and i not in _inside_groups(ops, at)], live)
+        cuts = _held(cuts, _first_uses(k, ops, at), homes, open_places(ops, at, live), live)
     return {op.name: int(np.searchsorted(cuts, n, side="right")) for op, n in zip(ops, at, strict=True)}
 
 
@@ -51,71 +50,17 @@ def _costs(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
     return out
 
 
-def _live(p: Program, ops: Sequence[Op], at: Sequence[int]) -> Floats:
-    """Bytes that a cut before each op sends: what was made before it and is used from it on."""
-    made: dict[str, tuple[int, int]] = {}
-    last: dict[str, int] = {}
-    for op, n in zip(ops, at, strict=True):
-        made.update((r, (n, t.local_bytes(p.mesh))) for r, t in zip(op.results, op.types, strict=True))
-        for ref in op.refs:
-            if ref.name in made:
-                last[ref.name] = max(last.get(ref.name, 0), n)
-    change = np.zeros(len(ops) + 2)
-    for value, end in last.items():
-        begin, nbytes = made[value]
-        if end > begin:
-            change[begin + 1] += nbytes
-            change[end + 1] -= nbytes
-    live: Floats = np.cumsum(change)[: len(ops)]
-    return live
-
-
 def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, stages: int) -> list[int]:
-    """Where a cut may stand: in each run of positions with equal ``live`` that has more on both sides, the one that leaves the outermost
-    module. Where there are too few such runs, every position."""
-    inside = _inside_groups(ops, at)
-    open_ = [i for i in range(1, len(live)) if live[i] > 0 and i not in inside]
-    points: list[int] = []
-    for n, i in enumerate(open_):
-        if n and live[open_[n - 1]] <= live[i]:
-            continue
-        run = [i]
-        for j in open_[n + 1 :]:
-            if live[j] != live[i]:
-                if live[j] > live[i]:
-                    points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
-                break
-            run.append(j)
-        else:
-            points.append(min(run, key=lambda c: (_shared(ops[c - 1].path, ops[c].path), c)))
+    """The cut points; where there are too few, every place where a cut may stand. Raises PassError: still too few."""
+    points = cut_points(ops, at, live)
     if len(points) < stages - 1:
-        points = open_
+        points = open_places(ops, at, live)
     if len(points) < stages - 1:
         raise PassError(
             f"{stages} stages need {stages - 1} cut points, the forward has {len(points)}, pass cut_stages\n"
             f"  fix: use {len(points) + 1} stages or fewer" + ("" if points else ", that is, no pp")
         )
     return points
-
-
-def _inside_groups(ops: Sequence[Op], at: Sequence[int]) -> set[int]:
-    """Positions with ops of one origin on both sides."""
-    ends: dict[str, tuple[int, int]] = {}
-    for op, n in zip(ops, at, strict=True):
-        if op.origin:
-            first, last = ends.get(op.origin, (n, n))
-            ends[op.origin] = (min(first, n), max(last, n))
-    return {i for first, last in ends.values() for i in range(first + 1, last + 1)}
-
-
-def _shared(one: str, two: str) -> int:
-    """How many modules two ops share."""
-    n = 0
-    for a, b in zip(one.split("."), two.split("."), strict=False):
-        if a != b:
-            break
-        n += 1
-    return n
 
 
 def _cuts(points: Sequence[int], cost: Floats, live: Floats, stages: int) -> NDArray[np.int64]:

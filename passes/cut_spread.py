@@ -1,7 +1,7 @@
 """Write the program of all stages: free ops on each stage that uses them, one ``transfer`` for each other stage that reads a value.
 
 A value is sent when it is made, to each stage that uses it; what a loop accumulates is sent once, after the loop, and a stored parameter
-once, before all loops.
+once, before all loops. What lies on the host crosses from device to device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deepseed.ir.collective import IN_TIME
+from deepseed.ir.collective import IN_TIME, TO_DEVICE, TO_HOST
 from deepseed.ir.program import Builder, Op, Program, Ref
 from deepseed.ir.schedule import loop_of, order_of
 from deepseed.passes.cut_kinds import STORED
@@ -47,10 +47,20 @@ def spread(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int])
     on: dict[tuple[str, int], str] = {}  # (value, stage) -> its name there
 
     def send(op_phase: tuple[str, str, str], value: str, source: int, part: str) -> None:
-        for stage in sorted(need[value] - {source}):
-            name = on[value, stage] = out.fresh(f"{value}.s{stage}")
+        stages, host = sorted(need[value] - {source}), out.types[value].host
+        sent = moved(op_phase, value, TO_DEVICE, part, source) if stages and host else value
+        for stage in stages:
+            name = out.fresh(f"{value}.s{stage}")
             phase, path, line = op_phase
-            out.emit(Op((name,), "transfer", (Ref(value),), (out.types[value],), (("source", source),), phase, path, line, "", part, stage))
+            out.emit(Op((name,), "transfer", (Ref(sent),), (out.types[sent],), (("source", source),), phase, path, line, "", part, stage))
+            on[value, stage] = moved(op_phase, name, TO_HOST, part, stage) if host else name
+
+    def moved(op_phase: tuple[str, str, str], value: str, target: str, part: str, stage: int) -> str:
+        t, name = out.types[value].on(target == TO_HOST), out.fresh(f"{value}.{'host' if target == TO_HOST else 'device'}")
+        start = out.fresh(f"{name}.start")
+        out.emit(Op((start,), target, (Ref(value),), (t,), (), *op_phase, "", part, stage))
+        out.emit(Op((name,), "wait", (Ref(start),), (t,), (), *op_phase, "", part, stage))
+        return name
 
     for i in p.inputs:
         if i.role in STORED:

@@ -79,14 +79,14 @@ def loss(position: int, name: str, pointwise: Callable[[Group, Ref, Ref], Ref]) 
 
 
 def loss_backward(position: int, name: str, slope: Callable[[Group, Ref, Ref], Ref]) -> Decomposition:
-    """grad * d loss / d input, over n for a mean."""
+    """grad * d loss / d input, over n for a mean: last, since a constant grad over n would be rounded to its dtype."""
 
     def decompose(g: Group) -> Results:
         grad, x, target = (g.wide(g.ref(i)) for i in range(3))
-        out = slope(g, x, target)
+        out = g.mul(slope(g, x, target), grad)
         if g.integer(position, name, MEAN) == MEAN:
-            grad = g.div(grad, g.numel(out, range(len(g.shape(out)))))
-        return (g.cast(g.mul(out, grad), g.op.type.dtype),)
+            out = g.div(out, g.numel(out, range(len(g.shape(out)))))
+        return (g.cast(out, g.op.type.dtype),)
 
     return decompose
 

@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
-_MOVES = ("wait", "shard", "summand", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start")
+_MOVES = (
+    "wait", "shard", "summand", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start",
+    *MEMORIES,
+)  # fmt: skip
 OPTIMIZER = "optim."
 WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
@@ -124,7 +128,8 @@ def _typed(p: Program, op: Op) -> Op | None:
     """The op with the layouts that its results have in the program, if these are an instance of its rule. A result that nothing
     reads (and that the group does not make) gets whatever layout makes it one."""
     operands = [p.types[ref.name] for ref in op.refs]
-    types = [p.types.get(r, t) for r, t in zip(op.results, op.types, strict=True)]
+    host = bool(operands) and operands[0].host
+    types = [p.types.get(r, t.on(host)) for r, t in zip(op.results, op.types, strict=True)]
     if not all(_alike(a, b) for a, b in zip(types, op.types, strict=True)):
         return None
     free = [n for n, r in enumerate(op.results) if r not in p.types]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Builder, Op, Program, Ref, params_only
+from deepseed.ir.program import Builder, Op, Program, Ref, kept, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
 DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
@@ -51,7 +51,7 @@ class _Loops:
     def __init__(self, p: Program) -> None:
         self.p = p
         self.timed = TIME in p.mesh.sizes
-        self.weights = params_only(p) - {i.name for i in p.inputs}
+        self.weights = params_only(p) - {i.name for i in p.inputs} - kept(p)
         self.looped = {op.name for op in p.ops if op.name not in self.weights and self._loops(op)}
         self.home = {r: op.name for op in p.ops for r in op.results}  # value -> the first result of its op
         self.parts: dict[str, tuple[str, ...]] = {}  # op -> where it runs, first to last

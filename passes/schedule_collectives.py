@@ -6,6 +6,8 @@ bucket of the next weights in the order of their uses, and the bucket after it, 
 never reaches into another phase: the backward's gathers start in the backward. Every ``wait`` stands just before the first use.
 What splits a tensor or puts it together is done to save memory, which a bucket of a whole model would spend again: such a bucket holds no more than the
 second largest module of its kind, unless one tensor alone is larger. With one bucket in use and one on its way, no more is whole than the two largest modules.
+A move between host and device goes by itself. To the device it looks ahead as a weight's gather does, in the order of use; to the host it starts
+when its value is there, and no more of them are under way than one such bucket.
 In a looped program each part of each stage is scheduled by itself, and what is added up over microbatches is waited for when the next
 bucket of its kind starts, or the part ends.
 """
@@ -16,13 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from deepseed.ir.collective import KEYED
+from deepseed.ir.collective import KEYED, MEMORIES, TO_DEVICE, TO_HOST
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
-SPLITTING = ("all_gather.start", "reduce_scatter.start")
+SPLITTING = ("all_gather.start", "reduce_scatter.start", *MEMORIES)
 ALONE = 1 / 16  # of a bucket: a tensor of this size goes by itself, packing it would cost more than a message
 Key = tuple[object, ...]
 
@@ -64,8 +66,8 @@ class _Schedule:
         self.waits = {op.name: op for op in p.ops if op.target == "wait" and op.refs[0].name in self.starts}
         self.wait_of = {op.refs[0].name: op for op in self.waits.values()}
         self.of_value: dict[str, list[Op]] = {}  # operand -> the collectives that it joins when it is there
-        weights = params_only(p)
-        self.ahead = [s for s in self._by_use() if s.target == "all_gather.start" and s.refs[0].name in weights]
+        self.weights = params_only(p)
+        self.ahead = [s for s in self._by_use() if s.target == TO_DEVICE or (s.target == "all_gather.start" and s.refs[0].name in self.weights)]
         looking = {s.name for s in self.ahead}
         for s in self.starts.values():
             if s.name not in looking:
@@ -77,7 +79,9 @@ class _Schedule:
         self.in_use: set[int] = set()
         self.there: set[str] = set()
         self.limits = self._limits()
-        self.sums = {op.refs[0].name: op for op in p.ops if op.target == "accumulate" and op.refs[0].name in self.waits}  # by what they add
+        ends = [op for op in p.ops if op.target in ("accumulate", TO_HOST) and op.refs[0].name in self.waits]
+        self.sums = {op.refs[0].name: op for op in ends}  # what ends a value that arrives, by that: it is added up, or goes to the host
+        self.leaving: list[tuple[Op, int]] = []  # moves to the host under way, and their bytes
         self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
         self.part = ""  # the part whose ops are emitted
         self.later: dict[str, list[Op]] = {}  # collectives of later parts whose operand is there, by part
@@ -104,18 +108,26 @@ class _Schedule:
         return self.out.program()
 
     def _end(self, ops: Sequence[Op]) -> None:
-        """Nothing that a part started is still under way when the next one begins."""
-        for key in list(self.open):
-            self._flush(key)
-        for key in list(self.adding):
-            self._add_up(key)
-        for op in ops:
-            if op.name in self.waits:
-                self._need(op.name)
+        """Nothing that a part started is still under way when the next one begins; what arrives may be what another collective sends."""
+        waits = [op.name for op in ops if op.name in self.waits]
+        while True:
+            for key in list(self.open):
+                self._flush(key)
+            for key in list(self.adding):
+                self._add_up(key)
+            while self.leaving:
+                self._left()
+            for wait in waits:
+                self._need(wait)
+            if not self.open and not self.adding and not self.leaving:
+                break
 
     def _add_up(self, key: Key) -> None:
         for op in self.adding.pop(key, ()):
-            self._emit(op)
+            if op.target == TO_HOST:
+                self._need(op.refs[0].name)
+            else:
+                self._emit(op)
 
     def _emit(self, op: Op) -> None:
         for ref in op.refs:
@@ -152,7 +164,8 @@ class _Schedule:
             return
         wait = self.waits[value]
         start = self.starts[wait.refs[0].name]
-        self._need(start.refs[0].name)
+        if not self._made(start.refs[0].name):
+            self._need(start.refs[0].name)
         if start.name in self.looking:
             if start.name not in self.bucket_of:
                 self._look_ahead(start)
@@ -164,13 +177,13 @@ class _Schedule:
             self._there(each.name)
         if start.name in self.looking and (number := self.bucket_of[start.name]) not in self.in_use:
             self.in_use.add(number)
-            after = next((s for s in self.ahead if _place(s) == _place(start)), None)
+            after = next((s for s in self.ahead if (_place(s), s.target) == (_place(start), start.target)), None)
             if after is not None and self._made(after.refs[0].name):  # the next bucket, while this one is used
                 self._look_ahead(after)
 
     def _together(self, start: Op) -> Sequence[Op]:
         """The waits to emit for one: reduced values arrive with their bucket, what is joined from blocks is laid out when it is used."""
-        if start.target in ("all_gather.start", "all_to_all.start"):
+        if start.target in ("all_gather.start", "all_to_all.start", *MEMORIES):
             return (self.wait_of[start.name],)
         return tuple(self.wait_of[s.name] for s in self.buckets[self.bucket_of[start.name]])
 
@@ -178,17 +191,19 @@ class _Schedule:
         """Start the next weights' gathers, in the order of their uses, up to a bucket."""
         bucket = _Bucket()
         alone: list[Op] = []
-        copy = 0  # of the tensor in use, which is laid out from the bucket
+        copy = packed = 0  # of the tensor in use, which is laid out from the bucket; before that, of what is sent
         for start in [first, *(s for s in self.ahead if s is not first)]:
             nbytes = start.type.local_bytes(self.p.mesh)
-            if _place(start) != _place(first):
+            if (_place(start), start.target) != (_place(first), first.target):
                 continue
             copy = max(copy, nbytes)
-            if start is not first and bucket.nbytes + nbytes + copy > self._limit(first):
+            sent = 0 if self._alone(start) else self.p.types[start.refs[0].name].local_bytes(self.p.mesh)
+            if start is not first and bucket.nbytes + nbytes + max(copy, packed + sent) > self._limit(first):
                 break
             if start is first or (self._key(start) == self._key(first) and self._made(start.refs[0].name)):
                 self.ahead.remove(start)
                 bucket.nbytes += nbytes
+                packed += sent
                 (alone if self._alone(start) else bucket.starts).append(start)
         number = len(self.buckets)
         for starts in (*([s] for s in alone), bucket.starts):
@@ -196,11 +211,16 @@ class _Schedule:
         self.bucket_of.update(dict.fromkeys((s.name for s in (*alone, *bucket.starts)), number))  # waited for as one
 
     def _made(self, value: str) -> bool:
-        """Compute what a look-ahead sends, a weight's cast, ahead of its place. False where a collective comes before it."""
+        """Compute what a look-ahead sends, a weight's cast, ahead of its place; take what a move brings. False where a collective comes
+        before it, or it is no weight's and is not there yet."""
         if value in self.there:
             return True
         op = self.p.producers[value]
-        if op.target == "wait" or not all(self._made(ref.name) for ref in op.refs):
+        moved = self.starts.get(op.refs[0].name) if op.target == "wait" else None
+        if moved is not None and (moved.target == TO_DEVICE if value in self.weights else moved.target == TO_HOST and moved.name in self.bucket_of):
+            self._need(value)
+            return True
+        if op.target == "wait" or value not in self.weights or not all(self._made(ref.name) for ref in op.refs):
             return False
         self._emit(op)
         return True
@@ -228,7 +248,7 @@ class _Schedule:
         return op.path if op is not None and op.path else start.name
 
     def _alone(self, start: Op) -> bool:
-        return start.type.local_bytes(self.p.mesh) >= ALONE * self.limit
+        return start.target in MEMORIES or start.type.local_bytes(self.p.mesh) >= ALONE * self.limit
 
     def _flush(self, key: Key) -> None:
         bucket = self.open.pop(key, None)
@@ -238,6 +258,9 @@ class _Schedule:
     def _start(self, starts: Sequence[Op]) -> None:
         self.bucket_of.update(dict.fromkeys((s.name for s in starts), len(self.buckets)))
         self.buckets.append(starts)
+        if starts and starts[0].target == TO_HOST:
+            self._leave(starts[0])
+            return
         if starts:
             self._add_up(key := self._key(starts[0]))
             self.adding[key] = [self.sums[wait.name] for s in starts if (wait := self.wait_of[s.name]).name in self.sums]
@@ -253,22 +276,53 @@ class _Schedule:
                 )
             )
 
+    def _leave(self, start: Op) -> None:
+        """Start a move to the host, and wait for the oldest where more than a bucket would be under way: what they read is held until then."""
+        self.out.emit(start)
+        self.leaving.append((start, start.type.local_bytes(self.p.mesh)))
+        while len(self.leaving) > 1 and sum(n for _, n in self.leaving) > 2 * self._limit(start):
+            self._left()
+
+    def _left(self) -> None:
+        """The oldest move to the host has ended; what it brought is added up."""
+        wait = self.wait_of[self.leaving.pop(0)[0].name]
+        self._need(wait.name)
+        if wait.name in self.sums:
+            self._emit(self.sums[wait.name])
+
     def _key(self, start: Op) -> Key:
         """What may share a bucket: one kind over one axis, of one dtype and reduction."""
+        if start.target in MEMORIES:
+            return start.target, start.kwargs, start.type.dtype, "", start.phase == "update", start.part, start.stage
         layout = self.p.types[start.refs[0].name].layout
         element = layout.on(self.p.mesh.parts(str(start.kw("axis")))[0])
         phase = "update" if start.phase == "update" else "step"
         return start.target, start.kwargs, start.type.dtype, element.op if isinstance(element, Partial) else "", phase, start.part, start.stage
 
     def _by_use(self) -> Iterator[Op]:
-        """The collectives in the order in which their results are first used."""
+        """The collectives in the order in which their results are first used; a move of what one of them sends comes just before it."""
         seen: set[str] = set()
         for op in self.p.ops:
             for ref in op.refs:
                 wait = self.waits.get(ref.name)
                 if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
-                    seen.add(wait.refs[0].name)
-                    yield self.starts[wait.refs[0].name]
+                    start = self.starts[wait.refs[0].name]
+                    moved = self._moved(start)
+                    if moved is not None and moved.name not in seen:
+                        seen.add(moved.name)
+                        yield moved
+                    seen.add(start.name)
+                    yield start
+
+    def _moved(self, start: Op) -> Op | None:
+        """The move to the device that brings what a weight's gather is made of."""
+        value = start.refs[0].name
+        while value in self.weights and value in self.p.producers:
+            op = self.p.producers[value]
+            if op.target == TO_DEVICE:
+                return op
+            value = op.refs[0].name
+        return None
 
 
 def _kind(start: Op) -> Key:

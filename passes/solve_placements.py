@@ -24,7 +24,7 @@ from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
 from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
 from deepseed.passes.placement_subaxes import with_sub_axes
-from deepseed.rules import Strategy
+from deepseed.rules import Strategy, candidates
 from deepseed.solver.assignment import Infeasible
 
 __all__ = ["AxisReport", "Placement", "solve_placements"]
@@ -84,7 +84,7 @@ class Placement(Assignment):
             if _settled_later(user):
                 return free
             size = t.local_bytes(self.p.mesh)
-            return self._no_summand(item, lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n))
+            return self._no_summand(item, self._each(user, lambda p, w: None if isinstance(p, Split) and p != w else cost.reshard(p, w, size, n)))
 
         try:
             self._solve(axis, "data", pins, moves, partial(work, self))
@@ -117,9 +117,11 @@ class Placement(Assignment):
 
             return move
 
-        for i in self.p.by_role("batch"):
-            if i.type.shape[:1] == (rows,):
-                self._check_rows(i, axis)
+        mine = [i for i in self.p.by_role("batch") if i.type.shape[:1] == (rows,)]
+        for i in mine:
+            self._check_rows(i, axis)
+        if EXPERT_AXIS in self.p.mesh.sizes:  # what was gathered over ranks has the rows of a microbatch in as many blocks
+            self.outers = candidates(self.p, known={(i.name, 0): self._behind(self.where[i.name][0], 0) for i in mine})
 
         def once(i: int, s: Strategy) -> float:
             """``work``; of equal ways the one that adds up latest, so that a chain of views stays in one part."""
@@ -224,6 +226,21 @@ class Placement(Assignment):
 
         self._solve(axis, "sequence", pins, moves, partial(work, self))
 
+    def _each(self, user: Item, move: Move, settled: bool = False) -> Move:
+        """What is sent once a microbatch takes as many messages; of what is asked for after the loop there is one. ``settled``: the price
+        that ``move`` knows is one microbatch's, since time is placed."""
+        m = self.p.mesh.sizes.get(TIME, 1)
+        if m == 1 or not isinstance(user, Op) or user.phase == "update":
+            return move
+
+        def repeated(p: Element, w: Element) -> float | None:
+            found = move(p, w)
+            if found is None:
+                return None
+            return m * found if settled else found + (m - 1) * cost.LATENCY * (found >= cost.LATENCY)
+
+        return repeated
+
     def _behind(self, i: int, dim: int) -> int:
         """The outer of a split behind those that dimension ``dim`` of input ``i`` has, all on one axis."""
         return prod(e.of or self.p.mesh.size(axis) for axis, e in self.has[i][0].splits(dim))
@@ -271,7 +288,7 @@ class Placement(Assignment):
                     return None
                 return cost.reshard(p, w, size, n)
 
-            return move
+            return self._each(user, move, settled=True)
 
         self._solve(axis, "model", pins, moves, partial(use, self))
         self._check_split(axis)

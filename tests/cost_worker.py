@@ -1,7 +1,8 @@
 """One rank of a training run that counts what it really uses: ``cost_worker.py TARGET PLAN FOLDER``, with torchrun's environment.
 
 Shares nothing with deepseed.cost or deepseed.explain's counting: bytes are those of storages that the garbage collector and a
-dispatch mode see, and of the tensors that torch.distributed's collectives are given; flops are torch.utils.flop_counter's.
+dispatch mode see, and of the tensors that torch.distributed's collectives and the groups of two ranks are given; flops are
+torch.utils.flop_counter's.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import deepseed
+from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ops import rng
 from deepseed.target import load
 
@@ -35,7 +38,8 @@ _aten = torch.ops.aten
 
 
 class Sent:
-    """Counts bytes by the ring formulas from the tensors that each collective is given, per group of ranks."""
+    """Counts bytes by the ring formulas from the tensors that each collective is given, per group of ranks; and those of messages to other
+    pipeline ranks, which go out of rank 0 of a group of sender and receiver."""
 
     def __init__(self) -> None:
         self.bytes: Counter[tuple[int, ...]] = Counter()
@@ -51,6 +55,20 @@ class Sent:
         ):
             if hasattr(dist, name):  # torch 2.13 renamed two of them
                 setattr(dist, name, self._counting(name, getattr(dist, name), position, share))
+        self.messages = self.message_bytes = 0
+        broadcast: Any = ProcessGroupGloo.broadcast
+
+        def sent(group: Any, xs: list[Tensor], options: Any) -> Any:
+            if self.on and group.size() == 2 and group.rank() == 0:
+                self.messages += 1
+                self.message_bytes += sum(x.numel() * x.itemsize for x in xs)
+            return broadcast(group, xs, options)
+
+        setattr(ProcessGroupGloo, "broadcast", sent)  # noqa: B010
+
+    def by_axis(self, mesh: Mesh, rank: int) -> dict[str, int]:
+        """Bytes that this rank has sent over each axis of the ranks' mesh."""
+        return {axis: self.message_bytes if axis == STAGES else self.bytes[mesh.group(axis, rank)] for axis in mesh.names}
 
     def _counting(self, name: str, call: Callable[..., Any], position: int, share: Callable[[int], float]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -111,6 +129,11 @@ class Peak(TorchDispatchMode):
         self.now -= self.alive.pop(storage, 0)
 
 
+def here(t: Tensor) -> Tensor:
+    """This rank's part."""
+    return t.to_local() if isinstance(t, DTensor) else t.data
+
+
 def storages() -> dict[int, int]:
     """Storages of all tensors that the garbage collector knows, DTensors by their local part."""
     found = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor | FakeTensor)]  # a fake has no memory
@@ -140,9 +163,8 @@ def main(target: str, plan: str, folder: Path) -> None:
     step(found.batch)
     rng._counters.cache_clear()  # a table of fixed size, no state of the model
     gc.collect()
-    params = {p.to_local() if isinstance(p, DTensor) else p.data for p in found.model.parameters()}
-    param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in params}
-    batch = {t.untyped_storage().data_ptr() for t in found.batch.values()} | {b.untyped_storage().data_ptr() for b in found.model.buffers()}
+    param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in map(here, found.model.parameters())}
+    batch = {here(t).untyped_storage().data_ptr() for t in (*found.batch.values(), *found.model.buffers())}
     rest = {ptr: n for ptr, n in storages().items() if ptr not in param_storages and ptr not in batch}
     counter = flop_counter()
     with counter:
@@ -156,10 +178,9 @@ def main(target: str, plan: str, folder: Path) -> None:
     with Peak() as peak:
         step(found.batch)
     explained = step.explain().to_json() if rank == 0 else None
-    groups = {axis: list(step.mesh.group(axis, rank)) for axis in step.mesh.names}
     result = {
         "params": sum(param_storages.values()), "rest": sum(rest.values()), "grads": clip.bytes, "peak": peak.peak,
-        "sent": {axis: sent.bytes[tuple(group)] for axis, group in groups.items()}, "calls": dict(sent.counts),
+        "sent": sent.by_axis(step.mesh, rank), "messages": sent.messages, "calls": dict(sent.counts),
         "flops": counter.get_total_flops() - captured, "whole_flops": whole.get_total_flops(), "explain": explained,
     }  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(result))

@@ -54,12 +54,12 @@ def layers(plan: str, schedule: str) -> int:
 
 @cache
 def built(model: str, depth: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Model and batch; in row r, the first 3 r (modulo half a row) labels are ignored."""
+    """Model and batch; in row r, the first r (modulo half a row) labels are ignored: each of two and of four microbatches counts other ones."""
     target = load("hf:" + MODELS[model].format(n=depth))
     batch = dict(target.batch)
     labels = batch["labels"]
     if labels.dim() == 2:
         rows, tokens = labels.shape
-        ignored = torch.arange(tokens)[None] < (3 * torch.arange(rows)[:, None]) % (tokens // 2)
+        ignored = torch.arange(tokens)[None] < torch.arange(rows)[:, None] % (tokens // 2)
         batch["labels"] = torch.where(ignored, -100, labels)
     return target.model, batch

@@ -403,8 +403,8 @@ def batches(p: Program, seed: int = 0) -> dict[str, Tensor]:
 def command(p: Program, passes: Sequence[str], mesh: Mesh, zero: int) -> str:
     """The command line that runs ``passes`` on the program: paste it into a shell."""
     words = ["python -m deepseed opt - --passes", ",".join(passes)]
-    words += ["--mesh", ",".join(f"{a}={n}" for a, n in mesh.axes)] if mesh.axes else []
-    words += ["--zero", str(zero)] if zero else []
+    plan = [f"{a}{n}" for a, n in mesh.axes] + ([f"zero{zero}"] if zero else [])
+    words += ["--plan", "+".join(plan)] if plan else []
     return f"{' '.join(words)} << 'END'\n{p}END\n"
 
 

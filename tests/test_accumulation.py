@@ -111,8 +111,8 @@ def test_the_peak_is_the_predicted_one(stage: int) -> None:
 def test_without_stages_the_peak_falls_as_microbatches_grow_in_number() -> None:
     """The batch is the same: what lives from forward to backward is an m-th of it, and one gradient accumulator is added."""
     peaks = {}
-    for m in (1, 2, 4, 8):
+    for m in (2, 4, 8):
         (rank,) = counted(LLAMA, f"dp1+mb{m}", 1)
         agrees(rank, 0)
         peaks[m] = max(alive_before(rank, main_loop(rank, "backward"))[:1])
-    assert all(peaks[2 * m] == pytest.approx(peaks[m] / 2, rel=0.02) for m in (1, 2, 4))
+    assert all(peaks[2 * m] == pytest.approx(peaks[m] / 2, rel=0.02) for m in (2, 4))

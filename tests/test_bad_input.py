@@ -5,18 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gloo import mistakes
-from gloo.launch import ranks
+from gloo.launch import PRELOAD, ranks
 from gloo.mistakes import Branching, Mlp, batch, made
 from torch import Tensor, nn
 
@@ -125,7 +127,8 @@ def test_a_shape_that_depends_on_data() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x[x[:, 0] > 0])
 
-    with refused(CaptureError, "aten.index.Tensor depends on data", "test_bad_input.py:", "fix: keep the whole tensor and mask it"):
+    said = "sub with a tensor of as many dimensions, not chosen by the same mask, of x[mask], whose size depends on data"
+    with refused(CaptureError, said, "mistakes.py:", "fix: keep the whole tensor and mask it"):
         made("zero1+dp2", Selecting(), example_batch=batch())
 
 
@@ -221,12 +224,14 @@ def test_after_mistakes_that_all_ranks_make_a_step_still_works(real: list[dict[s
 # ranks that end ----------------------------------------------------------------------------------------------------------
 
 
-def end(folder: Path, kind: str, number: int = 3) -> list[tuple[int | None, str, str]]:
-    """Exit code, stdout and stderr of processes that no launcher watches, so that each must notice for itself."""
+def end(folder: Path, kind: str, number: int = 3) -> tuple[list[tuple[int | None, str, str]], float]:
+    """Exit code, stdout and stderr of processes that no launcher watches, so that each must notice for itself; and the seconds from
+    the first one's end to the last one's."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
         context = multiprocessing.get_context("forkserver")
@@ -234,24 +239,54 @@ def end(folder: Path, kind: str, number: int = 3) -> list[tuple[int | None, str,
         running = [context.Process(target=mistakes.child, args=(str(folder), e, kind), daemon=True) for e in each]
         for process in running:
             process.start()
-    until = time.monotonic() + 90
-    for process in running:
-        process.join(max(until - time.monotonic(), 0.1))
+    started = time.monotonic()
+    ended: list[float] = []
+    left = {process.sentinel for process in running}
+    while left and time.monotonic() < started + 150:
+        gone = wait(list(left), timeout=1.0)
+        left -= set(gone)
+        ended += [time.monotonic()] * len(gone)
     codes = [process.exitcode for process in running]
     for process in running:
         process.kill()
-    return [(code, (folder / f"{n}.out").read_text(), (folder / f"{n}.err").read_text()) for n, code in enumerate(codes)]
+    seconds = ended[-1] - ended[0] if not left else float("inf")
+    return [(code, (folder / f"{n}.out").read_text(), (folder / f"{n}.err").read_text()) for n, code in enumerate(codes)], seconds
 
 
 @pytest.mark.parametrize(("kind", "said"), [("die", "rank 2 died"), ("raise", "rank 2 "), ("compile", "rank 2 died")])
 def test_the_others_name_the_rank_that_ended(tmp_path: Path, kind: str, said: str) -> None:
-    done = end(tmp_path, kind)
+    done, _ = end(tmp_path, kind)
     for rank, (code, out, err) in enumerate(done):
         assert code not in (0, None) and "not reached" not in out, f"rank {rank}: {code}\n{err}"
         if rank < 2:
             assert "RankError" in err and said in err, f"rank {rank}:\n{err}"
     if kind == "raise":
         assert "shard 3 of the data is unreadable" in done[2][2]
+
+
+wide = pytest.mark.wide
+
+
+@pytest.mark.parametrize(
+    ("plan", "number", "who"),
+    [
+        ("zero3+dp2+pp2+mb4", 4, 2),
+        pytest.param("zero3+dp2+pp2+mb4", 4, 0, marks=wide),  # it keeps the store where ranks meet
+        pytest.param("zero1+pp4+mb8+zb", 4, 1, marks=wide),
+        pytest.param("zero3+dp2+tp2+pp2+mb4", 8, 5, marks=wide),
+    ],
+)
+@pytest.mark.parametrize("how", ["die", "raise"])
+def test_a_rank_that_ends_between_microbatches_is_named_by_all_others(tmp_path: Path, plan: str, number: int, who: int, how: str) -> None:
+    """By SIGKILL, or by an exception: all others exit in error within half a minute, its neighbours or not."""
+    done, seconds = end(tmp_path, f"{plan}@{who} {how}", number)
+    for rank, (code, out, err) in enumerate(done):
+        assert code not in (0, None) and "not reached" not in out, f"rank {rank}: {code}\n{err}"
+        if rank != who:
+            says = f"rank {who} failed: MemoryError: a microbatch does not fit" if how == "raise" else f"rank {who} died" if who else "rank 0, which keeps the store"
+            assert "RankError" in err and says in err and f"rank {rank} gave up after" in err, f"rank {rank}:\n{err}"
+    assert done[who][0] == (-signal.SIGKILL if how == "die" else 1)
+    assert seconds < 30
 
 
 def test_a_launcher_names_the_rank_that_ended_and_exits_in_error() -> None:

@@ -80,7 +80,7 @@ def test_plan_says_stages_and_microbatches() -> None:
     [
         (["plan", "zer3"], "did you mean zero3"),
         (["plan", "zero3+tp4", "--world-size", "6"], "6 = 4 * 1 + 2"),
-        (["plan", "remat"], "not yet supported"),
+        (["plan", "auto"], "not yet supported"),
         (["explain", "hf:LamaForCausalLM"], "did you mean LlamaForCausalLM"),
         (["explain", LLAMA, "--optimizer", "adamz"], "did you mean adam"),
         (["explain", LLAMA, "--plan", "sp17"], "sequence has 16 tokens, fewer than the 17 ranks"),
@@ -116,12 +116,23 @@ def test_dump_opt_and_diff_fit_together(mlp: str, tmp_path: Path) -> None:
     assert all(name in out for name in BY_NAME) and "/rank" in out and out.splitlines()[-1].startswith("next: deepseed diff ")
     for f in folder.iterdir():
         assert deepseed("opt", str(f)).output == f.read_text()  # an empty list of passes parses and prints
-    again = deepseed("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements,insert_reshards,lower_reshards", "--mesh", "dp=2", "--zero", "1").output
+    again = deepseed("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements,insert_reshards,lower_reshards", "--plan", "zero1+dp2").output
     assert again == (folder / "04-lower_reshards.ir").read_text()
     changed = deepseed("diff", str(folder / "03-insert_reshards.ir"), str(folder / "04-lower_reshards.ir")).output
     assert "all_gather over dp" in changed and "reshard" in changed
     assert "no pass is called" in refusal("opt", str(folder / "00-capture.ir"), "--passes", "solve")
-    assert "dp=2,tp=2" in refusal("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements", "--mesh", "dp2")
+    assert "did you mean" in refusal("opt", str(folder / "01-canonicalize.ir"), "--passes", "solve_placements", "--plan", "dpp2")
+
+
+def test_stages_are_dumped_and_each_pass_can_be_run_again(mlp: str, tmp_path: Path) -> None:
+    plan = ("--plan", "dp2+pp2+mb2", "--world-size", "4")
+    out = deepseed("dump", mlp, *plan, "-o", str(tmp_path)).output
+    assert "localize" in out
+    for n, name in enumerate(list(BY_NAME)[1:], 2):
+        before = next(tmp_path.glob(f"{n - 1:02d}-*.ir"))
+        assert deepseed("opt", str(before), "--passes", name, *plan).output == (tmp_path / f"{n:02d}-{name}.ir").read_text(), name
+    staged = deepseed("dump", mlp, *plan, "--after", "cut_stages", "-o", "-").output
+    assert "schedule 1f1b stages=2 microbatches=2 loops=" in staged and "lane 1: " in staged
 
 
 def test_dump_of_one_pass(mlp: str, tmp_path: Path) -> None:
@@ -185,7 +196,7 @@ def test_verify_on_gloo_runs_the_program_that_simulate_ran(mlp: str) -> None:
 def test_run_starts_ranks_and_gives_the_script_its_arguments(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, sys\nopen(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(' '.join(sys.argv[2:]))\nsys.exit(3 if sys.argv[-1] == 'fail' else 0)\n")
-    done = shell("run", "--nproc-per-node", "2", str(script), str(tmp_path), "--lr", "0.1")
+    done = shell("run", "--num_gpus", "2", str(script), str(tmp_path), "--lr", "0.1")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--lr 0.1"] * 2
-    assert shell("run", str(script), str(tmp_path), "fail").returncode != 0
+    assert shell("run", str(script), str(tmp_path), "fail").returncode == 3

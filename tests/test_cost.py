@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import pytest
+from counting import SCALARS, axes_agree, counted
 
 from deepseed import closed_forms as form
 from deepseed.plan import Plan, parse_plan
@@ -20,23 +12,6 @@ pytest.importorskip("transformers")
 
 LLAMA, GPT2 = "hf:LlamaForCausalLM(vocab_size=1024)", "hf:GPT2LMHeadModel(vocab_size=1024)"
 OVERESTIMATED = {(GPT2, "zero3"): 0.10}  # the peak is counted with one gathered copy of the tied table too many; cause not found yet
-SCALARS = 1024  # bytes: norms, losses, label counts, and the small collectives in which ranks agree before a step
-
-
-@cache
-def counted(target: str, plan: str) -> list[dict[str, Any]]:
-    """What each rank counted."""
-    ranks = resolved(plan).mesh().ranks
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    with tempfile.TemporaryDirectory() as folder:
-        worker = [str(Path(__file__).with_name("cost_worker.py")), target, plan, folder]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env=env, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    for each in found:
-        each["explain"] = found[0]["explain"]  # one program serves all ranks
-    return found
 
 
 def resolved(plan: str) -> Plan:
@@ -54,7 +29,7 @@ CASES = [
 
 @pytest.mark.parametrize(("target", "plan"), CASES)
 def test_real_ranks_use_what_explain_says(target: str, plan: str) -> None:
-    for rank in counted(target, plan):
+    for rank in counted(target, plan, resolved(plan).mesh().ranks, "cost_worker"):
         e = rank["explain"]
         said = e["ranks"][0]
         assert rank["params"] == said["param_bytes"]
@@ -74,7 +49,7 @@ def test_real_ranks_use_what_explain_says(target: str, plan: str) -> None:
 def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str) -> None:
     parsed = resolved(plan)
     stage, n, t = parsed.stage, parsed.dp or 1, parsed.tp or 1
-    for rank in counted(target, plan):
+    for rank in counted(target, plan, resolved(plan).mesh().ranks, "cost_worker"):
         psi = whole_parameter_bytes(target)
         known = {"Psi": psi, "G": psi, "Omega": 2 * psi, "N": n, "t": t, "F": rank["whole_flops"]}
         near = 0.02 if t > 1 else 0.01  # norms are whole on every rank of tp
@@ -87,6 +62,22 @@ def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str) -> Non
             assert rank["sent"]["dp"] <= volume * (1 + near) + SCALARS
             if stage < 3:
                 assert rank["sent"]["dp"] >= volume * (1 - near)
+
+
+def test_messages_between_stages_are_counted_too() -> None:
+    """dp2+pp2+mb2: what ranks of both stages store, multiply and send, over dp and to the other stage."""
+    found = counted("hf:LlamaForCausalLM(vocab_size=1024,num_hidden_layers=2)", "zero1+dp2+pp2+mb2", 4, "cost_worker")
+    e = found[0]["explain"]
+    for number, rank in enumerate(found):
+        said = e["ranks"][number]
+        assert rank["params"] == said["param_bytes"]
+        assert abs(rank["rest"] - said["optimizer_bytes"]) <= 0.01 * said["optimizer_bytes"]
+        assert rank["messages"] > 0
+    axes_agree(found, {"dp", "pp"})
+    hidden = sum(rank["sent"]["pp"] for rank in found) / 2  # of one of two data-parallel ranks
+    activations = 2 * (4 * 16 * 64 * 4)  # there and back: rows, tokens, width, bytes
+    assert activations <= hidden <= activations + SCALARS
+    assert sum(rank["flops"] for rank in found) == e["matmul_flops_one_device"] == found[0]["whole_flops"]
 
 
 def whole_parameter_bytes(target: str) -> int:

@@ -53,14 +53,18 @@ def test_training_with_a_hooks_weight_follows_eager() -> None:
 
 
 class Extra(nn.Module):
-    """``how``: written then read (by the loss), read then written, written and never read."""
+    """``how``: written then read (by the loss), read then written, written and never read; set back to what it was, read and written."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.first, self.extra = how, nn.Linear(16, 10), torch.zeros(())
+        self.how, self.first = how, nn.Linear(16, 10)
+        self.extra: Tensor | None = None if how == "reset" else torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
+        if self.how == "reset":
+            self.extra = None
+            h = h if self.extra is None else h + self.extra
         if self.how == "carries":
             h = h + self.extra
         self.extra = h.square().mean()
@@ -75,6 +79,15 @@ def test_an_extra_loss_kept_on_a_module() -> None:
     torch.manual_seed(0)
     report = verify(Extra("loss"), BATCH, "zero2", world_size=3, loss_fn=with_extra, backend="simulate", steps=2)
     assert report.ok, str(report)
+
+
+def test_a_state_that_each_forward_begins_anew() -> None:
+    torch.manual_seed(0)
+    model = Extra("reset")
+    report = verify(model, BATCH, "zero3", world_size=2, loss_fn=with_extra, backend="simulate", steps=2)
+    assert report.ok, str(report)
+    capture(model, BATCH, loss_fn=with_extra)
+    assert model.extra is None
 
 
 @pytest.mark.parametrize("how", ["carries", "outside"])

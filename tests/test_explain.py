@@ -14,7 +14,8 @@ from deepseed.explain import explain, gradients
 from deepseed.explain_text import amount
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.text import parse
-from deepseed.memory import contiguous, memory, reshaped
+from deepseed.memory import memory
+from deepseed.rules.strides import contiguous, reshaped
 from deepseed.why import UnknownName, why
 
 HEAD = "program step mesh(dp=2, tp=2) facts(canonical, captured, explicit, lowered, placed)\n"

@@ -23,14 +23,18 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.rules": {"deepseed.ir", "sympy"},
     "deepseed.cost": {"deepseed.ir", "sympy"},
     "deepseed.plan": {"deepseed.ir", "sympy"},
+    "deepseed.counts": {"deepseed.ir", "deepseed.cost"},
+    "deepseed.speed": {"deepseed.ir", "deepseed.counts"},
     "deepseed.closed_forms": {"deepseed.ir", "deepseed.cost", "sympy"},
     "deepseed.ops": {"deepseed.ir", "torch"},
     "deepseed.check": {"deepseed.ir", "deepseed.rules", "deepseed.ops", "torch"},
-    "deepseed.solver": {"deepseed.ir", "deepseed.rules", "deepseed.cost", *SOLVERS},
+    "deepseed.solver": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.speed", *SOLVERS},
     "deepseed.passes": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.solver", *SOLVERS, "sympy"},  # never another pass
     "deepseed.codegen": {"deepseed.ir"},
     "deepseed.capture": {"deepseed.ir", "deepseed.ops", "torch"},
     "deepseed.runtime": {"deepseed.ir", "deepseed.ops", "torch", "numpy"},
+    "deepseed.config": {"pydantic", "torch"},
+    "deepseed.launcher": {"torch"},
 }
 FRONT = "the front doors: deepseed.pipeline, compile, cli and so on; they see everything and no layer sees them"
 

@@ -180,7 +180,7 @@ def test_without_a_scale() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(CompileError, match="loss_scale=2.0 without an optimizer"):
+    with pytest.raises(CompileError, match=r"loss_scale=2\.0 without an optimizer"):
         deepseed.compile(mlp(), "fp16", loss_fn=mse, loss_scale=2.0)
     with pytest.raises(CompileError, match=r"loss_scale='dynamic'(.|\n)*fix: a deepseed.LossScale"):
         made("fp16", loss_scale="dynamic")

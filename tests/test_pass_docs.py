@@ -24,7 +24,8 @@ from deepseed.ir.text import parse
 FOLDER = Path(__file__).resolve().parent.parent / "passes"
 EXTRA = {"canonicalize": "%x : f32[4, 8]", "lower_reshards": "%y : f32[8@dp, 16] sum@tp",
          "group_kernels": '%x : f32[8@dp, 16]\norigin "y" %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]'}  # fmt: skip
-ARGUMENTS: dict[str, dict[str, Any]] = {"localize": {"coordinate": {"dp": 1, "tp": 0}}, "cut_stages": {"stages": 2}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"localize": {"coordinate": {"dp": 1, "tp": 0}}, "cut_stages": {"stages": 2}, "offload": {"what": ("optimizer", "params")},
+                                        "offload_activations": {"wanted": True}}  # fmt: skip
 
 
 def passes() -> list[Pass]:

@@ -315,12 +315,12 @@ return %g.s0 grad "g"
 """
 
 
-def test_messages_of_a_program_lead_to_the_first_use() -> None:
+def test_messages_of_a_program_lead_to_its_transfers() -> None:
     messages = messages_of(parse(STAGED))
     assert messages == {
-        "w.s1": (("once.0", 0), ("forward.1", 1)),
+        "w.s1": (("once.0", 0), ("once.0", 1)),
         "x.s1": (("forward.1", 0), ("forward.1", 1)),
-        "x.s2": (("forward.1", 0), ("backward.1", 2)),
+        "x.s2": (("forward.1", 0), ("forward.1", 2)),
         "g.s0": (("backward.1", 2), ("backward.1", 0)),
     }
     s = lanes("1f1b", 3, 2)

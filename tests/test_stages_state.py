@@ -191,7 +191,7 @@ def test_one_cut_reads_what_another_wrote(tmp_path: Path) -> None:
 def test_optimizer_state_waits_for_the_stages(tmp_path: Path) -> None:
     path, held, _, _ = checkpoint_of(PLANS[0])
     step = staged(THREE_D, seed=7, before=path)
-    assert step._resume is None and step.steps == FIRST
+    assert not step._resume and step.steps == FIRST
     same(everything(step), held)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import deepseed
 from deepseed import pipeline
 from deepseed.check.translation import TranslationError, check_localized, follow, number
 from deepseed.cli import _passes_table
@@ -221,3 +226,14 @@ def test_the_pipeline_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline.check_translation(p, good, "canonicalize")
     with pytest.raises(pipeline.CheckError, match="after pass canonicalize: "):
         pipeline.check_translation(p, parse(str(good).replace("aten.exp(", "aten.expm1(")), "canonicalize")
+
+
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss, F.binary_cross_entropy_with_logits, lambda o, y: F.binary_cross_entropy(o.sigmoid(), y)]
+)  # fmt: skip
+def test_a_mean_in_float32_over_thirty_elements(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """No float32 is 1/30: what makes the gradient of the loss, a constant, smaller by that may not round it."""
+    model, batch = nn.Linear(4, 5), (torch.randn(6, 4), torch.rand(6, 5))
+    step = deepseed.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda m, b: 0.7 * loss(m(b[0]), b[1]))
+    want = 0.7 * loss(model(batch[0]), batch[1])
+    assert float(step(batch)) == pytest.approx(float(want), rel=1e-6)

@@ -88,6 +88,7 @@ def test_the_page_says_what_was_refused_and_why() -> None:
     assert rows[2] == "| dlrm | 99 | 300 ops | 2e-16 / 3e-15 | DIFFERS [2] | aten.odd x2 | 12.5% | 25% | 1 |"
     assert "[1] refused: PlanError: two lines  \n[2] differs: after pass x: %y\n" in page
     assert "0 of 2 models equal in all plans; 2 equal, 1 refused, 1 differs." in page
+    assert "1 differs; 3 of the list of 5 not run yet." in table(results, ["zero1x2", "tp2"], listed=5)
     assert "1/2 equal" in line(results[0]) and "tp2 refused: PlanError: two lines  (" in line(results[0])
 
 
@@ -114,7 +115,10 @@ def test_a_list_of_targets_whose_results_are_kept(file: Path, tmp_path: Path) ->
     file.write_text("raise SystemExit")  # nothing is run again
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0 and out.read_text() == page
-    (one, two) = read_results(keep)
+    so_far: list[list[str]] = []
+    run([f"{file}:branches", f"{file}:other", f"{file}:good"], ["tp2"], keep=keep, so_far=lambda results: so_far.append([r.target for r in results]))
+    assert so_far[0] == [f"{file}:branches", f"{file}:good"] and so_far[-1] == [f"{file}:branches", f"{file}:other", f"{file}:good"]
+    (one, two, _) = read_results(keep)
     assert one.ok and two.verdict == "refused"
     assert CliRunner().invoke(app, [*command, f"{file}:good"]).exit_code == 2
     keep.write_text("{}\n")

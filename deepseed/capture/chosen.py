@@ -161,7 +161,7 @@ def _apply(func: Any, first: Chosen, args: tuple[Any, ...], kwargs: dict[str, An
     elif name not in ROWWISE:
         first.refuse(name)
     elif any(isinstance(a, Tensor) and not isinstance(a, Chosen) and (a.dim() > first.rows.dim() or (a.dim() == first.rows.dim() and a.shape[0] != 1)) for a in tree_leaves((args, kwargs))):
-        first.refuse(f"{name} with a tensor of as many dimensions as has")
+        first.refuse(f"{name} with a tensor of as many dimensions, not chosen by the same mask,")
     result = func(*tree_map(_rows, args), **tree_map(_rows, kwargs))
     if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != len(first.counts):
         first.refuse(name)

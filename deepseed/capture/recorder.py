@@ -177,7 +177,7 @@ class Recorder:
                 return
         before, now = self._before[id(holder)], frozen(value)
         if name in _state(holder):
-            if before.get(name, MISSING) != now:
+            if (id(holder), name) in self._start or before.get(name, MISSING) != now:  # written already, be it the same value again
                 self._first[id(holder), name] = None
                 return
         elif value is not MISSING and not isinstance(value, Tensor):

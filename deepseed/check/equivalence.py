@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseed.check.execution import ExecutionError, Values, execute
 from deepseed.check.shards import ShardsError, assemble
-from deepseed.check.typing import MOVES, describe, operand_types
+from deepseed.check.typing import MOVES, SAME, describe, operand_types
 from deepseed.ir.program import Op, Output, Program
 from deepseed.ir.text import format_op
 
@@ -131,7 +131,7 @@ def _counterparts(before: Program, after: Program) -> dict[str, str]:
     """Value of ``after`` -> value of ``before`` that it should equal: the one of its name, or the one that it only moves."""
     out = {i.name: i.name for i in after.inputs if i.name in before.types}
     for op in after.ops:
-        moves = op.target in ("wait", "reshard") or op.target in MOVES
+        moves = op.target in (*SAME, "reshard") or op.target in MOVES
         for n, (result, t) in enumerate(zip(op.results, op.types, strict=True)):
             old = before.types.get(result)
             if old is not None:

@@ -22,7 +22,8 @@ import deepseed
 from deepseed.check.collectives import perform
 from deepseed.check.shards import ShardsError, assemble, coordinates, elsewhere, owner, shards
 from deepseed.check.shrink import Instance, shrink
-from deepseed.check.typing import KEYED, MOVES, describe, instance_key, operand_types, why_not
+from deepseed.check.typing import KEYED, MOVES, SAME, describe, instance_key, operand_types, why_not
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.layout import REPLICATED, Layout, Owned, Split
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program, Type
@@ -70,8 +71,9 @@ def check_instances(p: Program, *, cache_dir: Path | str | None = None) -> int:
     ``cache_dir``: default ``$DEEPSEED_CACHE_DIR`` or ``~/.cache/deepseed``. Raises InstanceError."""
     found: dict[tuple[object, ...], tuple[Op, tuple[Type, ...]]] = {}
     for bucket in p.ops:
-        for op in _members(bucket):
-            operands = operand_types(p, op)
+        for op in _members(bucket) if bucket.target not in MEMORIES else ():
+            operands = tuple([t.on(False) for t in operand_types(p, op)])  # an op means the same in both memories
+            op = op if not any([t.host for t in op.types]) else op.typed(tuple([t.on(False) for t in op.types]))
             key = instance_key(op, operands)
             if key not in found:
                 found[key] = op, operands
@@ -111,7 +113,7 @@ def _members(op: Op) -> Sequence[Op]:
 def disagreement(i: Instance) -> str | None:
     """Run one instance whole and on every rank; None where both agree, else which element differs, and both numbers."""
     op = i.op
-    if op.target in ("wait", "reshard") or not i.mesh.axes:
+    if op.target in (*SAME, "reshard") or not i.mesh.axes:
         return None  # the same on both sides by definition
     try:
         operands, wholes = _drawn(i)
@@ -237,7 +239,7 @@ def unequal(got: Tensor, whole: Tensor, here: str, there: str) -> str | None:
 
 def _small(i: Instance) -> Instance:
     """The instance at small sizes; as it is where it is no longer an instance of its rule then."""
-    if signature(i.op, i.operands) is None and i.op.target not in (*MOVES, "wait", "reshard"):
+    if signature(i.op, i.operands) is None and i.op.target not in (*MOVES, *SAME, "reshard"):
         return replace(i, mesh=Mesh())  # no rule: replicated, typing says so
     return shrink(i)
 

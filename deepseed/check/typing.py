@@ -1,7 +1,8 @@
 """Is every op of a program an instance of its rule? Layouts of operands and results against the factors of the op.
 
 What moves data has no rule and a form of its own: ``reshard`` may change any element, a collective only the element of its
-axis, in the way of its kind (MOVES).
+axis, in the way of its kind (MOVES). Operands and results of an op lie in one memory, the host's or the device's; ``to_host.start`` and
+``to_device.start`` alone bring a value from one to the other, and what ranks exchange lies on the device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deepseed.ir.collective import IN_TIME, LOCAL
+from deepseed.ir.collective import IN_TIME, LOCAL, MEMORIES, TO_DEVICE, TO_HOST
 from deepseed.ir.layout import Element, Layout, Owned, Partial, Split, routes
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
 from deepseed.ir.program import Op, Program, Type
@@ -31,7 +32,7 @@ MOVES = {
     "accumulate": ("partial", "whole"),
     "collect": ("split", "whole"),
 }
-SAME = ("wait", "transfer")  # what brings a value as it lies
+SAME = ("wait", "transfer", *MEMORIES)  # what brings a value as it lies
 KEYED = ("dispatch.start", "combine.start")  # the second operand are the ids that own the rows
 _KINDS = {"whole": ("whole",), "split": ("split",), "partial": ("sum", "max", "owned"), "sum": ("sum",), "owned": ("owned",)}
 
@@ -113,6 +114,9 @@ def instance_key(op: Op, operands: Sequence[Type]) -> tuple[object, ...]:
 
 def why_not(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:
     """None where the op is well typed; else the reason, which names axis, dimension and the elements that disagree."""
+    why = _memory(op, operands)
+    if why is not None:
+        return why
     layouts = [t.layout for t in operands]
     for name, layout in zip([*(f"%{r.name}" for r in op.refs), *(f"%{r}" for r in op.results)], [*layouts, *(t.layout for t in op.types)], strict=True):
         if len({kind for _, kind in layout.partials}) > 1:
@@ -129,6 +133,23 @@ def describe(op: Op, operands: Sequence[Type], mesh: Mesh) -> str:
     kwargs = "".join(f", {k}={v!r}" for k, v in op.kwargs)
     where = (f"\n  at {op.path or 'the top level'}" + (f" ({op.line})" if op.line else "")) + f", {op.phase}, {mesh}"
     return f"{names} = {op.target}({args}{kwargs}) : {', '.join(format_type(t, mesh) for t in op.types)}{where}"
+
+
+def _memory(op: Op, operands: Sequence[Type]) -> str | None:
+    """Why an op may not have its operands and results where they lie."""
+    sides = [(f"%{r.name}", t.host) for r, t in zip(op.refs, operands, strict=True)]
+    if op.target not in MEMORIES:
+        sides += [(f"%{r}", t.host) for r, t in zip(op.results, op.types, strict=True)]
+    elif odd := next((r for r, t in zip(op.results, op.types, strict=True) if t.host is not (op.target == TO_HOST)), None):
+        return f"{op.target} makes %{odd} {'on the device' if op.target == TO_HOST else 'on the host'}; it brings a value to the other memory"
+    want = op.target == TO_DEVICE if op.target in MEMORIES else sides[0][1] if sides else False
+    if (op.target in MOVES and op.target.endswith(".start")) or op.target == "transfer":
+        want = False
+    wrong = next((name for name, host in sides if host is not want), None)
+    if wrong is None:
+        return None
+    here, there = ("host", "device") if want else ("device", "host")
+    return f"{op.target} runs on the {here}, and {wrong} lies on the {there}; to_{here}.start and wait bring it"
 
 
 def _moves(op: Op, operands: Sequence[Type], mesh: Mesh) -> str | None:

@@ -35,6 +35,8 @@ from deepseed.ir.subaxes import joint
 KEYED = ("dispatch", "combine")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", *KEYED)
 LOCAL = ("shard", "summand")
+TO_HOST, TO_DEVICE = "to_host.start", "to_device.start"  # between the two memories of a rank; ``wait`` gives what arrived
+MEMORIES = (TO_HOST, TO_DEVICE)
 IN_TIME = ("accumulate", "collect")  # over microbatches: add up as they come; keep each, for the user
 
 

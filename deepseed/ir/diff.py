@@ -58,7 +58,7 @@ def _counts(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
 
 
 def _collectives(p: Program) -> Counter[str]:
-    return Counter(f"{op.target.removesuffix('.start')} over {op.kw('axis')}" for op in p.ops if op.target.endswith(".start"))
+    return Counter(op.target.removesuffix(".start") + (f" over {op.kw('axis')}" if op.kw("axis") else "") for op in p.ops if op.target.endswith(".start"))
 
 
 def _changed(a: Program, b: Program) -> list[str]:

@@ -3,7 +3,7 @@
     program ::= name mesh facts input* op* output*
     input   ::= name type role key
     op      ::= results target args kwargs types phase path line origin
-    type    ::= dtype shape layout
+    type    ::= dtype shape layout memory
     arg     ::= Ref | number | bool | str | None | tuple of args
 
 A ``Ref`` names a value; ``Ref.want`` says which layout the op wants it in, when that differs from the value's own.
@@ -34,21 +34,22 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True)
 class Type:
-    """dtype, global shape, layout."""
+    """dtype, global shape, layout; ``host``: the value lies in the memory of the rank's host, not of its device."""
 
     dtype: str
     shape: tuple[int, ...]
     layout: Layout = REPLICATED
+    host: bool = False
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.dtype, self.shape, self.layout))
+        return hash((self.dtype, self.shape, self.layout, self.host))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Type, (self.dtype, self.shape, self.layout)  # hashes differ from process to process
+        return Type, (self.dtype, self.shape, self.layout, self.host)  # hashes differ from process to process
 
     @property
     def numel(self) -> int:
@@ -67,6 +68,10 @@ class Type:
 
     def laid(self, layout: Layout) -> Type:
         return self if layout == self.layout else replace(self, layout=layout)
+
+    def on(self, host: bool) -> Type:
+        """The same in the host's memory, or in the device's."""
+        return self if host == self.host else replace(self, host=host)
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,12 @@ def params_only(p: Program) -> frozenset[str]:
         if op.phase != "update" and op.refs and all(r.name in found for r in op.refs):
             found.update(op.results)
     return frozenset(found)
+
+
+def kept(p: Program) -> frozenset[str]:
+    """Values that are brought to the device once a step and stay there, whatever reads them in which loop: moves that say so, and their waits."""
+    found = {r for op in p.ops if op.kw("kept") for r in op.results}
+    return frozenset(found.union(*(op.results for op in p.ops if op.target == "wait" and op.refs[0].name in found)))
 
 
 def _refs(args: tuple[Arg, ...]) -> Iterator[Ref]:

@@ -23,7 +23,7 @@ class ParseError(ProgramError):
 
 
 def format_type(t: Type, mesh: Mesh) -> str:
-    return t.dtype + _laid(t, t.layout, mesh)
+    return t.dtype + _laid(t, t.layout, mesh) + (" host" if t.host else "")
 
 
 def format_program(p: Program) -> str:
@@ -229,7 +229,7 @@ def _op(line: _Line, mesh: Mesh) -> Op:
 def _type(line: _Line, mesh: Mesh) -> Type:
     dtype = line.take(kind="word")
     shape, layout = _dims(line, mesh)
-    return Type(dtype, shape, layout)
+    return Type(dtype, shape, layout, line.accept("host"))
 
 
 def _dims(line: _Line, mesh: Mesh) -> tuple[tuple[int, ...], Layout]:

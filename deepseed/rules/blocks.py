@@ -20,9 +20,11 @@ Link = tuple[int, list[tuple[set[int], int]]]  # a factor of an op: its size; th
 Candidates = Mapping[str, tuple[frozenset[int], ...]]  # value -> per dimension its outers
 
 
-def candidates(p: Program, cap: int = CAP) -> Candidates:
-    """The candidate outers of every dimension of every value; 1 is always one."""
+def candidates(p: Program, cap: int = CAP, known: Mapping[tuple[str, int], int] | None = None) -> Candidates:
+    """The candidate outers of every dimension of every value; 1 is always one, and what is ``known`` of a dimension."""
     found: dict[str, list[set[int]]] = {name: [{1} for _ in t.shape] for name, t in p.types.items()}
+    for (name, dim), outer in (known or {}).items():
+        found[name][dim].add(outer)
     links: list[Link] = []
     of: dict[int, list[int]] = {}  # id of a dimension's outers -> the links that read it
     for op in p.ops:

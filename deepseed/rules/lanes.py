@@ -9,12 +9,12 @@ what the lane does, instructions and these receives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from deepseed.ir.messages import Item, messages_of, receives
 from deepseed.ir.program import Op, Program, Ref
-from deepseed.ir.schedule import Schedule, kind_of
+from deepseed.ir.schedule import Schedule, kind_of, order_of
 
 STORED = ("param", "buffer", "state")
 
@@ -28,7 +28,6 @@ def on_lane(p: Program, lane: int) -> Program:
     blocks: dict[tuple[str, int], list[Op]] = {}
     heads: dict[tuple[str, int], list[Op]] = {}
     waits: dict[str, Op] = {}  # received value -> its wait, until it is emitted
-    order: dict[tuple[str, int], None] = {}
     for op in p.ops:
         key = _block(op.part, op.stage)
         if op.target == "transfer":
@@ -37,7 +36,6 @@ def on_lane(p: Program, lane: int) -> Program:
                 start = f"{op.name}.start"
                 heads.setdefault(key, []).append(replace(op, results=(start,), target="receive.start", args=(), kwargs=(("source", s.lane_of(source)),)))
                 waits[op.name] = replace(op, target="wait", args=(Ref(start),), kwargs=())
-                order.setdefault(key)
                 continue
             if source in stages and op.stage not in stages:
                 op = replace(op, target="send", kwargs=(("to", s.lane_of(op.stage)),), stage=source)
@@ -45,7 +43,6 @@ def on_lane(p: Program, lane: int) -> Program:
         if op.stage not in stages:
             continue
         block = blocks.setdefault(key, [])
-        order.setdefault(key)
         for ref in op.refs:
             if ref.name in waits and _block(waits[ref.name].part, waits[ref.name].stage) == key:
                 block.append(waits.pop(ref.name))
@@ -54,7 +51,7 @@ def on_lane(p: Program, lane: int) -> Program:
         blocks.setdefault(_block(wait.part, wait.stage), []).append(wait)
     turns = _turns(p, s, lane, heads)
     heads = {key: [_at(op, turns) for op in ops] for key, ops in heads.items()} if turns else heads
-    ops = [op for key in _by_part(p, order) for op in (*heads.get(key, ()), *blocks.get(key, ()))]
+    ops = [op for key in _in_order({*heads, *blocks}) for op in (*heads.get(key, ()), *blocks.get(key, ()))]
     made = {r for op in ops if op.target != "send" for r in op.results}  # a value that is sent is the receiver's output
     inputs = tuple(i for i in p.inputs if i.role not in STORED or i.stage in stages)
     given = {i.name for i in inputs}
@@ -100,7 +97,6 @@ def _block(part: str, stage: int) -> tuple[str, int]:
     return (part, -1) if kind_of(part) == "once" else (part, stage)
 
 
-def _by_part(p: Program, keys: Mapping[tuple[str, int], None]) -> list[tuple[str, int]]:
-    """Parts in their order; in one, the stages as the program first names them."""
-    parts = {part: n for n, part in enumerate(dict.fromkeys(op.part for op in p.ops))}
-    return sorted(keys, key=lambda key: parts[key[0]])
+def _in_order(keys: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Parts in their order; of one part the stages in the order in which values go, up in the forward, else down."""
+    return sorted(keys, key=lambda key: (order_of(key[0]), key[1] if kind_of(key[0]) == "forward" else -key[1]))

@@ -93,6 +93,18 @@ class Channels:
             raise self.world.watch.diagnose(error, time.monotonic() - began) from error
 
 
+def hand(world: World, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+    """The tensor ``x`` of rank ``source`` on rank ``target``; None on the others. All ranks must call it, in one order of all such calls."""
+    if source == target or world.rank not in (source, target):
+        return x if world.rank == target else None
+    if (source, target) not in world.channels:
+        world.channels[source, target] = _channel(world, (source, target))
+    out = torch.empty(tuple(shape), dtype=dtype, device=world.device) if x is None else x.to(world.device).contiguous()
+    if out.numel():
+        world.run(lambda: _send_first(world.channels[source, target], out), f"a part of a tensor from rank {source} to rank {target}")
+    return out if world.rank == target else None
+
+
 def _channel(world: World, pair: tuple[int, int]) -> Group:
     """The group of a sender, its rank 0, and a receiver."""
     store, rank = PrefixStore(f"deepseed.channel/{pair[0]}/{pair[1]}", _get_default_store()), pair.index(world.rank)

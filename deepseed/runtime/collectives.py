@@ -18,12 +18,13 @@ from torch import Tensor
 from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.handle import Handle, done, same
+from deepseed.runtime.memories import Memories
 from deepseed.runtime.pipeline import Messages, Place
 
 SMALL = 1024  # a tensor of less than this part of its bucket is copied out of it: a loss must not keep the whole buffer alive
 
 
-class Runtime(Messages):
+class Runtime(Messages, Memories):
     """One rank's view of the mesh. A back end gives flat exchanges; each starts at once and returns how to wait for it."""
 
     def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,8 @@ class Executable:
         self.path, self._step = self._loaded.path, self._loaded.step
 
     def __call__(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        counted = rt.arena.step(inputs, [i.type.host for i in self.inputs]) if rt.arena is not None else nullcontext()
+        with torch.no_grad(), counted:
             return self._step(rt, inputs)
 
 

@@ -27,20 +27,24 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, is damaged, or does not fit: names the file or tensor, what is and what was expected."""
 
 
-def aside(target: Path) -> Path:
-    """Make the folder beside ``target`` in which the new checkpoint is written. Raises CheckpointError where ``target`` is in use
-    for something else: what lies there is replaced in the end."""
+def aside(target: Path, by: str = "step.save", ours: re.Pattern[str] = _OURS, carry: bool = False) -> Path:
+    """Make the folder beside ``target`` in which the new checkpoint is written. ``ours``: names of files that ``by`` writes,
+    which are replaced in the end; ``carry``: other files beside such ones go into the new folder too. Raises CheckpointError where ``target`` is in
+    use for something else."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file\n  fix: give a folder of its own to each checkpoint")
     names = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
-    strange = [name for name in names if MANIFEST not in names or not _OURS.fullmatch(name)]
-    if strange:
+    strange = [name for name in names if MANIFEST not in names or not ours.fullmatch(name)]
+    carried = [name for name in strange if carry and MANIFEST in names and (target / name).is_file() and not _OURS.fullmatch(name)]
+    if len(strange) > len(carried):
         raise CheckpointError(
-            f"{target} holds {len(strange)} files that step.save has not written, such as {strange[0]}: saving would delete them\n"
+            f"{target} holds {len(strange)} files that {by} has not written, such as {strange[0]}: saving would delete them\n"
             f"  fix: save to a folder of its own, such as {target / 'checkpoint'}"
         )
     folder = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     folder.mkdir(parents=True)
+    for name in carried:
+        shutil.copy2(target / name, folder / name)
     return folder
 
 

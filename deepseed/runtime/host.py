@@ -6,11 +6,11 @@ one position on ``pp``, its home: ranks elsewhere have None for a part of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree
+from deepseed.runtime import agree, channels, environment
+from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.executable import Executable
+from deepseed.runtime.folder import CheckpointError, faults
 from deepseed.runtime.simulate import simulate
 from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
+R = TypeVar("R")
 
 
 class Host(Protocol):
@@ -39,6 +42,7 @@ class Host(Protocol):
     first: bool  # whether rank 0 is here: it solves, and it speaks
     device: torch.device
     coordinates: Sequence[Mapping[str, int]]
+    arenas: Sequence[Arena]  # accounts of memory of the hosted ranks, where they are counted
 
     def refine(self, mesh: Mesh) -> None: ...
     def position(self, coordinate: Mapping[str, int]) -> int: ...
@@ -54,6 +58,7 @@ class Host(Protocol):
     def same(self, text: str) -> bool: ...
     def together(self) -> AbstractContextManager[None]: ...
     def everyone(self, value: Any) -> list[Any]: ...
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None: ...
 
 
 class _Alone(Runtime):
@@ -87,6 +92,7 @@ class SimulatedHost:
     def __init__(self, mesh: Mesh, device: torch.device | str = "cpu") -> None:
         self.mesh, self.device = mesh, torch.device(device)
         self.coordinates: Sequence[Mapping[str, int]] = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
+        self.arenas: Sequence[Arena] = ()
         self._shown: dict[Key, tuple[int, int]] = {}  # the module's tensors as they were last seen equal to the ranks'
 
     def refine(self, mesh: Mesh) -> None:
@@ -99,8 +105,10 @@ class SimulatedHost:
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
-            return [executables[0](_Alone(self.mesh, 0, self.device), inputs[0])]
-        return simulate(self.mesh, executables, inputs, self.device)
+            rt = _Alone(self.mesh, 0, self.device)
+            rt.arena = self.arenas[0] if self.arenas else None
+            return [executables[0](rt, inputs[0])]
+        return simulate(self.mesh, executables, inputs, self.device, self.arenas)
 
     def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
         """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
@@ -112,7 +120,7 @@ class SimulatedHost:
             states[0].bind(module)
             return
         for state in states:
-            state.tensors = {key: t.clone() for key, t in state.tensors.items()}
+            state.tensors = {key: t if state.on_disk(key[0]) else _own(t) for key, t in state.tensors.items()}
         self._remember(module, states)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
@@ -156,6 +164,13 @@ class SimulatedHost:
     def everyone(self, value: Any) -> list[Any]:
         return [value]
 
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        return x
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.clone().pin_memory() if t.is_pinned() else t.clone()
+
 
 def _mark(t: Tensor) -> tuple[int, int]:
     """Changes whenever a tensor is written or given other memory."""
@@ -170,6 +185,7 @@ class DistributedHost:
         self._join(mesh)
         self.backend = str(dist.get_backend())
         self.first = self.rt.rank == 0
+        self.arenas: Sequence[Arena] = ()
 
     def _join(self, mesh: Mesh) -> None:
         self.mesh, self.rt = mesh, DistributedRuntime(mesh, self.device)
@@ -185,6 +201,7 @@ class DistributedHost:
         return position(coordinate)
 
     def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+        self.rt.arena = self.arenas[0] if self.arenas else None
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
@@ -194,7 +211,7 @@ class DistributedHost:
             if position(self.rt.coordinate) == home:
                 if parts[0] is None:
                     raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
-                out = gather_over(self.rt, parts[0], type_)
+                out = gather_over(self.rt, parts[0].to(self.device), type_)
             else:
                 out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
             return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)
@@ -259,6 +276,11 @@ class DistributedHost:
         with self.together():
             return agree.everyone(value, self.device, self.rt.world.run)
 
+    def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
+        """``x`` of rank ``source`` (elsewhere None) on rank ``target`` (elsewhere None)."""
+        with self.together():
+            return channels.hand(self.rt.world, x, shape, dtype, source, target)
+
 
 def refined(ranks: Mesh, program: Mesh) -> Mesh:
     """The mesh of the ranks with the sub-axes that a program's mesh has of its axes. Raises MeshError where these have another size."""
@@ -296,7 +318,31 @@ def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:
     return here.size
 
 
+def everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
+    """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
+    mine: tuple[Any, str]
+    try:
+        mine = (do(), "")
+    except CheckpointError as error:
+        mine = (None, str(error))
+    except Exception as error:
+        mine = (None, f"{what}: {type(error).__name__}: {error}")
+    said = host.everyone(mine)
+    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
+    if wrong:
+        rank, text = wrong[0]
+        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
+    return [value for value, _ in said]
+
+
+def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checksums of this process's share of a folder's files: together the ranks read each file once. Raises CheckpointError."""
+    hosted = {host.mesh.rank(c) for c in host.coordinates}
+    if wrong := faults(folder, files, [name for n, name in enumerate(sorted(files)) if n % host.mesh.ranks in hosted]):
+        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
+
+
 def launched() -> bool:
-    """Whether this process is one of several ranks: a process group exists, or a launcher's environment."""
-    return dist.is_available() and (dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ))
+    """Whether this process is one of several ranks: a process group exists, or the environment of a launcher, srun or mpirun."""
+    return dist.is_available() and (dist.is_initialized() or environment.adopt())
 

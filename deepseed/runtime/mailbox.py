@@ -8,27 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from deepseed.runtime.pipeline import as_bytes, named
 
 
 @dataclass
 class Mailbox:
-    """From one rank to another. ``held``: the copy that travels, by number, until it is taken; ``watched``: the sender's tensor, until
-    the message has left."""
+    """From one rank to another. ``held``: the copy that travels, by number, until it is taken; ``watched``: the sender's memory, as long as
+    it lives, until the message has left."""
 
     sender: int
     receiver: int
     sent: int = 0
     held: dict[int, Tensor] = field(default_factory=dict)
-    watched: dict[int, Tensor] = field(default_factory=dict)
+    watched: dict[int, Watched] = field(default_factory=dict)
     receipts: list[Receipt] = field(default_factory=list)
 
     def put(self, x: Tensor) -> None:
-        self.held[self.sent], self.watched[self.sent] = x.clone(), x
+        with _disable_current_modes():  # the copy is the receiver's
+            self.held[self.sent], self.watched[self.sent] = x.clone(), Watched(x)
         self.sent += 1
 
     def expect(self, shape: Sequence[int], dtype: torch.dtype) -> Receipt:
@@ -38,7 +41,8 @@ class Mailbox:
 
     def leave(self, number: int) -> None:
         """The sender may write its tensor from now on. Raises RuntimeError where it did so before."""
-        x = self.watched.pop(number, None)
+        watched = self.watched.pop(number, None)
+        x = watched.tensor if watched is not None else None
         if x is not None and not torch.equal(as_bytes(x), as_bytes(self.held[number])):
             raise RuntimeError(
                 f"message {number} from rank {self.sender} to rank {self.receiver}: rank {self.sender} wrote the tensor before it had left\n"
@@ -51,6 +55,19 @@ class Mailbox:
             yield f"  message {number} from rank {self.sender} to rank {self.receiver}, {named(x.shape, x.dtype)}, was sent and never taken"
         for receipt in self.receipts[self.sent :]:
             yield f"  message {receipt.number} from rank {self.sender} to rank {self.receiver}, {receipt.expected}, was expected and never sent"
+
+
+class Watched:
+    """A tensor's memory, which is not kept alive."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._storage, self._like = ref(x.untyped_storage()), (x.dtype, x.storage_offset(), x.shape, x.stride())
+
+    @property
+    def tensor(self) -> Tensor | None:
+        storage = self._storage()
+        dtype, offset, shape, stride = self._like
+        return None if storage is None else torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
 
 
 @dataclass

@@ -239,10 +239,10 @@ class Loader(LoadPlanner):
             read = 0
             for box in boxes(want.shape, want.layout, self.mesh, want.coordinate):
                 for chunk in saved.chunks:
-                    common = _common(box, chunk)
-                    if common is None:
+                    met = common(box, tuple(chunk.offsets), tuple(chunk.sizes))
+                    if met is None:
                         continue
-                    at, sizes = common
+                    at, sizes = met
                     here = torch.Size(a - b + c for a, b, c in zip(at, box.at, box.local, strict=True))
                     there = torch.Size(a - b for a, b in zip(at, chunk.offsets, strict=True))
                     stored = MetadataIndex(want.name, chunk.offsets)
@@ -337,9 +337,9 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(box.at), torch.Size(box.sizes))
 
 
-def _common(box: Box, chunk: ChunkStorageMetadata) -> tuple[Ints, Ints] | None:
-    """Where two boxes of one tensor meet: start and sizes."""
-    at = tuple(map(max, box.at, chunk.offsets))
-    end = tuple(min(a + n, b + m) for a, n, b, m in zip(box.at, box.sizes, chunk.offsets, chunk.sizes, strict=True))
-    sizes = tuple(e - a for a, e in zip(at, end, strict=True))
-    return (at, sizes) if all(n > 0 for n in sizes) else None
+def common(box: Box, start: Ints, sizes: Ints) -> tuple[Ints, Ints] | None:
+    """Where a box meets another one of its tensor, which begins at ``start``: start and sizes."""
+    at = tuple(map(max, box.at, start))
+    end = tuple(min(a + n, b + m) for a, n, b, m in zip(box.at, box.sizes, start, sizes, strict=True))
+    both = tuple(e - a for a, e in zip(at, end, strict=True))
+    return (at, both) if all(n > 0 for n in both) else None

@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from deepseed.ir.mesh import Mesh
+from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.mailbox import Flush, Mailbox, Receipt
@@ -71,7 +74,8 @@ class _Simulation:
         meeting.sends[rank] = sends
         if len(meeting.brought) == len(group):
             parts = [meeting.brought[r] for r in group]
-            made = _rows(parts, [meeting.sends[r] for r in group]) if sends else _compute(kind, parts, reduce)
+            with _disable_current_modes():  # nobody's account: each rank counts its own (deepseed.runtime.arena)
+                made = _rows(parts, [meeting.sends[r] for r in group]) if sends else _compute(kind, parts, reduce)
             meeting.results = dict(zip(group, made, strict=True))
             meeting.brought.clear()
             meeting.complete = True
@@ -156,7 +160,23 @@ class SimulatedRuntime(Runtime):
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, kind, x, axis, reduce)
-        return lambda: self._simulation.meet(self.rank, meeting)
+        n = self.mesh.size(axis)
+        nbytes = {"all_gather": n * x.nbytes, "reduce_scatter": x.nbytes // n, "all_reduce": 0 if owned else x.nbytes}.get(kind, x.nbytes)
+        return self._under_way(x, nbytes, lambda: self._simulation.meet(self.rank, meeting))
+
+    def _under_way(self, x: Tensor, nbytes: int, arrive: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Where memory is counted: what an exchange reads, and the place for what it brings, are held from its start to its end."""
+        if self.arena is None:
+            return arrive
+        held, release, take = [x], self.arena.reserve(nbytes), self.arena.take
+
+        def complete() -> Tensor:
+            y = arrive()
+            release()
+            held.clear()
+            return take(y)
+
+        return complete
 
     def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
         meeting = self._simulation.bring(self.rank, "rows", x, axis, "", sends)
@@ -167,7 +187,8 @@ class SimulatedRuntime(Runtime):
                 raise RuntimeError(f"{meeting.what}: {sum(receives)} rows are due on rank {self.rank}, {len(out)} came")
             return out
 
-        return complete
+        nbytes = sum(receives) * x.nbytes // max(1, len(x))
+        return self._under_way(x, nbytes, complete)
 
     def post(self, x: Tensor, rank: int) -> None:
         self._simulation.box(self.rank, rank).put(x)
@@ -180,7 +201,8 @@ class SimulatedRuntime(Runtime):
             self._simulation.wait(self.rank, receipt)
             return receipt.take()
 
-        return complete
+        empty = torch.empty(0, dtype=dtype)
+        return self._under_way(empty, prod(shape) * dtype.itemsize, complete)
 
     def spread(self, x: Tensor, axis: str, source: int) -> Callable[[], Tensor]:
         return self.exchange("broadcast", x, axis, str(source))
@@ -198,9 +220,9 @@ class SimulatedRuntime(Runtime):
 
 
 def simulate(
-    mesh: Mesh, steps: Sequence[Step], inputs: Sequence[list[Tensor]], device: torch.device | str = "cpu"
+    mesh: Mesh, steps: Sequence[Step], inputs: Sequence[list[Tensor]], device: torch.device | str = "cpu", arenas: Sequence[Arena] = ()
 ) -> list[tuple[Tensor, ...]]:
-    """Run ``steps[rank](rt, inputs[rank])`` for every rank of the mesh; what each returned.
+    """Run ``steps[rank](rt, inputs[rank])`` for every rank of the mesh; what each returned. ``arenas``: accounts of memory, one a rank.
 
     Raises RankError naming the rank that raised (its exception is the cause), or that no rank could go on, or the messages that
     nobody took.
@@ -212,6 +234,7 @@ def simulate(
 
     def body(rank: int) -> None:
         rt = SimulatedRuntime(simulation, rank, device)
+        rt.arena = arenas[rank] if arenas else None
         results[rank] = steps[rank](rt, inputs[rank])
         rt.ended()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from deepseed.ir.layout import Layout, chunk, factors
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Input, Program, Type
 from deepseed.runtime.collectives import Runtime, join, widest
+from deepseed.runtime.disk import Disk
 from deepseed.runtime.elsewhere import Elsewhere
+from deepseed.runtime.memories import HOST, stored_on
 
 Key = tuple[str, str]  # role, key
 
@@ -177,6 +180,7 @@ class State:
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     types: dict[Key, Type] = field(default_factory=dict)
     homes: dict[Key, int] = field(default_factory=dict)
+    disk: Disk | None = None  # files for what is stored there
 
     def put(self, entry: Input, full: Tensor) -> Tensor:
         """Store this rank's part of a whole tensor (its own storage where the layout keeps it whole), contiguous. An empty tensor
@@ -184,19 +188,33 @@ class State:
         if not self._enter(entry):
             return torch.empty(0, dtype=_torch_dtype(entry.type.dtype), device=self.device)
         part = shard(full, entry.type, self.mesh, self.coordinate)
-        part = part.detach().to(self.device, _torch_dtype(entry.type.dtype))
-        whole = entry.type.layout == ir.REPLICATED
+        if self.on_disk(entry.role):
+            return self.reserve(entry).copy_(part.detach())
+        part = stored_on(part.detach().to(_torch_dtype(entry.type.dtype)), entry.type.host, self.device)
+        whole = entry.type.layout == ir.REPLICATED or part.is_pinned()
         self.tensors[entry.role, entry.key] = part.contiguous() if whole else part.clone(memory_format=torch.contiguous_format)
         return self.tensors[entry.role, entry.key]
 
     def fill(self, entry: Input, value: float = 0) -> Tensor:
         """Store a part filled with one value, without ever making the whole tensor. Returns as ``put``."""
+        return self.reserve(entry).fill_(value)
+
+    def reserve(self, entry: Input) -> Tensor:
+        """Store a part whose values are to be written yet. Returns as ``put``."""
         dtype = _torch_dtype(entry.type.dtype)
         if not self._enter(entry):
             return torch.empty(0, dtype=dtype, device=self.device)
-        local = torch.full(entry.type.local(self.mesh.seen_from(self.coordinate)), value, dtype=dtype, device=self.device)
+        shape = entry.type.local(self.mesh.seen_from(self.coordinate))
+        if self.on_disk(entry.role):
+            assert self.disk is not None
+            local = self.disk.tensor((entry.role, entry.key), shape, dtype)
+        else:
+            local = stored_on(torch.empty(shape, dtype=dtype, device=HOST if entry.type.host else self.device), entry.type.host, self.device)
         self.tensors[entry.role, entry.key] = local
         return local
+
+    def on_disk(self, role: str) -> bool:
+        return self.disk is not None and role in self.disk.roles
 
     def _enter(self, entry: Input) -> bool:
         """Note where a key lies and how; whether its part is stored here."""
@@ -250,7 +268,7 @@ class State:
         """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline.
 
         A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
-        placement (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
+        placement or would copy it from the host to the device (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
         for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
@@ -261,19 +279,20 @@ class State:
             if own is None:
                 value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
             else:
-                value = own if whole or not shown(type_, self.mesh) else self.dtensor((role, key), meshes[self.homes[role, key]])
-            split: nn.Parameter | None = None  # one for all names of a tied weight
+                plain = whole or not shown(type_, self.mesh) or own.device.type != self.device.type
+                value = own if plain else self.dtensor((role, key), meshes[self.homes[role, key]])
+            new: nn.Parameter | None = None  # one for all names of a tied weight
             for owner, name in _owners(module, role, key):
                 if role == "buffer":
                     owner._buffers[name] = value
                     continue
                 old = owner._parameters[name]
                 assert old is not None
-                if whole:
+                if whole and not old.is_meta:
                     old.data = value
                 else:
-                    split = nn.Parameter(value, requires_grad=old.requires_grad) if split is None else split
-                    owner._parameters[name] = split
+                    new = nn.Parameter(value, requires_grad=old.requires_grad) if new is None else new
+                    owner._parameters[name] = new
 
     def _shown_elsewhere(self, type_: Type, mesh: DeviceMesh) -> Tensor:
         """Its placements where DTensor has them; else whole, as these tell of other ranks only."""
@@ -290,13 +309,37 @@ def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) ->
 
 
 def write_back(module: nn.Module, states: Sequence[State]) -> None:
-    """Copy a simulation's parameters and buffers into the module, whole."""
+    """Copy a simulation's parameters and buffers into the module, whole; what is on the meta device there is replaced by values."""
     with torch.no_grad():
         for (role, key), full in gather_states(states, [k for k in states[0].types if k[0] in ("param", "buffer")]).items():
+            old = held(module, role, key)
+            if not old.is_meta:
+                old.copy_(full)
+                continue
+            new: Any = torch.empty_like(old, device=full.device).copy_(full)
+            if role == "param":
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
             for owner, name in _owners(module, role, key):
-                target = owner._buffers[name] if role == "buffer" else owner._parameters[name]
-                assert target is not None
-                target.copy_(full)
+                (owner._buffers if role == "buffer" else owner._parameters)[name] = new
+
+
+def check_disks(states: Sequence[State], module: nn.Module) -> None:
+    """Before a step: what lies in files is what the latest step has left there. Raises DiskError."""
+    for state in states:
+        if state.disk is not None:
+            state.disk.check(lambda key: _version(module, key))
+
+
+def seal_disks(states: Sequence[State], module: nn.Module) -> None:
+    """Behind a step: checksums of what it has left in files."""
+    for state in states:
+        if state.disk is not None:
+            state.disk.seal(lambda key: _version(module, key))
+
+
+def _version(module: nn.Module, key: Key) -> int:
+    """Another one after each write to the module's own tensor."""
+    return held(module, *key)._version if key[0] == "param" else 0
 
 
 def held(module: nn.Module, role: str, key: str) -> Tensor:

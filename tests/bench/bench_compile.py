@@ -1,6 +1,7 @@
 """How long does compiling take, and does it grow with depth? Seconds of each pass, of HiGHS, and of the default checks.
 
     python tests/bench/bench_compile.py [--layers 12 24 48 96] [--target hf:LlamaForCausalLM ..] [--plan zero3+tp2] [--memory]
+    python tests/bench/bench_compile.py --layers 96 --plan pp8+mb64      # cutting and scheduling: the line cut_stages
     python tests/bench/bench_compile.py --share --target hf:LlamaForCausalLM hf:BertForMaskedLM hf:MixtralForCausalLM --layers 12
 
 A tiny Llama by default; captured from the meta device, solved, checked, and generated for one rank, as rank 0 of a run does it.
@@ -43,6 +44,8 @@ def measure(target: str, layers: int, plan: str) -> Timed:
     from deepseed import pipeline
     from deepseed.capture import capture
     from deepseed.codegen.python import generate
+    from deepseed.ir.mesh import STAGES
+    from deepseed.meshes import program_mesh
     from deepseed.passes.placement import Assignment, AxisReport
     from deepseed.plan import parse_plan
     from deepseed.runtime.executable import Executable
@@ -50,9 +53,10 @@ def measure(target: str, layers: int, plan: str) -> Timed:
     from deepseed.target import load
 
     pipeline.perf_counter = assignment.perf_counter = process_time  # type: ignore[attr-defined]
-    found = load(f"{target}(num_hidden_layers={layers})", meta=True)
     parsed = parse_plan(plan)
-    mesh = parsed.mesh()
+    ranks = parsed.mesh()
+    rows = max(8, ranks.sizes.get("dp", 1) * (parsed.mb or 1))
+    found = load(f"{target}(num_hidden_layers={layers},batch_size={rows})", meta=True)
     out = Timed(layers)
     reports: list[AxisReport] = []
     solve = Assignment._solve
@@ -69,11 +73,12 @@ def measure(target: str, layers: int, plan: str) -> Timed:
         started = process_time()
         captured = capture(found.model, found.batch, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
         stage("capture", started)
-        done = pipeline.run(captured.program, pipeline.arguments(mesh, parsed.stage, {}), pipeline.SHARED)
+        mesh = program_mesh(captured.program, parsed, ranks)
+        done = pipeline.run(captured.program, pipeline.arguments(mesh, parsed.stage, {}, plan=parsed), pipeline.SHARED)
         started = process_time()
-        where = mesh.coordinate(0) if mesh.axes else {}
-        local = pipeline.run(done[-1].program, pipeline.arguments(mesh, parsed.stage, where), pipeline.EACH_RANK)
-        source = generate(local[-1].program)
+        where = ranks.coordinate(0) if ranks.axes else {}
+        local = pipeline.run(done[-1].program, pipeline.arguments(mesh, parsed.stage, where, plan=parsed), pipeline.EACH_RANK)
+        source = generate(local[-1].program, where.get(STAGES, 0))
         Executable(source, "bench")
         stage("codegen", started)
         out.passes["codegen"] -= sum(p.check_seconds for p in local)

@@ -1,11 +1,13 @@
-"""One rank of the equality tests: each case verified in float64, or trained in float32 beside eager PyTorch."""
+"""One rank of the equality tests: each case verified in float64, or trained in float32 beside eager PyTorch; and ``equal``, which starts them."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pipeline_cases
 import torch
 from matrix import CLIP, OPTIMIZERS, STEPS, built
 from torch import nn
@@ -13,30 +15,54 @@ from torch import nn
 import deepseed
 from deepseed.api import TrainStep
 from deepseed.capture.eager import eager_reference
-from deepseed.verify import VerifyReport, verify
+from deepseed.verify import LOSS_TOLERANCE, TOLERANCE, VerifyReport, verify
+from gloo.launch import ranks
 
-Case = tuple[str, str, str]  # model, plan, optimizer
+Case = tuple[str, str, str]  # model, plan, and an optimizer of the matrix, or a schedule: then the model is deep, and AdamW trains it
+
+
+def setting(case: Case) -> tuple[nn.Module, Any, Callable[..., Any] | None, str, Any]:
+    """Model, batch, loss function (None: the model's own), plan and optimizer factory."""
+    model, plan, last = case
+    if last in pipeline_cases.SCHEDULES:
+        return *pipeline_cases.built(model, pipeline_cases.layers(plan, last)), None, f"{plan}+{last}", OPTIMIZERS["adamw"]
+    return *built(model), plan, OPTIMIZERS[last]
+
+
+def equal(number: int, cases: list[Case]) -> None:
+    """Each case on ``number`` real ranks: equal to eager PyTorch on every one, by the program that the simulation runs."""
+    got = ranks(number, verified, cases)
+    for n, case in enumerate(cases):
+        expected = simulated_hash(case, number)
+        for rank in range(number):
+            report = got[rank][n]
+            assert report.ok, f"{case} on rank {rank}: {report}"
+            errors = report.loss_rel_error, report.grad_max_rel_error, report.param_max_rel_error
+            assert errors[0] <= LOSS_TOLERANCE and max(errors[1:]) <= TOLERANCE, f"{case} on rank {rank}: {report}"
+            assert report.program_hash == expected, f"{case}: rank {rank} ran another program than the simulation"
+            assert (report.backend, report.world_size, report.steps) == ("gloo", number, STEPS) and report.instances_checked > 10, f"{case}: {report}"
+        worst = [max(getattr(got[rank][n], name) for rank in range(number)) for name in ("loss_rel_error", "grad_max_rel_error", "param_max_rel_error")]
+        print(f"{number} ranks, {' '.join(case)}: loss {worst[0]:.1e}, gradients {worst[1]:.1e}, parameters {worst[2]:.1e}")
 
 
 def verified(cases: Sequence[Case]) -> list[VerifyReport]:
     """Each case on this rank; prints the hash of the program that it ran."""
     torch.set_num_threads(1)
     reports = []
-    for model, plan, optimizer in cases:
-        module, batch, loss_fn = built(model)
-        report = verify(module, batch, plan, optimizer_factory=OPTIMIZERS[optimizer], loss_fn=loss_fn, clip_grad_norm=CLIP, steps=STEPS, backend="gloo")
-        print(f"rank {os.environ['RANK']}: {model} {plan} sha256 {report.program_hash}", flush=True)
+    for case in cases:
+        module, batch, loss_fn, plan, factory = setting(case)
+        report = verify(module, batch, plan, optimizer_factory=factory, loss_fn=loss_fn, clip_grad_norm=CLIP, steps=STEPS, backend="gloo")
+        print(f"rank {os.environ['RANK']}: {case[0]} {plan} sha256 {report.program_hash}", flush=True)
         reports.append(report)
     return reports
 
 
 def simulated_hash(case: Case, ranks: int) -> str:
     """The hash of the program that verify runs on simulated ranks."""
-    model, plan, optimizer = case
-    module, batch, loss_fn = built(model)
+    module, batch, loss_fn, plan, factory = setting(case)
     module = copy.deepcopy(module).double()
     step = TrainStep(
-        module, plan, optimizer=OPTIMIZERS[optimizer](module.parameters()), loss_fn=loss_fn, clip_grad_norm=CLIP, world_size=ranks,
+        module, plan, optimizer=factory(module.parameters()), loss_fn=loss_fn, clip_grad_norm=CLIP, world_size=ranks,
         backend="simulate", widen=True, grads=True, quiet=True,
     )  # fmt: skip
     wide = {k: t.double() if t.is_floating_point() else t for k, t in batch.items()} if isinstance(batch, dict) else tuple(t.double() for t in batch)

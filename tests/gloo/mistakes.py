@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import sys
 import time
 import warnings
@@ -11,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pipeline_models import Plain, squares
 from torch import Tensor, nn
 
 import deepseed
+from deepseed.runtime.distributed import DistributedRuntime
 
 
 class Mlp(nn.Module):
@@ -119,9 +123,13 @@ def messages() -> dict[str, tuple[str, str, float]]:
 
 
 def ends(kind: str) -> None:
-    """The last rank ends in the middle of training: by a signal, by an error of the user's own, or while others compile."""
+    """One rank ends in the middle of training: the last one by a signal, by an error of the user's own, or while others compile.
+    ``PLAN@RANK die`` and ``PLAN@RANK raise``: that rank of a pipeline, in its third step, between two microbatches."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if "@" in kind:
+        where, how = kind.split()
+        return in_mid_pipeline(where.partition("@")[0], int(where.partition("@")[2]), how)
     last = rank() == int(os.environ["WORLD_SIZE"]) - 1
     step = made("zero1")
     if kind == "compile" and last:
@@ -133,6 +141,31 @@ def ends(kind: str) -> None:
             raise ValueError("shard 3 of the data is unreadable")
         step(batch(number, rows=12))
     print("not reached", flush=True)
+
+
+def in_mid_pipeline(plan: str, who: int, how: str) -> None:
+    torch.manual_seed(0)
+    model = Plain(4)
+    step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters()), loss_fn=squares, clip_grad_norm=1.0)
+    for number in range(4):
+        if number == 2 and rank() == who:
+            end_at_message(2, how)
+        step((torch.randn(16, 12), torch.randn(16, 5)))
+    print("not reached", flush=True)
+
+
+def end_at_message(number: int, how: str) -> None:
+    """This rank ends where it would send the ``number``-th message from now on."""
+    post, sent = DistributedRuntime.post, itertools.count(1)
+
+    def counted(self: DistributedRuntime, x: Tensor, to: int) -> None:
+        if next(sent) == number:
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise MemoryError("a microbatch does not fit")
+        post(self, x, to)
+
+    setattr(DistributedRuntime, "post", counted)  # noqa: B010
 
 
 def child(folder: str, environment: dict[str, str], kind: str) -> None:

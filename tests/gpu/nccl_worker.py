@@ -1,4 +1,4 @@
-"""One rank of zero1 on two GPUs: ``torchrun nccl_worker.py FILE``; rank 0 writes losses and parameters. See test_gpu.py."""
+"""One rank of a plan on GPUs: ``torchrun nccl_worker.py PLAN FILE``; rank 0 writes losses and parameters. See test_gpu.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch.distributed as dist
 
 import deepseed
 from deepseed.runtime.distributed import stop
+from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.target import load
 
 
 def main() -> None:
     found = load("hf:LlamaForCausalLM")
     optimizer = torch.optim.SGD(found.model.parameters(), lr=1e-2, momentum=0.9)
-    step = deepseed.compile(found.model, "zero1", optimizer=optimizer, clip_grad_norm=1.0, backend="nccl")
+    step = deepseed.compile(found.model, sys.argv[1], optimizer=optimizer, clip_grad_norm=1.0, backend="nccl")
     losses = [float(step(found.batch)) for _ in range(3)]
     device = torch.device("cuda", torch.cuda.current_device())
-    assert all(p.device == device for p in found.model.parameters()), "the state is on this rank's own device"
+    own = [p for p in found.model.parameters() if not isinstance(p, Elsewhere)]  # the others are of another stage
+    assert own and all(p.device == device for p in own), "the state is on this rank's own device"
     values = {name: t.cpu() for name, t in step.state_dict().items()}
     if dist.get_rank() == 0:
-        torch.save({"losses": losses, "values": values}, sys.argv[1])
+        torch.save({"losses": losses, "values": values}, sys.argv[2])
     stop()
 
 

@@ -1,0 +1,190 @@
+"""What a config asks for, in DeepSeed's words: a plan, an optimizer, a scheduler, a loss scale, the sizes of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from deepseed.config.batch import Batch, triangle
+from deepseed.config.fields import AUTO, ConfigError, Section
+from deepseed.config.model import Config, OffloadOptimizer, OffloadParam
+from deepseed.config.verdicts import rejections
+
+OPTIMIZERS: Mapping[str, str] = {  # DeepSpeed's names, lower case -> the class that steps
+    "adam": "AdamW", "adamw": "AdamW", "torch_adam": "Adam", "fusedadam": "AdamW", "deepspeedcpuadam": "AdamW",
+    "sgd": "SGD", "adagrad": "Adagrad", "lion": "Lion", "muon": "Muon",
+}  # fmt: skip
+ELSEWHERE: Mapping[str, str] = {
+    name: "it compresses what is sent, which changes numbers; use AdamW with bf16" for name in ("onebitadam", "zerooneadam", "onebitlamb")
+} | {"lamb": "torch has no Lamb; give one to initialize(optimizer=..)", "muadam": "give muP's optimizer to initialize(optimizer=..)",
+     "muadamw": "give muP's optimizer to initialize(optimizer=..)", "musgd": "give muP's optimizer to initialize(optimizer=..)"}  # fmt: skip
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """fp16's loss scale. ``static``: 0 is dynamic."""
+
+    static: float
+    initial: float
+    window: int
+    hysteresis: int
+    consecutive: bool
+    minimum: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``plan``: the plan that equals the file, without dp where the number of ranks is not known. ``batch``: None where it is not either."""
+
+    plan: str
+    batch: Batch | None
+    clip_grad_norm: float | None
+    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a name of OPTIMIZERS' values or of torch.optim, its arguments
+    scheduler: tuple[str, Mapping[str, Any]] | None = None
+    loss_scaling: LossScaling | None = None
+    drop_last: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def settings(config: Config, world_size: int | None = None) -> Settings:
+    """Raises ConfigError for what is rejected, contradicts itself, or is ``auto`` where no Trainer has filled it in."""
+    if found := rejections(config):
+        raise ConfigError("\n".join(f"{v.key} is not supported: {v.note}" for v in found))
+    if auto := _autos(config, ""):
+        raise ConfigError(f'{", ".join(auto)}: "auto" is filled in by the HF Trainer\n  fix: a number, or train with deepseed.hf.DeepSeedTrainer')
+    words, ranks = _ranks(config, world_size)
+    batch = None
+    if ranks is not None:
+        batch = triangle(_int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps), ranks)
+    accumulation = batch.accumulation if batch is not None else _int(config.gradient_accumulation_steps) or 1
+    words += [f"mb{accumulation}"] if accumulation > 1 else []
+    words += _precision(config) + _memory(config)
+    clip = float(config.gradient_clipping)
+    return Settings(
+        plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clip or None, optimizer=_optimizer(config), scheduler=_scheduler(config),
+        loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last),
+    )  # fmt: skip
+
+
+def _ranks(config: Config, world_size: int | None) -> tuple[list[str], int | None]:
+    """The words of the mesh, and how many data-parallel ranks there are."""
+    tp = max(int(config.tensor_parallel.autotp_size), int(config.tensor_parallel.tp_size), 1)
+    axes = {"sp": max(int(config.sequence_parallel_size), 1), "tp": tp, "pp": max(int(config.pipeline.stages), 1)}
+    words = [f"zero{config.zero_optimization.stage}"] + [f"{axis}{n}" for axis, n in axes.items() if n > 1]
+    if world_size is None:
+        return words, None
+    each = prod(axes.values())
+    if world_size % each:
+        said = " x ".join(f"{axis}{n}" for axis, n in axes.items() if n > 1)
+        raise ConfigError(f"{said} = {each} does not divide {world_size} ranks\n  fix: start a multiple of {each} ranks")
+    return [words[0], f"dp{world_size // each}", *words[1:]], world_size // each
+
+
+def _precision(config: Config) -> list[str]:
+    bf16 = bool(config.bf16.enabled or (config.bfloat16 is not None and config.bfloat16.enabled))
+    if config.fp16.enabled and bf16:
+        raise ConfigError("bfloat16 and fp16 modes cannot be simultaneously enabled")
+    words = ["fp16"] if config.fp16.enabled else ["bf16"] if bf16 else []
+    said = config.data_types.grad_accum_dtype or config.communication_data_type
+    if said and words and said != words[0]:
+        if said not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"communication_data_type is {said!r}: one of fp32, bf16, fp16")
+        words.append(f"grads({said})")
+    return words
+
+
+def _memory(config: Config) -> list[str]:
+    zero, checkpointing = config.zero_optimization, config.activation_checkpointing
+    optimizer = zero.offload_optimizer or (OffloadOptimizer(device="cpu") if zero.cpu_offload else OffloadOptimizer())
+    params = zero.offload_param or (OffloadParam(device="cpu") if zero.cpu_offload_param else OffloadParam())
+    on = [name for name, device in (("optimizer", optimizer.device), ("params", params.device)) if device in ("cpu", "nvme")]
+    if "params" in on and zero.stage != 3:
+        raise ConfigError(f"offload_param needs ZeRO stage 3, the stage is {zero.stage}\n  fix: \"stage\": 3, or leave offload_param out")
+    if "optimizer" in on and zero.stage == 0:
+        raise ConfigError('offload_optimizer needs ZeRO stage 1, 2 or 3, the stage is 0\n  fix: "stage": 1')
+    disks = {section.nvme_path for section in (optimizer, params) if section.device == "nvme"}
+    if None in disks:
+        raise ConfigError('the device "nvme" needs "nvme_path", a folder\n  fix: name one, or use the device "cpu"')
+    if len(disks) > 1:
+        raise ConfigError(f"offload_optimizer and offload_param name two folders: {', '.join(map(str, sorted(map(str, disks))))}\n  fix: one folder for both")
+    on += ["activations"] if checkpointing.cpu_checkpointing or config.compile.offload_activation else []
+    remat = bool(checkpointing.partition_activations or checkpointing.number_checkpoints or config.pipeline.activation_checkpoint_interval)
+    words = ["remat"] if remat else []
+    return words + ([f"offload({','.join(on)}{f',disk={disks.pop()}' if disks else ''})"] if on else [])
+
+
+def _optimizer(config: Config) -> tuple[str, Mapping[str, Any]] | None:
+    """The class that steps, by DeepSpeed's names or torch's, and its arguments by torch's."""
+    section = config.optimizer
+    if section is None:
+        return None
+    import torch
+
+    said = section.type
+    if said.lower() in ELSEWHERE:
+        raise ConfigError(f"optimizer.type {said!r} is not supported: {ELSEWHERE[said.lower()]}")
+    params = dict(section.params)
+    torch_adam, adam_w = params.pop("torch_adam", False), params.pop("adam_w_mode", True)
+    name = OPTIMIZERS.get(said.lower()) or next((n for n in dir(torch.optim) if n.lower() == said.lower() and n[0].isupper()), None)
+    if said.lower() == "adam" and (not adam_w):
+        name = "Adam"
+    if name is None or (not hasattr(torch.optim, name) and name != "Lion"):
+        from difflib import get_close_matches
+
+        known = [*OPTIMIZERS, *(n.lower() for n in dir(torch.optim) if n[0].isupper())]
+        near = get_close_matches(said.lower(), known, n=1)
+        raise ConfigError(f"unknown optimizer.type {said!r}{f': did you mean {near[0]!r}?' if near else ''}\n  known: {', '.join(sorted(set(OPTIMIZERS)))}, and any of torch.optim")
+    del torch_adam  # DeepSpeed's switch between its own kernels and torch's
+    for key, why in (("freeze_step", "1-bit"), ("cuda_aware", "1-bit"), ("comm_backend_name", "1-bit")):
+        if key in params:
+            raise ConfigError(f"optimizer.params.{key} belongs to {why} optimizers, which are not supported\n  fix: leave it out")
+    if params.pop("bias_correction", True) is False:
+        raise ConfigError("optimizer.params.bias_correction false is not supported: torch's Adam corrects its bias\n  fix: leave it out, or give an optimizer of your own")
+    clip = params.pop("max_grad_norm", None)
+    if clip is not None and "gradient_clipping" in config.model_fields_set and float(clip) != float(config.gradient_clipping):
+        raise ConfigError(f"optimizer.params.max_grad_norm is {clip} and gradient_clipping {config.gradient_clipping}\n  fix: gradient_clipping alone")
+    if "betas" in params:
+        params["betas"] = tuple(float(b) for b in params["betas"])
+    return name, {k: float(v) if k in ("lr", "eps", "weight_decay", "momentum") else v for k, v in params.items()}
+
+
+def _scheduler(config: Config) -> tuple[str, Mapping[str, Any]] | None:
+    section = config.scheduler
+    if section is None or section.type is None:
+        return None
+    if section.type not in SCHEDULERS:
+        import torch
+
+        if not hasattr(torch.optim.lr_scheduler, section.type):
+            raise ConfigError(f"unknown scheduler.type {section.type!r}\n  known: {', '.join(SCHEDULERS)}, and any of torch.optim.lr_scheduler")
+    return section.type, dict(section.params)
+
+
+def _scaling(config: Config) -> LossScaling | None:
+    f = config.fp16
+    if not f.enabled:
+        return None
+    return LossScaling(
+        float(f.loss_scale), 2.0 ** int(f.initial_scale_power), int(f.loss_scale_window), int(f.hysteresis), bool(f.consecutive_hysteresis), float(f.min_loss_scale)
+    )
+
+
+def _autos(section: Section, prefix: str) -> list[str]:
+    """Paths of the keys that are still ``auto``."""
+    out: list[str] = []
+    for name, info in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}{info.alias or name}"
+        if isinstance(value, Section):
+            out += _autos(value, f"{key}.")
+        elif isinstance(value, dict):
+            out += [f"{key}.{k}" for k, v in value.items() if v == AUTO]
+        elif value == AUTO:
+            out.append(key)
+    return out
+
+
+def _int(value: Any) -> int | None:
+    return None if value is None else int(value)

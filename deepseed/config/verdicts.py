@@ -1,0 +1,56 @@
+"""What becomes of every key that a config has: one row a key, in the order of the file."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any
+
+from deepseed.config.fields import Kind, Says, Section
+from deepseed.config.model import Config
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``key``: its path, ``zero_optimization.stage``."""
+
+    key: str
+    verdict: Kind
+    note: str = ""
+
+
+def verdicts(config: Config) -> list[Verdict]:
+    """A row for every key that was written; of a section whose keys have rows of their own, none unless it is rejected."""
+    return list(_rows(config, ""))
+
+
+def rejections(config: Config) -> list[Verdict]:
+    return [v for v in verdicts(config) if v.verdict == "rejected"]
+
+
+def _rows(section: Section, prefix: str) -> Iterator[Verdict]:
+    written = section.model_fields_set
+    for name, field in type(section).model_fields.items():
+        if name not in written:
+            continue
+        value = getattr(section, name)
+        key = f"{prefix}{field.alias or name}"
+        if isinstance(value, Section) and value.model_fields_set:
+            yield from _rows(value, f"{key}.")
+            continue
+        says = next((m for m in field.metadata if isinstance(m, Says)), None)
+        if says is None:
+            raise TypeError(f"{type(section).__name__}.{name} says nothing of itself")
+        kind, note = says.about(value)
+        yield Verdict(key, kind, note)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, UnionType, typing.Annotated):
+        return [s for each in typing.get_args(annotation) for s in sections_of(each)]
+    return []
