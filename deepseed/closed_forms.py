@@ -9,6 +9,7 @@ al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM 
 | Psi | bytes of all parameters on one device |
 | G | bytes of all gradients on one device |
 | Omega | bytes of the optimizer state on one device |
+| U | bytes of all parameters as they are used: Psi, or half of it where they are computed in 16 bits |
 | N | data-parallel ranks, times those that split the sequence |
 | t | tensor-parallel ranks, times those of a pipeline |
 | F | matmul flops of the step on one device |
@@ -27,7 +28,7 @@ from typing import Any
 
 import sympy
 
-Psi, G, Omega, N, t, F, T, h, k, s, L, m, S, p = sympy.symbols("Psi G Omega N t F T h k s L m S p", positive=True)
+Psi, G, Omega, U, N, t, F, T, h, k, s, L, m, S, p = sympy.symbols("Psi G Omega U N t F T h k s L m S p", positive=True)
 Expression = Any  # sympy carries no types
 
 
@@ -56,6 +57,20 @@ def data_volume(stage: int, microbatches: bool = False) -> Expression:
     ``microbatches``, m of them, stage 2 reduces the gradients of each, and stage 3 gathers the parameters for each, too."""
     each = m if microbatches else 1
     return (3 * each if stage == 3 else each + 1 if stage == 2 else 2) * Psi / t * (N - 1) / N
+
+
+def mixed_volume(stage: int, microbatches: bool = False) -> Expression:
+    """``data_volume`` where parameters are used, or gradients reduced, in another dtype than parameters are stored in: gradients are
+    reduced as they are, stage 3 gathers what is used, stages 1 and 2 what is stored."""
+    each = m if microbatches else 1
+    sent = {0: 2 * G, 1: G + Psi, 2: each * G + Psi, 3: each * (2 * U + G)}[stage]
+    return sent / t * (N - 1) / N
+
+
+def zero_bytes(stage: int) -> Expression:
+    """Parameters, gradients and Adam's state of one parameter in mixed precision, by the ZeRO paper (section 3.1): 2 + 2 + 12 bytes, of
+    which the stage divides the optimizer's (with the float32 copy), the gradients, the parameters."""
+    return {0: sympy.Integer(16), 1: 4 + 12 / N, 2: 2 + 14 / N, 3: 16 / N}[stage]
 
 
 def stage_volume() -> Expression:

@@ -177,9 +177,19 @@ def _means(
     grads = sum(step.types[name].nbytes for step in steps for name in gradients(step))
     return Sums(
         where, p.mesh.sizes.get(TIME, 1), p.schedule.stages if p.schedule is not None else 1, _whole(i.type for i in p.by_role("param")), grads,
-        _whole(i.type for i in p.by_role("state")), whole, sum(c.param_bytes for c in counted) / n, sum(c.grad_bytes for c in counted) / n,
+        _whole(i.type for i in p.by_role("state")), _used(p), whole, sum(c.param_bytes for c in counted) / n, sum(c.grad_bytes for c in counted) / n,
         sum(c.optimizer_bytes for c in counted) / n, sum(flops) / n, {a: b / n for a, b in sent.items()}, {a: b / n for a, b in state_of.items()},
     )  # fmt: skip
+
+
+def _used(p: Program) -> int:
+    """Bytes of the parameters in the dtypes in which forward and backward read them."""
+    total = 0
+    for i in p.by_role("param"):
+        users = [u for u in p.uses[i.name] if isinstance(u, Op) and u.phase != "update"]
+        cast = all(u.target == "cast" for u in users) and bool(users)
+        total += min([i.type.nbytes, *(u.type.nbytes for u in users if cast)])
+    return total
 
 
 def _sent_for_state(p: Program) -> Counter[str]:

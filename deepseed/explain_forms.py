@@ -35,6 +35,7 @@ class Sums:
     whole_params: int
     whole_grads: int
     whole_state: int
+    used_params: int  # bytes of all parameters as forward and backward use them
     whole_flops: int
     params: float
     grads: float
@@ -49,12 +50,14 @@ def closed(s: Sums, zero: int) -> Iterable[ClosedForm]:
     axes = list(dict.fromkeys(map(whole_axis, s.ranks.names)))
     shared = [axis for axis in axes if axis in BATCH_AXES and s.ranks.size(axis) > 1]
     n = prod(s.ranks.size(axis) for axis in shared)
-    known = {"Psi": s.whole_params, "G": s.whole_grads, "Omega": s.whole_state, "N": n, "t": s.ranks.ranks // n, "F": s.whole_flops, "m": s.microbatches}
-    volume = form.data_volume(zero, s.microbatches > 1)
+    known = {"Psi": s.whole_params, "G": s.whole_grads, "Omega": s.whole_state, "U": s.used_params, "N": n, "t": s.ranks.ranks // n, "F": s.whole_flops, "m": s.microbatches}
+    one = s.whole_params == s.used_params == s.whole_grads
+    volume = (form.data_volume if one else form.mixed_volume)(zero, s.microbatches > 1)
     rows: list[tuple[str, Any, float, str]] = [
         ("parameters", form.param_bytes(zero), s.params, "bytes"),
         ("gradients", form.grad_bytes(zero), s.grads, "bytes"),
         ("optimizer", form.optimizer_bytes(zero), s.state, "bytes"),
+        ("stored", form.param_bytes(zero) + form.grad_bytes(zero) + form.optimizer_bytes(zero), s.params + s.grads + s.state, "bytes"),
         ("matmuls", form.matmul_flops(), s.flops, "flops"),
     ]
     if SEQUENCE_AXIS in shared:

@@ -98,6 +98,9 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     inner = made - set(whole.results)
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
+    for unread in operands - arrived.keys():  # plays no part: what the group reads of the same type stands for it
+        alike = [v for v in arrived.values() if _alike(p.types[v], p.types[unread]) and p.types[v].layout != p.types[unread].layout]
+        arrived.update({unread: alike[0]} if alike else {})
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
     for name in operands - set(arrived):  # what the group does not read, of the memory in which it runs
         if (near := _nearby(p, name, position, ops[-1])) is not None:
@@ -124,6 +127,10 @@ def _nearby(p: Program, name: str, position: int, reader: Op) -> str | None:
     return None
 
 
+def _alike(a: Type, b: Type) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
 def _source(p: Program, name: str, operands: set[str]) -> str:
     """The operand that a value brings, in another layout maybe."""
     while name not in operands and name in p.producers and p.producers[name].target in _MOVES:
@@ -140,7 +147,7 @@ def _typed(p: Program, op: Op) -> Op | None:
     if any(t.host != host for t in operands):
         return None
     types = [p.types.get(r, t.on(host)) for r, t in zip(op.results, op.types, strict=True)]
-    if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in zip(types, op.types, strict=True)):
+    if not all(_alike(a, b) for a, b in zip(types, op.types, strict=True)):
         return None
     free = [n for n, r in enumerate(op.results) if r not in p.types]
     for axis in p.mesh.names if free else ():

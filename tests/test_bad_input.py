@@ -59,10 +59,11 @@ def test_more_ranks_than_any_dimension_has() -> None:
         made("zero1+dp2+tp32", example_batch=batch())
 
 
-def test_fp16_is_not_supported_yet() -> None:
-    for options in ({"plan": "zero1+dp2+fp16"}, {"plan": "zero1+dp2", "dtype": torch.float16}):
-        with refused(PlanError, "not yet supported by this version: fp16", "which needs loss scaling", "use bf16"):
-            made(**options)
+def test_precisions_that_contradict() -> None:
+    with refused(PlanError, "computes in bf16, dtype= says fp16", "fix: say it once"):
+        made("zero1+dp2+bf16", dtype=torch.float16)
+    with refused(PlanError, "gradients are made in fp32, and bf16 does not hold what fp32 does", "fix: grads(fp32)"):
+        made("zero1+dp2+fp32+grads(bf16)")
 
 
 def test_other_arguments() -> None:
