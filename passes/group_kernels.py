@@ -99,6 +99,8 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
+    if not _unread(p, operands, arrived, ops[0].type.host):
+        return None
     op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
     if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
         return None
@@ -107,6 +109,19 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
         return None
     last = ops[-1]
     return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
+
+
+def _unread(p: Program, operands: set[str], arrived: dict[str, str], host: bool) -> bool:
+    """Give the op a stand-in for each operand that lies in the other memory, because no member of the group reads it: what the op computes does
+    not depend on it, so any value of its type that the group reads will do. False: there is none."""
+    for name in sorted(operands - arrived.keys()):
+        t = p.types[name]
+        if t.host != host:
+            same = [other for source, other in arrived.items() if source in operands and (p.types[other].dtype, p.types[other].shape) == (t.dtype, t.shape)]
+            if not same:
+                return False
+            arrived[name] = same[0]
+    return True
 
 
 def _source(p: Program, name: str, operands: set[str]) -> str:
