@@ -2,8 +2,8 @@
 
 A view shares its base's storage (deepseed.rules.strides says which ops make views). A storage is freed after the last use of any value on it; parameters and optimizer state stay, and what is
 updated in place takes no second copy (deepseed.codegen.donation says which). What a collective reads stays until its
-``wait``. Attention's copies of keys and values that several query heads share, and of a mask of booleans, are counted; scratch space inside
-kernels and collectives (the blocks that gloo's reduce_scatter receives) is not. What lies on the host is counted apart: the peak is the device's.
+``wait``. Attention's copies of keys and values that several query heads share, and of a mask of booleans, are counted, and the words of a random draw; other scratch
+space inside kernels and collectives (the blocks that gloo's reduce_scatter receives) is not. What lies on the host is counted apart: the peak is the device's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.strides import Lying, contiguous, in_front
 
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
+WORDS = {"bernoulli": 2, "uniform": 2, "normal": 1}  # elements that share a random word
+DRAWN = 24 * 2**14  # bytes, at most, of the words that one block of a draw works on: counters, words and shifted words (deepseed.ops.rng)
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ class _Liveness:
                 self._free((*self.ending.pop(n, ()), *self.donation.dies.get(n, ())))
 
     def _scratch(self, op: Op) -> Sequence[int]:
-        """The storages that attention needs while it runs (deepseed.ops.attention): keys and values by query heads, in the backward their
-        gradients too, and a mask as numbers."""
-        if op.target not in ("sdpa", "sdpa_backward"):
-            return ()
+        """The storages that an op needs while it runs. A draw: a block of random words. Attention (deepseed.ops.attention): keys and values by
+        query heads, in the backward their gradients too, and a mask as numbers."""
         first = len(self.nbytes)
+        if op.target in WORDS:
+            self._new("", min(DRAWN, 24 * -(-prod(op.type.local(self.p.mesh)) // WORDS[op.target])))
+        if op.target not in ("sdpa", "sdpa_backward"):
+            return range(first, len(self.nbytes))
         q, k, v, *masks = (self.p.types[r.name] for r in op.refs[op.target == "sdpa_backward" :])
         heads, shared = q.local(self.p.mesh)[1], k.local(self.p.mesh)[1]
         if heads != shared:

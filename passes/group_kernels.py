@@ -98,13 +98,9 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     inner = made - set(whole.results)
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
-    for unread in operands - arrived.keys():  # plays no part: what the group reads of the same type stands for it
-        alike = [v for v in arrived.values() if _alike(p.types[v], p.types[unread]) and p.types[v].layout != p.types[unread].layout]
-        arrived.update({unread: alike[0]} if alike else {})
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
-    for name in operands - set(arrived):  # what the group does not read, of the memory in which it runs
-        if (near := _nearby(p, name, position, ops[-1])) is not None:
-            arrived[name] = near
+    if not _unread(p, operands, arrived, ops[0].type.host):
+        return None
     op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
     if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
         return None
@@ -115,16 +111,17 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
 
 
-def _nearby(p: Program, name: str, position: int, reader: Op) -> str | None:
-    """The copy of a value that a move brought, before ``position``, to the memory in which ``reader`` runs; None where it lies there."""
-    if p.types[name].host == reader.type.host:
-        return None
-    for op in reversed(p.ops[:position]):
-        if op.target == "wait" and (op.part, op.stage, op.type.host) == (reader.part, reader.stage, reader.type.host):
-            start = p.producers[op.refs[0].name]
-            if start.target in MEMORIES and start.refs[0].name == name:
-                return op.name
-    return None
+def _unread(p: Program, operands: set[str], arrived: dict[str, str], host: bool) -> bool:
+    """Give the op a stand-in for each operand that no member of the group reads: what the op computes does not depend on it, so any value of its type
+    that the group reads will do, and that one is there, in the op's memory and on its stage. False: there is none, and it lies in the other memory."""
+    for name in sorted(operands - arrived.keys()):
+        t = p.types[name]
+        alike = [other for source, other in arrived.items() if source in operands and _alike(p.types[other], t)]
+        if alike:
+            arrived[name] = alike[0]
+        elif t.host != host:
+            return False
+    return True
 
 
 def _alike(a: Type, b: Type) -> bool:

@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import deepseed
 from deepseed.ir.mesh import STAGES, Mesh
-from deepseed.ops import rng
 from deepseed.target import load
 
 warnings.filterwarnings("ignore")
@@ -161,7 +160,6 @@ def main(target: str, plan: str, folder: Path) -> None:
     found.model.zero_grad(set_to_none=True)
     step = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0)
     step(found.batch)
-    rng._counters.cache_clear()  # a table of fixed size, no state of the model
     gc.collect()
     param_storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in map(here, found.model.parameters())}
     batch = {here(t).untyped_storage().data_ptr() for t in (*found.batch.values(), *found.model.buffers())}

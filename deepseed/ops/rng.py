@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 Index = Sequence[Sequence[Sequence[int]]]
 
@@ -89,11 +88,13 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
     while flat_index and flat_index[-1][0] == flat_index[-1][2]:
         run *= flat_index.pop()[0]  # the shard is rows of ``run`` consecutive elements
     starts = _enumerate(flat_index, run, out.device)
-    if len(starts) == 1 and int(starts) % per_word == 0:
-        _fill_run(flat, key, int(starts) // per_word, per_word, draw)
+    words = -(-run // per_word)
+    if (len(starts) == 1 or words >= _BLOCK) and not (starts % per_word).any():
+        counters = _counters(min(_BLOCK, words), out.device)
+        for row, start in zip(flat.view(-1, run), starts.tolist(), strict=True):
+            _fill_run(row, key, start // per_word, per_word, counters, draw)
     elif run % per_word == 0:
-        words = run // per_word
-        rows = max(1, _BLOCK // words)
+        rows = _BLOCK // words
         counters = _counters(words, out.device)
         offsets = starts.div(per_word, rounding_mode="floor").mul_(_signed(GOLDEN))
         for at in range(0, len(starts), rows):
@@ -108,11 +109,9 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
             draw((block >> (g & 1).mul_(32)).to(torch.int32), flat[at * run : at * run + len(g)])
 
 
-def _fill_run(flat: Tensor, key: int | Tensor, first: int, per_word: int, draw: Callable[[Tensor, Tensor], object]) -> None:
-    """One row of consecutive elements that starts at word ``first``."""
-    counters = _counters(_BLOCK, flat.device)
-    block_words = min(_BLOCK, -(-len(flat) // per_word))
-    word, shifted = torch.empty(2, block_words, dtype=torch.int64, device=flat.device)
+def _fill_run(flat: Tensor, key: int | Tensor, first: int, per_word: int, counters: Tensor, draw: Callable[[Tensor, Tensor], object]) -> None:
+    """One row of consecutive elements that starts at word ``first``; ``counters``: of a block."""
+    word, shifted = torch.empty(2, len(counters), dtype=torch.int64, device=flat.device)
     for at in range(0, len(flat), _BLOCK * per_word):
         part = flat[at : at + _BLOCK * per_word]
         n = -(-len(part) // per_word)
@@ -133,11 +132,9 @@ def _mix(z: Tensor, temporary: Tensor | None = None) -> Tensor:
     return z
 
 
-@lru_cache(maxsize=64)
 def _counters(n: int, device: torch.device) -> Tensor:
-    """(c + 1) * golden for c < n: a table of the process, in no mode's account."""
-    with _disable_current_modes():
-        return torch.arange(1, n + 1, device=device).mul_(_signed(GOLDEN))
+    """(c + 1) * golden for c < n. Made for each draw: kept ones would be memory that a step holds and no rank's plan shows."""
+    return torch.arange(1, n + 1, device=device).mul_(_signed(GOLDEN))
 
 
 def _key(rng: Tensor, site: str) -> int | Tensor:

@@ -22,8 +22,8 @@ def main() -> None:
     rng = torch.tensor([1, 2])
     for n in (1 << 18, 1 << 21):
         x = torch.randn(n)
-        rows = [[(n // 128, None)], [(2, 1), (128, None)]]  # half of a split last dimension
-        odd = [[(n // 128, None)], [(128, None), (2, 1)]]  # every second element: one hash each
+        rows = [[(n // 128,)], [(2, 1, 1), (128,)]]  # half of a split last dimension
+        odd = [[(n // 128,)], [(128,), (2, 1, 1)]]  # every second element: one hash each
         cases: dict[str, Callable[[], object]] = {
             "F.dropout": lambda x=x: F.dropout(x, 0.1, True),  # type: ignore[misc]
             "dropout": lambda x=x, n=n: x * (bernoulli(rng, (n,), 0.9, "s", torch.float32) / 0.9),  # type: ignore[misc]
