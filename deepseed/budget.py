@@ -55,10 +55,11 @@ class Choice:
 
 def run_shared(
     p: Program, plan: Plan, arguments: Callable[[Plan], Arguments], *, check: bool = True, on_pass: Callable[[pipeline.Passed], None] | None = None,
-    hosted: Hosted | None = None, machine: Machine | None = None, passes: Sequence[Pass] = pipeline.SHARED,
+    hosted: Hosted | None = None, machine: Machine | None = None, passes: Sequence[Pass] | None = None,
 ) -> tuple[list[pipeline.Passed], Choice | None]:  # fmt: skip
     """The passes over a captured program that all ranks share, and what a budget in the plan has chosen. ``arguments``: of the passes under a plan.
     ``hosted``: whether an earlier program stores an input on the host. Raises PlanError where nothing fits the budget."""
+    passes = pipeline.SHARED if passes is None else passes
     if plan.budget is None:
         return pipeline.run(p, arguments(plan), passes, check=check, on_pass=on_pass), None
     head = pipeline.run(p, arguments(plan), passes[:BEHIND], check=check, on_pass=on_pass)
