@@ -208,7 +208,9 @@ class _Parts:
         out.lines += ["", "", "LANE = ("]
         out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in self.turns)]
         out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
-        out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(self.p.inputs)]
+        for n, i in enumerate(self.p.inputs):
+            if i.name in self.readers or i.name in self.to_the_end or i.name in self.donation.stored:  # another rank of the pipeline reads the others
+                out.lines.append(f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}")
         out.emit("}")
         out.emit("inputs.clear()")
         out.emit(f"m = [{{}} for _ in range({self.schedule.microbatches})]")

@@ -182,7 +182,7 @@ def explain(
     if html is not None:
         from deepseed.view import page, view
 
-        html.write_text(page(view(done[-1].program, found, ranks=ranks, title=target, plan=plan, machine=of)))
+        html.write_text(page(view(done[-1].program, found, ranks=ranks, title=target, plan=plan, machine=of, budget=said.budget)))
         return typer.echo(f"wrote {html} ({html.stat().st_size / 1024:.0f} KiB): open it in a browser")
     typer.echo(str(found))
     name = next((w.key for w in found.weights if w.use), found.weights[0].key if found.weights else "NODE").replace("*", "0")

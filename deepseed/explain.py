@@ -15,7 +15,7 @@ from typing import Any
 from deepseed import cost
 from deepseed.counts import is_collective, local_flops, matmul_flops, repeated, sent_bytes
 from deepseed.explain_forms import BATCH_AXES, ClosedForm, Sums, closed
-from deepseed.explain_moves import moved
+from deepseed.explain_moves import hidden, moved
 from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
@@ -37,7 +37,8 @@ CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what lea
 @dataclass(frozen=True)
 class RankBytes:
     """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once on the device,
-    ``host_bytes``: on the host; ``moved_bytes``: what a step moves between them, by kind."""
+    ``host_bytes``: on the host; ``moved_bytes``: what a step moves between them, by kind; ``moved_hidden``: the part of the time of that, from 0 to 1, in which
+    the rank computes, by kind, estimated."""
 
     rank: int
     coordinate: Mapping[str, int]
@@ -48,6 +49,7 @@ class RankBytes:
     peak_bytes: int
     host_bytes: int
     moved_bytes: Mapping[str, int]
+    moved_hidden: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def explain(
         raise ValueError(f"explain needs a program after lower_reshards; this one is {', '.join(sorted(p.facts)) or 'bare'}")
     steps = [unroll(p, lane).program for lane in range(len(p.schedule.lanes))] if p.schedule is not None else [p]
     where = ranks or ranks_of(p)
-    counted = [_rank_bytes(step) for step in steps]
+    counted = [replace(_rank_bytes(step), moved_hidden=said) for step, said in zip(steps, hidden(p, steps, machine or Machine()), strict=True)]
     full = max(range(len(steps)), key=lambda n: counted[n].peak_bytes)
     each = []
     for rank in range(where.ranks):  # shards are equal
@@ -152,7 +154,7 @@ def _rank_bytes(step: Program) -> RankBytes:
     params, state = [i.type for i in step.by_role("param")], [i.type for i in step.by_role("state")]
     found = memory(step)
     others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
-    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step))
+    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step), {})
 
 
 def _count_sends(p: Program, lane: int) -> tuple[CollectiveCount, ...]:

@@ -28,7 +28,7 @@ def lines(e: Explanation) -> Iterable[str]:
     yield f"  {'peak':16}{amount(max(r.peak_bytes for r in e.ranks)):>12}   at %{e.peak_at}"
     most = max(e.ranks, key=lambda r: (r.host_bytes, sum(r.moved_bytes.values())))
     if most.host_bytes:
-        moves = ", ".join(f"{kind} {amount(n)}" for kind, n in most.moved_bytes.items() if n)
+        moves = ", ".join(f"{kind} {amount(n)} ({most.moved_hidden[kind]:.0%} hidden)".replace("%", " %") for kind, n in most.moved_bytes.items() if n)
         yield f"  {'host':16}{amount(most.host_bytes):>12}   moved between host and device in a step: {moves or 'nothing'}"
     if e.collectives:
         yield ""

@@ -1,6 +1,6 @@
 // Memory, mesh, tables and the head of the page; and the start of all.
 // memory ------------------------------------------------------------------------------------------------------------
-const highest = Math.max(1, ...positions.map((p) => p.peak.bytes));
+const highest = Math.max(1, D.budget || 0, ...positions.map((p) => p.peak.bytes));
 function drawMemory() {
   const unit = 1024 ** Math.floor(Math.log(highest) / Math.log(1024)), by = [0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 4, 5, 10, 20, 50, 100, 200, 250].find((k) => highest / (k * unit) <= 4.4) * unit;
   positions.forEach((p, n) => {
@@ -25,6 +25,7 @@ function drawMemory() {
       if (up) html += `<path d="${up}${down}Z" fill="${css(`m${k}`)}"/>`;
     });
     if (p.peak.time >= state.t0 && p.peak.time <= state.t1) html += `<line class="peak" x1="${L}" x2="${w - RIGHT}" y1="${Y(p.peak.bytes)}" y2="${Y(p.peak.bytes)}"/><circle cx="${X(p.peak.time)}" cy="${Y(p.peak.bytes)}" r="3.5" fill="var(--ink)"/>`;
+    if (D.budget) html += `<line class="budget" x1="${L}" x2="${w - RIGHT}" y1="${Y(D.budget)}" y2="${Y(D.budget)}"/><text class="soft" x="${w - RIGHT}" y="${Y(D.budget) + 12}" text-anchor="end">budget ${bytes(D.budget)}</text>`;
     for (const t of ticks(state.t0, state.t1, Math.max(2, Math.floor((w - L) / 130)))) html += `<text class="soft" x="${X(t)}" y="${H - 4}" text-anchor="middle">${label(t)}</text>`;
     html += `<line class="cursor" style="display:none" y1="0" y2="${H - 18}"/>`;
     svg.style.height = `${H}px`;
@@ -89,6 +90,14 @@ function drawCollectives() {
     `<tr class="sum"><td>all</td><td></td><td class="n">${sum(rows.map((c) => c.count))}</td><td class="n">${bytes(sum(rows.map((c) => c.bytes)))}</td><td></td></tr>`]) : "<p>None: no rank talks to another within a stage.</p>";
 }
 
+function drawMoved() {
+  const own = positions[at[state.rank]], most = Math.max(1, ...own.moved.map((m) => m[1]));
+  $("s-moved").hidden = !positions.some((p) => p.host);
+  $("mover").textContent = `What rank ${state.rank} moves in a step, in both directions; its host holds ${bytes(own.host)} at most. Hidden: the part of the moves' time in which it computes, estimated.`;
+  $("moved").innerHTML = table(["what", "#bytes", "#hidden", ""], own.moved.map(([kind, n, part]) => row([kind, [bytes(n), "n"], [percent(part), "n"],
+    `<div class="bar"><i style="width:${((100 * n) / most).toFixed(1)}%;background:${css("a4")}"></i></div>`])));
+}
+
 // tables ------------------------------------------------------------------------------------------------------------
 const table = (heads, rows) => `<table><thead><tr>${heads.map((h) => `<th scope="col"${h[0] === "#" ? ' class="n"' : ""}>${h.replace(/^#/, "")}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table>`;
 const row = (cells) => `<tr>${cells.map((c) => (Array.isArray(c) ? `<td class="${c[1]}">${c[0]}</td>` : `<td>${c}</td>`)).join("")}</tr>`;
@@ -126,7 +135,7 @@ function front() {
   ];
   $("tiles").innerHTML = tiles.map(([k, v, more]) => `<div><dt>${k}</dt><dd>${esc(v)} <small>${esc(more)}</small></dd></div>`).join("");
   const there = new Set(positions.flatMap((p) => p.boxes.map((b) => b.kind))), kinds = ["forward", "backward", "weights", "update", "once"].filter((k) => there.has(k));
-  $("kinds").innerHTML = kinds.map((k) => `<li><i style="background:${css(k)}"></i>${k === "once" ? "once a step" : k}</li>`).join("") + (shape.strip ? talking.map((a) => `<li><i class="strip" style="background:${colour(a)}"></i>sent over ${a}</li>`).join("") : "")
+  $("kinds").innerHTML = kinds.map((k) => `<li><i style="background:${css(k)}"></i>${k === "once" ? "once a step" : k}</li>`).join("") + (shape.strip ? talking.map((a) => `<li><i class="strip" style="background:${colour(a)}"></i>${between.includes(a) ? `moved ${a.replace("_", " ")}` : `sent over ${a}`}</li>`).join("") : "")
     + (held > 0 ? '<li><i class="pale"></i>pale: waits for a collective</li>' : "");
   $("memory-kinds").innerHTML = D.kinds.map((k, j) => `<li><i style="background:${css(`m${j}`)}"></i>${k}</li>`).join("");
   $("lanes").setAttribute("aria-label", `timeline of one step, ${plural(ranks, "lane")}, ${seconds(step)}: ${positions.map((p) => `${named(p.ranks)} busy ${percent(sum(p.boxes.map((b) => b.end - b.start)) / step)}`).join("; ")}`);

@@ -17,6 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 from deepseed.explain import Explanation
+from deepseed.ir.collective import MEMORIES
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import Program
 from deepseed.meshes import ranks_of
@@ -28,9 +29,9 @@ SCRIPTS = ("view_numbers.js", "view_timeline.js", "view.js")
 DIGITS = 7  # of a time
 
 
-def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = "", plan: str = "", machine: Machine | None = None) -> dict[str, Any]:
+def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = "", plan: str = "", machine: Machine | None = None, budget: int | None = None) -> dict[str, Any]:
     """The figures of the page. ``p``: a lowered program, best the one that ranks run; ``e``: explain's answer about it; ``ranks``: the mesh of
-    the ranks, where it has an axis that the program's mesh has not (pp)."""
+    the ranks, where it has an axis that the program's mesh has not (pp); ``budget``: bytes of a device, where the plan says so."""
     machine = machine or Machine()
     lanes, crossing = staged(p, machine) if p.schedule is not None else ([straight(p, machine)], Crossing())
     where = ranks or ranks_of(p)
@@ -38,15 +39,17 @@ def view(p: Program, e: Explanation, *, ranks: Mesh | None = None, title: str = 
     positions = []
     for at, lane in enumerate(lanes):
         peak = max(lane.moments, key=lambda m: m.nbytes, default=Moment(0.0, "", {}))
+        here = [r for r in range(where.ranks) if where.coordinate(r).get(STAGES, 0) == at]
         positions.append({
-            "ranks": [r for r in range(where.ranks) if where.coordinate(r).get(STAGES, 0) == at],
+            "ranks": here,
             "boxes": [[b.label, b.kind, b.part, b.stage, b.microbatch, _r(b.start), _r(b.end), b.ops, bodies.setdefault(b.sent, len(bodies))] for b in lane.boxes],
             "memory": _columns(thinned(lane.moments, POINTS)), "collectives": _collectives(lane.boxes), "flops": lane.flops,
+            "host": e.ranks[here[0]].host_bytes, "moved": [[kind, n, round(e.ranks[here[0]].moved_hidden[kind], 4)] for kind, n in e.ranks[here[0]].moved_bytes.items() if n],
             "peak": {"bytes": peak.nbytes, "op": peak.op, "time": _r(peak.time), "live": {kind: peak.live.get(kind, 0) for kind in KINDS}},
         })  # fmt: skip
     s = p.schedule
     return {
-        "title": title, "plan": plan, "zero": e.zero, "mesh": [list(axis) for axis in where.axes], "machine": asdict(machine), "kinds": KINDS,
+        "title": title, "plan": plan, "zero": e.zero, "mesh": [list(axis) for axis in where.axes], "machine": asdict(machine), "kinds": KINDS, "budget": budget,
         "ranks": [where.coordinate(r) for r in range(where.ranks)], "positions": positions,
         "step": _r(max((box.end for lane in lanes for box in lane.boxes), default=0.0)),
         "bodies": [[[s.axis, s.target, _r(s.start), _r(s.end), s.nbytes, _r(s.held)] for s in body] for body in bodies],
@@ -88,7 +91,7 @@ def _collectives(boxes: Sequence[Box]) -> list[dict[str, Any]]:
     """Count and bytes of a rank's step, by axis and kind."""
     count: Counter[tuple[str, str]] = Counter()
     nbytes: Counter[tuple[str, str]] = Counter()
-    for s in (s for b in boxes for s in b.sent):
+    for s in (s for b in boxes for s in b.sent if f"{s.target}.start" not in MEMORIES):
         count[s.axis, s.target] += 1
         nbytes[s.axis, s.target] += s.nbytes
     return [{"axis": axis, "op": op, "count": n, "bytes": nbytes[axis, op]} for (axis, op), n in sorted(count.items())]

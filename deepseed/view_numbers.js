@@ -14,7 +14,8 @@ const ranks = D.ranks.length;
 const axes = D.mesh.map(([name]) => name);
 const whole = (axis) => axis.replace(/_\d+$/, "");
 const talking = [...new Set(positions.flatMap((p) => p.boxes.flatMap((b) => b.sent.map((s) => whole(s[0])))))].sort((a, b) => axes.indexOf(a) - axes.indexOf(b));
-const colour = (axis) => css(`a${Math.max(0, axes.filter((a) => a !== "pp").indexOf(whole(axis))) % 5}`);
+const between = ["to_host", "to_device"];  // moves of a rank's own, between its memories
+const colour = (axis) => between.includes(axis) ? css("a4") : css(`a${Math.max(0, axes.filter((a) => a !== "pp").indexOf(whole(axis))) % 5}`);
 const pp = D.schedule ? D.schedule.lanes : 1;
 
 // numbers -----------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ function choose(r, i = -1) {
     const p = positions[at[r]];
     tell([`rank ${r}`, [axes.length ? place(r) : "the only one", plural(p.boxes.length, "box").replace("boxs", "boxes"), `busy ${percent(sum(p.boxes.map((b) => b.end - b.start)) / step)} of the step`, `peak ${bytes(p.peak.bytes)}`]]);
   }
-  drawMesh(); drawHolds(); drawCollectives(); redraw();
+  drawMesh(); drawHolds(); drawCollectives(); drawMoved(); redraw();
 }
 function steer() {
   const view = $("scroll"), whole_ = $("timeline");

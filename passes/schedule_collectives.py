@@ -8,8 +8,9 @@ What splits a tensor or puts it together is done to save memory, which a bucket 
 second largest module of its kind, unless one tensor alone is larger. With one bucket in use and one on its way, no more is whole than the two largest modules.
 A move between host and device goes by itself. To the device it looks ahead as a weight's gather does, in the order of use; to the host it starts
 when its value is there, and no more of them are under way than one such bucket.
-In a looped program each part of each stage is scheduled by itself, and what is added up over microbatches is waited for when the next
-bucket of its kind starts, or the part ends.
+What is reduced is held whole until its wait. A gradient's first use is the norm of all, at the end, when every one would still be held: so what is reduced is
+waited for, and added up over microbatches where it is, when the next bucket of its kind starts.
+In a looped program each part of each stage is scheduled by itself, and nothing is under way when it ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
+REDUCING = ("all_reduce.start", "reduce_scatter.start")
 SPLITTING = ("all_gather.start", "reduce_scatter.start", *MEMORIES)
 ALONE = 1 / 16  # of a bucket: a tensor of this size goes by itself, packing it would cost more than a message
 Key = tuple[object, ...]
@@ -82,7 +84,7 @@ class _Schedule:
         ends = [op for op in p.ops if op.target in ("accumulate", TO_HOST) and op.refs[0].name in self.waits]
         self.sums = {op.refs[0].name: op for op in ends}  # what ends a value that arrives, by that: it is added up, or goes to the host
         self.leaving: list[tuple[Op, int]] = []  # moves to the host under way, and their bytes
-        self.adding: dict[Key, list[Op]] = {}  # sums whose bucket was started and not yet waited for
+        self.reducing: dict[Key, list[Op]] = {}  # of a bucket that was started and not yet waited for: its waits, or the sums of what arrives
         self.part = ""  # the part whose ops are emitted
         self.later: dict[str, list[Op]] = {}  # collectives of later parts whose operand is there, by part
 
@@ -113,21 +115,22 @@ class _Schedule:
         while True:
             for key in list(self.open):
                 self._flush(key)
-            for key in list(self.adding):
-                self._add_up(key)
+            for key in list(self.reducing):
+                self._reduced(key)
             while self.leaving:
                 self._left()
             for wait in waits:
                 self._need(wait)
-            if not self.open and not self.adding and not self.leaving:
+            if not self.open and not self.reducing and not self.leaving:
                 break
 
-    def _add_up(self, key: Key) -> None:
-        for op in self.adding.pop(key, ()):
-            if op.target == TO_HOST:
-                self._need(op.refs[0].name)
-            else:
+    def _reduced(self, key: Key) -> None:
+        """What was started last of a kind arrives, and is added up or goes to the host."""
+        for op in self.reducing.pop(key, ()):
+            if op.target == "accumulate":
                 self._emit(op)
+            else:
+                self._need(op.name if op.target == "wait" else op.refs[0].name)
 
     def _emit(self, op: Op) -> None:
         for ref in op.refs:
@@ -262,8 +265,9 @@ class _Schedule:
             self._leave(starts[0])
             return
         if starts:
-            self._add_up(key := self._key(starts[0]))
-            self.adding[key] = [self.sums[wait.name] for s in starts if (wait := self.wait_of[s.name]).name in self.sums]
+            self._reduced(key := self._key(starts[0]))
+            ends = [self.sums.get(self.wait_of[s.name].name, self.wait_of[s.name]) for s in starts]
+            self.reducing[key] = [op for op in ends if op.target != "wait" or starts[0].target in REDUCING]
         if len(starts) == 1:
             self.out.emit(starts[0])
         elif starts:

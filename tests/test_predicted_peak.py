@@ -15,9 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deepseed
+from deepseed import pipeline
 from deepseed.api import TrainStep
-from deepseed.plan import PlanError
+from deepseed.capture import capture
+from deepseed.memory import curve
+from deepseed.meshes import program_mesh
+from deepseed.plan import PlanError, parse_plan
 from deepseed.target import Target, load
+from deepseed.view_lanes import storage_kinds
 
 MODELS = (
     "hf:LlamaForCausalLM(num_hidden_layers=2,sequence_length=32)",
@@ -111,3 +116,17 @@ def test_the_predicted_peak_is_the_counted_one(case: Case) -> None:
 @given(cases())
 def test_two_hundred_predicted_peaks_are_the_counted_ones(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("plan", ["zero2+dp2", "zero3+dp2", "zero3+dp2+remat"])
+def test_shared_gradients_are_never_whole(plan: str) -> None:
+    """Of zero2 and zero3 a rank holds its part of the gradients, and whole those of the two largest modules: one bucket being made, one under way."""
+    found = load("hf:LlamaForCausalLM(num_hidden_layers=8)", meta=True)
+    parsed = parse_plan(plan)
+    captured = capture(found.model, found.batch, optimizer=torch.optim.AdamW(found.model.parameters()), clip_grad_norm=1.0).program
+    args = pipeline.arguments(program_mesh(captured, parsed, parsed.mesh()), parsed.stage, {}, plan=parsed)
+    p = pipeline.run(captured, args, pipeline.SHARED, check=False)[-1].program
+    kinds = {name: kind for name, kind in storage_kinds(p).items() if kind == "gradients"}
+    whole = [i.type.nbytes for i in p.by_role("param")]
+    most = max(row.get("gradients", 0) for row in curve(p, kinds | {"": "gradients"}))  # "": what was packed to be sent
+    assert sum(whole) / 2 <= most <= sum(whole) / 2 + 3 * max(whole) < 0.8 * sum(whole), (most, sum(whole), max(whole))

@@ -78,6 +78,31 @@ def test_the_figures_are_those_of_explain(plan: str) -> None:
     assert max(p["flops"] for p in f["positions"]) == e.matmul_flops
 
 
+@pytest.mark.parametrize("plan", ["zero1+dp2+offload(optimizer)", "zero3+dp2+pp2+mb2+offload(optimizer,params,activations)"])
+def test_what_is_moved_and_how_much_of_it_is_hidden(plan: str) -> None:
+    p, e, ranks = program(plan)
+    f = figures(plan)
+    for position in f["positions"]:
+        rank = e.ranks[position["ranks"][0]]
+        assert position["host"] == rank.host_bytes > 0
+        assert {kind: n for kind, n, _ in position["moved"]} == {kind: n for kind, n in rank.moved_bytes.items() if n}
+        assert "params" in rank.moved_hidden and rank.moved_hidden.keys() == {kind for kind, n in rank.moved_bytes.items() if n}
+        assert not any(c["op"] in ("to_host", "to_device") for c in position["collectives"])
+    slow = explain(p, zero=parse_plan(plan).stage, ranks=ranks, machine=Machine(host_link=1e6))
+    fast = explain(p, zero=parse_plan(plan).stage, ranks=ranks, machine=Machine(host_link=1e15, latency=1e-12))
+    for a, b, c in zip(slow.ranks, e.ranks, fast.ranks, strict=True):
+        assert a.moved_hidden["params"] <= b.moved_hidden["params"] <= c.moved_hidden["params"]
+        assert a.moved_hidden["params"] < 0.5
+    assert " % hidden)" in str(e)
+
+
+def test_a_budget_is_a_line_of_the_page() -> None:
+    p, e, ranks = program(PLANS[0])
+    assert view(p, e, ranks=ranks)["budget"] is None
+    made = view(p, e, ranks=ranks, budget=1 << 20)
+    assert made["budget"] == 1 << 20 and '"budget":1048576' in page(made)
+
+
 def test_the_mean_rank_of_a_pipeline_has_what_the_formula_says() -> None:
     _, e, _ = program(PLANS[1])
     rows = {c.what: (c.counted, c.expected) for c in e.closed_forms}

@@ -32,7 +32,7 @@ from typing import Any
 RANKED = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
           "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3")  # fmt: skip
 SINGLE = ("eager", "deepseed-single")
-EXTRA = ("deepspeed-zero0", "torch-compile")  # by name only
+EXTRA = ("deepspeed-zero0", "torch-compile", "fsdp2-offload", "deepseed-zero3+offload(optimizer)", "deepseed-zero3+offload(optimizer,params)")  # by name only
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
 CLIP = 1.0
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
@@ -296,12 +296,13 @@ def ddp(a: argparse.Namespace, engine: str, model: Any) -> Step:
 
 def fsdp2(a: argparse.Namespace, engine: str, model: Any) -> Step:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh("cpu", (a.ranks,))
+    policy = CPUOffloadPolicy(pin_memory=False) if engine.endswith("-offload") else OffloadPolicy()
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
     return loop(a, model, model)
 
 
