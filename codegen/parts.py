@@ -2,20 +2,23 @@
 
 ``v`` holds what lives as long as the step (inputs, what runs once, sums over microbatches), ``m`` what one microbatch leaves for its
 later parts; a value is taken out by the last function that reads it. ``mb`` is the number of the microbatch.
+
+A program with tangents has ``forward`` and ``backward`` in the place of ``step``: the lane is cut before the first part that depends on
+tangents. ``forward`` returns what the model shows, then ``v`` and ``m`` with what ``backward`` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import DTYPES, Source, assignment, listed
+from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Op, Program, Type
-from deepseed.ir.schedule import kind_of
+from deepseed.ir.program import GRADIENTS, Input, Op, Output, Program, Type
+from deepseed.ir.schedule import kind_of, loop_of
 from deepseed.ir.text import format_type
 
 Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, less for a receive on its own
@@ -51,6 +54,7 @@ class _Parts:
             self.functions.setdefault(where, _Function(name)).ops.append((n, op))
             self.at.append(where)
         self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
+        self.cut = first_backward(p)  # the loop with the first part of the second half
         self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
         self.readers: dict[str, list[Place]] = {}
         self._find_reads()
@@ -75,7 +79,7 @@ class _Parts:
             for ref in op.refs:
                 read(ref.name, self.at[n])
             for stored in writes.get(n, ()):
-                if kind_of(self.at[n][0]) == "once":
+                if kind_of(self.at[n][0]) == "once" and self._first_half(self.at[n][0]):
                     read(stored, self.at[n])
                     read(self.donation.stored[stored].ref.name, self.at[n])
                 else:
@@ -100,7 +104,10 @@ class _Parts:
             self._function(where, function)
             lines += ["", "", *function.lines]
         self.out.lines = []
-        self._step()
+        if self.cut:
+            self._halves()
+        else:
+            self._step()
         return "\n".join([*lines, *self.out.lines]) + "\n"
 
     def _function(self, where: Place, function: _Function) -> None:
@@ -156,7 +163,7 @@ class _Parts:
                 out.emit(f"v[{out.name(value + '.copy')!r}] = {out.name(value + '.copy')}")
             if value in here and self._kept(value):
                 out.emit(f"{'v' if value in self.steplong else 'm'}[{out.name(value)!r}] = {out.name(value)}")
-        if kind_of(op.part) == "once":
+        if kind_of(op.part) == "once" and n not in self.late:
             self.update.after(n)
         if dead := [out.name(v) for v in donation.dies.get(n, ()) if v in here]:
             out.emit(f"del {', '.join(dead)}")
@@ -204,27 +211,80 @@ class _Parts:
         return next((turn for turn in reversed(self.turns) if turn[0] in readers), None)
 
     def _step(self) -> None:
+        self._list("LANE", self.turns)
+        self._begin("step", self.p.inputs)
+        self._walk("LANE")
+        for stored in self._late_writes():
+            self._write(stored)
+        self.out.emit(f"return {listed([self._shown(o) for o in self.donation.returned])}")
+
+    def _list(self, name: str, turns: Sequence[tuple[Place, int]]) -> None:
+        self.out.lines += ["", "", f"{name} = ("]
+        self.out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in turns)]
+        self.out.lines += [")"]
+
+    def _begin(self, name: str, inputs: Sequence[Input]) -> None:
         out = self.out
-        out.lines += ["", "", "LANE = ("]
-        out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in self.turns)]
-        out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
-        out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(self.p.inputs)]
+        out.lines += ["", "", f"def {name}(rt, inputs):", "    v = {"]
+        out.lines += [f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}" for n, i in enumerate(inputs)]
         out.emit("}")
         out.emit("inputs.clear()")
         out.emit(f"m = [{{}} for _ in range({self.schedule.microbatches})]")
         for stored in (s for s, n in self.donation.written.items() if n == -1):
             self._write(stored)
-        out.emit("for part, mb in LANE:")
-        out.emit("    part(rt, v, m[mb], mb)")
-        for stored in (s for s, n in self.donation.written.items() if n in self.late):
-            self._write(stored)
+
+    def _walk(self, name: str) -> None:
+        self.out.emit(f"for part, mb in {name}:")
+        self.out.emit("    part(rt, v, m[mb], mb)")
         if any(op.target == "send" for op in self.p.ops):
-            out.emit("rt.flush()")
-        returned = []
-        for o in self.donation.returned:
-            name = o.ref.name + (".copy" if o.ref.name in self.donation.copied else "")
-            returned.append(self._joined(o.ref.name, f"v[{out.name(name)!r}]"))
-        out.emit(f"return {listed(returned)}")
+            self.out.emit("rt.flush()")
+
+    def _late_writes(self) -> Iterator[str]:
+        return (s for s, n in self.donation.written.items() if n in self.late)
+
+    def _shown(self, o: Output) -> str:
+        """What is returned for an output."""
+        name = o.ref.name + (".copy" if o.ref.name in self.donation.copied else "")
+        return self._joined(o.ref.name, f"v[{self.out.name(name)!r}]")
+
+    # two halves -------------------------------------------------------------------------------------------------------
+
+    def _first_half(self, part: str) -> bool:
+        """Whether a part runs before the caller has seen the outputs."""
+        return not self.cut or loop_of(part) < self.cut or (loop_of(part) == self.cut and kind_of(part) == "forward")
+
+    def _halves(self) -> None:
+        out, tangents = self.out, self.p.by_role("tangent")
+        first = [turn for turn in self.turns if self._first_half(turn[0][0])]
+        self._list("FORWARD", first)
+        self._list("BACKWARD", self.turns[len(first) :])
+        second = {value for value, readers in self.readers.items() if not all(self._first_half(part) for part, _ in readers)}
+        early, last = ([o for o in self.donation.returned if (o.role in GRADIENTS) == late] for late in (False, True))
+        second |= {o.ref.name for o in last}
+        assert self.turns[: len(first)] == first
+        kept = [v for v in (*(i.name for i in self.p.inputs if i not in tangents), *self.made) if v in self.steplong and v in second]
+        kept += [f"{v}.copy" for v in kept if v in self.donation.copied]
+        out.lines += ["", "", "KEPT = ("] + [f"    {line}" for line in _wrapped(f"{out.name(v)!r}," for v in kept)] + [")  # of what lives as long as the step"]
+        self._begin("forward", [i for i in self.p.inputs if i not in tangents])
+        self._walk("FORWARD")
+        for stored in self._late_writes():
+            new = self.donation.stored[stored].ref.name
+            if new in self.made and not self._first_half(self.made[new][0]):
+                raise CodegenError(f"stored {stored} would be written by the backward, which is not done: its new value %{new} depends on tangents")
+            if stored in second:
+                out.emit(f"{out.name(stored)} = v[{out.name(stored)!r}]", "the backward reads what it was")
+                out.emit(f"v[{out.name(stored)!r}] = {out.name(stored)}.clone()")
+                out.emit(f"{out.name(stored)}.copy_(v[{out.name(new)!r}])")
+            else:
+                self._write(stored)
+        out.emit(f"shown = {listed([self._shown(o) for o in early])}")
+        out.emit("return shown, ({name: v[name] for name in KEPT if name in v}, m)")
+        out.lines += ["", "", "def backward(rt, kept, tangents):"]
+        out.emit("v, m = kept")
+        out.emit(f"{listed([f'v[{out.name(i.name)!r}]' for i in tangents])} = tangents")
+        out.emit("tangents.clear()")
+        self._walk("BACKWARD")
+        out.emit(f"return {listed([self._shown(o) for o in last])}")
 
     def _write(self, stored: str) -> None:
         new = self.donation.stored[stored].ref.name
@@ -247,6 +307,13 @@ class _Parts:
             count += 1
             if _place(i.part, i.stage) in self.functions:
                 yield _place(i.part, i.stage), i.microbatch
+
+
+def first_backward(p: Program) -> int:
+    """The loop in which the second half of a program with tangents begins; 0 where there are none."""
+    assert p.schedule is not None
+    loops = [i.loop for lane in p.schedule.lanes for i in lane if i.kind in ("backward", "weights")]
+    return min(loops, default=p.schedule.loops) if p.by_role("tangent") else 0
 
 
 def _place(part: str, stage: int) -> Place:

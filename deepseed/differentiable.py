@@ -1,0 +1,163 @@
+"""A compiled model as a node of the user's autograd graph: forward and backward are the two halves of one placed program.
+
+What stands between them (losses, other models, an optimizer's step) is the user's. Each forward holds the values that its backward
+reads, and each backward uses them up. Gradients come in the layout in which their parameters are stored: DTensors under a process
+group, whole tensors in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from deepseed.build import RETURNED, Built, CompileError
+from deepseed.ir.mesh import TIME
+from deepseed.ir.program import GRADIENTS
+from deepseed.rules.lanes import home
+from deepseed.runtime.elsewhere import Elsewhere
+from deepseed.runtime.executable import Executable
+from deepseed.runtime.host import Host
+from deepseed.runtime.state import State, shard
+
+EARLY = tuple(role for role in RETURNED if role not in GRADIENTS)
+
+
+class Drop(nn.Module):
+    """An ``nn.Module`` that has the very tables of another one: parameters, buffers and submodules, by the same names, and its mode."""
+
+    model: nn.Module
+
+    def _be(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({table: model.__dict__[table] for table in ("_parameters", "_buffers", "_modules")})
+        self.__dict__.pop("training", None)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "model" in self.__dict__:
+            self.model.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        """What it has not itself is the model's: ``config``, ``get_input_embeddings``."""
+        if "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+@dataclass
+class Pass:
+    """One forward, and the one backward that may follow."""
+
+    host: Host
+    states: Sequence[State]
+    model: nn.Module
+    built: Built
+
+    def __post_init__(self) -> None:
+        self.halves = [e.halves() for e in self.built.executables]
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.versions = {name: _version(p) for name, p in self.parameters.items()}
+        self.done = False
+
+    def forward(self, given: Sequence[list[Tensor]]) -> dict[str, Tensor]:
+        """The model's outputs, whole, by key."""
+        results = self.host.run([h.forward for h in self.halves], given)
+        return {key: t for (role, key), t in self.built.returned(self.host, results, EARLY).items() if role == "output"}
+
+    def backward(self, tangents: Mapping[str, Tensor], towards: Sequence[str]) -> list[Tensor | None]:
+        """Gradients of the parameters that require grad, then of the batch entries ``towards``. Raises RuntimeError."""
+        self._check()
+        with self.host.together():
+            given = [self._tangents(e, state, tangents) for e, state in zip(self.built.executables, self.states, strict=True)]
+            results = self.host.run([h.backward for h in self.halves], given)
+            parts = self.built.parts(results, GRADIENTS)
+            shown = {o.key for o in self.built.program.outputs if o.role == "grad"}
+            found = [self._gradient(name, parts) if name in shown else None for name in self.parameters]
+            batch = self.built.returned(self.host, results, GRADIENTS) if towards else {}
+            return [*found, *(batch.get(("batch_grad", key)) for key in towards)]
+
+    def _check(self) -> None:
+        if self.done:
+            raise RuntimeError(
+                "backward a second time through one forward of a compiled module: what it reads is used up, retain_graph or not\n"
+                "  fix: add the losses up and call backward once, or call the module again"
+            )
+        for name, p in self.parameters.items():
+            if _version(p) != self.versions[name]:
+                raise RuntimeError(
+                    f"parameter {name!r} was changed in place between a forward and its backward, which reads it\n  fix: step the optimizer after backward, or call the module again"
+                )
+        self.done = True
+
+    def _tangents(self, e: Executable, state: State, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+        out = []
+        for i in (i for i in e.inputs if i.role == "tangent"):
+            type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
+            out.append(shard(tangents[i.key].detach(), type_, state.mesh, state.coordinate).to(self.host.device))
+        return out
+
+    def _gradient(self, name: str, parts: Sequence[Mapping[tuple[str, str], Tensor]]) -> Tensor | None:
+        """As the parameter lies; None where other ranks of the pipeline store it."""
+        p, key = self.parameters[name], ("grad", name)
+        o = next(o for o in self.built.program.outputs if (o.role, o.key) == key)
+        type_, at = self.built.program.types[o.ref.name], home(self.built.program, o.ref.name)
+        stored = self.states[0].types["param", name]
+        if self.host.backend == "simulate":
+            return self.host.whole([r.get(key) for r in parts], type_, at).to(p.dtype)
+        if (type_.layout, at) != (stored.layout, self.states[0].homes["param", name]):
+            raise CompileError(f"the gradient of {name!r} lies as {type_} on pipeline rank {at}, the parameter as {stored} on {self.states[0].homes['param', name]}")
+        if isinstance(p, Elsewhere):
+            return None
+        local = parts[0][key].to(p.dtype)
+        if isinstance(p, DTensor):
+            return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        return local
+
+
+def apply(run: Pass, given: Callable[[], Sequence[list[Tensor]]], settle: Callable[[], None], towards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's outputs by key, as results of ``run``'s parameters and of the batch entries ``towards``."""
+    keys: list[str] = []
+
+    def forward() -> list[Tensor]:
+        found = run.forward(given())
+        settle()
+        keys.extend(found)
+        own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers(), *towards.values()) if not isinstance(t, DTensor)}
+        return [t.clone() if t.untyped_storage().data_ptr() in own else t for t in found.values()]
+
+    def backward(tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        return run.backward(dict(zip(keys, tangents, strict=True)), list(towards))
+
+    differentiable = frozenset(run.built.captured.differentiable)
+    out = _Node.apply(forward, backward, lambda: [key in differentiable for key in keys], *run.parameters.values(), *towards.values())  # type: ignore[no-untyped-call]
+    return dict(zip(keys, out, strict=True))
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[[], list[Tensor]], backward: Any, which: Callable[[], list[bool]], *leaves: Tensor) -> tuple[Tensor, ...]:
+        out, ctx.run = forward(), backward
+        ctx.mark_non_differentiable(*[t for t, slope in zip(out, which(), strict=True) if not slope])
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *ctx.run(tangents))
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    return p._version, p._local_tensor._version if isinstance(p, DTensor) else 0
