@@ -17,11 +17,12 @@ from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignmen
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import GRADIENTS, Input, Op, Output, Program, Type
-from deepseed.ir.schedule import kind_of, loop_of
+from deepseed.ir.program import GRADIENTS, Input, Op, Output, Program, Type, after_tangents
+from deepseed.ir.schedule import kind_of, loop_of, order_of
 from deepseed.ir.text import format_type
 
-Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, less for a receive on its own
+Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, LATE or less as said there
+LATE = -2  # of a part that runs once: what waits for tangents, where the part itself does not; below it a receive on its own
 
 
 @dataclass
@@ -45,16 +46,21 @@ class _Parts:
         self.donation = Donation(p)
         self.update = Update(self.donation, self.out.name, self.out.emit)
         several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
+        self.cut = first_backward(p)  # the loop with the first part of the second half
+        waiting = after_tangents(p)
         self.functions: dict[Place, _Function] = {}
         self.at: list[Place] = []  # of each op
         for n, op in enumerate(p.ops):
             alone = op.kw("turns") is not None
-            where = (op.part, -2 - n) if alone else _place(op.part, op.stage)
-            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else f"_{self.out.name(op.name)}" if alone else "")
+            where = (op.part, LATE - 1 - n) if alone else _place(op.part, op.stage)
+            if kind_of(op.part) == "once" and op.name in waiting and self._first_half(where):
+                where = (op.part, LATE)
+                if op.target in ("send", "receive.start"):
+                    raise CodegenError(f"%{op.name} of {op.part} depends on tangents and goes to another stage\n  fix: a plan without mb or without pp")
+            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else f"_{self.out.name(op.name)}" if alone else "_late" if where[1] == LATE else "")
             self.functions.setdefault(where, _Function(name)).ops.append((n, op))
             self.at.append(where)
         self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
-        self.cut = first_backward(p)  # the loop with the first part of the second half
         self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
         self.readers: dict[str, list[Place]] = {}
         self._find_reads()
@@ -79,11 +85,13 @@ class _Parts:
             for ref in op.refs:
                 read(ref.name, self.at[n])
             for stored in writes.get(n, ()):
-                if kind_of(self.at[n][0]) == "once" and self._first_half(self.at[n][0]):
+                if kind_of(self.at[n][0]) == "once" and self._first_half(self.at[n]):
                     read(stored, self.at[n])
                     read(self.donation.stored[stored].ref.name, self.at[n])
                 else:
                     self.late.append(n)
+        for readers in self.readers.values():  # in the order in which they run
+            readers.sort(key=lambda where: (not self._first_half(where), where[1] != LATE))
 
     def _steplong(self, value: str) -> bool:
         made = self.made.get(value)
@@ -249,17 +257,19 @@ class _Parts:
 
     # two halves -------------------------------------------------------------------------------------------------------
 
-    def _first_half(self, part: str) -> bool:
-        """Whether a part runs before the caller has seen the outputs."""
-        return not self.cut or loop_of(part) < self.cut or (loop_of(part) == self.cut and kind_of(part) == "forward")
+    def _first_half(self, where: Place) -> bool:
+        """Whether something runs before the caller has seen the outputs."""
+        part, stage = where
+        return stage != LATE and (not self.cut or loop_of(part) < self.cut or (loop_of(part) == self.cut and kind_of(part) == "forward"))
 
     def _halves(self) -> None:
         out, tangents = self.out, self.p.by_role("tangent")
-        first = [turn for turn in self.turns if self._first_half(turn[0][0])]
+        first = [turn for turn in self.turns if self._first_half(turn[0])]
+        late = [(where, 0) for where in sorted(self.functions, key=lambda where: order_of(where[0])) if where[1] == LATE]
         self._list("FORWARD", first)
-        self._list("BACKWARD", self.turns[len(first) :])
-        second = {value for value, readers in self.readers.items() if not all(self._first_half(part) for part, _ in readers)}
-        early, last = ([o for o in self.donation.returned if (o.role in GRADIENTS) == late] for late in (False, True))
+        self._list("BACKWARD", [*late, *self.turns[len(first) :]])
+        second = {value for value, readers in self.readers.items() if not all(map(self._first_half, readers))}
+        early, last = ([o for o in self.donation.returned if (o.role in GRADIENTS) == there] for there in (False, True))
         second |= {o.ref.name for o in last}
         assert self.turns[: len(first)] == first
         kept = [v for v in (*(i.name for i in self.p.inputs if i not in tangents), *self.made) if v in self.steplong and v in second]
@@ -269,7 +279,7 @@ class _Parts:
         self._walk("FORWARD")
         for stored in self._late_writes():
             new = self.donation.stored[stored].ref.name
-            if new in self.made and not self._first_half(self.made[new][0]):
+            if new in self.made and not self._first_half(self.made[new]):
                 raise CodegenError(f"stored {stored} would be written by the backward, which is not done: its new value %{new} depends on tangents")
             if stored in second:
                 out.emit(f"{out.name(stored)} = v[{out.name(stored)!r}]", "the backward reads what it was")
@@ -295,8 +305,8 @@ class _Parts:
         """What the lane does, as place and microbatch: its instructions, and the receives that stand between them."""
         alone: dict[int, tuple[Place, int]] = {}
         for part, stage in self.functions:
-            if stage < -1:
-                turns = self.p.ops[-2 - stage].kw("turns")
+            if stage < LATE:
+                turns = self.p.ops[LATE - 1 - stage].kw("turns")
                 assert isinstance(turns, tuple)
                 alone.update((int(str(turn)), ((part, stage), microbatch)) for microbatch, turn in enumerate(turns))
         count = 0

@@ -28,7 +28,7 @@ from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
-from deepseed.differentiable import Drop, Pass, apply
+from deepseed.differentiable import Drop, Pass, apply, leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
@@ -70,7 +70,7 @@ def compile(
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
     With ``optimizer``: a ``TrainStep``; ``step(batch)`` does forward, backward, clipping and update, and returns the global
-    mean loss. Without: a ``Module``; ``compiled(batch)`` runs the forward, ``compiled.loss_and_grads(batch)`` both.
+    mean loss. Without: a ``Module``, called as the model is: ``loss.backward()`` goes through it, for any torch optimizer; ``loss_and_grads(batch)`` is both.
 
     model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
     several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
@@ -210,6 +210,7 @@ class _Compiled:
         DTensors under a process group. Every rank must call it."""
         if not full or not self.states:
             return dict(self.model.state_dict())
+        self._written()
         captured = self.programs.current().captured
         own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
         alias = captured.aliases
@@ -229,6 +230,7 @@ class _Compiled:
         kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
         CheckpointError on every rank where one fails; training can go on.
         """
+        self._written()
         checkpoint.save(self, dir, extra)
 
     @_together
@@ -237,6 +239,7 @@ class _Compiled:
         configuration if the model has one. max_shard_size: bytes of a file, at most, unless one tensor has more. No rank holds the model; every rank
         must call it, with one folder that all of them see. Whole or not at all, as ``save``. Raises CheckpointError on every rank.
         """
+        self._written()
         pretrained.save(self, dir, max_shard_size)
 
     @_together
@@ -299,6 +302,7 @@ class _Compiled:
         )
         if any(i.role != "state" for i in new):
             self.host.bind(self.model, self.states, self.optimizer is None)
+            leave(parameters, self.model)
         if come:
             self.host.settle(self.model, self.states)
         self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
@@ -326,6 +330,11 @@ class _Compiled:
             self._ready()
             self.programs.check_padding(found, self.states)
         return found
+
+    def _written(self) -> None:
+        """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
+        if self.states and self.optimizer is None:
+            self._ready()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -433,10 +442,7 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
     @_together
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in its own form, whole. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
-        batch = given(args, kwargs)
-        towards = {key: t for key, t in tensors(batch).items() if t.requires_grad} if torch.is_grad_enabled() else {}
-        through = bool(towards) or (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()))
-        found = self._find(batch, "module" if through else "forward", towards)
+        found, towards = self._search(given(args, kwargs))
         captured = found.built.captured
         if captured.differentiable:
             shown = apply(Pass(self.host, self.states, self.model, found.built), lambda: self._given(found), lambda: self._settle(found.built), towards)
@@ -444,6 +450,12 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
             shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
         self.steps += 1
         return captured.rebuild_output(shown)
+
+    def _search(self, batch: Any) -> tuple[Found, dict[str, Tensor]]:
+        """The program of a call, and the arguments towards which it is differentiated."""
+        towards = {key: t for key, t in tensors(batch).items() if t.requires_grad} if torch.is_grad_enabled() else {}
+        through = bool(towards) or (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()))
+        return self._find(batch, "module" if through else "forward", towards), towards
 
     @_together
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -453,6 +465,7 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
 
     @_together
     def compile(self, example_batch: Any) -> Module:
-        """Compile the forward for batches like this one (a mapping: keywords, a tuple: arguments), without running it."""
-        self._find(example_batch, "forward")
+        """Compile what a call with a batch like this one (a mapping: keywords, a tuple: arguments) runs, without running it. Under a process
+        group the parameters are DTensors from then on, for an optimizer."""
+        self._search(example_batch if isinstance(example_batch, Mapping | tuple | list) else (example_batch,))
         return self

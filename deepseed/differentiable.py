@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deepseed.build import RETURNED, Built, CompileError
 from deepseed.ir.mesh import TIME
@@ -32,11 +34,22 @@ class Drop(nn.Module):
     """An ``nn.Module`` that has the very tables of another one: parameters, buffers and submodules, by the same names, and its mode."""
 
     model: nn.Module
+    host: Host
+    states: list[State]
 
     def _be(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({table: model.__dict__[table] for table in ("_parameters", "_buffers", "_modules")})
         self.__dict__.pop("training", None)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's. Raises CompileError where they are not yet what they will be: under a process group, before the first program."""
+        if not self.states and self.host.backend != "simulate":
+            raise CompileError(
+                "parameters() before anything is compiled: each rank will hold its part of them, which is not cut yet\n"
+                "  fix: compile(..., example_batch=batch), or call the module once; then make the optimizer"
+            )
+        return super().named_parameters(*args, **kwargs)
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -157,6 +170,29 @@ class _Node(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, None, *ctx.run(tangents))
+
+
+def leave(before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Mark the parameters that others have replaced in ``model``: an optimizer that still has them is told so at its next step."""
+    now = dict(model.named_parameters())
+    for name, p in before.items():
+        if now[name] is not p:
+            p.__dict__["_left"] = name
+            _watch_optimizers()
+
+
+@cache
+def _watch_optimizers() -> None:
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if (name := p.__dict__.get("_left")) is not None:
+                    raise CompileError(
+                        f"{type(optimizer).__name__} holds parameter {name!r} as it was before the model was compiled; the module has a DTensor in its place\n"
+                        "  fix: compile(..., example_batch=batch) first, then make the optimizer over the compiled module's parameters()"
+                    )
+
+    register_optimizer_step_pre_hook(look)
 
 
 def _version(p: Tensor) -> tuple[int, int]:

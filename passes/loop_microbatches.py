@@ -15,7 +15,7 @@ from dataclasses import replace
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Builder, Op, Program, Ref, kept, params_only
+from deepseed.ir.program import Builder, Op, Program, Ref, after_tangents, kept, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
 DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
@@ -55,7 +55,7 @@ class _Loops:
         self.weights = params_only(p) - {i.name for i in p.inputs} - kept(p)
         self.looped = {op.name for op in p.ops if op.name not in self.weights and self._loops(op)}
         self.home = {r: op.name for op in p.ops for r in op.results}  # value -> the first result of its op
-        self.late = self._after_tangents()
+        self.late = after_tangents(p)
         self.parts: dict[str, tuple[str, ...]] = {}  # op -> where it runs, first to last
         self.out = Builder(p)
         self.named: dict[tuple[str, str], str] = {}  # (part, value) -> its name there; ("loop", value) in all parts of one loop
@@ -87,15 +87,6 @@ class _Loops:
                 late = op.phase == "backward" or any(kinds.get(self.home.get(r.name, "")) == "backward" for r in op.refs)
                 kinds[op.name] = "backward" if late else "forward"
         return kinds
-
-    def _after_tangents(self) -> set[str]:
-        """The ops that depend on tangents: they run when the caller has seen the outputs."""
-        values, late = {i.name for i in self.p.by_role("tangent")}, set[str]()
-        for op in self.p.ops:
-            if not values.isdisjoint([r.name for r in op.refs]):
-                values.update(op.results)
-                late.add(op.name)
-        return late
 
     def _ready(self) -> dict[str, int]:
         """Op -> the loop that it runs in, or follows, at the earliest: how many sums over microbatches it waits for."""

@@ -72,7 +72,7 @@ class Call:
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments of a call as a batch: a tuple, a mapping, or both."""
-    return Call(args, kwargs) if args and kwargs else args or kwargs
+    return Call(args, kwargs) if args and kwargs else kwargs or args
 
 
 def tensors(value: Any) -> dict[str, Tensor]:

@@ -253,6 +253,16 @@ class Builder:
         )
 
 
+def after_tangents(p: Program) -> set[str]:
+    """The ops that depend on tangents: they run when the caller has seen the outputs."""
+    values, ops = {i.name for i in p.by_role("tangent")}, set[str]()
+    for op in p.ops:
+        if not values.isdisjoint([ref.name for ref in op.refs]):
+            values.update(op.results)
+            ops.add(op.name)
+    return ops
+
+
 def params_only(p: Program) -> frozenset[str]:
     """Parameters, and values of the forward and backward that depend on parameters alone (casts, transposes)."""
     found = {i.name for i in p.inputs if i.role == "param"}

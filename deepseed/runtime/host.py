@@ -47,7 +47,7 @@ class Host(Protocol):
     def position(self, coordinate: Mapping[str, int]) -> int: ...
     def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
     def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor: ...
-    def bind(self, module: nn.Module, states: Sequence[State], same: bool = False) -> None: ...
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
@@ -113,7 +113,7 @@ class SimulatedHost:
         """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
         return gather(at_home(parts, self.mesh, home), type_, self.mesh.without(STAGES))
 
-    def bind(self, module: nn.Module, states: Sequence[State], same: bool = False) -> None:
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
         """One rank's tensors are the module's own; several ranks need a storage each."""
         if self.mesh.ranks == 1:
             states[0].bind(module)
@@ -223,9 +223,9 @@ class DistributedHost:
             self.rt.world.run(lambda: dist.broadcast(raw, source, group, async_op=True), f"a value of rank {source} over {STAGES}")
         return x
 
-    def bind(self, module: nn.Module, states: Sequence[State], same: bool = False) -> None:
-        """``same``: the module's parameters stay the objects that they are, so that an optimizer that has them has what becomes of them."""
-        states[0].bind(module, self.meshes, same)
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
+        """``alike``: where one parameter is a DTensor all are."""
+        states[0].bind(module, self.meshes, alike)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
         return None

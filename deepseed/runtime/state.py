@@ -264,13 +264,13 @@ class State:
             self.tensors[key], mesh, placements(type_, self.mesh.without(STAGES)), run_check=False, shape=torch.Size(type_.shape), stride=stride
         )
 
-    def bind(self, module: nn.Module, meshes: Sequence[DeviceMesh] = (), same: bool = False) -> None:
-        """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline. ``same``: each
-        parameter stays the object that it is, and where one is a DTensor all are: foreach optimizers and ``clip_grad_norm_`` take no mixture.
+    def bind(self, module: nn.Module, meshes: Sequence[DeviceMesh] = (), alike: bool = False) -> None:
+        """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline. ``alike``: where
+        one parameter is a DTensor all are: foreach optimizers and ``clip_grad_norm_`` take no mixture.
 
         A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
         placement or would copy it from the host to the device (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
-        mixed = same and any(role == "param" and t.layout != ir.REPLICATED for (role, _), t in self.types.items())
+        mixed = alike and any(role == "param" and t.layout != ir.REPLICATED for (role, _), t in self.types.items())
         for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
@@ -294,26 +294,13 @@ class State:
                 if whole and not old.is_meta:
                     old.data = value
                 else:
-                    if new is None:
-                        new = nn.Parameter(value, requires_grad=old.requires_grad)
-                        new = _in_place_of(old, new) if same else new
+                    new = nn.Parameter(value, requires_grad=old.requires_grad) if new is None else new
                     owner._parameters[name] = new
 
     def _shown_elsewhere(self, type_: Type, mesh: DeviceMesh) -> Tensor:
         """Its placements where DTensor has them; else whole, as these tell of other ranks only."""
         found = placements(type_, self.mesh.without(STAGES)) if shown(type_, self.mesh) else ()
         return Elsewhere.like(type_.shape, _torch_dtype(type_.dtype), mesh, found or [Replicate()] * mesh.ndim)
-
-
-def _in_place_of(old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
-    """``old``, which has become ``new``. Raises StateError where something else holds its memory."""
-    try:
-        torch.utils.swap_tensors(old, new)
-    except RuntimeError as error:
-        raise StateError(
-            f"a parameter {list(old.shape)} cannot become a DTensor: {error}\n  fix: drop the losses and outputs that were computed from it before it was compiled"
-        ) from error
-    return old
 
 
 def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) -> dict[Key, Tensor]:
