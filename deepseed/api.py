@@ -28,7 +28,7 @@ from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
-from deepseed.differentiable import Drop, Pass, apply, leave
+from deepseed.differentiable import Drop, Pass, apply, check_rows, leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
@@ -343,11 +343,11 @@ class _Compiled:
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
 
-    def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
-        """One step; the returned outputs whole, by role and key."""
+    def _run(self, found: Found, local: bool = False) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key. ``local``: what is split by rows over dp stays so."""
         results = self.host.run(found.built.executables, self._given(found))
         self._settle(found.built)
-        return found.built.returned(self.host, results)
+        return found.built.returned(self.host, results, local=local)
 
     def _given(self, found: Found) -> list[list[Tensor]]:
         """What each hosted rank's executable is called with, tangents aside."""
@@ -441,13 +441,15 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
 
     @_together
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output in its own form, whole. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
-        found, towards = self._search(given(args, kwargs))
-        captured = found.built.captured
+        """The model's output in its own form: whole, or with ``batch="local"`` this rank's rows. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
+        found, towards = self._search(batch := given(args, kwargs))
+        captured, local = found.built.captured, self.programs.subject.local and self.mesh.sizes.get("dp", 1) > 1
+        if local:
+            check_rows(batch, found, self.mesh.sizes["dp"])
         if captured.differentiable:
-            shown = apply(Pass(self.host, self.states, self.model, found.built), lambda: self._given(found), lambda: self._settle(found.built), towards)
+            shown = apply(Pass(self.host, self.states, self.model, found.built, local), lambda: self._given(found), lambda: self._settle(found.built), towards)
         else:
-            shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
+            shown = {key: t for (role, key), t in self._run(found, local).items() if role == "output"}
         self.steps += 1
         return captured.rebuild_output(shown)
 
@@ -464,7 +466,7 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
         return shown["loss", "loss"], self._gradients(shown)
 
     @_together
-    def compile(self, example_batch: Any) -> Module:
+    def compile(self, example_batch: Any) -> Module:  # type: ignore[override]
         """Compile what a call with a batch like this one (a mapping: keywords, a tuple: arguments) runs, without running it. Under a process
         group the parameters are DTensors from then on, for an optimizer."""
         self._search(example_batch if isinstance(example_batch, Mapping | tuple | list) else (example_batch,))

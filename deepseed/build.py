@@ -15,7 +15,7 @@ from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.amounts import format_bytes
-from deepseed.ir.layout import Layout
+from deepseed.ir.layout import Layout, Split
 from deepseed.ir.mesh import STAGES
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
@@ -60,13 +60,21 @@ class Built:
         return tuple(name for p in self.passes for name in p.unproved)
 
 
-    def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED) -> dict[tuple[str, str], Tensor]:
-        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them."""
+    def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED, local: bool = False) -> dict[tuple[str, str], Tensor]:
+        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them.
+        ``local``: what is split by rows over dp stays so."""
         p, parts = self.program, self.parts(results, roles)
         return {
-            (o.role, o.key): host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name))
+            (o.role, o.key): host.whole(
+                [r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name), "dp" if local and self.by_rows(o.ref.name) else ""
+            )
             for o in p.outputs if o.role in roles
         }  # fmt: skip
+
+    def by_rows(self, value: str) -> bool:
+        """Whether each data-parallel rank has its own rows of a value."""
+        element = self.program.types[value].layout.on("dp")
+        return isinstance(element, Split) and element.dim == 0
 
     def parts(self, results: Sequence[Sequence[Tensor]], roles: Collection[str]) -> list[dict[tuple[str, str], Tensor]]:
         """The same as each executable returned it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from small import WORDS, small
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -118,7 +119,46 @@ def train_small(plan: str, **options: Any) -> dict[str, float]:
     g = torch.Generator().manual_seed(3)
     batches = [(ids[torch.randperm(len(ids), generator=g)], labels) for _ in range(3)]
     clip = None if "pp" in plan else 0.5
-    return beside(module(model, plan, example_batch=batches[0][0], **options), theirs, tokens, batches, clip=clip)
+    return beside(module(model, plan, example_batch=batches[0][0], **options), theirs, tokens, batches, sgd, clip)
+
+
+def own_rows(plan: str) -> dict[str, float]:
+    """Each rank its own rows, which the eager loop sees one part after another: the mean of the parts' losses is what is differentiated."""
+    model, rank, count = Mlp(), dist.get_rank(), dist.get_world_size()
+    theirs, batches = copy.deepcopy(model), pairs(3, 4 * count)
+    ours = module(model, plan, batch="local", example_batch=(batches[0][0][4 * rank : 4 * rank + 4],))
+    optimizers = [adamw(m.parameters()) for m in (ours, theirs)]
+    worst = dict.fromkeys(("loss", "grad", "param", "input"), 0.0)
+
+    def note(what: str, a: Tensor | None, b: Tensor | None) -> None:
+        worst[what] = max(worst[what], error(a, b))
+
+    for x, y in batches:
+        parts = [(a.clone().requires_grad_(), b) for a, b in zip(x.split(4), y.split(4), strict=True)]
+        losses = [mse(theirs, part).sqrt() for part in parts]
+        torch.stack(losses).mean().backward()
+        mine = x[4 * rank : 4 * rank + 4].clone().requires_grad_()
+        out = ours(mine)
+        assert out.shape == (4, 4)
+        loss = F.mse_loss(out, y[4 * rank : 4 * rank + 4]).sqrt()
+        loss.backward()
+        note("loss", loss, losses[rank])
+        note("input", mine.grad, parts[rank][0].grad * count)  # of the rank's own loss
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            note("grad", p.grad, q.grad)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            note("param", p, q)
+    with torch.no_grad():
+        assert ours(batches[0][0][4 * rank : 4 * rank + 4]).shape == (4, 4)
+    return worst
+
+
+def local_on_ranks(plans: Sequence[str]) -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    return {plan: own_rows(plan) for plan in plans}
 
 
 def on_ranks(plans: Sequence[str]) -> dict[str, dict[str, float]]:
