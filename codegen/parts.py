@@ -2,23 +2,27 @@
 
 ``v`` holds what lives as long as the step (inputs, what runs once, sums over microbatches), ``m`` what one microbatch leaves for its
 later parts; a value is taken out by the last function that reads it. ``mb`` is the number of the microbatch.
+
+A program with tangents has ``forward`` and ``backward`` in the place of ``step``: the lane is cut before the first part that depends on
+tangents. ``forward`` returns what the model shows, then ``v`` and ``m`` with what ``backward`` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.expressions import DTYPES, Source, assignment, listed
+from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Op, Program, Type
-from deepseed.ir.schedule import kind_of
+from deepseed.ir.program import GRADIENTS, Input, Op, Output, Program, Type, after_tangents
+from deepseed.ir.schedule import kind_of, loop_of, order_of
 from deepseed.ir.text import format_type
 
-Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, less for a receive on its own
+Place = tuple[str, int]  # a part and its stage; -1 where one function serves all stages of the lane, LATE or less as said there
+LATE = -2  # of a part that runs once: what waits for tangents, where the part itself does not; below it a receive on its own
 
 
 @dataclass
@@ -42,12 +46,18 @@ class _Parts:
         self.donation = Donation(p)
         self.update = Update(self.donation, self.out.name, self.out.emit)
         several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
+        self.cut = first_backward(p)  # the loop with the first part of the second half
+        waiting = after_tangents(p)
         self.functions: dict[Place, _Function] = {}
         self.at: list[Place] = []  # of each op
         for n, op in enumerate(p.ops):
             alone = op.kw("turns") is not None
-            where = (op.part, -2 - n) if alone else _place(op.part, op.stage)
-            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else f"_{self.out.name(op.name)}" if alone else "")
+            where = (op.part, LATE - 1 - n) if alone else _place(op.part, op.stage)
+            if kind_of(op.part) == "once" and op.name in waiting and self._first_half(where):
+                where = (op.part, LATE)
+                if op.target in ("send", "receive.start"):
+                    raise CodegenError(f"%{op.name} of {op.part} depends on tangents and goes to another stage\n  fix: a plan without mb or without pp")
+            name = op.part.replace(".", "_") + (f"_s{op.stage}" if several and where[1] >= 0 else f"_{self.out.name(op.name)}" if alone else "_late" if where[1] == LATE else "")
             self.functions.setdefault(where, _Function(name)).ops.append((n, op))
             self.at.append(where)
         self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
@@ -75,11 +85,13 @@ class _Parts:
             for ref in op.refs:
                 read(ref.name, self.at[n])
             for stored in writes.get(n, ()):
-                if kind_of(self.at[n][0]) == "once":
+                if kind_of(self.at[n][0]) == "once" and self._first_half(self.at[n]):
                     read(stored, self.at[n])
                     read(self.donation.stored[stored].ref.name, self.at[n])
                 else:
                     self.late.append(n)
+        for readers in self.readers.values():  # in the order in which they run
+            readers.sort(key=lambda where: (not self._first_half(where), where[1] != LATE))
 
     def _steplong(self, value: str) -> bool:
         made = self.made.get(value)
@@ -100,7 +112,10 @@ class _Parts:
             self._function(where, function)
             lines += ["", "", *function.lines]
         self.out.lines = []
-        self._step()
+        if self.cut:
+            self._halves()
+        else:
+            self._step()
         return "\n".join([*lines, *self.out.lines]) + "\n"
 
     def _function(self, where: Place, function: _Function) -> None:
@@ -156,7 +171,7 @@ class _Parts:
                 out.emit(f"v[{out.name(value + '.copy')!r}] = {out.name(value + '.copy')}")
             if value in here and self._kept(value):
                 out.emit(f"{'v' if value in self.steplong else 'm'}[{out.name(value)!r}] = {out.name(value)}")
-        if kind_of(op.part) == "once":
+        if kind_of(op.part) == "once" and n not in self.late:
             self.update.after(n)
         if dead := [out.name(v) for v in donation.dies.get(n, ()) if v in here]:
             out.emit(f"del {', '.join(dead)}")
@@ -204,11 +219,22 @@ class _Parts:
         return next((turn for turn in reversed(self.turns) if turn[0] in readers), None)
 
     def _step(self) -> None:
+        self._list("LANE", self.turns)
+        self._begin("step", self.p.inputs)
+        self._walk("LANE")
+        for stored in self._late_writes():
+            self._write(stored)
+        self.out.emit(f"return {listed([self._shown(o) for o in self.donation.returned])}")
+
+    def _list(self, name: str, turns: Sequence[tuple[Place, int]]) -> None:
+        self.out.lines += ["", "", f"{name} = ("]
+        self.out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in turns)]
+        self.out.lines += [")"]
+
+    def _begin(self, name: str, inputs: Sequence[Input]) -> None:
         out = self.out
-        out.lines += ["", "", "LANE = ("]
-        out.lines += [f"    {line}" for line in _wrapped(f"({self.functions[place].name}, {microbatch})," for place, microbatch in self.turns)]
-        out.lines += [")", "", "", "def step(rt, inputs):", "    v = {"]
-        for n, i in enumerate(self.p.inputs):
+        out.lines += ["", "", f"def {name}(rt, inputs):", "    v = {"]
+        for n, i in enumerate(inputs):
             if i.name in self.readers or i.name in self.to_the_end or i.name in self.donation.stored:  # another rank of the pipeline reads the others
                 out.lines.append(f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}")
         out.emit("}")
@@ -216,17 +242,61 @@ class _Parts:
         out.emit(f"m = [{{}} for _ in range({self.schedule.microbatches})]")
         for stored in (s for s, n in self.donation.written.items() if n == -1):
             self._write(stored)
-        out.emit("for part, mb in LANE:")
-        out.emit("    part(rt, v, m[mb], mb)")
-        for stored in (s for s, n in self.donation.written.items() if n in self.late):
-            self._write(stored)
+
+    def _walk(self, name: str) -> None:
+        self.out.emit(f"for part, mb in {name}:")
+        self.out.emit("    part(rt, v, m[mb], mb)")
         if any(op.target == "send" for op in self.p.ops):
-            out.emit("rt.flush()")
-        returned = []
-        for o in self.donation.returned:
-            name = o.ref.name + (".copy" if o.ref.name in self.donation.copied else "")
-            returned.append(self._joined(o.ref.name, f"v[{out.name(name)!r}]"))
-        out.emit(f"return {listed(returned)}")
+            self.out.emit("rt.flush()")
+
+    def _late_writes(self) -> Iterator[str]:
+        return (s for s, n in self.donation.written.items() if n in self.late)
+
+    def _shown(self, o: Output) -> str:
+        """What is returned for an output."""
+        name = o.ref.name + (".copy" if o.ref.name in self.donation.copied else "")
+        return self._joined(o.ref.name, f"v[{self.out.name(name)!r}]")
+
+    # two halves -------------------------------------------------------------------------------------------------------
+
+    def _first_half(self, where: Place) -> bool:
+        """Whether something runs before the caller has seen the outputs."""
+        part, stage = where
+        return stage != LATE and (not self.cut or loop_of(part) < self.cut or (loop_of(part) == self.cut and kind_of(part) == "forward"))
+
+    def _halves(self) -> None:
+        out, tangents = self.out, self.p.by_role("tangent")
+        first = [turn for turn in self.turns if self._first_half(turn[0])]
+        late = [(where, 0) for where in sorted(self.functions, key=lambda where: order_of(where[0])) if where[1] == LATE]
+        self._list("FORWARD", first)
+        self._list("BACKWARD", [*late, *self.turns[len(first) :]])
+        second = {value for value, readers in self.readers.items() if not all(map(self._first_half, readers))}
+        early, last = ([o for o in self.donation.returned if (o.role in GRADIENTS) == there] for there in (False, True))
+        second |= {o.ref.name for o in last}
+        assert self.turns[: len(first)] == first
+        kept = [v for v in (*(i.name for i in self.p.inputs if i not in tangents), *self.made) if v in self.steplong and v in second]
+        kept += [f"{v}.copy" for v in kept if v in self.donation.copied]
+        out.lines += ["", "", "KEPT = ("] + [f"    {line}" for line in _wrapped(f"{out.name(v)!r}," for v in kept)] + [")  # of what lives as long as the step"]
+        self._begin("forward", [i for i in self.p.inputs if i not in tangents])
+        self._walk("FORWARD")
+        for stored in self._late_writes():
+            new = self.donation.stored[stored].ref.name
+            if new in self.made and not self._first_half(self.made[new]):
+                raise CodegenError(f"stored {stored} would be written by the backward, which is not done: its new value %{new} depends on tangents")
+            if stored in second:
+                out.emit(f"{out.name(stored)} = v[{out.name(stored)!r}]", "the backward reads what it was")
+                out.emit(f"v[{out.name(stored)!r}] = {out.name(stored)}.clone()")
+                out.emit(f"{out.name(stored)}.copy_(v[{out.name(new)!r}])")
+            else:
+                self._write(stored)
+        out.emit(f"shown = {listed([self._shown(o) for o in early])}")
+        out.emit("return shown, ({name: v[name] for name in KEPT if name in v}, m)")
+        out.lines += ["", "", "def backward(rt, kept, tangents):"]
+        out.emit("v, m = kept")
+        out.emit(f"{listed([f'v[{out.name(i.name)!r}]' for i in tangents])} = tangents")
+        out.emit("tangents.clear()")
+        self._walk("BACKWARD")
+        out.emit(f"return {listed([self._shown(o) for o in last])}")
 
     def _write(self, stored: str) -> None:
         new = self.donation.stored[stored].ref.name
@@ -237,8 +307,8 @@ class _Parts:
         """What the lane does, as place and microbatch: its instructions, and the receives that stand between them."""
         alone: dict[int, tuple[Place, int]] = {}
         for part, stage in self.functions:
-            if stage < -1:
-                turns = self.p.ops[-2 - stage].kw("turns")
+            if stage < LATE:
+                turns = self.p.ops[LATE - 1 - stage].kw("turns")
                 assert isinstance(turns, tuple)
                 alone.update((int(str(turn)), ((part, stage), microbatch)) for microbatch, turn in enumerate(turns))
         count = 0
@@ -249,6 +319,13 @@ class _Parts:
             count += 1
             if _place(i.part, i.stage) in self.functions:
                 yield _place(i.part, i.stage), i.microbatch
+
+
+def first_backward(p: Program) -> int:
+    """The loop in which the second half of a program with tangents begins; 0 where there are none."""
+    assert p.schedule is not None
+    loops = [i.loop for lane in p.schedule.lanes for i in lane if i.kind in ("backward", "weights")]
+    return min(loops, default=p.schedule.loops) if p.by_role("tangent") else 0
 
 
 def _place(part: str, stage: int) -> Place:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -23,10 +23,12 @@ from deepseed import checkpoint, pretrained
 from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
+from deepseed.capture.batch import given, tensors
 from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
 from deepseed.capture.step import Want
+from deepseed.differentiable import Drop, Pass, apply, check_rows, leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.ir.mesh import TIME, Mesh
@@ -68,7 +70,7 @@ def compile(
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
     With ``optimizer``: a ``TrainStep``; ``step(batch)`` does forward, backward, clipping and update, and returns the global
-    mean loss. Without: a ``Module``; ``compiled(batch)`` runs the forward, ``compiled.loss_and_grads(batch)`` both.
+    mean loss. Without: a ``Module``, called as the model is: ``loss.backward()`` goes through it, for any torch optimizer; ``loss_and_grads(batch)`` is both.
 
     model: an ``nn.Module`` or a ``torch.export.ExportedProgram``. optimizer: over the model's parameters, or a list of
     several, each over its own; ``lr`` is read at every step, so schedulers work unchanged. loss_fn: ``loss_fn(model, batch)``, else the model's own ``.loss``.
@@ -208,6 +210,7 @@ class _Compiled:
         DTensors under a process group. Every rank must call it."""
         if not full or not self.states:
             return dict(self.model.state_dict())
+        self._written()
         captured = self.programs.current().captured
         own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
         alias = captured.aliases
@@ -227,6 +230,7 @@ class _Compiled:
         kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
         CheckpointError on every rank where one fails; training can go on.
         """
+        self._written()
         checkpoint.save(self, dir, extra)
 
     @_together
@@ -235,6 +239,7 @@ class _Compiled:
         configuration if the model has one. max_shard_size: bytes of a file, at most, unless one tensor has more. No rank holds the model; every rank
         must call it, with one folder that all of them see. Whole or not at all, as ``save``. Raises CheckpointError on every rank.
         """
+        self._written()
         pretrained.save(self, dir, max_shard_size)
 
     @_together
@@ -296,7 +301,8 @@ class _Compiled:
             built.captured, parameters={}, buffers={}, state={k: replace(slot, existing=None) for k, slot in built.captured.state.items()}
         )
         if any(i.role != "state" for i in new):
-            self.host.bind(self.model, self.states)
+            self.host.bind(self.model, self.states, self.optimizer is None)
+            leave(parameters, self.model)
         if come:
             self.host.settle(self.model, self.states)
         self._python |= {key: slot.python for key, slot in built.captured.state.items() if slot.python}
@@ -310,20 +316,25 @@ class _Compiled:
 
     # programs -------------------------------------------------------------------------------------------------------
 
-    def _find(self, batch: Any, want: Want) -> Found:
+    def _find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
             raise CompileError(
                 "called inside of torch.autocast, which a compiled program does not ask for\n"
                 "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
             )
-        found = self.programs.find(batch, want)
+        found = self.programs.find(batch, want, towards)
         if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
         if found.unchecked is not None and found.built.adopted:
             self._ready()
             self.programs.check_padding(found, self.states)
         return found
+
+    def _written(self) -> None:
+        """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
+        if self.states and self.optimizer is None:
+            self._ready()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -332,8 +343,14 @@ class _Compiled:
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
 
-    def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
-        """One step; the returned outputs whole, by role and key."""
+    def _run(self, found: Found, local: bool = False) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key. ``local``: what is split by rows over dp stays so."""
+        results = self.host.run(found.built.executables, self._given(found))
+        self._settle(found.built)
+        return found.built.returned(self.host, results, local=local)
+
+    def _given(self, found: Found) -> list[list[Tensor]]:
+        """What each hosted rank's executable is called with, tangents aside."""
         built = found.built
         if not built.adopted:
             self._adopt(built)
@@ -344,16 +361,18 @@ class _Compiled:
         others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
         self._ready()
         check_disks(self.states, self.model)
-        results = self.host.run(built.executables, [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)])
-        self.host.settle(self.model, self.states)
+        return [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)]
+
+    def _settle(self, built: Built) -> None:
+        """After a run: what it has written is shown in the module."""
+        self.host.settle(self.model, self.states, [(o.role, o.key) for o in built.program.outputs if o.role in ("param", "buffer")])
         seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
             write.apply()
-        return built.returned(self.host, results)
 
     def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
-        for i in e.inputs:
+        for i in (i for i in e.inputs if i.role != "tangent"):
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
             else:
@@ -413,15 +432,32 @@ class TrainStep(_Compiled):
         return float(self._whole(("state", key))) if stored else start
 
 
-class Module(_Compiled):
-    """A compiled model without an optimizer."""
+class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state_dict are of whole tensors
+    """A compiled model without an optimizer: called as the model is, and ``loss.backward()`` goes through it. See docs/module.md."""
+
+    def __init__(self, model: Any, plan: str, **options: Any) -> None:
+        super().__init__(model, plan, **options)
+        self._be(self.model)
 
     @_together
-    def __call__(self, batch: Any) -> Any:
-        """The model's output in its own form, whole, without gradients."""
-        found = self._find(batch, "forward")
-        shown = self._run(found)
-        return found.built.captured.rebuild_output({key: t for (role, key), t in shown.items() if role == "output"})
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output in its own form: whole, or with ``batch="local"`` this rank's rows. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
+        found, towards = self._search(batch := given(args, kwargs))
+        captured, local = found.built.captured, self.programs.subject.local and self.mesh.sizes.get("dp", 1) > 1
+        if local:
+            check_rows(batch, found, self.mesh.sizes["dp"])
+        if captured.differentiable:
+            shown = apply(Pass(self.host, self.states, self.model, found.built, local), lambda: self._given(found), lambda: self._settle(found.built), towards)
+        else:
+            shown = {key: t for (role, key), t in self._run(found, local).items() if role == "output"}
+        self.steps += 1
+        return captured.rebuild_output(shown)
+
+    def _search(self, batch: Any) -> tuple[Found, dict[str, Tensor]]:
+        """The program of a call, and the arguments towards which it is differentiated."""
+        towards = {key: t for key, t in tensors(batch).items() if t.requires_grad} if torch.is_grad_enabled() else {}
+        through = bool(towards) or (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()))
+        return self._find(batch, "module" if through else "forward", towards), towards
 
     @_together
     def loss_and_grads(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -430,7 +466,8 @@ class Module(_Compiled):
         return shown["loss", "loss"], self._gradients(shown)
 
     @_together
-    def compile(self, example_batch: Any) -> Module:
-        """Compile the forward for batches like this one, without running it."""
-        self._find(example_batch, "forward")
+    def compile(self, example_batch: Any) -> Module:  # type: ignore[override]
+        """Compile what a call with a batch like this one (a mapping: keywords, a tuple: arguments) runs, without running it. Under a process
+        group the parameters are DTensors from then on, for an optimizer."""
+        self._search(example_batch if isinstance(example_batch, Mapping | tuple | list) else (example_batch,))
         return self

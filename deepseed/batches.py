@@ -75,7 +75,7 @@ def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception, wit
         lines.append(f"  the one before: {said(before)}" + (f" ({'; '.join(odd)})" if odd else ""))
     lines += [f"  {note}" for note in getattr(error, "__notes__", [])]
     if without_loss and isinstance(error, TypeError):
-        return "\n".join([*lines, "  fix: compiled(batch) calls the model itself, a mapping as keywords: give it what the forward takes; loss_and_grads(batch) calls loss_fn"])
+        return "\n".join([*lines, "  fix: compiled(...) calls the model itself: give it what the forward takes; loss_and_grads(batch) calls loss_fn"])
     return "\n".join([*lines, "  fix: give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -15,9 +15,9 @@ from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.ir.amounts import format_bytes
-from deepseed.ir.layout import Layout
+from deepseed.ir.layout import Layout, Split
 from deepseed.ir.mesh import STAGES
-from deepseed.ir.program import Output, Program
+from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
@@ -28,6 +28,7 @@ from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 
+RETURNED = tuple(role for role in OUTPUT_ROLES if role not in STORED)
 SLOW = 2.0  # seconds of compiling after which each pass says that it is done
 
 
@@ -59,15 +60,26 @@ class Built:
         return tuple(name for p in self.passes for name in p.unproved)
 
 
-    def returned(self, host: Host, results: Sequence[Sequence[Tensor]]) -> dict[tuple[str, str], Tensor]:
-        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable."""
-        p = self.program
-        parts = [{(o.role, o.key): t for o, t in zip(_shown(e.outputs), r, strict=True)} for e, r in zip(self.executables, results, strict=True)]
-        return {(o.role, o.key): host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in _shown(p.outputs)}
+    def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED, local: bool = False) -> dict[tuple[str, str], Tensor]:
+        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them.
+        ``local``: what is split by rows over dp stays so."""
+        p, parts = self.program, self.parts(results, roles)
+        return {
+            (o.role, o.key): host.whole(
+                [r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name), "dp" if local and self.by_rows(o.ref.name) else ""
+            )
+            for o in p.outputs if o.role in roles
+        }  # fmt: skip
 
+    def by_rows(self, value: str) -> bool:
+        """Whether each data-parallel rank has its own rows of a value."""
+        element = self.program.types[value].layout.on("dp")
+        return isinstance(element, Split) and element.dim == 0
 
-def _shown(outputs: Sequence[Output]) -> list[Output]:
-    return [o for o in outputs if o.role not in STORED]
+    def parts(self, results: Sequence[Sequence[Tensor]], roles: Collection[str]) -> list[dict[tuple[str, str], Tensor]]:
+        """The same as each executable returned it."""
+        shown = [[o for o in e.outputs if o.role in roles] for e in self.executables]
+        return [{(o.role, o.key): t for o, t in zip(outputs, r, strict=True)} for outputs, r in zip(shown, results, strict=True)]
 
 
 def build(

@@ -114,16 +114,17 @@ class Programs:
         self._checked: set[str] = set()  # kinds of batches whose padding was compared
         self.moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
 
-    def find(self, batch: Any, want: Want) -> Found:
+    def find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
+        """``towards``: batch entries whose gradients a module is asked for."""
         s = self.subject
         if not self._seen:
             check_mix_up(s.host, batch, s.local)
         self._seen += 1
         given = batch
-        if s.buckets and want != "forward":
+        if s.buckets and want not in ("forward", "module"):
             batch = padded(batch, s.buckets)
         bare = given if batch is not given else None  # what padding was added to
-        spec, settings = BatchSpec.of(batch), self._settings(want)
+        spec, settings = BatchSpec.of(batch), self._settings(want, towards)
         stated = stated_options(s.optimizer) if want == "step" else []  # lr too: agreed by the collective that agrees the batch
         parts = s.host.mesh.sizes.get("dp", 1)
         if s.local and parts > 1:
@@ -151,7 +152,7 @@ class Programs:
         modes = settings.partition(" optimizer=")[0]
         s.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), *stated, *read])
         if built is None:
-            built = self._compile(batch, want, self._causes(spec, settings, batch))
+            built = self._compile(batch, want, self._causes(spec, settings, batch), towards)
             self._drop(self.cache.add(key, built))
         self.latest, self._made_for = built, settings
         return Found(built, spec.flatten(batch), False, bare if bare is not None and self._kind(bare, settings) not in self._checked else None)
@@ -181,14 +182,14 @@ class Programs:
             raise CompileError("nothing is compiled yet\n  fix: call it with a batch first, or pass example_batch=")
         return self.latest
 
-    def _settings(self, want: Want) -> str:
+    def _settings(self, want: Want, towards: Collection[str]) -> str:
         """What beside the batch a program is made for: modes, what is trained, the optimizer's options."""
         if self.structure.changed():
             self.structure = Structure(self.subject.model)
         modes = [m.training for m in self.structure.modules]
         trained = [p.requires_grad for p in self.structure.parameters()] if want != "forward" else []
         digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
-        return f"{want} modes={digest}" + (f" optimizer={self._options(())}" if want == "step" else "")
+        return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={digest}" + (f" optimizer={self._options(())}" if want == "step" else "")
 
     def _options(self, moved: Collection[str]) -> dict[str, Any]:
         return fixed_options(self.subject.optimizer, moved) if self.subject.optimizer is not None else {}
@@ -219,7 +220,7 @@ class Programs:
         named = [("function", then[0], now[0]), ("training modes, or which parameters are trained,", then[1], now[1])]
         return causes(before.batch, spec, [*named, *options], _changed(self.latest), read)
 
-    def _compile(self, batch: Any, want: Want, why: list[Cause]) -> Built:
+    def _compile(self, batch: Any, want: Want, why: list[Cause], towards: Collection[str]) -> Built:
         s = self.subject
         started, number = perf_counter(), self.compiled + 1
         if want == "step" and s.optimizer is not None and self.latest is not None:
@@ -230,7 +231,7 @@ class Programs:
             self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
             for cause in self._streak.often(why):
                 self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
-        captured = self._capture(batch, want)
+        captured = self._capture(batch, want, towards)
         text = str(captured.program)
         s.host.agree_on(text, "captured program")  # so that all ranks find the same one
         twin = next((b for b in self.cache if b.text == text), None)
@@ -248,17 +249,17 @@ class Programs:
             self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
         return built
 
-    def _capture(self, batch: Any, want: Want) -> Captured:
+    def _capture(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Captured:
         s = self.subject
         try:
             return capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
-                want=want, grads=s.grads, seed=s.seed, moving=self.moving, wide=s.wide, **s.precision,
+                want=want, grads=s.grads, seed=s.seed, moving=self.moving, wide=s.wide, towards=towards, **s.precision,
             )  # fmt: skip
         except CaptureError:
             raise
         except Exception as error:  # the user's model or loss raised
-            raise CompileError(unfit(type(s.model).__name__, batch, list(self.cache), error, want == "forward" and s.loss_fn is not None)) from error
+            raise CompileError(unfit(type(s.model).__name__, batch, list(self.cache), error, want in ("forward", "module") and s.loss_fn is not None)) from error
 
     def _drop(self, gone: list[Built]) -> None:
         for each in gone:

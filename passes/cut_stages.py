@@ -31,7 +31,8 @@ def cut_stages(
 ) -> Program:  # fmt: skip
     """Give every op its stage, 0 .. ``stages`` x ``chunks`` - 1; values that another stage uses cross by ``transfer``.
 
-    ``stages``: pipeline ranks. ``schedule``: gpipe, 1f1b, interleaved (with ``chunks`` stages a rank) or zb. ``pins``: module paths with
+    ``stages``: pipeline ranks. ``schedule``: gpipe, 1f1b, interleaved (with ``chunks`` stages a rank) or zb; a program with tangents
+    has gpipe's order, and a schedule without stages too. ``pins``: module paths with
     which the stages after the first begin. ``stored``: by role and key the stages on which an earlier program stores its inputs: they stay
     there, and the cuts are made around them where that can be. Raises PassError where there are fewer cut points than cuts, or a pin cannot be met.
 
@@ -47,7 +48,9 @@ def cut_stages(
             %h.s1 = transfer(%h, source=0) : f32[8, 8] {part="forward.1", stage=1}
             %y = aten.mm(%h.s1, %w2) : f32[8, 8] {part="forward.1", stage=1}
     """
-    if stages == 1 and TIME not in p.mesh.sizes:
+    if p.by_role("tangent"):
+        schedule = "gpipe"  # the caller comes between forward and backward
+    elif stages == 1 and TIME not in p.mesh.sizes:
         return p
     k = kinds(p)
     if stages == 1:

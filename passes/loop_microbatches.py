@@ -15,7 +15,7 @@ from dataclasses import replace
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Builder, Op, Program, Ref, kept, params_only
+from deepseed.ir.program import Builder, Op, Program, Ref, after_tangents, kept, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
 DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
@@ -23,7 +23,8 @@ DEAR = 2.0  # times the work of the step itself, above which its loops must be c
 
 @program_pass(requires={"lowered"}, provides={"looped"})
 def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False) -> Program:
-    """Give every op its part, and list the ops part by part; a program without ``mb`` stays as it is, unless it is to be cut in stages.
+    """Give every op its part, and list the ops part by part; a program without ``mb`` stays as it is, unless it is to be cut in stages or
+    has tangents: what it shows is then there before anything that depends on these.
     Raises PassError where what is computed again in several loops is more than ``DEAR`` times the step, unless ``confirmed``.
 
     before: mesh(mb=2)
@@ -38,7 +39,7 @@ def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False)
             %n.whole_mb = accumulate(%n, axis="mb") : f32[] {phase="forward", part="forward.1"}
             %y = aten.div.Tensor(%x, %n.whole_mb) : f32[8@mb] {phase="forward", part="forward.2"}
     """
-    if TIME not in p.mesh.sizes and not staged:
+    if TIME not in p.mesh.sizes and not staged and not p.by_role("tangent"):
         return p
     loops = _Loops(p)
     out = loops.run()
@@ -54,6 +55,7 @@ class _Loops:
         self.weights = params_only(p) - {i.name for i in p.inputs} - kept(p)
         self.looped = {op.name for op in p.ops if op.name not in self.weights and self._loops(op)}
         self.home = {r: op.name for op in p.ops for r in op.results}  # value -> the first result of its op
+        self.late = after_tangents(p)
         self.parts: dict[str, tuple[str, ...]] = {}  # op -> where it runs, first to last
         self.out = Builder(p)
         self.named: dict[tuple[str, str], str] = {}  # (part, value) -> its name there; ("loop", value) in all parts of one loop
@@ -86,20 +88,26 @@ class _Loops:
                 kinds[op.name] = "backward" if late else "forward"
         return kinds
 
-    def _count(self) -> int:
-        """How many loops the step needs: the longest chain of sums over microbatches that later microbatches read."""
-        ready: dict[str, int] = {}  # op -> the loop that it runs in, or follows, at the earliest
-        for op in self.p.ops:
+    def _ready(self) -> dict[str, int]:
+        """Op -> the loop that it runs in, or follows, at the earliest: how many sums over microbatches it waits for."""
+        ready: dict[str, int] = {}
+        self._find_ready([op for op in self.p.ops if op.name not in self.late], 1, ready)
+        shown = {self.home[o.ref.name] for o in self.p.outputs if o.ref.name in self.home} - self.late - self.weights
+        border = max([1, *(ready[name] + (name not in self.looped) for name in shown)]) if self.late else 1
+        self._find_ready([op for op in self.p.ops if op.name in self.late], border, ready)
+        return ready
+
+    def _find_ready(self, ops: Iterable[Op], first: int, ready: dict[str, int]) -> None:
+        for op in ops:
             if op.name in self.weights:
                 continue
-            found = 1 if op.name in self.looped else 0
+            found = first if op.name in self.looped else 0
             for ref in op.refs:
                 source = self.home.get(ref.name)
                 if source is not None and source not in self.weights:
                     same = op.name not in self.looped or self._inside(ref.name)
                     found = max(found, ready[source] + (not same))
             ready[op.name] = found
-        return max([1, *ready.values()])
 
     def _inside(self, value: str) -> bool:
         """Whether a value differs from microbatch to microbatch; without ``mb``, whether it is made in the loop of one."""
@@ -107,11 +115,13 @@ class _Loops:
         return source in self.looped and (not self.timed or self.p.types[value].layout.on(TIME) is not None)
 
     def _place(self, kinds: dict[str, str]) -> None:
-        last = self._count()
+        ready = self._ready()
+        last = max([1, *ready.values()])
         needed: dict[str, set[str]] = {op.name: set() for op in self.p.ops}  # op -> the parts that read its results
         for o in self.p.outputs:
-            if o.ref.name in self.home:
-                needed[self.home[o.ref.name]].add(f"once.{last}")
+            if (name := self.home.get(o.ref.name)) is not None:
+                early = bool(self.late) and name not in self.late and name in ready
+                needed[name].add(f"once.{ready[name] if early else last}")
         for op in reversed(self.p.ops):
             needs = needed[op.name] or {f"once.{last}"}
             if op.name in self.weights:

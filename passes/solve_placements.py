@@ -18,7 +18,7 @@ from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import Input, Op, Output, Program, Type
+from deepseed.ir.program import SHOWN, Input, Op, Output, Program, Type
 from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
@@ -77,7 +77,7 @@ class Placement(Assignment):
         batch = self._batch_size()
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
-            split = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (batch,) and batch > 1
+            split = isinstance(item, Input) and item.role in ("batch", "tangent") and item.type.shape[:1] == (batch,) and batch > 1
             return self._used_whole(i, item, axis, _cut(0, batch, n) if split else None)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
@@ -97,14 +97,14 @@ class Placement(Assignment):
         n, rows = self.p.mesh.size(axis), self._batch_size()
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
-            split = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (rows,)
+            split = isinstance(item, Input) and item.role in ("batch", "tangent") and item.type.shape[:1] == (rows,)
             if isinstance(item, Output):
                 return [same(None)]
             return self._used_whole(i, item, axis, Split(0, self._behind(i, 0)) if split else None)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
             held = t.local_bytes(self.p.mesh) * (4 if t.dtype in ("f16", "bf16") else 1)  # summed as wide as the program makes it
-            shown = isinstance(user, Output) and user.role == "output"
+            shown = isinstance(user, Output) and user.role in SHOWN
 
             def move(p: Element, w: Element) -> float | None:
                 if p == w:
@@ -168,7 +168,7 @@ class Placement(Assignment):
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
             if isinstance(item, Input) and item.name in self.tables:
                 return [same(Split(self.tables[item.name]))]
-            rows = isinstance(item, Input) and item.role == "batch" and item.type.shape[:1] == (batch,)
+            rows = isinstance(item, Input) and item.role in ("batch", "tangent") and item.type.shape[:1] == (batch,)
             return None if isinstance(item, Op) and item.name in inside else self._used_whole(i, item, axis, Split(0, dp) if rows else None)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
@@ -256,7 +256,7 @@ class Placement(Assignment):
         if isinstance(item, Input):
             return [same(batch)]
         if isinstance(item, Output):
-            return self._shown(i, axis) if item.role == "output" else [same(None)]
+            return self._shown(i, axis) if item.role in SHOWN else [same(None)]
         return [self._whole(i)] if item.phase == "update" or item.name in self.weights else None
 
     def _model(self, axis: str) -> None:
@@ -268,7 +268,7 @@ class Placement(Assignment):
                 pinned = self._pinned(item, axis)
                 return pinned if pinned is not None or item.role in ("param", "state") else [same(None)]
             if isinstance(item, Output):
-                return self._shown(i, axis) if item.role == "output" else [same(None)]
+                return self._shown(i, axis) if item.role in SHOWN else [same(None)]
             return self._following(i, axis)
 
         def moves(t: Type, item: Item, user: Item) -> Move:
@@ -342,10 +342,10 @@ class Placement(Assignment):
                 if item.phase == "update":
                     return [self._whole(i)] if self.zero == 0 and axis != EXPERT_AXIS else None
                 return None if item.name in self.weights else self._settled(i, axis)
-            return self._settled(i, axis) if item.role == "output" else [same(None)]
+            return self._settled(i, axis) if item.role in SHOWN else [same(None)]
 
         def moves(t: Type, item: Item, user: Item) -> Move:
-            if isinstance(user, Output) and (user.role == "output" or (user.role == "grad" and self.updates)):
+            if isinstance(user, Output) and (user.role in SHOWN or (user.role == "grad" and self.updates)):
                 return free
             size = t.local_bytes(self.p.mesh)
             reduced = self.zero and t.numel > 1 and isinstance(item, Op) and item.phase != "update" and isinstance(user, Op)

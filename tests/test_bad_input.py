@@ -106,7 +106,7 @@ def test_a_batch_whose_keys_shapes_or_dtypes_cannot_be_served(other: Any, said: 
 def test_arguments_that_the_model_does_not_take() -> None:
     compiled = deepseed.compile(Mlp(), "tp2")
     with refused(CompileError, "Mlp cannot run on this batch: TypeError", "unexpected keyword argument 'z'", "batch: z f32[8, 8]", "fix:"):
-        compiled({"z": torch.zeros(8, 8)})
+        compiled(z=torch.zeros(8, 8))
 
 
 def test_a_dtype_that_has_no_place() -> None:

@@ -162,7 +162,7 @@ def test_without_an_optimizer(plan: str) -> None:
     """Outputs, losses and gradients, in training and in evaluation."""
     ours, theirs, (x, y) = plain(), plain(), of_rows(8)
     compiled = deepseed.compile(ours, plan, backend="simulate")
-    assert torch.allclose(compiled((x,)), theirs(x), rtol=0, atol=1e-12)
+    assert torch.allclose(compiled(x), theirs(x), rtol=0, atol=1e-12)
     compiled = deepseed.compile(ours, plan, loss_fn=classes, backend="simulate")
     for mode in (True, False):
         ours.train(mode)

@@ -377,8 +377,9 @@ def test_torchs_own_log_is_silent_before_our_error(capfd: pytest.CaptureFixture[
 
 def test_a_numpy_entry_is_named_without_its_values() -> None:
     made = deepseed.compile(fresh(), "zero0", loss_fn=mse)
+    assert isinstance(made, Module)
     with pytest.raises(BatchError, match=r"batch entry 'y' is a numpy.ndarray float64\[4, 4\], not a tensor\n  fix: torch.as_tensor"):
-        made({**batch(), "y": batch()["y"].numpy()})
+        made.loss_and_grads({**batch(), "y": batch()["y"].numpy()})
 
 
 @dataclass
@@ -457,11 +458,10 @@ def test_batches_of_any_form(kind: str) -> None:
 def test_a_forward_without_loss_fn_says_what_it_takes() -> None:
     made = deepseed.compile(fresh(), "zero0", loss_fn=mse)
     assert isinstance(made, Module)
-    close(made({"x": batch()["x"]}), fresh()(batch()["x"]))  # a mapping is keywords
-    close(made((batch()["x"],)), fresh()(batch()["x"]))  # a tuple is arguments
+    close(made(x=batch()["x"]), fresh()(batch()["x"]))
     close(made(batch()["x"]), fresh()(batch()["x"]))
-    with pytest.raises(CompileError, match=r"unexpected keyword argument 'y'(.|\n)*compiled\(batch\) calls the model itself(.|\n)*loss_and_grads\(batch\) calls loss_fn"):
-        made(batch())
+    with pytest.raises(CompileError, match=r"unexpected keyword argument 'y'(.|\n)*compiled\(\.\.\.\) calls the model itself(.|\n)*loss_and_grads\(batch\) calls loss_fn"):
+        made(**batch())
 
 
 # the module's own tensors -----------------------------------------------------------------------------------------------

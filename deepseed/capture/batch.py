@@ -62,6 +62,19 @@ def rebuild(value: Any, new: Mapping[str, Any], prefix: str = "") -> Any:
     return type(value)(items.values())
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call gives a model, where it is positions and keywords: a batch with the keys ``"args.0"``, ``"kwargs.labels"``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call as a batch: a tuple, a mapping, or both."""
+    return Call(args, kwargs) if args and kwargs else kwargs or args
+
+
 def tensors(value: Any) -> dict[str, Tensor]:
     """The tensors of a batch or an output by key."""
     return {key: leaf for key, leaf in leaves(value) if isinstance(leaf, Tensor)}

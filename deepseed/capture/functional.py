@@ -49,6 +49,24 @@ def functional(module: fx.GraphModule, fakes: Sequence[Tensor], mode: FakeTensor
     return Flat(graph, tuple(constants.values()), _outputs(graph))
 
 
+def as_inputs(module: fx.GraphModule, after: int, count: int) -> None:
+    """Make placeholders, behind the first ``after``, of the nodes that the last ``count`` outputs are, and drop these outputs."""
+    if not count:
+        return
+    graph = module.graph
+    end = next(n for n in graph.nodes if n.op == "output")
+    values = list(end.args[0])
+    last = [n for n in graph.nodes if n.op == "placeholder"][after - 1]
+    for n in values[-count:]:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"tangent_{n.name}")
+        last.meta.update(n.meta)
+        n.replace_all_uses_with(last)
+        graph.erase_node(n)
+    end.args = (type(end.args[0])(values[:-count]),)
+    module.recompile()
+
+
 def _constants(module: fx.GraphModule) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for n in module.graph.nodes:

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
 from deepseed.capture.attributes import Reads, short
-from deepseed.capture.batch import DTYPES, BatchSpec, rebuild, tensors, type_of
+from deepseed.capture.batch import DTYPES, BatchSpec, Call, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
-from deepseed.capture.functional import Flat, functional
+from deepseed.capture.functional import Flat, as_inputs, functional
 from deepseed.capture.gradients import SCALE, LossScale, ready, reduced
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
@@ -31,10 +31,10 @@ from deepseed.capture.structure import Structure
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op, Output, Program, Ref
+from deepseed.ir.program import SHOWN, Op, Output, Program, Ref
 from deepseed.ir.verify import verify
 
-Want = Literal["step", "loss_and_grads", "forward"]
+Want = Literal["step", "loss_and_grads", "forward", "module"]
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -58,7 +58,8 @@ class Captured:
     moved: frozenset[str]  # options that are inputs of the program, e.g. "momentum/0"
     unused: tuple[str, ...]  # trainable parameters that the loss does not depend on: no gradient, no update
     seed: int
-    output: Any = None  # want="forward": the model's output with keys in place of tensors
+    output: Any = None  # want="forward" or "module": the model's output with keys in place of tensors
+    differentiable: tuple[str, ...] = ()  # want="module": the outputs that have a tangent, in the order of the output
 
     def rebuild_output(self, values: Mapping[str, Tensor]) -> Any:
         """The model's output in its own form, from the tensors by key."""
@@ -87,13 +88,15 @@ def capture(
     moving: Collection[str] = (),
     wide: bool = False,
     seed: int = 0,
+    towards: Collection[str] = (),
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
     floats that the model, the loss or the optimizer creates, or casts to, are float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
-    one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output). ``grads``: also the
+    one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output), ``module``: these, and from an input of role
+    ``tangent`` for each of them that can be differentiated the gradients of parameters and of the batch entries ``towards``. ``grads``: also the
     gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``reduce``: gradients
     are reduced in this dtype, else as the backward makes them. ``loss_scale``: of a step. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
@@ -112,9 +115,10 @@ def capture(
     group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
     loss_scale = loss_scale if want == "step" else None
     scaled = loss_scale.initial if loss_scale is not None and not loss_scale.moves else SCALE if loss_scale is not None else None
-    traced = _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled)
+    given = (model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled, frozenset(towards))
+    traced = _Traced(*given)
     if traced.python.writes:
-        _check_settles(traced.python, lambda: _Traced(model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled).python)
+        _check_settles(traced.python, lambda: _Traced(*given).python)
     e = Emitter()
     refs = {(s.role, s.key): e.input(type_of(s.fake), s.role, s.key) for s in traced.sources}
     constants: dict[str, Tensor] = {}
@@ -127,7 +131,7 @@ def capture(
     e.where = Where()
     gradients = reduced(e, {key: v for (role, key), v in named.items() if role == "grad" and isinstance(v, Ref)}, None if wide or reduce is None else DTYPES[reduce])
     for (role, key), v in named.items():
-        if role in ("loss", "output") and isinstance(v, Ref):
+        if role in ("loss", *SHOWN) and isinstance(v, Ref):
             outputs.append(Output(v, role, key))
     origins: dict[str, Op] = {}
     options: dict[str, Any] = {}
@@ -138,7 +142,7 @@ def capture(
     limit = None if clip_grad_norm is None else float(clip_grad_norm)
     final, more = ready(e, gradients, limit if want != "forward" else None, loss_scale, known)
     outputs += more
-    if grads or want == "loss_and_grads":
+    if grads or want in ("loss_and_grads", "module"):
         outputs += [Output(final.unscaled(e, key), "grad", key) for key in gradients]
     if want == "step" and optimizer is not None:
         updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
@@ -159,7 +163,7 @@ def capture(
     whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
     ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
-    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch") or i.name in used]
+    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch", "tangent") or i.name in used]
     kept = {op.origin for op in ops}
     guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
@@ -167,7 +171,7 @@ def capture(
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases, buffers, state, hyper, options, moved,
-        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output,
+        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output, tuple(traced.tangents),
     )  # fmt: skip
 
 
@@ -185,16 +189,18 @@ class _Traced:
         compute: torch.dtype | None,
         wide: bool,
         scale: float | str | None,
+        towards: frozenset[str],
     ) -> None:
-        """``scale``: of the loss; a number, or the key of the state that holds it."""
+        """``scale``: of the loss; a number, or the key of the state that holds it. ``towards``: batch entries whose gradients are wanted."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.names: list[tuple[str, str]] = []
         self.output: Any = None
+        self.tangents: dict[str, Tensor] = {}  # by output, as the trace made them
         trainable = [n for n, p in parameters.items() if p.requires_grad and want != "forward"]
         with self.mode:
             self.sources = [_Source("param", n, torch.empty(p.shape, dtype=p.dtype, requires_grad=n in trainable)) for n, p in parameters.items()]
             self.sources += [_Source("buffer", n, torch.empty(b.shape, dtype=b.dtype)) for n, b in buffers.items()]
-            self.sources += [_Source("batch", n, torch.empty(t.shape, dtype=t.dtype)) for n, t in tensors(batch).items()]
+            self.sources += [_Source("batch", n, torch.empty(t.shape, dtype=t.dtype, requires_grad=n in towards)) for n, t in tensors(batch).items()]
             self.sources += [_Source("state", scale, torch.empty((), dtype=torch.float32))] if isinstance(scale, str) else []
             self.sources += [_Source("rng", "rng", torch.empty(2, dtype=torch.int64))]
         keys = [(s.role, s.key) for s in self.sources]
@@ -215,6 +221,17 @@ class _Traced:
                         result = call(model, inner)
                     self.output = rebuild(result, {key: key for key in tensors(result)})
                     found = {("output", key): t for key, t in tensors(result).items()}
+                elif want == "module":
+                    result = call(model, inner)
+                    self.output = rebuild(result, {key: key for key in tensors(result)})
+                    found = {("output", key): t for key, t in tensors(result).items()}
+                    tracker.backward = True
+                    slopes = {key: t for key, t in tensors(result).items() if t.requires_grad}
+                    self.tangents = {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in slopes.items()}
+                    ends = [("grad", key, swapped[key]) for key in trainable] + [("batch_grad", key, given["batch", key]) for key in sorted(towards)]
+                    ends = ends if slopes else []
+                    got = torch.autograd.grad([*slopes.values()], [t for _, _, t in ends], [*self.tangents.values()], allow_unused=True) if ends else ()
+                    found |= {(role, key): g for (role, key, _), g in zip(ends, got, strict=True)}
                 else:
                     loss = _loss(model, inner, loss_fn)
                     tracker.backward = True
@@ -229,7 +246,7 @@ class _Traced:
                                    fix="write into it outside of forward, or use a plan without a precision word")  # fmt: skip
             found |= {("param", key): given["param", key] for key in parameters} | {("buffer", key): swapped[key] for key in buffers}
             self.names = list(found)
-            return [v.detach() if isinstance(v, Tensor) else v for v in found.values()]
+            return [*(v.detach() if isinstance(v, Tensor) else v for v in found.values()), *self.tangents.values()]
 
         tracker = Tracker(model)
         reader = Reader(tracker, keys, tensors(batch))
@@ -246,11 +263,15 @@ class _Traced:
         _check_leaks(model, real, recorder)
         self.python = recorder.reads()
         self.reads: list[Read] = reader.reads
+        with self.mode:
+            made = [_Source("tangent", key, torch.empty(t.shape, dtype=t.dtype)) for key, t in self.tangents.items()]
+        as_inputs(module, len(self.sources), len(made))
+        self.sources += made
         self.flat: Flat = functional(module, [s.fake for s in self.sources], self.mode)
 
     def phases(self) -> dict[fx.Node, str]:
         """Forward is what loss, outputs and buffers need, and what was traced outside autograd's backward."""
-        wanted = reachable(v for v, (role, _) in zip(self.flat.outputs, self.names, strict=True) if role != "grad")
+        wanted = reachable(v for v, (role, _) in zip(self.flat.outputs, self.names, strict=True) if role not in ("grad", "batch_grad"))
         return {
             n: "backward" if n.meta.get("where", Where()).backward and n not in wanted else "forward"
             for n in self.flat.graph.nodes if n.op == "call_function"
@@ -269,7 +290,9 @@ def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def call(model: Any, batch: Any) -> Any:
-    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``."""
+    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``; both of the first two for a ``Call``."""
+    if isinstance(batch, Call):
+        return model(*batch.args, **batch.kwargs)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

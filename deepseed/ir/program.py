@@ -25,7 +25,9 @@ ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 
 FLOATS = ("f64", "f32", "bf16", "f16")
 PHASES = ("forward", "backward", "update")
 INPUT_ROLES = ("param", "buffer", "state", "batch", "constant", "rng", "hyper", "tangent")
-OUTPUT_ROLES = ("loss", "output", "grad", "param", "buffer", "state", "norm")
+OUTPUT_ROLES = ("loss", "output", "grad", "batch_grad", "param", "buffer", "state", "norm")
+GRADIENTS = ("grad", "batch_grad")  # what a program with tangents returns once it has them
+SHOWN = ("output", "batch_grad")  # outputs that may be split as they are made: a model's, and gradients of the batch
 
 
 class ProgramError(ValueError):
@@ -249,6 +251,16 @@ class Builder:
             facts=self.base.facts | frozenset(add),
             origins=tuple(self.origins.items()),
         )
+
+
+def after_tangents(p: Program) -> set[str]:
+    """The ops that depend on tangents: they run when the caller has seen the outputs."""
+    values, ops = {i.name for i in p.by_role("tangent")}, set[str]()
+    for op in p.ops:
+        if not values.isdisjoint([ref.name for ref in op.refs]):
+            values.update(op.results)
+            ops.add(op.name)
+    return ops
 
 
 def params_only(p: Program) -> frozenset[str]:

@@ -7,8 +7,8 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,12 +32,42 @@ class Executable:
         keep_freed_memory()
         self.source, self.inputs, self.outputs = source, inputs, outputs
         self._loaded = _load(source, name)
-        self.path, self._step = self._loaded.path, self._loaded.step
+        self.path = self._loaded.path
 
     def __call__(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         counted = rt.arena.step(inputs, [i.type.host for i in self.inputs]) if rt.arena is not None else nullcontext()
         with torch.no_grad(), counted:
-            return self._step(rt, inputs)
+            step: Callable[[Any, list[Tensor]], tuple[Tensor, ...]] = self._loaded.names["step"]
+            return step(rt, inputs)
+
+    def halves(self) -> Halves:
+        """One run of a program with tangents, in two calls."""
+        return Halves(self)
+
+
+class Halves:
+    """``forward`` is called first, with the inputs that are no tangents; then, once, ``backward`` with these: each as an ``Executable`` is called.
+
+    What the second half reads is held in between, stored parameters in their own memory."""
+
+    def __init__(self, executable: Executable) -> None:
+        self.inputs = executable.inputs
+        self._names, self._kept = executable._loaded.names, None
+
+    def forward(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad(), self._counted(rt, inputs, [i.type.host for i in self.inputs if i.role != "tangent"]):
+            shown, self._kept = self._names["forward"](rt, inputs)
+        out: tuple[Tensor, ...] = shown
+        return out
+
+    def backward(self, rt: Runtime, tangents: list[Tensor]) -> tuple[Tensor, ...]:
+        kept, self._kept = self._kept, None
+        with torch.no_grad(), self._counted(rt, tangents, [i.type.host for i in self.inputs if i.role == "tangent"]):
+            out: tuple[Tensor, ...] = self._names["backward"](rt, kept, tangents)
+        return out
+
+    def _counted(self, rt: Runtime, given: Sequence[Tensor], host: Sequence[bool]) -> AbstractContextManager[None]:
+        return rt.arena.step(given, host) if rt.arena is not None else nullcontext()
 
 
 def cache_dir() -> Path:
@@ -51,7 +81,7 @@ class _Loaded:
     """A loaded source: shared by the executables of it, gone with the last one."""
 
     path: Path
-    step: Callable[[Any, list[Tensor]], tuple[Tensor, ...]]
+    names: Mapping[str, Any]  # "step", or "forward" and "backward"
 
 
 _loaded: WeakValueDictionary[tuple[str, str], _Loaded] = WeakValueDictionary()
@@ -70,7 +100,7 @@ def _load(source: str, name: str) -> _Loaded:
         fresh.replace(path)  # at once: other ranks may be writing the same file
     namespace: dict[str, Any] = {"__name__": f"deepseed.generated.{name}", "__file__": str(path)}
     exec(compile(source, str(path), "exec"), namespace)
-    _loaded[source, name] = made = _Loaded(path, namespace["step"])
+    _loaded[source, name] = made = _Loaded(path, namespace)
     return made
 
 

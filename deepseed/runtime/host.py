@@ -6,7 +6,7 @@ one position on ``pp``, its home: ranks elsewhere have None for a part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from deepseed.ir.layout import REPLICATED, Layout, local_shape
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
@@ -25,9 +26,8 @@ from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
-from deepseed.runtime.executable import Executable
 from deepseed.runtime.folder import CheckpointError, faults
-from deepseed.runtime.simulate import simulate
+from deepseed.runtime.simulate import Step, simulate
 from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
@@ -46,11 +46,11 @@ class Host(Protocol):
 
     def refine(self, mesh: Mesh) -> None: ...
     def position(self, coordinate: Mapping[str, int]) -> int: ...
-    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor: ...
-    def bind(self, module: nn.Module, states: Sequence[State]) -> None: ...
+    def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor: ...
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
-    def settle(self, module: nn.Module, states: Sequence[State]) -> None: ...
+    def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
     def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]: ...
     def agree(self, values: Sequence[tuple[str, object]]) -> None: ...
@@ -103,18 +103,19 @@ class SimulatedHost:
     def position(self, coordinate: Mapping[str, int]) -> int:
         return position(coordinate)
 
-    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+    def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         if self.mesh.ranks == 1:
             rt = _Alone(self.mesh, 0, self.device)
             rt.arena = self.arenas[0] if self.arenas else None
             return [executables[0](rt, inputs[0])]
         return simulate(self.mesh, executables, inputs, self.device, self.arenas)
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
-        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
+        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it. ``apart``: of no concern, since
+        all ranks are here."""
         return gather(at_home(parts, self.mesh, home), type_, self.mesh.without(STAGES))
 
-    def bind(self, module: nn.Module, states: Sequence[State]) -> None:
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
         """One rank's tensors are the module's own; several ranks need a storage each."""
         if self.mesh.ranks == 1:
             states[0].bind(module)
@@ -134,10 +135,10 @@ class SimulatedHost:
                     for state in states:
                         state.put(Input("", state.types[role, key], role, key, state.homes[role, key]), mine.detach().clone())
 
-    def settle(self, module: nn.Module, states: Sequence[State]) -> None:
-        """After a step: show the module what the simulated ranks hold."""
+    def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
+        """After a step: show the module what the simulated ranks hold. ``keys``: what the step has written; None: it may be anything."""
         if self.mesh.ranks > 1:
-            write_back(module, states)
+            write_back(module, states, keys)
             self._remember(module, states)
 
     def _remember(self, module: nn.Module, states: Sequence[State]) -> None:
@@ -200,20 +201,23 @@ class DistributedHost:
     def position(self, coordinate: Mapping[str, int]) -> int:
         return position(coordinate)
 
-    def run(self, executables: Sequence[Executable], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+    def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         self.rt.arena = self.arenas[0] if self.arenas else None
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
-        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline."""
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
+        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline.
+        ``apart``: an axis over which it stays in parts."""
+        here = Layout.of(**{apart: type_.layout.on(apart)}) if apart else REPLICATED
+        shape = local_shape(type_.shape, here, self.mesh.seen_from(self.rt.coordinate)) if apart else type_.shape
         with self.together(), torch.no_grad():
             if position(self.rt.coordinate) == home:
                 if parts[0] is None:
                     raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
-                out = gather_over(self.rt, parts[0].to(self.device), type_)
+                out = gather_over(self.rt, parts[0].to(self.device), type_, apart)
             else:
-                out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
+                out = torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
             return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)
 
     def _told(self, x: Tensor, home: int) -> Tensor:
@@ -224,13 +228,14 @@ class DistributedHost:
             self.rt.world.run(lambda: dist.broadcast(raw, source, group, async_op=True), f"a value of rank {source} over {STAGES}")
         return x
 
-    def bind(self, module: nn.Module, states: Sequence[State]) -> None:
-        states[0].bind(module, self.meshes)
+    def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
+        """``alike``: where one parameter is a DTensor all are."""
+        states[0].bind(module, self.meshes, alike)
 
     def begin(self, module: nn.Module, states: Sequence[State]) -> None:
         return None
 
-    def settle(self, module: nn.Module, states: Sequence[State]) -> None:
+    def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
         return None
 
     def decide(self, make: Callable[[], str]) -> str:

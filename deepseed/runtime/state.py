@@ -100,11 +100,11 @@ def gather(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
     return have[0]
 
 
-def gather_over(rt: Runtime, local: Tensor, type_: Type) -> Tensor:
-    """The whole tensor on every rank, by collectives (all ranks call it)."""
+def gather_over(rt: Runtime, local: Tensor, type_: Type, apart: str = "") -> Tensor:
+    """The whole tensor on every rank, by collectives (all ranks call it). ``apart``: an axis over which it stays in parts, the outermost of its dimension."""
     for axis in rt.mesh.names:
         element = type_.layout.on(axis)
-        if element is None:
+        if element is None or axis == apart:
             continue
         after = type_.laid(type_.layout.with_(axis, None))
         s = step(type_.shape, type_.layout, after.layout, axis, rt.mesh.seen_from(rt.coordinate))
@@ -264,11 +264,13 @@ class State:
             self.tensors[key], mesh, placements(type_, self.mesh.without(STAGES)), run_check=False, shape=torch.Size(type_.shape), stride=stride
         )
 
-    def bind(self, module: nn.Module, meshes: Sequence[DeviceMesh] = ()) -> None:
-        """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline.
+    def bind(self, module: nn.Module, meshes: Sequence[DeviceMesh] = (), alike: bool = False) -> None:
+        """Make the module's parameters and buffers be this state. ``meshes``: the ranks of each position of the pipeline. ``alike``: where
+        one parameter is a DTensor all are: foreach optimizers and ``clip_grad_norm_`` take no mixture.
 
         A key becomes a DTensor on the mesh of its home, or the stored tensor itself where it is whole, or where DTensor has no such
         placement or would copy it from the host to the device (this rank's part then); where it is stored by other ranks of the pipeline, an ``Elsewhere``."""
+        mixed = alike and any(role == "param" and t.layout != ir.REPLICATED for (role, _), t in self.types.items())
         for (role, key), type_ in self.types.items():
             if role not in ("param", "buffer"):
                 continue
@@ -279,6 +281,7 @@ class State:
             if own is None:
                 value = self._shown_elsewhere(type_, meshes[self.homes[role, key]])
             else:
+                whole = whole and not (mixed and role == "param")
                 plain = whole or not shown(type_, self.mesh) or own.device.type != self.device.type
                 value = own if plain else self.dtensor((role, key), meshes[self.homes[role, key]])
             new: nn.Parameter | None = None  # one for all names of a tied weight
@@ -308,10 +311,10 @@ def gather_states(states: Sequence[State], keys: Iterable[Key] | None = None) ->
     return {key: gather(at_home([s.tensors.get(key) for s in states], first.mesh, first.homes[key]), first.types[key], ranks) for key in wanted}
 
 
-def write_back(module: nn.Module, states: Sequence[State]) -> None:
-    """Copy a simulation's parameters and buffers into the module, whole; what is on the meta device there is replaced by values."""
+def write_back(module: nn.Module, states: Sequence[State], keys: Iterable[Key] | None = None) -> None:
+    """Copy a simulation's parameters and buffers (``keys``; None: all) into the module, whole; what is on the meta device there is replaced by values."""
     with torch.no_grad():
-        for (role, key), full in gather_states(states, [k for k in states[0].types if k[0] in ("param", "buffer")]).items():
+        for (role, key), full in gather_states(states, [k for k in (states[0].types if keys is None else keys) if k[0] in ("param", "buffer")]).items():
             old = held(module, role, key)
             if not old.is_meta:
                 old.copy_(full)

@@ -37,7 +37,7 @@ def lanes(name: str, p: int, m: int, v: int = 1, loops: int = 1, parts: Collecti
     for what, number in (("pipeline ranks", p), ("microbatches", m), ("stages a rank", v), ("loops", loops)):
         if number < 1:
             raise ScheduleError(f"{name} with {number} {what}: at least 1 is needed\n  fix: use 1 or more")
-    if v > 1 and name != "interleaved":
+    if v > 1 and name not in ("gpipe", "interleaved"):
         raise ScheduleError(f"{name} runs 1 stage a rank, not {v}\n  fix: use interleaved{v}, or {p} stages")
     stages = p * v
     there = _every_part(stages, loops, name == "zb") if parts is None else set(parts)

@@ -1,0 +1,206 @@
+"""A compiled model in the user's own training loop: any loss, any optimizer, several models in one step; beside the eager loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from gloo.launch import ranks
+from gloo.module import Mlp, adamw, beside, local_on_ranks, module, mse, on_ranks, pairs, sgd, train_small
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseed.target import load
+
+wide = pytest.mark.wide
+
+
+def exact(worst: dict[str, float]) -> None:
+    assert worst["loss"] <= 1e-12 and max(worst.values()) <= 1e-10, worst
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2", "pp2+mb2", "zero1+dp2+mb2", "tp2"])
+@pytest.mark.parametrize("optimizer", [adamw, sgd])
+def test_any_optimizer_and_scheduler(plan: str, optimizer: Any) -> None:
+    model = Mlp()
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    exact(beside(module(model, plan, backend="simulate"), copy.deepcopy(model), mse, pairs(3), optimizer, 0.1, scheduler))
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", pytest.param("pp2+mb2", marks=wide), pytest.param("zero2+dp2+tp2", marks=wide)])
+def test_dropout_batch_norm_and_a_tied_weight(plan: str) -> None:
+    exact(train_small(plan, backend="simulate"))
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    more: dict[str, Any]
+
+
+class Point(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Nested(Mlp):
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor | None = None) -> Answer:
+        h = torch.tanh(self.up(x))
+        out = self.down(h) * scale
+        out = out if shift is None else out + shift
+        return Answer(out, {"hidden": (h, [out.argmax(-1)]), "norm": h.square().mean().sqrt(), "point": Point(out.sum(1), out.detach() * 2), "word": "a"})
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", "zero0+dp2+mb2"])
+def test_nested_outputs_come_in_the_models_own_types(plan: str) -> None:
+    def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        a = model(batch[0], 0.5, shift=batch[1][:1])
+        assert type(a) is Answer and a.more["word"] == "a" and type(a.more["point"]) is Point
+        assert not a.more["point"].y.requires_grad and a.more["hidden"][1][0].dtype is torch.int64
+        return (a.logits - batch[1]).abs().mean() + a.more["norm"] ** 3 + a.more["hidden"][0].sin().mean() + (a.more["point"].x * a.more["point"].y.sum(1)).mean()
+
+    model = Nested()
+    exact(beside(module(model, plan, backend="simulate"), copy.deepcopy(model), loss_of, pairs(2)))
+
+
+def test_gradients_add_up_over_backwards() -> None:
+    model = Mlp()
+    theirs, ours = copy.deepcopy(model), module(model, "zero3+dp2", backend="simulate")
+    for batch in pairs(3):
+        (mse(ours, batch) / 3).backward()
+        (mse(theirs, batch) / 3).backward()
+    one, two = pairs(2)
+    (mse(ours, one) * mse(ours, two)).backward()  # two forwards, then one backward
+    (mse(theirs, one) * mse(theirs, two)).backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
+    assert len(ours.programs.cache) == 1
+    ours.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", "tp2"])
+def test_teacher_and_student(plan: str) -> None:
+    teacher = module(Mlp(5).eval(), plan, backend="simulate")
+    plain, model = copy.deepcopy(teacher.model), Mlp()
+
+    def loss_of(student: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            want = (teacher if student is ours else plain)(batch[0])
+        assert not want.requires_grad
+        return F.kl_div(student(batch[0]).log_softmax(-1), want.softmax(-1), reduction="batchmean")
+
+    ours = module(model, "zero1+dp2", backend="simulate")
+    exact(beside(ours, copy.deepcopy(model), loss_of, pairs(2)))
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", "pp2"])
+def test_two_networks_against_each_other(plan: str) -> None:
+    """The generator's gradient comes through the discriminator."""
+    models = [Mlp(1), Mlp(2, (4, 16, 1))]
+    both = [[module(copy.deepcopy(m), plan, backend="simulate") for m in models], [copy.deepcopy(m) for m in models]]
+    kept = []
+    for made in both:
+        g, d = made
+        optimizers = [adamw(m.parameters()) for m in made]
+        for z, real in pairs(2):
+            loss = F.softplus(d(g(z).detach())).mean() + F.softplus(-d(real)).mean()
+            loss.backward()
+            optimizers[1].step()
+            loss = F.softplus(-d(g(z))).mean()
+            d.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None for m in made for p in m.parameters())
+            optimizers[0].step()
+            for o in optimizers:
+                o.zero_grad()
+        kept.append([loss.detach(), *(p.detach() for m in made for p in m.parameters())])
+    for a, b in zip(*kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_evaluation_and_modes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    theirs, ours = copy.deepcopy(model), module(model, "zero3+dp2", backend="simulate")
+    exact(beside(ours, theirs, mse, pairs(2), sgd))  # the first bias's gradient is rounding alone: AdamW would make steps of it
+    ours.eval()
+    theirs.eval()
+    assert not ours.training and not model[1].training and next(iter(ours.state_dict())) == "0.weight"
+    with torch.no_grad():
+        out = ours(pairs(1)[0][0])
+    assert not out.requires_grad
+    torch.testing.assert_close(out, theirs(pairs(1)[0][0]), rtol=0, atol=1e-12)
+    ours.train()
+    theirs.train()
+    exact(beside(ours, theirs, mse, pairs(1), sgd))
+    assert len(ours.programs.cache) == 2  # trained, and evaluated without grad
+
+
+def test_frozen_parameters() -> None:
+    model = Mlp()
+    model.up.requires_grad_(False)
+    exact(beside(module(model, "zero3+dp2", backend="simulate"), copy.deepcopy(model), mse, pairs(2), sgd))
+    assert model.up.weight.grad is None
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", pytest.param("zero1+dp2+tp2", marks=wide)])
+@pytest.mark.parametrize("own", [False, True])
+def test_llama_with_the_models_own_loss_and_another(plan: str, own: bool) -> None:
+    found = load("hf:LlamaForCausalLM")
+
+    def loss_of(model: Any, batch: Any) -> Tensor:
+        out = model(**batch)
+        return out.loss if own else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+
+    model = found.model.double()
+    exact(beside(module(model, plan, backend="simulate"), copy.deepcopy(model), loss_of, [found.batch] * 2, clip=1.0))
+
+
+# what is refused --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    ours = module(Mlp(), "zero3+dp2", backend="simulate")
+    (x, _), = pairs(1)
+    loss = ours(x).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward a second time through one forward(.|\n)*fix: add the losses up"):
+        loss.backward()
+    loss = ours(x).square().mean()
+    with torch.no_grad():
+        ours.down.bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"parameter 'down.bias' was changed in place between a forward and its backward(.|\n)*fix: step the optimizer"):
+        loss.backward()
+    z = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(ours(z).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_an_output_that_depends_on_no_parameter() -> None:
+    class Constant(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).detach()
+
+    out = module(Constant(), "zero0")(pairs(1)[0][0])
+    assert not out.requires_grad
+
+
+# processes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, plans", [(2, ("zero3", "zero1")), pytest.param(4, ("zero3+tp2", "pp2+mb2"), marks=wide)])
+def test_on_ranks(count: int, plans: tuple[str, ...]) -> None:
+    for each in ranks(count, on_ranks, plans):
+        for worst in each.values():
+            exact(worst)
+
+
+def test_own_rows_mean_what_ddp_means() -> None:
+    for each in ranks(2, local_on_ranks, ("zero3", "zero0")):
+        for worst in each.values():
+            exact(worst)
