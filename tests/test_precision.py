@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed import WIDTH, WORDS, Eager, adamw, differing, tiny, token_loss
+from mixed import Eager, adamw, differing, tiny, token_loss
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
