@@ -134,10 +134,7 @@ def explain(
     where = ranks or ranks_of(p)
     counted = [replace(_rank_bytes(step), moved_hidden=said) for step, said in zip(steps, hidden(p, steps, machine or Machine()), strict=True)]
     full = max(range(len(steps)), key=lambda n: counted[n].peak_bytes)
-    each = []
-    for rank in range(where.ranks):  # shards are equal
-        at = where.coordinate(rank)
-        each.append(replace(counted[at.get(STAGES, 0)], rank=rank, coordinate=at))
+    each = [replace(rank, moved_hidden=counted[rank.coordinate.get(STAGES, 0)].moved_hidden) for rank in _ranks(steps, where)]
     stage = zero if zero is not None else _stage(p)
     collectives = [count_collectives(step) + _count_sends(p, n) for n, step in enumerate(steps)]
     flops, again = [matmul_flops(step) for step in steps], repeated(p)
@@ -155,6 +152,22 @@ def _rank_bytes(step: Program) -> RankBytes:
     found = memory(step)
     others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
     return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step), {})
+
+
+def _ranks(steps: Sequence[Program], where: Mesh) -> Iterable[RankBytes]:
+    """Of every rank. What ranks hold differs by their stage, and where shards are uneven by their coordinate: ranks whose parts of all uneven values have
+    one size are counted once."""
+    uneven = [{t for t in step.types.values() if any(isinstance(e, Split) and e.of for _, e in t.layout.elements)} for step in steps]
+    known: dict[object, RankBytes] = {}
+    for rank in range(where.ranks):
+        at = where.coordinate(rank)
+        stage = at.get(STAGES, 0)
+        step = steps[stage]
+        seen = step.mesh.seen_from({**dict.fromkeys(step.mesh.names, 0), **at}) if uneven[stage] else step.mesh
+        key = stage, tuple([t.local(seen) for t in uneven[stage]])
+        if key not in known:
+            known[key] = _rank_bytes(replace(step, mesh=seen))
+        yield replace(known[key], rank=rank, coordinate=at)
 
 
 def _count_sends(p: Program, lane: int) -> tuple[CollectiveCount, ...]:

@@ -83,9 +83,10 @@ class _Unroll:
 
 
 def original(name: str) -> str:
-    """The name in the looped program.
+    """The name in the looped program. A module that is called twice has a number inside its ops' names.
 
-    >>> original("h#12"), original("h")
-    ('h', 'h')
+    >>> original("h#12"), original("h"), original("drop#2.div#0")
+    ('h', 'h', 'drop#2.div')
     """
-    return name.partition("#")[0]
+    head, _, number = name.rpartition("#")
+    return head if number.isdigit() else name
