@@ -438,6 +438,8 @@ class Module(_Compiled, Drop):  # type: ignore[misc]  # state_dict and load_stat
     def __init__(self, model: Any, plan: str, **options: Any) -> None:
         super().__init__(model, plan, **options)
         self._be(self.model)
+        if self.plan.stage in (1, 2) and self.host.first and not self._quiet:
+            print(f"deepseed: zero{self.plan.stage} shares nothing without optimizer=: the update is the user's own optimizer's; zero3 shares parameters, and with them its state", file=sys.stderr)
 
     @_together
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -123,7 +123,7 @@ class Programs:
         given = batch
         if s.buckets and want not in ("forward", "module"):
             batch = padded(batch, s.buckets)
-        bare = given if batch is not given else None  # what padding was added to
+        filled = batch is not given
         spec, settings = BatchSpec.of(batch), self._settings(want, towards)
         stated = stated_options(s.optimizer) if want == "step" else []  # lr too: agreed by the collective that agrees the batch
         parts = s.host.mesh.sizes.get("dp", 1)
@@ -155,7 +155,7 @@ class Programs:
             built = self._compile(batch, want, self._causes(spec, settings, batch), towards)
             self._drop(self.cache.add(key, built))
         self.latest, self._made_for = built, settings
-        return Found(built, spec.flatten(batch), False, bare if bare is not None and self._kind(bare, settings) not in self._checked else None)
+        return Found(built, spec.flatten(batch), False, given if filled and self._kind(given, settings) not in self._checked else None)
 
     def check_padding(self, found: Found, states: Sequence[State]) -> None:
         """Compare loss and gradients of a padded batch with those of the batch itself. Raises CompileError where they differ."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from small import WORDS, small
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -124,7 +124,7 @@ def train_small(plan: str, **options: Any) -> dict[str, float]:
 
 def own_rows(plan: str) -> dict[str, float]:
     """Each rank its own rows, which the eager loop sees one part after another: the mean of the parts' losses is what is differentiated."""
-    model, rank, count = Mlp(), dist.get_rank(), dist.get_world_size()
+    model, rank, count = Mlp(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     theirs, batches = copy.deepcopy(model), pairs(3, 4 * count)
     ours = module(model, plan, batch="local", example_batch=(batches[0][0][4 * rank : 4 * rank + 4],))
     optimizers = [adamw(m.parameters()) for m in (ours, theirs)]
