@@ -19,8 +19,8 @@ from deepseed.target import load
 wide = pytest.mark.wide
 
 
-def exact(worst: dict[str, float]) -> None:
-    assert worst["loss"] <= 1e-12 and max(worst.values()) <= 1e-10, worst
+def exact(worst: dict[str, float], loss: float = 1e-12) -> None:
+    assert worst.pop("loss") <= loss and max(worst.values()) <= 1e-10, worst
 
 
 @pytest.mark.parametrize("plan", ["zero0", "zero3+dp2", "pp2+mb2", "zero1+dp2+mb2", "tp2"])
@@ -157,7 +157,8 @@ def test_llama_with_the_models_own_loss_and_another(plan: str, own: bool) -> Non
         return out.loss if own else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
 
     model = found.model.double()
-    exact(beside(module(model, plan, backend="simulate"), copy.deepcopy(model), loss_of, [found.batch] * 2, clip=1.0))
+    worst = beside(module(model, plan, backend="simulate"), copy.deepcopy(model), loss_of, [found.batch] * 2, clip=1.0)
+    exact(worst, 1e-6 if own else 1e-12)  # the model makes its own loss in float32, whose additions come in another order
 
 
 # what is refused --------------------------------------------------------------------------------------------------------
