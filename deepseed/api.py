@@ -31,6 +31,7 @@ from deepseed.capture.step import Want
 from deepseed.differentiable import Drop, Pass, apply, check_rows, leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
+from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
 from deepseed.ops import torch_dtype
@@ -154,7 +155,7 @@ class _Compiled:
         words = precision(self.plan, loss_scale)
         self._scale = words["loss_scale"]
         if self.host.first and not quiet:
-            for note in self.plan.notes:
+            for note in notes(self.plan):
                 print(f"deepseed: {note}", file=sys.stderr)
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0

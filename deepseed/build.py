@@ -14,16 +14,17 @@ from deepseed import pipeline
 from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
+from deepseed.idle import idle_share
 from deepseed.ir.amounts import format_bytes
 from deepseed.ir.layout import Layout, Split
-from deepseed.ir.mesh import STAGES
+from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
 from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of, rows_of_a_rank
 from deepseed.pipeline import Passed
-from deepseed.plan import Plan, bubble
+from deepseed.plan import Plan
 from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
@@ -98,8 +99,8 @@ def build(
     done: list[Passed] = []
 
     mesh = program_mesh(captured.program, plan, host.mesh)
-    if plan.mb is None and plan.stages > 1 and host.first and not quiet and any(o.role == "loss" for o in captured.program.outputs):
-        _say_microbatches(captured.program, plan, host)
+    if host.first and not quiet:
+        say_microbatches(captured.program, plan, host.mesh)
 
     def solve() -> str:
         passed, choice = run_shared(
@@ -129,11 +130,14 @@ def build(
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
 
 
-def _say_microbatches(p: Program, plan: Plan, host: Host) -> None:
-    mine, m = rows_of_a_rank(p, host.mesh), microbatches(p, plan, host.mesh)
-    rows, ranks = rows_of(p), data_ranks(host.mesh)
+def say_microbatches(p: Program, plan: Plan, mesh: Mesh) -> None:
+    """How many a pipeline takes whose plan does not say. ``mesh``: of the ranks."""
+    if plan.mb is not None or plan.stages == 1 or not any(o.role == "loss" for o in p.outputs):
+        return
+    mine, m = rows_of_a_rank(p, mesh), microbatches(p, plan, mesh)
+    rows, ranks = rows_of(p), data_ranks(mesh)
     what = f"{m} microbatches of {mine // m} of the {mine} rows that each data-parallel rank has" if rows % ranks == 0 else f"1 microbatch, since {rows} rows do not divide by {ranks} ranks"
-    print(f"deepseed: pp{plan.stages} without mb: {what}; {bubble(plan.stages, m, plan.chunks):.0%} of the ranks' time is idle", file=sys.stderr, flush=True)
+    print(f"deepseed: pp{plan.stages} without mb: {what}; {idle_share(plan.kind, plan.stages, m, plan.chunks):.0%} of the ranks' time is idle", file=sys.stderr, flush=True)
 
 
 def _digest(text: str) -> str:

@@ -213,6 +213,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
+    from deepseed.plan import parse_plan
     from deepseed.target import load
     from deepseed.verify import VerifyReport
     from deepseed.verify import verify as check
@@ -221,6 +222,7 @@ def verify(
     if backend not in ("simulate", "gloo", "nccl"):
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of simulate, gloo, nccl")
     found = load(target)
+    _tell(parse_plan(plan), world_size)
     if backend == "simulate":
         report = check(
             found.model, found.batch, plan, world_size=world_size, optimizer_factory=_factory(found, optimizer), loss_fn=found.loss_fn,
@@ -324,6 +326,7 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
 
     parsed = parse_plan(plan)
     mesh = parsed.mesh(world_size)
+    _tell(parsed, world_size)
     found = load(target, meta=True)
     factory = _factory(found, optimizer)
     started = perf_counter()
@@ -337,10 +340,12 @@ def _captured(target: str, plan: str, world_size: int | None, optimizer: str | N
 def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool, machine: Any = None) -> list[Passed]:
     from deepseed import pipeline
     from deepseed.budget import run_shared
+    from deepseed.build import say_microbatches
     from deepseed.ir.amounts import format_bytes
     from deepseed.local_norms import with_local_norms
     from deepseed.meshes import data_ranks, microbatches, program_mesh
 
+    say_microbatches(p, plan, ranks)
     if plan.bn == "local":
         p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
     mesh, at = program_mesh(p, plan, ranks), ranks.coordinate(0) if ranks.axes else {}
@@ -348,6 +353,14 @@ def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Seque
     if chosen is not None:
         typer.echo(f"deepseed: budget({format_bytes(plan.budget or 0)}): {chosen}", err=True)
     return [pipeline.Passed("capture", p, seconds), *done]
+
+
+def _tell(plan: Plan, world_size: int | None) -> None:
+    """What is legal but perhaps not what was meant."""
+    from deepseed.idle import notes
+
+    for note in notes(plan.resolve(world_size)):
+        typer.echo(f"deepseed: {note}", err=True)
 
 
 def _factory(found: Target, said: str | None) -> Any:

@@ -132,11 +132,6 @@ class Plan:
             notes.append(f"zero{self.stage} does nothing with dp1: no other data-parallel rank to share the state with")
         if self.schedule and self.stages == 1:
             notes.append(f"{self.schedule} orders pipeline stages, and the plan has none: it does nothing without ppN")
-        if self.stages > 1 and self.mb is not None and self.mb < self.stages:
-            notes.append(
-                f"mb{self.mb} is fewer microbatches than pp{self.stages} has stages: {bubble(self.stages, self.mb, self.chunks):.0%} of the ranks' time is idle "
-                f"(mb{2 * self.stages}: {bubble(self.stages, 2 * self.stages, self.chunks):.0%})"
-            )
         return tuple(notes)
 
     def resolve(self, world_size: int | None = None) -> Plan:
@@ -224,11 +219,6 @@ KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
     "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "grads(fp32)", "remat", "offload(optimizer)", "budget(8GiB)",
 )  # fmt: skip
-
-
-def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The share of a step in which a rank of a pipeline is idle, where all stages take as long (Narayanan et al. 2021, section 2.2)."""
-    return (stages - 1) / (chunks * microbatches + stages - 1)
 
 
 def parse_plan(text: str) -> Plan:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from deepseed import closed_forms as form
+from deepseed.idle import idle_share, notes
 from deepseed.ir.amounts import format_bytes
 from deepseed.ir.mesh import Mesh
-from deepseed.plan import Plan, bubble
+from deepseed.plan import Plan
 
 OFFLOADED = {
     "optimizer": "optimizer state lies on the host with the parameters, which are updated there",
@@ -18,7 +19,7 @@ OFFLOADED = {
 
 def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
     """``said``: as the user wrote it; ``plan``: with dp filled in; ``mesh``: of its ranks."""
-    n, e, s, t, m = plan.dp or 1, plan.ep or 1, plan.sp or 1, plan.tp or 1, plan.mb or 1
+    n, e, s, t, m = plan.dp or 1, plan.ep or 1, plan.sp or 1, plan.tp or 1, plan.mb or (2 * plan.stages if plan.stages > 1 else 1)
     stored = ("everything whole on each rank", "optimizer state split over dp", "optimizer state and gradients split over dp",
               "optimizer state, gradients and parameters split over dp; parameters gathered for use")  # fmt: skip
     lines = [f"{said or 'one rank'} on {mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh}"]
@@ -34,8 +35,10 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         layers = f"{plan.stages * plan.chunks} stages, {plan.chunks} on each of {plan.stages} ranks" if plan.chunks > 1 else f"{plan.stages} stages, one a rank"
         lines.append(f"  pp{plan.stages:<6} the layers are cut into {layers}; they run in the order of {plan.kind}")
     if plan.mb is not None:
-        idle = f"; a rank is idle {bubble(plan.stages, m, plan.chunks):.1%} of the step, where all stages take as long" if plan.stages > 1 and plan.kind != "zb" else ""
+        idle = f"; a rank is idle {idle_share(plan.kind, plan.stages, m, plan.chunks):.1%} of the step, where all stages take as long" if plan.stages > 1 else ""
         lines.append(f"  mb{m:<6} each rank's rows are cut into {m} microbatches, one after another{idle}")
+    elif plan.stages > 1:
+        lines.append(f"  {'mb':8} is chosen when the rows of a rank are known: the smallest divisor of them that is {2 * plan.stages} or more, else the largest; below, mb{m}")
     if plan.dtype:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}" + ("; the loss is scaled, and a step whose gradients overflow is skipped" if plan.dtype == "f16" else ""))
     if plan.grad_dtype:
@@ -47,7 +50,7 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
     lines += [f"  {'disk':8} what of that is stored between steps lies in files below {plan.disk}"] if plan.disk else []
     if plan.budget:
         lines.append(f"  {'budget':8} the step fits {format_bytes(plan.budget)} of each rank's device: what is computed again and what lies on the host is chosen for that")
-    lines += [f"  {'':8} {note}" for note in plan.notes]
+    lines += [f"  {'':8} {note}" for note in notes(plan)]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")
     one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "N": float(n * e * s), "t": float(t * plan.stages), "m": float(m)}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from deepseed.boundaries import boundaries
 from deepseed.counts import local_flops, repeated
+from deepseed.idle import idle_share
 from deepseed.ir.messages import Message, Place, home, messages_of
 from deepseed.ir.program import Op, Program
 from deepseed.ir.schedule import Schedule, kind_of
-from deepseed.plan import bubble
 from deepseed.solver.schedules import in_flight
 from deepseed.speed import Course, Machine, course
 from deepseed.timeline import Timeline, simulate
@@ -60,7 +60,7 @@ def timing(p: Program, machine: Machine) -> Timing:
     flops, again = {op.name: local_flops(p, op) for op in p.ops if kind_of(op.part) != "once"}, repeated(p)
     return Timing(
         s.name, s.stages, s.microbatches, s.loops, sum(n for name, n in flops.items() if name in again) / max(1, sum(flops.values())), timeline.bubble_share,
-        bubble(len(s.lanes), s.microbatches, s.stages // len(s.lanes)), timeline.step_seconds, tuple(in_flight(s)), boundaries(p),
+        idle_share(s.name, len(s.lanes), s.microbatches, s.stages // len(s.lanes)), timeline.step_seconds, tuple(in_flight(s)), boundaries(p),
     )  # fmt: skip
 
 

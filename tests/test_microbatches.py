@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from deepseed import pipeline
 from deepseed.api import TrainStep
+from deepseed.idle import idle_share
 from deepseed.ir.contract import PassError
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.schedule import kind_of
 from deepseed.ir.text import parse
-from deepseed.plan import bubble
 from deepseed.runtime.executable import Executable
 from deepseed.target import load
 from deepseed.verify import verify
@@ -255,7 +255,7 @@ def test_a_pipeline_says_how_many_microbatches_it_runs_where_that_may_surprise(p
     assert f"deepseed: {says}\n" in capsys.readouterr().err
     assert step.program.schedule is not None and step.program.schedule.microbatches == m
     stages = len(step.program.schedule.lanes)
-    assert f"{bubble(stages, m):.0%} of the ranks' time is idle" in says
+    assert f"{idle_share('1f1b', stages, m):.0%} of the ranks' time is idle" in says
     compiled(mlp(), rows(n), plan, quiet=True)
     assert not capsys.readouterr().err
 

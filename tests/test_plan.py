@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseed.idle import idle_share, notes
 from deepseed.ir.mesh import Mesh
 from deepseed.plan import OFFLOADS, PRECISIONS, Plan, PlanError, parse_plan
 
@@ -173,8 +174,9 @@ def test_a_pipeline_without_microbatches_picks_some() -> None:
 
 
 def test_pipeline_notes() -> None:
-    assert "60% of the ranks' time is idle (mb8: 27%)" in parse_plan("pp4+mb2").notes[0]
-    assert parse_plan("pp4+mb4").notes == ()
+    assert "60% of the ranks' time is idle (mb8: 27%)" in notes(parse_plan("pp4+mb2"))[0]
+    assert notes(parse_plan("pp4+mb4")) == ()
+    assert "45% of the ranks' time is idle" in notes(parse_plan("pp4+mb2+zb"))[0]
     assert "does nothing without ppN" in parse_plan("zb+mb4").notes[0]
 
 
@@ -187,3 +189,12 @@ def test_pipeline_refusals() -> None:
         with pytest.raises(PlanError, match=says):
             parse_plan(text).mesh(ranks)
     assert "'dp' twice" in refusal("order(dp,dp)") and "'mb' in it, which is no axis of ranks" in refusal("order(mb)")
+
+
+def test_idle_time_is_the_schedules() -> None:
+    """Where a closed form holds, it; elsewhere what the schedule does."""
+    for p, m in ((2, 4), (4, 8), (8, 8)):
+        assert idle_share("1f1b", p, m) == pytest.approx(idle_share("gpipe", p, m)) == pytest.approx((p - 1) / (m + p - 1))
+        assert idle_share("interleaved", p, m, 2) == pytest.approx((p - 1) / (2 * m + p - 1))
+        assert idle_share("zb", p, m) == pytest.approx((p - 1) / (3 * m + p - 1))
+    assert idle_share("interleaved", 4, 5, 2) > 3 / (2 * 5 + 3)
