@@ -114,10 +114,10 @@ class Search:
 
     def _refined(self, first: int, price: Callable[[int], float]) -> int:
         """The level from ``first`` on with the least price: the best of a grid, which is made finer around it."""
-        low, high = first, len(self.levels) - 1
+        best, low, high = first, first, len(self.levels) - 1
         while True:
             width = max(1, (high - low) // 4)
-            grid: list[int] = sorted({*range(low, high + 1, width), high})
+            grid: list[int] = sorted({*range(low, high + 1, width), high, best})  # a finer grid may miss the best of the coarser one
             best = min(grid, key=price)
             if width == 1:
                 return best

@@ -99,7 +99,7 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     if any(not isinstance(u, Op) or u.origin != ops[0].origin for r in inner for u in p.uses[r]):
         return None
     position = min([members[-1], *(at[u.name] for u in outside if isinstance(u, Op))])
-    if not _unread(p, operands, arrived, ops[0].type.host):
+    if not _unread(p, operands, arrived, ops[0]):
         return None
     op = whole.map_refs(lambda ref: Ref(arrived.get(ref.name, ref.name)))
     if any(ref.name in p.producers and at[p.producers[ref.name].name] >= position for ref in op.refs):
@@ -111,15 +111,16 @@ def _whole_op(p: Program, at: Mapping[str, int], whole: Op, members: Sequence[in
     return position, replace(typed, phase=last.phase, path=last.path, line=last.line, part=last.part, stage=last.stage, origin=""), members
 
 
-def _unread(p: Program, operands: set[str], arrived: dict[str, str], host: bool) -> bool:
+def _unread(p: Program, operands: set[str], arrived: dict[str, str], member: Op) -> bool:
     """Give the op a stand-in for each operand that no member of the group reads: what the op computes does not depend on it, so any value of its type
-    that the group reads will do, and that one is there, in the op's memory and on its stage. False: there is none, and it lies in the other memory."""
+    that the group reads will do, and that one is there, in the op's memory and on its stage. False: there is none, and it lies elsewhere."""
+    stages = {i.name: i.stage for i in p.inputs}
     for name in sorted(operands - arrived.keys()):
-        t = p.types[name]
+        t, made = p.types[name], p.producers.get(name)
         alike = [other for source, other in arrived.items() if source in operands and _alike(p.types[other], t)]
         if alike:
             arrived[name] = alike[0]
-        elif t.host != host:
+        elif t.host != member.type.host or (made.stage if made is not None else stages[name]) != member.stage:
             return False
     return True
 

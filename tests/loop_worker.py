@@ -153,7 +153,7 @@ def main(target: str, plan: str, folder: Path) -> None:
     sent.on = True
     step(found.batch)
     sent.on = False
-    run = step.programs.latest.executables[0]._loaded.step
+    run = step.programs.latest.executables[0]._loaded.names["step"]
     gc.collect()
     seen = [watched(lambda: step(found.batch), run) for _ in range(REPEATED)]
     names = [instruction for instruction, _ in seen[0].between]
