@@ -21,6 +21,8 @@ from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.passes.cut_stages import cut_stages
 from deepseed.passes.loop_microbatches import loop_microbatches
+from deepseed.target import load
+from deepseed.verify import verify as verify_beside_eager
 
 # Two layers and a tied head over four microbatches, mean squared error, plain gradient descent with the weights' gradients summed over time.
 TIED = """program step mesh(mb=2) facts(canonical, captured, explicit, lowered, placed)
@@ -276,3 +278,10 @@ def test_verify_refuses(mutant: Callable[[Program], Program], says: str) -> None
     out = cut(tied(), 2, pins=["last"])
     with pytest.raises(ProgramError, match=says):
         verify(mutant(out))
+
+
+def test_a_cut_inside_a_layer_means_what_eager_means() -> None:
+    """The gradient of a layer norm does not read its bias, which is on the other stage."""
+    target = load("hf:GPT2LMHeadModel")
+    report = verify_beside_eager(target.model, target.batch, "pp2(cut=[transformer.h.1.mlp])", steps=1, backend="simulate")
+    assert report.ok, str(report)
