@@ -41,7 +41,9 @@ class Drop(nn.Module):
     states: list[State]
 
     def _be(self, model: nn.Module) -> None:
-        nn.Module.__init__(self)
+        mode = model.training
+        nn.Module.__init__(self)  # it sets ``training``, which is the model's
+        model.training = mode
         self.__dict__.update({table: model.__dict__[table] for table in ("_parameters", "_buffers", "_modules")})
         self.__dict__.pop("training", None)
 

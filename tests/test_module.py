@@ -140,6 +140,15 @@ def test_evaluation_and_modes() -> None:
     assert len(ours.programs.cache) == 2  # trained, and evaluated without grad
 
 
+def test_a_model_in_evaluation_stays_so() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4)).double().eval()
+    ours = module(model, "tp2", backend="simulate")
+    assert not any(m.training for m in model.modules()) and not ours.training
+    x = pairs(1)[0][0]
+    torch.testing.assert_close(ours(x), copy.deepcopy(model)(x), rtol=0, atol=1e-12)
+    assert not any(m.training for m in model.modules())
+
+
 def test_frozen_parameters() -> None:
     model = Mlp()
     model.up.requires_grad_(False)
