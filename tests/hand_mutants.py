@@ -87,7 +87,7 @@ EDITS = (
     # schedule_collectives
     Edit("two members of a bucket swapped", "schedule_collectives", r"(?m)^(.*)%norm\.weight\.whole_dp\.start, %norm\.bias\.whole_dp\.start(.* = all_gather)", r"\1%norm.bias.whole_dp.start, %norm.weight.whole_dp.start\2"),
     Edit("a member of a bucket sent twice", "schedule_collectives", r"(all_gather\.start\(.*%norm\.weight, )%norm\.bias", r"\1%norm.weight"),
-    Edit("a bucket over the wrong group", "schedule_collectives", r'(%words\.weight\.whole_dp\.start, .*axis=")dp', r"\1tp"),
+    Edit("a bucket over the wrong group", "schedule_collectives", r'(%places\.weight\.whole_dp\.start, .*axis=")dp', r"\1tp"),
     Edit("used before it arrives", "schedule_collectives", *_moved(r"norm\.native_layer_norm\.mul\.2", r"norm\.weight\.whole_dp")),
     Edit("backward reads another layer's gathered weight", "schedule_collectives", r"(%up\.bwd\.mm = aten\.mm\(%up\.bwd\.reshape, )%up\.weight\.whole_dp\.1", r"\1%down.permute"),
     # group_kernels
