@@ -31,14 +31,14 @@ from deepseed.runtime.host import check_files, everywhere
 from deepseed.runtime.saved import Entry, Want, read, write, write_metadata
 
 if TYPE_CHECKING:
-    from deepseed.api import _Compiled
+    from deepseed.compiled import Compiled
 
 FORMAT = 1
 WEIGHTS = "safetensors"  # the format of what save_pretrained writes
 EXTRA = "extra"
 
 
-def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
+def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
     host, target = step.host, Path(os.path.realpath(dir))
     host.agree([("the folder to save to", str(target))])
     if step._resume:
@@ -75,7 +75,7 @@ def save(step: _Compiled, dir: str | os.PathLike[str], extra: Any = None) -> Non
         raise
 
 
-def entry(step: _Compiled, role: str, key: str, t: Tensor) -> Entry:
+def entry(step: Compiled, role: str, key: str, t: Tensor) -> Entry:
     """A tensor as the ranks store it, else ``t``, as the module or the optimizer holds it."""
     type_ = step.states[0].types.get((role, key)) if step.states else None
     if type_ is None:
@@ -84,7 +84,7 @@ def entry(step: _Compiled, role: str, key: str, t: Tensor) -> Entry:
     return Entry(type_.shape, torch_dtype(type_.dtype), type_.layout, parts, home=step.states[0].homes[role, key])
 
 
-def model_entries(step: _Compiled, written: Collection[str] = ()) -> dict[str, Entry]:
+def model_entries(step: Compiled, written: Collection[str] = ()) -> dict[str, Entry]:
     """What ``state_dict()`` has, and the buffers in ``written``, by first name. Raises CheckpointError where one has no values."""
     out = {name: entry(step, role, name, t) for (role, name), t in tensors_of(step.model, written).items()}
     if meta := [name for name, e in out.items() if any(part is not None and part.is_meta for part in e.parts)]:
@@ -92,7 +92,7 @@ def model_entries(step: _Compiled, written: Collection[str] = ()) -> dict[str, E
     return out
 
 
-def _entries(step: _Compiled) -> dict[str, Entry]:
+def _entries(step: Compiled) -> dict[str, Entry]:
     """Everything that is saved, by name in the files."""
     written = {o.key for o in step.program.outputs if o.role == "buffer"} if step.states else set()
     out = {f"model.{name}": e for name, e in model_entries(step, written).items()}
@@ -105,7 +105,7 @@ def _entries(step: _Compiled) -> dict[str, Entry]:
     return out | {f"optimizer.{key}": entry(step, role, key, torch.empty(0)) for role, key in stored if role == "state"}
 
 
-def _manifest(step: _Compiled, entries: Mapping[str, Entry], tied: Mapping[str, str], texts: Mapping[str, bytes]) -> dict[str, Any]:
+def _manifest(step: Compiled, entries: Mapping[str, Entry], tied: Mapping[str, str], texts: Mapping[str, bytes]) -> dict[str, Any]:
     return {
         "format": FORMAT, "deepseed": deepseed.__version__, "torch": torch.__version__,
         "model": type(step.model).__name__, "plan": str(step.plan), "mesh": dict(step.mesh.axes), "step": step.steps, "seed": step.seed,
@@ -147,7 +147,7 @@ class Resume:
     model: Mapping[tuple[str, str], Tensor]
 
 
-def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
+def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
     host, target = step.host, Path(os.path.realpath(dir))
     what = f"loading {target}"
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
@@ -198,7 +198,7 @@ def load(step: _Compiled, dir: str | os.PathLike[str], optimizer: bool = True, c
     return extra
 
 
-def resume(step: _Compiled) -> None:
+def resume(step: Compiled) -> None:
     """Read what waits, now that a program says which part of it each rank holds."""
     while step._resume:
         waiting = step._resume[0]
@@ -210,7 +210,7 @@ def resume(step: _Compiled) -> None:
             step.host.settle(step.model, step.states)
 
 
-def _resumed(step: _Compiled, waiting: Resume) -> _Reads:
+def _resumed(step: Compiled, waiting: Resume) -> _Reads:
     if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
         raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
     reads = _Reads(step, waiting.saved, waiting.cast, direct=True)
@@ -225,7 +225,7 @@ class _Reads:
     """What this process reads of a checkpoint into memory of its own, and where it goes in the end; ``direct``: at once, where nothing can run before
     all is read. Raises CheckpointError where a shape or dtype differs."""
 
-    def __init__(self, step: _Compiled, saved: Saved, cast: bool, direct: bool = False) -> None:
+    def __init__(self, step: Compiled, saved: Saved, cast: bool, direct: bool = False) -> None:
         self.step, self.saved, self.cast, self.direct = step, saved, cast, direct
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole

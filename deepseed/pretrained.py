@@ -32,13 +32,13 @@ from deepseed.runtime.saved import Box, Entry, share_out
 from deepseed.weights import INDEX, SINGLE
 
 if TYPE_CHECKING:
-    from deepseed.api import _Compiled
+    from deepseed.compiled import Compiled
 
 _TOLD = ("config.json", "generation_config.json")
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|manifest\.json")
 
 
-def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+def save(step: Compiled, dir: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
     host, target, largest = step.host, Path(os.path.realpath(dir)), _largest(max_shard_size)
     what = f"saving to {target}"
     host.agree([("the folder to save to", str(target)), ("max_shard_size", largest)])
@@ -70,7 +70,7 @@ def save(step: _Compiled, dir: str | os.PathLike[str], max_shard_size: int | str
 
 
 def _write(
-    step: _Compiled, folder: Path, entries: Mapping[str, Entry], made: Mapping[str, Made], files: Mapping[str, Shapes]
+    step: Compiled, folder: Path, entries: Mapping[str, Entry], made: Mapping[str, Made], files: Mapping[str, Shapes]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the files, each by one rank; what each rank wrote, with checksums."""
     host, what = step.host, f"saving to {folder}"
