@@ -19,7 +19,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from deepseed.runtime import folder as folders
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.saved import Entry, Want, boxes, read, share_out, write, write_metadata
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_waiting_for_the_disk")]
 torch.set_num_threads(1)
 
 PLANS = [
@@ -55,14 +55,6 @@ PLANS = [
 ]  # fmt: skip
 PAIRS = list(itertools.product(PLANS, PLANS))
 TOLERANCE = 1e-12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """A process that is killed loses nothing that it has written; only a machine that loses its power does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 def quiet(plan: str, **options: Any) -> TrainStep:

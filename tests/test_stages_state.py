@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,11 @@ from deepseed.runtime.host import SimulatedHost, refined
 from deepseed.runtime.saved import Entry, share_out
 from deepseed.runtime.state import State, StateError, at_home, gather_states, shard
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_waiting_for_the_disk")]
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-12
 PLANS = ["zero3+dp2", "tp2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @cache

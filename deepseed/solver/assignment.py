@@ -9,15 +9,15 @@ The obvious form (want <= sum of y, y <= x) has the same optimum and is 100 time
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
+from scipy.optimize import Bounds, milp
 
 from deepseed.ir.layout import Element
 from deepseed.rules import Strategy
+from deepseed.solver.rows import Rows
 
 Cost = Callable[[Element, Element], float | None]  # None: not allowed
 
@@ -66,25 +66,6 @@ class Solution:
     variables: int = 0
 
 
-@dataclass
-class _Rows:
-    """Sparse constraint rows under construction."""
-
-    row: list[int] = field(default_factory=list)
-    col: list[int] = field(default_factory=list)
-    val: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-
-    def add(self, terms: Sequence[tuple[int, float]], low: float, high: float) -> None:
-        for col, val in terms:
-            self.row.append(len(self.low))
-            self.col.append(col)
-            self.val.append(val)
-        self.low.append(low)
-        self.high.append(high)
-
-
 def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float = 20.0) -> Solution:
     """The cheapest assignment, or the cheapest that ``time_limit`` seconds find (an unrolled recurrence has thousands of classes);
     where they find none, six times as long. Raises Infeasible."""
@@ -95,20 +76,20 @@ def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float
         first.append(len(objective))
         objective += [c * choice.count for c in choice.costs]
     integers = len(objective)
-    rows = _Rows()
+    rows = Rows()
     for i, choice in enumerate(choices):
         rows.add([(first[i] + s, 1.0) for s in range(len(choice.strategies))], 1.0, 1.0)
     for flow in flows:
         _add_flow(flow, choices, first, objective, rows)
     scale = _scale(objective)
     bounds = Bounds(np.zeros(len(objective)), np.concatenate([np.ones(integers), np.full(len(objective) - integers, 1.0)]))
-    matrix = coo_array((rows.val, (rows.row, rows.col)), shape=(len(rows.low), len(objective))).tocsr()
+    constraint = rows.constraint(len(objective))
     for limit in (time_limit, 6 * time_limit):
         result = milp(
             np.array(objective) / scale,
             integrality=np.concatenate([np.ones(integers), np.zeros(len(objective) - integers)]),
             bounds=bounds,
-            constraints=LinearConstraint(matrix, rows.low, rows.high),
+            constraints=constraint,
             options={"mip_rel_gap": 1e-6, "time_limit": limit},
         )
         if result.x is not None or result.status != TIMED_OUT:
@@ -119,7 +100,7 @@ def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float
     return Solution(picks, float(result.fun) * scale, perf_counter() - started, integers, len(objective))
 
 
-def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: _Rows) -> None:
+def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: Rows) -> None:
     source = _by_element(choices[flow.producer], first[flow.producer], lambda s: s.results[flow.result])
     together: dict[str, dict[tuple[Element, Element], tuple[float, list[int]]]] = {}
     alone: dict[str, int] = {}
@@ -143,7 +124,7 @@ def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective
             z = len(objective)
             objective.append(cost * flow.count)
             for var in variables:
-                rows.add([(z, 1.0), (var, -1.0)], 0.0, np.inf)
+                rows.add([(z, 1.0), (var, -1.0)], 0.0)
 
 
 def _by_element(choice: Choice, first: int, element: Callable[[Strategy], Element]) -> Mapping[Element, list[int]]:

@@ -10,19 +10,18 @@ Solved by HiGHS (scipy.optimize.milp).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isqrt
 from time import perf_counter
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Program
 from deepseed.solver.between import BLOCK, Between
 from deepseed.solver.classes import Graph, colours
+from deepseed.solver.rows import Rows
 from deepseed.speed import Machine
 
 GATHERS = ("again", "kept", "solve")  # of parameters: once more in the backward, once for both phases, or as the integer program says
@@ -63,23 +62,6 @@ def levels(p: Program, machine: Machine | None = None, gathers: str = "again", s
             choice = problem.solve(i / steps)
             found.setdefault(choice.kept, (choice.seconds, choice.nbytes, i / steps, every))
     return [(saved, every) for _, _, saved, every in sorted(found.values(), key=lambda f: f[:2])]
-
-
-@dataclass
-class _Rows:
-    """``low`` <= the sum of ``value`` x variable ``col`` over each row."""
-
-    row: list[int] = field(default_factory=list)
-    col: list[int] = field(default_factory=list)
-    val: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-
-    def add(self, terms: Sequence[tuple[int, float]], low: float) -> None:
-        for col, val in terms:
-            self.row.append(len(self.low))
-            self.col.append(col)
-            self.val.append(val)
-        self.low.append(low)
 
 
 class _Problem:
@@ -127,7 +109,7 @@ class _Problem:
         n = len(self.r) + len(self.s)
         self.bytes, self.low, self.high, self.time = np.zeros(n), np.zeros(n), np.ones(n), np.zeros(n)
         self.forced, self.wished = np.zeros(n), np.zeros(n)  # 1: must be kept; may be
-        rows = _Rows()
+        rows = Rows()
         said: set[tuple[int, ...]] = set()
         for c, u, seconds in zip(self.classes, self.units, self.seconds, strict=True):
             self.time[self.r[c]] += seconds * MICRO
@@ -153,9 +135,8 @@ class _Problem:
         unit = max(1.0, self.most / STEPS)  # whole numbers of it: bytes as they are would differ by the factor that tolerances have
         size = np.ceil(self.bytes / unit)
         forced, most = float(size @ self.forced), float(size @ self.wished)
-        matrix = coo_array((self.rows.val, (self.rows.row, self.rows.col)), shape=(len(self.rows.low), n)).tocsr()
         constraints = [LinearConstraint(size[None, :], -np.inf, forced + np.floor(saved * (most - forced)))]
-        constraints += [LinearConstraint(matrix, np.array(self.rows.low), np.inf)] if self.rows.low else []
+        constraints += [self.rows.constraint(n)] if self.rows.low else []
         cost = self.time + TIE * self.bytes / max(1.0, self.bytes.sum())
         found = None
         for nodes in (NODES, 1000 * NODES):

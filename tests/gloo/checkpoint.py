@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import deepseed
 from deepseed.api import TrainStep
 from deepseed.runtime import saved
+from gloo.tried import Tried
 
 FIRST, MORE = 2, 2  # steps before the checkpoint, and after it
 
@@ -136,16 +136,7 @@ def troubles(folder: str) -> dict[str, Any]:
     step(data[0])
     step.save(folder)
     kept = everything(step)
-    out: dict[str, Any] = {"messages": {}, "seconds": {}}
-
-    def tried(name: str, do: Any) -> None:
-        began = time.monotonic()
-        try:
-            do()
-            out["messages"][name] = "no error"
-        except Exception as error:
-            out["messages"][name] = f"{type(error).__name__}: {error}"
-        out["seconds"][name] = time.monotonic() - began
+    out = tried = Tried()
 
     step(data[1])
     write = saved.FileSystemWriter.write_data

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from deepseed.pieces import Piece
 from deepseed.runtime import channels
 from deepseed.weights import Weights
 from gloo.checkpoint import Tagger, batches, made, packed, trained
+from gloo.tried import Tried
 
 
 def empty(width: int = 16) -> nn.Module:
@@ -146,16 +146,7 @@ def troubles(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank, data = int(os.environ["RANK"]), batches()
-    out: dict[str, Any] = {"messages": {}, "seconds": {}}
-
-    def tried(name: str, do: Callable[[], Any]) -> None:
-        began = time.monotonic()
-        try:
-            do()
-            out["messages"][name] = "no error"
-        except Exception as error:
-            out["messages"][name] = f"{type(error).__name__}: {error}"
-        out["seconds"][name] = time.monotonic() - began
+    out = tried = Tried()
 
     def compiled(path: str) -> TrainStep:
         return made("zero3", backend="gloo", model=empty(), weights=path)
