@@ -25,7 +25,6 @@ from deepseed.weights import Weights
 from gloo.checkpoint import Tagger, batches, made, packed, trained
 from gloo.tried import Tried
 
-
 REPEATED = 5  # times that a rank saves, the least it holds counts: a thread of gloo may hold a message that is over
 
 
