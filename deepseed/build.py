@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from deepseed.capture import Captured
 from deepseed.codegen.python import generate
 from deepseed.idle import idle_share
 from deepseed.ir.amounts import format_bytes
+from deepseed.ir.contract import Pass
 from deepseed.ir.layout import Layout, Split
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
@@ -28,6 +30,7 @@ from deepseed.plan import Plan
 from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
+from deepseed.speed import Machine
 
 RETURNED = tuple(role for role in OUTPUT_ROLES if role not in STORED)
 SLOW = 2.0  # seconds of compiling after which each pass says that it is done
@@ -92,8 +95,7 @@ def build(
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
-    if plan.bn == "local":
-        captured = replace(captured, program=with_local_norms(captured.program, data_ranks(host.mesh), microbatches(captured.program, plan, host.mesh)))
+    captured = replace(captured, program=prepared(captured.program, plan, host.mesh))
     host.agree([("plan", str(plan))])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
@@ -103,13 +105,12 @@ def build(
         say_microbatches(captured.program, plan, host.mesh)
 
     def solve() -> str:
-        passed, choice = run_shared(
-            captured.program, plan, lambda plan: pipeline.arguments(mesh, plan.stage, {}, stored, plan, homes, hosted),
-            on_pass=lambda p: _say(p, started, quiet), hosted=hosted,
+        done.extend(
+            run_passes(
+                captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=lambda p: _say(p, started, quiet),
+                tell=lambda line: quiet or print(f"deepseed: {line}", file=sys.stderr, flush=True),
+            )
         )  # fmt: skip
-        done.extend(passed)
-        if choice is not None and not quiet:
-            print(f"deepseed: budget({format_bytes(plan.budget or 0)}): {choice}", file=sys.stderr, flush=True)
         return str(done[-1].program)
 
     text = host.decide(solve)
@@ -128,6 +129,28 @@ def build(
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
+
+
+def prepared(p: Program, plan: Plan, ranks: Mesh) -> Program:
+    """The captured program that a plan means: under ``bn(local)`` another one."""
+    return with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks)) if plan.bn == "local" else p
+
+
+def run_passes(
+    p: Program, plan: Plan, ranks: Mesh, at: Mapping[str, int], *, stored: Mapping[tuple[str, str], Layout] | None = None,
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, check: bool = True,
+    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object],
+) -> list[Passed]:  # fmt: skip
+    """The passes that all ranks share (or ``passes``, with the rank ``at`` a coordinate) over a captured program; ``tell`` hears what a budget chose."""
+    mesh = program_mesh(p, plan, ranks)
+
+    def arguments(plan: Plan) -> dict[str, dict[str, Any]]:
+        return pipeline.arguments(mesh, plan.stage, at, stored, plan, homes, hosted)
+
+    done, choice = run_shared(p, plan, arguments, check=check, on_pass=on_pass, hosted=hosted, passes=passes, machine=machine)
+    if choice is not None:
+        tell(f"budget({format_bytes(plan.budget or 0)}): {choice}")
+    return done
 
 
 def say_microbatches(p: Program, plan: Plan, mesh: Mesh) -> None:

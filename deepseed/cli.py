@@ -12,17 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 
-from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 
 if TYPE_CHECKING:
-    from deepseed.pipeline import Passed
-    from deepseed.plan import Plan
-    from deepseed.target import OptimizerFactory, Target
+    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
 configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
@@ -75,12 +72,13 @@ def dump(
 ) -> None:
     """Write the program after each pass as text, NN-pass.ir."""
     from deepseed import pipeline
+    from deepseed.asked import captured, passed, passes_table
 
     names = ["capture", *pipeline.BY_NAME]
     if after not in ("all", *names):
         raise UsageError(f"no pass is called {after!r}{_nearest(after, names)}\n  passes: {', '.join(names)}")
-    p, said, ranks, seconds = _captured(target, plan, world_size, optimizer, clip)
-    done = _pipeline(p, said, ranks, seconds, list(pipeline.PIPELINE), check)
+    p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
+    done = passed(p, said, ranks, seconds, list(pipeline.PIPELINE), check)
     chosen = [(n, each) for n, each in enumerate(done) if after in ("all", each.name)]
     if str(out) == "-":
         for _, each in chosen:
@@ -89,7 +87,7 @@ def dump(
     out.mkdir(parents=True, exist_ok=True)
     for n, each in chosen:
         (out / f"{n:02d}-{each.name}.ir").write_text(str(each.program))
-    typer.echo("\n".join(_passes_table(done)))
+    typer.echo("\n".join(passes_table(done)))
     first, last = chosen[0], chosen[-1]
     typer.echo(f"wrote {len(chosen)} file{'s' if len(chosen) > 1 else ''} to {out}/")
     if len(chosen) > 1:
@@ -161,19 +159,20 @@ def explain(
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
+    from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
     from deepseed.speed import parse_machine
 
     of = parse_machine(machine)
-    p, said, ranks, seconds = _captured(target, plan, world_size, optimizer, clip)
+    p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     if why is not None:
         from deepseed.why import why as answer
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = _pipeline(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
@@ -213,6 +212,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
+    from deepseed.asked import clip_of, factory_of, tell_notes
     from deepseed.plan import parse_plan
     from deepseed.target import load
     from deepseed.verify import VerifyReport
@@ -222,11 +222,11 @@ def verify(
     if backend not in ("simulate", "gloo", "nccl"):
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of simulate, gloo, nccl")
     found = load(target)
-    _tell(parse_plan(plan), world_size)
+    tell_notes(parse_plan(plan), world_size)
     if backend == "simulate":
         report = check(
-            found.model, found.batch, plan, world_size=world_size, optimizer_factory=_factory(found, optimizer), loss_fn=found.loss_fn,
-            clip_grad_norm=_clip(found, clip), steps=steps, backend=backend,
+            found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
+            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend,
         )  # fmt: skip
     else:
 
@@ -234,7 +234,7 @@ def verify(
             typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
 
         report = verify_ranks(
-            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=_clip(found, clip), steps=steps, tell=tell
+            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, tell=tell
         )  # fmt: skip
     typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     if not as_json:
@@ -313,88 +313,6 @@ def run(context: typer.Context) -> None:
 
 
 # helpers -------------------------------------------------------------------------------------------------------------
-
-
-def _captured(target: str, plan: str, world_size: int | None, optimizer: str | None, clip: float | None) -> tuple[Program, Plan, Mesh, float]:
-    """The captured step, the plan, the mesh of its ranks, and the seconds that it took."""
-    from time import perf_counter
-
-    from deepseed.capture import capture
-    from deepseed.plan import parse_plan
-    from deepseed.precision import precision
-    from deepseed.target import load
-
-    parsed = parse_plan(plan)
-    mesh = parsed.mesh(world_size)
-    _tell(parsed, world_size)
-    found = load(target, meta=True)
-    factory = _factory(found, optimizer)
-    started = perf_counter()
-    captured = capture(
-        found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
-        clip_grad_norm=_clip(found, clip) if factory else None, **precision(parsed),
-    )  # fmt: skip
-    return captured.program, parsed, mesh, perf_counter() - started
-
-
-def _pipeline(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Any], check: bool, machine: Any = None) -> list[Passed]:
-    from deepseed import pipeline
-    from deepseed.budget import run_shared
-    from deepseed.build import say_microbatches
-    from deepseed.ir.amounts import format_bytes
-    from deepseed.local_norms import with_local_norms
-    from deepseed.meshes import data_ranks, microbatches, program_mesh
-
-    say_microbatches(p, plan, ranks)
-    if plan.bn == "local":
-        p = with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks))
-    mesh, at = program_mesh(p, plan, ranks), ranks.coordinate(0) if ranks.axes else {}
-    done, chosen = run_shared(p, plan, lambda plan: pipeline.arguments(mesh, plan.stage, at, plan=plan), check=check, passes=passes, machine=machine)
-    if chosen is not None:
-        typer.echo(f"deepseed: budget({format_bytes(plan.budget or 0)}): {chosen}", err=True)
-    return [pipeline.Passed("capture", p, seconds), *done]
-
-
-def _tell(plan: Plan, world_size: int | None) -> None:
-    """What is legal but perhaps not what was meant."""
-    from deepseed.idle import notes
-
-    for note in notes(plan.resolve(world_size)):
-        typer.echo(f"deepseed: {note}", err=True)
-
-
-def _factory(found: Target, said: str | None) -> Any:
-    """What --optimizer says, else one like the target's, else AdamW. None: no optimizer."""
-    from deepseed.target import like, optimizer_factory
-
-    if said is None and found.optimizer is not None:
-        return like(found.optimizer, found.model)
-    factory: OptimizerFactory | None = optimizer_factory(said or "adamw")
-    return factory
-
-
-def _clip(found: Target, said: float | None) -> float | None:
-    value = said if said is not None else found.clip_grad_norm if found.clip_grad_norm is not None else 1.0
-    return value or None
-
-
-def _passes_table(done: Sequence[Passed]) -> list[str]:
-    from deepseed.explain import count_collectives
-    from deepseed.explain_text import amount
-    from deepseed.ir.mesh import TIME
-
-    lines = [f"{'pass':18}{'ops':>14}{'collectives':>14}{'moved/step':>17}{'time':>9}"]
-    before = len(done[0].program.ops)
-    for each in done:
-        ops = len(each.program.ops)
-        found = count_collectives(each.program, each.program.mesh.sizes.get(TIME, 1))
-        moved = f"{amount(sum(c.bytes for c in found))}/rank" if found else "-"
-        lines.append(f"{each.name:18}{f'{before} -> {ops}':>14}{sum(c.count for c in found):>14}{moved:>17}{each.seconds:>7.2f} s")
-        before = ops
-    left = [name for each in done for name in each.unproved]
-    if left:
-        lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands, such as %{left[0]}")
-    return lines
 
 
 def _read(file: Path) -> Program:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import deepseed
 from deepseed import pipeline
+from deepseed.asked import passes_table
 from deepseed.check.translation import TranslationError, check_localized, follow, number
-from deepseed.cli import _passes_table
 from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
@@ -178,7 +178,7 @@ def test_what_is_too_large_to_run_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     one = program_pass(requires=set(), provides={"canonical"})(lambda p: replace(after, facts=p.facts))
     (done,) = pipeline.run(before, {}, (one,))
     assert done.unproved == ("y",)
-    assert "unproved: 1 values" in "\n".join(_passes_table([pipeline.Passed("capture", before, 0.0), done]))
+    assert "unproved: 1 values" in "\n".join(passes_table([pipeline.Passed("capture", before, 0.0), done]))
     small = program(str(after).split("\n", 1)[1].replace("67108864", "64").replace("8192", "8"))
     assert follow(number(small), small).unproved == []
 

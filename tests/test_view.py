@@ -35,9 +35,9 @@ plans = pytest.mark.parametrize("plan", PLANS)
 @cache
 def captured() -> Program:
     pytest.importorskip("transformers")
-    from deepseed.cli import _captured
+    from deepseed.asked import captured
 
-    return _captured(TARGET, "zero0", None, None, None)[0]
+    return captured(TARGET, "zero0", None, None, None)[0]
 
 
 @cache
