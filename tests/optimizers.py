@@ -9,30 +9,10 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from deepseed.lion import Lion
+
 Made = optim.Optimizer | list[optim.Optimizer]
 Factory = Callable[[Sequence[nn.Parameter]], Made]
-
-
-class Lion(optim.Optimizer):
-    """The sign of an interpolation between momentum and gradient; decoupled decay."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if len(state) == 0:
-                    state["exp_avg"] = torch.zeros_like(p)
-                p.data.mul_(1 - group["lr"] * group["weight_decay"])
-                update = state["exp_avg"].clone().mul_(beta1).add(p.grad, alpha=1 - beta1).sign_()
-                p.add_(update, alpha=-group["lr"])
-                state["exp_avg"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
 
 
 class SignSGD(optim.Optimizer):

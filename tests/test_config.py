@@ -97,6 +97,17 @@ def test_the_default_of_clipping_is_deepspeeds() -> None:
     assert settings(read({"train_batch_size": 8, "gradient_clipping": 0}), 8).clip_grad_norm is None
 
 
+def test_the_optimizer_is_a_class_that_steps() -> None:
+    import deepseed
+
+    for config, _ in PLANS.values():
+        found = settings(read(config), 8).optimizer
+        if found is not None:
+            name, arguments = found
+            made = (getattr(deepseed, name) if name == "Lion" else getattr(torch.optim, name))([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
+            assert made.param_groups[0]["lr"] == float(config["optimizer"]["params"]["lr"])
+
+
 def test_the_loss_scale() -> None:
     found = settings(read({"train_batch_size": 8, "fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}}), 8).loss_scaling
     assert found is not None and (found.static, found.initial, found.window, found.hysteresis, found.minimum) == (0, 4096, 1000, 1, 1)

@@ -207,8 +207,8 @@ class Config(Section):
     train_micro_batch_size_per_gpu: Annotated[Count | None, SUPPORTED] = None
     gradient_accumulation_steps: Annotated[Count | None, SUPPORTED] = None
     gradient_clipping: Annotated[Number, SUPPORTED] = 1.0
-    steps_per_print: Annotated[Count | None, SUPPORTED] = None
-    wall_clock_breakdown: Annotated[Flag, SUPPORTED] = False
+    steps_per_print: Annotated[Count | None, mapped("no effect on training: print what the step returns")] = None
+    wall_clock_breakdown: Annotated[Flag, mapped("no effect on training: deepseed explain --html draws the step in time")] = False
     zero_optimization: Annotated[Zero, SUPPORTED] = Field(default_factory=lambda: Zero.model_validate({}))
     fp16: Annotated[Fp16, SUPPORTED] = Field(default_factory=Fp16)
     bf16: Annotated[Bf16, SUPPORTED] = Field(default_factory=Bf16)

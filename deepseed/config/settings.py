@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -42,11 +42,11 @@ class Settings:
     plan: str
     batch: Batch | None
     clip_grad_norm: float | None
-    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a name of OPTIMIZERS' values or of torch.optim, its arguments
+    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a class of torch.optim, or deepseed.Lion; its arguments
     scheduler: tuple[str, Mapping[str, Any]] | None = None
     loss_scaling: LossScaling | None = None
     drop_last: bool = False
-    notes: tuple[str, ...] = field(default=())
+    seed: int = 0
 
 
 def settings(config: Config, world_size: int | None = None) -> Settings:
@@ -65,7 +65,7 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
     clip = float(config.gradient_clipping)
     return Settings(
         plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clip or None, optimizer=_optimizer(config), scheduler=_scheduler(config),
-        loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last),
+        loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last), seed=int(config.seed or 0),
     )  # fmt: skip
 
 
@@ -127,9 +127,10 @@ def _optimizer(config: Config) -> tuple[str, Mapping[str, Any]] | None:
     if said.lower() in ELSEWHERE:
         raise ConfigError(f"optimizer.type {said!r} is not supported: {ELSEWHERE[said.lower()]}")
     params = dict(section.params)
-    torch_adam, adam_w = params.pop("torch_adam", False), params.pop("adam_w_mode", True)
+    params.pop("torch_adam", None)  # DeepSpeed's switch between its own kernels and torch's
+    adam_w = params.pop("adam_w_mode", True)
     name = OPTIMIZERS.get(said.lower()) or next((n for n in dir(torch.optim) if n.lower() == said.lower() and n[0].isupper()), None)
-    if said.lower() == "adam" and (not adam_w):
+    if said.lower() == "adam" and not adam_w:
         name = "Adam"
     if name is None or (not hasattr(torch.optim, name) and name != "Lion"):
         from difflib import get_close_matches
@@ -137,7 +138,6 @@ def _optimizer(config: Config) -> tuple[str, Mapping[str, Any]] | None:
         known = [*OPTIMIZERS, *(n.lower() for n in dir(torch.optim) if n[0].isupper())]
         near = get_close_matches(said.lower(), known, n=1)
         raise ConfigError(f"unknown optimizer.type {said!r}{f': did you mean {near[0]!r}?' if near else ''}\n  known: {', '.join(sorted(set(OPTIMIZERS)))}, and any of torch.optim")
-    del torch_adam  # DeepSpeed's switch between its own kernels and torch's
     for key, why in (("freeze_step", "1-bit"), ("cuda_aware", "1-bit"), ("comm_backend_name", "1-bit")):
         if key in params:
             raise ConfigError(f"optimizer.params.{key} belongs to {why} optimizers, which are not supported\n  fix: leave it out")
