@@ -237,3 +237,13 @@ def test_a_mean_in_float32_over_thirty_elements(loss: Callable[[Tensor, Tensor],
     step = deepseed.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda m, b: 0.7 * loss(m(b[0]), b[1]))
     want = 0.7 * loss(model(batch[0]), batch[1])
     assert float(step(batch)) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_what_was_proved_is_known_when_it_is_computed_again() -> None:
+    """canonicalize takes a layer norm apart, plan_memory computes its statistics again, group_kernels puts both together: one value, one number."""
+    from deepseed.target import load
+    from deepseed.verify import verify
+
+    found = load("hf:GPT2LMHeadModel(num_hidden_layers=2)")
+    report = verify(found.model, found.batch, "tp2+remat", steps=1, backend="simulate")
+    assert report.ok, str(report)

@@ -47,6 +47,12 @@ class Table:
     types: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # dtype and shape by number
     constant: set[int] = field(default_factory=set)  # made of no input
     differ: dict[str, str] = field(default_factory=dict)  # expressions that were run and give other numbers, by digest: why
+    proved: dict[int, int] = field(default_factory=dict)  # what an expression was shown to be: computed again, it has that number too
+
+    def meant(self, n: int) -> int:
+        while n in self.proved:
+            n = self.proved[n]
+        return n
 
     def number(self, key: tuple[object, ...], types: list[tuple[str, tuple[int, ...]]], constant: bool) -> int:
         """The number of the first of the values that ``key`` means; the others follow it."""
@@ -136,11 +142,14 @@ def follow(before: Numbering, after: Program) -> Numbering:
         first = _lookup(out, op, reads)
         _define(out, op, reads, first)
         for k, (r, t) in enumerate(zip(op.results, op.types, strict=True)):
-            was = numbers.get(r)
-            if was is not None and was != first + k and before.table.types[was] == (t.dtype, t.shape):
-                _prove(before, out, was, first + k, op)
+            was, now = numbers.get(r), out.table.meant(first + k)
+            if was is not None and was != now and before.table.types[was] == (t.dtype, t.shape):
+                assumed = len(out.unproved)
+                _prove(before, out, was, now, op)
                 out.name(r, was)
-                makers.setdefault(was, makers[first + k])
+                makers.setdefault(was, makers[now])
+                if len(out.unproved) == assumed and out.table.meant(was) != now:
+                    out.table.proved[now] = was
     want, have = before.outputs, out.outputs
     for role, key in [*want, *(k for k in have if k not in want)]:
         a, b = want.get((role, key)), have.get((role, key))
@@ -230,8 +239,9 @@ def _lookup(out: Numbering, op: Op, reads: tuple[int, ...]) -> int:
 
 def _define(out: Numbering, op: Op, reads: tuple[int, ...], first: int) -> None:
     for k, r in enumerate(op.results):
-        out.name(r, first + k)
-        out.made.setdefault(first + k, Made(op, k, reads))
+        n = out.table.meant(first + k)
+        out.name(r, n)
+        out.made.setdefault(n, Made(op, k, reads))
     positions, given = WRITES.get(op.target, ((), 0))
     for i in positions if positions and op.args[given] else ():
         if i < len(op.refs) and op.args[i] is op.refs[i]:
