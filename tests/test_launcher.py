@@ -25,7 +25,8 @@ SCRIPT = """
 import json, os, signal, subprocess, sys, time
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_PORT", "OMP_NUM_THREADS", "SAID")
 how = sys.argv[-1]
-print("HERE " + json.dumps({**{n: os.environ.get(n) for n in names}, "argv": sys.argv[1:], "cores": sorted(os.sched_getaffinity(0))}), flush=True)
+seen = {**{n: os.environ.get(n) for n in names}, "argv": sys.argv[1:], "cores": sorted(os.sched_getaffinity(0))}
+os.write(1, f"HERE {json.dumps(seen)}\\n".encode())  # in one piece: the nodes share a pipe
 if how.startswith("file "):
     open(how[5:] + os.environ["RANK"], "w").close()
     how = "hang"
