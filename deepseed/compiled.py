@@ -22,25 +22,25 @@ from deepseed.build import Built, CompileError
 from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
-from deepseed.capture.step import Want
 from deepseed.differentiable import leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Program
+from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.precision import precision
-from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.programs import Found, LossFn, Programs, Subject, Wanted
 from deepseed.runtime.arena import accounts
 from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
+APART = 0x9E3779B1  # between the seeds of data-parallel ranks that have rows of their own
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
@@ -260,7 +260,7 @@ class Compiled:
 
     # programs -------------------------------------------------------------------------------------------------------
 
-    def _find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
+    def _find(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
             raise CompileError(
@@ -287,14 +287,14 @@ class Compiled:
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
 
-    def _run(self, found: Found, local: bool = False) -> dict[tuple[str, str], Tensor]:
-        """One step; the returned outputs whole, by role and key. ``local``: what is split by rows over dp stays so."""
+    def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key."""
         results = self.host.run(found.built.executables, self._given(found))
         self._settle(found.built)
-        return found.built.returned(self.host, results, local=local)
+        return found.built.returned(self.host, results)
 
-    def _given(self, found: Found) -> list[list[Tensor]]:
-        """What each hosted rank's executable is called with, tangents aside."""
+    def _given(self, found: Found, pending: Sequence[Mapping[str, Tensor]] = ()) -> list[list[Tensor]]:
+        """What each hosted rank's executable is called with, tangents aside. ``pending``: each rank's part of the gradients that an update takes."""
         built = found.built
         if not built.adopted:
             self._adopt(built)
@@ -302,10 +302,12 @@ class Compiled:
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
-        others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        part = self.host.coordinates[0].get("dp", 0) if OWN_ROWS in built.program.facts else 0  # whose draws are its own, as its rows are
+        others["rng", "rng"] = torch.tensor([self.seed + part * APART, self.steps], dtype=torch.int64)
         self._ready()
         check_disks(self.states, self.model)
-        return [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)]
+        each = [{("pending", k): t for k, t in mine.items()} for mine in pending] or [{} for _ in self.states]
+        return [self._inputs(e, state, others, mine, found.local) for e, state, mine in zip(built.executables, self.states, each, strict=True)]
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
@@ -314,11 +316,13 @@ class Compiled:
         for write in built.captured.reads.writes:
             write.apply()
 
-    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], mine: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
         for i in (i for i in e.inputs if i.role != "tangent"):
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
+            elif (i.role, i.key) in mine:
+                out.append(mine[i.role, i.key])
             else:
                 x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches

@@ -1,0 +1,69 @@
+"""A module that is trained in the user's own loop, with the update compiled too: what ``deepseed.initialize`` gives an engine.
+
+``loss.backward()`` leaves the gradients where the plan has them, added up over as many backwards as the user likes: below zero2 each
+rank's own summand, whole; from there on its part of the sum over ranks. ``update()`` is a program of its own over these, the parameters and
+the optimizer's state: it reduces what was not, clips, and updates. Both programs are of one plan and share what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from deepseed.api import Module
+from deepseed.build import CompileError
+from deepseed.compiled import together
+from deepseed.updating import Updating
+
+
+class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole tensors
+    """A compiled module with its optimizer: forward and backward are the user's to call, ``update()`` clips and updates."""
+
+    def __init__(self, model: Any, plan: str, **options: Any) -> None:
+        super().__init__(model, plan, **options)
+        self._pending: list[dict[str, Tensor]] = [{} for _ in self.host.coordinates]
+
+    def _pend(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add a backward's gradients to those that wait."""
+        for mine, part in zip(self._pending, parts, strict=True):
+            seen = {t.untyped_storage().data_ptr() for t in mine.values()}
+            for name, t in part.items():
+                if name in mine:
+                    mine[name].add_(t)
+                    continue
+                whole, memory = t.untyped_storage().nbytes() == t.nbytes, t.untyped_storage().data_ptr()
+                mine[name] = t if whole and memory not in seen else t.clone()  # one that is written into: nobody else's
+                seen.add(mine[name].untyped_storage().data_ptr())
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """The parameters whose gradients wait for an update."""
+        return tuple(self._pending[0])
+
+    def drop(self) -> None:
+        """Forget the gradients that wait."""
+        for mine in self._pending:
+            mine.clear()
+
+    @together
+    def update(self) -> None:
+        """Clip and update with the gradients that wait, and forget them. Raises CompileError where none do."""
+        if not self._pending[0]:
+            raise CompileError("an update without gradients\n  fix: call backward on a loss of the module's outputs first")
+        found = self._find({}, "update", self.pending)
+        results = self.host.run(found.built.executables, self._given(found, self._pending))
+        self._settle(found.built)
+        self._shown = found.built.returned(self.host, results)
+        self.drop()
+        self._stepped()
+
+    @together
+    def gradient(self, name: str) -> Tensor | None:
+        """The mean gradient of a parameter that waits, whole and unscaled, before clipping; None where it has none. Every rank must ask."""
+        if name not in self._pending[0]:
+            return None
+        type_ = self.programs.pending[name]
+        g = self.host.whole([mine[name] for mine in self._pending], type_, self.programs.homes["pending", name])
+        return g / self.loss_scale
