@@ -43,6 +43,9 @@ def _rows(section: Section, prefix: str) -> Iterator[Verdict]:
         says = next((m for m in field.metadata if isinstance(m, Says)), None)
         if says is None:
             raise TypeError(f"{type(section).__name__}.{name} says nothing of itself")
+        if says.each is not None and value:
+            yield from (Verdict(f"{key}.{k}", *says.each(k, v)) for k, v in value.items())
+            continue
         kind, note = says.about(value)
         yield Verdict(key, kind, note)
 
