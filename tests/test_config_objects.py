@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import deepseed
+from deepseed.adam import UncorrectedAdam
 from deepseed.config import Config, ConfigError, read, settings, verdicts
 from deepseed.config.objects import optimizer_of, scheduler_of
 from deepseed.muon import Muon, orthogonalized
@@ -38,6 +40,8 @@ def model() -> nn.Sequential:
         ("Adagrad", {}, torch.optim.Adagrad, {"lr": 1e-2}),
         ("Lion", {"weight_decay": 0.2}, deepseed.Lion, {"lr": 1e-3, "weight_decay": 0.2, "betas": (0.9, 0.99)}),
         ("RMSprop", {"lr": 1e-2, "alpha": "0.9"}, torch.optim.RMSprop, {"alpha": 0.9}),
+        ("Adam", {"lr": 3e-5, "bias_correction": False}, UncorrectedAdam, {"lr": 3e-5, "decoupled": True, "weight_decay": 0.0}),
+        ("Adam", {"adam_w_mode": False, "bias_correction": False, "weight_decay": 0.1}, UncorrectedAdam, {"decoupled": False, "weight_decay": 0.1}),
         ("nadam", {"lr": 1e-3}, torch.optim.NAdam, {"lr": 1e-3}),
     ],
 )
@@ -113,6 +117,21 @@ def test_what_1_bit_optimizers_need_is_named() -> None:
         f"optimizer.params.{key}": "rejected" for key in ("freeze_step", "cuda_aware", "comm_backend_name")
     }
     assert {v.verdict for v in verdicts(config("scheduler", "OneCycle")) if v.key == "scheduler.type"} == {"rejected"}
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_without_the_correction_of_its_bias(decoupled: bool) -> None:
+    """By its formula, on one number: three steps of the same gradient."""
+    p = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = UncorrectedAdam([p], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5, decoupled=decoupled)
+    x, m, v = 2.0, 0.0, 0.0
+    for _ in range(3):
+        p.grad = torch.tensor([3.0], dtype=torch.float64)
+        optimizer.step()
+        g = 3.0 if decoupled else 3.0 + 0.5 * x
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        x = (x * (1 - 0.1 * 0.5) if decoupled else x) - 0.1 * m / (math.sqrt(v) + 1e-3)
+        assert float(p.detach()) == pytest.approx(x, rel=1e-14)
 
 
 # Muon -------------------------------------------------------------------------------------------------------------------

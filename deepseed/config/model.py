@@ -137,7 +137,7 @@ def _option(key: str, value: Any) -> tuple[Kind, str]:
     if key in COMPRESSED:
         return "rejected", "it belongs to 1-bit optimizers, which compress what is sent; use AdamW without it"
     if key == "bias_correction":
-        return ("mapped", "always so") if value else ("rejected", "torch's Adam corrects its bias; leave it out, or give an optimizer to initialize(optimizer=..)")
+        return "mapped", "as torch's Adam does" if value else "Adam without it"
     if key == "fp32_optimizer_states":
         return ("mapped", "always so") if value else ("rejected", "optimizer state stays fp32: bf16 loses small updates")
     notes = {"max_grad_norm": "as gradient_clipping", "torch_adam": "torch's Adam steps in any case", "set_grad_none": "no effect: nothing here needs it", "ns_method": "the iteration is the standard one, in bf16"}
@@ -275,7 +275,8 @@ class Config(Section):
     torch_autocast: Annotated[Switch | None, switched("autocast goes by lists of modules; use bf16 or fp16")] = None
     log_level: Annotated[str | None, NOTHING] = None
     sparse_gradients: Annotated[Flag, unless_off("gradients of embeddings are dense; leave it out")] = False
-    disable_allgather: Annotated[Flag, unless_off("updated weights must be gathered")] = False
+    disable_allgather: Annotated[Flag, NOTHING] = False
+    cuda_visible_devices: Annotated[Any, mapped("no effect: deepseed --include localhost:0,2, or CUDA_VISIBLE_DEVICES")] = None
     dump_state: Annotated[Flag, REPORT] = False
     memory_breakdown: Annotated[Flag, REPORT] = False
     vocabulary_size: Annotated[Count | None, NOTHING] = None
@@ -292,6 +293,7 @@ class Config(Section):
     amp: Annotated[Switch | None, switched("Apex's mixed precision is not carried out; use bf16 or fp16")] = None
     sparse_attention: Annotated[Switch | None, rejected("the attention is the model's own; give the model a sparse one")] = None
     compression_training: Annotated[Switch | None, rejected("compression changes the model; compress it beforehand")] = None
+    quantize_training: Annotated[Switch | None, switched("quantized training changes numbers; quantize the model afterwards")] = None
     autotuning: Annotated[Switch | None, switched("no autotuner; deepseed explain prices a plan without running it")] = None
     elasticity: Annotated[Switch | None, switched("the number of ranks is fixed within a run; a checkpoint goes on with any other")] = None
     curriculum_learning: Annotated[Switch | None, switched("a curriculum is the data loader's; shapes are compiled as they come")] = None

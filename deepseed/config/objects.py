@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, optim
 
+from deepseed.adam import UncorrectedAdam
 from deepseed.config.fields import ConfigError
 from deepseed.config.model import Config
 from deepseed.lion import Lion
@@ -23,7 +24,7 @@ NAMES: Mapping[str, str] = {  # DeepSpeed's names, lower case -> the class that 
     "adam": "AdamW", "adamw": "AdamW", "torch_adam": "Adam", "fusedadam": "AdamW", "deepspeedcpuadam": "AdamW",
     "sgd": "SGD", "adagrad": "Adagrad", "lion": "Lion", "muon": "Muon",
 }  # fmt: skip
-OWN: Mapping[str, type[optim.Optimizer]] = {"Lion": Lion, "Muon": Muon}
+OWN: Mapping[str, type[optim.Optimizer]] = {"Lion": Lion, "Muon": Muon, "UncorrectedAdam": UncorrectedAdam}
 OTHER_DEFAULTS: Mapping[str, Mapping[str, float]] = {"AdamW": {"weight_decay": 0.0}, "Lion": {"lr": 1e-3}}  # where DeepSpeed's are not the class's
 NO_OPTION = ("torch_adam", "adam_w_mode", "bias_correction", "max_grad_norm", "fp32_optimizer_states", "set_grad_none", "ns_method")  # switches of DeepSpeed's own
 Choice = tuple[str, Mapping[str, Any]]
@@ -69,12 +70,13 @@ def optimizer_choice(config: Config) -> Choice | None:
         known = [*NAMES, *(n.lower() for n in _torch_optimizers())]
         near = get_close_matches(said, known, n=1)
         raise ConfigError(f"unknown optimizer.type {section.type!r}{f': did you mean {near[0]!r}?' if near else ''}\n  known: {', '.join(sorted(NAMES))}, and any of torch.optim")
-    adam_w = params.get("adam_w_mode", True)
     by_torch = bool(params.get("torch_adam", False))
-    name = "Adam" if said == "adam" and not adam_w else name
+    name = "Adam" if said == "adam" and not params.get("adam_w_mode", True) else name
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items() if key not in NO_OPTION}
     allowed = {*MUON, *ADAM, "muon_lr", "adam_lr"} if name == "Muon" else _arguments(optimizer_class(name))
     _check(options, allowed, "optimizer", name)
+    if name in ("Adam", "AdamW") and not params.get("bias_correction", True):
+        return "UncorrectedAdam", {"decoupled": name == "AdamW", **options}
     return name, {**({} if by_torch else OTHER_DEFAULTS.get(name, {})), **options}
 
 

@@ -32,7 +32,7 @@ class Settings:
     plan: str
     batch: Batch | None
     clip_grad_norm: float | None
-    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a class of torch.optim, deepseed.Lion or deepseed.Muon; its arguments
+    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a class of torch.optim, or one of config.objects.OWN; its arguments
     scheduler: tuple[str, Mapping[str, Any]] | None = None
     loss_scaling: LossScaling | None = None
     drop_last: bool = False
