@@ -11,6 +11,7 @@ import pytest
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from deepseed.config import ConfigError, fill, read, settings
+from deepseed.config.auto import FILLED as FILLED_KEYS
 from deepseed.config.auto import Filling
 
 
@@ -71,6 +72,10 @@ def test_another_value_must_be_the_trainers(key: str) -> None:
             fill(nested(key, other), arguments(), **BOTH_STAGES)
         assert f"\n- ds {key}={other} vs hf {argument}={value}\n" in str(error.value)
     assert fill(nested(key, value), arguments(), **BOTH_STAGES) == nested(key, value)
+
+
+def test_the_keys_that_may_say_auto() -> None:
+    assert set(FILLED_KEYS) == {*FILLED, "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold"}
 
 
 def test_an_absent_key_is_never_added_and_the_callers_dict_is_left_alone() -> None:

@@ -10,19 +10,30 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 from deepseed.config.fields import AUTO, ConfigError
 
 BY_HIDDEN_SIZE = ("zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold")
+FILLED = (  # the keys that may say "auto"
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
+    "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr", "fp16.enabled", "bf16.enabled", *BY_HIDDEN_SIZE,
+    "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps",
+)  # fmt: skip
+DEFAULTS = SimpleNamespace(  # of transformers' TrainingArguments
+    world_size=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_grad_norm=1.0, learning_rate=5e-5, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
+    weight_decay=0.0, save_on_each_node=False, fp16=False, fp16_full_eval=False, bf16=False, bf16_full_eval=False, get_warmup_steps=lambda steps: 0,
+)  # fmt: skip
 AXES = (("tensor_parallel", "autotp_size"), ("tensor_parallel", "tp_size"), ("sequence_parallel_size",), ("pipeline", "stages"))  # ranks that share their rows
 
 
 @dataclass
 class Filling:
-    """A config on its way; ``mismatches``: a line each."""
+    """A config on its way; ``mismatches``: a line each. ``strict``: other values must be the arguments'."""
 
     config: dict[str, Any]
+    strict: bool = True
     mismatches: list[str] = field(default_factory=list)
 
     def from_arguments(self, arguments: Any, auto_find_batch_size: bool = False) -> None:
@@ -72,7 +83,7 @@ class Filling:
             return
         if node[key] == AUTO:
             node[key] = value
-        elif argument is not None and node[key] != value:
+        elif self.strict and argument is not None and node[key] != value:
             self.mismatches.append(f"- ds {path}={node[key]} vs hf {argument}={value}")
 
     def _get(self, path: str) -> Any:
@@ -106,6 +117,15 @@ def fill(config: Mapping[str, Any], arguments: Any, model_config: Any = None, nu
     filling.from_arguments(arguments, auto_find_batch_size)
     if num_training_steps is not None:
         filling.from_model(arguments, model_config, num_training_steps)
+    return filling.config
+
+
+def by_default(config: Mapping[str, Any], world_size: int | None = None) -> dict[str, Any]:
+    """A copy of ``config`` with every "auto" as the Trainer's default arguments and a model of hidden size 1024 fill it in."""
+    filling = Filling(deepcopy(dict(config)), strict=False)
+    arguments = SimpleNamespace(**{**vars(DEFAULTS), "world_size": world_size or filling._sharing()})
+    filling.from_arguments(arguments)
+    filling.from_model(arguments, SimpleNamespace(hidden_size=1024), 1000)
     return filling.config
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from deepseed.config.batch import Batch, triangle
+from deepseed.config.batch import Batch, check_without_ranks, triangle
 from deepseed.config.fields import AUTO, ConfigError, Section
 from deepseed.config.model import Config, OffloadOptimizer, OffloadParam
 from deepseed.config.verdicts import rejections
@@ -48,9 +48,10 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
     if auto := _autos(config, ""):
         raise ConfigError(f'{", ".join(auto)}: "auto" is filled in by the HF Trainer\n  fix: a number, or train with deepseed.hf.DeepSeedTrainer')
     words, ranks = _ranks(config, world_size)
-    batch = None
-    if ranks is not None:
-        batch = triangle(_int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps), ranks)
+    rows = _int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps)
+    batch = triangle(*rows, ranks) if ranks is not None else None
+    if ranks is None:
+        check_without_ranks(*rows)
     accumulation = batch.accumulation if batch is not None else _int(config.gradient_accumulation_steps) or 1
     words += [f"mb{accumulation}"] if accumulation > 1 else []
     words += _precision(config) + _memory(config)
