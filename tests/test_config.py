@@ -272,8 +272,10 @@ def test_the_triangles_messages() -> None:
         for none in ({}, {"gradient_accumulation_steps": 2}):
             refused(none, "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided", world_size)
         refused({"train_batch_size": 0}, "Train batch size: 0 has to be greater than 0", world_size)
-        refused({"train_micro_batch_size_per_gpu": -1}, "Train batch size: -8 has to be greater than 0" if world_size else "Micro batch size per gpu: -1 has to be greater than 0", world_size)
+        refused({"train_micro_batch_size_per_gpu": -1}, "Micro batch size per gpu: -1 has to be greater than 0", world_size)
         refused({"train_batch_size": 8, "gradient_accumulation_steps": 0}, "Gradient accumulation steps: 0 has to be greater than 0", world_size)
+    refused({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}, "Gradient accumulation steps: 0 has to be greater than 0")
+    refused({"train_batch_size": 4}, "Micro batch size per gpu: 0 has to be greater than 0")
     assert issubclass(ConfigError, ValueError), "DeepSpeed asserts; -O must not switch a check off"
 
 

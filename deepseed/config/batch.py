@@ -31,11 +31,12 @@ def triangle(train: int | None, micro: int | None, accumulation: int | None, ran
     """
     if train is None and micro is None:
         raise ConfigError(NONE_GIVEN)
+    _check_positive(train, micro, accumulation)
     if train is not None and micro is not None:
-        accumulation = accumulation if accumulation is not None else train // (micro * ranks) if micro > 0 else 0
+        accumulation = accumulation if accumulation is not None else train // (micro * ranks)
     elif train is not None:
         accumulation = accumulation if accumulation is not None else 1
-        micro = train // (ranks * accumulation) if accumulation > 0 else 0
+        micro = train // (ranks * accumulation)
     elif micro is not None:
         accumulation = accumulation if accumulation is not None else 1
         train = micro * accumulation * ranks
