@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from deepseed.bucket import Bucket as Bucket
     from deepseed.capture.gradients import LossScale as LossScale
     from deepseed.lion import Lion as Lion
+    from deepseed.muon import Muon as Muon
     from deepseed.on_meta import meta as meta
     from deepseed.plan import parse_plan as parse_plan
 
 __version__ = "0.1.0"
 _WHERE = {
-    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
+    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
 }  # fmt: skip
 
 
