@@ -24,6 +24,7 @@ from deepseed.capture.options import Optimizers
 from deepseed.compiled import MOST_PROGRAMS, Compiled, together
 from deepseed.differentiable import Drop, Pass, Pend, apply
 from deepseed.programs import Found, LossFn
+from deepseed.ragged import cut_back
 from deepseed.updating import Updating
 
 
@@ -102,6 +103,7 @@ class TrainStep(Updating):
 class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state_dict are of whole tensors
     """A compiled model without an optimizer: called as the model is, and ``loss.backward()`` goes through it. See docs/module.md."""
 
+    whole = False
     _pend: Pend | None = None
 
     def __init__(self, model: Any, plan: str, **options: Any) -> None:
@@ -120,7 +122,7 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         else:
             shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
         self.steps += 1
-        return captured.rebuild_output(shown)
+        return captured.rebuild_output(cut_back(shown, found.became) if found.became else shown)
 
     def _search(self, batch: Any) -> tuple[Found, dict[str, Tensor]]:
         """The program of a call, and the arguments towards which it is differentiated."""

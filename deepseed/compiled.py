@@ -61,6 +61,8 @@ def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 class Compiled:
     """What train step and module share: the plan on its ranks, the state, and the programs by batch."""
 
+    whole = True  # a step is run as a whole, not called in halves by the user
+
     def __init__(
         self,
         model: Any,
@@ -84,7 +86,7 @@ class Compiled:
         quiet: bool = False,
     ) -> None:
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads, self.whole)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet

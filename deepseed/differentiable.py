@@ -27,7 +27,7 @@ from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State, shard
 
-Pend = Callable[[Sequence[Mapping[str, Tensor]]], None]  # by hosted rank and parameter
+Pend = Callable[[Sequence[str], Sequence[Mapping[str, Tensor]]], None]  # parameters; their gradients by hosted rank, where it has a part
 EARLY = tuple(role for role in RETURNED if role not in GRADIENTS)
 
 
@@ -104,7 +104,8 @@ class Pass:
             results = self.host.run([h.backward for h in self.halves], given)
             parts = self.built.parts(results, GRADIENTS)
             if self.pend is not None:
-                self.pend([{key: t for (role, key), t in part.items() if role == "pending"} for part in parts])
+                waiting = [o.key for o in self.built.program.outputs if o.role == "pending"]
+                self.pend(waiting, [{key: t for (role, key), t in part.items() if role == "pending"} for part in parts])
             found = [self._gradient(name, parts) if ("grad", name) in self.values else None for name in self.parameters]
             batch = self.built.returned(self.host, results, GRADIENTS, ("batch_grad",)) if towards else {}
             return [*found, *(batch.get(("batch_grad", key)) for key in towards)]

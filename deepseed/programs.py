@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from deepseed.ir.widen import widen
 from deepseed.ops import torch_dtype
 from deepseed.plan import Plan
 from deepseed.precision import Precision
+from deepseed.ragged import agreed
 from deepseed.rules.lanes import home
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State
@@ -107,6 +108,7 @@ class Found:
     batch: dict[str, Tensor]
     local: bool
     unchecked: Any = None
+    became: Mapping[int, int] = field(default_factory=dict)  # lengths of this rank's own rows that were padded: new -> old
 
 
 class Programs:
@@ -138,6 +140,9 @@ class Programs:
         if s.buckets and want not in MODULE:
             batch = padded(batch, s.buckets)
         filled = batch is not given
+        became: Mapping[int, int] = {}
+        if s.buckets and s.own(want) and want != "update":
+            batch, became = agreed(s.host, batch, s.buckets[0])
         spec, settings = BatchSpec.of(batch), self._settings(want, towards)
         stated = stated_options(s.optimizer) if want in UPDATES else []  # lr too: agreed by the collective that agrees the batch
         parts = s.host.mesh.sizes.get("dp", 1)
@@ -170,7 +175,7 @@ class Programs:
             self._drop(self.cache.add(key, built))
         if want != "update":
             self.latest, self._made_for = built, settings
-        return Found(built, spec.flatten(batch), s.own(want), given if filled and self._kind(given, settings) not in self._checked else None)
+        return Found(built, spec.flatten(batch), s.own(want), given if filled and self._kind(given, settings) not in self._checked else None, became)
 
     def check_padding(self, found: Found, states: Sequence[State]) -> None:
         """Compare loss and gradients of a padded batch with those of the batch itself. Raises CompileError where they differ."""

@@ -23,10 +23,17 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
 
     def __init__(self, model: Any, plan: str, **options: Any) -> None:
         super().__init__(model, plan, **options)
+        if self.plan.stages > 1:
+            raise CompileError(
+                f"pp{self.plan.stages}: a pipeline runs a step as a whole, and a loop that calls forward, backward and update itself leaves it none\n"
+                "  fix: deepseed.compile(model, plan, optimizer=...) and step(batch), which train_batch of an engine calls too; or a plan without pp"
+            )
+        self._waiting: dict[str, None] = {}  # parameters, of all stages of a pipeline
         self._pending: list[dict[str, Tensor]] = [{} for _ in self.host.coordinates]
 
-    def _pend(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+    def _pend(self, waiting: Sequence[str], parts: Sequence[Mapping[str, Tensor]]) -> None:
         """Add a backward's gradients to those that wait."""
+        self._waiting |= dict.fromkeys(waiting)
         for mine, part in zip(self._pending, parts, strict=True):
             seen = {t.untyped_storage().data_ptr() for t in mine.values()}
             for name, t in part.items():
@@ -40,17 +47,18 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
     @property
     def pending(self) -> tuple[str, ...]:
         """The parameters whose gradients wait for an update."""
-        return tuple(self._pending[0])
+        return tuple(self._waiting)
 
     def drop(self) -> None:
         """Forget the gradients that wait."""
+        self._waiting.clear()
         for mine in self._pending:
             mine.clear()
 
     @together
     def update(self) -> None:
         """Clip and update with the gradients that wait, and forget them. Raises CompileError where none do."""
-        if not self._pending[0]:
+        if not self._waiting:
             raise CompileError("an update without gradients\n  fix: call backward on a loss of the module's outputs first")
         found = self._find({}, "update", self.pending)
         results = self.host.run(found.built.executables, self._given(found, self._pending))
@@ -62,8 +70,8 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
     @together
     def gradient(self, name: str) -> Tensor | None:
         """The mean gradient of a parameter that waits, whole and unscaled, before clipping; None where it has none. Every rank must ask."""
-        if name not in self._pending[0]:
+        if name not in self._waiting:
             return None
         type_ = self.programs.pending[name]
-        g = self.host.whole([mine[name] for mine in self._pending], type_, self.programs.homes["pending", name])
+        g = self.host.whole([mine.get(name) for mine in self._pending], type_, self.programs.homes["pending", name])
         return g / self.loss_scale

@@ -360,7 +360,7 @@ class Placement(Assignment):
             if isinstance(user, Output) and (user.role in SHOWN or user.role == "pending" or (user.role == "grad" and self.updates)):
                 return free
             size = t.local_bytes(self.p.mesh)
-            made = isinstance(item, Op) and item.phase != "update" or isinstance(item, Input) and item.role == "pending"
+            made = (isinstance(item, Op) and item.phase != "update") or (isinstance(item, Input) and item.role == "pending")
             reduced = self.zero and t.numel > 1 and made and isinstance(user, Op)
 
             def move(p: Element, w: Element) -> float | None:

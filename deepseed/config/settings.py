@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -37,6 +38,11 @@ class Settings:
     loss_scaling: LossScaling | None = None
     drop_last: bool = False
     seed: int = 0
+
+    @property
+    def loop_plan(self) -> str:
+        """The plan without microbatches: of a loop that accumulates itself."""
+        return "+".join(word for word in self.plan.split("+") if not re.fullmatch(r"mb\d+", word))
 
 
 def settings(config: Config, world_size: int | None = None) -> Settings:

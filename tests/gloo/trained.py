@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gloo.module import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseed.trained import Trained
+from gloo.module import error
 
 
 class Net(nn.Module):
