@@ -169,15 +169,15 @@ class Compiled:
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @together
-    def save(self, dir: str | os.PathLike[str], *, extra: Any = None) -> None:
+    def save(self, dir: str | os.PathLike[str], *, extra: Any = None, frozen: bool = True) -> None:
         """Write a checkpoint into the folder ``dir``, or in the place of the one that is there: that one stays until this is whole.
 
         Parameters, buffers, optimizer state and options, step count and seed; and ``extra``, plain data of the user's own (rank 0's is
-        kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
-        CheckpointError on every rank where one fails; training can go on.
+        kept). frozen: False leaves out parameters that are not trained, which a model that is loaded into then has already. Every rank writes its own part
+        and must call it, with one folder that all of them see. Any plan loads it. Raises CheckpointError on every rank where one fails; training can go on.
         """
         self._written()
-        checkpoint.save(self, dir, extra)
+        checkpoint.save(self, dir, extra, frozen)
 
     @together
     def save_pretrained(self, dir: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -203,6 +203,10 @@ class Compiled:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
         dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
         load_whole(self.model, self.host, self.states, state_dict)
+
+    def waits_for_state(self) -> bool:
+        """Whether the program that has the optimizer's state is still to be compiled."""
+        return False
 
     def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
         """Of what a run returned the gradients, as wide as their parameters."""

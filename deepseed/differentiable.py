@@ -37,6 +37,7 @@ class Drop(nn.Module):
     model: nn.Module
     host: Host
     states: list[State]
+    _refuses = True  # parameters() where an optimizer over them would be lost
 
     def _be(self, model: nn.Module) -> None:
         mode = model.training
@@ -47,7 +48,7 @@ class Drop(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's. Raises CompileError where they are not yet what they will be: under a process group, before the first program."""
-        if not self.states and self.host.backend != "simulate":
+        if self._refuses and not self.states and self.host.backend != "simulate":
             raise CompileError(
                 "parameters() before anything is compiled: each rank will hold its part of them, which is not cut yet\n"
                 "  fix: compile(..., example_batch=batch), or call the module once; then make the optimizer"

@@ -7,10 +7,11 @@ the optimizer's state: it reduces what was not, clips, and updates. Both program
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseed.api import Module
 from deepseed.build import CompileError
@@ -20,6 +21,8 @@ from deepseed.updating import Updating
 
 class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole tensors
     """A compiled module with its optimizer: forward and backward are the user's to call, ``update()`` clips and updates."""
+
+    _refuses = False  # its optimizer is given, and pointed at what takes the parameters' place
 
     def __init__(self, model: Any, plan: str, **options: Any) -> None:
         super().__init__(model, plan, **options)
@@ -66,6 +69,27 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
         self._shown = found.built.returned(self.host, results)
         self.drop()
         self._stepped()
+
+    def waits_for_state(self) -> bool:
+        return not self.programs.updates
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The eager model with whole parameters and buffers in it, such as for ``generate``; what is written into them is lost. Every rank must enter."""
+        whole = self.state_dict() if self.states else {}
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for path, module in self.model.named_modules():
+                for table in (module._parameters, module._buffers):
+                    for name, held in table.items():
+                        full = whole.get(f"{path}.{name}" if path else name)
+                        if full is not None and full is not held:
+                            swapped.append((table, name, held))
+                            table[name] = nn.Parameter(full, held.requires_grad) if table is module._parameters else full
+            yield self.model
+        finally:
+            for table, name, held in swapped:
+                table[name] = held
 
     @together
     def gradient(self, name: str) -> Tensor | None:

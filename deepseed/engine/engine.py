@@ -43,7 +43,7 @@ class Engine:
         self.settings, self.optimizer, self.lr_scheduler, self.loss_fn = found, optimizer, scheduler, loss_fn
         self.config: Mapping[str, Any] = config.model_dump(by_alias=True, exclude_unset=True)
         self._sizes = found.batch
-        scale = _loss_scale(found.loss_scaling)
+        scale = loss_scale_of(found.loss_scaling)
         self.training_dataloader: Any = None
         self.micro_steps = self.global_steps = self.global_samples = 0
         self._boundary: bool | None = None
@@ -299,7 +299,7 @@ def _joined(batches: list[Any]) -> Any:
     return torch.cat(batches) if isinstance(first, Tensor) and first.dim() else first
 
 
-def _loss_scale(found: LossScaling | None) -> LossScale | float | None:
+def loss_scale_of(found: LossScaling | None) -> LossScale | float | None:
     if found is None:
         return None
     if found.static:

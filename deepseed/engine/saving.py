@@ -23,14 +23,12 @@ def save_checkpoint(
     exclude_frozen_parameters: bool = False,
 ) -> bool:  # fmt: skip
     """Parameters, optimizer, schedule, counts and ``client_state`` (plain data) into ``save_dir/tag``. Every rank must call it. Raises CheckpointError."""
-    if exclude_frozen_parameters:
-        raise CheckpointError("exclude_frozen_parameters: a checkpoint is whole\n  fix: leave it out; an adapter alone is saved by its own save_pretrained")
     tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
     schedule = self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None
     counts = {"micro_steps": self.micro_steps, "global_steps": self.global_steps, "global_samples": self.global_samples}
     folder = Path(save_dir) / tag
     folder.parent.mkdir(parents=True, exist_ok=True)
-    self.compiled.save(folder, extra={"client_state": client_state or {}, "lr_scheduler": schedule, **counts})
+    self.compiled.save(folder, extra={"client_state": client_state or {}, "lr_scheduler": schedule, **counts}, frozen=not exclude_frozen_parameters)
 
     def write() -> None:
         if self.compiled.host.first and save_latest:
