@@ -111,6 +111,22 @@ def step(shape: tuple[int, ...], before: Layout, after: Layout, axis: str, mesh:
     raise LayoutError(f"no step over {axis} goes from {here} to {there}")
 
 
+def sent(s: Step, shape: Sequence[int], n: int) -> tuple[int, ...]:
+    """What a rank brings of a local operand of ``shape``: where parts are uneven, padded to blocks of the largest."""
+    out = list(shape)
+    if s.put is not None and s.put.of:
+        out[s.put.dim] = s.put.outer * -(-s.put.of // n) * s.put.rest
+    if s.take is not None and s.take.of:
+        out[s.take.dim] = s.take.outer * n * -(-s.take.of // n) * s.take.rest
+    return tuple(out)
+
+
+def arrives(s: Step, shape: Sequence[int], n: int) -> int:
+    """Elements that the exchange gives a rank, padding included."""
+    mine = prod(sent(s, shape, n))
+    return mine * n if s.kind == "all_gather" else mine // n if s.kind == "reduce_scatter" else mine
+
+
 def _place(shape: Sequence[int], layout: Layout, split: Split, axis: str, mesh: Mesh) -> Place:
     """Where ``axis`` cuts the local tensor of a layout in which all other axes are taken already."""
     parts = factors(shape[split.dim], split.dim, layout, mesh)
