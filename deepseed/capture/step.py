@@ -26,7 +26,7 @@ from deepseed.capture.metadata import Tracker, Where
 from deepseed.capture.options import Optimizers
 from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
-from deepseed.capture.structure import Structure
+from deepseed.capture.structure import Structure, slots
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.capture.update import update
@@ -198,10 +198,10 @@ class _Traced:
             given = dict(zip(keys, flat, strict=True))
             real.update({id(given["param", key]): p for key, p in parameters.items()})
             held.extend(flat)
-            swapped = {key: _cast(given["param", key], compute) for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
+            swapped = slots(model, {key: _cast(given["param", key], compute) for key in parameters} | {key: given["buffer", key].clone() for key in buffers})
             inner = rebuild(batch, {key: _cast(t, compute) for (role, key), t in given.items() if role == "batch"})
             found: dict[tuple[str, str], Any] = {}
-            with _reparametrize_module(model, swapped, tie_weights=True):
+            with _reparametrize_module(model, swapped):
                 if want == "forward":
                     with torch.no_grad():
                         result = call(model, inner)
