@@ -298,7 +298,7 @@ def config_check(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 def run(context: typer.Context) -> None:
-    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed [flags] SCRIPT.py, without --local_rank among its arguments."""
+    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed SCRIPT.py, without --local_rank among its arguments."""
     from deepseed.launcher import main as launch
 
     raise typer.Exit(launch(["--no_local_rank", *context.args]))
