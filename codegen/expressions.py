@@ -88,7 +88,7 @@ class Source:
 
 def expression(out: Source, op: Op) -> str:
     local = [t.local(out.p.mesh) for t in op.types]
-    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand", "transfer"):
+    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand", "share", "transfer"):
         empty = [f"torch.empty({listed(shape)}, dtype={DTYPES[t.dtype]}, device={_device(op)})" for shape, t in zip(local, op.types, strict=True)]
         return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
@@ -264,6 +264,7 @@ OWN: dict[str, Expression] = {
     "permute": _permute,
     "expand": _expand,
     "cast": _cast,
+    "share": lambda out, op: f"rt.share({_x(out, op)}, {op.kw('axis')!r})",
     "full": _full,
     "iota": _iota,
     "slice": _slice,

@@ -212,11 +212,12 @@ class _Parts:
         return str(place.numbers)
 
     def _last_turn(self, value: str) -> tuple[Place, int] | None:
-        """The function and the microbatch that read a value of the whole step last, where that is in a loop and nothing reads it later."""
+        """The function and the microbatch that read a value of the whole step last, where that is in a loop."""
         readers = self.readers[value]
-        if value in self.to_the_end or value in self.donation.copied or value in self.donation.stored or any(kind_of(part) == "once" for part, _ in readers):
+        if value in self.to_the_end or value in self.donation.copied or value in self.donation.stored or any(stage == LATE for _, stage in readers):
             return None
-        return next((turn for turn in reversed(self.turns) if turn[0] in readers), None)
+        turn = next((turn for turn in reversed(self.turns) if turn[0] in readers), None)
+        return None if turn is None or kind_of(turn[0][0]) == "once" else turn
 
     def _step(self) -> None:
         self._list("LANE", self.turns)

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from deepseed.api import compile as compile
     from deepseed.bucket import Bucket as Bucket
     from deepseed.capture.gradients import LossScale as LossScale
+    from deepseed.engine import Engine as Engine
+    from deepseed.engine import add_config_arguments as add_config_arguments
+    from deepseed.engine import init_distributed as init_distributed
+    from deepseed.engine import initialize as initialize
     from deepseed.lion import Lion as Lion
+    from deepseed.muon import Muon as Muon
     from deepseed.on_meta import meta as meta
     from deepseed.plan import parse_plan as parse_plan
 
 __version__ = "0.1.0"
 _WHERE = {
-    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
+    "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
+    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
 }  # fmt: skip
 
 

@@ -22,25 +22,25 @@ from deepseed.build import Built, CompileError
 from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
-from deepseed.capture.step import Want
 from deepseed.differentiable import leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Program
+from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.precision import precision
-from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.programs import Found, LossFn, Programs, Subject, Wanted
 from deepseed.runtime.arena import accounts
 from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
+APART = 0x9E3779B1  # between the seeds of data-parallel ranks that have rows of their own
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
@@ -60,6 +60,8 @@ def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 
 class Compiled:
     """What train step and module share: the plan on its ranks, the state, and the programs by batch."""
+
+    whole = True  # a step is run as a whole, not called in halves by the user
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Compiled:
         quiet: bool = False,
     ) -> None:
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads, self.whole)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
@@ -167,15 +169,15 @@ class Compiled:
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @together
-    def save(self, dir: str | os.PathLike[str], *, extra: Any = None) -> None:
+    def save(self, dir: str | os.PathLike[str], *, extra: Any = None, frozen: bool = True) -> None:
         """Write a checkpoint into the folder ``dir``, or in the place of the one that is there: that one stays until this is whole.
 
         Parameters, buffers, optimizer state and options, step count and seed; and ``extra``, plain data of the user's own (rank 0's is
-        kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
-        CheckpointError on every rank where one fails; training can go on.
+        kept). frozen: False leaves out parameters that are not trained, which a model that is loaded into then has already. Every rank writes its own part
+        and must call it, with one folder that all of them see. Any plan loads it. Raises CheckpointError on every rank where one fails; training can go on.
         """
         self._written()
-        checkpoint.save(self, dir, extra)
+        checkpoint.save(self, dir, extra, frozen)
 
     @together
     def save_pretrained(self, dir: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -201,6 +203,10 @@ class Compiled:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
         dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
         load_whole(self.model, self.host, self.states, state_dict)
+
+    def waits_for_state(self) -> bool:
+        """Whether the program that has the optimizer's state is still to be compiled."""
+        return False
 
     def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
         """Of what a run returned the gradients, as wide as their parameters."""
@@ -260,7 +266,7 @@ class Compiled:
 
     # programs -------------------------------------------------------------------------------------------------------
 
-    def _find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
+    def _find(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
             raise CompileError(
@@ -287,14 +293,14 @@ class Compiled:
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
 
-    def _run(self, found: Found, local: bool = False) -> dict[tuple[str, str], Tensor]:
-        """One step; the returned outputs whole, by role and key. ``local``: what is split by rows over dp stays so."""
+    def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key."""
         results = self.host.run(found.built.executables, self._given(found))
         self._settle(found.built)
-        return found.built.returned(self.host, results, local=local)
+        return found.built.returned(self.host, results)
 
-    def _given(self, found: Found) -> list[list[Tensor]]:
-        """What each hosted rank's executable is called with, tangents aside."""
+    def _given(self, found: Found, pending: Sequence[Mapping[str, Tensor]] = ()) -> list[list[Tensor]]:
+        """What each hosted rank's executable is called with, tangents aside. ``pending``: each rank's part of the gradients that an update takes."""
         built = found.built
         if not built.adopted:
             self._adopt(built)
@@ -302,10 +308,12 @@ class Compiled:
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
-        others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        part = self.host.coordinates[0].get("dp", 0) if OWN_ROWS in built.program.facts else 0  # whose draws are its own, as its rows are
+        others["rng", "rng"] = torch.tensor([self.seed + part * APART, self.steps], dtype=torch.int64)
         self._ready()
         check_disks(self.states, self.model)
-        return [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)]
+        each = [{("pending", k): t for k, t in mine.items()} for mine in pending] or [{} for _ in self.states]
+        return [self._inputs(e, state, others, mine, found.local) for e, state, mine in zip(built.executables, self.states, each, strict=True)]
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
@@ -314,11 +322,13 @@ class Compiled:
         for write in built.captured.reads.writes:
             write.apply()
 
-    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], mine: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
         for i in (i for i in e.inputs if i.role != "tangent"):
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
+            elif (i.role, i.key) in mine:
+                out.append(mine[i.role, i.key])
             else:
                 x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches

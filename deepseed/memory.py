@@ -81,11 +81,15 @@ class _Liveness:
         """(op, bytes live while it runs), after ("inputs", the bytes of all inputs)."""
         for i in self.p.inputs:
             self._new(i.name, i.type.local_bytes(self.p.mesh), i.type.host)
-            if i.role in STORED:
+            if i.role in STORED or (i.role == "batch" and i.type.local(self.p.mesh) == i.type.shape):  # the caller holds what is not cut
                 self.needed[self.storage[i.name]] += 1
         yield "inputs", self.now
         self._free(self.donation.dies.get(-1, ()))
         for n, op in enumerate(self.p.ops):
+            if op.target == "wait":  # the first wait of a bucket ends what all of it reads, before the result is laid out
+                for started in self.p.producers[op.refs[0].name].results:
+                    if started in self.under_way:
+                        self._release(self.under_way.pop(started))
             self._define(n, op)
             if op.target.endswith(".start"):
                 self.under_way.update((result, self._sent(op, i)) for i, result in enumerate(op.results))
@@ -93,10 +97,6 @@ class _Liveness:
             yield op.name, self.now
             for storage in scratch:
                 self._release(storage)
-            if op.target == "wait":  # the first wait of a bucket ends what all of it reads
-                for started in self.p.producers[op.refs[0].name].results:
-                    if started in self.under_way:
-                        self._release(self.under_way.pop(started))
             last = self.together.get(n, n)  # updates that one call does end together
             if last != n:
                 self.ending.setdefault(last, []).extend(self.donation.dies.get(n, ()))
@@ -114,7 +114,7 @@ class _Liveness:
         q, k, v, *masks = (self.p.types[r.name] for r in op.refs[op.target == "sdpa_backward" :])
         heads, shared = q.local(self.p.mesh)[1], k.local(self.p.mesh)[1]
         if heads != shared:
-            for t in (k, v) * (2 if op.target == "sdpa_backward" else 1):
+            for t in (k, v) * ((shared > 1) + (op.target == "sdpa_backward")):  # one head for all is seen as many without a copy
                 self._new("", t.local_bytes(self.p.mesh) // shared * heads)
         if masks and masks[0].dtype == "bool":
             self._new("", prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype])
@@ -161,7 +161,7 @@ class _Liveness:
                 self._share(result, op.refs[0].name)
                 self.strides[result] = view
             else:
-                self._new(result, t.local_bytes(self.p.mesh), t.host)
+                self._new(result, self._arriving(op)[0] if _exchanges(op) else t.local_bytes(self.p.mesh), t.host)
                 self.strides[result] = self.lying.fresh(op, shape)
             if result in self.donation.copied:
                 self._new(result, t.local_bytes(self.p.mesh), t.host)
@@ -169,11 +169,15 @@ class _Liveness:
 
     def _bucket(self, op: Op) -> None:
         """Several tensors in one packed buffer, which lives as long as any of them."""
-        self._new(op.results[0], sum(t.local_bytes(self.p.mesh) for t in op.types))
+        self._new(op.results[0], sum(self._arriving(op)))
         for result, t in zip(op.results, op.types, strict=True):
             if result != op.results[0]:
                 self._share(result, op.results[0])
             self.strides[result] = contiguous(t.local(self.p.mesh))
+
+    def _arriving(self, op: Op) -> list[int]:
+        """Bytes of what an exchange brings, by operand: uneven parts travel as large as the largest."""
+        return [elements * ITEMSIZE[t.dtype] for (_, elements), t in zip(self.lying.exchange(op), op.types, strict=True)]
 
     def _update(self, n: int, op: Op) -> None:
         """A fused optimizer: each entry in place, or on a copy where its stored tensor has a later reader."""
@@ -193,17 +197,22 @@ class _Liveness:
             self.needed[self.storage[x]] += 1
             return self.storage[x]
         if len(op.results) > 1:  # a packed copy; an all_reduce works in it
-            self._new("", 0 if op.target == "all_reduce.start" else self.p.types[x].local_bytes(self.p.mesh))
+            self._new("", 0 if op.target == "all_reduce.start" else self.lying.exchange(op)[operand][0] * ITEMSIZE[self.p.types[x].dtype])
             return len(self.nbytes) - 1
         s, shape = self.lying.step(op), self.p.types[x].local(self.p.mesh)
         if s.kind in KEYED:  # a sorted copy of the rows that this rank has, or of those that it owns: one in n where ids are uniform
             self._new("", min(self.p.types[x].local_bytes(self.p.mesh), op.type.local_bytes(self.p.mesh)))
             return len(self.nbytes) - 1
-        if self.strides[x] == contiguous(shape) and (s.take is None or in_front(shape, s.take)):
+        ((brought, _),) = self.lying.exchange(op)
+        if self.strides[x] == contiguous(shape) and (s.take is None or in_front(shape, s.take)) and brought == prod(shape):
             self.needed[self.storage[x]] += 1
             return self.storage[x]
-        self._new("", prod(shape) * ITEMSIZE[self.p.types[x].dtype])
+        self._new("", brought * ITEMSIZE[self.p.types[x].dtype])
         return len(self.nbytes) - 1
+
+
+def _exchanges(op: Op) -> bool:
+    return op.target in ("all_gather.start", "reduce_scatter.start", "all_to_all.start")
 
 
 def _calls(p: Program) -> dict[int, int]:

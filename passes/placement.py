@@ -214,7 +214,7 @@ class Assignment:
     def _tied(self, item: Item) -> int | None:
         """The input that an output is the new value of; a gradient's parameter when nothing updates it."""
         if isinstance(item, Output):
-            role = "param" if item.role == "grad" and not self.updates else item.role
+            role = "param" if item.role == "pending" or (item.role == "grad" and not self.updates) else item.role
             return self.stored.get((role, item.key))
         return None
 

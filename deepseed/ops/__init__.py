@@ -48,7 +48,7 @@ __all__ = [
 
 _library.register()
 
-_WHOLE_IDENTITY = ("reshard", "wait", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", "shard", "summand", "to_host.start", "to_device.start")
+_WHOLE_IDENTITY = ("reshard", "wait", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", "shard", "summand", "share", "to_host.start", "to_device.start")
 
 
 def run(op: Op, operands: Sequence[Tensor], mesh: Mesh) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from deepseed.ir.collective import MEMORIES, Place, Step, step
+from deepseed.ir.collective import MEMORIES, Place, Step, arrives, sent, step
 from deepseed.ir.program import Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
@@ -25,6 +25,7 @@ class Lying:
     def __init__(self, p: Program) -> None:
         self.p = p
         self.strides: dict[str, Strides] = {i.name: contiguous(i.type.local(p.mesh)) for i in p.inputs}
+        self._exchanged: dict[str, list[tuple[int, int]]] = {}
 
     def view(self, op: Op) -> Strides | None:
         """The result's strides where it shares its first operand's storage, else None."""
@@ -65,20 +66,42 @@ class Lying:
                     return self.strides[ref.name]
         return contiguous(shape)
 
-    def step(self, op: Op) -> Step:
-        before = self.p.types[op.refs[0].name]
-        return step(before.shape, before.layout, op.type.layout, str(op.kw("axis")), self.p.mesh, len(op.refs) > len(op.results))
+    def step(self, op: Op, operand: int = 0) -> Step:
+        before, after = self.p.types[op.refs[operand].name], op.types[operand]
+        return step(before.shape, before.layout, after.layout, str(op.kw("axis")), self.p.mesh, len(op.refs) > len(op.results))
+
+    def exchange(self, start: Op) -> list[tuple[int, int]]:
+        """Of each operand of a collective, the elements that the rank brings and those that arrive, padding included."""
+        if start.name not in self._exchanged:
+            n, found = self.p.mesh.size(str(start.kw("axis"))), []
+            for i, _ in enumerate(start.results):
+                s, shape = self.step(start, i), self.p.types[start.refs[i].name].local(self.p.mesh)
+                found.append((prod(sent(s, shape, n)), arrives(s, shape, n)))
+            self._exchanged[start.name] = found
+        return self._exchanged[start.name]
 
     def _joined(self, op: Op) -> Strides | None:
         """A gathered buffer is [n, ...]: joined at the front it is the result, elsewhere the result is a copy."""
-        start = self.p.producers[op.refs[0].name]
+        start, shape = self.p.producers[op.refs[0].name], op.type.local(self.p.mesh)
         if start.target in MEMORIES:
-            return contiguous(op.type.local(self.p.mesh))
+            return contiguous(shape)
+        number = start.results.index(op.refs[0].name)
+        s = self.step(start, number)
         if len(start.results) > 1:  # a packed buffer holds a gathered tensor in pieces
-            small = SMALL * prod(op.type.local(self.p.mesh)) < sum(prod(t.local(self.p.mesh)) for t in start.types)
-            return None if small or start.target in LAID_OUT else contiguous(op.type.local(self.p.mesh))
-        s, shape = self.step(start), op.type.local(self.p.mesh)
-        return contiguous(shape) if s.put is None or in_front(shape, s.put) else None
+            arriving = [elements for _, elements in self.exchange(start)]
+            if start.target in LAID_OUT or SMALL * arriving[number] < sum(arriving):
+                return None
+        elif s.put is not None and not in_front(shape, s.put):
+            return None
+        return contiguous(shape) if s.take is None else _own(s.take, shape, self.p.mesh.size(s.axis))
+
+
+def _own(take: Place, shape: tuple[int, ...], n: int) -> Strides | None:
+    """How a rank's part of a block lies, whose end is padding where the block is another rank's too: a copy where it is in pieces."""
+    block = take.outer * -(-take.of // n) * take.rest
+    if not take.of or shape[take.dim] == block:
+        return contiguous(shape)
+    return None if take.outer > 1 else contiguous((*shape[: take.dim], block, *shape[take.dim + 1 :]))
 
 
 def contiguous(shape: Sequence[int]) -> Strides:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Runtime(Messages, Memories):
         if n == 1:
             return done(x)
         blocks = cut(widest(x, n, put), n, take).contiguous()
-        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: own(join(y, put), n, self.position(axis), take))
+        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(_own_of_each(y, n, self.position(axis), take), put))
 
     def dispatch_start(self, x: Tensor, ids: Tensor, axis: str, rows: Place, of: int) -> Handle:
         """The rows that this rank owns, zeros for all others. ``x``: its part of the rows, cut at ``rows``; ``ids``: of all rows, below ``of``."""
@@ -104,15 +105,7 @@ class Runtime(Messages, Memories):
         n, i = self.mesh.size(axis), self.position(axis)
         if n == 1:
             return [done(x) for x in xs]
-        if put:
-            xs = [widest(x, n, place) for x, place in zip(xs, put, strict=True)]
-        if take:
-            blocks = [cut(x, n, place) for x, place in zip(xs, take, strict=True)]
-            shapes = [b.shape[1:] for b in blocks]
-            packed = torch.cat([b.reshape(n, -1) for b in blocks], 1)
-        else:
-            shapes = [x.shape for x in xs]
-            packed = torch.cat([x.reshape(-1) for x in xs])
+        packed, shapes = _packed(xs, n, take, put)
         complete = _Once(self.exchange(kind, packed, axis, reduce if kind in ("all_reduce", "reduce_scatter") else "", owned=True))
         handles, at = [], 0
         for k, shape in enumerate(shapes):
@@ -136,6 +129,10 @@ class Runtime(Messages, Memories):
     def summand(self, x: Tensor, axis: str) -> Tensor:
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
         return x if self.position(axis) == 0 else torch.zeros_like(x)
+
+    def share(self, x: Tensor, axis: str) -> Tensor:
+        """What this rank adds to the mean over the axis of what each computed of its own rows."""
+        return x / self.mesh.size(axis)
 
 
 class _Once:
@@ -167,7 +164,7 @@ class _Unpack:
         if self.put is None and SMALL * self.size < packed.numel():
             part = part.clone()
         if self.put is not None:
-            part = join(part, self.put)
+            return join(part if self.mine is None else _own_of_each(part, *self.mine), self.put)
         return part if self.mine is None else own(part, *self.mine)
 
 
@@ -200,11 +197,46 @@ def cut(x: Tensor, n: int, take: Place) -> Tensor:
     """[n, ...]: dimension ``dim`` seen as (outer, of, rest), ``of`` cut into n parts, which move to the front. Uneven parts are padded
     to the first one's size. A view where one exists."""
     dim, outer, of, rest = _place(x, n, take)
-    each = -(-of // n)
-    seen = _padded(_seen(x, dim, outer, of, rest), dim + 1, n * each)
-    shape = list(x.shape)
-    blocks = seen.reshape(*shape[:dim], outer, n, each * rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
+    each, shape = -(-of // n), list(x.shape)
+    if of % n:
+        blocks = x.new_zeros(n, *shape[:dim], outer * each * rest, *shape[dim + 1 :])
+        _fill(blocks, x, n, take)
+        return blocks
+    blocks = x.reshape(*shape[:dim], outer, n, each * rest, *shape[dim + 1 :]).movedim(dim + 1, 0)
     return blocks.reshape(n, *shape[:dim], outer * each * rest, *shape[dim + 1 :])
+
+
+def _fill(blocks: Tensor, x: Tensor, n: int, take: Place) -> None:
+    """Write ``cut`` of ``x`` into ``blocks``; what is padding stays."""
+    dim, outer, of, rest = _place(x, n, take)
+    each = -(-of // n)
+    there, seen = _seen(blocks, dim + 1, outer, each, rest), _seen(x, dim, outer, of, rest)
+    for k in range(n):
+        held = chunk(of, n, k)
+        there[k].narrow(dim + 1, 0, len(held)).copy_(seen.narrow(dim + 1, held.start, len(held)))
+
+
+def _packed(xs: Sequence[Tensor], n: int, take: Sequence[Place], put: Sequence[Place]) -> tuple[Tensor, list[torch.Size]]:
+    """Tensors side by side in one buffer, [n, ..] where they are cut, and the shape of a block of each. No copies are made on the way."""
+    joined = dict(enumerate(put))
+    if take:
+        xs = [widest(x, n, joined.get(k)) for k, x in enumerate(xs)]
+        shapes = [_block(x, n, place) for x, place in zip(xs, take, strict=True)]
+    else:
+        shapes = [_widened(x, n, joined.get(k)) for k, x in enumerate(xs)]
+    even = all(len(place) == 2 for place in (*take, *put))
+    if even and all(x.is_contiguous() for x in xs) and all(place[1] * prod(x.shape[: place[0]]) == 1 for x, place in zip(xs, take, strict=False)):
+        return torch.cat([x.view(n, -1) for x in xs], 1) if take else torch.cat([x.view(-1) for x in xs]), shapes
+    lead = (n,) if take else ()
+    packed, at = (xs[0].new_empty if even else xs[0].new_zeros)(*lead, sum(shape.numel() for shape in shapes)), 0
+    for k, (x, shape) in enumerate(zip(xs, shapes, strict=True)):
+        there = packed.narrow(-1, at, shape.numel()).view(*lead, *shape)
+        if take:
+            _fill(there, x, n, take[k])
+        else:
+            _widen(there, x, n, joined.get(k))
+        at += shape.numel()
+    return packed, shapes
 
 
 def block(x: Tensor, n: int, i: int, take: Place) -> Tensor:
@@ -224,18 +256,42 @@ def join(blocks: Tensor, put: Place) -> Tensor:
     if len(put) == 2:
         return seen.reshape(*shape[:dim], shape[dim] * n, *shape[dim + 1 :])
     _, _, of, rest = put
-    whole = seen.reshape(*shape[:dim], outer, n * -(-of // n), rest, *shape[dim + 1 :]).narrow(dim + 1, 0, of)
+    each = -(-of // n)
+    if outer * prod(shape[:dim]) == 1 and blocks.is_contiguous():
+        whole = seen.reshape(*shape[:dim], outer, n * each, rest, *shape[dim + 1 :]).narrow(dim + 1, 0, of)
+    else:  # one copy, of what is no padding
+        parts = seen.reshape(*shape[:dim], outer, n, each, rest, *shape[dim + 1 :]).unbind(dim + 1)
+        whole = torch.cat([part.narrow(dim + 1, 0, len(chunk(of, n, k))) for k, part in enumerate(parts)], dim + 1)
     return whole.reshape(*shape[:dim], outer * of * rest, *shape[dim + 1 :])
 
 
-def widest(x: Tensor, n: int, put: Place) -> Tensor:
+def widest(x: Tensor, n: int, put: Place | None) -> Tensor:
     """A rank's part padded to the size of the largest, where the parts that will be joined are uneven."""
-    if len(put) == 2:
-        return x
+    shape = _widened(x, n, put)
+    return x if shape == x.shape else _widen(x.new_zeros(shape), x, n, put)
+
+
+def _widen(there: Tensor, x: Tensor, n: int, put: Place | None) -> Tensor:
+    """Write ``widest`` of ``x`` into ``there``; what is padding stays."""
+    if put is None or len(put) == 2:
+        return there.copy_(x)
     dim, outer, of, rest = put
-    each, held = -(-of // n), x.shape[dim] // max(outer * rest, 1)
-    shape = list(x.shape)
-    return x if held == each else _padded(_seen(x, dim, outer, held, rest), dim + 1, each).reshape(*shape[:dim], outer * each * rest, *shape[dim + 1 :])
+    held = x.shape[dim] // max(outer * rest, 1)
+    _seen(there, dim, outer, -(-of // n), rest).narrow(dim + 1, 0, held).copy_(_seen(x, dim, outer, held, rest))
+    return there
+
+
+def _widened(x: Tensor, n: int, put: Place | None) -> torch.Size:
+    if put is None or len(put) == 2:
+        return x.shape
+    dim, outer, of, rest = put
+    return torch.Size((*x.shape[:dim], outer * -(-of // n) * rest, *x.shape[dim + 1 :]))
+
+
+def _block(x: Tensor, n: int, take: Place) -> torch.Size:
+    """The shape of a block of ``cut``."""
+    dim, outer, of, rest = _place(x, n, take)
+    return torch.Size((*x.shape[:dim], outer * -(-of // n) * rest, *x.shape[dim + 1 :]))
 
 
 def own(x: Tensor, n: int, i: int, take: Place) -> Tensor:
@@ -245,6 +301,14 @@ def own(x: Tensor, n: int, i: int, take: Place) -> Tensor:
     dim, outer, of, rest = take
     each, held = -(-of // n), len(chunk(of, n, i))
     return x if held == each else _seen(x, dim, outer, each, rest).narrow(dim + 1, 0, held).flatten(dim, dim + 2)
+
+
+def _own_of_each(blocks: Tensor, n: int, i: int, take: Place) -> Tensor:
+    """``own`` of every one of blocks that are not joined yet; they are joined at another dimension."""
+    if len(take) == 2:
+        return blocks
+    dim, outer, of, rest = take
+    return own(blocks, n, i, (dim + 1, outer, of, rest))
 
 
 def _place(x: Tensor, n: int, place: Place) -> tuple[int, int, int, int]:
@@ -257,9 +321,3 @@ def _place(x: Tensor, n: int, place: Place) -> tuple[int, int, int, int]:
 
 def _seen(x: Tensor, dim: int, outer: int, of: int, rest: int) -> Tensor:
     return x.reshape(*x.shape[:dim], outer, of, rest, *x.shape[dim + 1 :])
-
-
-def _padded(x: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros behind ``dim`` up to ``size``."""
-    missing = size - x.shape[dim]
-    return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim) if missing else x

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from deepseed.ir.layout import REPLICATED, Layout, local_shape
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
@@ -47,7 +46,7 @@ class Host(Protocol):
     def refine(self, mesh: Mesh) -> None: ...
     def position(self, coordinate: Mapping[str, int]) -> int: ...
     def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor: ...
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor: ...
     def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None: ...
@@ -110,9 +109,8 @@ class SimulatedHost:
             return [executables[0](rt, inputs[0])]
         return simulate(self.mesh, executables, inputs, self.device, self.arenas)
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
-        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it. ``apart``: of no concern, since
-        all ranks are here."""
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
         return gather(at_home(parts, self.mesh, home), type_, self.mesh.without(STAGES))
 
     def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
@@ -206,18 +204,15 @@ class DistributedHost:
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
-        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline.
-        ``apart``: an axis over which it stays in parts."""
-        here = Layout.of(**{apart: type_.layout.on(apart)}) if apart else REPLICATED
-        shape = local_shape(type_.shape, here, self.mesh.seen_from(self.rt.coordinate)) if apart else type_.shape
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline."""
         with self.together(), torch.no_grad():
             if position(self.rt.coordinate) == home:
                 if parts[0] is None:
                     raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
-                out = gather_over(self.rt, parts[0].to(self.device), type_, apart)
+                out = gather_over(self.rt, parts[0].to(self.device), type_)
             else:
-                out = torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
+                out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
             return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)
 
     def _told(self, x: Tensor, home: int) -> Tensor:

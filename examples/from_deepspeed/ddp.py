@@ -54,8 +54,15 @@ def adamw(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
 def cifar(args: argparse.Namespace, config: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     model, dataset = cifar_script.Net(), images(320)
-    loader = DataLoader(dataset, batch_size=config["train_micro_batch_size_per_gpu"], sampler=DistributedSampler(dataset))
-    train(model, lambda m, data: nn.functional.cross_entropy(m(data[0]), data[1]), [loader] * args.epochs, adamw(model, config), config)
+    sampler = DistributedSampler(dataset)
+    loader = DataLoader(dataset, batch_size=config["train_micro_batch_size_per_gpu"], sampler=sampler)
+
+    def epochs() -> Iterable[DataLoader]:
+        for epoch in range(args.epochs):
+            sampler.set_epoch(epoch)
+            yield loader
+
+    train(model, lambda m, data: nn.functional.cross_entropy(m(data[0]), data[1]), epochs(), adamw(model, config), config)
     return model
 
 
