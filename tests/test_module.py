@@ -14,6 +14,7 @@ from gloo.module import Mlp, adamw, beside, local_on_ranks, module, mse, on_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepseed.rules.lanes import home
 from deepseed.target import load
 
 wide = pytest.mark.wide
@@ -121,6 +122,26 @@ def test_two_networks_against_each_other(plan: str) -> None:
         kept.append([loss.detach(), *(p.detach() for m in made for p in m.parameters())])
     for a, b in zip(*kept, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_gradients_of_a_later_program_lie_where_the_first_has_put_their_parameters() -> None:
+    """Towards its input the last layer's backward is cut elsewhere; the optimizer's rank must have the gradient all the same."""
+    ours = module(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), "pp2", backend="simulate", example_batch=(pairs(1)[0][1],))
+    ours(pairs(1)[0][1].clone().requires_grad_()).sum().backward()
+    programs = [built.program for built in ours.programs.cache]
+    assert len(programs) == 2
+    for p in programs:
+        assert {home(p, o.ref.name) == ours.states[0].homes["param", o.key] for o in p.outputs if o.role == "grad"} == {True}
+
+
+def test_a_write_through_data_is_seen() -> None:
+    """As averages of weights and older optimizers write; autograd's count of writes does not move."""
+    ours = module(Mlp(), "zero3+dp2", backend="simulate")
+    (x, _), = pairs(1)
+    ours(x)
+    for p in ours.parameters():
+        p.data.mul_(0.5)
+    torch.testing.assert_close(ours(x), copy.deepcopy(ours.model)(x), rtol=0, atol=1e-12)
 
 
 def test_evaluation_and_modes() -> None:

@@ -1,0 +1,118 @@
+"""A small model under the HF Trainer on each rank, stock (Accelerate's DistributedDataParallel) or DeepSeed's: what it logged and what became of the weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from deepseed.hf import DeepSeedTrainer, DeepSeedTrainingArguments
+
+VOCAB = 32
+STOCK = "stock"
+
+
+class Run(NamedTuple):
+    logs: list[dict[str, float]]  # one a step
+    weights: dict[str, Tensor]
+    trainer: Any
+    seconds: float
+
+    def curve(self, *keys: str) -> list[float]:
+        return [float(log[key]) for log in self.logs for key in keys or ("loss", "grad_norm", "learning_rate") if key in log]
+
+
+class Logs(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_log(self, args: object, state: Any, control: object, logs: dict[str, float] | None = None, **kwargs: object) -> None:
+        if logs and "loss" in logs:
+            self.steps.append({**logs, "step": state.global_step})
+
+
+def llama(tied: bool = False, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**sizes, **changes}))
+
+
+def rows(count: int, lengths: Sequence[int] = (6, 9), seed: int = 1) -> list[dict[str, list[int]]]:
+    """Rows of these lengths in turn."""
+    g = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, VOCAB, (lengths[n % len(lengths)],), generator=g).tolist() for n in range(count)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def collate(batch: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """As long as the longest row."""
+    longest = max(len(row["input_ids"]) for row in batch)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    given = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in batch]
+    return {key: torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in given]) for key, value in fill.items()}
+
+
+def config(stage: int, **more: Any) -> dict[str, Any]:
+    auto = {key: "auto" for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
+    return {"zero_optimization": {"stage": stage}, **auto, **more}
+
+
+def arguments(folder: str, stage: int | str | Mapping[str, Any], kind: Any = None, **changes: Any) -> Any:
+    """stage: ``STOCK``, or ZeRO's, or a config."""
+    said = {
+        "output_dir": folder, "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "max_grad_norm": 0.5, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 1, "dataloader_pin_memory": False, **changes,
+    }  # fmt: skip
+    if stage == STOCK:
+        return (kind or TrainingArguments)(**said)
+    return (kind or DeepSeedTrainingArguments)(**said, deepspeed=config(stage) if isinstance(stage, int) else stage)
+
+
+def train(folder: str, stage: int | str | Mapping[str, Any], make: Callable[[], nn.Module] = llama, resume: str | None = None, before: Callable[[Any], None] | None = None, kind: Any = None, options: Mapping[str, Any] = {}, data: Any = None, **changes: Any) -> Run:  # fmt: skip
+    """Train ``make()`` with a Trainer of this kind. options: of the Trainer; changes: of its arguments."""
+    quiet()
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)  # of the Trainer before it in this process, with its precision
+    set_seed(0)
+    logs = Logs()
+    said = arguments(folder, stage, **changes)
+    model = make()
+    trainer = (kind or (Trainer if stage == STOCK else DeepSeedTrainer))(
+        model=model, args=said, train_dataset=rows(64) if data is None else data, data_collator=collate, callbacks=[logs], **options
+    )
+    if before is not None:
+        before(trainer)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    return Run(logs.steps, weights(trainer), trainer, time.perf_counter() - start)
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    held = trainer.model if isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel) or trainer.model_wrapped is trainer.model else trainer.model_wrapped
+    return {key: t.detach().clone() for key, t in held.state_dict().items()}
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def curves_apart(a: Run, b: Run, *keys: str) -> float:
+    """The largest relative difference of losses, norms and rates, step by step."""
+    x, y = a.curve(*keys), b.curve(*keys)
+    assert len(x) == len(y) > 0, (len(x), len(y))
+    return max(abs(p - q) / max(abs(p), abs(q), 1e-3) for p, q in zip(x, y, strict=True))
+
+
+def weights_apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    assert list(a) == list(b), (list(a)[:5], list(b)[:5])
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a) / max(float(t.abs().max()) for t in a.values())
