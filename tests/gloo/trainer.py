@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from deepseed.hf import DeepSeedTrainer, DeepSeedTrainingArguments
+from deepseed.hf import DeepSeedTrainer, DeepSeedTrainingArguments, enable
+from deepseed.trained import Trained
 
 VOCAB = 32
 STOCK = "stock"
+Stage = int | str | Mapping[str, Any] | None
 
 
 class Run(NamedTuple):
     logs: list[dict[str, float]]  # one a step
     weights: dict[str, Tensor]
     trainer: Any
-    seconds: float
 
     def curve(self, *keys: str) -> list[float]:
         return [float(log[key]) for log in self.logs for key in keys or ("loss", "grad_norm", "learning_rate") if key in log]
@@ -64,35 +67,36 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, **auto, **more}
 
 
-def arguments(folder: str, stage: int | str | Mapping[str, Any], kind: Any = None, **changes: Any) -> Any:
-    """stage: ``STOCK``, or ZeRO's, or a config."""
+def arguments(folder: str, stage: Stage, **changes: Any) -> Any:
+    """stage: ``STOCK``, or ZeRO's, or a config, or None."""
     said = {
         "output_dir": folder, "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "max_grad_norm": 0.5, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 1, "dataloader_pin_memory": False, **changes,
     }  # fmt: skip
     if stage == STOCK:
-        return (kind or TrainingArguments)(**said)
-    return (kind or DeepSeedTrainingArguments)(**said, deepspeed=config(stage) if isinstance(stage, int) else stage)
+        return TrainingArguments(**said)
+    return DeepSeedTrainingArguments(**said, deepspeed=config(stage) if isinstance(stage, int) else stage)
 
 
-def train(folder: str, stage: int | str | Mapping[str, Any], make: Callable[[], nn.Module] = llama, resume: str | None = None, before: Callable[[Any], None] | None = None, kind: Any = None, options: Mapping[str, Any] = {}, data: Any = None, **changes: Any) -> Run:  # fmt: skip
-    """Train ``make()`` with a Trainer of this kind. options: of the Trainer; changes: of its arguments."""
+def train(
+    folder: str, stage: Stage, make: Callable[[], nn.Module] = llama, resume: str | None = None, before: Callable[[Any], None] | None = None, kind: Any = None,
+    options: Mapping[str, Any] = {}, lengths: Sequence[int] = (8,), count: int = 64, **changes: Any,
+) -> Run:  # fmt: skip
+    """Train ``make()`` on rows of these lengths. kind: a Trainer class, or ``enable``; options: of the Trainer; changes: of its arguments."""
     quiet()
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=False)  # of the Trainer before it in this process, with its precision
     set_seed(0)
     logs = Logs()
-    said = arguments(folder, stage, **changes)
-    model = make()
-    trainer = (kind or (Trainer if stage == STOCK else DeepSeedTrainer))(
-        model=model, args=said, train_dataset=rows(64) if data is None else data, data_collator=collate, callbacks=[logs], **options
-    )
+    enabled = kind is enable and stage != STOCK
+    said = arguments(folder, STOCK if enabled else stage, **changes)
+    made = Trainer if stage == STOCK or enabled else kind or DeepSeedTrainer
+    trainer = made(model=make(), args=said, train_dataset=rows(count, lengths), data_collator=collate, callbacks=[logs], **options)
+    if enabled:
+        assert enable(trainer, config(stage) if isinstance(stage, int) else stage) is trainer
     if before is not None:
         before(trainer)
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
-    return Run(logs.steps, weights(trainer), trainer, time.perf_counter() - start)
+    return Run(logs.steps, weights(trainer), trainer)
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -116,3 +120,53 @@ def curves_apart(a: Run, b: Run, *keys: str) -> float:
 def weights_apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     assert list(a) == list(b), (list(a)[:5], list(b)[:5])
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a) / max(float(t.abs().max()) for t in a.values())
+
+
+# beside the stock Trainer -----------------------------------------------------------------------------------------------
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """A ``compute_loss_func`` in float64."""
+    logits, labels = outputs["logits"].double()[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1)
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / (num_items_in_batch or 1)
+
+
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "ragged": {"lengths": (5, 8), "gradient_accumulation_steps": 2},
+    "short last group": {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2, "count": 20},
+    "each rank's own mean": {"lengths": (6, 9), "gradient_accumulation_steps": 2, "average_tokens_across_devices": False},
+    "label smoothing": {"label_smoothing_factor": 0.1, "lengths": (6, 9)},
+    "own loss": {"options": {"compute_loss_func": own_loss}, "gradient_accumulation_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "no clipping": {"max_grad_norm": 0.0},
+    "no config": {"stage": None},
+    "enable": {"kind": enable},
+    "tied": {"make": partial(llama, True)},
+}
+
+
+def beside(folder: str, cases: Sequence[tuple[str, int]]) -> list[tuple[float, float]]:
+    """How far curves and weights are apart, case by case with ZeRO's stage."""
+    found = []
+    for name, stage in cases:
+        case = {"stage": stage, **CASES[name]}
+        ours = train(os.path.join(folder, "ours"), case.pop("stage"), **case)
+        stock = train(os.path.join(folder, "stock"), STOCK, **case)
+        assert isinstance(ours.trainer.model_wrapped, Trained) and not isinstance(stock.trainer.model_wrapped, Trained)
+        found.append((curves_apart(ours, stock), weights_apart(ours.weights, stock.weights)))
+    return found
+
+
+# files ------------------------------------------------------------------------------------------------------------------
+
+
+def resumed(folder: str, stages: Sequence[int | str], make: Callable[[], nn.Module] = llama, **changes: Any) -> list[tuple[list[float], float]]:
+    """A run of stages[0] is saved half-way; each stage goes on from there. By stage, all that was logged minus what the first one logged, and how far weights are apart."""
+    first = train(folder, stages[0], make, save_strategy="steps", save_steps=2, **changes)
+    found = []
+    for stage in stages:
+        again = train(f"{folder}-{stage}", stage, make, resume=os.path.join(folder, "checkpoint-2"), **changes)
+        assert [log["step"] for log in again.logs] == [3, 4]
+        rest = first._replace(logs=first.logs[2:]).curve()
+        found.append(([p - q for p, q in zip(again.curve(), rest, strict=True)], weights_apart(again.weights, first.weights)))
+    return found
