@@ -13,7 +13,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo.engine import WARMUP, Eager, Net, apart, batches_of_its_own, begin, config, everything, of, offloaded, on_ranks, passes, resumed, rows, same
+from gloo.engine import (
+    WARMUP,
+    Eager,
+    Net,
+    apart,
+    batches_of_its_own,
+    begin,
+    config,
+    everything,
+    of,
+    offloaded,
+    on_ranks,
+    passes,
+    resumed,
+    rows,
+    same,
+)
 from gloo.launch import ranks
 from torch import nn
 from torch.nn import functional as F
@@ -318,7 +334,7 @@ def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for wrong in ({"load_module_strict": False}, {"custom_load_fn": print}):
         with pytest.raises(CheckpointError, match="a checkpoint is loaded whole\n  fix: "):
             engine.load_checkpoint(tmp_path, **wrong)
-    with pytest.raises(CheckpointError, match="extra=dict cannot be saved(.|\n)*fix: "):
+    with pytest.raises(CheckpointError, match=r"extra=dict cannot be saved(.|\n)*fix: "):
         engine.save_checkpoint(tmp_path, tag="code", client_state={"f": print})
     assert (tmp_path / "latest").read_text() == "mine"
 
