@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
 
 from gloo.launch import ranks
-from gloo.trainer import CASES, beside, resumed
+from gloo.trainer import CASES, adapted, beside, evaluated, resumed, saved
 
 FIVE = 1e-5
 WEIGHTS = 1e-6  # of float32, through 4 steps of AdamW; measured 1e-7
@@ -37,3 +37,24 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path: Path) -> None:
     for same, other in ranks(2, resumed, str(tmp_path / "run"), [3, 1]):
         assert same == ([0.0] * 6, 0.0)
         assert max(map(abs, other[0])) <= 1e-6 and other[1] <= WEIGHTS
+
+
+def test_evaluation_predictions_and_the_best_model(tmp_path: Path) -> None:
+    for found in ranks(2, evaluated, str(tmp_path), 3):
+        assert found["before"][0] == pytest.approx(found["before"][1], rel=FIVE) and found["losses"] <= FIVE and found["curve"] <= FIVE, found
+        assert found["best"][0] == found["best"][1] != "checkpoint-4", found
+        assert found["rows"] == ((7, 8, 32),) * 2 and found["labels"] and found["logits"] <= 1e-4 and found["weights"] <= 1e-5, found
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=wide), True])
+def test_from_pretrained_reads_what_save_model_wrote(tmp_path: Path, tied: bool) -> None:
+    for found in ranks(2, saved, str(tmp_path), 3, tied):
+        assert found == {"weights": 0.0, "generated": True, "head in the file": not tied, "is tied": tied}
+
+
+def test_a_model_of_peft(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for found in ranks(2, adapted, str(tmp_path), 3):
+        assert found["curve"] <= FIVE and found["weights"] <= WEIGHTS and found["resumed"] == 0.0 and found["steps"] == [3, 4], found
+        assert len(found["adapter"]) == len(found["trained"]) == 4 and all("lora" in key for key in found["adapter"]), found
+        assert "model.safetensors" not in found["files"] and found["base in the checkpoint"] == [], found

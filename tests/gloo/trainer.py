@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -170,3 +174,67 @@ def resumed(folder: str, stages: Sequence[int | str], make: Callable[[], nn.Modu
         rest = first._replace(logs=first.logs[2:]).curve()
         found.append(([p - q for p, q in zip(again.curve(), rest, strict=True)], weights_apart(again.weights, first.weights)))
     return found
+
+
+def evaluated(folder: str, stage: int) -> dict[str, Any]:
+    """Evaluation before, during and after, predictions of rows of unequal length, and the best model at the end; beside stock.
+
+    The stock Trainer that evaluates first trains without DistributedDataParallel then, each rank for itself: it evaluates later here."""
+    more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    runs, seen = [], []
+    for kind in (STOCK, stage):
+        before: list[float] = []
+
+        def evaluate(trainer: Any, before: list[float] = before) -> None:
+            before.append(trainer.evaluate()["eval_loss"])
+
+        if kind == STOCK:
+            train(os.path.join(folder, "first"), kind, before=evaluate, max_steps=1, options={"eval_dataset": rows(7, (5, 8), 2)})
+        run = train(os.path.join(folder, str(kind)), kind, before=evaluate if kind != STOCK else None, options={"eval_dataset": rows(7, (5, 8), 2)}, **more)
+        during = [log["eval_loss"] for log in run.trainer.state.log_history if "eval_loss" in log]
+        best = run.trainer.state.best_model_checkpoint
+        predicted = run.trainer.predict(rows(7, (5, 6, 8), 3))
+        seen.append([*during, run.trainer.evaluate()["eval_loss"], predicted.metrics["test_loss"]])
+        runs.append((run, predicted, os.path.basename(best), before))
+    (a, p, best, before_stock), (b, q, other, before_ours) = runs
+    return {
+        "losses": max(abs(x - y) / x for x, y in zip(*seen, strict=True)), "best": (best, other), "logits": float(np.abs(p.predictions - q.predictions).max()), "rows": (p.predictions.shape, q.predictions.shape),
+        "labels": bool((p.label_ids == q.label_ids).all()), "before": (before_stock[0], before_ours[0]), "during": seen[1], "weights": weights_apart(b.weights, a.weights), "curve": curves_apart(b, a),
+    }  # fmt: skip
+
+
+def saved(folder: str, stage: int, tied: bool) -> dict[str, Any]:
+    """What ``from_pretrained`` reads of ``save_model``, and both generate."""
+    run = train(folder, stage, partial(llama, tied), max_steps=2)
+    run.trainer.save_model()
+    dist.barrier()
+    read = LlamaForCausalLM.from_pretrained(folder)
+    prompt = torch.tensor([[3, 4, 5]])
+    with run.trainer.model_wrapped.gathered() as whole:
+        ours = whole.generate(prompt, max_new_tokens=5, do_sample=False)
+    theirs = read.generate(prompt, max_new_tokens=5, do_sample=False)
+    tensors = safe_open(os.path.join(folder, "model.safetensors"), "pt").keys()
+    return {"weights": weights_apart(dict(read.state_dict()), run.weights), "generated": ours.tolist() == theirs.tolist(), "head in the file": "lm_head.weight" in tensors, "is tied": read.lm_head.weight is read.model.embed_tokens.weight}
+
+
+def lora() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def adapted(folder: str, stage: int) -> dict[str, Any]:
+    """LoRA: beside stock, resumed, and what its files have in them."""
+    stock = train(os.path.join(folder, "stock"), STOCK, lora)
+    at = os.path.join(folder, "ours")
+    ours = train(at, stage, lora, save_strategy="steps", save_steps=2)
+    again = train(os.path.join(folder, "again"), stage, lora, resume=os.path.join(at, "checkpoint-2"))
+    ours.trainer.save_model()
+    dist.barrier()
+    kept = FileSystemReader(os.path.join(at, "checkpoint-2", "deepseed")).read_metadata().state_dict_metadata
+    trained = [name for name, p in again.trainer.model.named_parameters() if p.requires_grad]
+    return {
+        "curve": curves_apart(ours, stock), "weights": weights_apart(ours.weights, stock.weights), "resumed": weights_apart(again.weights, ours.weights), "steps": [log["step"] for log in again.logs],
+        "adapter": sorted(safe_open(os.path.join(at, "adapter_model.safetensors"), "pt").keys()), "trained": trained, "files": sorted(os.listdir(at)),
+        "base in the checkpoint": sorted(k for k in kept if "base_layer" in k or "embed_tokens" in k), "tensors in the checkpoint": len(kept),
+    }  # fmt: skip
