@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
 APART = 0x9E3779B1  # between the seeds of data-parallel ranks that have rows of their own
+ALIVE: WeakSet[Compiled] = WeakSet()  # looked through by ``compiled_with``, and by nothing else
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
@@ -111,6 +113,7 @@ class Compiled:
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        ALIVE.add(self)
 
     # what it did ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +170,18 @@ class Compiled:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
+
+    @together
+    def whole_parameter(self, name: str) -> Tensor:
+        """A stored parameter, whole. Every rank must call it."""
+        self._written()
+        return self._whole(("param", name))
+
+    @together
+    def whole_state(self, slot: str, name: str) -> Tensor | None:
+        """A parameter's optimizer state, whole; None where none is stored. Every rank must call it."""
+        key = ("state", f"{slot}/{name}")
+        return self._whole(key) if self.states and key in self.states[0].types else None
 
     @together
     def save(self, dir: str | os.PathLike[str], *, extra: Any = None, frozen: bool = True) -> None:
@@ -337,3 +352,12 @@ class Compiled:
                 part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
                 out.append(part if i.type.host else part.to(self.host.device))
         return out
+
+
+def compiled_with(parameter: Tensor) -> tuple[Compiled, str] | None:
+    """The compiled model whose ranks store this parameter, and its name there; None before the first batch."""
+    for each in list(ALIVE):
+        for name, p in each.model.named_parameters():
+            if p is parameter and each.states and ("param", name) in each.states[0].types:
+                return each, name
+    return None

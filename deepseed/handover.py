@@ -67,10 +67,10 @@ def follow(
             value = optimizer.state.get(parameter, {}).get(slot)
             if value is not None:
                 loaded.add(key.partition("/")[2])
-                _write(states, (role, key), torch.as_tensor(value))
+                write(states, (role, key), torch.as_tensor(value))
         for name in loaded:
             if ("state", f"{STARTED}/{name}") in states[0].types:
-                _write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
+                write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
         hide(optimizer)
 
     optimizer.register_state_dict_pre_hook(show)
@@ -78,7 +78,8 @@ def follow(
     optimizer.register_load_state_dict_post_hook(load)
 
 
-def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
+def write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
+    """Each hosted rank's part of a whole tensor, in place."""
     for state in (s for s in states if key in s.tensors):
         state.tensors[key].copy_(shard(full.to(state.device), state.types[key], state.mesh, state.coordinate))
 
@@ -107,7 +108,7 @@ def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Map
         for name in (n for n in mine if n not in tied and n not in others):
             keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].types]
             if keys:
-                _write(states, keys[0], given[name])
+                write(states, keys[0], given[name])
             else:
                 mine[name].copy_(given[name])
     for name in (n for n in others if n in given):

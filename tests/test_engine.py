@@ -145,6 +145,24 @@ def test_a_model_that_gives_no_loss() -> None:
         begin(config(**THIN), nn.Linear(8, 4).double()).train_batch(iter([(torch.ones(4, 8).double(),)]))
 
 
+def test_the_loss_alone() -> None:
+    """Of a step, in the model's modes; nothing is written, and the step that follows is the one that would have followed."""
+    batch = tuple(torch.randn(8, n, generator=torch.Generator().manual_seed(n)).double() for n in (8, 4))
+    for plan in ("zero0", "zero3+dp2", "zero1+pp2+mb2"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        alone = copy.deepcopy(model)
+        first, second = (deepseed.compile(m, plan, optimizer=torch.optim.SGD(m.parameters(), lr=0.1), loss_fn=lambda m, b: F.mse_loss(m(b[0]), b[1]), backend="simulate") for m in (model, alone))
+        for _ in range(2):
+            model.eval()
+            with torch.no_grad():
+                want = F.mse_loss(copy.deepcopy(model)(batch[0]), batch[1])
+            assert abs(float(first.loss(batch)) - float(want)) <= 1e-14, plan
+            model.train()
+            assert float(first.loss(batch)) == float(first(batch)) == float(second(batch)), plan
+        assert max(float((a - b).abs().max()) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)) == 0.0
+
+
 def test_more_rows_a_step() -> None:
     engine = begin(config(accumulation=2))
     engine.set_train_batch_size(12)
@@ -288,6 +306,15 @@ def test_ways_to_give_a_config_and_an_optimizer(tmp_path: Path) -> None:
 def test_what_it_refuses_to_begin_with(options: dict[str, Any], kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=said):
         deepseed.initialize(**{"model": Net(), "config": config(), **options})
+
+
+def test_a_placeholder_for_the_configs_optimizer() -> None:
+    """As Accelerate's DummyOptim."""
+    model = Net()
+    engine = begin(config(), model, optimizer=SimpleNamespace(params=model.up.parameters(), lr=3.0, weight_decay=0.0))
+    assert isinstance(engine.optimizer, torch.optim.AdamW) and engine.get_lr() == [0.01] and len(engine.optimizer.param_groups[0]["params"]) == 2
+    with pytest.raises(ConfigError, match="placeholder, and the config has no optimizer\n  fix: "):
+        begin(config(optimizer=None), model, optimizer=SimpleNamespace(params=[]))
 
 
 def test_losses_that_have_no_gradient() -> None:
