@@ -175,6 +175,8 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
             check_optimizers(optimizers, step.model, saved)
             if step.states and not step.waits_for_state():
                 reads.slots()
+            else:
+                reads.own()
         texts = read(folder, reads.wants, step.mesh, manifest["texts"])
         return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
 
@@ -195,6 +197,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
     earlier = [replace(r, slots=r.slots and not compare, model={}) for r in step._resume]
     step._resume = [r for r in (*earlier, *now) if r.slots or r.model]
     reads.commit()
+    step._shown = {("norm", key): t for key, t in reads.shown.items()}
     if step.states:
         host.settle(step.model, step.states)
     return extra
@@ -236,6 +239,7 @@ class _Reads:
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
         self.wants: list[Want] = []
+        self.shown: dict[str, Tensor] = {}  # of no parameter, and asked for before any rank stores it: the loss scale
 
     def model(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         """Parameters and buffers: the ranks' parts, or the module's own where no program has them yet."""
@@ -257,6 +261,13 @@ class _Reads:
             if not self._parts(("state", key), f"optimizer.{key}"):
                 self.rest[key] = torch.empty(shape, dtype=dtype)
                 self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.rest[key]))
+
+    def own(self) -> None:
+        """State of no parameter, whole, while there is no program yet that has it."""
+        for key, (shape, dtype) in self.saved.slots.items():
+            if "/" not in key:
+                self.shown[key] = torch.empty(shape, dtype=dtype)
+                self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.shown[key]))
 
     def commit(self) -> None:
         with torch.no_grad():

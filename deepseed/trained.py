@@ -7,6 +7,7 @@ the optimizer's state: it reduces what was not, clips, and updates. Both program
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,12 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
         self._shown = found.built.returned(self.host, results)
         self.drop()
         self._stepped()
+
+    def load(self, dir: str | os.PathLike[str], *, optimizer: bool = True, cast: bool = False) -> Any:
+        """As ever; gradients that wait were of the former parameters, and are forgotten."""
+        extra = super().load(dir, optimizer=optimizer, cast=cast)
+        self.drop()
+        return extra
 
     def waits_for_state(self) -> bool:
         return not self.programs.updates

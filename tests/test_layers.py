@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.config": {"deepseed.adam", "deepseed.lion", "deepseed.muon", "deepseed.lr_schedules", "pydantic", "torch"},
     "deepseed.launcher": {"torch"},
 }
+FRONT_FOLDERS = {"engine"}  # front doors of several files
 FRONT = "the front doors: deepseed.pipeline, compile, cli and so on; they see everything and no layer sees them"
 
 # A back end may need torch where it runs or compiles what it made; each such file is named here.
@@ -124,8 +125,8 @@ def test_imports_point_downwards(module: str) -> None:
 
 
 def test_no_file_is_outside_the_table_by_a_slip() -> None:
-    """A front door lies directly in deepseed/; a new folder needs a row."""
-    strays = sorted({m.split(".")[1] for m, p in files().items() if layer_of(m) is None and p.parent != ROOT / "deepseed"})
+    """A front door lies directly in deepseed/, or in a folder of FRONT_FOLDERS; any other new folder needs a row."""
+    strays = sorted({m.split(".")[1] for m, p in files().items() if layer_of(m) is None and p.parent != ROOT / "deepseed"} - FRONT_FOLDERS)
     assert not strays, f"deepseed/{strays[0]}/ has no row in LAYERS ({FRONT})"
 
 

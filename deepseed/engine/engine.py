@@ -190,7 +190,7 @@ class Engine:
 
     def get_global_grad_norm(self) -> float | None:
         """Of the latest update, before clipping; None before the first."""
-        return float(self.compiled.grad_norm) if self.global_steps and self.compiled._shown else None
+        return float(self.compiled.grad_norm) if ("norm", "grad_norm") in self.compiled._shown else None
 
     def was_step_applied(self) -> bool:
         """Whether the latest ``step()`` updated the parameters."""

@@ -50,11 +50,11 @@ def load_checkpoint(
         raise CheckpointError(f"load_checkpoint({what}): a checkpoint is loaded whole\n  fix: leave it out; module.load_state_dict(.., strict=False) before initialize")
     if tag is None:
         latest = Path(load_dir) / LATEST
-        if not latest.is_file():
+        tag = everywhere(self.compiled.host, f"reading {latest}", lambda: latest.read_text().strip() if latest.is_file() else None)[0]
+        if tag is None:
             if self.compiled.host.first:
                 print(f"deepseed: {latest} does not exist: nothing is loaded", file=sys.stderr)
             return None, None
-        tag = latest.read_text().strip()
     folder = Path(load_dir) / str(tag)
     extra = self.compiled.load(folder, optimizer=load_optimizer_states and not load_module_only) or {}
     if not load_module_only:
@@ -62,6 +62,7 @@ def load_checkpoint(
             self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
         for name in ("micro_steps", "global_steps", "global_samples"):
             setattr(self, name, int(extra.get(name, 0)))
+        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a step of which some gradients were there begins anew
     return str(folder), dict(extra.get("client_state", {}))
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         train_dataset=rows[32:],
         eval_dataset=rows[:32],
         processing_class=tokens,
-        data_collator=DataCollatorForLanguageModeling(tokens, mlm=False),
+        data_collator=DataCollatorForLanguageModeling(tokens, mlm=False, pad_to_multiple_of=8),
         callbacks=[PrintSteps()],
     )
     if training_args.do_train:
