@@ -30,6 +30,8 @@ from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
+from deepseed.own_buffers import looked_at, written
+from deepseed.own_rows import AXIS
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
@@ -113,6 +115,8 @@ class Compiled:
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
+        self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
         ALIVE.add(self)
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -300,6 +304,13 @@ class Compiled:
         """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
         if self.states and self.optimizer is None:
             self._ready()
+        self._firsts(self._apart)
+
+    def _firsts(self, looked: Collection[str]) -> None:
+        """Buffers that somebody looks at become those of the first data-parallel rank."""
+        if self._apart.intersection(looked):
+            self.host.of_first(self.states, [("buffer", key) for key in sorted(self._apart)], AXIS)
+            self._apart = frozenset()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -320,6 +331,10 @@ class Compiled:
         if not built.adopted:
             self._adopt(built)
         checkpoint.resume(self)  # where it failed before
+        if self._apart:
+            if built.digest not in self._looked:
+                self._looked[built.digest] = looked_at(built.captured.program, OWN_ROWS in built.program.facts)
+            self._firsts(self._looked[built.digest])
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
@@ -332,6 +347,7 @@ class Compiled:
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
+        self._apart |= written(built.program)
         self.host.settle(self.model, self.states, [(o.role, o.key) for o in built.program.outputs if o.role in ("param", "buffer")])
         seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
