@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,8 @@ from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
+from deepseed.own_buffers import looked_at, written
+from deepseed.own_rows import AXIS
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
@@ -47,6 +49,13 @@ MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Incompatible(NamedTuple):
+    """As ``nn.Module.load_state_dict`` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
@@ -113,6 +122,8 @@ class Compiled:
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
+        self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
         ALIVE.add(self)
 
     # what it did ----------------------------------------------------------------------------------------------------
@@ -154,16 +165,18 @@ class Compiled:
     # state ----------------------------------------------------------------------------------------------------------
 
     @together
-    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+    def state_dict(self, full: bool = True, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
-        DTensors under a process group. Every rank must call it."""
-        if not full or not self.states:
-            return dict(self.model.state_dict())
-        self._written()
-        captured = self.programs.current().captured
-        own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
-        alias = captured.aliases
-        return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
+        DTensors under a process group. ``destination`` and ``prefix`` as a module around this one gives them. Every rank must call it."""
+        found = dict(self.model.state_dict(keep_vars=True))
+        if full and self.states:
+            self._written()
+            own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
+            alias = self.programs.current().captured.aliases
+            found = {name: own.get(alias.get(name, name), t) for name, t in found.items()}
+        out = destination if destination is not None else {}
+        out.update({prefix + name: t.detach() if isinstance(t, Tensor) and not keep_vars else t for name, t in found.items()})
+        return out
 
     @together
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -214,10 +227,10 @@ class Compiled:
         return checkpoint.load(self, dir, optimizer, cast)
 
     @together
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
-        dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
-        load_whole(self.model, self.host, self.states, state_dict)
+        dtypes are cast. Raises CheckpointError naming what is missing or unexpected, unless ``strict=False`` returns it, or of another shape."""
+        return Incompatible(*load_whole(self.model, self.host, self.states, state_dict, strict))
 
     def waits_for_state(self) -> bool:
         """Whether the program that has the optimizer's state is still to be compiled."""
@@ -300,6 +313,13 @@ class Compiled:
         """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
         if self.states and self.optimizer is None:
             self._ready()
+        self._firsts(self._apart)
+
+    def _firsts(self, looked: Collection[str]) -> None:
+        """Buffers that somebody looks at become those of the first data-parallel rank."""
+        if self._apart.intersection(looked):
+            self.host.of_first(self.states, [("buffer", key) for key in sorted(self._apart)], AXIS)
+            self._apart = frozenset()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -320,6 +340,10 @@ class Compiled:
         if not built.adopted:
             self._adopt(built)
         checkpoint.resume(self)  # where it failed before
+        if self._apart:
+            if built.digest not in self._looked:
+                self._looked[built.digest] = looked_at(built.captured.program, OWN_ROWS in built.program.facts)
+            self._firsts(self._looked[built.digest])
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
@@ -332,6 +356,7 @@ class Compiled:
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
+        self._apart |= written(built.program)
         self.host.settle(self.model, self.states, [(o.role, o.key) for o in built.program.outputs if o.role in ("param", "buffer")])
         seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:

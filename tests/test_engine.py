@@ -393,7 +393,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases: list[tuple[str, tuple[Any, ...]]] = [
-        ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
+        ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("statistics_of_the_first_rank", (2,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
         ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("whole_steps", ({"pipeline": {"stages": 2}},)), ("saved_for", (tmp_path / "three",)),
     ]  # fmt: skip
     after = [found[-1] for found in ranks(2, on_ranks, cases)]
@@ -414,7 +414,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 @wide
 def test_on_ranks_of_two_axes(tmp_path: Path) -> None:
     ranks(4, on_ranks, [("whole_steps", ({"pipeline": {"stages": 2}, "tensor_parallel": {"autotp_size": 2}},))])
-    ranks(2, on_ranks, [(name, (stage,)) for name in ("trains_as_ddp", "an_overflow_on_one_rank", "batches_of_its_own") for stage in range(4)] + [("offloaded", (stage,)) for stage in (1, 3)])
+    ranks(2, on_ranks, [(name, (stage,)) for name in ("trains_as_ddp", "statistics_of_the_first_rank", "an_overflow_on_one_rank", "batches_of_its_own") for stage in range(4)] + [("offloaded", (stage,)) for stage in (1, 3)])
 
 
 def test_offloaded_alone() -> None:
