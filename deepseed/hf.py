@@ -85,13 +85,12 @@ class DeepSeedMixin:
         return filled, found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The config's where it names one, else the Trainer's; ``step()`` does nothing, since the compiled update has done it."""
+        """The config's where it names one, else the Trainer's."""
         if self.optimizer is None:
             config, _ = self._deepseed()
             if config.optimizer is not None:
                 self.optimizer = optimizer_of(config, self.model.named_parameters())
-        found: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        found.step = types.MethodType(_updated, found)  # type: ignore[method-assign]
+        found: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))  # type: ignore[misc]
         return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -119,22 +118,28 @@ class DeepSeedMixin:
 
     def _take_accelerator(self, made: Trained) -> None:
         """Backward, clipping and the update are the compiled ones; precision is the plan's; what is unwrapped is the model."""
-        accelerator, unwrap = self.accelerator, type(self.accelerator).unwrap_model
+        accelerator, optimizer, unwrap = self.accelerator, _bare(self.optimizer), type(self.accelerator).unwrap_model
         accelerator.scaler = None
 
         def backward(loss: Tensor, **_: Any) -> None:
             torch.autograd.backward(loss * made.loss_scale if made.loss_scale != 1.0 else loss)
 
-        def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
+        def step(_: torch.optim.Optimizer, closure: Any = None) -> None:
+            if not made.pending:  # clipping, which comes first, has updated already
+                return
             before = made.skipped
             made.update()
             self.optimizer._is_overflow = made.skipped != before  # then the schedule waits
+
+        def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
+            optimizer.step()
             return made.grad_norm.float()
 
         def unwrap_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return unwrap(accelerator, model.model if isinstance(model, Trained) else model, *args, **kwargs)
 
         accelerator.backward, accelerator.clip_grad_norm_, accelerator.unwrap_model = backward, clip_grad_norm_, unwrap_model
+        optimizer.step = types.MethodType(step, optimizer)  # a method, which schedulers look for
 
     def compute_loss_context_manager(self) -> Any:
         """No autocast: the plan says in which dtype the model computes, and the module is compiled so."""
@@ -193,10 +198,6 @@ def enable(trainer: transformers.Trainer, config: Any = None) -> transformers.Tr
         trainer.__class__ = type(f"DeepSeed{type(trainer).__name__}", (DeepSeedMixin, type(trainer)), {})
     trainer.deepseed_config = config  # type: ignore[attr-defined]
     return trainer
-
-
-def _updated(self: torch.optim.Optimizer, closure: Any = None) -> None:
-    """The compiled update has stepped already."""
 
 
 def _bare(optimizer: Any) -> Any:

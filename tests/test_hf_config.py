@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
 
 import transformers
-from gloo.trainer import STOCK, config, curves_apart, train, weights_apart
+from gloo.trainer import STOCK, config, curves_apart, train, weights, weights_apart
 from torch import nn
 
 from deepseed.build import CompileError
@@ -41,9 +41,12 @@ def test_the_methods_that_the_mixin_overrides_are_the_trainers() -> None:
     assert "not self.accelerator.optimizer_step_was_skipped" in source
 
 
-def test_one_process(tmp_path: Path) -> None:
-    ours, stock = (train(str(tmp_path), kind) for kind in ({"zero_optimization": {"stage": 2}}, STOCK))
+def test_one_process_that_trains_twice(tmp_path: Path) -> None:
+    ours, stock = (train(str(tmp_path), kind, max_steps=3) for kind in ({"zero_optimization": {"stage": 2}}, STOCK))
     assert curves_apart(ours, stock) <= 1e-6 and weights_apart(ours.weights, stock.weights) <= 1e-6
+    for run in (ours, stock):
+        run.trainer.train()
+    assert weights_apart(weights(ours.trainer), weights(stock.trainer)) <= 1e-6 < weights_apart(weights(ours.trainer), ours.weights)
 
 
 def test_optimizer_and_schedule_of_the_config(tmp_path: Path) -> None:
