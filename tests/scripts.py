@@ -1,7 +1,7 @@
 """A script of ``examples/from_deepspeed`` on N ranks, as a user starts it: under torchrun's launcher, with a config file; what it printed.
 
-A script stands in three forms, which differ in one line: DeepSeed's, DeepSpeed's, and (for the Trainer's scripts) that of stock transformers,
-which is plain DDP. The scripts that call ``initialize`` have a plain DDP twin, ``ddp.py``.
+A script stands there in DeepSeed's form; ``original`` is the user's, which differs in one line. The scripts that call ``initialize`` have a
+plain DDP twin, ``ddp.py``; those with a Trainer are plain DDP in their original form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "from_deepspeed"
 ENGINE = ("cifar", "bert", "raw_loop")
 TRAINER = ("causal_lm_trainer", "lora", "trl_sft")
-WAS = re.compile(r"^(?P<now>.+?)  # was: (?P<was>.+)$", re.MULTILINE)
+WAS = re.compile(r"^(?P<in>\s*)(?P<now>.+?)  # was: (?P<was>.+)$", re.MULTILINE)
 TRAINING = ["--use_cpu", "--learning_rate", "1e-3", "--max_steps", "20", "--logging_steps", "1", "--max_grad_norm", "0.5", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--bf16", "false"]
 LINE = re.compile(r"step (\d+) loss (\S+) norm (\S+)")
 
@@ -42,8 +42,8 @@ class Printed(NamedTuple):
 
 
 def original(name: str) -> str:
-    """The script as a user of DeepSpeed has it."""
-    return WAS.sub(lambda m: m["was"], (FOLDER / f"{name}.py").read_text())
+    """The script as its user has it: for DeepSpeed, or with the stock Trainer, which without ``--deepspeed`` is plain DDP."""
+    return WAS.sub(lambda m: m["in"] + m["was"], (FOLDER / f"{name}.py").read_text())
 
 
 def config(path: Path, base: str = "ds_config", **changes: Any) -> Path:
@@ -76,7 +76,7 @@ def start(name: str, ranks: int, arguments: Sequence[object], tmp_path: Path, so
     tmp_path.mkdir(parents=True, exist_ok=True)
     script = FOLDER / f"{name}.py"
     if source is not None:
-        script = tmp_path / script.name
+        script = tmp_path / script.name  # beside its config
         script.write_text(source)
     output = tmp_path / f"{name}.out"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
