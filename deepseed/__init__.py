@@ -12,6 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseed import accelerator as accelerator
+    from deepseed import checkpointing as checkpointing
+    from deepseed import comm as comm
+    from deepseed import utils as utils
+    from deepseed import zero as zero
+    from deepseed.accelerator import get_accelerator as get_accelerator
     from deepseed.api import compile as compile
     from deepseed.bucket import Bucket as Bucket
     from deepseed.capture.gradients import LossScale as LossScale
@@ -26,12 +32,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _WHERE = {
-    "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
+    "get_accelerator": "deepseed.accelerator", "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
     "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
 }  # fmt: skip
+_MODULES = ("accelerator", "checkpointing", "comm", "utils", "zero")  # DeepSpeed's, as attributes
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return import_module(f"deepseed.{name}")
     raise AttributeError(f"module 'deepseed' has no attribute {name!r}")

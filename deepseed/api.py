@@ -95,6 +95,11 @@ class TrainStep(Updating):
         self._find(example_batch, "step")
         return self
 
+    @together
+    def loss(self, batch: Any) -> Tensor:
+        """The global mean loss of a batch, in the modes that the model is in; no gradient is computed. Draws are those of the next step."""
+        return self._run(self._find(batch, "loss"))["loss", "loss"]
+
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
         return self._gradients(self._shown)

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
+from deepseed.own_buffers import looked_at, written
+from deepseed.own_rows import AXIS
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
@@ -41,10 +44,18 @@ from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
 APART = 0x9E3779B1  # between the seeds of data-parallel ranks that have rows of their own
+ALIVE: WeakSet[Compiled] = WeakSet()  # looked through by ``compiled_with``, and by nothing else
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Incompatible(NamedTuple):
+    """As ``nn.Module.load_state_dict`` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
@@ -111,6 +122,9 @@ class Compiled:
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
+        self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
+        ALIVE.add(self)
 
     # what it did ----------------------------------------------------------------------------------------------------
 
@@ -151,22 +165,36 @@ class Compiled:
     # state ----------------------------------------------------------------------------------------------------------
 
     @together
-    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+    def state_dict(self, full: bool = True, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
-        DTensors under a process group. Every rank must call it."""
-        if not full or not self.states:
-            return dict(self.model.state_dict())
-        self._written()
-        captured = self.programs.current().captured
-        own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
-        alias = captured.aliases
-        return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
+        DTensors under a process group. ``destination`` and ``prefix`` as a module around this one gives them. Every rank must call it."""
+        found = dict(self.model.state_dict(keep_vars=True))
+        if full and self.states:
+            self._written()
+            own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
+            alias = self.programs.current().captured.aliases
+            found = {name: own.get(alias.get(name, name), t) for name, t in found.items()}
+        out = destination if destination is not None else {}
+        out.update({prefix + name: t.detach() if isinstance(t, Tensor) and not keep_vars else t for name, t in found.items()})
+        return out
 
     @together
     def optimizer_state(self) -> dict[str, Tensor]:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
+
+    @together
+    def whole_parameter(self, name: str) -> Tensor:
+        """A stored parameter, whole. Every rank must call it."""
+        self._written()
+        return self._whole(("param", name))
+
+    @together
+    def whole_state(self, slot: str, name: str) -> Tensor | None:
+        """A parameter's optimizer state, whole; None where none is stored. Every rank must call it."""
+        key = ("state", f"{slot}/{name}")
+        return self._whole(key) if self.states and key in self.states[0].types else None
 
     @together
     def save(self, dir: str | os.PathLike[str], *, extra: Any = None, frozen: bool = True) -> None:
@@ -199,10 +227,10 @@ class Compiled:
         return checkpoint.load(self, dir, optimizer, cast)
 
     @together
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
-        dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
-        load_whole(self.model, self.host, self.states, state_dict)
+        dtypes are cast. Raises CheckpointError naming what is missing or unexpected, unless ``strict=False`` returns it, or of another shape."""
+        return Incompatible(*load_whole(self.model, self.host, self.states, state_dict, strict))
 
     def waits_for_state(self) -> bool:
         """Whether the program that has the optimizer's state is still to be compiled."""
@@ -285,6 +313,13 @@ class Compiled:
         """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
         if self.states and self.optimizer is None:
             self._ready()
+        self._firsts(self._apart)
+
+    def _firsts(self, looked: Collection[str]) -> None:
+        """Buffers that somebody looks at become those of the first data-parallel rank."""
+        if self._apart.intersection(looked):
+            self.host.of_first(self.states, [("buffer", key) for key in sorted(self._apart)], AXIS)
+            self._apart = frozenset()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -305,6 +340,10 @@ class Compiled:
         if not built.adopted:
             self._adopt(built)
         checkpoint.resume(self)  # where it failed before
+        if self._apart:
+            if built.digest not in self._looked:
+                self._looked[built.digest] = looked_at(built.captured.program, OWN_ROWS in built.program.facts)
+            self._firsts(self._looked[built.digest])
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
@@ -317,6 +356,7 @@ class Compiled:
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
+        self._apart |= written(built.program)
         self.host.settle(self.model, self.states, [(o.role, o.key) for o in built.program.outputs if o.role in ("param", "buffer")])
         seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
@@ -337,3 +377,12 @@ class Compiled:
                 part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
                 out.append(part if i.type.host else part.to(self.host.device))
         return out
+
+
+def compiled_with(parameter: Tensor) -> tuple[Compiled, str] | None:
+    """The compiled model whose ranks store this parameter, and its name there; None before the first batch."""
+    for each in list(ALIVE):
+        for name, p in each.model.named_parameters():
+            if p is parameter and each.states and ("param", name) in each.states[0].types:
+                return each, name
+    return None

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
 
 from deepseed.build import CompileError
 from deepseed.config import Config, ConfigError, Settings, read, settings
@@ -42,7 +42,7 @@ class DeepSeedArguments:
 
 
 @dataclass
-class DeepSeedTrainingArguments(DeepSeedArguments, TrainingArguments):
+class DeepSeedTrainingArguments(DeepSeedArguments, transformers.TrainingArguments):
     """``transformers.TrainingArguments``, whose ``--deepspeed FILE`` is DeepSeed's."""
 
 
@@ -75,6 +75,8 @@ class DeepSeedMixin:
         shared = [word for word in found.plan.split("+") if word.startswith(("tp", "sp", "pp"))]
         if shared:
             raise ConfigError(f"{'+'.join(shared)}: the Trainer gives every rank rows of its own, which ranks of {shared[0]} would have to share\n  fix: zero alone, or deepseed.compile in a loop of your own")
+        if self.args.fsdp:
+            raise ConfigError("fsdp: the plan shares parameters already, and both cannot\n  fix: leave fsdp= out; zero3 is what full_shard is")
         if self.args.auto_find_batch_size:
             raise ConfigError(
                 "auto_find_batch_size: a rank that runs out of memory would try again with fewer rows, and the others would wait for it\n"
@@ -179,11 +181,11 @@ class DeepSeedMixin:
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
 
-class DeepSeedTrainer(DeepSeedMixin, Trainer):
+class DeepSeedTrainer(DeepSeedMixin, transformers.Trainer):
     """``transformers.Trainer`` on a compiled plan."""
 
 
-def enable(trainer: Trainer, config: Any = None) -> Trainer:
+def enable(trainer: transformers.Trainer, config: Any = None) -> transformers.Trainer:
     """Make a Trainer that a script has built one of DeepSeed's, before ``train()``. ``config``: a ds_config.json as path or dict. Raises CompileError after it."""
     if isinstance(trainer.model_wrapped, Trained) or trainer.model_wrapped is not trainer.model:
         raise CompileError(f"enable({type(trainer).__name__}): its model is wrapped already\n  fix: enable it before train() and evaluate()")

@@ -24,7 +24,7 @@ from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.options import Optimizers, changed_options, fixed_options, ownerless, stated_options
-from deepseed.capture.step import Want
+from deepseed.capture.step import FORWARD, Want
 from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
@@ -207,7 +207,7 @@ class Programs:
         if self.structure.changed():
             self.structure = Structure(self.subject.model)
         modes = [m.training for m in self.structure.modules]
-        trained = [p.requires_grad for p in self.structure.parameters()] if want != "forward" else []
+        trained = [p.requires_grad for p in self.structure.parameters()] if want not in FORWARD else []
         digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
         return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={digest}" + (f" optimizer={self._options(())}" if want in UPDATES else "")
 

@@ -1,11 +1,12 @@
 """A script of ``examples/from_deepspeed`` on N ranks, as a user starts it: under torchrun's launcher, with a config file; what it printed.
 
-A script stands there in DeepSeed's form; ``original`` is the user's, which differs in one line. The scripts that call ``initialize`` have a
-plain DDP twin, ``ddp.py``; those with a Trainer are plain DDP in their original form.
+A script stands in two forms, which differ in one line: DeepSeed's and ``original``, which is DeepSpeed's, or (for the Trainer's scripts) that of stock
+transformers, plain DDP; where a class of TRL's is extended two lines differ. The scripts that call ``initialize`` have a plain DDP twin, ``ddp.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,10 +23,13 @@ from gloo.launch import PRELOAD
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from deepseed.runtime.executable import Executable
+
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "from_deepspeed"
 ENGINE = ("cifar", "bert", "raw_loop")
 TRAINER = ("causal_lm_trainer", "lora", "trl_sft")
-WAS = re.compile(r"^(?P<in>\s*)(?P<now>.+?)  # was: (?P<was>.+)$", re.MULTILINE)
+WAS = re.compile(r"^(?P<now>.+?)  # was: (?P<was>.+)$", re.MULTILINE)
+BASES = re.compile(r"\((?:DeepSeedArguments|DeepSeedMixin), ")
 TRAINING = ["--use_cpu", "--learning_rate", "1e-3", "--max_steps", "20", "--logging_steps", "1", "--max_grad_norm", "0.5", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--bf16", "false"]
 LINE = re.compile(r"step (\d+) loss (\S+) norm (\S+)")
 
@@ -39,11 +43,12 @@ class Step(NamedTuple):
 class Printed(NamedTuple):
     steps: list[Step]
     lines: list[str]
+    runs: int  # of compiled programs, by the first rank
 
 
 def original(name: str) -> str:
-    """The script as its user has it: for DeepSpeed, or with the stock Trainer, which without ``--deepspeed`` is plain DDP."""
-    return WAS.sub(lambda m: m["in"] + m["was"], (FOLDER / f"{name}.py").read_text())
+    """The script as it was before DeepSeed."""
+    return BASES.sub("(", WAS.sub(lambda m: m["was"], (FOLDER / f"{name}.py").read_text()))
 
 
 def config(path: Path, base: str = "ds_config", **changes: Any) -> Path:
@@ -76,7 +81,7 @@ def start(name: str, ranks: int, arguments: Sequence[object], tmp_path: Path, so
     tmp_path.mkdir(parents=True, exist_ok=True)
     script = FOLDER / f"{name}.py"
     if source is not None:
-        script = tmp_path / script.name  # beside its config
+        script = tmp_path / script.name
         script.write_text(source)
     output = tmp_path / f"{name}.out"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -85,7 +90,7 @@ def start(name: str, ranks: int, arguments: Sequence[object], tmp_path: Path, so
             patch.setenv(key, value)
         elastic_launch(launch, run)(str(script), [str(a) for a in arguments], str(output))
     lines = output.read_text().splitlines()
-    return Printed([Step(int(m[1]), float(m[2]), float(m[3])) for m in map(LINE.fullmatch, lines) if m], lines)
+    return Printed([Step(int(m[1]), float(m[2]), float(m[3])) for m in map(LINE.fullmatch, lines) if m], lines, int(Path(f"{output}.runs").read_text()))
 
 
 def run(script: str, arguments: Sequence[str], output: str) -> None:
@@ -96,10 +101,15 @@ def run(script: str, arguments: Sequence[str], output: str) -> None:
     sys.argv = [script, *arguments]
     first = os.environ["RANK"] == "0"
     sys.stdout = open(output if first else os.devnull, "w")  # noqa: SIM115
-    try:
-        runpy.run_path(script, run_name="__main__")
-    finally:
-        sys.stdout.flush()
+    count, call = itertools.count(), Executable.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Executable, "__call__", lambda self, *args: (next(count), call(self, *args))[1])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            sys.stdout.flush()
+    if first:
+        Path(f"{output}.runs").write_text(str(next(count)))
 
 
 def apart(a: Sequence[Step], b: Sequence[Step]) -> float:

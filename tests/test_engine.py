@@ -145,6 +145,24 @@ def test_a_model_that_gives_no_loss() -> None:
         begin(config(**THIN), nn.Linear(8, 4).double()).train_batch(iter([(torch.ones(4, 8).double(),)]))
 
 
+def test_the_loss_alone() -> None:
+    """Of a step, in the model's modes; nothing is written, and the step that follows is the one that would have followed."""
+    batch = tuple(torch.randn(8, n, generator=torch.Generator().manual_seed(n)).double() for n in (8, 4))
+    for plan in ("zero0", "zero3+dp2", "zero1+pp2+mb2"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        alone = copy.deepcopy(model)
+        first, second = (deepseed.compile(m, plan, optimizer=torch.optim.SGD(m.parameters(), lr=0.1), loss_fn=lambda m, b: F.mse_loss(m(b[0]), b[1]), backend="simulate") for m in (model, alone))
+        for _ in range(2):
+            model.eval()
+            with torch.no_grad():
+                want = F.mse_loss(copy.deepcopy(model)(batch[0]), batch[1])
+            assert abs(float(first.loss(batch)) - float(want)) <= 1e-14, plan
+            model.train()
+            assert float(first.loss(batch)) == float(first(batch)) == float(second(batch)), plan
+        assert max(float((a - b).abs().max()) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)) == 0.0
+
+
 def test_more_rows_a_step() -> None:
     engine = begin(config(accumulation=2))
     engine.set_train_batch_size(12)
@@ -290,6 +308,15 @@ def test_what_it_refuses_to_begin_with(options: dict[str, Any], kind: type[Excep
         deepseed.initialize(**{"model": Net(), "config": config(), **options})
 
 
+def test_a_placeholder_for_the_configs_optimizer() -> None:
+    """As Accelerate's DummyOptim."""
+    model = Net()
+    engine = begin(config(), model, optimizer=SimpleNamespace(params=model.up.parameters(), lr=3.0, weight_decay=0.0))
+    assert isinstance(engine.optimizer, torch.optim.AdamW) and engine.get_lr() == [0.01] and len(engine.optimizer.param_groups[0]["params"]) == 2
+    with pytest.raises(ConfigError, match="placeholder, and the config has no optimizer\n  fix: "):
+        begin(config(optimizer=None), model, optimizer=SimpleNamespace(params=[]))
+
+
 def test_losses_that_have_no_gradient() -> None:
     engine = begin(config())
     x, y = rows(1)[0][0]
@@ -366,7 +393,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases: list[tuple[str, tuple[Any, ...]]] = [
-        ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
+        ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("statistics_of_the_first_rank", (2,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
         ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("whole_steps", ({"pipeline": {"stages": 2}},)), ("saved_for", (tmp_path / "three",)),
     ]  # fmt: skip
     after = [found[-1] for found in ranks(2, on_ranks, cases)]
@@ -387,7 +414,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 @wide
 def test_on_ranks_of_two_axes(tmp_path: Path) -> None:
     ranks(4, on_ranks, [("whole_steps", ({"pipeline": {"stages": 2}, "tensor_parallel": {"autotp_size": 2}},))])
-    ranks(2, on_ranks, [(name, (stage,)) for name in ("trains_as_ddp", "an_overflow_on_one_rank", "batches_of_its_own") for stage in range(4)] + [("offloaded", (stage,)) for stage in (1, 3)])
+    ranks(2, on_ranks, [(name, (stage,)) for name in ("trains_as_ddp", "statistics_of_the_first_rank", "an_overflow_on_one_rank", "batches_of_its_own") for stage in range(4)] + [("offloaded", (stage,)) for stage in (1, 3)])
 
 
 def test_offloaded_alone() -> None:

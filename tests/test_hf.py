@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
 
 from gloo.launch import ranks
-from gloo.trainer import CASES, adapted, beside, evaluated, resumed, saved
+from gloo.trainer import CASES, adapted, beside, evaluated, fine_tuned, resumed, saved, written
 
 FIVE = 1e-5
 WEIGHTS = 1e-6  # of float32, through 4 steps of AdamW; measured 1e-7
@@ -58,3 +58,14 @@ def test_a_model_of_peft(tmp_path: Path) -> None:
         assert found["curve"] <= FIVE and found["weights"] <= WEIGHTS and found["resumed"] == 0.0 and found["steps"] == [3, 4], found
         assert len(found["adapter"]) == len(found["trained"]) == 4 and all("lora" in key for key in found["adapter"]), found
         assert "model.safetensors" not in found["files"] and found["base in the checkpoint"] == [], found
+
+
+def test_generation_in_evaluation(tmp_path: Path) -> None:
+    for found in ranks(2, written, str(tmp_path), 3):
+        assert found["same"] and found["shape"][0] == 6, found
+
+
+def test_a_trainer_of_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    for found in ranks(2, fine_tuned, str(tmp_path), 2):
+        assert found["trained"] and found["curve"] <= FIVE and found["weights"] <= WEIGHTS and found["accuracy"], found

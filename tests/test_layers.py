@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.counts": {"deepseed.ir", "deepseed.cost"},
     "deepseed.speed": {"deepseed.ir", "deepseed.counts"},
     "deepseed.closed_forms": {"deepseed.ir", "deepseed.cost", "sympy"},
+    "deepseed.ops.adam": {"deepseed.adam", "torch"},
     "deepseed.ops": {"deepseed.ir", "torch"},
     "deepseed.check": {"deepseed.ir", "deepseed.rules", "deepseed.ops", "torch"},
     "deepseed.solver": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.speed", *SOLVERS},

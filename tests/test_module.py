@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseed.rules.lanes import home
+from deepseed.runtime.folder import CheckpointError
 from deepseed.target import load
 
 wide = pytest.mark.wide
@@ -237,3 +238,16 @@ def test_own_rows_mean_what_ddp_means() -> None:
     for each in ranks(2, local_on_ranks, ("zero3", "zero0")):
         for worst in each.values():
             exact(worst)
+
+
+def test_state_dicts_as_modules_give_and_take_them() -> None:
+    ours, head = module(Mlp(), "zero3+dp2", backend="simulate", example_batch=(torch.zeros(8, 8).double(),)), nn.Linear(4, 2)
+    whole = nn.Sequential(ours, head).state_dict()
+    assert list(whole) == ["0.up.weight", "0.up.bias", "0.down.weight", "0.down.bias", "1.weight", "1.bias"] and not whole["0.up.weight"].requires_grad
+    given = {name: t + 1 for name, t in ours.state_dict().items() if name.startswith("up")}
+    with pytest.raises(CheckpointError, match="2 tensors of the model are not in the state_dict"):
+        ours.load_state_dict(given)
+    missing, unexpected = ours.load_state_dict({**given, "other": torch.zeros(1)}, strict=False)
+    assert (missing, unexpected) == (["down.weight", "down.bias"], ["other"])
+    now = ours.state_dict()
+    assert torch.equal(now["up.weight"], given["up.weight"]) and torch.equal(now["down.weight"], whole["0.down.weight"])

@@ -19,6 +19,7 @@ from deepseed.ir.layout import Layout, Partial
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import OWN_ROWS, Program, Type
 from deepseed.ir.text import parse
+from deepseed.own_buffers import looked_at, written
 from deepseed.own_rows import with_own_rows
 from deepseed.runtime.simulate import simulate
 
@@ -109,3 +110,18 @@ def test_shares_add_up_to_the_mean(count: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(shares, checked, strict=True))
     alike = [out[0] for out in simulate(mesh, [lambda rt, xs: (rt.share(xs[0], AXIS),)] * count, [[mean]] * count)]
     assert (sum(alike) - mean).abs().max() <= 1e-15  # of what is the same on all ranks it is that
+
+
+# buffers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_looked_at_where_more_than_a_buffer_depends_on_them() -> None:
+    """A batch norm's in an evaluation, not in training; what is written in a program of own rows is each rank's own."""
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train(training)
+        p = capture(model, (torch.zeros(4, 3),), want="module", pending=True).program
+        named = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+        assert looked_at(p, own=True) & named == (set() if training else {"1.running_mean", "1.running_var"})
+        assert looked_at(p, own=False) >= {"1.running_mean", "1.running_var"}
+        assert written(p) == set() and written(with_own_rows(p, TWO)) == (named if training else set())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ENGINE, FOLDER, TRAINER, apart, config, original, sizes, start, training, weights_apart
+from scripts import ENGINE, TRAINER, apart, config, original, sizes, start, training, weights_apart
 from test_scripts import FIVE, WEIGHTS
 
 wide = pytest.mark.wide
@@ -18,8 +18,7 @@ RANKS = [2, pytest.param(4, marks=wide)]
 def files(tmp_path: Path, name: str, stage: int, **changes: int) -> list[object]:
     """Arguments that name the config of this stage."""
     if name in TRAINER:
-        file = config(tmp_path, "ds_auto", stage=stage)
-        return ["--deepspeed", file] if name != "trl_sft" else []  # it enables its Trainer, with the file beside it
+        return ["--deepspeed", config(tmp_path, "ds_auto", stage=stage)]
     return ["--deepspeed_config", config(tmp_path, "ds_bert" if name == "bert" else "ds_config", stage=stage, **changes)]
 
 
@@ -29,8 +28,9 @@ def files(tmp_path: Path, name: str, stage: int, **changes: int) -> list[object]
 def test_a_script_that_calls_initialize(tmp_path: Path, name: str, stage: int, ranks: int) -> None:
     more = ["-e", ranks // 2] if name == "cifar" else []
     arguments = [*files(tmp_path, name, stage), *more]
-    want, got = start("ddp", ranks, [name, *arguments], tmp_path).steps, start(name, ranks, arguments, tmp_path).steps
-    assert len(want) == 20 and apart(want, got) <= FIVE
+    want, got = start("ddp", ranks, [name, *arguments], tmp_path), start(name, ranks, arguments, tmp_path)
+    assert len(want.steps) == 20 and apart(want.steps, got.steps) <= FIVE
+    assert want.runs == 0 and got.runs >= 20, "compiled programs did not train"
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -41,8 +41,9 @@ def test_a_script_with_a_trainer(tmp_path: Path, name: str, stage: int, ranks: i
         pytest.importorskip(package)
     more = {"causal_lm_trainer": ["--do_train", "--do_eval"], "trl_sft": ["--pad_to_multiple_of", 16]}.get(name, [])  # each length is a program
     want = start(name, ranks, [*training(tmp_path / "ddp"), *more], tmp_path, original(name))
-    got = start(name, ranks, [*training(tmp_path / "ours"), *more, *files(tmp_path, name, stage)], tmp_path, (FOLDER / f"{name}.py").read_text())
+    got = start(name, ranks, [*training(tmp_path / "ours"), *more, *files(tmp_path, name, stage)], tmp_path)
     assert len(want.steps) == 20 and apart(want.steps, got.steps) <= FIVE
+    assert want.runs == 0 and got.runs >= 20, "compiled programs did not train"
     if name == "causal_lm_trainer":
         losses = [float(each.lines[-1].split()[-1]) for each in (want, got)]
         assert abs(losses[0] - losses[1]) <= FIVE * losses[0]

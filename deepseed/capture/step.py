@@ -34,7 +34,8 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import SHOWN, Output, Program, Ref
 from deepseed.ir.verify import verify
 
-Want = Literal["step", "loss_and_grads", "forward", "module"]
+Want = Literal["step", "loss_and_grads", "loss", "forward", "module"]
+FORWARD = ("forward", "loss")  # without a backward
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -96,7 +97,7 @@ def capture(
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
     floats that the model, the loss or the optimizer creates, or casts to, are float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
-    one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output), ``module``: these, and from an input of role
+    one), ``loss_and_grads`` (the default without), ``loss``, ``forward`` (all tensors of the model's output), ``module``: these, and from an input of role
     ``tangent`` for each of them that can be differentiated the gradients of parameters and of the batch entries ``towards``. ``grads``: also the
     gradients, before clipping. ``pending``: a module's wait for an update of their own (``capture_update``). ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``reduce``: gradients
     are reduced in this dtype, else as the backward makes them. ``loss_scale``: of a step. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
@@ -110,7 +111,7 @@ def capture(
     spec, structure = BatchSpec.of(batch), Structure(model)
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
-    hooked = next((n for n, p in parameters.items() if want != "forward" and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
+    hooked = next((n for n, p in parameters.items() if want not in FORWARD and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
     if hooked:
         raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
     loss_scale = loss_scale if want == "step" else None
@@ -134,7 +135,7 @@ def capture(
     slots = {slot.key: slot for slot in loss_scale.slots()} if loss_scale is not None else {}
     known = {key: refs.get(("state", key)) or e.input(slot.type, "state", key) for key, slot in slots.items()}
     limit = None if clip_grad_norm is None else float(clip_grad_norm)
-    final, more = ready(e, gradients, limit if want != "forward" else None, loss_scale, known)
+    final, more = ready(e, gradients, limit if want not in FORWARD else None, loss_scale, known)
     outputs += more
     if grads or want in ("loss_and_grads", "module"):
         role = "pending" if pending else "grad"
@@ -157,7 +158,7 @@ def capture(
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases(model), buffers, slots | done.state, done.hyper, done.options, done.moved,
-        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output, tuple(traced.tangents),
+        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want not in FORWARD else (), seed, traced.output, tuple(traced.tangents),
     )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ class _Traced:
         self.names: list[tuple[str, str]] = []
         self.output: Any = None
         self.tangents: dict[str, Tensor] = {}  # by output, as the trace made them
-        trainable = [n for n, p in parameters.items() if p.requires_grad and want != "forward"]
+        trainable = [n for n, p in parameters.items() if p.requires_grad and want not in FORWARD]
         with self.mode:
             self.sources = [_Source("param", n, torch.empty(p.shape, dtype=p.dtype, requires_grad=n in trainable)) for n, p in parameters.items()]
             self.sources += [_Source("buffer", n, torch.empty(b.shape, dtype=b.dtype)) for n, b in buffers.items()]
@@ -207,6 +208,9 @@ class _Traced:
                         result = call(model, inner)
                     self.output = rebuild(result, {key: key for key in tensors(result)})
                     found = {("output", key): t for key, t in tensors(result).items()}
+                elif want == "loss":
+                    with torch.no_grad():
+                        found = {("loss", "loss"): _loss(model, inner, loss_fn, trained=False)}
                 elif want == "module":
                     result = call(model, inner)
                     self.output = rebuild(result, {key: key for key in tensors(result)})
@@ -284,7 +288,7 @@ def call(model: Any, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, trained: bool = True) -> Tensor:
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -296,7 +300,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         raise CaptureError(f"{name} gave no loss (got {type(loss).__name__})", fix="put labels into the batch, or pass loss_fn(model, batch) -> scalar tensor")
     if loss.numel() != 1 or not loss.is_floating_point():
         raise CaptureError(f"the loss of {name} is {DTYPES.get(loss.dtype)}{list(loss.shape)}, not one float", fix="reduce it: loss.mean() or loss.sum()")
-    if not loss.requires_grad:
+    if trained and not loss.requires_grad:
         raise CaptureError(f"the loss of {name} depends on no trainable parameter", fix="set requires_grad on the parameters to train, and compute the loss with grad enabled")
     return loss.reshape(())
 

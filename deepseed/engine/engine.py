@@ -36,7 +36,7 @@ class Engine:
     """See ``deepseed.initialize``. What it has not itself is the model's."""
 
     def __init__(
-        self, model: nn.Module, config: Config, found: Settings, optimizer: torch.optim.Optimizer | None, scheduler: Any, loss_fn: LossFn | None, ragged: Bucket | None
+        self, model: nn.Module, config: Config, found: Settings, optimizer: torch.optim.Optimizer | None, scheduler: Any, loss_fn: LossFn | None, ragged: Bucket | None, weights: str | os.PathLike[str] | None
     ) -> None:
         assert found.batch is not None
         self.__dict__["module"] = model
@@ -50,14 +50,14 @@ class Engine:
         self._rows: Iterator[Any] | None = None
         self._steps: TrainStep | None = None
         if "+pp" in found.plan:
-            made = deepseed.compile(model, found.plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf"), loss_scale=scale, loss_fn=loss_fn, batch="local", seed=found.seed)
+            made = deepseed.compile(model, found.plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf"), loss_scale=scale, loss_fn=loss_fn, batch="local", seed=found.seed, weights=weights)
             assert isinstance(made, TrainStep)
             self._steps = made
             self.compiled: Any = made
         else:
             self.compiled = Trained(
                 model, found.loop_plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf") if optimizer is not None else None,
-                loss_scale=scale if optimizer is not None else None, batch="local", seed=found.seed, buckets=ragged or CONVENTION,
+                loss_scale=scale if optimizer is not None else None, batch="local", seed=found.seed, buckets=ragged or CONVENTION, weights=weights,
             )  # fmt: skip
 
     # the loop -----------------------------------------------------------------------------------------------------------
@@ -117,6 +117,8 @@ class Engine:
         count, mode = self.gradient_accumulation_steps(), self.module.training
         self.eval()
         try:
+            if self._steps is not None:
+                return self._steps.loss(to_device(_joined([next(data_iter) for _ in range(count)]), self.device))
             total = sum((float(self._loss(next(data_iter))) for _ in range(count)), 0.0)
         finally:
             self.train(mode)
@@ -229,6 +231,12 @@ class Engine:
 
     def destroy(self) -> None:
         """Nothing is left to be undone: hooks there are none."""
+
+    def offload_states(self, *_: Any, **__: Any) -> None:
+        """Refused: where state lies is a part of the program."""
+        raise CompileError('engine.offload_states(): state does not move between steps\n  fix: "offload_optimizer": {"device": "cpu"} in the config has it on the host at all times')
+
+    reload_states = offload_states
 
     def module_state_dict(self) -> dict[str, Tensor]:
         """Whole tensors; every rank must call it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,7 @@ def initialize(
     *,
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     ragged: Bucket | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> tuple[Engine, Optimizer | None, Any, Scheduler | None]:
     """(engine, optimizer, data loader, scheduler), as ``deepspeed.initialize``; what was not asked for is None.
 
@@ -47,6 +49,7 @@ def initialize(
     optimizer gets; by default all that require grad. training_data: a dataset, from which each data-parallel rank loads its own rows.
     config: a ds_config.json as path, dict, JSON text or base64; also ``args.deepspeed_config``. loss_fn: for ``train_batch`` of a model that returns no
     loss. ragged: how batches are padded whose lengths differ from rank to rank, and to which lengths; by default HF's names, to the longest.
+    weights: files that parameters are read from, as of ``deepseed.compile``: the model may be on the meta device.
     Raises ConfigError, PlanError and CompileError.
     """
     if not isinstance(model, nn.Module):
@@ -63,18 +66,22 @@ def initialize(
         init_distributed(distributed_port=distributed_port)
     parsed = read(given[0])
     found = settings(parsed, dist.get_world_size() if dist.is_initialized() else 1)
+    if optimizer is not None and hasattr(optimizer, "params") and not hasattr(optimizer, "step"):  # a placeholder for the config's, as Accelerate's DummyOptim
+        optimizer, model_parameters = None, getattr(optimizer, "params")  # noqa: B009
+        if parsed.optimizer is None:
+            raise ConfigError('initialize(optimizer=..) is a placeholder, and the config has no optimizer\n  fix: "optimizer" in the config')
     if optimizer is None:
         made = optimizer_of(parsed, model_parameters if model_parameters is not None else model.named_parameters())
     elif isinstance(optimizer, Optimizer):
         made = optimizer
-    elif callable(optimizer):
+    elif callable(optimizer) and not hasattr(optimizer, "params"):
         made = optimizer([p for p in (model_parameters if model_parameters is not None else model.parameters()) if p.requires_grad])
     else:
         raise ConfigError(f"initialize(optimizer={type(optimizer).__name__})\n  fix: an optimizer of torch's kind, or a function that makes one of parameters")
     scheduler = lr_scheduler
     if made is not None:
         scheduler = scheduler_of(parsed, made) if lr_scheduler is None else lr_scheduler(made) if callable(lr_scheduler) and not hasattr(lr_scheduler, "step") else lr_scheduler
-    engine = Engine(model, parsed, found, made, scheduler, loss_fn, ragged)
+    engine = Engine(model, parsed, found, made, scheduler, loss_fn, ragged, weights)
     if training_data is not None:
         engine.training_dataloader = loader_of(training_data, engine, collate_fn, found)
     return engine, made, engine.training_dataloader, scheduler

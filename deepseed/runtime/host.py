@@ -50,6 +50,7 @@ class Host(Protocol):
     def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None: ...
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
     def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]: ...
     def agree(self, values: Sequence[tuple[str, object]]) -> None: ...
@@ -146,6 +147,13 @@ class SimulatedHost:
             write_back(module, states, keys)
             self._remember(module, states)
 
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None:
+        """What is stored of these keys becomes what the first rank along ``axis`` stores."""
+        for state in states:
+            first = next(s for s in states if s.coordinate == {**state.coordinate, axis: 0})
+            for key in (k for k in keys if k in state.tensors and first is not state):
+                state.tensors[key].copy_(first.tensors[key])
+
     def _remember(self, module: nn.Module, states: Sequence[State]) -> None:
         self._shown = {(role, key): _mark(held(module, role, key)) for role, key in states[0].types if role in ("param", "buffer")}
 
@@ -239,6 +247,10 @@ class DistributedHost:
 
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
         return None
+
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None:
+        for key in (k for k in keys if k in states[0].tensors):
+            self.rt.spread(states[0].tensors[key], axis, 0)()
 
     def decide(self, make: Callable[[], str]) -> str:
         """Rank 0's text on every rank; if making it fails there, every rank raises."""

@@ -14,12 +14,24 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from deepseed.hf import DeepSeedTrainer, DeepSeedTrainingArguments, enable
+from deepseed.hf import DeepSeedArguments, DeepSeedMixin, DeepSeedTrainer, DeepSeedTrainingArguments, enable
 from deepseed.trained import Trained
 
 VOCAB = 32
@@ -71,30 +83,31 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, **auto, **more}
 
 
-def arguments(folder: str, stage: Stage, **changes: Any) -> Any:
-    """stage: ``STOCK``, or ZeRO's, or a config, or None."""
+def arguments(folder: str, stage: Stage, kind: Any = None, **changes: Any) -> Any:
+    """stage: ``STOCK``, or ZeRO's, or a config, or None; kind: the class of a library's arguments."""
     said = {
         "output_dir": folder, "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "max_grad_norm": 0.5, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 1, "dataloader_pin_memory": False, **changes,
     }  # fmt: skip
     if stage == STOCK:
-        return TrainingArguments(**said)
-    return DeepSeedTrainingArguments(**said, deepspeed=config(stage) if isinstance(stage, int) else stage)
+        return (kind or TrainingArguments)(**said)
+    return (DeepSeedTrainingArguments if kind is None else type("Arguments", (DeepSeedArguments, kind), {}))(**said, deepspeed=config(stage) if isinstance(stage, int) else stage)
 
 
 def train(
-    folder: str, stage: Stage, make: Callable[[], nn.Module] = llama, resume: str | None = None, before: Callable[[Any], None] | None = None, kind: Any = None,
+    folder: str, stage: Stage, make: Callable[[], nn.Module] = llama, resume: str | None = None, before: Callable[[Any], None] | None = None, kind: Any = None, of: Any = None,
     options: Mapping[str, Any] = {}, lengths: Sequence[int] = (8,), count: int = 64, **changes: Any,
 ) -> Run:  # fmt: skip
-    """Train ``make()`` on rows of these lengths. kind: a Trainer class, or ``enable``; options: of the Trainer; changes: of its arguments."""
+    """Train ``make()`` on rows of these lengths. kind: a library's Trainer class, or ``enable``; of: its class of arguments; options: of the Trainer; changes: of its arguments."""
     quiet()
     AcceleratorState._reset_state(reset_partial_state=False)  # of the Trainer before it in this process, with its precision
     set_seed(0)
     logs = Logs()
     enabled = kind is enable and stage != STOCK
-    said = arguments(folder, STOCK if enabled else stage, **changes)
-    made = Trainer if stage == STOCK or enabled else kind or DeepSeedTrainer
-    trainer = made(model=make(), args=said, train_dataset=rows(count, lengths), data_collator=collate, callbacks=[logs], **options)
+    said = arguments(folder, STOCK if enabled else stage, of, **changes)
+    base = Trainer if kind is None or kind is enable else kind
+    made = base if stage == STOCK or enabled else type("Mine", (DeepSeedMixin, base), {}) if kind else DeepSeedTrainer
+    trainer = made(model=make(), args=said, **{"train_dataset": rows(count, lengths), "data_collator": collate, "callbacks": [logs], **options})
     if enabled:
         assert enable(trainer, config(stage) if isinstance(stage, int) else stage) is trainer
     if before is not None:
@@ -238,3 +251,35 @@ def adapted(folder: str, stage: int) -> dict[str, Any]:
         "adapter": sorted(safe_open(os.path.join(at, "adapter_model.safetensors"), "pt").keys()), "trained": trained, "files": sorted(os.listdir(at)),
         "base in the checkpoint": sorted(k for k in kept if "base_layer" in k or "embed_tokens" in k), "tensors in the checkpoint": len(kept),
     }  # fmt: skip
+
+
+def written(folder: str, stage: Stage) -> dict[str, Any]:
+    """Generation in evaluation (``predict_with_generate``), beside stock."""
+    found = []
+    prompts = [{"input_ids": row["input_ids"][:4], "labels": row["input_ids"][:4]} for row in rows(6, (8,), 2)]
+    for kind in (STOCK, stage):
+        run = train(os.path.join(folder, str(kind)), kind, kind=Seq2SeqTrainer, of=Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=9)
+        found.append(run.trainer.predict(prompts, do_sample=False, max_new_tokens=5).predictions)
+    return {"same": bool((found[0] == found[1]).all()), "shape": found[1].shape}
+
+
+def fine_tuned(folder: str, stage: Stage) -> dict[str, Any]:
+    """TRL's SFTTrainer through the mixin, completions alone in the loss, beside stock."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_list([{"input_ids": row["input_ids"], "completion_mask": [0, 0, *[1] * (len(row["input_ids"]) - 2)]} for row in rows(32, (6, 8))])
+    common = {
+        "kind": SFTTrainer, "of": SFTConfig, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": True, "gradient_accumulation_steps": 2,
+        "options": {"train_dataset": data, "processing_class": tokenizer(), "data_collator": None},
+    }  # fmt: skip
+    ours, stock = (train(os.path.join(folder, str(kind)), kind, **common) for kind in (stage, STOCK))
+    return {
+        "curve": curves_apart(ours, stock), "weights": weights_apart(ours.weights, stock.weights), "trained": isinstance(ours.trainer.model_wrapped, Trained),
+        "accuracy": [log["mean_token_accuracy"] for log in ours.logs] == [log["mean_token_accuracy"] for log in stock.logs],
+    }  # fmt: skip
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2, **{str(n): n for n in range(3, VOCAB)}}))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
