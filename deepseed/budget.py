@@ -189,7 +189,8 @@ def lanes(p: Program) -> list[Program]:
 
 
 def with_level(arguments: Arguments, saved: float, every: int) -> dict[str, Mapping[str, Any]]:
-    return {**arguments, "plan_memory": {"saved": saved, "every": every} if (saved, every) != (1.0, 0) else {}}
+    level = {"saved": saved, "every": every} if (saved, every) != (1.0, 0) else {}
+    return {**arguments, "plan_memory": {**{k: v for k, v in arguments["plan_memory"].items() if k == "gathers"}, **level}}
 
 
 def describe(c: Choice) -> str:

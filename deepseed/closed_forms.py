@@ -10,6 +10,7 @@ al. 2020, sections 5 and 7), ring collectives (Thakur et al. 2005), Megatron-LM 
 | G | bytes of all gradients on one device |
 | Omega | bytes of the optimizer state on one device |
 | U | bytes of all parameters as they are used: Psi, or half of it where they are computed in 16 bits |
+| C, V | bytes of the parameters that forward and backward read as a shorter cast only; of these casts |
 | N | data-parallel ranks, times those that split the sequence |
 | t | tensor-parallel ranks, times those of a pipeline |
 | F | matmul flops of the step on one device |
@@ -28,13 +29,20 @@ from typing import Any
 
 import sympy
 
-Psi, G, Omega, U, N, t, F, T, h, k, s, L, m, S, p = sympy.symbols("Psi G Omega U N t F T h k s L m S p", positive=True)
+Psi, G, Omega, U, C, V, N, t, F, T, h, k, s, L, m, S, p = sympy.symbols("Psi G Omega U C V N t F T h k s L m S p", positive=True)
 Expression = Any  # sympy carries no types
 
 
-def param_bytes(stage: int) -> Expression:
-    """Stored parameters: whole on each data-parallel rank below stage 3."""
-    return Psi / (t * N) if stage == 3 else Psi / t
+def param_bytes(stage: int, cast: Expression = 0) -> Expression:
+    """Stored parameters: whole on each data-parallel rank below stage 3, but for those that are used as a shorter ``cast``."""
+    if stage == 3 or (stage and cast == Psi):
+        return Psi / (t * N)
+    return (Psi - cast) / t + cast / (t * N) if stage else Psi / t
+
+
+def gathered_bytes(stage: int) -> Expression:
+    """Shorter casts of parameters that a step gathers once, and has to its end: stages 1 and 2."""
+    return V / t if stage in (1, 2) else sympy.Integer(0)
 
 
 def grad_bytes(stage: int) -> Expression:
@@ -59,11 +67,12 @@ def data_volume(stage: int, microbatches: bool = False) -> Expression:
     return (3 * each if stage == 3 else each + 1 if stage == 2 else 2) * Psi / t * (N - 1) / N
 
 
-def mixed_volume(stage: int, microbatches: bool = False) -> Expression:
+def mixed_volume(stage: int, microbatches: bool = False, once: bool = True) -> Expression:
     """``data_volume`` where parameters are used, or gradients reduced, in another dtype than parameters are stored in: gradients are
-    reduced as they are, stage 3 gathers what is used, stages 1 and 2 what is stored."""
+    reduced as they are, what is gathered is what is used; stages 1 and 2 do so ``once``, where it may stay."""
     each = m if microbatches else 1
-    sent = {0: 2 * G, 1: G + Psi, 2: each * G + Psi, 3: each * (2 * U + G)}[stage]
+    used = U if once else Psi - C + 2 * each * V
+    sent = {0: 2 * G, 1: G + used, 2: each * G + used, 3: each * (2 * U + G)}[stage]
     return sent / t * (N - 1) / N
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -49,6 +49,13 @@ MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Incompatible(NamedTuple):
+    """As ``nn.Module.load_state_dict`` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
@@ -158,16 +165,18 @@ class Compiled:
     # state ----------------------------------------------------------------------------------------------------------
 
     @together
-    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+    def state_dict(self, full: bool = True, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
-        DTensors under a process group. Every rank must call it."""
-        if not full or not self.states:
-            return dict(self.model.state_dict())
-        self._written()
-        captured = self.programs.current().captured
-        own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
-        alias = captured.aliases
-        return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
+        DTensors under a process group. ``destination`` and ``prefix`` as a module around this one gives them. Every rank must call it."""
+        found = dict(self.model.state_dict(keep_vars=True))
+        if full and self.states:
+            self._written()
+            own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
+            alias = self.programs.current().captured.aliases
+            found = {name: own.get(alias.get(name, name), t) for name, t in found.items()}
+        out = destination if destination is not None else {}
+        out.update({prefix + name: t.detach() if isinstance(t, Tensor) and not keep_vars else t for name, t in found.items()})
+        return out
 
     @together
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -218,10 +227,10 @@ class Compiled:
         return checkpoint.load(self, dir, optimizer, cast)
 
     @together
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
-        dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
-        load_whole(self.model, self.host, self.states, state_dict)
+        dtypes are cast. Raises CheckpointError naming what is missing or unexpected, unless ``strict=False`` returns it, or of another shape."""
+        return Incompatible(*load_whole(self.model, self.host, self.states, state_dict, strict))
 
     def waits_for_state(self) -> bool:
         """Whether the program that has the optimizer's state is still to be compiled."""

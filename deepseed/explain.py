@@ -20,7 +20,7 @@ from deepseed.explain_text import lines
 from deepseed.ir.layout import Partial, Split
 from deepseed.ir.mesh import STAGES, TIME, Mesh, whole_axis
 from deepseed.ir.messages import TRANSFER, messages_of, runs_once, sends
-from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only
+from deepseed.ir.program import FLOATS, Input, Op, Program, Type, params_only, shortens
 from deepseed.ir.text import format_type
 from deepseed.memory import memory
 from deepseed.meshes import ranks_of
@@ -36,7 +36,7 @@ CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what lea
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes on one rank. ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once on the device,
+    """Bytes on one rank. ``gathered_bytes``: of the casts of parameters that are gathered once and stay for the step; ``grad_bytes``: gradients alive when they are clipped; ``peak_bytes``: the most alive at once on the device,
     ``host_bytes``: on the host; ``moved_bytes``: what a step moves between them, by kind; ``moved_hidden``: the part of the time of that, from 0 to 1, in which
     the rank computes, by kind, estimated."""
 
@@ -50,6 +50,7 @@ class RankBytes:
     host_bytes: int
     moved_bytes: Mapping[str, int]
     moved_hidden: Mapping[str, float]
+    gathered_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,17 @@ def _rank_bytes(step: Program) -> RankBytes:
     params, state = [i.type for i in step.by_role("param")], [i.type for i in step.by_role("state")]
     found = memory(step)
     others = [i.type for role in ("buffer", "constant") for i in step.by_role(role)]
-    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step), {})
+    return RankBytes(0, {}, _local(step, params), _local(step, grads), _local(step, state), _local(step, others), found.peak_bytes, found.host_bytes, moved(step), {}, _local(step, _gathered(step)))
+
+
+def _gathered(step: Program) -> list[Type]:
+    """What is gathered of parameters once a step, as it is used."""
+    out = []
+    for op in step.ops:
+        start = step.producers.get(op.refs[0].name) if op.target == "wait" else None
+        if start is not None and start.target == "all_gather.start" and start.kw("kept") and not all(isinstance(u, Op) and u.kw("kept") for u in step.uses[op.name]):
+            out.append(op.type)
+    return out
 
 
 def _ranks(steps: Sequence[Program], where: Mesh) -> Iterable[RankBytes]:
@@ -192,19 +203,32 @@ def _means(
     grads = sum(step.types[name].nbytes for step in steps for name in gradients(step))
     return Sums(
         where, p.mesh.sizes.get(TIME, 1), p.schedule.stages if p.schedule is not None else 1, _whole(i.type for i in p.by_role("param")), grads,
-        _whole(i.type for i in p.by_role("state")), _used(p), whole, sum(c.param_bytes for c in counted) / n, sum(c.grad_bytes for c in counted) / n,
+        _whole(i.type for i in p.by_role("state")), _used(p), _cast(p), whole, sum(c.param_bytes for c in counted) / n, sum(c.gathered_bytes for c in counted) / n, sum(c.grad_bytes for c in counted) / n,
         sum(c.optimizer_bytes for c in counted) / n, sum(flops) / n, {a: b / n for a, b in sent.items()}, {a: b / n for a, b in state_of.items()},
     )  # fmt: skip
+
+
+def _readers(p: Program, value: str) -> list[Op]:
+    """What forward and backward do with a parameter, on whatever stage."""
+    users = [u for u in p.uses[value] if isinstance(u, Op) and u.phase != "update"]
+    return [r for u in users for r in (_readers(p, u.name) if u.target == TRANSFER else [u])]
 
 
 def _used(p: Program) -> int:
     """Bytes of the parameters in the dtypes in which forward and backward read them."""
     total = 0
     for i in p.by_role("param"):
-        users = [u for u in p.uses[i.name] if isinstance(u, Op) and u.phase != "update"]
+        users = _readers(p, i.name)
         cast = all(u.target == "cast" for u in users) and bool(users)
         total += min([i.type.nbytes, *(u.type.nbytes for u in users if cast)])
     return total
+
+
+def _cast(p: Program) -> tuple[int, int]:
+    """Bytes of the parameters that forward and backward read as a shorter cast only, and of the casts."""
+    found = [(i.type, _readers(p, i.name)) for i in p.by_role("param")]
+    short = [(t.nbytes, users[0].type.nbytes) for t, users in found if users and all(shortens(u, p) for u in users)]
+    return sum(whole for whole, _ in short), sum(cast for _, cast in short)
 
 
 def _sent_for_state(p: Program) -> Counter[str]:

@@ -36,8 +36,10 @@ class Sums:
     whole_grads: int
     whole_state: int
     used_params: int  # bytes of all parameters as forward and backward use them
+    cast_params: tuple[int, int]  # bytes of the parameters that are used as a shorter cast only, and of the casts
     whole_flops: int
     params: float
+    gathered: float
     grads: float
     state: float
     flops: float
@@ -52,12 +54,18 @@ def closed(s: Sums, zero: int) -> Iterable[ClosedForm]:
     n = prod(s.ranks.size(axis) for axis in shared)
     known = {"Psi": s.whole_params, "G": s.whole_grads, "Omega": s.whole_state, "U": s.used_params, "N": n, "t": s.ranks.ranks // n, "F": s.whole_flops, "m": s.microbatches}
     one = s.whole_params == s.used_params == s.whole_grads
-    volume = (form.data_volume if one else form.mixed_volume)(zero, s.microbatches > 1)
+    cast, casts = s.cast_params
+    known |= {"C": cast, "V": casts}
+    once = bool(s.gathered) or not casts
+    volume = form.data_volume(zero, s.microbatches > 1) if one else form.mixed_volume(zero, s.microbatches > 1, once)
+    param_bytes = form.param_bytes(zero, form.Psi if cast == s.whole_params else form.C if cast else 0)
+    gathered = form.gathered_bytes(zero) if casts and once else 0
     rows: list[tuple[str, Any, float, str]] = [
-        ("parameters", form.param_bytes(zero), s.params, "bytes"),
+        ("parameters", param_bytes, s.params, "bytes"),
+        *([("gathered once", gathered, s.gathered, "bytes")] if gathered else []),
         ("gradients", form.grad_bytes(zero), s.grads, "bytes"),
         ("optimizer", form.optimizer_bytes(zero), s.state, "bytes"),
-        ("stored", form.param_bytes(zero) + form.grad_bytes(zero) + form.optimizer_bytes(zero), s.params + s.grads + s.state, "bytes"),
+        ("stored", param_bytes + gathered + form.grad_bytes(zero) + form.optimizer_bytes(zero), s.params + s.gathered + s.grads + s.state, "bytes"),
         ("matmuls", form.matmul_flops(), s.flops, "flops"),
     ]
     if SEQUENCE_AXIS in shared:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
 
 from deepseed.build import CompileError
 from deepseed.config import Config, ConfigError, Settings, read, settings
@@ -27,9 +27,7 @@ from deepseed.ragged import CONVENTION
 from deepseed.trained import Trained
 
 STATE = "deepseed"  # the folder in a checkpoint that has the optimizer's state, and what else a step needs
-DEFAULT: Mapping[str, Any] = {  # of a Trainer that was given no config
-    "zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
-}  # fmt: skip
+DEFAULT: Mapping[str, Any] = {"zero_optimization": {"stage": 2}}  # of a Trainer that was given no config
 
 
 class DeepSeedArguments:
@@ -44,7 +42,7 @@ class DeepSeedArguments:
 
 
 @dataclass
-class DeepSeedTrainingArguments(DeepSeedArguments, TrainingArguments):
+class DeepSeedTrainingArguments(DeepSeedArguments, transformers.TrainingArguments):
     """``transformers.TrainingArguments``, whose ``--deepspeed FILE`` is DeepSeed's."""
 
 
@@ -58,23 +56,38 @@ class DeepSeedMixin:
     optimizer: Any
     lr_scheduler: Any
     deepseed_config: Any = None
+    _deepseed_weights: Mapping[str, Tensor] | None = None  # whole, while they are saved
 
     # the plan ---------------------------------------------------------------------------------------------------------------
 
     def _deepseed(self, steps: int | None = None) -> tuple[Config, Settings]:
-        """What the config says, with "auto" filled in from the arguments."""
-        given = self.deepseed_config or getattr(self.args, "deepseed", None) or DEFAULT
-        filled = read(fill(raw_config(given)[0], self.args, getattr(self.model, "config", None), steps))
+        """What the config says, with "auto" filled in from the arguments; without the number of steps there is no schedule in it."""
+        config = dict(raw_config(self.deepseed_config or getattr(self.args, "deepseed", None) or DEFAULT)[0])
+        if steps is None:
+            config.pop("scheduler", None)
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            config.setdefault(key, "auto")
+        for word in ("bf16", "fp16"):  # the Trainer's argument is enough
+            if getattr(self.args, word):
+                config.setdefault("bfloat16" if word == "bf16" and "bfloat16" in config else word, {"enabled": True})
+        filled = read(fill(config, self.args, getattr(self.model, "config", None), steps if steps is not None else 1))
         found = settings(filled, self.args.world_size)
         shared = [word for word in found.plan.split("+") if word.startswith(("tp", "sp", "pp"))]
         if shared:
             raise ConfigError(f"{'+'.join(shared)}: the Trainer gives every rank rows of its own, which ranks of {shared[0]} would have to share\n  fix: zero alone, or deepseed.compile in a loop of your own")
+        if self.args.fsdp:
+            raise ConfigError("fsdp: the plan shares parameters already, and both cannot\n  fix: leave fsdp= out; zero3 is what full_shard is")
+        if self.args.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size: a rank that runs out of memory would try again with fewer rows, and the others would wait for it\n"
+                "  fix: set per_device_train_batch_size; `deepseed explain` predicts each rank's memory, and more gradient_accumulation_steps keep the global batch"
+            )
         return filled, found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The config's where it names one, else the Trainer's; ``step()`` does nothing, since the compiled update has done it."""
         if self.optimizer is None:
-            config, _ = self._deepseed_known()
+            config, _ = self._deepseed()
             if config.optimizer is not None:
                 self.optimizer = optimizer_of(config, self.model.named_parameters())
         found: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
@@ -82,15 +95,11 @@ class DeepSeedMixin:
         return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        config, _ = self._deepseed_known(num_training_steps)
+        config, _ = self._deepseed(num_training_steps)
         if self.lr_scheduler is None and config.scheduler is not None:
             self.lr_scheduler = scheduler_of(config, _bare(self.optimizer if optimizer is None else optimizer))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
-
-    def _deepseed_known(self, steps: int | None = None) -> tuple[Config, Settings]:
-        """The config; without the number of steps what needs it is filled in with 1, and not used yet."""
-        return self._deepseed(steps if steps is not None else 1)
 
     # the loop ---------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +109,7 @@ class DeepSeedMixin:
             return wrapped
         if not training:
             return model
-        _, found = self._deepseed_known()
+        _, found = self._deepseed()
         made = Trained(
             model, found.loop_plan, optimizer=_bare(self.optimizer), clip_grad_norm=self.args.max_grad_norm or float("inf"), loss_scale=loss_scale_of(found.loss_scaling),
             batch="local", seed=self.args.seed, buckets=CONVENTION,
@@ -109,8 +118,8 @@ class DeepSeedMixin:
         return made
 
     def _take_accelerator(self, made: Trained) -> None:
-        """Backward, clipping and the update are the compiled ones; precision is the plan's."""
-        accelerator = self.accelerator
+        """Backward, clipping and the update are the compiled ones; precision is the plan's; what is unwrapped is the model."""
+        accelerator, unwrap = self.accelerator, type(self.accelerator).unwrap_model
         accelerator.scaler = None
 
         def backward(loss: Tensor, **_: Any) -> None:
@@ -122,7 +131,10 @@ class DeepSeedMixin:
             self.optimizer._is_overflow = made.skipped != before  # then the schedule waits
             return made.grad_norm.float()
 
-        accelerator.backward, accelerator.clip_grad_norm_ = backward, clip_grad_norm_
+        def unwrap_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return unwrap(accelerator, model.model if isinstance(model, Trained) else model, *args, **kwargs)
+
+        accelerator.backward, accelerator.clip_grad_norm_, accelerator.unwrap_model = backward, clip_grad_norm_, unwrap_model
 
     def compute_loss_context_manager(self) -> Any:
         """No autocast: the plan says in which dtype the model computes, and the module is compiled so."""
@@ -144,12 +156,15 @@ class DeepSeedMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Files that ``from_pretrained`` reads; of a model of PEFT the adapter. Every rank must call it."""
-        if not isinstance(self.model_wrapped, Trained) or not self.model_wrapped.states:
+        made = self.model_wrapped
+        self._deepseed_weights = made.state_dict() if isinstance(made, Trained) and made.states else None
+        try:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-            return
-        weights = self.model_wrapped.state_dict()
-        if self.args.should_save:
-            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+        finally:
+            self._deepseed_weights = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=self._deepseed_weights if state_dict is None else state_dict)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         made = self.model_wrapped
@@ -166,11 +181,11 @@ class DeepSeedMixin:
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
 
-class DeepSeedTrainer(DeepSeedMixin, Trainer):
+class DeepSeedTrainer(DeepSeedMixin, transformers.Trainer):
     """``transformers.Trainer`` on a compiled plan."""
 
 
-def enable(trainer: Trainer, config: Any = None) -> Trainer:
+def enable(trainer: transformers.Trainer, config: Any = None) -> transformers.Trainer:
     """Make a Trainer that a script has built one of DeepSeed's, before ``train()``. ``config``: a ds_config.json as path or dict. Raises CompileError after it."""
     if isinstance(trainer.model_wrapped, Trained) or trainer.model_wrapped is not trainer.model:
         raise CompileError(f"enable({type(trainer).__name__}): its model is wrapped already\n  fix: enable it before train() and evaluate()")

@@ -82,7 +82,7 @@ def arguments(
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
-        "plan_memory": {"saved": 0.0, "every": 1} if plan.remat else {},
+        "plan_memory": {**({"saved": 0.0, "every": 1} if plan.remat else {}), **({"gathers": "once"} if zero in (1, 2) and "params" not in plan.offload else {})},
         "offload": {"what": plan.offload, "stored": hosted or {}},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},

@@ -53,10 +53,13 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
     lines += [f"  {'':8} {note}" for note in notes(plan)]
     lines.append("")
     lines.append("  of the whole, a rank holds      closed form")
-    one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "N": float(n * e * s), "t": float(t * plan.stages), "m": float(m)}
-    for what, size in (("parameters", form.param_bytes), ("gradients", form.grad_bytes), ("optimizer", form.optimizer_bytes)):
-        lines.append(f"  {what:14}{form.value(size(plan.stage), **one):>10.4f}        {size(plan.stage)}")
-    volume = form.data_volume(plan.stage, m > 1)
+    one = {"Psi": 1.0, "G": 1.0, "Omega": 1.0, "U": 1.0, "V": 1.0, "C": 1.0, "N": float(n * e * s), "t": float(t * plan.stages), "m": float(m)}
+    mixed = plan.precision in ("bf16", "fp16")
+    once = mixed and plan.stage in (1, 2) and "params" not in plan.offload
+    sizes = [("parameters", form.param_bytes(plan.stage, form.Psi if mixed else 0)), *([("gathered once", form.gathered_bytes(plan.stage))] if once else [])]
+    for what, size in (*sizes, ("gradients", form.grad_bytes(plan.stage)), ("optimizer", form.optimizer_bytes(plan.stage))):
+        lines.append(f"  {what:14}{form.value(size, **one):>10.4f}        {size}")
+    volume = form.mixed_volume(plan.stage, m > 1, once or plan.stage not in (1, 2)) if mixed else form.data_volume(plan.stage, m > 1)
     if n * e * s > 1:
         lines.append(f"  {'sent over dp' if s == e == 1 else 'sent for state':14}{form.value(volume, **one):>10.4f}        {volume}")
     if mesh.ranks > 1:

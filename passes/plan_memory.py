@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref
+from deepseed.passes.weights_per_phase import gathered_once, read
 from deepseed.solver.between import Between
 from deepseed.solver.remat import GATHERS, choose
 
@@ -25,7 +26,7 @@ def plan_memory(p: Program, saved: float = 1.0, every: int = 0, gathers: str = "
 
     ``every``: the input of every ``every``-th layer is kept, 0: of none. ``saved``: of the other bytes that the backward reads, the part that
     may be kept; 1.0 and no ``every`` leave the program as it is. ``gathers``: of parameters, ``again`` in the backward, ``kept`` from the
-    forward, or whichever is cheaper (``solve``). Raises PassError on arguments that are none of these.
+    forward, or whichever is cheaper (``solve``); ``once``: for the step, microbatches or not. Raises PassError on arguments that are none of these.
 
     before: %x : f32[64, 64] batch "x"
             %h = aten.exp(%x) : f32[64, 64]
@@ -37,12 +38,13 @@ def plan_memory(p: Program, saved: float = 1.0, every: int = 0, gathers: str = "
             %y.again = aten.exp(%h.again) : f32[64, 64] {phase="backward"}
             %d = aten.mul.Tensor(%y.again, %h.again) : f32[64, 64] {phase="backward"}
     """
-    if not 0.0 <= saved <= 1.0 or every < 0 or gathers not in GATHERS:
-        raise PassError(f"saved={saved}, every={every}, gathers={gathers!r}, pass plan_memory\n  fix: saved from 0 to 1, every 0 or more, gathers one of {', '.join(GATHERS)}")
-    if (saved, every, gathers) == (1.0, 0, "again"):
-        return p
-    b = Between(p)
-    return _Again(b, choose(b, saved, every, gathers).kept).run()
+    if not 0.0 <= saved <= 1.0 or every < 0 or gathers not in (*GATHERS, "once"):
+        raise PassError(f"saved={saved}, every={every}, gathers={gathers!r}, pass plan_memory\n  fix: saved from 0 to 1, every 0 or more, gathers one of {', '.join(GATHERS)}, once")
+    once = gathers == "once"
+    if (saved, every, gathers) not in ((1.0, 0, "again"), (1.0, 0, "once")):
+        b = Between(p)
+        p = _Again(b, choose(b, saved, every, "again" if once else gathers).kept).run()
+    return gathered_once(p) if once else p
 
 
 class _Again:
@@ -69,7 +71,7 @@ class _Again:
                 self._emit(op)
         producers = {r: op for op in self.out.ops for r in op.results}
         self.out.origins.update({key: self._group(key, producers) for key in self.groups})
-        return _alive(self.out.program())
+        return read(self.out.program())  # of the forward not what only the backward read, of the backward not its own gathers where it reads the forward's
 
     def _emit(self, op: Op) -> None:
         self.out.emit(op)
@@ -154,15 +156,3 @@ def _sources(ops: Sequence[Op], producers: Mapping[str, Op]) -> set[str]:
             if op is not None and (op.target in _MOVES or op.target.endswith(".start")):
                 pending.append(op.refs[0].name)
     return found
-
-
-def _alive(p: Program) -> Program:
-    """Without the ops that nothing reads any more: of the forward's those that only the backward read, of the backward's its own gathers
-    where it reads the forward's."""
-    read = {o.ref.name for o in p.outputs}
-    kept: list[Op] = []
-    for op in reversed(p.ops):
-        if op.phase == "update" or any(r in read for r in op.results):
-            kept.append(op)
-            read.update(ref.name for ref in op.refs)
-    return replace(p, ops=tuple(reversed(kept)))

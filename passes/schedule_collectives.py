@@ -309,7 +309,7 @@ class _Schedule:
         for op in self.p.ops:
             for ref in op.refs:
                 wait = self.waits.get(ref.name)
-                if wait is not None and op.name not in self.starts and wait.refs[0].name not in seen:
+                if wait is not None and (op.name not in self.starts or op.target == TO_HOST) and wait.refs[0].name not in seen:
                     start = self.starts[wait.refs[0].name]
                     moved = self._moved(start)
                     if moved is not None and moved.name not in seen:
@@ -319,14 +319,11 @@ class _Schedule:
                     yield start
 
     def _moved(self, start: Op) -> Op | None:
-        """The move to the device that brings what a weight's gather is made of."""
-        value = start.refs[0].name
-        while value in self.weights and value in self.p.producers:
-            op = self.p.producers[value]
-            if op.target == TO_DEVICE:
-                return op
-            value = op.refs[0].name
-        return None
+        """The move to the device that brings what is gathered: a weight, or a new parameter."""
+        op = self.p.producers.get(start.refs[0].name)
+        while op is not None and op.target != TO_DEVICE:
+            op = self.p.producers.get(op.refs[0].name) if op.name in self.weights or op.target == "wait" else None
+        return op
 
 
 def _kind(start: Op) -> Key:

@@ -18,7 +18,7 @@ from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import OWN_ROWS, SHOWN, Input, Op, Output, Program, Type
+from deepseed.ir.program import OWN_ROWS, SHOWN, Input, Op, Output, Program, Type, shortens
 from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
@@ -261,7 +261,7 @@ class Placement(Assignment):
 
     def _no_summand(self, item: Item, move: Move) -> Move:
         """A weight that will be stored in parts comes to its uses whole, never as one rank's summand (of a bias that meets a partial sum)."""
-        if self._name(item) not in self.weights or (self.zero < 3 and not self.pinned):
+        if self._name(item) not in self.weights or not (self.zero >= 3 or self.pinned or (self.zero and isinstance(item, Op) and shortens(item, self.p))):
             return move
         return lambda p, w: None if isinstance(w, Partial) else move(p, w)
 
@@ -349,13 +349,15 @@ class Placement(Assignment):
                     return pinned
                 if axis == EXPERT_AXIS and (dim := experts.home(item, self.tables, self.p)) is not None:
                     return [same(Split(dim))]
-                split = self.zero >= 3 or (self.zero >= 1 and item.role == "state")
+                split = self.zero >= 3 or (self.zero >= 1 and (item.role == "state" or self._shortened(item)))
                 options = [same(e) for e in self._stored_elements(item, axis)]
                 return options if split and options else [same(None)]
             if isinstance(item, Op):
                 if item.phase == "update":
                     return [self._whole(i)] if self.zero == 0 and axis != EXPERT_AXIS else None
-                return None if item.name in self.weights else self._settled(i, axis)
+                if item.name in self.weights:  # below stage 3 a cast is gathered once, whatever reads it
+                    return None if self.zero not in (1, 2) or axis == EXPERT_AXIS or shortens(item, self.p) else [self._whole(i)]
+                return self._settled(i, axis)
             return self._settled(i, axis) if item.role in SHOWN else [same(None)]
 
         def moves(t: Type, item: Item, user: Item) -> Move:
@@ -390,6 +392,12 @@ class Placement(Assignment):
                 parts = [own] if own is not None else self._stored_elements(parameter, axis)
                 element = min(parts, key=lambda e: upkeep(self, source, same(e)), default=None)
             self.wants[i] = [self.wants[i][0].with_(axis, element)]
+
+    def _shortened(self, item: Input) -> bool:
+        """Whether forward and backward read no more of a parameter than a cast to a shorter dtype: then a rank stores its part of the parameter, and the
+        cast is gathered once a step, which is half of the bytes that gathering the new parameter would be."""
+        users = [u for u in self.p.uses[item.name] if isinstance(u, Op) and u.phase != "update"]
+        return self.updates and item.role == "param" and bool(users) and all(shortens(u, self.p) for u in users)
 
     def _batch_size(self) -> int:
         """The number of rows of the batch, -1 where no entry has any."""

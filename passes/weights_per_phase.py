@@ -45,6 +45,49 @@ def per_phase(p: Program) -> Program:
     return out.program()
 
 
+def gathered_once(p: Program) -> Program:
+    """What depends on parameters alone is made and gathered once for forward and backward, and gathered once for all microbatches.
+
+    before: %c = cast(%w) : bf16[8@dp, 8] {phase="forward"}
+            %f = all_gather.start(%c, axis="dp") : bf16[8, 8] {phase="forward"}
+            %c.again = cast(%w) : bf16[8@dp, 8] {phase="backward"}
+            %b = all_gather.start(%c.again, axis="dp") : bf16[8, 8] {phase="backward"}
+    after:  %c = cast(%w) : bf16[8@dp, 8] {phase="forward"}
+            %f = all_gather.start(%c, axis="dp", kept=true) : bf16[8, 8] {phase="forward"}
+    """
+    if not any(op.target == "all_gather.start" for op in p.ops):
+        return p
+    weights = params_only(p)
+    out = Builder(p)
+    number: dict[str, object] = {}  # of what depends on parameters alone: what it is, whatever its name
+    first: dict[object, str] = {}
+    same: dict[str, Ref] = {}
+    for op in p.ops:
+        if op.name in weights and op.phase != "update":
+            number[op.name] = op.form, op.types, tuple(number.get(r.name, r.name) for r in op.refs)
+            found = first.setdefault(number[op.name], op.name)
+            if found != op.name and not op.origin and len(op.results) == 1:
+                same[op.name] = Ref(found)
+                continue
+        op = op.map_refs(lambda ref: same.get(ref.name, ref))
+        if op.target == "all_gather.start" and op.name in weights and op.phase != "update":
+            op = replace(op, kwargs=(*op.kwargs, ("kept", True)))
+        out.emit(op)
+    out.origins = {key: op.map_refs(lambda ref: same.get(ref.name, ref)) for key, op in p.origins}
+    return read(out.program(outputs=[replace(o, ref=same.get(o.ref.name, o.ref)) for o in p.outputs]))
+
+
+def read(p: Program) -> Program:
+    """Without what nothing reads."""
+    used = {o.ref.name for o in p.outputs}
+    ops: list[Op] = []
+    for op in reversed(p.ops):
+        if op.phase == "update" or any(r in used for r in op.results):
+            ops.append(op)
+            used.update(ref.name for ref in op.refs)
+    return replace(p, ops=tuple(reversed(ops)))
+
+
 def once(p: Program) -> Program:
     """Ops on parameters alone that have the same operands and layouts, whatever their phase, are computed once in each part and stage."""
     weights = params_only(p)

@@ -1,7 +1,7 @@
 """A script of ``examples/from_deepspeed`` on N ranks, as a user starts it: under torchrun's launcher, with a config file; what it printed.
 
-A script stands in three forms, which differ in one line: DeepSeed's, DeepSpeed's, and (for the Trainer's scripts) that of stock transformers,
-which is plain DDP. The scripts that call ``initialize`` have a plain DDP twin, ``ddp.py``.
+A script stands in two forms, which differ in one line: DeepSeed's and ``original``, which is DeepSpeed's, or (for the Trainer's scripts) that of stock
+transformers, plain DDP; where a class of TRL's is extended two lines differ. The scripts that call ``initialize`` have a plain DDP twin, ``ddp.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples" / "from_deepspeed"
 ENGINE = ("cifar", "bert", "raw_loop")
 TRAINER = ("causal_lm_trainer", "lora", "trl_sft")
 WAS = re.compile(r"^(?P<now>.+?)  # was: (?P<was>.+)$", re.MULTILINE)
+BASES = re.compile(r"\((?:DeepSeedArguments|DeepSeedMixin), ")
 TRAINING = ["--use_cpu", "--learning_rate", "1e-3", "--max_steps", "20", "--logging_steps", "1", "--max_grad_norm", "0.5", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--bf16", "false"]
 LINE = re.compile(r"step (\d+) loss (\S+) norm (\S+)")
 
@@ -42,8 +43,8 @@ class Printed(NamedTuple):
 
 
 def original(name: str) -> str:
-    """The script as a user of DeepSpeed has it."""
-    return WAS.sub(lambda m: m["was"], (FOLDER / f"{name}.py").read_text())
+    """The script as it was before DeepSeed."""
+    return BASES.sub("(", WAS.sub(lambda m: m["was"], (FOLDER / f"{name}.py").read_text()))
 
 
 def config(path: Path, base: str = "ds_config", **changes: Any) -> Path:

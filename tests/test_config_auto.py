@@ -11,8 +11,8 @@ import pytest
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from deepseed.config import ConfigError, fill, read, settings
+from deepseed.config.auto import BY_HIDDEN_SIZE, Filling
 from deepseed.config.auto import FILLED as FILLED_KEYS
-from deepseed.config.auto import Filling
 
 
 def arguments(**other: Any) -> Any:
@@ -115,7 +115,7 @@ def test_sizes_that_follow_from_the_hidden_size(model_config: Any, h: int) -> No
     found = fill(ZERO3, arguments(), model_config, 50)["zero_optimization"]
     assert found == {"stage": 3, "reduce_bucket_size": h * h, "stage3_prefetch_bucket_size": int(0.9 * h * h), "stage3_param_persistence_threshold": 10 * h}
     two = fill({"zero_optimization": {**ZERO3["zero_optimization"], "stage": 2}}, arguments(), model_config, 50)["zero_optimization"]
-    assert two["reduce_bucket_size"] == h * h and two["stage3_prefetch_bucket_size"] == "auto", "the others are for stage 3"
+    assert two == {"stage": 2, "reduce_bucket_size": h * h}, "the others are for stage 3: DeepSpeed's own models drop an auto that is left"
 
 
 def test_no_hidden_size_is_said_only_where_it_is_needed() -> None:
@@ -215,6 +215,10 @@ def test_drawn_configs_as_transformers_fills_them() -> None:
             except ValueError as error:
                 said.append(str(error))
         assert said[0] == said[1]
-        assert theirs.config == ours.config
+        if not said[0]:  # what theirs leaves as it is, DeepSpeed's models drop
+            for key in BY_HIDDEN_SIZE[1:]:
+                if theirs.get_value(key) == "auto":
+                    del theirs.config["zero_optimization"][key.partition(".")[2]]
+        assert said[0] or theirs.config == ours.config
         raised, filled = raised + bool(said[0]), filled + (theirs.config != config)
     assert raised > 50 and filled > 100, "both outcomes were drawn"

@@ -130,6 +130,18 @@ def test_no_more_than_two_layers_of_parameters_are_on_the_device() -> None:
     assert 0 < most <= 2 * max(sizes.values()) < whole
 
 
+@pytest.mark.parametrize("plan", ["zero2+dp2+offload(optimizer, params)", "zero2+dp2+offload(optimizer, gradients, params)"])
+def test_new_parameters_are_gathered_two_layers_at_a_time(plan: str) -> None:
+    """Below zero3 they are whole on each host: the parts that ranks have updated go to the device, are gathered and come back."""
+    p = trained(plan, 4).program
+    new = {r for op in p.ops if op.target.startswith("optim.") for r in op.results}
+    for op in p.ops:
+        new |= set(op.results) if any(ref.name in new for ref in op.refs) else set()
+    most = max(row.get("new", 0) for row in curve(p, dict.fromkeys(new, "new")))
+    layer = sum(i.type.nbytes for i in p.by_role("param") if ".layers.0." in i.key)
+    assert 0 < most <= 2 * layer
+
+
 def test_moves_to_the_device_look_ahead_and_those_to_the_host_end_soon() -> None:
     """A weight is under way before the one before it is used; no move to the host is waited for at once, and none through the whole step."""
     ops = trained("zero3+dp2+offload(optimizer, params)", 4).program.ops

@@ -1,4 +1,4 @@
-"""The plain DDP sides of ``examples/from_deepspeed``: they train, mean what one process means, and do not depend on how a batch is cut or padded.
+"""The plain DDP sides (the stock Trainer's too) of ``examples/from_deepspeed``: they train, mean what one process means, and do not depend on how a batch is cut or padded.
 
 FIVE is five printed digits: the scripts print six decimals of losses and norms in float32.
 """
@@ -19,12 +19,14 @@ wide = pytest.mark.wide
 
 
 @pytest.mark.parametrize("name", [*ENGINE, *TRAINER])
-def test_a_script_is_deepspeeds_but_for_one_line(name: str) -> None:
+def test_a_script_is_the_original_but_for_one_line(name: str) -> None:
     now, was = (FOLDER / f"{name}.py").read_text().splitlines(), original(name).splitlines()
     different = [(a, b) for a, b in zip(now, was, strict=True) if a != b]
     ast.parse(original(name))
-    assert len(different) == (1 if name in ENGINE else 0), different
-    assert all("deepseed" in a and WAS.match(a) for a, _ in different)
+    if name == "trl_sft":  # two classes of TRL's, extended
+        assert [a for a, _ in different] == ["class Arguments(DeepSeedArguments, SFTConfig):", "class Trainer(DeepSeedMixin, SFTTrainer):"]
+    else:
+        assert len(different) == 1 and "deepseed" in different[0][0] and WAS.match(different[0][0]), different
 
 
 @pytest.mark.parametrize(("ranks", "epochs"), [(2, 1), pytest.param(4, 2, marks=wide)])
@@ -56,7 +58,7 @@ def test_the_loop_means_the_same_on_any_ranks_and_however_a_batch_is_cut(tmp_pat
 def test_rows_of_unequal_length_mean_what_unpadded_ones_mean(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     more = ["--do_train", "--do_eval"]
-    padded, alone = (start("causal_lm_trainer", 2, [*training(tmp_path / str(micro), micro, 8 // micro), *more], tmp_path / str(micro)) for micro in (8, 1))
+    padded, alone = (start("causal_lm_trainer", 2, [*training(tmp_path / str(micro), micro, 8 // micro), *more], tmp_path / str(micro), original("causal_lm_trainer")) for micro in (8, 1))
     assert len(padded.steps) == 20 and apart(padded.steps, alone.steps) <= FIVE
     assert padded.lines[-1].startswith("eval loss") and (tmp_path / "8" / "model.safetensors").exists()
 
@@ -64,8 +66,8 @@ def test_rows_of_unequal_length_mean_what_unpadded_ones_mean(tmp_path: Path) -> 
 def test_a_trainer_resumes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     common = [*training(tmp_path / "out"), "--do_train", "--save_strategy", "steps", "--save_steps", "10"]
-    through = start("causal_lm_trainer", 2, common, tmp_path).steps
-    resumed = start("causal_lm_trainer", 2, [*common, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-10"], tmp_path).steps
+    through = start("causal_lm_trainer", 2, common, tmp_path, original("causal_lm_trainer")).steps
+    resumed = start("causal_lm_trainer", 2, [*common, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-10"], tmp_path, original("causal_lm_trainer")).steps
     assert resumed == through[10:]
 
 
@@ -75,7 +77,7 @@ def test_lora_saves_the_adapter_alone(tmp_path: Path, ranks: int) -> None:
     pytest.importorskip("peft")
     from safetensors.torch import load_file
 
-    steps = start("lora", ranks, training(tmp_path), tmp_path).steps
+    steps = start("lora", ranks, training(tmp_path), tmp_path, original("lora")).steps
     assert len(steps) == 20 and steps[-1].loss < steps[0].loss
     assert all("lora" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
@@ -83,8 +85,21 @@ def test_lora_saves_the_adapter_alone(tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=wide)])
 def test_sft(tmp_path: Path, ranks: int) -> None:
     pytest.importorskip("trl")
-    steps = start("trl_sft", ranks, training(tmp_path), tmp_path).steps
+    steps = start("trl_sft", ranks, training(tmp_path), tmp_path, original("trl_sft")).steps
     assert len(steps) == 20 and steps[-1].loss < steps[0].loss
+
+
+@pytest.mark.parametrize(("name", "ranks", "stage"), [
+    ("lora", 2, 2), *(pytest.param(name, ranks, stage, marks=wide) for name in TRAINER for ranks in (2, 4) for stage in (1, 2, 3) if (name, ranks, stage) != ("lora", 2, 2)),
+])  # fmt: skip
+def test_a_trainers_script_is_the_stock_one(tmp_path: Path, name: str, ranks: int, stage: int) -> None:
+    for package in ("accelerate", {"lora": "peft", "trl_sft": "trl"}.get(name, "accelerate")):
+        pytest.importorskip(package)
+    more = ["--do_train", "--do_eval"] if name == "causal_lm_trainer" else []
+    ours = start(name, ranks, ["--deepspeed", config(tmp_path, "ds_auto", stage=stage), *training(tmp_path / "ours"), *more], tmp_path / "ours")
+    stock = start(name, ranks, [*training(tmp_path / "stock"), *more], tmp_path / "stock", original(name))
+    assert len(ours.steps) == 20 and apart(ours.steps, stock.steps) <= FIVE
+    assert len(ours.lines) == len(stock.lines)
 
 
 # DeepSpeed itself -------------------------------------------------------------------------------------------------------

@@ -273,8 +273,13 @@ def params_only(p: Program) -> frozenset[str]:
     return frozenset(found)
 
 
+def shortens(op: Op, p: Program) -> bool:
+    """Whether it is a cast to fewer bytes an element."""
+    return op.target == "cast" and ITEMSIZE[op.type.dtype] < ITEMSIZE[p.types[op.refs[0].name].dtype]
+
+
 def kept(p: Program) -> frozenset[str]:
-    """Values that are brought to the device once a step and stay there, whatever reads them in which loop: moves that say so, and their waits."""
+    """Values that are gathered or brought to the device once a step and stay there, whatever reads them in which loop: what says so, and its wait."""
     found = {r for op in p.ops if op.kw("kept") for r in op.results}
     return frozenset(found.union(*(op.results for op in p.ops if op.target == "wait" and op.refs[0].name in found)))
 

@@ -27,7 +27,7 @@ from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.folder import CheckpointError, faults
 from deepseed.runtime.simulate import Step, simulate
-from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
+from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, gather_states, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
 R = TypeVar("R")
@@ -130,9 +130,16 @@ class SimulatedHost:
         for role, key in states[0].types:
             if role in ("param", "buffer"):
                 mine = held(module, role, key)
-                if self._shown.get((role, key), _mark(mine)) != _mark(mine):
+                if self._shown.get((role, key), _mark(mine)) != _mark(mine) or not self._holds(states, (role, key), mine):
                     for state in states:
                         state.put(Input("", state.types[role, key], role, key, state.homes[role, key]), mine.detach().clone())
+
+    def _holds(self, states: Sequence[State], key: Key, mine: Tensor) -> bool:
+        """Whether the ranks hold what the module has: a write through ``.data`` leaves no mark."""
+        if mine.is_meta or any(state.on_disk(key[0]) for state in states):
+            return True
+        whole = gather_states(states, [key])[key].to(mine.device, mine.dtype)
+        return torch.allclose(whole, mine, 0, 0, equal_nan=True) if mine.is_floating_point() else torch.equal(whole, mine)
 
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
         """After a step: show the module what the simulated ranks hold. ``keys``: what the step has written; None: it may be anything."""

@@ -1,21 +1,14 @@
 """A causal language model with the HF Trainer: command line of HfArgumentParser, rows of unequal length padded a batch, evaluation, saving, resuming.
 
     deepseed --num_gpus 2 examples/from_deepspeed/causal_lm_trainer.py --deepspeed examples/from_deepspeed/ds_auto.json --output_dir out
-    torchrun --nproc-per-node 2 examples/from_deepspeed/causal_lm_trainer.py --output_dir out       # plain DDP
 """
 
 from dataclasses import dataclass, field
 
 from data import PrintSteps, paragraphs, tokenizer
-from transformers import (
-    DataCollatorForLanguageModeling,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
+
+from deepseed.hf import DeepSeedTrainer as Trainer, DeepSeedTrainingArguments as TrainingArguments  # was: from transformers import Trainer, TrainingArguments
 
 
 @dataclass
@@ -44,7 +37,7 @@ def main() -> None:
         train_dataset=rows[32:],
         eval_dataset=rows[:32],
         processing_class=tokens,
-        data_collator=DataCollatorForLanguageModeling(tokens, mlm=False),
+        data_collator=DataCollatorForLanguageModeling(tokens, mlm=False, pad_to_multiple_of=8),
         callbacks=[PrintSteps()],
     )
     if training_args.do_train:

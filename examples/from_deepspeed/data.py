@@ -49,10 +49,10 @@ def paragraphs(*names: str) -> list[str]:
 
 
 def labelled(count: int) -> list[tuple[str, int]]:
-    """A paragraph and the number of the topic that it is from."""
+    """The first few words of a paragraph, and the number of the topic that it is from."""
     each = [[(p, label) for p in paragraphs(name)] for label, name in enumerate(ABOUT)]
     rows = [pair for group in zip(*each, strict=False) for pair in group]
-    return [rows[n % len(rows)] for n in range(count)]
+    return [(" ".join(text.split()[: 3 + n * 7 % 18]), label) for n, (text, label) in enumerate(rows[n % len(rows)] for n in range(count))]
 
 
 def tokenizer(vocab: int = 384) -> PreTrainedTokenizerFast:
@@ -70,6 +70,6 @@ def windows(count: int, length: int, vocab: int = 384) -> list[dict[str, Tensor]
 
 
 def padded(rows: Sequence[tuple[str, int]], tokens: PreTrainedTokenizerFast, longest: int = 48) -> dict[str, Tensor]:
-    """A batch as long as its longest row."""
-    batch = dict(tokens([text for text, _ in rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+    """A batch as long as its longest row, up to a multiple of 8."""
+    batch = dict(tokens([text for text, _ in rows], padding=True, pad_to_multiple_of=8, truncation=True, max_length=longest, return_tensors="pt"))
     return {**batch, "labels": torch.tensor([label for _, label in rows])}

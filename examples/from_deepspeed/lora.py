@@ -1,12 +1,13 @@
 """LoRA with PEFT and the HF Trainer: the base model's parameters are frozen, and only the adapter is saved.
 
     deepseed --num_gpus 2 examples/from_deepspeed/lora.py --deepspeed examples/from_deepspeed/ds_auto.json --output_dir out
-    torchrun --nproc-per-node 2 examples/from_deepspeed/lora.py --output_dir out       # plain DDP
 """
 
 from data import PrintSteps, tokenizer, windows
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, default_data_collator, set_seed
+
+from deepseed.hf import DeepSeedTrainer as Trainer, DeepSeedTrainingArguments as TrainingArguments  # was: from transformers import Trainer, TrainingArguments
 
 
 def make_model(vocab: int) -> LlamaForCausalLM:

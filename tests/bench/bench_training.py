@@ -3,6 +3,7 @@
     python tests/bench/bench_training.py                                   # every engine that is installed, two ranks
     python tests/bench/bench_training.py --engines ddp deepseed-zero1 --rounds 5
     python tests/bench/bench_training.py --deepspeed-python PATH           # an interpreter that has DeepSpeed
+    python tests/bench/bench_training.py --offload --fused                 # ZeRO-Offload, FSDP2's CPU offload, and what each costs over none
 
 Engines take turns, round after round, each in fresh processes, so that drift of a shared machine falls on all alike. All
 start from the same weights, see the same tokens, use AdamW with the same settings and clip the gradient norm at 1.0, so in
@@ -32,7 +33,9 @@ from typing import Any
 RANKED = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
           "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3")  # fmt: skip
 SINGLE = ("eager", "deepseed-single")
-EXTRA = ("deepspeed-zero0", "torch-compile", "fsdp2-offload", "deepseed-zero3+offload(optimizer)", "deepseed-zero3+offload(optimizer,params)")  # by name only
+OFFLOAD = ("fsdp2-offload", "deepspeed-zero2-offload", "deepspeed-zero3-offload", "deepseed-zero2+offload(optimizer)", "deepseed-zero3+offload(optimizer)",
+           "deepseed-zero3+offload(optimizer,params)")  # fmt: skip
+EXTRA = ("deepspeed-zero0", "torch-compile", "deepspeed-zero2-offload-cpuadam", *OFFLOAD)  # by name only
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
 CLIP = 1.0
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
@@ -41,6 +44,7 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--engines", nargs="+", choices=[*RANKED, *SINGLE, *EXTRA], default=None, help="default: all that are installed")
+    p.add_argument("--offload", action="store_true", help="the engines that keep the optimizer's state on the host, and each without that")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     p.add_argument("--steps", type=int, default=10, help="measured steps a round")
@@ -72,7 +76,8 @@ def installed(a: argparse.Namespace) -> list[str]:
     )}  # fmt: skip
     for name in [n for n, ok in has.items() if not ok]:
         print(f"left out: {name} (not importable)", file=sys.stderr)
-    return [e for e in (*RANKED, *SINGLE) if has.get(e.split("-")[0], True)]
+    engines = ("ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3", "deepseed-zero2", "deepseed-zero3", *OFFLOAD) if a.offload else (*RANKED, *SINGLE)
+    return [e for e in engines if has.get(e.split("-")[0], True)]
 
 
 def importable(python: str, code: str) -> bool:
@@ -314,9 +319,14 @@ def deepspeed(a: argparse.Namespace, engine: str, model: Any) -> Step:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes a minute and training does not use it
-    optimizer = torch.optim.AdamW(model.parameters(), fused=a.fused or None, **ADAMW)
+    stage, *words = engine.removeprefix("deepspeed-zero").split("-")
+    if "cpuadam" in words:  # its own C++ kernel: compiled on first use, which takes minutes
+        optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), adamw_mode=True, **ADAMW)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=a.fused or None, **ADAMW)
+    zero = {"stage": int(stage), **({"offload_optimizer": {"device": "cpu"}} if "offload" in words else {})}
     config = {"train_micro_batch_size_per_gpu": a.batch, "gradient_clipping": CLIP, "steps_per_print": 10**9,
-              "zero_optimization": {"stage": int(engine[-1])}, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
+              "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
     trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=config)
 
     def step(batch: dict[str, Any]) -> Any:
