@@ -62,7 +62,7 @@ def test_a_model_of_peft(tmp_path: Path) -> None:
 
 def test_generation_in_evaluation(tmp_path: Path) -> None:
     for found in ranks(2, written, str(tmp_path), 3):
-        assert found["same"] and found["shape"][0] == 6, found
+        assert found["same"] and found["shape"][0] >= 6, found
 
 
 def test_a_trainer_of_trl(tmp_path: Path) -> None:

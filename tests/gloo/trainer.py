@@ -268,9 +268,9 @@ def fine_tuned(folder: str, stage: Stage) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_list([{"input_ids": row["input_ids"], "completion_mask": [0, 0, *[1] * (len(row["input_ids"]) - 2)]} for row in rows(32, (6, 8))])
+    data = Dataset.from_list([{"input_ids": row["input_ids"], "labels": [-100, -100, *row["input_ids"][2:]]} for row in rows(32, (6, 8))])
     common = {
-        "kind": SFTTrainer, "of": SFTConfig, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": True, "gradient_accumulation_steps": 2,
+        "kind": SFTTrainer, "of": SFTConfig, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_accumulation_steps": 2,
         "options": {"train_dataset": data, "processing_class": tokenizer(), "data_collator": None},
     }  # fmt: skip
     ours, stock = (train(os.path.join(folder, str(kind)), kind, **common) for kind in (stage, STOCK))
