@@ -16,12 +16,14 @@ from math import prod
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.ir.collective import KEYED, MEMORIES
-from deepseed.ir.program import ITEMSIZE, Op, Program
+from deepseed.ir.layout import factors, part
+from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import ITEMSIZE, Op, Program, Type
 from deepseed.rules.strides import Lying, contiguous, in_front
 
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
-WORDS = {"bernoulli": 2, "uniform": 2, "normal": 1}  # elements that share a random word
-DRAWN = 24 * 2**14  # bytes, at most, of the words that one block of a draw works on: counters, words and shifted words (deepseed.ops.rng)
+WORDS = {"bernoulli": (2, 0), "uniform": (2, 16), "normal": (1, 32)}  # elements that share a random word, and bytes that a word takes beside itself while it is made a number
+BLOCK = 2**14  # words on which a draw works at once (deepseed.ops.rng)
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,19 @@ class _Liveness:
         query heads, in the backward their gradients too, and a mask as numbers."""
         first = len(self.nbytes)
         if op.target in WORDS:
-            self._new("", min(DRAWN, 24 * -(-prod(op.type.local(self.p.mesh)) // WORDS[op.target])))
+            self._new("", drawn(op.type, self.p.mesh, *WORDS[op.target]))
         if op.target not in ("sdpa", "sdpa_backward"):
             return range(first, len(self.nbytes))
-        q, k, v, *masks = (self.p.types[r.name] for r in op.refs[op.target == "sdpa_backward" :])
+        backward = op.target == "sdpa_backward"
+        q, k, v, *masks = (self.p.types[r.name] for r in op.refs[backward:])
         heads, shared = q.local(self.p.mesh)[1], k.local(self.p.mesh)[1]
+        summed = 0  # results that are made when the mask is gone
         if heads != shared:
-            for t in (k, v) * ((shared > 1) + (op.target == "sdpa_backward")):  # one head for all is seen as many without a copy
+            for t in (k, v) * ((shared > 1) + backward):  # one head for all is seen as many without a copy
                 self._new("", t.local_bytes(self.p.mesh) // shared * heads)
+            summed = sum(t.local_bytes(self.p.mesh) for t in op.types[1:]) * backward
         if masks and masks[0].dtype == "bool":
-            self._new("", prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype])
+            self._new("", max(0, prod(masks[0].local(self.p.mesh)) * ITEMSIZE[q.dtype] - summed))
         return range(first, len(self.nbytes))
 
     def _new(self, value: str, nbytes: int, host: bool = False) -> None:
@@ -209,6 +214,21 @@ class _Liveness:
             return self.storage[x]
         self._new("", brought * ITEMSIZE[self.p.types[x].dtype])
         return len(self.nbytes) - 1
+
+
+def drawn(t: Type, mesh: Mesh, each: int, beside: int) -> int:
+    """Bytes of a block of random words, as deepseed.ops.rng makes them: of one run of elements counters, words and shifted words; of several short runs words and
+    shifted words; of runs that do not end with a word all of it for every element."""
+    held = [(n, part(n, axis, mesh)) for dim, size in enumerate(t.shape) for n, axis in factors(size, dim, t.layout, mesh)]
+    run = 1
+    while held and held[-1][0] == held[-1][1]:
+        run *= held.pop()[0]
+    runs, words = prod(count for _, count in held), -(-run // each)
+    if runs == 1 or (words >= BLOCK and run % each == 0):
+        return (24 + beside) * min(BLOCK, words)
+    if run % each == 0:
+        return max(16, 8 + beside) * min(BLOCK // words, runs) * words + 8 * words + 16 * runs
+    return 32 * min(max(1, BLOCK // run), runs) * run + 8 * run + 8 * runs
 
 
 def _exchanges(op: Op) -> bool:

@@ -217,6 +217,8 @@ class Placement(Assignment):
     def _sequence(self, axis: str) -> None:
         """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""
         n = self.p.mesh.size(axis)
+        if not self.p.by_role("batch"):  # an update alone: gradients wait whole
+            return
         length = tokens(self.p, whole_axis(axis), self.p.mesh)
         marks = follow(self.p, length)
 

@@ -6,6 +6,7 @@ transformers, plain DDP; where a class of TRL's is extended two lines differ. Th
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ import pytest
 from gloo.launch import PRELOAD
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from deepseed.runtime.executable import Executable
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "from_deepspeed"
 ENGINE = ("cifar", "bert", "raw_loop")
@@ -40,6 +43,7 @@ class Step(NamedTuple):
 class Printed(NamedTuple):
     steps: list[Step]
     lines: list[str]
+    runs: int  # of compiled programs, by the first rank
 
 
 def original(name: str) -> str:
@@ -86,7 +90,7 @@ def start(name: str, ranks: int, arguments: Sequence[object], tmp_path: Path, so
             patch.setenv(key, value)
         elastic_launch(launch, run)(str(script), [str(a) for a in arguments], str(output))
     lines = output.read_text().splitlines()
-    return Printed([Step(int(m[1]), float(m[2]), float(m[3])) for m in map(LINE.fullmatch, lines) if m], lines)
+    return Printed([Step(int(m[1]), float(m[2]), float(m[3])) for m in map(LINE.fullmatch, lines) if m], lines, int(Path(f"{output}.runs").read_text()))
 
 
 def run(script: str, arguments: Sequence[str], output: str) -> None:
@@ -97,10 +101,15 @@ def run(script: str, arguments: Sequence[str], output: str) -> None:
     sys.argv = [script, *arguments]
     first = os.environ["RANK"] == "0"
     sys.stdout = open(output if first else os.devnull, "w")  # noqa: SIM115
-    try:
-        runpy.run_path(script, run_name="__main__")
-    finally:
-        sys.stdout.flush()
+    count, call = itertools.count(), Executable.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Executable, "__call__", lambda self, *args: (next(count), call(self, *args))[1])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            sys.stdout.flush()
+    if first:
+        Path(f"{output}.runs").write_text(str(next(count)))
 
 
 def apart(a: Sequence[Step], b: Sequence[Step]) -> float:

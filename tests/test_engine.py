@@ -111,6 +111,7 @@ def test_zero_grad_forgets_what_waits() -> None:
     engine.zero_grad()
     with pytest.raises(CompileError, match="an update without gradients"):
         engine.step()
+    of(other, parts[0][0])  # a forward alone: the norms have seen as many batches
     passes(engine, parts[1:])
     passes(other, parts[1:])
     assert apart(engine, other) == 0.0
@@ -334,6 +335,18 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     resumed(0, tmp_path)
 
 
+def test_a_step_that_was_begun_when_it_was_saved_begins_anew(tmp_path: Path) -> None:
+    engine, other = begin(config(accumulation=2)), begin(config(accumulation=2))
+    passes(engine, rows(3))
+    engine.save_checkpoint(tmp_path)
+    fresh = begin(config(accumulation=2), Net(1))
+    fresh.load_checkpoint(tmp_path)
+    assert fresh.micro_steps == 2 and fresh.global_steps == 1
+    for each in (fresh, other):
+        passes(each, rows(2) * (each is other) + rows(2, seed=9))
+    assert max(float((p - q).abs().max()) for p, q in zip(fresh.module.parameters(), other.module.parameters(), strict=True)) == 0.0
+
+
 def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = begin(config())
     assert engine.load_checkpoint(tmp_path) == (None, None)
@@ -394,7 +407,8 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases: list[tuple[str, tuple[Any, ...]]] = [
         ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("statistics_of_the_first_rank", (2,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
-        ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("whole_steps", ({"pipeline": {"stages": 2}},)), ("saved_for", (tmp_path / "three",)),
+        ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("whole_steps", ({"pipeline": {"stages": 2}},)),
+        ("tensors_are_split", (1,)), ("sequences_are_split", (3,)), ("saved_for", (tmp_path / "three",)),
     ]  # fmt: skip
     after = [found[-1] for found in ranks(2, on_ranks, cases)]
     alone = begin(config(1, micro=8), Net(1))
@@ -413,7 +427,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 
 @wide
 def test_on_ranks_of_two_axes(tmp_path: Path) -> None:
-    ranks(4, on_ranks, [("whole_steps", ({"pipeline": {"stages": 2}, "tensor_parallel": {"autotp_size": 2}},))])
+    ranks(4, on_ranks, [("whole_steps", ({"pipeline": {"stages": 2}, "tensor_parallel": {"autotp_size": 2}},)), ("tensors_are_split", (2,)), ("sequences_are_split", (3,))])
     ranks(2, on_ranks, [(name, (stage,)) for name in ("trains_as_ddp", "statistics_of_the_first_rank", "an_overflow_on_one_rank", "batches_of_its_own") for stage in range(4)] + [("offloaded", (stage,)) for stage in (1, 3)])
 
 

@@ -89,19 +89,6 @@ def test_sft(tmp_path: Path, ranks: int) -> None:
     assert len(steps) == 20 and steps[-1].loss < steps[0].loss
 
 
-@pytest.mark.parametrize(("name", "ranks", "stage"), [
-    ("lora", 2, 2), *(pytest.param(name, ranks, stage, marks=wide) for name in TRAINER for ranks in (2, 4) for stage in (1, 2, 3) if (name, ranks, stage) != ("lora", 2, 2)),
-])  # fmt: skip
-def test_a_trainers_script_is_the_stock_one(tmp_path: Path, name: str, ranks: int, stage: int) -> None:
-    for package in ("accelerate", {"lora": "peft", "trl_sft": "trl"}.get(name, "accelerate")):
-        pytest.importorskip(package)
-    more = ["--do_train", "--do_eval"] if name == "causal_lm_trainer" else []
-    ours = start(name, ranks, ["--deepspeed", config(tmp_path, "ds_auto", stage=stage), *training(tmp_path / "ours"), *more], tmp_path / "ours")
-    stock = start(name, ranks, [*training(tmp_path / "stock"), *more], tmp_path / "stock", original(name))
-    assert len(ours.steps) == 20 and apart(ours.steps, stock.steps) <= FIVE
-    assert len(ours.lines) == len(stock.lines)
-
-
 # DeepSpeed itself -------------------------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,7 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
         for at in range(0, len(starts), rows):
             block = _mix((offsets[at : at + rows, None] + counters).view(-1).add_(key))
             draw(block.view(torch.int32) if per_word == 2 else block, flat[at * run : at * run + block.numel() * per_word])
+            del block  # before the next one is made
     else:
         within = torch.arange(run, device=out.device)
         rows = max(1, _BLOCK // run)
@@ -107,6 +108,7 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
             g = (starts[at : at + rows, None] + within).view(-1)
             block = _mix((g >> 1).add_(1).mul_(_signed(GOLDEN)).add_(key))
             draw((block >> (g & 1).mul_(32)).to(torch.int32), flat[at * run : at * run + len(g)])
+            del g, block
 
 
 def _fill_run(flat: Tensor, key: int | Tensor, first: int, per_word: int, counters: Tensor, draw: Callable[[Tensor, Tensor], object]) -> None:

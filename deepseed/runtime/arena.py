@@ -43,10 +43,13 @@ class Arena(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count while the body runs. ``host``: which inputs lie on the host."""
         self._live.clear()
         self.now = self.host_now = 0
-        for x, there in zip(inputs, host, strict=True):
-            self._see(x, there, "the inputs of the step")
+        self._given(inputs, host)
         with self:
             yield
+
+    def _given(self, inputs: Sequence[Tensor], host: Sequence[bool]) -> None:
+        for x, there in zip(inputs, host, strict=True):
+            self._see(x, there, "the inputs of the step")
 
     @contextmanager
     def on_host(self) -> Iterator[None]:

@@ -147,6 +147,42 @@ def trains_as_ddp(stage: int) -> None:
     assert (engine.micro_steps, engine.global_steps, engine.global_samples) == (6, 3, 3 * 8 * WORLD)
 
 
+def along_other_axes(stage: int, **axes: Any) -> None:
+    """Ranks of one data-parallel group give the same rows; a sequence is given whole, and cut by the plan."""
+    model = Sequence()
+    theirs = Eager(copy.deepcopy(model), accumulation=2)
+    engine = begin(config(stage, 2, **axes), model)
+    g = torch.Generator().manual_seed(1)
+    parts = [[(torch.randn(4, 6, 8, generator=g).double(), torch.randn(4, 6, 8, generator=g).double()) for _ in range(engine.dp_world_size)] for _ in range(4)]
+    assert engine.dp_world_size == WORLD // 2 and engine.train_batch_size() == 8 * engine.dp_world_size
+    got, want = passes(engine, parts, engine.dp_rank), theirs.passes(parts, engine.dp_rank)
+    assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= 1e-12 and apart(engine, theirs.model) <= 1e-12
+    assert abs((engine.get_global_grad_norm() or 0.0) - theirs.norms[-1]) <= 1e-12
+
+
+def tensors_are_split(stage: int) -> None:
+    along_other_axes(stage, tensor_parallel={"autotp_size": 2})
+
+
+def sequences_are_split(stage: int) -> None:
+    along_other_axes(stage, sequence_parallel_size=2)
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.proj, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(x)))
+        return out
+
+
 def statistics_of_the_first_rank(stage: int) -> None:
     """As under DDP: a batch norm's in an evaluation, and in what is saved, are those of the first rank; in training each goes on with its own."""
     model, parts = Net(), rows(3)
@@ -226,7 +262,7 @@ def resumed(stage: int, folder: Path) -> None:
         return out
 
     go(engine, 0, 6)
-    assert (engine.skipped_steps, engine.cur_scale) == (2, 128)
+    assert (engine.skipped_steps, engine.cur_scale, engine.get_lr()) == (2, 128, [0.0]), "the schedule has stepped once, to its first rate"
     engine.save_checkpoint(folder, client_state={"epoch": 3})
     after = go(engine, 6, 12)
     fresh = begin(found, Net(1).float())
