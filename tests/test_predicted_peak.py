@@ -119,7 +119,7 @@ def test_the_predicted_peak_is_the_counted_one(case: Case) -> None:
 @settings(max_examples=260, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_two_hundred_predicted_peaks_are_the_counted_ones(case: Case) -> None:
-    check(case)  # 221 of the 260 are different ones
+    check(case)
 
 
 EXACT = (  # what is easily left out, each in a step where it is much
