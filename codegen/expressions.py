@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES, step
+from deepseed.ir.kernels import CONTIGUOUS
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 
@@ -66,7 +67,9 @@ class Source:
         return repr(a)
 
     def args(self, op: Op) -> str:
-        return ", ".join([self.arg(a) for a in op.args] + [f"{k}={self.arg(v)}" for k, v in op.kwargs])
+        rows = {op.refs[n] for n in CONTIGUOUS.get(op.target, ()) if n < len(op.refs)}
+        given = [f"{self.arg(a)}.contiguous()" if isinstance(a, Ref) and a in rows else self.arg(a) for a in op.args]
+        return ", ".join(given + [f"{k}={self.arg(v)}" for k, v in op.kwargs])
 
     def given(self, op: Op, keyword: str) -> str | None:
         """A keyword's literal, or this microbatch's of those listed for each; None where the op has no such keyword."""
@@ -88,7 +91,7 @@ class Source:
 
 def expression(out: Source, op: Op) -> str:
     local = [t.local(out.p.mesh) for t in op.types]
-    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand", "transfer"):
+    if all(0 in shape for shape in local) and not op.target.endswith(".start") and op.target not in ("wait", "shard", "summand", "share", "transfer"):
         empty = [f"torch.empty({listed(shape)}, dtype={DTYPES[t.dtype]}, device={_device(op)})" for shape, t in zip(local, op.types, strict=True)]
         return ", ".join(empty)  # kernels differ in whether they accept a shard without elements
     if op.target in OWN:
@@ -264,6 +267,7 @@ OWN: dict[str, Expression] = {
     "permute": _permute,
     "expand": _expand,
     "cast": _cast,
+    "share": lambda out, op: f"rt.share({_x(out, op)}, {op.kw('axis')!r})",
     "full": _full,
     "iota": _iota,
     "slice": _slice,

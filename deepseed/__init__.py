@@ -12,20 +12,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseed import accelerator as accelerator
+    from deepseed import checkpointing as checkpointing
+    from deepseed import comm as comm
+    from deepseed import utils as utils
+    from deepseed import zero as zero
+    from deepseed.accelerator import get_accelerator as get_accelerator
     from deepseed.api import compile as compile
     from deepseed.bucket import Bucket as Bucket
     from deepseed.capture.gradients import LossScale as LossScale
+    from deepseed.engine import Engine as Engine
+    from deepseed.engine import add_config_arguments as add_config_arguments
+    from deepseed.engine import init_distributed as init_distributed
+    from deepseed.engine import initialize as initialize
     from deepseed.lion import Lion as Lion
+    from deepseed.muon import Muon as Muon
     from deepseed.on_meta import meta as meta
     from deepseed.plan import parse_plan as parse_plan
 
 __version__ = "0.1.0"
 _WHERE = {
-    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
+    "get_accelerator": "deepseed.accelerator", "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
+    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
 }  # fmt: skip
+_MODULES = ("accelerator", "checkpointing", "comm", "utils", "zero")  # DeepSpeed's, as attributes
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return import_module(f"deepseed.{name}")
     raise AttributeError(f"module 'deepseed' has no attribute {name!r}")

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from deepseed.bucket import Bucket
-from deepseed.build import CompileError
 from deepseed.capture.batch import given, tensors
-from deepseed.capture.gradients import SCALE, SKIPPED, LossScale
-from deepseed.capture.options import Optimizers, listed
+from deepseed.capture.gradients import LossScale
+from deepseed.capture.options import Optimizers
 from deepseed.compiled import MOST_PROGRAMS, Compiled, together
-from deepseed.differentiable import Drop, Pass, apply, check_rows
+from deepseed.differentiable import Drop, Pass, Pend, apply
 from deepseed.programs import Found, LossFn
+from deepseed.ragged import cut_back
+from deepseed.updating import Updating
 
 
 def compile(
@@ -77,7 +78,7 @@ def compile(
     return compiled
 
 
-class TrainStep(Compiled):
+class TrainStep(Updating):
     """``loss = step(batch)``: forward, backward, clipping and update, as one compiled program on every rank."""
 
     @together
@@ -85,8 +86,7 @@ class TrainStep(Compiled):
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
         self._shown = self._run(self._find(batch, "step"))
         self.steps += 1
-        for optimizer in listed(self.optimizer):
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look whether the optimizer stepped
+        self._stepped()
         return self._shown["loss", "loss"]
 
     @together
@@ -95,57 +95,39 @@ class TrainStep(Compiled):
         self._find(example_batch, "step")
         return self
 
-    @property
-    def grad_norm(self) -> Tensor:
-        """The global gradient norm of the latest step, before clipping; needs ``clip_grad_norm``."""
-        if ("norm", "grad_norm") not in self._shown:
-            raise CompileError("the gradient norm is computed only where it is needed\n  fix: compile(..., clip_grad_norm=...); float('inf') clips nothing")
-        return self._shown["norm", "grad_norm"]
+    @together
+    def loss(self, batch: Any) -> Tensor:
+        """The global mean loss of a batch, in the modes that the model is in; no gradient is computed. Draws are those of the next step."""
+        return self._run(self._find(batch, "loss"))["loss", "loss"]
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
         return self._gradients(self._shown)
 
-    @property
-    def loss_scale(self) -> float:
-        """By what the next step multiplies the loss: 1.0 without loss scaling."""
-        return self._scaling(SCALE, 1.0 if self._scale is None else self._scale.initial)
-
-    @property
-    def skipped(self) -> int:
-        """How many steps changed nothing so far, because a gradient was not finite."""
-        return int(self._scaling(SKIPPED, 0.0))
-
-    def _scaling(self, key: str, start: float) -> float:
-        """What the latest step left; before a first step what is stored, and then every rank must ask."""
-        if ("norm", key) in self._shown:
-            return float(self._shown["norm", key])
-        stored = self.states and ("state", key) in self.states[0].types
-        return float(self._whole(("state", key))) if stored else start
-
 
 class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state_dict are of whole tensors
     """A compiled model without an optimizer: called as the model is, and ``loss.backward()`` goes through it. See docs/module.md."""
 
+    whole = False
+    _pend: Pend | None = None
+
     def __init__(self, model: Any, plan: str, **options: Any) -> None:
         super().__init__(model, plan, **options)
         self._be(self.model)
-        if self.plan.stage in (1, 2) and self.host.first and not self._quiet:
+        if self.optimizer is None and self.plan.stage in (1, 2) and self.host.first and not self._quiet:
             print(f"deepseed: zero{self.plan.stage} shares nothing without optimizer=: the update is the user's own optimizer's; zero3 shares parameters, and with them its state", file=sys.stderr)
 
     @together
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output in its own form: whole, or with ``batch="local"`` this rank's rows. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
-        found, towards = self._search(batch := given(args, kwargs))
-        captured, local = found.built.captured, self.programs.subject.local and self.mesh.sizes.get("dp", 1) > 1
-        if local:
-            check_rows(batch, found, self.mesh.sizes["dp"])
+        """The model's output in its own form: whole, or with ``batch="local"`` that of this rank's rows. With grad enabled, and a parameter or an argument that requires grad, it can be differentiated."""
+        found, towards = self._search(given(args, kwargs))
+        captured = found.built.captured
         if captured.differentiable:
-            shown = apply(Pass(self.host, self.states, self.model, found.built, local), lambda: self._given(found), lambda: self._settle(found.built), towards)
+            shown = apply(Pass(self.host, self.states, self.model, found.built, self._pend), lambda: self._given(found), lambda: self._settle(found.built), towards)
         else:
-            shown = {key: t for (role, key), t in self._run(found, local).items() if role == "output"}
+            shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
         self.steps += 1
-        return captured.rebuild_output(shown)
+        return captured.rebuild_output(cut_back(shown, found.became) if found.became else shown)
 
     def _search(self, batch: Any) -> tuple[Found, dict[str, Tensor]]:
         """The program of a call, and the arguments towards which it is differentiated."""

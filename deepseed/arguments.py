@@ -13,8 +13,8 @@ from deepseed.build import CompileError
 from deepseed.capture.gradients import LossScale
 
 
-def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, loss_scale: Any, batch: Any, max_programs: Any, pads: Sequence[Any]) -> None:
-    """Raises CompileError."""
+def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, loss_scale: Any, batch: Any, max_programs: Any, pads: Sequence[Any], whole: bool) -> None:
+    """``whole``: a step is run as a whole. Raises CompileError."""
     if not isinstance(plan, str):
         raise CompileError(f'plan={plan!r} is a {type(plan).__name__}\n  fix: a string such as "zero3+tp2"')
     if not isinstance(model, nn.Module | torch.export.ExportedProgram):
@@ -37,8 +37,10 @@ def check_arguments(model: Any, plan: Any, optimizer: Any, clip_grad_norm: Any, 
         raise CompileError(f"max_programs={max_programs!r}\n  fix: a whole number of programs to keep, at least 1")
     if not all(isinstance(each, Bucket) for each in pads):
         raise CompileError(f"buckets={pads!r}\n  fix: a deepseed.Bucket, or several")
-    if pads and batch == "local":
-        raise CompileError('buckets need batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
+    if pads and batch == "local" and whole:
+        raise CompileError('a step with buckets needs batch="global": ranks that pad their own rows would have to agree on lengths\n  fix: pad in the collate_fn, or batch="global"')
+    if len(pads) > 1 and batch == "local":
+        raise CompileError(f'{len(pads)} buckets for batch="local": ranks agree on their lengths entry by entry\n  fix: one Bucket with all fill values')
 
 
 def _several(given: object) -> bool:

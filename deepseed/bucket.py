@@ -82,7 +82,7 @@ class Bucket:
                 f"batch entry {odd[0]!r} {list(given[odd[0]].shape)} has the length {now} in dimension {common}, as {next(iter(lengths))!r} has, and no fill value\n"
                 f"  fix: Bucket(fill={{..., {odd[0]!r}: value}}), or None to leave it as it is"
             )
-        return {k: _padded(t, dims[k], want, self.fill[k]) if k in lengths else t for k, t in given.items()}
+        return {k: lengthened(t, dims[k], want, self.fill[k]) if k in lengths else t for k, t in given.items()}
 
 
 def padded(batch: Any, buckets: Sequence[Bucket]) -> Any:
@@ -144,7 +144,8 @@ def _inputs(e: Executable, constants: Mapping[str, Tensor], state: State, batch:
     return out
 
 
-def _padded(t: Tensor, dim: int, length: int, fill: bool | int | float | None) -> Tensor:
+def lengthened(t: Tensor, dim: int, length: int, fill: bool | int | float | None) -> Tensor:
+    """``t`` with ``fill`` at the end of a dimension."""
     assert fill is not None
     more = [*t.shape]
     more[dim] = length - t.shape[dim]

@@ -18,13 +18,14 @@ from deepseed.codegen.python import generate
 from deepseed.idle import idle_share
 from deepseed.ir.amounts import format_bytes
 from deepseed.ir.contract import Pass
-from deepseed.ir.layout import Layout, Split
+from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
-from deepseed.meshes import data_ranks, microbatches, program_mesh, rows_of, rows_of_a_rank
+from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
+from deepseed.own_rows import with_own_rows
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan
 from deepseed.rules.lanes import STORED, home
@@ -64,21 +65,12 @@ class Built:
         return tuple(name for p in self.passes for name in p.unproved)
 
 
-    def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED, local: bool = False) -> dict[tuple[str, str], Tensor]:
-        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them.
-        ``local``: what is split by rows over dp stays so."""
+    def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED, wanted: Collection[str] = RETURNED) -> dict[tuple[str, str], Tensor]:
+        """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them; ``wanted``: of these."""
         p, parts = self.program, self.parts(results, roles)
         return {
-            (o.role, o.key): host.whole(
-                [r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name), "dp" if local and self.by_rows(o.ref.name) else ""
-            )
-            for o in p.outputs if o.role in roles
-        }  # fmt: skip
-
-    def by_rows(self, value: str) -> bool:
-        """Whether each data-parallel rank has its own rows of a value."""
-        element = self.program.types[value].layout.on("dp")
-        return isinstance(element, Split) and element.dim == 0
+            (o.role, o.key): host.whole([r.get((o.role, o.key)) for r in parts], p.types[o.ref.name], home(p, o.ref.name)) for o in p.outputs if o.role in roles and o.role in wanted
+        }
 
     def parts(self, results: Sequence[Sequence[Tensor]], roles: Collection[str]) -> list[dict[tuple[str, str], Tensor]]:
         """The same as each executable returned it."""
@@ -88,14 +80,14 @@ class Built:
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, wide: bool = False, quiet: bool = False
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False
 ) -> Built:
-    """Run the pipeline. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
-    captured = replace(captured, program=prepared(captured.program, plan, host.mesh))
+    captured = replace(captured, program=prepared(captured.program, plan, host.mesh, own))
     host.agree([("plan", str(plan))])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
@@ -131,9 +123,10 @@ def build(
     return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
 
 
-def prepared(p: Program, plan: Plan, ranks: Mesh) -> Program:
-    """The captured program that a plan means: under ``bn(local)`` another one."""
-    return with_local_norms(p, data_ranks(ranks), microbatches(p, plan, ranks)) if plan.bn == "local" else p
+def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
+    """The captured program that a plan means: under ``bn(local)`` another one, and with ``own`` rows of each data-parallel rank."""
+    p = with_own_rows(p, ranks) if own else p
+    return with_local_norms(p, row_ranks(p, ranks), microbatches(p, plan, ranks)) if plan.bn == "local" else p
 
 
 def run_passes(

@@ -38,9 +38,9 @@ WEIGHTS = "safetensors"  # the format of what save_pretrained writes
 EXTRA = "extra"
 
 
-def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None:
+def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None, frozen: bool = True) -> None:
     host, target = step.host, Path(os.path.realpath(dir))
-    host.agree([("the folder to save to", str(target))])
+    host.agree([("the folder to save to", str(target)), ("frozen=", frozen)])
     if step._resume:
         raise CheckpointError(
             f"{'parameters and' if step._resume[0].model else 'the'} optimizer state of {step._resume[0].folder} {'are' if step._resume[0].model else 'is'} read with the first batch; until then there is nothing more to save than that checkpoint has\n"
@@ -50,7 +50,9 @@ def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None
     everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
-    entries, tied = _entries(step), {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items()}
+    left = [] if frozen else [name for name, p in step.model.named_parameters() if not p.requires_grad]
+    entries = {name: e for name, e in _entries(step).items() if name.removeprefix("model.") not in left}
+    tied = {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items() if name not in left}
     hosted = [step.mesh.rank(c) for c in host.coordinates]
     folder = Path(everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
     try:
@@ -65,7 +67,7 @@ def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None) -> None
             paths = {name: tuple(name.split(".", 1)) for name in [*entries, *tied, *texts]}
             write_metadata(folder, entries, texts, step.mesh, [r for results, _ in written for r in results], tied, paths)
             files = {name: d for _, digests in written for name, d in digests.items()}
-            publish(folder, target, {**_manifest(step, entries, tied, texts), "files": {**files, ".metadata": digest(folder / ".metadata")}})
+            publish(folder, target, {**_manifest(step, entries, tied, texts), **({"frozen": left} if left else {}), "files": {**files, ".metadata": digest(folder / ".metadata")}})
 
         written = everywhere(host, f"saving to {target}", mine)
         everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
@@ -171,8 +173,10 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
             reads.model(tensors)
         if compare:
             check_optimizers(optimizers, step.model, saved)
-            if step.states:
+            if step.states and not step.waits_for_state():
                 reads.slots()
+            else:
+                reads.own()
         texts = read(folder, reads.wants, step.mesh, manifest["texts"])
         return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
 
@@ -189,10 +193,11 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
             for role, key in state.tensors:
                 if role == "state" and key not in saved.slots:  # not trained yet when it was saved
                     state.tensors[role, key].fill_(step._fills[key])
-    now = [] if step.states else [Resume(folder, checksum(manifest), saved, cast, compare and bool(saved.slots), waits)]
+    now = [] if step.states and not step.waits_for_state() else [Resume(folder, checksum(manifest), saved, cast, compare and bool(saved.slots), waits)]
     earlier = [replace(r, slots=r.slots and not compare, model={}) for r in step._resume]
     step._resume = [r for r in (*earlier, *now) if r.slots or r.model]
     reads.commit()
+    step._shown = {("norm", key): t for key, t in reads.shown.items()}
     if step.states:
         host.settle(step.model, step.states)
     return extra
@@ -202,10 +207,14 @@ def resume(step: Compiled) -> None:
     """Read what waits, now that a program says which part of it each rank holds."""
     while step._resume:
         waiting = step._resume[0]
+        later = waiting.slots and step.waits_for_state()  # an update that is compiled when the first gradients are there
+        if later and not waiting.model:
+            return
+        waiting = replace(waiting, slots=waiting.slots and not later)
         staged: list[_Reads] = []
         everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(_resumed(step, waiting)))  # noqa: B023
         staged[0].commit()
-        step._resume = step._resume[1:]
+        step._resume = [*([replace(step._resume[0], model={})] if later else []), *step._resume[1:]]
         if waiting.model:
             step.host.settle(step.model, step.states)
 
@@ -230,6 +239,7 @@ class _Reads:
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
         self.wants: list[Want] = []
+        self.shown: dict[str, Tensor] = {}  # of no parameter, and asked for before any rank stores it: the loss scale
 
     def model(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         """Parameters and buffers: the ranks' parts, or the module's own where no program has them yet."""
@@ -251,6 +261,13 @@ class _Reads:
             if not self._parts(("state", key), f"optimizer.{key}"):
                 self.rest[key] = torch.empty(shape, dtype=dtype)
                 self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.rest[key]))
+
+    def own(self) -> None:
+        """State of no parameter, whole, while there is no program yet that has it."""
+        for key, (shape, dtype) in self.saved.slots.items():
+            if "/" not in key:
+                self.shown[key] = torch.empty(shape, dtype=dtype)
+                self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.shown[key]))
 
     def commit(self) -> None:
         with torch.no_grad():

@@ -283,30 +283,22 @@ def config_check(
     world_size: RanksOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what becomes of each key of a DeepSpeed config, and the plan that equals it. Exit code 1 where a key is rejected."""
+    """Say what becomes of each key of a DeepSpeed config, and the plan that equals it. Exit code 1 where a key is rejected, 2 where the file cannot be read."""
     from dataclasses import asdict
 
-    from deepseed.config import ConfigError, read, settings, verdicts
+    from deepseed.config.checked import checked
 
-    found = read(file)
-    rows = verdicts(found)
-    plan, error = None, None
-    try:
-        plan = settings(found, world_size).plan
-    except ConfigError as said:
-        error = str(said)
+    found = checked(file, world_size)
     if as_json:
-        typer.echo(json.dumps({"keys": [asdict(row) for row in rows], "plan": plan, "error": error}, indent=1))
+        typer.echo(json.dumps({key: value for key, value in asdict(found).items() if key != "read"}, indent=1))
     else:
-        wide = max((len(row.key) for row in rows), default=0)
-        typer.echo("\n".join(f"{row.key:{wide}}  {row.verdict:9}  {row.note}".rstrip() for row in rows))
-        typer.echo(f"\nplan: {plan}\nnext: deepseed explain TARGET --plan '{plan}'" if plan is not None else f"\nno plan: {error}")
-    raise typer.Exit(0 if plan is not None else 1)
+        typer.echo(found if found.read else f"deepseed: {found.error}", err=not found.read)
+    raise typer.Exit(0 if found.plan is not None else 1 if found.read else 2)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 def run(context: typer.Context) -> None:
-    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed [flags] SCRIPT.py, without --local_rank among its arguments."""
+    """Start a script on several ranks: deepseed run --num_gpus 2 SCRIPT.py. As deepseed SCRIPT.py, without --local_rank among its arguments."""
     from deepseed.launcher import main as launch
 
     raise typer.Exit(launch(["--no_local_rank", *context.args]))

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +23,39 @@ from deepseed.build import Built, CompileError
 from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers, listed
 from deepseed.capture.state import STARTED
-from deepseed.capture.step import Want
 from deepseed.differentiable import leave
 from deepseed.explain import Explanation, explain
 from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import Program
+from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.ops import torch_dtype
+from deepseed.own_buffers import looked_at, written
+from deepseed.own_rows import AXIS
 from deepseed.ownership import Places
 from deepseed.pipeline import Passed
 from deepseed.places import device_of, place
 from deepseed.precision import precision
-from deepseed.programs import Found, LossFn, Programs, Subject
+from deepseed.programs import Found, LossFn, Programs, Subject, Wanted
 from deepseed.runtime.arena import accounts
 from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
+APART = 0x9E3779B1  # between the seeds of data-parallel ranks that have rows of their own
+ALIVE: WeakSet[Compiled] = WeakSet()  # looked through by ``compiled_with``, and by nothing else
 MOST_PROGRAMS = 16  # compiled programs that one model keeps by default
 Self = TypeVar("Self", bound="Compiled")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Incompatible(NamedTuple):
+    """As ``nn.Module.load_state_dict`` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
@@ -60,6 +71,8 @@ def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 
 class Compiled:
     """What train step and module share: the plan on its ranks, the state, and the programs by batch."""
+
+    whole = True  # a step is run as a whole, not called in halves by the user
 
     def __init__(
         self,
@@ -84,7 +97,7 @@ class Compiled:
         quiet: bool = False,
     ) -> None:
         pads = (buckets,) if isinstance(buckets, Bucket) else tuple(buckets)
-        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads)
+        check_arguments(model, plan, optimizer, clip_grad_norm, loss_scale, batch, max_programs, pads, self.whole)
         self.model: nn.Module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.optimizer, self.clip_grad_norm, self.seed = optimizer, clip_grad_norm, seed
         self._widen, self._quiet = widen, quiet
@@ -109,6 +122,9 @@ class Compiled:
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
+        self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
+        ALIVE.add(self)
 
     # what it did ----------------------------------------------------------------------------------------------------
 
@@ -149,16 +165,18 @@ class Compiled:
     # state ----------------------------------------------------------------------------------------------------------
 
     @together
-    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+    def state_dict(self, full: bool = True, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """Parameters and buffers in the model's own names, tied names included: whole tensors, or (``full=False``) as they lie:
-        DTensors under a process group. Every rank must call it."""
-        if not full or not self.states:
-            return dict(self.model.state_dict())
-        self._written()
-        captured = self.programs.current().captured
-        own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
-        alias = captured.aliases
-        return {name: own.get(alias.get(name, name), t) for name, t in self.model.state_dict(keep_vars=True).items()}
+        DTensors under a process group. ``destination`` and ``prefix`` as a module around this one gives them. Every rank must call it."""
+        found = dict(self.model.state_dict(keep_vars=True))
+        if full and self.states:
+            self._written()
+            own = {key: self._whole((role, key)) for role, key in self.states[0].types if role in ("param", "buffer")}
+            alias = self.programs.current().captured.aliases
+            found = {name: own.get(alias.get(name, name), t) for name, t in found.items()}
+        out = destination if destination is not None else {}
+        out.update({prefix + name: t.detach() if isinstance(t, Tensor) and not keep_vars else t for name, t in found.items()})
+        return out
 
     @together
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -167,15 +185,27 @@ class Compiled:
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @together
-    def save(self, dir: str | os.PathLike[str], *, extra: Any = None) -> None:
+    def whole_parameter(self, name: str) -> Tensor:
+        """A stored parameter, whole. Every rank must call it."""
+        self._written()
+        return self._whole(("param", name))
+
+    @together
+    def whole_state(self, slot: str, name: str) -> Tensor | None:
+        """A parameter's optimizer state, whole; None where none is stored. Every rank must call it."""
+        key = ("state", f"{slot}/{name}")
+        return self._whole(key) if self.states and key in self.states[0].types else None
+
+    @together
+    def save(self, dir: str | os.PathLike[str], *, extra: Any = None, frozen: bool = True) -> None:
         """Write a checkpoint into the folder ``dir``, or in the place of the one that is there: that one stays until this is whole.
 
         Parameters, buffers, optimizer state and options, step count and seed; and ``extra``, plain data of the user's own (rank 0's is
-        kept). Every rank writes its own part and must call it, with one folder that all of them see. Any plan loads it. Raises
-        CheckpointError on every rank where one fails; training can go on.
+        kept). frozen: False leaves out parameters that are not trained, which a model that is loaded into then has already. Every rank writes its own part
+        and must call it, with one folder that all of them see. Any plan loads it. Raises CheckpointError on every rank where one fails; training can go on.
         """
         self._written()
-        checkpoint.save(self, dir, extra)
+        checkpoint.save(self, dir, extra, frozen)
 
     @together
     def save_pretrained(self, dir: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -197,10 +227,14 @@ class Compiled:
         return checkpoint.load(self, dir, optimizer, cast)
 
     @together
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Write whole tensors by the model's own names, the same on every rank, into parameters and buffers, whatever the plan; their
-        dtypes are cast. Raises CheckpointError naming what is missing, unexpected or of another shape."""
-        load_whole(self.model, self.host, self.states, state_dict)
+        dtypes are cast. Raises CheckpointError naming what is missing or unexpected, unless ``strict=False`` returns it, or of another shape."""
+        return Incompatible(*load_whole(self.model, self.host, self.states, state_dict, strict))
+
+    def waits_for_state(self) -> bool:
+        """Whether the program that has the optimizer's state is still to be compiled."""
+        return False
 
     def _gradients(self, shown: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
         """Of what a run returned the gradients, as wide as their parameters."""
@@ -260,7 +294,7 @@ class Compiled:
 
     # programs -------------------------------------------------------------------------------------------------------
 
-    def _find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
+    def _find(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Found:
         """The program for this batch, compiled if there is none yet, with its state stored."""
         if any(map(torch.is_autocast_enabled, {"cpu", self.host.device.type})):
             raise CompileError(
@@ -279,6 +313,13 @@ class Compiled:
         """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
         if self.states and self.optimizer is None:
             self._ready()
+        self._firsts(self._apart)
+
+    def _firsts(self, looked: Collection[str]) -> None:
+        """Buffers that somebody looks at become those of the first data-parallel rank."""
+        if self._apart.intersection(looked):
+            self.host.of_first(self.states, [("buffer", key) for key in sorted(self._apart)], AXIS)
+            self._apart = frozenset()
 
     def _ready(self) -> None:
         """Before a run: what was written into the module, or put in a tensor's place, goes to the ranks."""
@@ -287,38 +328,47 @@ class Compiled:
         self._places.take_over(self.model, self.host, self.states)
         self.host.begin(self.model, self.states)
 
-    def _run(self, found: Found, local: bool = False) -> dict[tuple[str, str], Tensor]:
-        """One step; the returned outputs whole, by role and key. ``local``: what is split by rows over dp stays so."""
+    def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
+        """One step; the returned outputs whole, by role and key."""
         results = self.host.run(found.built.executables, self._given(found))
         self._settle(found.built)
-        return found.built.returned(self.host, results, local=local)
+        return found.built.returned(self.host, results)
 
-    def _given(self, found: Found) -> list[list[Tensor]]:
-        """What each hosted rank's executable is called with, tangents aside."""
+    def _given(self, found: Found, pending: Sequence[Mapping[str, Tensor]] = ()) -> list[list[Tensor]]:
+        """What each hosted rank's executable is called with, tangents aside. ``pending``: each rank's part of the gradients that an update takes."""
         built = found.built
         if not built.adopted:
             self._adopt(built)
         checkpoint.resume(self)  # where it failed before
+        if self._apart:
+            if built.digest not in self._looked:
+                self._looked[built.digest] = looked_at(built.captured.program, OWN_ROWS in built.program.facts)
+            self._firsts(self._looked[built.digest])
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
         others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
-        others["rng", "rng"] = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+        part = self.host.coordinates[0].get("dp", 0) if OWN_ROWS in built.program.facts else 0  # whose draws are its own, as its rows are
+        others["rng", "rng"] = torch.tensor([self.seed + part * APART, self.steps], dtype=torch.int64)
         self._ready()
         check_disks(self.states, self.model)
-        return [self._inputs(e, state, others, found.local) for e, state in zip(built.executables, self.states, strict=True)]
+        each = [{("pending", k): t for k, t in mine.items()} for mine in pending] or [{} for _ in self.states]
+        return [self._inputs(e, state, others, mine, found.local) for e, state, mine in zip(built.executables, self.states, each, strict=True)]
 
     def _settle(self, built: Built) -> None:
         """After a run: what it has written is shown in the module."""
+        self._apart |= written(built.program)
         self.host.settle(self.model, self.states, [(o.role, o.key) for o in built.program.outputs if o.role in ("param", "buffer")])
         seal_disks(self.states, self.model)
         for write in built.captured.reads.writes:
             write.apply()
 
-    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
+    def _inputs(self, e: Executable, state: State, others: Mapping[tuple[str, str], Tensor], mine: Mapping[tuple[str, str], Tensor], local: bool) -> list[Tensor]:
         out = []
         for i in (i for i in e.inputs if i.role != "tangent"):
             if (stored := state.stored(i)) is not None:
                 out.append(stored)
+            elif (i.role, i.key) in mine:
+                out.append(mine[i.role, i.key])
             else:
                 x = others[i.role, i.key]
                 type_ = i.type.laid(i.type.layout.with_(TIME, None))  # the source cuts its rows into microbatches
@@ -327,3 +377,12 @@ class Compiled:
                 part = part.clone() if self.host.arenas and part.nbytes < part.untyped_storage().nbytes() else part  # storages are counted, whole ones
                 out.append(part if i.type.host else part.to(self.host.device))
         return out
+
+
+def compiled_with(parameter: Tensor) -> tuple[Compiled, str] | None:
+    """The compiled model whose ranks store this parameter, and its name there; None before the first batch."""
+    for each in list(ALIVE):
+        for name, p in each.model.named_parameters():
+            if p is parameter and each.states and ("param", name) in each.states[0].types:
+                return each, name
+    return None

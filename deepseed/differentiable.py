@@ -19,17 +19,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deepseed.build import RETURNED, Built, CompileError
-from deepseed.capture.batch import tensors
-from deepseed.ir.layout import Layout, Partial
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import GRADIENTS, Type
-from deepseed.programs import Found
+from deepseed.ir.program import GRADIENTS
 from deepseed.rules.lanes import home
 from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State, shard
 
+Pend = Callable[[Sequence[str], Sequence[Mapping[str, Tensor]]], None]  # parameters; their gradients by hosted rank, where it has a part
 EARLY = tuple(role for role in RETURNED if role not in GRADIENTS)
 
 
@@ -39,6 +37,7 @@ class Drop(nn.Module):
     model: nn.Module
     host: Host
     states: list[State]
+    _refuses = True  # parameters() where an optimizer over them would be lost
 
     def _be(self, model: nn.Module) -> None:
         mode = model.training
@@ -49,7 +48,7 @@ class Drop(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's. Raises CompileError where they are not yet what they will be: under a process group, before the first program."""
-        if not self.states and self.host.backend != "simulate":
+        if self._refuses and not self.states and self.host.backend != "simulate":
             raise CompileError(
                 "parameters() before anything is compiled: each rank will hold its part of them, which is not cut yet\n"
                 "  fix: compile(..., example_batch=batch), or call the module once; then make the optimizer"
@@ -83,46 +82,34 @@ class Pass:
     states: Sequence[State]
     model: nn.Module
     built: Built
-    local: bool  # each data-parallel rank has its own rows, and its own loss: the objective is their mean, as under DistributedDataParallel
+    pend: Pend | None = None  # takes the gradients that wait for an update of their own
 
     def __post_init__(self) -> None:
         self.halves = [e.halves() for e in self.built.executables]
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.versions = {name: _version(p) for name, p in self.parameters.items()}
         self.done = False
-        self.ranks = self.host.mesh.sizes.get("dp", 1) if self.local else 1
         self.values = {(o.role, o.key): o.ref.name for o in self.built.program.outputs}
 
     def forward(self, given: Sequence[list[Tensor]]) -> dict[str, Tensor]:
         """The model's outputs by key: whole, or this rank's rows."""
         results = self.host.run([h.forward for h in self.halves], given)
-        return {key: t for (role, key), t in self.built.returned(self.host, results, EARLY, self.local).items() if role == "output"}
+        return {key: t for (role, key), t in self.built.returned(self.host, results, EARLY).items() if role == "output"}
 
     def backward(self, tangents: Mapping[str, Tensor], towards: Sequence[str]) -> list[Tensor | None]:
         """Gradients of the parameters that require grad, then of the batch entries ``towards``. Raises RuntimeError."""
         self._check()
         with self.host.together():
-            tangents = {key: self._of_the_mean(key, t.detach()) for key, t in tangents.items() if key in self.built.captured.differentiable}
+            tangents = {key: t.detach() for key, t in tangents.items() if key in self.built.captured.differentiable}
             given = [self._tangents(e, state, tangents) for e, state in zip(self.built.executables, self.states, strict=True)]
             results = self.host.run([h.backward for h in self.halves], given)
             parts = self.built.parts(results, GRADIENTS)
+            if self.pend is not None:
+                waiting = [o.key for o in self.built.program.outputs if o.role == "pending"]
+                self.pend(waiting, [{key: t for (role, key), t in part.items() if role == "pending"} for part in parts])
             found = [self._gradient(name, parts) if ("grad", name) in self.values else None for name in self.parameters]
-            batch = self.built.returned(self.host, results, GRADIENTS, self.local) if towards else {}
-            return [*found, *(self._of_the_own_loss(key, batch) for key in towards)]
-
-    def _of_the_mean(self, key: str, t: Tensor) -> Tensor:
-        """The tangent for the mean of the ranks' losses, whole, from that for this rank's own."""
-        if self.ranks == 1:
-            return t
-        value = self.values["output", key]
-        type_ = self.built.program.types[value]
-        element = type_.layout.on("dp") if self.built.by_rows(value) else Partial("sum")
-        return self.host.whole([t.contiguous() / self.ranks], Type(type_.dtype, type_.shape, Layout.of(dp=element)))
-
-    def _of_the_own_loss(self, key: str, batch: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
-        """The gradient towards this rank's own rows: of its own loss, not of the mean."""
-        g = batch.get(("batch_grad", key))
-        return g * self.ranks if g is not None and self.ranks > 1 and self.built.by_rows(self.values["batch_grad", key]) else g
+            batch = self.built.returned(self.host, results, GRADIENTS, ("batch_grad",)) if towards else {}
+            return [*found, *(batch.get(("batch_grad", key)) for key in towards)]
 
     def _check(self) -> None:
         if self.done:
@@ -191,14 +178,6 @@ class _Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, None, *ctx.run(tangents))
-
-
-def check_rows(batch: Any, found: Found, ranks: int) -> None:
-    """Ranks that give their own rows, and get their own rows of the outputs, have equally many. Raises CompileError."""
-    for key, t in tensors(batch).items():
-        rows = found.batch[key].shape[0] if t.dim() else 0
-        if not found.local and t.dim() and rows not in (t.shape[0], t.shape[0] * ranks):
-            raise CompileError(f'batch="local": {key!r} has {t.shape[0]} rows here and {rows} on all {ranks} data-parallel ranks, which must have equally many\n  fix: drop_last=True, or a loss inside of compile')
 
 
 def leave(before: Mapping[str, nn.Parameter], model: nn.Module) -> None:

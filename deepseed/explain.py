@@ -30,7 +30,7 @@ from deepseed.speed import Machine
 from deepseed.timing import Timing, timing
 from deepseed.unroll import unroll
 
-MOVES = ("reshard", "shard", "summand", "wait", "accumulate", "collect", TRANSFER)  # and *.start
+MOVES = ("reshard", "shard", "summand", "share", "wait", "accumulate", "collect", TRANSFER)  # and *.start
 CARRIERS = ("cast", "permute", "reshape", "expand", "slice", *MOVES)  # what leads from a weight to the op that uses it
 
 

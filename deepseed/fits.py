@@ -30,6 +30,7 @@ class Saved:
     slots: Mapping[str, Meta]
     tied: Mapping[str, str]
     optimizers: Sequence[Mapping[str, Any]]
+    frozen: frozenset[str] = frozenset()  # parameters that were left out, because they were not trained
 
     @staticmethod
     def of(folder: Path, manifest: Mapping[str, Any]) -> Saved:
@@ -40,7 +41,7 @@ class Saved:
             found[kind][key] = (tuple(int(n) for n in sizes.split(",") if n), getattr(torch, dtype))
         tied = {alias.removeprefix("model."): name.removeprefix("model.") for alias, name in manifest["tied"].items()}
         found["model"] |= {alias: found["model"][name] for alias, name in tied.items()}
-        return Saved(folder, found["model"], found["optimizer"], tied, manifest["optimizers"])
+        return Saved(folder, found["model"], found["optimizer"], tied, manifest["optimizers"], frozenset(manifest.get("frozen", ())))
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, cast: bool) -> None:
         """Whether the tensor ``name`` (``model.…``, ``optimizer.…``) can be read as this shape and dtype."""
@@ -84,6 +85,9 @@ def check_model(model: nn.Module, saved: Saved) -> dict[tuple[str, str], Tensor]
     tied = tied_names(model)
     names = {name: tuple(t.shape) for (_, name), t in mine.items()}
     names |= {alias: names[name] for alias, name in tied.items()}
+    left = {name for name in names if name in saved.frozen or tied.get(name) in saved.frozen}
+    mine = {key: t for key, t in mine.items() if key[1] not in left}
+    names = {name: shape for name, shape in names.items() if name not in left}
     differences(f"{saved.folder} is a checkpoint of another model", names, {name: shape for name, (shape, _) in saved.model.items()}, "in the checkpoint")
     for alias, name in tied.items():
         if saved.tied.get(alias, alias) != saved.tied.get(name, name):

@@ -67,10 +67,10 @@ def follow(
             value = optimizer.state.get(parameter, {}).get(slot)
             if value is not None:
                 loaded.add(key.partition("/")[2])
-                _write(states, (role, key), torch.as_tensor(value))
+                write(states, (role, key), torch.as_tensor(value))
         for name in loaded:
             if ("state", f"{STARTED}/{name}") in states[0].types:
-                _write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
+                write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
         hide(optimizer)
 
     optimizer.register_state_dict_pre_hook(show)
@@ -78,7 +78,8 @@ def follow(
     optimizer.register_load_state_dict_post_hook(load)
 
 
-def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
+def write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
+    """Each hosted rank's part of a whole tensor, in place."""
     for state in (s for s in states if key in s.tensors):
         state.tensors[key].copy_(shard(full.to(state.device), state.types[key], state.mesh, state.coordinate))
 
@@ -86,34 +87,39 @@ def _write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:
 # the model's own tensors ------------------------------------------------------------------------------------------------
 
 
-def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Mapping[str, Any]) -> None:
-    """Write whole tensors by the model's names into the ranks' parts and the module. Raises CheckpointError naming the first keys that
-    are missing or unexpected, and shapes that differ; nothing is written then."""
+def load_whole(model: nn.Module, host: Host, states: Sequence[State], given: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
+    """Write whole tensors by the model's names into the ranks' parts and the module; the names that were missing, and those unexpected, which
+    ``strict`` refuses. Raises CheckpointError naming the first of them, and shapes that differ; nothing is written then."""
     mine = model.state_dict(keep_vars=True)
     others = [name for name, t in mine.items() if not isinstance(t, Tensor)]  # a module's extra state
     what = f"the state_dict does not fit {type(model).__name__}"
     if odd := [f"{name} ({type(t).__name__})" for name, t in given.items() if name not in others and (not isinstance(t, Tensor) or isinstance(t, DTensor))]:
         raise CheckpointError(f"{what}: {odd[0]} is not a whole tensor\n  fix: give whole tensors, such as those of step.state_dict()")
     needed, found = ({n: tuple(t.shape) for n, t in each.items() if n not in others} for each in (mine, given))
-    differences(what, needed, found, "in the state_dict")
     tied = tied_names(model)
+    missing, unexpected = [n for n in needed if n not in found], [n for n in found if n not in needed]
+    if not strict:
+        given = {n: t for n, t in given.items() if n not in unexpected} | {name: given[alias] for alias, name in tied.items() if alias in given and name not in given}
+        needed, found = ({n: shape for n, shape in each.items() if n in given and n in needed} for each in (needed, found | {n: tuple(given[n].shape) for n in given if n in needed}))
+    differences(what, needed, found, "in the state_dict")
     for alias, name in tied.items():
-        if alias in given and not torch.equal(given[alias], given[name]):
+        if alias in given and name in given and not torch.equal(given[alias], given[name]):
             raise CheckpointError(f"{what}: {alias} and {name} are one tensor in the model, and differ in the state_dict")
     host.agree([(f"the values of {n}", agree.fingerprint(t)) for n, t in given.items() if n not in others] if host.backend != "simulate" else [])
     if not states and (empty := [n for n in needed if mine[n].is_meta]):
         raise CheckpointError(f"{empty[0]} is on the meta device: nothing can be written into it\n  fix: step.compile(example_batch) first, where compile had weights=, or load a checkpoint")
     with torch.no_grad():
-        for name in (n for n in mine if n not in tied and n not in others):
+        for name in (n for n in mine if n not in tied and n not in others and n in given):
             keys = [(role, name) for role in ("param", "buffer") if states and (role, name) in states[0].types]
             if keys:
-                _write(states, keys[0], given[name])
+                write(states, keys[0], given[name])
             else:
                 mine[name].copy_(given[name])
     for name in (n for n in others if n in given):
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(given[name])
     if states:
         host.settle(model, states)
+    return missing, unexpected
 
 
 def accept_whole(model: nn.Module, states: Sequence[State]) -> None:

@@ -80,7 +80,25 @@ class WarmupCosineLR(LRScheduler):
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-SCHEDULERS: Mapping[str, type[LRScheduler]] = {"WarmupLR": WarmupLR, "WarmupDecayLR": WarmupDecayLR, "WarmupCosineLR": WarmupCosineLR}
+class LRRangeTest(LRScheduler):
+    """From ``lr_range_test_min_lr`` upwards without end: by ``lr_range_test_step_rate`` of it in ``lr_range_test_step_size`` steps, at once (staircase) or evenly."""
+
+    def __init__(
+        self, optimizer: Optimizer, lr_range_test_min_lr: Rate = 1e-3, lr_range_test_step_size: int = 2000, lr_range_test_step_rate: float = 1.0,
+        lr_range_test_staircase: bool = False, last_batch_iteration: int = -1,
+    ) -> None:  # fmt: skip
+        if not isinstance(lr_range_test_step_size, int) or lr_range_test_step_size <= 0:
+            raise ValueError(f"lr_range_test_step_size must be a positive integer, got {lr_range_test_step_size}")
+        self.min_lrs = _each(optimizer, lr_range_test_min_lr, "lr_range_test_min_lr")
+        self.step_size, self.step_rate, self.staircase = lr_range_test_step_size, lr_range_test_step_rate, lr_range_test_staircase
+        super().__init__(_begun(optimizer, last_batch_iteration), last_batch_iteration)
+
+    def get_lr(self) -> list[float | Any]:
+        intervals = self.last_epoch // self.step_size if self.staircase else self.last_epoch / self.step_size
+        return [least * (1 + self.step_rate * intervals) for least in self.min_lrs]
+
+
+SCHEDULERS: Mapping[str, type[LRScheduler]] = {c.__name__: c for c in (WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest)}
 
 
 def _warm(i: int, steps: int, kind: str) -> float:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from math import prod
 
 from deepseed.ir.mesh import STAGES, TIME, Mesh
-from deepseed.ir.program import Program
+from deepseed.ir.program import OWN_ROWS, Program
 from deepseed.plan import Plan
 
 
 def rows_of_a_rank(p: Program, ranks: Mesh) -> int:
     """Rows of the batch that a data-parallel rank has; of a captured program."""
-    return max(1, rows_of(p) // data_ranks(ranks))
+    return max(1, rows_of(p) // row_ranks(p, ranks))
 
 
 def data_ranks(ranks: Mesh) -> int:
     """Over how many ranks the rows of the batch are split."""
     return prod(ranks.sizes.get(axis, 1) for axis in ("dp", "ep"))
+
+
+def row_ranks(p: Program, ranks: Mesh) -> int:
+    """Over how many ranks the program's rows are split: over none where each rank has its own."""
+    return 1 if OWN_ROWS in p.facts else data_ranks(ranks)
 
 
 def rows_of(p: Program) -> int:
@@ -29,7 +34,7 @@ def microbatches(p: Program, plan: Plan, ranks: Mesh) -> int:
     """How many microbatches a data-parallel rank's rows are cut into. A program that only shows outputs takes what divides its batch."""
     mine = rows_of_a_rank(p, ranks)
     m = plan.microbatches(mine)
-    if plan.mb is None and rows_of(p) % data_ranks(ranks):
+    if plan.mb is None and rows_of(p) % row_ranks(p, ranks):
         return 1  # ranks with unequal rows
     if any(o.role == "loss" for o in p.outputs):
         return m

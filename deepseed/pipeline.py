@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from deepseed.check.instances import check_instances
+from deepseed.check.own_rows import check_own_rows
 from deepseed.check.translation import Numbering, check_localized, follow, number
 from deepseed.check.typing import Typed, check_types
 from deepseed.ir.contract import Pass
@@ -164,6 +165,8 @@ def check_program(p: Program, after: str, execute: bool = True, typed: Typed | N
             return 0  # arguments are one rank's now; the instances before were executed as each rank executes them
         if "placed" in p.facts:
             check_types(p, typed)
+        if "lowered" in p.facts:
+            check_own_rows(p)
         return check_instances(p) if execute and "lowered" in p.facts else 0
     except ValueError as error:
         raise CheckError(f"after pass {after}: {error}") from error

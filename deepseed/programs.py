@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,22 +19,31 @@ from deepseed import ops
 from deepseed.batches import check_mix_up, joined, said, times, unfit
 from deepseed.bucket import Bucket, checkable, compare, padded
 from deepseed.build import Built, CompileError, build
-from deepseed.capture import BatchSpec, Captured, CaptureError, capture
+from deepseed.capture import BatchSpec, Captured, CaptureError, capture, capture_update
 from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.options import Optimizers, changed_options, fixed_options, ownerless, stated_options
-from deepseed.capture.step import Want
+from deepseed.capture.step import FORWARD, Want
 from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
+from deepseed.ir.program import Type
 from deepseed.ir.widen import widen
+from deepseed.ops import torch_dtype
 from deepseed.plan import Plan
 from deepseed.precision import Precision
+from deepseed.ragged import agreed
+from deepseed.rules.lanes import home
 from deepseed.runtime.host import Host
 from deepseed.runtime.state import State
 
+Wanted = Want | Literal["update"]  # update: the optimizer, over gradients that stand ready
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+MODULE = ("forward", "module", "update")  # what a module runs: the loss, and the mean over ranks, are the user's own
+UPDATES = ("step", "update")  # what has the optimizer in it
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,10 @@ class Subject:
     grads: bool = False
     quiet: bool = False
     buckets: Sequence[Bucket] = ()
+
+    def own(self, want: Wanted) -> bool:
+        """Whether each data-parallel rank has its own rows, and its own loss, in such a program."""
+        return self.local and want in MODULE and self.host.mesh.sizes.get("dp", 1) > 1
 
 
 class Cache:
@@ -95,6 +108,7 @@ class Found:
     batch: dict[str, Tensor]
     local: bool
     unchecked: Any = None
+    became: Mapping[int, int] = field(default_factory=dict)  # lengths of this rank's own rows that were padded: new -> old
 
 
 class Programs:
@@ -107,27 +121,32 @@ class Programs:
         self.homes: dict[tuple[str, str], int] = {}  # and on which stage
         self.hosted: dict[tuple[str, str], bool] = {}  # and whether on the host
         self.structure = Structure(subject.model)  # as the latest batch found it
+        self.pending: dict[str, Type] = {}  # gradients that a module leaves for an update, as they lie
         self.compiled = 0
+        self.updates = 0  # of these, those with an optimizer
         self._seen = 0
         self._made_for = ""  # the settings of the latest program
         self._streak = Streak()
         self._checked: set[str] = set()  # kinds of batches whose padding was compared
         self.moving: set[str] = set()  # optimizer options that have changed once: inputs of the programs compiled since
 
-    def find(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Found:
-        """``towards``: batch entries whose gradients a module is asked for."""
+    def find(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Found:
+        """``towards``: batch entries whose gradients a module is asked for; of an update, the parameters that have a gradient."""
         s = self.subject
-        if not self._seen:
+        if not self._seen and want != "update":
             check_mix_up(s.host, batch, s.local)
         self._seen += 1
         given = batch
-        if s.buckets and want not in ("forward", "module"):
+        if s.buckets and want not in MODULE:
             batch = padded(batch, s.buckets)
         filled = batch is not given
+        became: Mapping[int, int] = {}
+        if s.buckets and s.own(want) and want != "update":
+            batch, became = agreed(s.host, batch, s.buckets[0])
         spec, settings = BatchSpec.of(batch), self._settings(want, towards)
-        stated = stated_options(s.optimizer) if want == "step" else []  # lr too: agreed by the collective that agrees the batch
+        stated = stated_options(s.optimizer) if want in UPDATES else []  # lr too: agreed by the collective that agrees the batch
         parts = s.host.mesh.sizes.get("dp", 1)
-        if s.local and parts > 1:
+        if s.local and parts > 1 and not s.own(want):
             known = self.cache.under(_key(times(spec, parts), settings))
             changed = _changed(known[0]) if known else []
             if s.host.same(f"{spec} {settings} {stated} {changed}") and known and not known[0].captured.guards and not changed and self._fits(known[0]):
@@ -152,10 +171,11 @@ class Programs:
         modes = settings.partition(" optimizer=")[0]
         s.host.agree([("batch", said(spec)), ("modes and trained parameters of the model", modes), *stated, *read])
         if built is None:
-            built = self._compile(batch, want, self._causes(spec, settings, batch), towards)
+            built = self._compile(batch, want, self._causes(spec, settings, batch) if want != "update" else [], towards)
             self._drop(self.cache.add(key, built))
-        self.latest, self._made_for = built, settings
-        return Found(built, spec.flatten(batch), False, given if filled and self._kind(given, settings) not in self._checked else None)
+        if want != "update":
+            self.latest, self._made_for = built, settings
+        return Found(built, spec.flatten(batch), s.own(want), given if filled and self._kind(given, settings) not in self._checked else None, became)
 
     def check_padding(self, found: Found, states: Sequence[State]) -> None:
         """Compare loss and gradients of a padded batch with those of the batch itself. Raises CompileError where they differ."""
@@ -182,14 +202,14 @@ class Programs:
             raise CompileError("nothing is compiled yet\n  fix: call it with a batch first, or pass example_batch=")
         return self.latest
 
-    def _settings(self, want: Want, towards: Collection[str]) -> str:
+    def _settings(self, want: Wanted, towards: Collection[str]) -> str:
         """What beside the batch a program is made for: modes, what is trained, the optimizer's options."""
         if self.structure.changed():
             self.structure = Structure(self.subject.model)
         modes = [m.training for m in self.structure.modules]
-        trained = [p.requires_grad for p in self.structure.parameters()] if want != "forward" else []
+        trained = [p.requires_grad for p in self.structure.parameters()] if want not in FORWARD else []
         digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
-        return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={digest}" + (f" optimizer={self._options(())}" if want == "step" else "")
+        return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={digest}" + (f" optimizer={self._options(())}" if want in UPDATES else "")
 
     def _options(self, moved: Collection[str]) -> dict[str, Any]:
         return fixed_options(self.subject.optimizer, moved) if self.subject.optimizer is not None else {}
@@ -220,41 +240,54 @@ class Programs:
         named = [("function", then[0], now[0]), ("training modes, or which parameters are trained,", then[1], now[1])]
         return causes(before.batch, spec, [*named, *options], _changed(self.latest), read)
 
-    def _compile(self, batch: Any, want: Want, why: list[Cause], towards: Collection[str]) -> Built:
+    def _compile(self, batch: Any, want: Wanted, why: list[Cause], towards: Collection[str]) -> Built:
         s = self.subject
         started, number = perf_counter(), self.compiled + 1
-        if want == "step" and s.optimizer is not None and self.latest is not None:
-            self.moving |= changed_options(s.optimizer, self.latest.captured.options)
-        if not self.compiled and want == "step" and (left := ownerless(s.optimizer, dict(s.model.named_parameters()))):
+        if want in UPDATES and s.optimizer is not None and (before := self._with_options()) is not None:
+            self.moving |= changed_options(s.optimizer, before.captured.options)
+        if not self.updates and want in UPDATES and (left := ownerless(s.optimizer, dict(s.model.named_parameters()))):
             self._say(left)
-        if self.compiled:
+        if self.compiled and want != "update":
             self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
             for cause in self._streak.often(why):
                 self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
         captured = self._capture(batch, want, towards)
+        self.updates += want in UPDATES
         text = str(captured.program)
         s.host.agree_on(text, "captured program")  # so that all ranks find the same one
         twin = next((b for b in self.cache if b.text == text), None)
         if twin is not None:  # what changed is read, and does not matter
             built = replace(twin, captured=captured, adopted=False)
         else:
-            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, wide=s.wide, quiet=s.quiet or not s.host.first)
+            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first)
+        for o in built.program.outputs:
+            if o.role == "pending":  # as the update finds it
+                self.pending[o.key] = built.program.types[o.ref.name]
+                self.stored.setdefault((o.role, o.key), built.program.types[o.ref.name].layout)
+                self.homes.setdefault((o.role, o.key), home(built.program, o.ref.name))
         for i in built.program.inputs:
             if i.role in ("param", "buffer", "state"):
                 self.stored.setdefault((i.role, i.key), i.type.layout)
                 self.homes.setdefault((i.role, i.key), i.stage)
                 self.hosted.setdefault((i.role, i.key), i.type.host)
         self.compiled += 1
-        if number > 1:
+        if number > 1 and want != "update":
             self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
         return built
 
-    def _capture(self, batch: Any, want: Want, towards: Collection[str] = ()) -> Captured:
+    def _with_options(self) -> Built | None:
+        """The latest program that the optimizer's options are in."""
+        return next((b for b in reversed(list(self.cache)) if b.captured.options), None)
+
+    def _capture(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Captured:
         s = self.subject
+        if want == "update":
+            pending = {name: torch_dtype(self.pending[name].dtype) for name in towards}
+            return capture_update(s.model, s.optimizer, pending, clip_grad_norm=s.clip_grad_norm, loss_scale=s.precision["loss_scale"], moving=self.moving, wide=s.wide, seed=s.seed)
         try:
             return capture(
                 s.model, batch, loss_fn=s.loss_fn, optimizer=s.optimizer if want == "step" else None, clip_grad_norm=s.clip_grad_norm if want == "step" else None,
-                want=want, grads=s.grads, seed=s.seed, moving=self.moving, wide=s.wide, towards=towards, **s.precision,
+                want=want, pending=s.optimizer is not None and want == "module", grads=s.grads, seed=s.seed, moving=self.moving, wide=s.wide, towards=towards, **s.precision,
             )  # fmt: skip
         except CaptureError:
             raise

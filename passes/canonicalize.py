@@ -15,7 +15,7 @@ from deepseed.ir.program import Builder, Op, Output, Program, Ref
 from deepseed.passes.decompose import DECOMPOSITIONS as _REDUCTIONS
 from deepseed.passes.decompose_bags import BAGS
 from deepseed.passes.decompose_losses import LOSSES
-from deepseed.passes.decompose_norms import NORMS
+from deepseed.passes.decompose_norms import NORMS, mixed
 from deepseed.passes.decompose_products import PRODUCTS
 from deepseed.passes.group import Decomposition, Group
 from deepseed.passes.repeated_heads import merge_repeated_heads
@@ -75,7 +75,7 @@ class _Canonicalizer:
             return False
         elsewhere = group.close(values)
         ops = group.ops
-        if table is DECOMPOSITIONS and len(ops) > 1 and not op.origin:
+        if table is DECOMPOSITIONS and len(ops) > 1 and not op.origin and not mixed(op, self.out.types):
             self.out.origins[op.name] = op
             ops = [replace(o, origin=op.name) for o in ops]
         for o in ops:

@@ -1,7 +1,8 @@
 """Write the program of all stages: free ops on each stage that uses them, one ``transfer`` for each other stage that reads a value.
 
 A value is sent when it is made, to each stage that uses it; what a loop accumulates is sent once, after the loop, and a stored parameter
-once, before all loops. What lies on the host crosses from device to device.
+once, before all loops. What lies on the host crosses from device to device. A gradient that is returned to a caller who steps the optimizer
+is sent to where its parameter is stored.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from deepseed.passes.cut_kinds import STORED
 def needs(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int]) -> dict[str, set[int]]:
     """The stages that use each value. ``op.stage`` counts where the op is not free."""
     need: dict[str, set[int]] = {name: set() for name in p.types}
-    homes = {(i.role, i.key): home.get(i.name, 0) for i in p.inputs}
+    homes = _ends(p, home)
     for o in p.outputs:
-        if o.role in STORED:
+        if (o.role, o.key) in homes:
             need[o.ref.name].add(homes[o.role, o.key])
         elif o.ref.name in free:
             need[o.ref.name].add(0)
@@ -79,11 +80,17 @@ def spread(p: Program, free: frozenset[str] | set[str], home: Mapping[str, int])
             part = f"once.{loop_of(op.part)}" if op.target in IN_TIME else op.part
             for r in op.results:
                 send((op.phase, op.path, op.line), r, op.stage, part)
-    homes = {(i.role, i.key): home.get(i.name, 0) for i in p.inputs}
-    outputs = [replace(o, ref=replace(o.ref, name=on[o.ref.name, homes[o.role, o.key]])) if o.role in STORED else o for o in p.outputs]
+    homes = _ends(p, home)
+    outputs = [replace(o, ref=replace(o.ref, name=on[o.ref.name, homes[o.role, o.key]])) if (o.role, o.key) in homes else o for o in p.outputs]
     done = out.program(outputs=outputs)
     inputs = tuple(replace(i, stage=home.get(i.name, 0)) if i.role in STORED else i for i in p.inputs)
     return replace(done, inputs=inputs, ops=tuple(sorted(done.ops, key=lambda op: order_of(op.part))))
+
+
+def _ends(p: Program, home: Mapping[str, int]) -> dict[tuple[str, str], int]:
+    """The stage on which each output of a stored input's, or its gradient where the caller gives tangents, is wanted."""
+    stored = {(i.role, i.key): home.get(i.name, 0) for i in p.inputs if i.role in STORED}
+    return stored | ({("grad", key): stage for (role, key), stage in stored.items() if role == "param"} if p.by_role("tangent") else {})
 
 
 def split_weights(p: Program, loop: int) -> Program:

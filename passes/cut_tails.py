@@ -15,7 +15,7 @@ from deepseed.ir.schedule import kind_of
 from deepseed.passes.cut_kinds import Kinds
 
 UNARY = frozenset(
-    ("wait", "all_reduce.start", "reduce_scatter.start", "all_gather.start", "all_to_all.start", "shard", "summand", "accumulate", "collect",
+    ("wait", "all_reduce.start", "reduce_scatter.start", "all_gather.start", "all_to_all.start", "shard", "summand", "share", "accumulate", "collect",
      "reshape", "permute", "cast", "aten.neg", "aten.mul.Scalar")
 )  # fmt: skip
 ADD = "aten.add.Tensor"

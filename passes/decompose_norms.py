@@ -6,9 +6,9 @@ All four normalise ``xhat = (x - mean) * rstd`` over some dimensions; with gw = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from deepseed.ir.program import Ref
+from deepseed.ir.program import Op, Ref, Type
 from deepseed.passes.decompose import Results, moments
 from deepseed.passes.group import Decomposition, Group
 
@@ -172,6 +172,12 @@ def batch_norm_backward(g: Group) -> Results:
     )
 
 
+def mixed(op: Op, types: Mapping[str, Type]) -> bool:
+    """Whether torch has no kernel for the op as it was: a weight in 16 bits, and running statistics in 32."""
+    found = [op.args[i] for i in WEIGHT_AND_MEAN.get(op.target, ())]
+    return len({types[a.name].dtype for a in found if isinstance(a, Ref)}) > 1
+
+
 def _channels(g: Group, x: Ref) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """All dimensions but 1, and the shape in which one number a channel broadcasts."""
     shape = g.shape(x)
@@ -192,3 +198,7 @@ NORMS: dict[str, Decomposition] = {
     "aten.native_batch_norm_backward": batch_norm_backward,
     "aten.batch_norm_backward": batch_norm_backward,
 }
+WEIGHT_AND_MEAN = {  # of ops with running statistics, the arguments
+    "aten._native_batch_norm_legit_functional": (1, 3), "aten._native_batch_norm_legit_no_training": (1, 3), "aten._batch_norm_with_update_functional": (1, 3),
+    "aten.native_batch_norm_backward": (2, 3), "aten.batch_norm_backward": (2, 3),
+}  # fmt: skip

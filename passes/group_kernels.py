@@ -19,7 +19,7 @@ from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
 _MOVES = (
-    "wait", "shard", "summand", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start",
+    "wait", "shard", "summand", "share", "transfer", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start",
     *MEMORIES,
 )  # fmt: skip
 OPTIMIZER = "optim."

@@ -48,7 +48,7 @@ class Assignment:
         self.refs = [refs_of(item) for item in self.items]
         self.wants: list[list[Layout]] = [[REPLICATED] * len(refs) for refs in self.refs]
         self.has: list[list[Layout]] = [[REPLICATED] * len(results_of(item)) for item in self.items]
-        self.outers = candidates(p)
+        self.outers = candidates(p, known=_blocks(p, pinned))
         self.reports: list[AxisReport] = []
         self.numbers: dict[Hashable, int] = {}  # of kinds of items
         self.stored = {(i.role, i.key): n for n, i in enumerate(p.inputs)}
@@ -214,7 +214,7 @@ class Assignment:
     def _tied(self, item: Item) -> int | None:
         """The input that an output is the new value of; a gradient's parameter when nothing updates it."""
         if isinstance(item, Output):
-            role = "param" if item.role == "grad" and not self.updates else item.role
+            role = "param" if item.role == "pending" or (item.role == "grad" and not self.updates) else item.role
             return self.stored.get((role, item.key))
         return None
 
@@ -261,3 +261,12 @@ def results_of(item: Item) -> tuple[str, ...]:
 
 def refs_of(item: Item) -> tuple[Ref, ...]:
     return item.refs if isinstance(item, Op) else (item.ref,) if isinstance(item, Output) else ()
+
+
+def _blocks(p: Program, pinned: Mapping[tuple[str, str], Layout]) -> dict[tuple[str, int], int]:
+    """By input and dimension, the blocks in which an earlier program has split it (a fused query, key and value): an update alone has no op that shows them."""
+    found: dict[tuple[str, int], int] = {}
+    for i in p.inputs:
+        for e in (e for _, e in (pinned[i.role, i.key].elements if (i.role, i.key) in pinned else ()) if isinstance(e, Split) and e.outer > 1):
+            found[i.name, e.dim] = min(e.outer, found.get((i.name, e.dim), e.outer))
+    return found

@@ -18,7 +18,7 @@ from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import SHOWN, Input, Op, Output, Program, Type, shortens
+from deepseed.ir.program import OWN_ROWS, SHOWN, Input, Op, Output, Program, Type, shortens
 from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
@@ -56,18 +56,24 @@ class Placement(Assignment):
         super().__init__(p, pinned or {})
         self.zero = zero
         self.tables = experts.tables(p) if EXPERT_AXIS in p.mesh.sizes else {}  # parameters of experts -> the dimension that counts them
+        self.data = DATA_AXIS if OWN_ROWS in p.facts and p.mesh.sizes.get(DATA_AXIS, 1) > 1 else ""  # the axis along which rows are each rank's own
         self.owned: experts.Marks = {}  # how values may be owned, while ep is placed
         self.marks: experts.Marks = {}
 
     def run(self) -> Program:
         axes = [axis for axis, size in self.p.mesh.axes if size > 1]
         batch = {DATA_AXIS: self._data, EXPERT_AXIS: self._experts, TIME: self._time, SEQUENCE_AXIS: self._sequence}
+        for i, item in enumerate(self.items):
+            if isinstance(item, Input) and item.role == "pending":  # it lies as the backward's program leaves it
+                self.has[i] = [self.pinned[item.role, item.key]]
         for axis in (a for a in axes if whole_axis(a) in batch):
-            batch[whole_axis(axis)](axis)
+            (batch[whole_axis(axis)] if axis != self.data else self._own)(axis)
         for axis in (a for a in axes if whole_axis(a) not in batch):
             self._model(axis)
         for axis in (a for a in axes if whole_axis(a) in batch and a != TIME):
             self._storage(axis)
+        if self.data:
+            self._pend(self.data)
         self._name_keys(EXPERT_AXIS, self.wants, self.has)
         return self._program()
 
@@ -90,6 +96,12 @@ class Placement(Assignment):
             self._solve(axis, "data", pins, moves, partial(work, self))
         except Infeasible:  # an op without a rule reads a batch-split value: gather it, at a price that nothing else would pay
             self._solve(axis, "data", pins, lambda t, i, u: dear(moves(t, i, u), t.local_bytes(self.p.mesh), n), partial(work, self))
+
+    def _own(self, axis: str) -> None:
+        """Each rank's rows are its own, and so is what it makes of them: nothing is split, a share of a gradient is one summand."""
+        for i, item in enumerate(self.items):
+            if isinstance(item, Op) and item.target == "share" and item.kw("axis") == axis:
+                self.has[i] = [self.has[i][0].with_(axis, Partial("sum"))]
 
     def _time(self, axis: str) -> None:
         """Each rank's rows come one microbatch after another; weights and the update are whole. Slicing is free, adding up is priced by
@@ -205,6 +217,8 @@ class Placement(Assignment):
     def _sequence(self, axis: str) -> None:
         """The sequence is split; weights are used whole; rows are the data axis's, and split here only where nothing else can be."""
         n = self.p.mesh.size(axis)
+        if not self.p.by_role("batch"):  # an update alone: gradients wait whole
+            return
         length = tokens(self.p, whole_axis(axis), self.p.mesh)
         marks = follow(self.p, length)
 
@@ -347,10 +361,11 @@ class Placement(Assignment):
             return self._settled(i, axis) if item.role in SHOWN else [same(None)]
 
         def moves(t: Type, item: Item, user: Item) -> Move:
-            if isinstance(user, Output) and (user.role in SHOWN or (user.role == "grad" and self.updates)):
+            if isinstance(user, Output) and (user.role in SHOWN or user.role == "pending" or (user.role == "grad" and self.updates)):
                 return free
             size = t.local_bytes(self.p.mesh)
-            reduced = self.zero and t.numel > 1 and isinstance(item, Op) and item.phase != "update" and isinstance(user, Op)
+            made = (isinstance(item, Op) and item.phase != "update") or (isinstance(item, Input) and item.role == "pending")
+            reduced = self.zero and t.numel > 1 and made and isinstance(user, Op)
 
             def move(p: Element, w: Element) -> float | None:
                 price = cost.reshard(p, w, size, n)
@@ -361,6 +376,22 @@ class Placement(Assignment):
             return move
 
         self._solve(axis, "storage", pins, moves, partial(upkeep, self))
+
+    def _pend(self, axis: str) -> None:
+        """A gradient that waits for the update: below zero2 each rank keeps its own summand, from there on its part of the sum."""
+        for i, item in enumerate(self.items):
+            if not isinstance(item, Output) or item.role != "pending":
+                continue
+            source = self.tied[i]
+            assert source is not None
+            parameter = self.items[source]
+            assert isinstance(parameter, Input)
+            element: Element = Partial("sum")
+            if self.zero >= 2:
+                own = self.has[source][0].on(axis)
+                parts = [own] if own is not None else self._stored_elements(parameter, axis)
+                element = min(parts, key=lambda e: upkeep(self, source, same(e)), default=None)
+            self.wants[i] = [self.wants[i][0].with_(axis, element)]
 
     def _shortened(self, item: Input) -> bool:
         """Whether forward and backward read no more of a parameter than a cast to a shorter dtype: then a rank stores its part of the parameter, and the
@@ -382,4 +413,4 @@ def _cut(dim: int, size: int, n: int, outer: int = 1) -> Split:
 
 def _settled_later(user: Item) -> bool:
     """Whether a use is placed with the storage: by the update, or what the step returns of it."""
-    return user.phase == "update" if isinstance(user, Op) else isinstance(user, Output) and user.role in ("grad", "param", "state", "norm")
+    return user.phase == "update" if isinstance(user, Op) else isinstance(user, Output) and user.role in ("grad", "pending", "param", "state", "norm")

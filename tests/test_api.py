@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import deepseed
-from deepseed.api import CompileError, Module, TrainStep
+from deepseed.api import Module, TrainStep
+from deepseed.build import CompileError
 from deepseed.capture import CaptureError, eager_reference
 from deepseed.ir.program import Program, Ref
 from deepseed.target import load

@@ -23,7 +23,7 @@ from gloo.mistakes import Branching, Mlp, batch, made
 from torch import Tensor, nn
 
 import deepseed
-from deepseed.api import CompileError
+from deepseed.build import CompileError
 from deepseed.capture import CaptureError
 from deepseed.capture.errors import BatchError
 from deepseed.ir.contract import PassError

@@ -344,6 +344,42 @@ def test_buffers_shared_calls_views_and_mutation() -> None:
     assert {"twice", "twice#2"} <= {op.path for op in c.program.ops}
 
 
+class AtTwoPaths(nn.Module):
+    """One module, with a parameter and a buffer that it writes as told, inside of two others."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.write, self.scale = write, nn.Parameter(torch.linspace(0.5, 1.5, 5))
+        self.register_buffer("shift", torch.linspace(-1, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh((x + self.shift) * self.scale)
+        if self.write == "in place":
+            self.shift.mul_(0.9)
+        elif self.write:
+            self.shift = self.shift * 0.9
+        return y
+
+
+@pytest.mark.parametrize("write", ["", "in place", "another tensor"])
+def test_a_module_at_two_paths(write: str) -> None:
+    torch.manual_seed(0)
+    both = AtTwoPaths(write)
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), both), nn.Sequential(nn.Linear(5, 5), both)).double()
+    batches = [{"x": torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    loss = lambda model, batch: model(batch["x"]).pow(2).mean()  # noqa: E731
+    c = check_gradients(model, batches, loss)
+    assert {o.key for o in c.program.outputs if o.role == "buffer"} == ({"0.1.shift"} if write else set())
+    assert type(both.shift) is Tensor and type(both.scale) is nn.Parameter, "a tensor of the trace was left on the model"
+
+
+def test_a_module_at_two_paths_computed_in_another_dtype() -> None:
+    both = nn.Linear(5, 5)
+    model = nn.Sequential(nn.Sequential(both), nn.Tanh(), nn.Sequential(both))
+    capture(model, {"input": torch.ones(3, 5)}, loss_fn=lambda model, batch: model(batch["input"]).pow(2).mean(), compute=torch.bfloat16)
+    assert all(type(p) is nn.Parameter and p.dtype is torch.float32 for p in both.parameters())
+
+
 def test_batch_norm_statistics_and_nothing_else_in_place() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU(inplace=True)).double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,14 @@ def test_run_starts_ranks_and_gives_the_script_its_arguments(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["--lr 0.1"] * 2
     assert shell("run", str(script), str(tmp_path), "fail").returncode == 3
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--num_gpus", "2", "--help"], ["config", "check", "--help"]])
+def test_help_needs_no_torch(words: list[str]) -> None:
+    """A quarter of a second instead of two; and so does ``import deepseed``."""
+    code = f"import sys; sys.argv = ['deepseed', *{words!r}]\nfrom deepseed.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("False") and "sage:" in done.stdout, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.0, "seconds of a core"

@@ -11,7 +11,8 @@ from gloo import guards
 from gloo.launch import ranks
 
 import deepseed
-from deepseed.api import CompileError, TrainStep
+from deepseed.api import TrainStep
+from deepseed.build import CompileError
 from deepseed.capture.eager import eager_reference
 from deepseed.target import load
 

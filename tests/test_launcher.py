@@ -30,6 +30,11 @@ os.write(1, f"HERE {json.dumps(seen)}\\n".encode())  # in one piece: the nodes s
 if how.startswith("file "):
     open(how[5:] + os.environ["RANK"], "w").close()
     how = "hang"
+if how.startswith("tree "):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    open(how[5:] + os.environ["RANK"], "w").write(str(child.pid))
+    time.sleep(1)  # until both have
+    how = "exit"
 if os.environ["RANK"] == "1":
     if how == "raise": raise ValueError("row 7 is unreadable")
     if how == "exit": sys.exit(3)
@@ -149,16 +154,45 @@ def test_a_log_of_each_rank(script: Path, tmp_path: Path) -> None:
         assert rank["RANK"] == str(n) and rank["argv"] == ["ok"]
 
 
-@pytest.mark.parametrize(("how", "code", "says"), [("raise", 1, "ended with exit code 1"), ("exit", 3, "ended with exit code 3"), ("kill", 137, "was killed by SIGKILL")])
-def test_a_rank_that_fails_ends_all(script: Path, how: str, code: int, says: str) -> None:
+@pytest.mark.parametrize(("how", "code", "says"), [("raise", 1, "ended with exit code 1"), ("tree", 3, "ended with exit code 3"), ("kill", 137, "was killed by SIGKILL")])
+def test_a_rank_that_fails_ends_all(script: Path, tmp_path: Path, how: str, code: int, says: str) -> None:
     started = time.monotonic()
-    done = launch("--num_gpus", 2, script, how)
+    done = launch("--num_gpus", 2, script, f"tree {tmp_path}/child" if how == "tree" else how)
     assert time.monotonic() - started < 60, "all ranks end within half a minute of the first"
     assert done.returncode == code, done.stderr
     last = done.stderr[done.stderr.rindex("deepseed: rank 1") :]
     assert says in last and "train it.py" in last
     if how == "raise":
         assert last.rstrip().endswith("ValueError: row 7 is unreadable") and "runpy" not in last and last.count("File ") == 1
+    for child in tmp_path.glob("child*"):  # what a rank has started ends with it, that of the rank which failed too
+        status = Path(f"/proc/{child.read_text()}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text(), f"{child.name} lives"
+
+
+HANGING = """
+import sys, time
+import torch, torch.distributed as dist
+from deepseed.runtime.distributed import guarded, start, world
+start()
+w = world()
+def load_a_page(): time.sleep(60)
+with w.guarded():
+    for n in range(3):
+        if n == 2 and w.rank == 1: load_a_page()
+        w.run(lambda: dist.all_reduce(torch.ones(2), async_op=True), f"all_reduce over dp, number {n}")
+"""
+
+
+def test_a_rank_that_hangs_is_named_with_its_place_and_ends_all(tmp_path: Path) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text(HANGING)
+    done = launch("--num_gpus", 2, path, environment={"DEEPSEED_TIMEOUT": "4"})
+    places = f"  rank 0: all_reduce over dp, number 2; at {path}:11 in <module>\n  rank 1: computation after all_reduce on dp, number 1; at {path}:7 in load_a_page\n"
+    assert done.returncode == 1
+    assert f"deepseed: rank 0 has waited 2 s, and gives up after 4 (DEEPSEED_TIMEOUT)\n{places}" in done.stderr, "in good time before it gives up"
+    last = done.stderr[done.stderr.rindex("deepseed: rank 0 (local") :]
+    assert "RankError: rank 1 did not come to a collective" in last and last.endswith(places), last
+    assert "runpy" not in last and "launcher/rank.py" not in last, "in what it was caused by either"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -168,9 +202,12 @@ def test_a_signal_ends_all(script: Path, tmp_path: Path, number: signal.Signals)
     until = time.monotonic() + 60
     while not all((tmp_path / f"rank{n}").exists() for n in range(2)) and time.monotonic() < until:
         time.sleep(0.1)
-    process.send_signal(number)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the ranks too
+    else:
+        process.send_signal(number)
     _, err = process.communicate(timeout=40)
-    assert process.returncode == 128 + number and f"ended by {number.name}" in err
+    assert process.returncode == 128 + number and err.rstrip().endswith(f"deepseed: ended by {number.name}") and "Traceback" not in err, err
 
 
 # nodes ------------------------------------------------------------------------------------------------------------------
@@ -216,3 +253,29 @@ def test_a_node_that_fails_ends_the_others(script: Path, tmp_path: Path, ssh: di
     done = launch("--hostfile", tmp_path / "hosts", "--master_port", port(), script, "exit", environment=ssh)
     assert done.returncode == 3, done.stderr
     assert "node localhost failed with exit code 3" in done.stderr and "rank 1" in done.stderr
+
+
+TRAINING = """
+import os, sys, torch, deepseed
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).double()
+step = deepseed.compile(model, "zero3", optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), loss_fn=lambda m, b: (m(b[0]) - b[1]).square().mean())
+g = torch.Generator().manual_seed(1)
+for _ in range(5):
+    loss = step((torch.randn(8, 8, generator=g).double(), torch.randn(8, 4, generator=g).double()))
+    os.write(1, f"LOSS {os.environ['RANK']} {float(loss)!r}\\n".encode())
+"""
+
+
+@pytest.mark.wide
+def test_two_nodes_train_as_one(tmp_path: Path, ssh: dict[str, str]) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(TRAINING)
+    at, env = port(), {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "deepseed", "--num_gpus", "1", "--num_nodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(at), "--no_ssh"]
+    both = [subprocess.Popen([*command, "--node_rank", str(n), "--no_local_rank", str(path)], stdout=subprocess.PIPE, text=True, env=env) for n in range(2)]
+    by_hand = "".join(process.communicate(timeout=120)[0] for process in both)
+    one = launch("--num_gpus", 2, path).stdout
+    by_ssh = launch("--hostfile", tmp_path / "hosts", "--master_port", port(), path, environment=ssh).stdout
+    losses = [sorted(line.partition("LOSS ")[2] for line in said.splitlines() if "LOSS " in line) for said in (one, by_hand, by_ssh)]
+    assert len(losses[0]) == 10 and losses[0] == losses[1] == losses[2]

@@ -17,7 +17,8 @@ from gloo.scaled import BAD, STEPS, Run, adamw, batches, mlp, mse, run, runs
 from mixed import Eager, differing
 
 import deepseed
-from deepseed.api import CompileError, TrainStep
+from deepseed.api import TrainStep
+from deepseed.build import CompileError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLANS = ["zero0+dp2", "zero1+dp2", "zero2+dp2+mb2", "zero3+dp2", "tp2", "pp2+mb2", "zero3+dp2+tp2"]

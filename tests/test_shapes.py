@@ -611,5 +611,7 @@ def test_buckets_that_do_not_fit_the_batch() -> None:
             deepseed.Bucket(**wrong)  # type: ignore[arg-type]
     with pytest.raises(CompileError, match=r"a deepseed\.Bucket, or several"):
         deepseed.compile(fresh(), "zero0", buckets=[64])  # type: ignore[list-item]
-    with pytest.raises(CompileError, match='buckets need batch="global"'):
-        deepseed.compile(fresh(), "zero0", buckets=TEXT, batch="local")
+    with pytest.raises(CompileError, match='buckets needs batch="global"'):
+        deepseed.compile(model := fresh(), "zero0", optimizer=torch.optim.SGD(model.parameters()), buckets=TEXT, batch="local")
+    with pytest.raises(CompileError, match='2 buckets for batch="local"'):
+        deepseed.compile(fresh(), "zero0", buckets=[TEXT, TEXT], batch="local")

@@ -63,6 +63,15 @@ def test_swapped_operands_are_named_with_both_numbers() -> None:
     same(X + y.format("x", "w"), X + y.format("x", "w"))
 
 
+def test_row_numbers_of_a_factorization_are_drawn_as_such() -> None:
+    given = '%lu : f64[8, 4, 4] batch "lu"\n%rows : i32[8, 4] batch "rows"\n%b : f64[1, 8, 4, 4] batch "b"\n'
+    solve = '%y = aten.linalg_lu_solve(%lu, %rows, %r, left=false, adjoint=true) : f64[8, 4, 4] {phase="backward"}\nreturn %y output "0"'
+    once = given + '%r = reshape(%b) : f64[8, 4, 4] {phase="backward"}\n' + solve
+    twice = given + '%q = reshape(%b) : f64[32, 4] {phase="backward"}\n%s = reshape(%q) : f64[8, 4, 4] {phase="backward"}\n' + solve.replace("%r,", "%s,")
+    same(twice, once)
+    assert "on random operands element" in other(twice, once.replace("adjoint=true", "adjoint=false"))
+
+
 SOFTMAX = X + '%y = aten._softmax(%x, 1, false) : f32[4, 6] {at="attn", phase="forward"}\nreturn %y output "0"'
 
 

@@ -63,12 +63,12 @@ def test_the_second_rank() -> None:
 def test_memory_along_a_lane() -> None:
     p = unroll(parse(STEP), 0).program
     live = [sum(row.values()) for row in curve(p, {})]
-    base = WEIGHT + 2 * ROWS  # the weight, and the batch of both microbatches until its last use
+    base = WEIGHT + 2 * ROWS  # the weight, and the batch of both microbatches, which the caller holds
     by = dict(zip([op.name for op in p.ops], live, strict=True))
     assert by["h#0"] == by["h#1"] == base + ROWS  # sent, and gone
     assert by["g.s0#0"] == base + ROWS and by["d0#0"] == base + ROWS + WEIGHT
     assert by["d0#1"] == base + WEIGHT + ROWS + WEIGHT  # the sum so far, what came, its product
-    assert by["d0.all"] == 3 * WEIGHT  # the weight, the sum so far, the last product
+    assert by["d0.all"] == base + 2 * WEIGHT  # the sum so far, the last product
     assert memory(p).peak_bytes == max(live) and memory(p).peak_at == "d0#1"
     assert curve(p, {"w0": "weights"})[0]["weights"] == WEIGHT
 

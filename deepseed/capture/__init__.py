@@ -9,7 +9,8 @@ from deepseed.capture.eager import eager_reference
 from deepseed.capture.errors import BatchError, CaptureError
 from deepseed.capture.gradients import LossScale
 from deepseed.capture.guards import Guard
+from deepseed.capture.pending import capture_update
 from deepseed.capture.state import StateSlot
 from deepseed.capture.step import Captured, capture
 
-__all__ = ["BatchError", "BatchSpec", "CaptureError", "Captured", "Guard", "LossScale", "StateSlot", "capture", "eager_reference"]
+__all__ = ["BatchError", "BatchSpec", "CaptureError", "Captured", "Guard", "LossScale", "StateSlot", "capture", "capture_update", "eager_reference"]

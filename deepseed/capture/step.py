@@ -23,18 +23,19 @@ from deepseed.capture.gradients import SCALE, LossScale, ready, reduced
 from deepseed.capture.guards import Guard, Read, Reader
 from deepseed.capture.masks import name_constant_masks
 from deepseed.capture.metadata import Tracker, Where
-from deepseed.capture.optimizer import Updates
-from deepseed.capture.options import Optimizers, fixed_options, owners
+from deepseed.capture.options import Optimizers
 from deepseed.capture.recorder import Recorder
 from deepseed.capture.state import StateSlot
-from deepseed.capture.structure import Structure
+from deepseed.capture.structure import Structure, slots
 from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
+from deepseed.capture.update import update
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import SHOWN, Op, Output, Program, Ref
+from deepseed.ir.program import SHOWN, Output, Program, Ref
 from deepseed.ir.verify import verify
 
-Want = Literal["step", "loss_and_grads", "forward", "module"]
+Want = Literal["step", "loss_and_grads", "loss", "forward", "module"]
+FORWARD = ("forward", "loss")  # without a backward
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -89,15 +90,16 @@ def capture(
     wide: bool = False,
     seed: int = 0,
     towards: Collection[str] = (),
+    pending: bool = False,
 ) -> Captured:
     """One step of ``model`` on batches like ``batch`` as a Program (mesh of one device, facts {captured}).
 
     ``batch``: a mapping is passed as keywords, a tuple or list as arguments, anything else as the one argument. The loss is
     ``loss_fn(model, batch)``, else the ``loss`` of the model's output. ``moving``: optimizer options that become inputs, as ``lr`` is. ``wide``:
     floats that the model, the loss or the optimizer creates, or casts to, are float64 (for a verification). ``want``: ``step`` (needs ``optimizer``; the default with
-    one), ``loss_and_grads`` (the default without), ``forward`` (all tensors of the model's output), ``module``: these, and from an input of role
+    one), ``loss_and_grads`` (the default without), ``loss``, ``forward`` (all tensors of the model's output), ``module``: these, and from an input of role
     ``tangent`` for each of them that can be differentiated the gradients of parameters and of the batch entries ``towards``. ``grads``: also the
-    gradients, before clipping. ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``reduce``: gradients
+    gradients, before clipping. ``pending``: a module's wait for an update of their own (``capture_update``). ``compute``: parameters and batch are cast to this dtype for forward and backward; what is stored and updated keeps its own. ``reduce``: gradients
     are reduced in this dtype, else as the backward makes them. ``loss_scale``: of a step. ``clip_grad_norm``: global 2-norm, as ``torch.nn.utils.clip_grad_norm_``. The model may be on the
     meta device; its training flag and ``requires_grad`` flags count as they are. Raises CaptureError.
     """
@@ -107,12 +109,11 @@ def capture(
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
     spec, structure = BatchSpec.of(batch), Structure(model)
-    parameters, aliases = dict(model.named_parameters()), _aliases(model)
+    parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
-    hooked = next((n for n, p in parameters.items() if want != "forward" and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
+    hooked = next((n for n, p in parameters.items() if want not in FORWARD and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))), "")
     if hooked:
         raise CaptureError(f"parameter {hooked!r} has a hook on its gradient, which a compiled step does not run", fix="remove it; scale or mask in the loss, or in the optimizer")
-    group_of = owners(optimizer, parameters) if optimizer is not None and want == "step" else {}
     loss_scale = loss_scale if want == "step" else None
     scaled = loss_scale.initial if loss_scale is not None and not loss_scale.moves else SCALE if loss_scale is not None else None
     given = (model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled, frozenset(towards))
@@ -126,36 +127,22 @@ def capture(
     values = convert(traced.flat.graph, [*refs.values(), *lifted], traced.flat.outputs, e, traced.phases())
     named = dict(zip(traced.names, values, strict=True))
     outputs: list[Output] = []
-    hyper: dict[str, Callable[[], float]] = {}
-    state: dict[str, StateSlot] = {}
     e.where = Where()
     gradients = reduced(e, {key: v for (role, key), v in named.items() if role == "grad" and isinstance(v, Ref)}, None if wide or reduce is None else DTYPES[reduce])
     for (role, key), v in named.items():
         if role in ("loss", *SHOWN) and isinstance(v, Ref):
             outputs.append(Output(v, role, key))
-    origins: dict[str, Op] = {}
-    options: dict[str, Any] = {}
-    moved: frozenset[str] = frozenset()
     slots = {slot.key: slot for slot in loss_scale.slots()} if loss_scale is not None else {}
     known = {key: refs.get(("state", key)) or e.input(slot.type, "state", key) for key, slot in slots.items()}
-    state |= slots
     limit = None if clip_grad_norm is None else float(clip_grad_norm)
-    final, more = ready(e, gradients, limit if want != "forward" else None, loss_scale, known)
+    final, more = ready(e, gradients, limit if want not in FORWARD else None, loss_scale, known)
     outputs += more
     if grads or want in ("loss_and_grads", "module"):
-        outputs += [Output(final.unscaled(e, key), "grad", key) for key in gradients]
-    if want == "step" and optimizer is not None:
-        updates = Updates(e, optimizer, hyper, state, origins, moving, wide)
-        for name in gradients:
-            if name in group_of:
-                written = named["param", name]  # by forward, or as it came in
-                start = written if isinstance(written, Ref) else refs["param", name]
-                grad = final.of(e, name, DTYPES[parameters[name].dtype])
-                new, states = updates.update(name, parameters[name], group_of[name], start, grad, final.overflow)
-                outputs.append(Output(new, "param", name))
-                outputs += [Output(ref, "state", key) for key, ref in states.items()]
-        moved = updates.moved
-        options = fixed_options(optimizer, moved)
+        role = "pending" if pending else "grad"
+        outputs += [Output(final.unscaled(e, key), role, key) for key in gradients]
+    written = {name: v if isinstance(v := named["param", name], Ref) else refs["param", name] for name in parameters}  # by forward, or as it came in
+    done = update(e, optimizer if want == "step" else None, parameters, written, final, moving, wide)
+    outputs += done.outputs
     updated = {o.key for o in outputs if o.role == "param"}
     for (role, key), v in named.items():  # what forward wrote into; a parameter is updated from there
         if isinstance(v, Ref) and (role == "buffer" or (role == "param" and key not in updated)) and v != refs[role, key]:
@@ -167,11 +154,11 @@ def capture(
     kept = {op.origin for op in ops}
     guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
-    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in origins.items() if k in kept))
+    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in done.origins.items() if k in kept))
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
-        spec, parameters, aliases, buffers, state, hyper, options, moved,
-        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want != "forward" else (), seed, traced.output, tuple(traced.tangents),
+        spec, parameters, aliases(model), buffers, slots | done.state, done.hyper, done.options, done.moved,
+        tuple(n for n, p in parameters.items() if p.requires_grad and n not in gradients) if want not in FORWARD else (), seed, traced.output, tuple(traced.tangents),
     )  # fmt: skip
 
 
@@ -196,7 +183,7 @@ class _Traced:
         self.names: list[tuple[str, str]] = []
         self.output: Any = None
         self.tangents: dict[str, Tensor] = {}  # by output, as the trace made them
-        trainable = [n for n, p in parameters.items() if p.requires_grad and want != "forward"]
+        trainable = [n for n, p in parameters.items() if p.requires_grad and want not in FORWARD]
         with self.mode:
             self.sources = [_Source("param", n, torch.empty(p.shape, dtype=p.dtype, requires_grad=n in trainable)) for n, p in parameters.items()]
             self.sources += [_Source("buffer", n, torch.empty(b.shape, dtype=b.dtype)) for n, b in buffers.items()]
@@ -212,15 +199,18 @@ class _Traced:
             given = dict(zip(keys, flat, strict=True))
             real.update({id(given["param", key]): p for key, p in parameters.items()})
             held.extend(flat)
-            swapped = {key: _cast(given["param", key], compute) for key in parameters} | {key: given["buffer", key].clone() for key in buffers}
+            swapped = slots(model, {key: _cast(given["param", key], compute) for key in parameters} | {key: given["buffer", key].clone() for key in buffers})
             inner = rebuild(batch, {key: _cast(t, compute) for (role, key), t in given.items() if role == "batch"})
             found: dict[tuple[str, str], Any] = {}
-            with _reparametrize_module(model, swapped, tie_weights=True):
+            with _reparametrize_module(model, swapped):
                 if want == "forward":
                     with torch.no_grad():
                         result = call(model, inner)
                     self.output = rebuild(result, {key: key for key in tensors(result)})
                     found = {("output", key): t for key, t in tensors(result).items()}
+                elif want == "loss":
+                    with torch.no_grad():
+                        found = {("loss", "loss"): _loss(model, inner, loss_fn, trained=False)}
                 elif want == "module":
                     result = call(model, inner)
                     self.output = rebuild(result, {key: key for key in tensors(result)})
@@ -298,7 +288,7 @@ def call(model: Any, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, trained: bool = True) -> Tensor:
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -310,12 +300,12 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         raise CaptureError(f"{name} gave no loss (got {type(loss).__name__})", fix="put labels into the batch, or pass loss_fn(model, batch) -> scalar tensor")
     if loss.numel() != 1 or not loss.is_floating_point():
         raise CaptureError(f"the loss of {name} is {DTYPES.get(loss.dtype)}{list(loss.shape)}, not one float", fix="reduce it: loss.mean() or loss.sum()")
-    if not loss.requires_grad:
+    if trained and not loss.requires_grad:
         raise CaptureError(f"the loss of {name} depends on no trainable parameter", fix="set requires_grad on the parameters to train, and compute the loss with grad enabled")
     return loss.reshape(())
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def aliases(model: nn.Module) -> dict[str, str]:
     first = {id(p): name for name, p in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import is_
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _global
 
 from deepseed.capture.attributes import Change
@@ -43,6 +43,14 @@ class Structure:
             for word, then, current in zip(words, self._then, now, strict=True)
             if len(then) != len(current) or not all(a is b or a == b for a, b in zip(then, current, strict=True))
         ]
+
+
+def slots(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each place for a parameter or a buffer is given, from ``values`` by first names: a tied tensor has several places, a place one
+    name, though a module may stand at several paths (torch swaps a place that it is told twice, and then puts back what it put in)."""
+    first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    places = ((f"{path}.{name}" if path else name, t) for path, m in model.named_modules() for name, t in (*m._parameters.items(), *m._buffers.items()))
+    return {name: values[first[id(t)]] for name, t in places if t is not None}
 
 
 def _table(holder: Any, name: str) -> dict[Any, Any]:

@@ -58,6 +58,8 @@ def _group(kind: str, parts: list[Tensor], source: Type, target: Type, axis: str
         return [_part(whole, target, axis, mesh, i) for i in range(n)]
     if kind == "shard":
         return [_part(x, target, axis, mesh, i) for i, x in enumerate(parts)]
+    if kind == "share":
+        return [x / n for x in parts]
     if kind == "summand" and isinstance(after, Partial):
         return [x if i == 0 else torch.zeros_like(x) for i, x in enumerate(parts)]
     raise ValueError(f"no collective is called {kind}")

@@ -304,6 +304,8 @@ def _leaf(n: int, old: Fragment, new: Fragment, shapes: Shapes, low: float, high
     if torch_dtype(dtype).is_complex:
         return torch.complex(*(torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low for _ in range(2)))
     bounds = [b for f in (old, new) for b in _bounds(f, n, shapes)]
+    if dtype == "i32" and any(n in f.opened[m].operands and f.opened[m].op.target in instances.PIVOTED for f in (old, new) for m in f.order()):
+        return torch.randint(1, shape[-1] + 1, shape, generator=generator).to(torch_dtype(dtype))  # row numbers, counted from 1
     return torch.randint(0, max(1, min(bounds, default=5)), shape, generator=generator).to(torch_dtype(dtype))
 
 

@@ -157,7 +157,7 @@ def follow(before: Numbering, after: Program) -> Numbering:
             raise TranslationError(f"output {role} {key!r} is returned {'after' if a is None else 'before'} the pass only")
         if a != b:
             made = out.made.get(b)
-            _prove(before, out, a, b, made.op if made is not None else None, f"output {role} {key!r}")
+            _prove(before, out, a, b, made.op if made is not None else None, f"output {role} {key!r}: {', '.join(f'%{name}' for name in _moved(after, role, key))}")
     return out
 
 
@@ -277,6 +277,14 @@ def _lines(side: Numbering, ops: list[Op]) -> Iterator[str]:
         yield f"\n    … and {len(ops) - 8} ops before them"
     if not ops:
         yield " an input"
+
+
+def _moved(p: Program, role: str, key: str) -> list[str]:
+    """The value that is returned, and through which moves it came."""
+    names = [o.ref.name for o in p.outputs if (o.role, o.key) == (role, key)]
+    while (op := p.producers.get(names[-1])) is not None and op.target in IDENTITY:
+        names.append(op.refs[op.results.index(names[-1])].name if len(op.refs) >= len(op.results) else op.refs[0].name)
+    return names
 
 
 def _input_name(side: Numbering, n: int) -> str:

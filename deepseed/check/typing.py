@@ -29,6 +29,7 @@ MOVES = {
     "combine.start": ("owned", "split"),
     "shard": ("whole", "split"),
     "summand": ("whole", "sum"),
+    "share": ("whole", "sum"),
     "accumulate": ("partial", "whole"),
     "collect": ("split", "whole"),
 }

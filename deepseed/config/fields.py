@@ -23,11 +23,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Says:
-    """The verdict on a key. ``of``: value -> (verdict, note), where the value decides."""
+    """The verdict on a key. ``of``: value -> (verdict, note), where the value decides; ``each``: of a dict, (its key, value) -> the same."""
 
     kind: Kind
     note: str = ""
     of: Callable[[Any], tuple[Kind, str]] | None = None
+    each: Callable[[str, Any], tuple[Kind, str]] | None = None
 
     def about(self, value: Any) -> tuple[Kind, str]:
         return self.of(value) if self.of is not None else (self.kind, self.note)

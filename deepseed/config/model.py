@@ -119,15 +119,40 @@ class Bf16(Section):
     bf16_optimizer_states: Annotated[Flag, unless_off("optimizer state stays fp32: bf16 loses small updates")] = False
 
 
+COMPRESSED = ("freeze_step", "cuda_aware", "comm_backend_name", "var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
+NO_OPTIMIZER: dict[str, str] = {  # names in lower case -> why not, and what instead
+    "onebitadam": "it compresses what is sent, which changes numbers; use AdamW with bf16",
+    "zerooneadam": "it compresses what is sent, which changes numbers; use AdamW with bf16",
+    "onebitlamb": "it compresses what is sent, which changes numbers; use AdamW with bf16",
+    "lamb": "torch has no Lamb; give one to initialize(optimizer=..)",
+    "muadam": "give muP's optimizer to initialize(optimizer=..)",
+    "muadamw": "give muP's optimizer to initialize(optimizer=..)",
+    "musgd": "give muP's optimizer to initialize(optimizer=..)",
+}
+NO_SCHEDULER: dict[str, str] = {"OneCycle": "its momentum's cycle is not carried out; use torch's OneCycleLR or CyclicLR as the type, or WarmupCosineLR"}
+
+
+def _option(key: str, value: Any) -> tuple[Kind, str]:
+    """Of an optimizer: what becomes of the option ``key``."""
+    if key in COMPRESSED:
+        return "rejected", "it belongs to 1-bit optimizers, which compress what is sent; use AdamW without it"
+    if key == "bias_correction":
+        return "mapped", "as torch's Adam does" if value else "Adam without it"
+    if key == "fp32_optimizer_states":
+        return ("mapped", "always so") if value else ("rejected", "optimizer state stays fp32: bf16 loses small updates")
+    notes = {"max_grad_norm": "as gradient_clipping", "torch_adam": "torch's Adam steps in any case", "set_grad_none": "no effect: nothing here needs it", "ns_method": "the iteration is the standard one, in bf16"}
+    return ("mapped", notes[key]) if key in notes else ("supported", "")
+
+
 class OptimizerSection(Section):
-    type: Annotated[str, SUPPORTED]
-    params: Annotated[dict[str, Any], SUPPORTED] = Field(default_factory=dict)
+    type: Annotated[str, Says("supported", of=lambda v: ("rejected", NO_OPTIMIZER[v.lower()]) if v.lower() in NO_OPTIMIZER else ("supported", ""))]
+    params: Annotated[dict[str, Any], Says("supported", each=_option)] = Field(default_factory=dict)
     legacy_fusion: Annotated[Flag, NOTHING] = False
 
 
 class SchedulerSection(Section):
-    type: Annotated[str | None, SUPPORTED] = None
-    params: Annotated[dict[str, Any], SUPPORTED] = Field(default_factory=dict)
+    type: Annotated[str | None, Says("supported", of=lambda v: ("rejected", NO_SCHEDULER[v]) if v in NO_SCHEDULER else ("supported", ""))] = None
+    params: Annotated[dict[str, Any], Says("supported", each=lambda key, value: ("supported", ""))] = Field(default_factory=dict)
 
 
 class ActivationCheckpointing(Section):
@@ -144,12 +169,23 @@ class DataTypes(Section):
     grad_accum_dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, SUPPORTED] = None
 
 
+class TensorParallelSizes(Section):
+    tp_size: Annotated[Count, SUPPORTED] = 1
+    tp_grain_size: Annotated[Count, NOTHING] = 1
+    mpu: Annotated[Any, unless_off("groups of ranks are the plan's: tpN, ppN, spN")] = None
+    tp_group: Annotated[Any, unless_off("groups of ranks are the plan's: tpN, ppN, spN")] = None
+
+
 class TensorParallel(Section):
     autotp_size: Annotated[Count, SUPPORTED] = 0
     tp_size: Annotated[Count, SUPPORTED] = 1
     enabled: Annotated[Flag, NOTHING] = True
     tp_overlap_comm: Annotated[Flag, ALWAYS] = False
-    tensor_parallel: Annotated[dict[str, Any] | None, NOTHING] = None
+    tensor_parallel: Annotated[TensorParallelSizes | None, SUPPORTED] = Field(None, alias="tp")
+    dtype: Annotated[Any, mapped("bf16 or fp16 of the file say it")] = None
+    injection_policy_tuple: Annotated[Any, mapped("no effect: what is split follows from the graph, no names are needed")] = None
+    keep_module_on_host: Annotated[Flag, mapped("a model on the meta device is read shard by shard")] = False
+    replace_with_kernel_inject: Annotated[Flag, mapped("kernels are made from the graph")] = Field(False, alias="kernel_inject")
     preset_model: Annotated[str | None, NOTHING] = None
     partition_config: Annotated[dict[str, Any] | None, mapped("no effect: what is split follows from the graph, no names are needed")] = None
 
@@ -184,6 +220,10 @@ class Compile(Section):
     symmetric_memory: Annotated[Flag, NOTHING] = False
     debug_log: Annotated[Flag, mapped("DEEPSEED_DUMP=dir writes the program after each pass")] = False
     offload_parameters: Annotated[Flag, mapped("offload(params) in the plan")] = False
+    free_activation_threshold: Annotated[Count, NOTHING] = 10 * 2**20
+    offload_activation_pin_memory: Annotated[Flag, mapped("host memory is pinned wherever there is a GPU")] = True
+    keep_int_input_tensors: Annotated[Flag, NOTHING] = True
+    keep_all_input_tensors: Annotated[Flag, NOTHING] = False
     sync_before_reduce: Annotated[Flag, NOTHING] = False
     sync_after_reduce: Annotated[Flag, NOTHING] = False
     sync_before_allgather: Annotated[Flag, NOTHING] = False
@@ -215,7 +255,7 @@ class Config(Section):
     bfloat16: Annotated[Bf16 | None, mapped('the old name of "bf16"')] = None
     optimizer: Annotated[OptimizerSection | None, SUPPORTED] = None
     scheduler: Annotated[SchedulerSection | None, SUPPORTED] = None
-    tensor_parallel: Annotated[TensorParallel, SUPPORTED] = Field(default_factory=TensorParallel)
+    tensor_parallel: Annotated[TensorParallel, SUPPORTED] = Field(default_factory=lambda: TensorParallel.model_validate({}))
     sequence_parallel_size: Annotated[Count, SUPPORTED] = 1
     pipeline: Annotated[Pipeline, SUPPORTED] = Field(default_factory=Pipeline)
     data_types: Annotated[DataTypes, SUPPORTED] = Field(default_factory=DataTypes)
@@ -229,8 +269,14 @@ class Config(Section):
     zero_force_ds_cpu_optimizer: Annotated[Flag, mapped("torch's own optimizers run on the host")] = True
     prescale_gradients: Annotated[Flag, mapped("no effect on the result: gradients are the mean over the whole batch")] = False
     gradient_predivide_factor: Annotated[Number, mapped("no effect on the result: gradients are the mean over the whole batch")] = 1.0
+    gradient_allreduce_op: Annotated[str, Says("mapped", of=lambda v: ("mapped", "always so") if v == "mean" else ("rejected", "gradients are the mean over the whole batch; scale the loss"))] = "mean"
+    managed_gradient_accumulation: Annotated[Flag, Says("mapped", of=lambda v: ("mapped", "always so") if v else ("rejected", "the step is one program with its accumulation; deepseed.compile(model, plan) keeps a loop of your own"))] = True
+    fp32_allreduce: Annotated[Flag, mapped('as "communication_data_type": "fp32"')] = False
+    torch_autocast: Annotated[Switch | None, switched("autocast goes by lists of modules; use bf16 or fp16")] = None
+    log_level: Annotated[str | None, NOTHING] = None
     sparse_gradients: Annotated[Flag, unless_off("gradients of embeddings are dense; leave it out")] = False
-    disable_allgather: Annotated[Flag, unless_off("updated weights must be gathered")] = False
+    disable_allgather: Annotated[Flag, NOTHING] = False
+    cuda_visible_devices: Annotated[Any, mapped("no effect: deepseed --include localhost:0,2, or CUDA_VISIBLE_DEVICES")] = None
     dump_state: Annotated[Flag, REPORT] = False
     memory_breakdown: Annotated[Flag, REPORT] = False
     vocabulary_size: Annotated[Count | None, NOTHING] = None
@@ -247,6 +293,7 @@ class Config(Section):
     amp: Annotated[Switch | None, switched("Apex's mixed precision is not carried out; use bf16 or fp16")] = None
     sparse_attention: Annotated[Switch | None, rejected("the attention is the model's own; give the model a sparse one")] = None
     compression_training: Annotated[Switch | None, rejected("compression changes the model; compress it beforehand")] = None
+    quantize_training: Annotated[Switch | None, switched("quantized training changes numbers; quantize the model afterwards")] = None
     autotuning: Annotated[Switch | None, switched("no autotuner; deepseed explain prices a plan without running it")] = None
     elasticity: Annotated[Switch | None, switched("the number of ranks is fixed within a run; a checkpoint goes on with any other")] = None
     curriculum_learning: Annotated[Switch | None, switched("a curriculum is the data loader's; shapes are compiled as they come")] = None

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from deepseed.config.batch import Batch, triangle
+from deepseed.config.batch import Batch, check_without_ranks, triangle
 from deepseed.config.fields import AUTO, ConfigError, Section
 from deepseed.config.model import Config, OffloadOptimizer, OffloadParam
 from deepseed.config.verdicts import rejections
-
-OPTIMIZERS: Mapping[str, str] = {  # DeepSpeed's names, lower case -> the class that steps
-    "adam": "AdamW", "adamw": "AdamW", "torch_adam": "Adam", "fusedadam": "AdamW", "deepspeedcpuadam": "AdamW",
-    "sgd": "SGD", "adagrad": "Adagrad", "lion": "Lion", "muon": "Muon",
-}  # fmt: skip
-ELSEWHERE: Mapping[str, str] = {
-    name: "it compresses what is sent, which changes numbers; use AdamW with bf16" for name in ("onebitadam", "zerooneadam", "onebitlamb")
-} | {"lamb": "torch has no Lamb; give one to initialize(optimizer=..)", "muadam": "give muP's optimizer to initialize(optimizer=..)",
-     "muadamw": "give muP's optimizer to initialize(optimizer=..)", "musgd": "give muP's optimizer to initialize(optimizer=..)"}  # fmt: skip
-SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
@@ -42,36 +33,45 @@ class Settings:
     plan: str
     batch: Batch | None
     clip_grad_norm: float | None
-    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a class of torch.optim, or deepseed.Lion; its arguments
+    optimizer: tuple[str, Mapping[str, Any]] | None = None  # a class of torch.optim, or one of config.objects.OWN; its arguments
     scheduler: tuple[str, Mapping[str, Any]] | None = None
     loss_scaling: LossScaling | None = None
     drop_last: bool = False
     seed: int = 0
 
+    @property
+    def loop_plan(self) -> str:
+        """The plan without microbatches: of a loop that accumulates itself."""
+        return "+".join(word for word in self.plan.split("+") if not re.fullmatch(r"mb\d+", word))
+
 
 def settings(config: Config, world_size: int | None = None) -> Settings:
     """Raises ConfigError for what is rejected, contradicts itself, or is ``auto`` where no Trainer has filled it in."""
+    from deepseed.config.objects import clipping_of, optimizer_choice, scheduler_choice
+
     if found := rejections(config):
         raise ConfigError("\n".join(f"{v.key} is not supported: {v.note}" for v in found))
-    if auto := _autos(config, ""):
+    unread = ("zero_optimization.stage3_",) if config.zero_optimization.stage != 3 else ()  # which the Trainer leaves as they are
+    if auto := [key for key in _autos(config, "") if not key.startswith(unread)]:
         raise ConfigError(f'{", ".join(auto)}: "auto" is filled in by the HF Trainer\n  fix: a number, or train with deepseed.hf.DeepSeedTrainer')
     words, ranks = _ranks(config, world_size)
-    batch = None
-    if ranks is not None:
-        batch = triangle(_int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps), ranks)
+    rows = _int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps)
+    batch = triangle(*rows, ranks) if ranks is not None else None
+    if ranks is None:
+        check_without_ranks(*rows)
     accumulation = batch.accumulation if batch is not None else _int(config.gradient_accumulation_steps) or 1
     words += [f"mb{accumulation}"] if accumulation > 1 else []
     words += _precision(config) + _memory(config)
-    clip = float(config.gradient_clipping)
     return Settings(
-        plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clip or None, optimizer=_optimizer(config), scheduler=_scheduler(config),
+        plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clipping_of(config) or None, optimizer=optimizer_choice(config), scheduler=scheduler_choice(config),
         loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last), seed=int(config.seed or 0),
     )  # fmt: skip
 
 
 def _ranks(config: Config, world_size: int | None) -> tuple[list[str], int | None]:
     """The words of the mesh, and how many data-parallel ranks there are."""
-    tp = max(int(config.tensor_parallel.autotp_size), int(config.tensor_parallel.tp_size), 1)
+    split, inner = config.tensor_parallel, config.tensor_parallel.tensor_parallel
+    tp = max(int(split.autotp_size), int(split.tp_size), int(inner.tp_size) if inner is not None else 1, 1)
     axes = {"sp": max(int(config.sequence_parallel_size), 1), "tp": tp, "pp": max(int(config.pipeline.stages), 1)}
     words = [f"zero{config.zero_optimization.stage}"] + [f"{axis}{n}" for axis, n in axes.items() if n > 1]
     if world_size is None:
@@ -88,18 +88,18 @@ def _precision(config: Config) -> list[str]:
     if config.fp16.enabled and bf16:
         raise ConfigError("bfloat16 and fp16 modes cannot be simultaneously enabled")
     words = ["fp16"] if config.fp16.enabled else ["bf16"] if bf16 else []
-    said = config.data_types.grad_accum_dtype or config.communication_data_type
-    if said and words and said != words[0]:
-        if said not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"communication_data_type is {said!r}: one of fp32, bf16, fp16")
+    said = config.data_types.grad_accum_dtype or config.communication_data_type or ("fp32" if config.fp32_allreduce else None)
+    if said and said not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"communication_data_type is {said!r}: one of fp32, bf16, fp16")
+    if said and said != (words or ["fp32"])[0]:
         words.append(f"grads({said})")
     return words
 
 
 def _memory(config: Config) -> list[str]:
     zero, checkpointing = config.zero_optimization, config.activation_checkpointing
-    optimizer = zero.offload_optimizer or (OffloadOptimizer(device="cpu") if zero.cpu_offload else OffloadOptimizer())
-    params = zero.offload_param or (OffloadParam(device="cpu") if zero.cpu_offload_param else OffloadParam())
+    optimizer = zero.offload_optimizer or OffloadOptimizer(device="cpu" if zero.cpu_offload or config.compile.offload_opt_states else "none")
+    params = zero.offload_param or OffloadParam(device="cpu" if zero.cpu_offload_param or config.compile.offload_parameters else "none")
     on = [name for name, device in (("optimizer", optimizer.device), ("params", params.device)) if device in ("cpu", "nvme")]
     if "params" in on and zero.stage != 3:
         raise ConfigError(f"offload_param needs ZeRO stage 3, the stage is {zero.stage}\n  fix: \"stage\": 3, or leave offload_param out")
@@ -114,53 +114,6 @@ def _memory(config: Config) -> list[str]:
     remat = bool(checkpointing.partition_activations or checkpointing.number_checkpoints or config.pipeline.activation_checkpoint_interval)
     words = ["remat"] if remat else []
     return words + ([f"offload({','.join(on)}{f',disk={disks.pop()}' if disks else ''})"] if on else [])
-
-
-def _optimizer(config: Config) -> tuple[str, Mapping[str, Any]] | None:
-    """The class that steps, by DeepSpeed's names or torch's, and its arguments by torch's."""
-    section = config.optimizer
-    if section is None:
-        return None
-    import torch
-
-    said = section.type
-    if said.lower() in ELSEWHERE:
-        raise ConfigError(f"optimizer.type {said!r} is not supported: {ELSEWHERE[said.lower()]}")
-    params = dict(section.params)
-    params.pop("torch_adam", None)  # DeepSpeed's switch between its own kernels and torch's
-    adam_w = params.pop("adam_w_mode", True)
-    name = OPTIMIZERS.get(said.lower()) or next((n for n in dir(torch.optim) if n.lower() == said.lower() and n[0].isupper()), None)
-    if said.lower() == "adam" and not adam_w:
-        name = "Adam"
-    if name is None or (not hasattr(torch.optim, name) and name != "Lion"):
-        from difflib import get_close_matches
-
-        known = [*OPTIMIZERS, *(n.lower() for n in dir(torch.optim) if n[0].isupper())]
-        near = get_close_matches(said.lower(), known, n=1)
-        raise ConfigError(f"unknown optimizer.type {said!r}{f': did you mean {near[0]!r}?' if near else ''}\n  known: {', '.join(sorted(set(OPTIMIZERS)))}, and any of torch.optim")
-    for key, why in (("freeze_step", "1-bit"), ("cuda_aware", "1-bit"), ("comm_backend_name", "1-bit")):
-        if key in params:
-            raise ConfigError(f"optimizer.params.{key} belongs to {why} optimizers, which are not supported\n  fix: leave it out")
-    if params.pop("bias_correction", True) is False:
-        raise ConfigError("optimizer.params.bias_correction false is not supported: torch's Adam corrects its bias\n  fix: leave it out, or give an optimizer of your own")
-    clip = params.pop("max_grad_norm", None)
-    if clip is not None and "gradient_clipping" in config.model_fields_set and float(clip) != float(config.gradient_clipping):
-        raise ConfigError(f"optimizer.params.max_grad_norm is {clip} and gradient_clipping {config.gradient_clipping}\n  fix: gradient_clipping alone")
-    if "betas" in params:
-        params["betas"] = tuple(float(b) for b in params["betas"])
-    return name, {k: float(v) if k in ("lr", "eps", "weight_decay", "momentum") else v for k, v in params.items()}
-
-
-def _scheduler(config: Config) -> tuple[str, Mapping[str, Any]] | None:
-    section = config.scheduler
-    if section is None or section.type is None:
-        return None
-    if section.type not in SCHEDULERS:
-        import torch
-
-        if not hasattr(torch.optim.lr_scheduler, section.type):
-            raise ConfigError(f"unknown scheduler.type {section.type!r}\n  known: {', '.join(SCHEDULERS)}, and any of torch.optim.lr_scheduler")
-    return section.type, dict(section.params)
 
 
 def _scaling(config: Config) -> LossScaling | None:

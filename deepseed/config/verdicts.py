@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any
 
-from deepseed.config.fields import Kind, Says, Section
+from deepseed.config.auto import FILLED
+from deepseed.config.fields import AUTO, Kind, Says, Section
 from deepseed.config.model import Config
+
+AUTO_NOTE = "the HF Trainer fills it in"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,16 @@ def _rows(section: Section, prefix: str) -> Iterator[Verdict]:
         says = next((m for m in field.metadata if isinstance(m, Says)), None)
         if says is None:
             raise TypeError(f"{type(section).__name__}.{name} says nothing of itself")
-        kind, note = says.about(value)
-        yield Verdict(key, kind, note)
+        if says.each is not None and value:
+            yield from (_verdict(f"{key}.{k}", v, says.each(k, v)) for k, v in value.items())
+        else:
+            yield _verdict(key, value, says.about(value))
+
+
+def _verdict(key: str, value: Any, said: tuple[Kind, str]) -> Verdict:
+    if value != AUTO:
+        return Verdict(key, *said)
+    return Verdict(key, "supported", AUTO_NOTE) if key in FILLED else Verdict(key, "rejected", '"auto" is nothing that the HF Trainer fills in here; say a value')
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:

@@ -10,12 +10,16 @@
 | owned -> split rows  | combine        | yes |
 | replicate -> split   | shard          | no  |
 | replicate -> sum     | summand        | no  |
+| own -> sum           | share          | no  |
 | over ``mb``, in time: sum, max -> replicate | accumulate | no  |
 | over ``mb``, in time: split -> replicate    | collect    | no  |
 
 A local tensor is cut into the axis's n blocks at ``take`` and joined from them at ``put``; a ``Place(dim, outer)`` sees
 local dimension ``dim`` as (outer, n, rest) and the blocks are its n slices. Where n does not divide it the place says so, ``of`` > 0:
 the dimension is (outer, of, rest), cut as ``torch.chunk`` cuts ``of``; the back ends pad each part to the largest while it travels.
+
+``share`` is no reshard but an op of the program: what each rank along the axis computed of its own rows, divided by their number, so that the sum is
+the mean (``deepseed.own_rows``). Of a value that is the same on all of them that is the value itself.
 
 ``dispatch`` and ``combine`` have a second operand, the ids that own the rows, whole on the axis: each row travels once, from the rank
 that has it in the split to the one that owns it, and back. Without the ids, owned rows are a sum like any other.
@@ -34,7 +38,7 @@ from deepseed.ir.subaxes import joint
 
 KEYED = ("dispatch", "combine")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", *KEYED)
-LOCAL = ("shard", "summand")
+LOCAL = ("shard", "summand", "share")
 TO_HOST, TO_DEVICE = "to_host.start", "to_device.start"  # between the two memories of a rank; ``wait`` gives what arrived
 MEMORIES = (TO_HOST, TO_DEVICE)
 IN_TIME = ("accumulate", "collect")  # over microbatches: add up as they come; keep each, for the user

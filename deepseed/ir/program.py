@@ -24,9 +24,10 @@ from deepseed.ir.schedule import Schedule
 ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1, "c64": 8, "c128": 16}
 FLOATS = ("f64", "f32", "bf16", "f16")
 PHASES = ("forward", "backward", "update")
-INPUT_ROLES = ("param", "buffer", "state", "batch", "constant", "rng", "hyper", "tangent")
-OUTPUT_ROLES = ("loss", "output", "grad", "batch_grad", "param", "buffer", "state", "norm")
-GRADIENTS = ("grad", "batch_grad")  # what a program with tangents returns once it has them
+INPUT_ROLES = ("param", "buffer", "state", "batch", "constant", "rng", "hyper", "tangent", "pending")
+OUTPUT_ROLES = ("loss", "output", "grad", "pending", "batch_grad", "param", "buffer", "state", "norm")
+GRADIENTS = ("grad", "pending", "batch_grad")  # what a program with tangents returns once it has them; pending: added up until an update takes it
+OWN_ROWS = "own_rows"  # fact: batch, tangents and draws differ along dp, and so does what is made of them until a ``share``
 SHOWN = ("output", "batch_grad")  # outputs that may be split as they are made: a model's, and gradients of the batch
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def run_node(o: Options, nodes: Nodes) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "deepseed.launcher.rank", settings.text(), o.script, *o.arguments)
         except ChildFailedError as error:
+            for failure in error.failures.values():  # each rank leads a process group: what the dead one has started ends too
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(failure.pid, signal.SIGKILL)
             return _failed(error.failures, o)
         except SignalException as error:
             print(f"deepseed: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
@@ -78,7 +82,7 @@ def _failed(failures: Mapping[int, ProcessFailure], o: Options) -> int:
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int]:
         _rank, failure = item
-        return "RankError" in _traceback(failure), failure.exitcode == -signal.SIGTERM, failure.timestamp  # those named another one, or were ended
+        return failure.exitcode == -signal.SIGTERM, "RankError" in _traceback(failure), failure.timestamp  # those were ended, or named another one
 
     rank, failure = min(failures.items(), key=order)
     code = failure.exitcode

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+_FRAME = re.compile(r'^  File "([^"\n]*)", line .*\n(?:    .*\n)*', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,24 @@ def main(words: Sequence[str]) -> None:
         sys.path[0] = str(Path(script).resolve().parent)
     try:
         record(lambda: runpy.run_module(script, run_name="__main__", alter_sys=True) if s.module else runpy.run_path(script, run_name="__main__"))()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         print(own_frames("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
 def own_frames(text: str) -> str:
-    """A traceback without what started the script."""
-    head, middle, rest = text.partition("  File ")
-    frames = (middle + rest).split("  File ")
+    """A traceback, with those of its causes, without what started the script.
+
+    >>> print(own_frames('Traceback:\\n  File "<frozen runpy>", line 1, in run\\n  File "a.py", line 2, in f\\n    f()\\nValueError: b'))
+    Traceback:
+      File "a.py", line 2, in f
+        f()
+    ValueError: b
+    """
     ours = ("<frozen runpy>", "deepseed/launcher/rank.py", "multiprocessing/errors/__init__.py")
-    while len(frames) > 1 and (not frames[0] or any(name in frames[0].partition("\n")[0] for name in ours)):
-        frames.pop(0)
-    return head + "".join(f"  File {frame}" for frame in frames) if middle else text
+    return _FRAME.sub(lambda m: "" if any(name in m[1] for name in ours) else m[0], text)
 
 
 def share(cores: Sequence[int], rank: int, ranks: int) -> tuple[int, ...]:

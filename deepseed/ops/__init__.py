@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseed.ir.kernels import CONTIGUOUS
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
 from deepseed.ops import library as _library
@@ -48,7 +49,7 @@ __all__ = [
 
 _library.register()
 
-_WHOLE_IDENTITY = ("reshard", "wait", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", "shard", "summand", "to_host.start", "to_device.start")
+_WHOLE_IDENTITY = ("reshard", "wait", "all_gather.start", "all_reduce.start", "reduce_scatter.start", "all_to_all.start", "dispatch.start", "combine.start", "shard", "summand", "share", "to_host.start", "to_device.start")
 
 
 def run(op: Op, operands: Sequence[Tensor], mesh: Mesh) -> tuple[Tensor, ...]:
@@ -90,7 +91,8 @@ def _run(op: Op, operands: Sequence[Tensor], shapes: Sequence[Shape]) -> tuple[T
         elif op.target in OWN:
             results = OWN[op.target](operands, dict(op.kwargs), shapes, torch_dtype(op.type.dtype))
         else:
-            args, kwargs = arguments(op, operands)
+            rows = CONTIGUOUS.get(op.target, ())
+            args, kwargs = arguments(op, [x.contiguous() if n in rows else x for n, x in enumerate(operands)] if rows else operands)
             results = function(op.target)(*args, **kwargs)
     except OpError as error:
         raise OpError(f"{_where(op)}: {error}") from None

@@ -39,7 +39,7 @@ def sdpa_backward(
     kernel = _kernel(q, k, v, mask, causal)
     if kernel == "cpu":
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, out, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=scale
+            g, q, k, v, out if out.stride(-1) == 1 else out.contiguous(), lse.contiguous(), 0.0, causal, attn_mask=_additive(mask, q), scale=scale
         )
     elif kernel == "flash":
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # the generator's state: no dropout

@@ -50,6 +50,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "reshape": lambda xs, kw, out, dtype: own.reshape(xs[0], out[0]),
     "permute": lambda xs, kw, out, dtype: own.permute(xs[0], kw["dims"]),
     "expand": lambda xs, kw, out, dtype: own.expand(xs[0], out[0]),
+    "share": lambda xs, kw, out, dtype: xs[0],
     "cast": lambda xs, kw, out, dtype: own.cast(xs[0], dtype),
     "full": lambda xs, kw, out, dtype: own.full(out[0], kw["value"], dtype),
     "iota": lambda xs, kw, out, dtype: own.iota(out[0][0], kw.get("start", 0), kw.get("step", 1), dtype, kw.get("index")),

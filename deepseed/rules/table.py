@@ -213,6 +213,7 @@ RULES: dict[str, Rule] = {
     "permute": Rule(shapes.permute, "0", "0"),
     "expand": Rule(pointwise.form, "0", "0"),
     "cast": Rule(pointwise.form, _cast),
+    "share": Rule(pointwise.form, "0"),
     "slice": Rule(shapes.slice_, "0", "0", resize=shapes.resize_window),
     "unslice": Rule(shapes.unslice, "0", resize=shapes.resize_window),
     "pad": Rule(shapes.pad, _zero("value", "0"), resize=shapes.resize_pad),

@@ -130,6 +130,10 @@ class Runtime(Messages, Memories):
         """``x`` at coordinate 0 of the axis, zeros elsewhere: they sum up to ``x``."""
         return x if self.position(axis) == 0 else torch.zeros_like(x)
 
+    def share(self, x: Tensor, axis: str) -> Tensor:
+        """What this rank adds to the mean over the axis of what each computed of its own rows."""
+        return x / self.mesh.size(axis)
+
 
 class _Once:
     """Waits once, and remembers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.pipeline import as_bytes
 from deepseed.runtime.watch import Watch
 
-TIMEOUT = 600.0  # seconds that a rank waits for the others in one collective
+TIMEOUT = float(os.environ.get("DEEPSEED_TIMEOUT", "600"))  # seconds that a rank waits for the others in one collective
+TOLD = 60.0  # seconds after which it says so, or half of the timeout
 LINGER = 3.0  # seconds that a rank stays after an error, at most, for the others to read what happened
 PAUSE = 0.1  # seconds that a process stays when it leaves, for gloo's threads to let go
 _SLICE = timedelta(seconds=1)  # how often a waiting rank looks whether another one is in trouble
@@ -73,7 +75,7 @@ class World:
     def wait(self, work: dist.Work, what: str) -> None:
         """Wait for a collective that is under way."""
         self.watch.doing = what
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         while True:
             try:
                 if self.device.type == "cpu":
@@ -87,6 +89,9 @@ class World:
                     if work.is_completed() and _succeeded(work):
                         break
                     raise self.watch.diagnose(error, waited) from error
+                if not told and waited > min(TOLD, self.timeout / 2):
+                    told = True
+                    self.watch.tell(waited, self.timeout)
         self.watch.doing = "computation after " + what.replace(" over ", " on ")
 
     @contextmanager
@@ -272,6 +277,4 @@ def guarded(rt: DistributedRuntime) -> Iterator[None]:
 
 
 def _local_rank() -> int:
-    import os
-
     return int(os.environ.get("LOCAL_RANK", "0"))

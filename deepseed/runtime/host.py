@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from deepseed.ir.layout import REPLICATED, Layout, local_shape
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
@@ -28,7 +27,7 @@ from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.folder import CheckpointError, faults
 from deepseed.runtime.simulate import Step, simulate
-from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, held, position, write_back
+from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, gather_states, held, position, write_back
 
 BACKENDS = ("simulate", "gloo", "nccl")
 R = TypeVar("R")
@@ -47,10 +46,11 @@ class Host(Protocol):
     def refine(self, mesh: Mesh) -> None: ...
     def position(self, coordinate: Mapping[str, int]) -> int: ...
     def run(self, executables: Sequence[Step], inputs: Sequence[list[Tensor]]) -> list[tuple[Tensor, ...]]: ...
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor: ...
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor: ...
     def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None: ...
     def begin(self, module: nn.Module, states: Sequence[State]) -> None: ...
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None: ...
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None: ...
     def decide(self, make: Callable[[], str]) -> str: ...
     def as_on_rank_0(self, named: Mapping[str, Tensor]) -> list[str]: ...
     def agree(self, values: Sequence[tuple[str, object]]) -> None: ...
@@ -110,9 +110,8 @@ class SimulatedHost:
             return [executables[0](rt, inputs[0])]
         return simulate(self.mesh, executables, inputs, self.device, self.arenas)
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
-        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it. ``apart``: of no concern, since
-        all ranks are here."""
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value from one part a rank. ``home``: the position on the pipeline whose ranks have it."""
         return gather(at_home(parts, self.mesh, home), type_, self.mesh.without(STAGES))
 
     def bind(self, module: nn.Module, states: Sequence[State], alike: bool = False) -> None:
@@ -131,15 +130,29 @@ class SimulatedHost:
         for role, key in states[0].types:
             if role in ("param", "buffer"):
                 mine = held(module, role, key)
-                if self._shown.get((role, key), _mark(mine)) != _mark(mine):
+                if self._shown.get((role, key), _mark(mine)) != _mark(mine) or not self._holds(states, (role, key), mine):
                     for state in states:
                         state.put(Input("", state.types[role, key], role, key, state.homes[role, key]), mine.detach().clone())
+
+    def _holds(self, states: Sequence[State], key: Key, mine: Tensor) -> bool:
+        """Whether the ranks hold what the module has: a write through ``.data`` leaves no mark."""
+        if mine.is_meta or any(state.on_disk(key[0]) for state in states):
+            return True
+        whole = gather_states(states, [key])[key].to(mine.device, mine.dtype)
+        return torch.allclose(whole, mine, 0, 0, equal_nan=True) if mine.is_floating_point() else torch.equal(whole, mine)
 
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
         """After a step: show the module what the simulated ranks hold. ``keys``: what the step has written; None: it may be anything."""
         if self.mesh.ranks > 1:
             write_back(module, states, keys)
             self._remember(module, states)
+
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None:
+        """What is stored of these keys becomes what the first rank along ``axis`` stores."""
+        for state in states:
+            first = next(s for s in states if s.coordinate == {**state.coordinate, axis: 0})
+            for key in (k for k in keys if k in state.tensors and first is not state):
+                state.tensors[key].copy_(first.tensors[key])
 
     def _remember(self, module: nn.Module, states: Sequence[State]) -> None:
         self._shown = {(role, key): _mark(held(module, role, key)) for role, key in states[0].types if role in ("param", "buffer")}
@@ -206,18 +219,15 @@ class DistributedHost:
         with self.together():
             return [executables[0](self.rt, inputs[0])]
 
-    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0, apart: str = "") -> Tensor:
-        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline.
-        ``apart``: an axis over which it stays in parts."""
-        here = Layout.of(**{apart: type_.layout.on(apart)}) if apart else REPLICATED
-        shape = local_shape(type_.shape, here, self.mesh.seen_from(self.rt.coordinate)) if apart else type_.shape
+    def whole(self, parts: Sequence[Tensor | None], type_: Type, home: int = 0) -> Tensor:
+        """The whole value on every rank: gathered by the ranks of its home, which tell those of the other positions on the pipeline."""
         with self.together(), torch.no_grad():
             if position(self.rt.coordinate) == home:
                 if parts[0] is None:
                     raise StateError(f"rank {self.rt.rank} of {self.mesh} has no part of a value of pipeline rank {home}, where it lies")
-                out = gather_over(self.rt, parts[0].to(self.device), type_, apart)
+                out = gather_over(self.rt, parts[0].to(self.device), type_)
             else:
-                out = torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
+                out = torch.empty(type_.shape, dtype=torch_dtype(type_.dtype), device=self.device)
             return out if self.mesh.sizes.get(STAGES, 1) == 1 else self._told(out.contiguous(), home)
 
     def _told(self, x: Tensor, home: int) -> Tensor:
@@ -237,6 +247,10 @@ class DistributedHost:
 
     def settle(self, module: nn.Module, states: Sequence[State], keys: Collection[Key] | None = None) -> None:
         return None
+
+    def of_first(self, states: Sequence[State], keys: Sequence[Key], axis: str) -> None:
+        for key in (k for k in keys if k in states[0].tensors):
+            self.rt.spread(states[0].tensors[key], axis, 0)()
 
     def decide(self, make: Callable[[], str]) -> str:
         """Rank 0's text on every rank; if making it fails there, every rank raises."""

@@ -100,11 +100,11 @@ def gather(parts: Sequence[Tensor], type_: Type, mesh: Mesh) -> Tensor:
     return have[0]
 
 
-def gather_over(rt: Runtime, local: Tensor, type_: Type, apart: str = "") -> Tensor:
-    """The whole tensor on every rank, by collectives (all ranks call it). ``apart``: an axis over which it stays in parts, the outermost of its dimension."""
+def gather_over(rt: Runtime, local: Tensor, type_: Type) -> Tensor:
+    """The whole tensor on every rank, by collectives (all ranks call it)."""
     for axis in rt.mesh.names:
         element = type_.layout.on(axis)
-        if element is None or axis == apart:
+        if element is None:
             continue
         after = type_.laid(type_.layout.with_(axis, None))
         s = step(type_.shape, type_.layout, after.layout, axis, rt.mesh.seen_from(rt.coordinate))

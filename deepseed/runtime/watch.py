@@ -1,7 +1,7 @@
 """Who failed: each rank beats in the shared store; when something goes wrong, the beats and what they say name the culprit.
 
-A thread of each rank posts, once a second, a count and what the rank is doing (``all_reduce over tp, number 12``). A rank
-that raises posts why. A rank whose collective fails or takes too long raises the alarm and looks: a rank that posted a
+A thread of each rank posts, once a second, a count, what the rank is doing (``all_reduce over tp, number 12``) and at which
+node of its program and line of its script it is. A rank that raises posts why. A rank whose collective fails or takes too long raises the alarm and looks: a rank that posted a
 failure is the culprit, else one whose count stands still (it died), else one that is in no collective and at no message (it fell behind).
 Failures belong to a turn, one call into DeepSeed: all ranks make the same calls, and an error that was caught is over.
 """
@@ -9,17 +9,32 @@ Failures belong to a turn, one call into DeepSeed: all ranks make the same calls
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from deepseed.runtime.errors import RankError
+from deepseed.runtime.whereabouts import main_thread
 
 BEAT = 1.0  # seconds
 SILENCE = 4.0  # seconds without a beat: dead
 MESSAGE = ("sending to ", "receiving from ")  # how a rank says that it waits for one other rank
+
+
+class Beat(NamedTuple):
+    """``number``: of the beat. ``at``: the node and the script's line."""
+
+    number: int
+    doing: str
+    at: str
+
+    def text(self) -> str:
+        return f"{self.doing}; {self.at}" if self.at else self.doing
 
 
 class Watch:
@@ -38,7 +53,7 @@ class Watch:
         while not self._stop.wait(BEAT if count else 0):
             count += 1
             try:
-                self._mine.set(f"beat/{self.rank}", json.dumps([count, self.doing]))
+                self._mine.set(f"beat/{self.rank}", json.dumps([count, self.doing, main_thread()]))
             except RuntimeError:
                 return  # the store is gone: whoever waits in a collective finds out
 
@@ -90,24 +105,30 @@ class Watch:
             after = self._beats()
         except RuntimeError as gone:
             return RankError(0, f"rank 0, which keeps the store where ranks meet, is gone ({_first_line(gone)})\n  {what}")
-        silent = [r for r in range(self.world) if r != self.rank and after.get(r, (0, ""))[0] <= before.get(r, (0, ""))[0]]
+        none = Beat(0, "", "")
+        silent = [r for r in range(self.world) if r != self.rank and after.get(r, none).number <= before.get(r, none).number]
         if silent:
-            last = after.get(silent[0], (0, "never seen"))[1]
+            last = after[silent[0]].text() if silent[0] in after else "never seen"
             many = f" (and {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
             return RankError(silent[0], f"rank {silent[0]}{many} died, last seen in {last}\n  {what} ({_first_line(error)})")
-        late = [r for r in range(self.world) if r != self.rank and not waits(after.get(r, (0, ""))[1])]
+        late = [r for r in range(self.world) if r != self.rank and not waits(after.get(r, none).doing)]
         culprit = late[0] if late else -1
-        places = "\n".join(f"  rank {r}: {after[r][1]}" for r in sorted(after))
         blame = f"rank {culprit} did not come to a {'message' if self.doing.startswith(MESSAGE) else 'collective'}" if late else "ranks wait for each other"
-        return RankError(culprit, f"{blame}\n  {what} ({_first_line(error)}); all ranks live:\n{places}")
+        return RankError(culprit, f"{blame}\n  {what} ({_first_line(error)}); all ranks live:\n{_places(after)}")
 
-    def _beats(self) -> dict[int, tuple[int, str]]:
-        out: dict[int, tuple[int, str]] = {}
+    def tell(self, seconds: float, timeout: float) -> None:
+        """Print, on the first rank that asks in this turn, how long it waits and where all ranks are."""
+        with suppress(RuntimeError):
+            if self._mine.add(f"told/{self.turn}", 1) == 1:
+                head = f"deepseed: rank {self.rank} has waited {seconds:.0f} s, and gives up after {timeout:.0f} (DEEPSEED_TIMEOUT)"
+                print(f"{head}\n{_places(self._beats())}", file=sys.stderr, flush=True)
+
+    def _beats(self) -> dict[int, Beat]:
+        out: dict[int, Beat] = {}
         for rank in range(self.world):
             key = f"beat/{rank}"
             if self._mine.check([key]):
-                count, doing = json.loads(self._mine.get(key))
-                out[rank] = (count, doing)
+                out[rank] = Beat(*json.loads(self._mine.get(key)))
         return out
 
 
@@ -120,6 +141,10 @@ def waits(doing: str) -> bool:
     False
     """
     return " over " in doing or doing.startswith(MESSAGE)
+
+
+def _places(beats: Mapping[int, Beat]) -> str:
+    return "\n".join(f"  rank {rank}: {beats[rank].text()}" for rank in sorted(beats))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,16 @@
+"""What PyTorch's kernels silently assume of their operands' memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Operands (by their place among the tensors) that a kernel reads as if they lay row by row; elsewhere it reads other numbers, or refuses.
+CONTIGUOUS: Mapping[str, tuple[int, ...]] = {
+    "aten.native_layer_norm_backward": (2, 3),  # mean and reciprocal deviation
+    "aten.adaptive_max_pool3d_backward": (2,),
+    "aten._linalg_det": (0,),  # its factors are those of the transpose otherwise
+    "aten._linalg_slogdet": (0,),
+    "aten.linalg_matrix_exp": (0,),
+    "aten._pdist_forward": (0,),
+    "aten._pdist_backward": (1,),
+}
