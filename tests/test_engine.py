@@ -104,6 +104,35 @@ def test_scale_and_a_plain_backward() -> None:
     assert engines[1].global_steps == 2
 
 
+class Pixels(nn.Module):
+    """A convolution with a norm over it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.up, self.norm, self.down = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), norm, nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(torch.tanh(self.first(x.reshape(-1, 1, 1, 8).expand(-1, 1, 6, 8))))
+        out: torch.Tensor = self.down(self.norm(h).flatten(2).repeat(1, 1, 2))
+        return out.mean(1)
+
+
+@pytest.mark.parametrize("frozen", [("up", "first"), ("first", "up", "norm.bias"), ("first", "up", "norm.weight"), ("first.weight", "up.weight")], ids=" ".join)
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], ids=lambda n: type(n).__name__)
+def test_kernels_whose_gradients_are_not_all_asked_for(norm: nn.Module, frozen: tuple[str, ...]) -> None:
+    """What is below a norm is frozen, or weights are and biases are not."""
+    model = Pixels(copy.deepcopy(norm))
+    if isinstance(norm, nn.BatchNorm2d | nn.LayerNorm):
+        frozen += ("up.bias",)  # its gradient is zero but for rounding
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    theirs, parts = Eager(copy.deepcopy(model)), [[(x.float(), y.float()) for x, y in part] for part in rows(3, size=64)]  # small programs are checked as they are
+    engine = begin(config(3), model)
+    want = theirs.passes(parts)
+    assert max(abs(a - b) for a, b in zip(passes(engine, parts), want, strict=True)) <= 1e-5 and apart(engine, theirs.model) <= 1e-5
+
+
 def test_zero_grad_forgets_what_waits() -> None:
     parts, model = rows(2), Net()
     engine, other = begin(config(), copy.deepcopy(model)), begin(config(), model)
