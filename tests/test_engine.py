@@ -395,6 +395,26 @@ def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "latest").read_text() == "mine"
 
 
+def test_what_is_frozen_and_tied_may_stay_out(tmp_path: Path) -> None:
+    """As of an adapter over a model whose output reads its embedding."""
+
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.head = nn.Linear(4, 4, bias=False).double().requires_grad_(False), nn.Linear(4, 4, bias=False)
+            self.head.weight = self.base.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            out: torch.Tensor = self.head(torch.tanh(self.base(super().forward(x))))
+            return out
+
+    engine, other = begin(config(), Tied()), begin(config(), Tied())
+    passes(engine, rows(2))
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    other.load_checkpoint(tmp_path)
+    assert passes(other, rows(2, seed=2)) == passes(engine, rows(2, seed=2)) and apart(engine, other) == 0.0
+
+
 def test_what_is_frozen_may_stay_out(tmp_path: Path) -> None:
     engine = begin(config())
     passes(engine, rows(1))
