@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,19 @@ def test_scale_and_a_plain_backward() -> None:
             engine.step()
     same(*map(everything, engines))
     assert engines[1].global_steps == 2
+
+
+def test_the_optimizers_own_step_is_refused() -> None:
+    engine, optimizer, _, _ = deepseed.initialize(model=Net(), config=config())
+    later = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    engine.backward(of(engine, rows(1)[0][0]))
+    with pytest.raises(CompileError, match=r"AdamW.step\(\): the engine updates the parameters\n  fix: engine.step\(\)"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.step()
+        later.step()
+    assert engine.was_step_applied()
 
 
 class Pixels(nn.Module):
