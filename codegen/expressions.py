@@ -111,8 +111,8 @@ def expression(out: Source, op: Op) -> str:
     if namespace == "aten" and rest in _NN_BINDINGS:
         return f"torch._C._nn.{name}({out.args(op)})"
     called = f"torch.ops.{namespace}.{name}.{overload or 'default'}({out.args(op)})"
-    if any(isinstance(a, tuple) and any(b is False for b in a) for a in op.args):  # an output mask: what is not asked for comes as None
-        called = f"ops.present({called})"
+    if (mask := next((a for a in op.args if isinstance(a, tuple) and any(b is False for b in a)), None)) is not None:  # of the results
+        called = f"ops.present({called}, {out.arg(mask)})" if op.target == "aten.convolution_backward" else f"ops.present({called})"
     return called
 
 

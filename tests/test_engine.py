@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,48 @@ def test_scale_and_a_plain_backward() -> None:
             engine.step()
     same(*map(everything, engines))
     assert engines[1].global_steps == 2
+
+
+def test_the_optimizers_own_step_is_refused() -> None:
+    engine, optimizer, _, _ = deepseed.initialize(model=Net(), config=config())
+    later = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    engine.backward(of(engine, rows(1)[0][0]))
+    with pytest.raises(CompileError, match=r"AdamW.step\(\): the engine updates the parameters\n  fix: engine.step\(\)"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.step()
+        later.step()
+    assert engine.was_step_applied()
+
+
+class Pixels(nn.Module):
+    """A convolution with a norm over it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.up, self.norm, self.down = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), norm, nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(torch.tanh(self.first(x.reshape(-1, 1, 1, 8).expand(-1, 1, 6, 8))))
+        out: torch.Tensor = self.down(self.norm(h).flatten(2).repeat(1, 1, 2))
+        return out.mean(1)
+
+
+@pytest.mark.parametrize("frozen", [("up", "first"), ("first", "up", "norm.bias"), ("first", "up", "norm.weight"), ("first.weight", "up.weight")], ids=" ".join)
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], ids=lambda n: type(n).__name__)
+def test_kernels_whose_gradients_are_not_all_asked_for(norm: nn.Module, frozen: tuple[str, ...]) -> None:
+    """What is below a norm is frozen, or weights are and biases are not."""
+    model = Pixels(copy.deepcopy(norm))
+    if isinstance(norm, nn.BatchNorm2d | nn.LayerNorm):
+        frozen += ("up.bias",)  # its gradient is zero but for rounding
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    theirs, parts = Eager(copy.deepcopy(model)), [[(x.float(), y.float()) for x, y in part] for part in rows(3, size=64)]  # small programs are checked as they are
+    engine = begin(config(3), model)
+    want = theirs.passes(parts)
+    assert max(abs(a - b) for a, b in zip(passes(engine, parts), want, strict=True)) <= 1e-5 and apart(engine, theirs.model) <= 1e-5
 
 
 def test_zero_grad_forgets_what_waits() -> None:
@@ -377,6 +420,26 @@ def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(CheckpointError, match=r"extra=dict cannot be saved(.|\n)*fix: "):
         engine.save_checkpoint(tmp_path, tag="code", client_state={"f": print})
     assert (tmp_path / "latest").read_text() == "mine"
+
+
+def test_what_is_frozen_and_tied_may_stay_out(tmp_path: Path) -> None:
+    """As of an adapter over a model whose output reads its embedding."""
+
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.head = nn.Linear(4, 4, bias=False).double().requires_grad_(False), nn.Linear(4, 4, bias=False)
+            self.head.weight = self.base.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            out: torch.Tensor = self.head(torch.tanh(self.base(super().forward(x))))
+            return out
+
+    engine, other = begin(config(), Tied()), begin(config(), Tied())
+    passes(engine, rows(2))
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    other.load_checkpoint(tmp_path)
+    assert passes(other, rows(2, seed=2)) == passes(engine, rows(2, seed=2)) and apart(engine, other) == 0.0
 
 
 def test_what_is_frozen_may_stay_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class Engine:
         self._boundary: bool | None = None
         self._rows: Iterator[Any] | None = None
         self._steps: TrainStep | None = None
+        if optimizer is not None:
+            optimizer.step = MethodType(_refused, optimizer)  # type: ignore[method-assign]
         if "+pp" in found.plan:
             made = deepseed.compile(model, found.plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf"), loss_scale=scale, loss_fn=loss_fn, batch="local", seed=found.seed, weights=weights)
             assert isinstance(made, TrainStep)
@@ -293,6 +296,14 @@ class Engine:
                 return batch
             self._rows = None
         raise CompileError("train_batch(): the dataset has no rows")
+
+
+def _refused(self: torch.optim.Optimizer, closure: Any = None) -> None:
+    """In place of an engine's ``optimizer.step``, which would find no gradients and train nothing."""
+    raise CompileError(f"{type(self).__name__}.step(): the engine updates the parameters\n  fix: engine.step(); the gradients that wait are the engine's")
+
+
+_refused._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or a scheduler that is made later would wrap it, and one made before warn
 
 
 def _joined(batches: list[Any]) -> Any:

@@ -99,7 +99,8 @@ def _run(op: Op, operands: Sequence[Tensor], shapes: Sequence[Shape]) -> tuple[T
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         given = ", ".join(f"{dtype_name(x.dtype)}{list(x.shape)}" for x in operands)
         raise OpError(f"{_where(op)} on {given}: {error}") from error
-    out = present(results)
+    mask = op.args[10] if op.target == "aten.convolution_backward" and len(op.args) > 10 else None
+    out = present(results, mask if isinstance(mask, tuple) else None)  # type: ignore[arg-type]
     out = (out,) if isinstance(out, Tensor) else out
     if len(out) < len(op.results):
         raise OpError(f"{_where(op)}: {len(out)} results, the op line names {len(op.results)}")

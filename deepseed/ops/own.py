@@ -151,12 +151,13 @@ def sized(name: str, operands: Sequence[Tensor], args: Sequence[Any], shape: Seq
     return out
 
 
-def present(results: Any) -> Any:
-    """Without the results that an aten op gives as None, gradients that were not asked for: an op line has no names for them.
+def present(results: Any, mask: Sequence[bool] | None = None) -> Any:
+    """Without the results that were not asked for, gradients that an aten op gives as None: an op line has no names for them.
 
-    One that is left stands alone: ``dw = present(convolution_backward(.., output_mask=[False, True, False]))``.
+    One that is left stands alone: ``dw = present(convolution_backward(.., output_mask=[False, True, False]))``. Some kernels compute what the
+    op's ``mask`` leaves out, as oneDNN's convolution the weight's gradient together with the bias's.
     """
     if isinstance(results, Tensor):
         return results
-    found = tuple(r for r in results if isinstance(r, Tensor))
+    found = tuple(r for r, wanted in zip(results, mask or (True,) * len(results), strict=True) if wanted and isinstance(r, Tensor))
     return found[0] if len(found) == 1 else found

@@ -32,7 +32,9 @@ def layer_norm_backward(call: Call) -> str | None:
         return None
     x, n, stat = names
     rows = x if len(call.operands) < 4 else ", ".join([x, x, stat, stat, *[n] * (len(call.operands) - 4)])
-    return rows + " -> " + ", ".join([x, n, n][: len(call.results)])
+    mask = call.arg(7, "output_mask")
+    wanted = mask if isinstance(mask, tuple) else (True,) * len(call.results)
+    return rows + " -> " + ", ".join(word for word, on in zip((x, n, n), wanted, strict=False) if on)
 
 
 def addmm(call: Call) -> str | None:
