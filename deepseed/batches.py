@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,8 +30,9 @@ def joined(host: Host, batch: Any) -> Any:
     return rebuild(batch, joined)
 
 
-def check_mix_up(host: Host, batch: Any, local: bool) -> None:
-    """A global batch where local ones are due, or the reverse: found on the first step, from what the ranks hold."""
+def check_mix_up(host: Host, batch: Any, local: bool, own: bool = False) -> None:
+    """A global batch where local ones are due, or the reverse: found on the first step, from what the ranks hold. ``own``: where all ranks have the
+    same rows that is legal, as under DistributedDataParallel, and only said."""
     if host.mesh.ranks == 1 or host.backend == "simulate":
         return
     parts = host.mesh.sizes.get("dp", 1)
@@ -50,7 +52,9 @@ def check_mix_up(host: Host, batch: Any, local: bool) -> None:
             f'batch="local": the ranks of data-parallel part {odd[0]} differ only along sp or tp and must hold the same rows, but they do not\n'
             "  fix: choose rows by the dp coordinate, not by the rank"
         )
-    if local and parts > 1 and not different:
+    if own and parts > 1 and not different and host.first and any(t.numel() for t in tensors(batch).values()):
+        print(f"deepseed: all {parts} data-parallel ranks begin with the same rows, {seen[0][1]}: each trains on its own (a DistributedSampler gives each another part)", file=sys.stderr)
+    if local and parts > 1 and not different and not own:
         raise CompileError(
             f'batch="local" means each data-parallel rank\'s own rows, but all {parts} hold the same ones: {seen[0][1]}\n'
             '  fix: compile(..., batch="global") if every rank loads the whole batch, else use a DistributedSampler'

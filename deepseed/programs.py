@@ -134,7 +134,7 @@ class Programs:
         """``towards``: batch entries whose gradients a module is asked for; of an update, the parameters that have a gradient."""
         s = self.subject
         if not self._seen and want != "update":
-            check_mix_up(s.host, batch, s.local)
+            check_mix_up(s.host, batch, s.local, s.own(want))
         self._seen += 1
         given = batch
         if s.buckets and want not in MODULE:

@@ -31,7 +31,7 @@ def agreed(host: Host, batch: Any, bucket: Bucket) -> tuple[Any, dict[int, int]]
     want = {key: bucket.length(max(there.get(key, 0) for there in everyone)) for key in dims}
     if want == mine:
         return batch, {}
-    if not any("mask" in key for key in given):
+    if not any("mask" in key or key.rpartition(".")[2] == "position_ids" for key in given):  # positions begin anew: each padded token is a sequence of its own
         longer = next(key for key in want if want[key] != mine[key])
         raise CompileError(
             f"batch entry {longer!r} {list(given[longer].shape)} has to be padded to {want[longer]} in dimension {dims[longer]}, as long as another rank's, and the batch has no mask\n"

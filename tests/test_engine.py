@@ -339,6 +339,7 @@ def test_ways_to_give_a_config_and_an_optimizer(tmp_path: Path) -> None:
     [
         ({"config": None}, ConfigError, "initialize without a config\n  fix: config=, or --deepspeed_config"),
         ({"model": 3}, ConfigError, r"initialize\(model=int\)\n  fix: an nn.Module"),
+        ({"model": nn.DataParallel(Net())}, ConfigError, r"initialize\(model=DataParallel\): (.|\n)*fix: the model inside of it"),
         ({"mpu": object()}, ConfigError, "autotp_size"),
         ({"args": SimpleNamespace(deepspeed_config="other.json")}, ConfigError, "two configs: (.|\n)*other.json\n  fix: one of"),
         ({"optimizer": 3}, ConfigError, r"initialize\(optimizer=int\)\n  fix: "),
@@ -470,7 +471,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases: list[tuple[str, tuple[Any, ...]]] = [
         ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("statistics_of_the_first_rank", (2,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),
-        ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("whole_steps", ({"pipeline": {"stages": 2}},)),
+        ("resumed", (3, tmp_path / "resumed")), ("batches_of_its_own", (1,)), ("same_rows", (3,)), ("whole_steps", ({"pipeline": {"stages": 2}},)),
         ("tensors_are_split", (1,)), ("sequences_are_split", (3,)), ("saved_for", (tmp_path / "three",)),
     ]  # fmt: skip
     after = [found[-1] for found in ranks(2, on_ranks, cases)]

@@ -62,6 +62,8 @@ def test_nothing_is_padded_that_nothing_could_mask() -> None:
     with pytest.raises(CompileError, match=r"'input_ids' \[2, 3\] has to be padded to 5 in dimension 1(.|\n)*no mask\n  fix: give the model its attention_mask"):
         agreed(host({"input_ids": 5, "labels": 5}), batch, CONVENTION)
     assert agreed(host({"input_ids": 3, "labels": 3}), batch, CONVENTION)[0] is batch
+    packed = {**batch, "position_ids": torch.tensor([[0, 1, 0]] * 2)}  # several sequences a row: what is padded begins sequences of its own
+    assert agreed(host(dict.fromkeys(packed, 5)), packed, CONVENTION)[0]["position_ids"].tolist() == [[0, 1, 0, 0, 0]] * 2
 
 
 def test_a_vector_of_labels_has_no_length() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from deepseed.bucket import Bucket
@@ -54,6 +55,8 @@ def initialize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"initialize(model={type(model).__name__})\n  fix: an nn.Module")
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ConfigError(f"initialize(model={type(model).__name__}): ranks are the engine's own\n  fix: the model inside of it, model.module")
     if mpu is not None:
         raise ConfigError('initialize(mpu=..): ranks have their places from the plan\n  fix: "tensor_parallel": {"autotp_size": N} in the config, or a plan')
     named = getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)

@@ -70,7 +70,7 @@ def agree_on_values(values: Sequence[tuple[str, object]], device: torch.device |
         said = [f"{values[n][0]} = {values[n][1]!r}" if n < len(values) else "nothing" for values in found]
         rank = next((r for r, text in enumerate(said) if text != said[0]), None)
         if rank is not None:
-            raise AgreementError(f"ranks disagree: {said[0]} on rank 0, {said[rank]} on rank {rank}\n  fix: give every rank the same global batch, model and settings")
+            raise AgreementError(f"ranks disagree: {said[0]} on rank 0, {said[rank]} on rank {rank}\n  fix: give every rank the same model and settings, and batches of one shape")
     raise AgreementError(f"ranks disagree: {len(found[0])} values on rank 0, {sorted({len(v) for v in found})} on all")
 
 

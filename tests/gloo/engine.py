@@ -314,6 +314,16 @@ def batches_of_its_own(stage: int) -> None:
     assert all(x == first for x in engine.compiled.host.everyone(first)) and engine.global_steps == 5
 
 
+def same_rows(stage: int) -> None:
+    """All ranks begin with the same rows: legal, and their mean is each one's own."""
+    model = Net()
+    engine, alone = begin(config(stage), copy.deepcopy(model)), Eager(model)
+    part = rows(1)
+    passes(engine, [[part[0][0]] * WORLD])
+    alone.passes([[part[0][0]]])
+    assert apart(engine, alone.model) <= 1e-12
+
+
 def saved_for(folder: Path) -> list[float]:
     """A checkpoint of zero3, and what follows it."""
     engine = begin(config(3))
