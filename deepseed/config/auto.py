@@ -67,6 +67,9 @@ class Filling:
             sizes = (h * h, int(0.9 * h * h), 10 * h)
             for key, size in list(zip(BY_HIDDEN_SIZE, sizes, strict=True))[: 3 if self._get("zero_optimization.stage") == 3 else 1]:
                 self._match(key, size)
+            for key in BY_HIDDEN_SIZE[1:]:  # below stage 3 nothing reads them
+                if self._get("zero_optimization.stage") != 3 and self._get(key) == AUTO:
+                    del self.config["zero_optimization"][key.partition(".")[2]]
         self._match("scheduler.params.total_num_steps", num_training_steps, "num_training_steps (calculated)")
         self._match("scheduler.params.warmup_num_steps", max(1, arguments.get_warmup_steps(num_training_steps)), "warmup_steps")
         if self.mismatches:

@@ -51,8 +51,7 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
 
     if found := rejections(config):
         raise ConfigError("\n".join(f"{v.key} is not supported: {v.note}" for v in found))
-    unread = ("zero_optimization.stage3_",) if config.zero_optimization.stage != 3 else ()  # which the Trainer leaves as they are
-    if auto := [key for key in _autos(config, "") if not key.startswith(unread)]:
+    if auto := _autos(config, ""):
         raise ConfigError(f'{", ".join(auto)}: "auto" is filled in by the HF Trainer\n  fix: a number, or train with deepseed.hf.DeepSeedTrainer')
     words, ranks = _ranks(config, world_size)
     rows = _int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps)

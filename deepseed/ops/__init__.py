@@ -93,14 +93,14 @@ def _run(op: Op, operands: Sequence[Tensor], shapes: Sequence[Shape]) -> tuple[T
         else:
             rows = CONTIGUOUS.get(op.target, ())
             args, kwargs = arguments(op, [x.contiguous() if n in rows else x for n, x in enumerate(operands)] if rows else operands)
-            results = function(op.target)(*args, **kwargs)
+            mask = op.args[10] if op.target == "aten.convolution_backward" and len(op.args) > 10 else None
+            results = present(function(op.target)(*args, **kwargs), mask if isinstance(mask, tuple) else None)  # type: ignore[arg-type]
     except OpError as error:
         raise OpError(f"{_where(op)}: {error}") from None
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         given = ", ".join(f"{dtype_name(x.dtype)}{list(x.shape)}" for x in operands)
         raise OpError(f"{_where(op)} on {given}: {error}") from error
-    mask = op.args[10] if op.target == "aten.convolution_backward" and len(op.args) > 10 else None
-    out = present(results, mask if isinstance(mask, tuple) else None)  # type: ignore[arg-type]
+    out = present(results)
     out = (out,) if isinstance(out, Tensor) else out
     if len(out) < len(op.results):
         raise OpError(f"{_where(op)}: {len(out)} results, the op line names {len(op.results)}")
