@@ -264,9 +264,10 @@ def refs_of(item: Item) -> tuple[Ref, ...]:
 
 
 def _blocks(p: Program, pinned: Mapping[tuple[str, str], Layout]) -> dict[tuple[str, int], int]:
-    """By input and dimension, the blocks in which an earlier program has split it (a fused query, key and value): an update alone has no op that shows them."""
+    """By input and dimension, the blocks in which an earlier program has split it (a fused query, key and value): an update alone has no op that shows them.
+    A program that has such ops would only have more ways of equal price."""
     found: dict[tuple[str, int], int] = {}
-    for i in p.inputs:
+    for i in p.inputs if p.by_role("pending") else ():
         for e in (e for _, e in (pinned[i.role, i.key].elements if (i.role, i.key) in pinned else ()) if isinstance(e, Split) and e.outer > 1):
             found[i.name, e.dim] = min(e.outer, found.get((i.name, e.dim), e.outer))
     return found
