@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES, step
-from deepseed.ir.kernels import CONTIGUOUS
+from deepseed.ir.kernels import CONTIGUOUS, MASKED
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import Arg, Op, Program, Ref, Type
 
@@ -111,8 +111,8 @@ def expression(out: Source, op: Op) -> str:
     if namespace == "aten" and rest in _NN_BINDINGS:
         return f"torch._C._nn.{name}({out.args(op)})"
     called = f"torch.ops.{namespace}.{name}.{overload or 'default'}({out.args(op)})"
-    if (mask := next((a for a in op.args if isinstance(a, tuple) and any(b is False for b in a)), None)) is not None:  # of the results
-        called = f"ops.present({called}, {out.arg(mask)})" if op.target == "aten.convolution_backward" else f"ops.present({called})"
+    if any(isinstance(a, tuple) and any(b is False for b in a) for a in op.args):  # an output mask: what is not asked for is left out
+        called = f"ops.present({called}, {out.arg(op.args[MASKED[op.target]])})" if op.target in MASKED else f"ops.present({called})"
     return called
 
 

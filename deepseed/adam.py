@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import optim
+
+from deepseed.closures import Stepping
 
 
-class UncorrectedAdam(optim.Optimizer):
+class UncorrectedAdam(Stepping):
     """``decoupled``: decay as AdamW's, else as a part of the gradient. State: ``exp_avg`` and ``exp_avg_sq``, no count of steps."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = True) -> None:
@@ -17,12 +17,7 @@ class UncorrectedAdam(optim.Optimizer):
             raise ValueError(f"lr={lr}, betas={betas}, weight_decay={weight_decay}: lr and weight_decay are 0 or more, betas from 0 to below 1")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
             (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             for p in group["params"]:
@@ -37,4 +32,3 @@ class UncorrectedAdam(optim.Optimizer):
                 if group["decoupled"]:
                     p.mul_(1 - lr * decay)
                 p.add_(state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"]), alpha=-lr)
-        return loss

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import optim
+
+from deepseed.closures import Stepping
 
 
-class Lion(optim.Optimizer):
+class Lion(Stepping):
     """Moves each entry by ``lr``, in the direction of the sign of an interpolation between momentum and gradient; decay is decoupled.
 
     lr: of a sign, so a third to a tenth of AdamW's. betas: of that interpolation, and of the momentum that is kept. One state, ``exp_avg``.
@@ -20,12 +20,7 @@ class Lion(optim.Optimizer):
             raise ValueError(f"lr={lr}, betas={betas}, weight_decay={weight_decay}: lr and weight_decay are 0 or more, betas from 0 to below 1")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -37,4 +32,3 @@ class Lion(optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(state["exp_avg"].mul(beta1).add(p.grad, alpha=1 - beta1).sign_(), alpha=-group["lr"])
                 state["exp_avg"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
-        return loss

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor
+
+from deepseed.closures import Stepping
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MUON: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
 ADAM: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
 
-class Muon(optim.Optimizer):
+class Muon(Stepping):
     """Groups with ``use_muon`` move along the orthogonalized momentum, the others are AdamW's; options that a group leaves out are ``MUON``'s and ``ADAM``'s."""
 
     def __init__(self, params: Any) -> None:
@@ -22,18 +23,12 @@ class Muon(optim.Optimizer):
         if wrong := [tuple(p.shape) for g in self.param_groups if g["use_muon"] for p in g["params"] if p.dim() < 2]:
             raise ValueError(f"Muon steps matrices, and a parameter has the shape {wrong[0]}\n  fix: use_muon = False on it")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(self._muon(p, group) if group["use_muon"] else self._adam(p, group), alpha=-group["lr"])
-        return loss
 
     def _muon(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         state, grad = self.state[p], p.grad

@@ -1,4 +1,4 @@
-"""What PyTorch's kernels silently assume of their operands' memory."""
+"""What PyTorch's kernels silently assume of their operands' memory, and what they give unasked."""
 
 from __future__ import annotations
 
@@ -14,3 +14,6 @@ CONTIGUOUS: Mapping[str, tuple[int, ...]] = {
     "aten._pdist_forward": (0,),
     "aten._pdist_backward": (1,),
 }
+
+# The argument that says which results are wanted, of ops whose kernels may give others too; elsewhere what is not wanted comes as None.
+MASKED: Mapping[str, int] = {"aten.convolution_backward": 10}  # oneDNN: the weight's gradient together with the bias's

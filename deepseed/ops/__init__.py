@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.ir.kernels import CONTIGUOUS
+from deepseed.ir.kernels import CONTIGUOUS, MASKED
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
 from deepseed.ops import library as _library
@@ -93,8 +93,7 @@ def _run(op: Op, operands: Sequence[Tensor], shapes: Sequence[Shape]) -> tuple[T
         else:
             rows = CONTIGUOUS.get(op.target, ())
             args, kwargs = arguments(op, [x.contiguous() if n in rows else x for n, x in enumerate(operands)] if rows else operands)
-            mask = op.args[10] if op.target == "aten.convolution_backward" and len(op.args) > 10 else None
-            results = present(function(op.target)(*args, **kwargs), mask if isinstance(mask, tuple) else None)  # type: ignore[arg-type]
+            results = present(function(op.target)(*args, **kwargs), args[MASKED[op.target]] if op.target in MASKED else None)
     except OpError as error:
         raise OpError(f"{_where(op)}: {error}") from None
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
