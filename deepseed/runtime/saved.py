@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -45,10 +46,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config as serialization
 
 from deepseed.ir.layout import REPLICATED, Layout, local_indices
 from deepseed.ir.mesh import Mesh
-from deepseed.runtime.folder import CheckpointError
+from deepseed.runtime.folder import CheckpointError, writing
 from deepseed.runtime.state import position
 
 LARGEST = 64 * 2**20  # bytes of a box in a file: reading a corner of it costs at most that
@@ -204,8 +206,15 @@ def write(folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes]
         plans = [SavePlan([])] * rank + [saver.create_local_plan()]
         if plans[rank].items:
             writer = FileSystemWriter(folder, sync_files=True, thread_count=1)
-            out += writer.write_data(writer.prepare_global_plan(plans)[rank], saver).value()
+            with writing(folder / f"__{rank}_0.distcp"), _without_crc():
+                out += writer.write_data(writer.prepare_global_plan(plans)[rank], saver).value()
     return out
+
+
+def _without_crc() -> AbstractContextManager[None]:
+    """``torch.save`` without its checksums, which cost more than all else: a sha256 is taken of the whole file."""
+    patched: AbstractContextManager[None] = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+    return patched
 
 
 def write_metadata(
@@ -223,7 +232,8 @@ def write_metadata(
         tensors[alias] = tensors[name]
         found += [replace(r, index=replace(r.index, fqn=alias)) for r in results if r.index.fqn == name]
     tensors |= {name: BytesStorageMetadata() for name in texts}
-    FileSystemWriter(folder, sync_files=True).finish(Metadata(tensors, planner_data=dict(paths)), [found])
+    with writing(folder / ".metadata"):
+        FileSystemWriter(folder, sync_files=True).finish(Metadata(tensors, planner_data=dict(paths)), [found])
 
 
 @dataclass(frozen=True)
