@@ -7,6 +7,7 @@ it ended. A process does not end before its thread has.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401  # registered before this file is: it ends later
 import sys
 import threading
 from collections.abc import Callable
@@ -68,6 +69,9 @@ def join() -> None:
     """Until every thread that writes has ended."""
     for writing in list(_UNSETTLED):
         writing._thread.join()
+
+
+threading._register_atexit(join)  # type: ignore[attr-defined]  # while executors still take work, which the writing gives them
 
 
 @atexit.register

@@ -143,8 +143,8 @@ def partial(folder: Path, names: Iterable[str]) -> bool:
     return LEFT.fullmatch(folder.name) is not None or any(_OURS.fullmatch(name) for name in names)
 
 
-def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
-    """What is wrong with these files of a checkpoint, one line each: a missing one, another size, another checksum."""
+def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str], sizes: bool = False) -> list[str]:
+    """What is wrong with these files of a checkpoint, one line each: a missing one, another size, another checksum. ``sizes``: nothing is read."""
     out = []
     for name in names:
         path, want = folder / name, files[name]
@@ -152,7 +152,7 @@ def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable
             out.append(f"{path} is missing: {want['bytes']} bytes were written")
         elif (size := path.stat().st_size) != want["bytes"]:
             out.append(f"{path} is torn: {want['bytes']} bytes were written, {size} are there")
-        elif (got := digest(path)["sha256"]) != want["sha256"]:
+        elif not sizes and (got := digest(path)["sha256"]) != want["sha256"]:
             out.append(f"{path} is damaged: sha256 {want['sha256']} was written, {got} is there")
     return out
 

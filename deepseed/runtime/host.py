@@ -23,6 +23,7 @@ from deepseed.ops import torch_dtype
 from deepseed.runtime import agree, board, channels, environment
 from deepseed.runtime.arena import Arena
 from deepseed.runtime.board import Board
+from deepseed.runtime.boxfile import Sums, read_boxes
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
@@ -372,10 +373,19 @@ def agreed(said: Sequence[Attempt[R]]) -> list[R]:
 
 
 def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checksums of this process's share of a folder's files: together the ranks read each file once. Raises CheckpointError."""
+    """Sizes of a folder's files, and the checksums of those whose boxes have none: these are read by turns, each once. Raises DamagedError."""
     hosted = {host.mesh.rank(c) for c in host.coordinates}
-    if wrong := faults(folder, files, [name for n, name in enumerate(sorted(files)) if n % host.mesh.ranks in hosted]):
+    whole = [name for name in sorted(files) if "boxes" not in files[name]]
+    wrong = faults(folder, files, sorted(files), sizes=True) or faults(folder, files, [name for n, name in enumerate(whole) if n % host.mesh.ranks in hosted])
+    if wrong:
         raise DamagedError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
+
+
+def check_rest(host: Host, folder: Path, sums: Sums, checked: int) -> None:
+    """Read the boxes that no rank has read, by turns, to check them. Raises DamagedError."""
+    hosted = {host.mesh.rank(c) for c in host.coordinates}
+    mine = [key for n, key in enumerate(sums.left(checked)) if n % host.mesh.ranks in hosted]
+    read_boxes(folder, [(*key, sums.boxes[key][1], ()) for key in mine], sums)
 
 
 def launched() -> bool:
