@@ -1,4 +1,4 @@
-"""Stored tensors as files, by torch.distributed.checkpoint: global tensors, written and read as boxes of them.
+"""Stored tensors as files of torch.distributed.checkpoint: global tensors, written and read as boxes of them.
 
 A rank's part of a tensor is a product of runs of consecutive indices, one list of runs a dimension (``local_indices``), so it is
 a few boxes of the global tensor: that covers every layout, fused blocks, several axes and uneven parts. What several ranks hold is

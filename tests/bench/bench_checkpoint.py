@@ -53,7 +53,7 @@ def main() -> int:
             f"  {what}     {took['ours']:7.2f} s {took['dcp']:6.2f} s {speed:6.2f}x {cpu['ours']:9.2f} s {cpu['dcp']:6.2f} s {resident['ours']:11.2f} {resident['dcp']:9.2f}"
             f" {counted['ours']:13.2f} {counted['dcp']:9.2f}     (median of the rounds' ratios {pairs:.2f}x)"
         )
-        bad |= max(speed, pairs) < 0.9 or counted["ours"] > 1.0
+        bad |= max(speed, pairs) < 0.9 or counted["ours"] > 1.1  # what a rank stores once more, and a buffer of 1 MiB for each of four boxes
     return int(said.gate and bad)
 
 

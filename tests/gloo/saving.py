@@ -8,6 +8,7 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import deepseed
+from deepseed import checkpoint
 from deepseed.api import TrainStep
 
 WIDTH = 2048
-LAYER = 3 * 4 * WIDTH * (WIDTH + 1)  # bytes of a layer's parameters and Adam's two moments
 
 
-def made(plan: str, size: int) -> TrainStep:
+def made(plan: str, size: int, width: int = WIDTH) -> TrainStep:
+    """``size``: bytes of parameters and Adam's two moments."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(max(1, round(size / LAYER)))))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(max(1, round(size / (3 * 4 * width * (width + 1)))))))
     step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters(), fused=True), loss_fn=lambda model, x: model(x).square().mean(), backend="gloo")
     assert isinstance(step, TrainStep)
-    step(torch.randn(8, WIDTH))
     return step
 
 
@@ -47,6 +48,7 @@ class Took:
 
     def __init__(self, do: Callable[[], Any], count: bool = False) -> None:
         gc.collect()
+        CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         before = _resident("VmRSS")
         dist.barrier()
@@ -82,6 +84,7 @@ def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "") ->
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     step = made(plan, size)
+    step(torch.randn(8, WIDTH))
     values, rank = lying(step), dist.get_rank()
     want = {name: t.clone() for name, t in step.states[0].tensors.items()}
     out: dict[str, Any] = {what: {who: [] for who in ("ours", "dcp")} for what in ("save", "load")}
@@ -105,6 +108,37 @@ def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "") ->
             for name in names.values():
                 shutil.rmtree(name)
     return {**out, "stored": sum(t.nbytes for t in want.values())}
+
+
+def reads(plan: str, folder: str, width: int = 512, size: int = 25 * 10**6) -> dict[str, int]:
+    """Bytes that this rank reads of files, as the system counts them: at a load of a step that has run, of one that has not, and with its first batch."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    batch, out = torch.randn(8, width), {}
+    step = made(plan, size, width)
+    step(batch)
+    step.save(folder)
+    out["state"] = sum(t.numel() * t.element_size() for t in (*step.state_dict().values(), *step.optimizer_state().values()))
+    fresh = made(plan, size, width)
+    fresh.compile(batch)
+    for what, do in {"running": lambda: step.load(folder), "compiled": lambda: fresh.load(folder)}.items():
+        before = _read()
+        do()
+        out[what] = _read() - before
+    waiting = made(plan, size, width)
+    before = _read()
+    waiting.load(folder)
+    out["before the first batch"] = _read() - before
+    read = checkpoint.read
+    checkpoint.read = lambda *a, **k: (out.update(begin=_read()), read(*a, **k), out.update(end=_read()))[1]  # compiling reads files too
+    waiting(batch)
+    checkpoint.read = read
+    out["with the first batch"] = out.pop("end") - out.pop("begin")
+    return out
+
+
+def _read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def _profiled(do: Callable[[], Any], path: str) -> Took:
