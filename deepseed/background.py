@@ -18,7 +18,7 @@ from deepseed.runtime.board import Board
 from deepseed.runtime.folder import CheckpointError, discard
 from deepseed.runtime.host import Attempt, agreed, attempted
 
-_UNSETTLED: set[Writing] = set()  # nobody has asked yet how they ended
+_UNSETTLED: set[Writing] = set()  # under way, or failed without that anybody has asked
 
 
 class Writing:
@@ -63,6 +63,8 @@ class Writing:
 
         found = attempted(saving.what, end)
         self._end = found[0] if found[0] is not None else (None, found[1], found[2])
+        if not self._end[1]:
+            _UNSETTLED.discard(self)
 
 
 def join() -> None:

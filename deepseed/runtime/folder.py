@@ -126,7 +126,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         names = sorted(p.name for p in folder.iterdir())
-        what = "is partial: a save was cut off before its end" if partial(folder, names) else "is no checkpoint, or a torn one"
+        left = LEFT.fullmatch(folder.name)
+        half = "it was being deleted" if left and left[2] == "old" else "a save was cut off before its end"
+        what = f"is partial: {half}" if partial(folder, names) else "is no checkpoint, or a torn one"
         raise DamagedError(f"{folder} has no {MANIFEST}: it {what} (it holds {', '.join(names[:3]) or 'nothing'})\n  fix: load another checkpoint")
     try:
         found = json.loads(path.read_bytes())

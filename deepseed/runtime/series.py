@@ -84,7 +84,8 @@ def _found(dir: Path, tag: str) -> Found:
     except CheckpointError as error:
         left = leftovers(dir, tag)
         folder = dir / tag if (dir / tag).exists() or not left else left[0]
-        what = f"{folder} is partial: a save into {tag} was cut off" if folder != dir / tag else str(error).split("\n", 1)[0]
+        half = f"a save into {tag} was cut off" if ".tmp-" in folder.name else f"{tag} was being deleted"
+        what = f"{folder} is partial: {half}" if folder != dir / tag else str(error).split("\n", 1)[0]
         return Found(tag, folder, -1, folder.stat().st_mtime, what, not (folder / MANIFEST).exists())
     return Found(tag, folder, int(manifest.get("step", 0)), float(manifest.get("saved", (folder / MANIFEST).stat().st_mtime)), "")
 
@@ -102,7 +103,9 @@ def prune(dir: Path, keep: int | None) -> None:
     gone = [path for path in leftovers(dir) if not (path / MANIFEST).exists()]
     ours = [f.tag for f in series(dir) if not f.fault and AUTOMATIC.fullmatch(f.tag)]
     for tag in ours[keep:] if keep is not None else ():
-        gone += [dir / tag, *leftovers(dir, tag)] if tag != pointed else []
+        if tag != pointed:
+            gone += leftovers(dir, tag)
+            if (dir / tag).exists():  # by a name that the next one to tidy up knows, should this be cut off
+                gone.append((dir / tag).rename(dir / f"{tag}.old-{uuid.uuid4().hex[:8]}"))
     for path in gone:
-        if path.exists():
-            discard(path)
+        discard(path)
