@@ -129,8 +129,8 @@ def kill(job: Job, ranks: int, kills: int, seed: int) -> int:
         if how != "start" and not job.until(lambda: here("LOSS")):
             return n
         if how == "save":
-            since = time.monotonic()
-            job.until(lambda: time.monotonic() > since + 20 or (folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))))
+            former, since = draw.randint(0, 2), time.monotonic()
+            job.until(lambda former=former, since=since: time.monotonic() > since + 20 or (len(here("SAVED")) >= ranks * former and folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))))  # type: ignore[misc]
         time.sleep(draw.uniform(0, {"start": 3.0, "step": 1.0, "save": 0.01}[how]))
         rank, process = draw.choice([(words[1], int(words[2])) for words in here("START")])
         if job.process.poll() is not None:
@@ -179,3 +179,162 @@ def test_ranks_that_are_killed(tmp_path: Path, undisturbed: Job) -> None:
     done = kill(job, 2, 3, seed=0)
     assert job.ended() == 0 and done == 3, job.stderr()
     check(job, undisturbed, 3)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("ranks", "of", "kills"),
+    [(2, config(3), 13), (3, config(2), 13), (2, config(1, train_micro_batch_size_per_gpu=2), 12), (2, config(0, pipeline={"stages": 2}, train_micro_batch_size_per_gpu=3), 12)],
+    ids=["zero3", "zero2, three ranks", "zero1, microbatches", "pp2"],
+)
+def test_fifty_kills(tmp_path: Path, ranks: int, of: dict[str, Any], kills: int) -> None:
+    reference = Job(tmp_path / "undisturbed", ranks, of)
+    assert reference.ended() == 0, reference.stderr()
+    done, seed, most = 0, 100, 0
+    while done < kills:
+        job = Job(tmp_path / f"job{seed}", ranks, of, "--max_restarts", kills, pace=0.1)
+        now = kill(job, ranks, kills - done, seed)
+        assert job.ended() == 0, job.stderr()
+        if now:
+            most = max(most, check(job, reference, now))
+        done, seed = done + now, seed + 1
+    print(f"{done} kills in {seed - 100} jobs, at most {most} steps done twice")
+    assert most <= EVERY
+
+
+def test_told_to_stop_all_save_after_the_same_step(tmp_path: Path, undisturbed: Job) -> None:
+    """SIGTERM to the launcher: one checkpoint of the step it was at; what is started later goes on from there."""
+    job = Job(tmp_path, 2, config(), "--max_restarts", 3, pace=0.1)
+    assert job.until(lambda: ["0", "0", "4"] in [words[:3] for words in job.said("LOSS")])
+    job.process.send_signal(signal.SIGTERM)
+    assert job.ended() == 143, job.stderr()
+    assert job.stderr().rstrip().endswith("deepseed: ended by SIGTERM: all ranks had saved") and "restart" not in job.stderr()
+    stops = {int(words[2]) for words in job.said("STOPPED")}
+    assert len(job.said("STOPPED")) == 2 and len(stops) == 1 and stops <= {5, 6, 7, 8}, "all ranks after the same step, one or two after they were told"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"global_step{max(stops)}"
+    again = Job(tmp_path, 2, config())
+    assert again.ended() == 0, again.stderr()
+    assert {int(words[2]) for words in again.said("FROM")} == {0, *stops}
+    assert again.curve() == undisturbed.curve() and all(torch.equal(t, undisturbed.weights()[name]) for name, t in again.weights().items())
+    assert all(len([1 for words in again.said("LOSS") if words[2] == str(step)]) == 2 for step in range(1, STEPS + 1)), "no step was done twice"
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("flags", [("--on_loss", "shrink", "--min_ranks", 2), ("--min_ranks", 2)], ids=["at once", "lost twice running"])
+def test_a_smaller_world_goes_on_along_the_same_curve(tmp_path: Path, undisturbed: Job, flags: Sequence[object]) -> None:
+    job = Job(tmp_path, 3, config(), "--max_restarts", 4, *flags, pace=0.1)
+    for n in range(1 if "shrink" in flags else 2):
+        assert job.until(lambda n=n: [words for words in job.said("SAVED") if words[0] == str(n)])  # type: ignore[misc]
+        time.sleep(0.15)
+        os.kill(next(int(words[2]) for words in job.said("START") if words[:2] == [str(n), "1"]), signal.SIGKILL)
+    assert job.ended() == 0, job.stderr()
+    assert "with 2 ranks: slot 1 of localhost is left out" in job.stderr()
+    assert {words[3] for words in job.said("START")} == {"3", "2"}
+    wanted = undisturbed.curve()
+    for step, losses in job.curve().items():
+        assert all(abs(loss - next(iter(wanted[step]))) < 1e-10 for loss in losses), f"step {step}: {losses} {wanted[step]}"
+    for name, t in job.weights().items():
+        torch.testing.assert_close(t, undisturbed.weights()[name], rtol=1e-10, atol=1e-10)
+
+
+# what a launcher does with scripts of any kind ----------------------------------------------------------------------------
+
+
+def launch(tmp_path: Path, text: str, *flags: object, of: dict[str, str] | None = None) -> tuple[int, str]:
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    command = [sys.executable, "-m", "deepseed", *map(str, flags), "--no_local_rank", str(path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT), **(of or {})}, check=False)
+    return done.returncode, done.stderr
+
+
+FAILING = """
+import os, sys
+open(f"{sys.argv[1]}/{os.environ['DEEPSEED_RESTART']}-{os.environ['RANK']}", "w").close()
+if os.environ["RANK"] == "1": BODY
+import time; time.sleep(60)
+"""
+
+
+def test_restarts_end_and_what_would_recur_is_not_restarted(tmp_path: Path) -> None:
+    code, said = launch(tmp_path, FAILING.replace("BODY", "sys.exit(3)"), "--num_gpus", 2, "--max_restarts", 1)
+    assert code == 3 and said.count("ended with exit code 3") == 2 and said.count("deepseed: restart 1 of 1, with 2 ranks\n") == 1, said
+    assert {"0-1", "1-1"} <= set(os.listdir(tmp_path))
+    for body, last in (("sys.exit(2)", 2), ('raise __import__("deepseed.plan").plan.PlanError("tp3 does not divide 2 ranks")', 1)):
+        code, said = launch(tmp_path, FAILING.replace("BODY", body), "--num_gpus", 2, "--max_restarts", 3)
+        assert code == last and said.rstrip().endswith("deepseed: not restarted: it would end in the same way") and "restart 1" not in said, said
+
+
+DYING = """
+import os, signal, subprocess, sys, time
+if os.environ["DEEPSEED_RESTART"] == "1": sys.exit(0)
+signal.signal(signal.SIGTERM, lambda *_: None)  # as one that hears it and goes on
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
+open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(f"{os.getpid()} {child.pid}")
+time.sleep(1)
+if os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def lives(process: str) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_nothing_of_a_start_is_left_at_the_next(tmp_path: Path) -> None:
+    code, said = launch(tmp_path, DYING, "--num_gpus", 2, "--max_restarts", 1)
+    assert code == 0 and "rank 1 (local rank 1" in said, said
+    left = [f"{name}: {process}" for name in ("0", "1") for process in (tmp_path / name).read_text().split() if lives(process)]
+    assert not left, "ranks that hear SIGTERM and go on, and what they have started, end within seconds too"
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import os, sys, time\nopen(f'{sys.argv[1]}/' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
+    process = subprocess.Popen([sys.executable, "-m", "deepseed", "--num_gpus", "2", "--no_local_rank", str(path), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not all((tmp_path / str(n)).exists() and (tmp_path / str(n)).read_text() for n in range(2)) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while any(lives((tmp_path / str(n)).read_text()) for n in range(2)):
+        assert time.monotonic() < end, "a rank trains on, and the job that is started anew would meet it"
+        time.sleep(0.05)
+
+
+SLOW = """
+import os, signal, subprocess, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").close()
+while not told: time.sleep(0.05)
+time.sleep(1)
+assert worker.poll() is None, "what a rank has started is not told"
+if os.environ["RANK"] == "1" and os.environ.get("STAYS"): time.sleep(100)
+worker.kill()
+sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_grace(tmp_path: Path, stays: bool) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SLOW)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **({"STAYS": "1"} if stays else {})}
+    process = subprocess.Popen([sys.executable, "-m", "deepseed", "--num_gpus", "2", "--grace", "4", "--no_local_rank", str(path), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=env)
+    end = time.monotonic() + 60
+    while not all((tmp_path / str(n)).exists() for n in range(2)) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.rstrip().endswith("deepseed: ended by SIGTERM: rank 1 was still there after 4 s (--grace)" if stays else "deepseed: ended by SIGTERM: all ranks had saved"), said
+
+
+def test_a_rank_that_is_told_alone(tmp_path: Path) -> None:
+    """A cluster may speak to a rank and not to the launcher; ranks that have saved are not started again."""
+    text = "import os, sys, time\ntime.sleep(1.5 * int(os.environ['RANK']))\nsys.exit(143)"
+    code, said = launch(tmp_path, text, "--num_gpus", 2, "--max_restarts", 3)
+    assert code == 143 and said.rstrip().endswith("a rank was told to stop: all ranks had saved"), said
