@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +24,8 @@ SCRIPT = f"""
 import json, os, sys, time
 import torch, deepseed
 folder, config = sys.argv[1], json.loads(sys.argv[2])
-rank, restart = int(os.environ["RANK"]), os.environ["DEEPSEED_RESTART"]
-assert os.environ["TORCHELASTIC_RESTART_COUNT"] == restart
+rank, restart = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+assert os.environ.get("DEEPSEED_RESTART", restart) == restart
 log = os.open(f"{{folder}}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 def say(*words): os.write(log, (" ".join(map(str, [words[0], restart, rank, *words[1:]])) + "\\n").encode())
 say("START", os.getpid(), os.environ["WORLD_SIZE"])
@@ -64,8 +66,6 @@ class Job:
     """A training script under the launcher, and what its ranks have said so far."""
 
     def __init__(self, folder: Path, ranks: int, of: dict[str, Any], *flags: object, pace: float = 0.0, words: Sequence[object] = (), **environment: str) -> None:
-        import json
-
         folder.mkdir(exist_ok=True)
         (folder / "train.py").write_text(SCRIPT)
         self.folder, self.started = folder, time.monotonic()
@@ -235,6 +235,75 @@ def test_a_smaller_world_goes_on_along_the_same_curve(tmp_path: Path, undisturbe
         assert all(abs(loss - next(iter(wanted[step]))) < 1e-10 for loss in losses), f"step {step}: {losses} {wanted[step]}"
     for name, t in job.weights().items():
         torch.testing.assert_close(t, undisturbed.weights()[name], rtol=1e-10, atol=1e-10)
+
+
+# nodes ------------------------------------------------------------------------------------------------------------------
+
+
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def two_nodes(tmp_path: Path, ssh: dict[str, str], *flags: object) -> Job:
+    return Job(tmp_path / "job", 2, config(), *flags, pace=0.1, words=["--hostfile", tmp_path / "hosts", "--master_port", port()], **ssh)
+
+
+def pid(job: Job, restart: int, rank: int) -> int:
+    return next(int(words[2]) for words in job.said("START") if words[:2] == [str(restart), str(rank)])
+
+
+def same(job: Job, other: Job) -> bool:
+    return job.curve() == other.curve() and all(torch.equal(t, other.weights()[name]) for name, t in job.weights().items())
+
+
+@pytest.mark.wide
+def test_a_rank_of_another_node_is_lost_and_then_all_are_told_to_stop(tmp_path: Path, ssh: dict[str, str], undisturbed: Job) -> None:
+    (tmp_path / "home" / ".deepspeed_env").write_text("PACE=0.1\n")
+    job = two_nodes(tmp_path, ssh, "--max_restarts", 2)
+    assert job.until(lambda: len([words for words in job.said("SAVED") if words[2] == "6"]) == 2)
+    os.kill(pid(job, 0, 1), signal.SIGKILL)
+    assert job.until(lambda: len([words for words in job.said("SAVED") if words[0] == "1" and words[2] == "12"]) == 2)
+    said = job.stderr()
+    assert "rank 1 (local rank 0" in said and "was killed by SIGKILL" in said and "deepseed: node localhost failed with exit code 137" in said and "restart 1 of 2, with 2 ranks\n" in said
+    assert len({words[2] for words in job.said("FROM") if words[0] == "1"}) == 1
+    job.process.send_signal(signal.SIGTERM)
+    assert job.ended() == 143 and "all ranks had saved" in job.stderr() and "restart 2" not in job.stderr(), job.stderr()
+    assert len(job.said("STOPPED")) == 2 and len({words[2] for words in job.said("STOPPED")}) == 1
+    job = two_nodes(tmp_path, ssh)
+    assert job.ended() == 0 and same(job, undisturbed), job.stderr()
+
+
+@pytest.mark.wide
+def test_a_node_that_is_gone_is_left_out(tmp_path: Path, ssh: dict[str, str], undisturbed: Job) -> None:
+    (tmp_path / "home" / ".deepspeed_env").write_text("PACE=0.1\n")
+    job = two_nodes(tmp_path, ssh, "--max_restarts", 3, "--min_ranks", 1)
+    assert job.until(lambda: len([words for words in job.said("SAVED") if words[2] == "6"]) == 2)
+    rank = pid(job, 0, 1)
+    (tmp_path / "home" / "gone-localhost").touch()
+    os.kill(int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)  # its launcher, and so the rank
+    assert job.ended() == 0, job.stderr()
+    assert "restart 1 of 3, with 2 ranks\n" in job.stderr() and "restart 2 of 3, with 1 rank: node localhost is left out" in job.stderr()
+    wanted = undisturbed.curve()
+    assert all(abs(loss - next(iter(wanted[step]))) < 1e-10 for step, losses in job.curve().items() for loss in losses)
+
+
+@pytest.mark.wide
+def test_nodes_that_torchrun_starts_again(tmp_path: Path, undisturbed: Job) -> None:
+    """Its dynamic rendezvous restarts the other node's ranks too: each start meets in a store of its own."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port()}", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3"]
+    job = Job.__new__(Job)
+    job.folder = tmp_path
+    with (tmp_path / "stderr").open("w") as errors:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "DEEPSEED_TIMEOUT": "60", "PACE": "0.2"}
+        both = [subprocess.Popen([*command, str(tmp_path / "train.py"), str(tmp_path), json.dumps(config())], stdout=subprocess.DEVNULL, stderr=errors, env=env) for _ in range(2)]
+        job.process = both[0]
+        assert job.until(lambda: len([words for words in job.said("SAVED") if words[2] == "6"]) == 2)
+        os.kill(pid(job, 0, 1), signal.SIGKILL)
+        assert [process.wait(200) for process in both] == [0, 0], job.stderr()
+    assert {words[2] for words in job.said("FROM")} > {"0"} and same(job, undisturbed)
 
 
 # what a launcher does with scripts of any kind ----------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Engine:
     @property
     def preempted(self) -> bool:
         """Whether SIGTERM has asked to stop: the same on all ranks after each step. Then ``save_checkpoint`` and ``sys.exit(143)``. Every rank must ask."""
-        return preempt.asked(self.global_steps)
+        return preempt.asked(self.global_steps, "engine")
 
     def zero_optimization(self) -> bool:
         return self.zero_optimization_stage() > 0

@@ -20,7 +20,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 CODE = 128 + signal.SIGTERM  # exit code of a process that was told to stop, and has saved: no launcher starts it again
-_KEY = "stop after"
 _told = False
 _former: Any = None
 _listens = False
@@ -45,13 +44,15 @@ def _hear(number: int, frame: FrameType | None) -> None:
         _former(number, frame)
 
 
-def asked(step: int) -> bool:
-    """Whether to save and stop now that ``step`` steps are done; the same on all ranks. Every rank must ask, after the same steps (not each one)."""
+def asked(step: int, of: str = "") -> bool:
+    """Whether to save and stop now that ``step`` steps are done; the same on all ranks. Every rank must ask, after the same steps (not each one). ``of``: who
+    counts these steps, where more than one does."""
     listen()
     store = _store()
     if store is None:
         return _told
-    found = store.get(_KEY) if store.check([_KEY]) else store.compare_set(_KEY, "", str(step + 1)) if _told else b""
+    key = f"stop after/{of}"
+    found = store.get(key) if store.check([key]) else store.compare_set(key, "", str(step + 1)) if _told else b""
     return bool(found) and step >= int(found)
 
 
