@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deepseed.api import compile as compile
     from deepseed.bucket import Bucket as Bucket
     from deepseed.capture.gradients import LossScale as LossScale
+    from deepseed.checkpoints import Checkpoints as Checkpoints
     from deepseed.engine import Engine as Engine
     from deepseed.engine import add_config_arguments as add_config_arguments
     from deepseed.engine import init_distributed as init_distributed
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _WHERE = {
     "get_accelerator": "deepseed.accelerator", "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
-    "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
+    "Checkpoints": "deepseed.checkpoints", "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
 }  # fmt: skip
 _MODULES = ("accelerator", "checkpointing", "comm", "utils", "zero")  # DeepSpeed's, as attributes
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +27,11 @@ import deepseed
 from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
 from deepseed.ir.layout import REPLICATED, Layout
+from deepseed.ir.mesh import Mesh
 from deepseed.ops import torch_dtype
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
-from deepseed.runtime.host import check_files, everywhere
-from deepseed.runtime.saved import Entry, Want, read, write, write_metadata
+from deepseed.runtime.host import Host, check_files, everywhere
+from deepseed.runtime.saved import Entry, Share, Want, read, shares, write, write_metadata
 
 if TYPE_CHECKING:
     from deepseed.compiled import Compiled
@@ -36,9 +39,49 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS = "safetensors"  # the format of what save_pretrained writes
 EXTRA = "extra"
+Written = tuple[list[Any], dict[str, Any]]  # what a process has written: boxes, and its files' checksums
+
+
+@dataclass
+class Saving:
+    """One checkpoint that is being written: each process writes ``held``, its ranks' shares, and rank 0 closes the folder. Nothing of the running
+    step is read any more once ``held`` are copies."""
+
+    target: Path
+    folder: Path  # beside the target
+    entries: Mapping[str, Entry]
+    texts: Mapping[str, bytes]
+    tied: Mapping[str, str]
+    mesh: Mesh
+    hosted: Sequence[int]
+    held: list[list[Share]]
+    manifest: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        return f"saving to {self.target}"
+
+    def write(self) -> Written:
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
+        results = write(self.folder, self.entries, self.texts, self.hosted, self.held)
+        return results, {name: digest(self.folder / name) for name in sorted({r.storage_data.relative_path for r in results})}
+
+    def close(self, written: Sequence[Written], then: Callable[[], None]) -> None:
+        """On rank 0, with what all processes have written. ``then``: once the checkpoint is in its place."""
+        paths = {name: tuple(name.split(".", 1)) for name in [*self.entries, *self.tied, *self.texts]}
+        write_metadata(self.folder, self.entries, self.texts, self.mesh, [r for results, _ in written for r in results], self.tied, paths)
+        files = {name: d for _, digests in written for name, d in digests.items()}
+        publish(self.folder, self.target, {**self.manifest, "saved": time.time(), "files": {**files, ".metadata": digest(self.folder / ".metadata")}})
+        then()
 
 
 def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None, frozen: bool = True) -> None:
+    finish(step.host, begin(step, dir, extra, frozen))
+
+
+def begin(step: Compiled, dir: str | os.PathLike[str], extra: Any = None, frozen: bool = True, more: Mapping[str, bytes] = MappingProxyType({})) -> Saving:
+    """All but the writing. ``more``: further texts, by name."""
     host, target = step.host, Path(os.path.realpath(dir))
     host.agree([("the folder to save to", str(target)), ("frozen=", frozen)])
     if step._resume:
@@ -47,33 +90,27 @@ def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None, frozen:
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
     texts: dict[str, bytes] = {}
-    everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
+    everywhere(host, f"saving to {target}", lambda: texts.update({**({EXTRA: packed(extra)} if extra is not None else {}), **more}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
     left = [] if frozen else [name for name, p in step.model.named_parameters() if not p.requires_grad]
     entries = {name: e for name, e in _entries(step).items() if name.removeprefix("model.") not in left}
     tied = {f"model.{alias}": f"model.{name}" for alias, name in tied_names(step.model).items() if name not in left}
     hosted = [step.mesh.rank(c) for c in host.coordinates]
+    manifest = {**_manifest(step, entries, tied, texts), **({"frozen": left} if left else {})}
+    held = shares(entries, step.mesh, hosted)
     folder = Path(everywhere(host, f"saving to {target}", lambda: str(aside(target)) if host.first else "")[0])
+    return Saving(target, folder, entries, texts, tied, step.mesh, hosted, held, manifest)
+
+
+def finish(host: Host, saving: Saving, then: Callable[[], None] = lambda: None) -> None:
+    """Write, on all ranks together."""
     try:
-
-        def mine() -> tuple[list[Any], dict[str, Any]]:
-            if not folder.is_dir():
-                raise CheckpointError(f"{folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
-            results = write(folder, entries, texts, step.mesh, hosted)
-            return results, {name: digest(folder / name) for name in sorted({r.storage_data.relative_path for r in results})}
-
-        def close() -> None:
-            paths = {name: tuple(name.split(".", 1)) for name in [*entries, *tied, *texts]}
-            write_metadata(folder, entries, texts, step.mesh, [r for results, _ in written for r in results], tied, paths)
-            files = {name: d for _, digests in written for name, d in digests.items()}
-            publish(folder, target, {**_manifest(step, entries, tied, texts), **({"frozen": left} if left else {}), "files": {**files, ".metadata": digest(folder / ".metadata")}})
-
-        written = everywhere(host, f"saving to {target}", mine)
-        everywhere(host, f"saving to {target}", lambda: close() if host.first else None)
+        written = everywhere(host, saving.what, saving.write)
+        everywhere(host, saving.what, lambda: saving.close(written, then) if host.first else None)
     except Exception:
         if host.first:
-            discard(folder)
+            discard(saving.folder)
         raise
 
 
@@ -118,7 +155,7 @@ def _manifest(step: Compiled, entries: Mapping[str, Entry], tied: Mapping[str, s
     }  # fmt: skip
 
 
-def _packed(extra: Any) -> bytes:
+def packed(extra: Any, what: str = "extra=") -> bytes:
     """The user's own state as bytes. Raises CheckpointError where it could not be read back without running code from the file."""
     file = io.BytesIO()
     try:
@@ -127,10 +164,18 @@ def _packed(extra: Any) -> bytes:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"extra={type(extra).__name__} cannot be saved and read back: {type(error).__name__}: {first}\n"
-            "  fix: put numbers, strings, tensors, and lists and dicts of them into extra, such as scheduler.state_dict()"
+            f"{what}{type(extra).__name__} cannot be saved and read back: {type(error).__name__}: {first}\n"
+            "  fix: put numbers, strings, tensors, and lists and dicts of them there, such as scheduler.state_dict()"
         ) from error
     return file.getvalue()
+
+
+def unpacked(text: bytes) -> Any:
+    return torch.load(io.BytesIO(text), weights_only=True)
+
+
+def extra_of(texts: Mapping[str, bytes]) -> Any:
+    return unpacked(texts[EXTRA]) if EXTRA in texts else None
 
 
 # loading ----------------------------------------------------------------------------------------------------------------
@@ -149,7 +194,8 @@ class Resume:
     model: Mapping[tuple[str, str], Tensor]
 
 
-def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False) -> Any:
+def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: bool, check: Callable[[Mapping[str, bytes]], None]) -> dict[str, bytes]:
+    """The checkpoint's texts, by name. ``check``: raises CheckpointError where these do not fit either."""
     host, target = step.host, Path(os.path.realpath(dir))
     what = f"loading {target}"
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
@@ -162,7 +208,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
     waits: dict[tuple[str, str], Tensor] = {}
     optimizers = listed(step.optimizer)
 
-    def stage() -> tuple[_Reads, Any]:
+    def stage() -> tuple[_Reads, dict[str, bytes]]:
         reads = _Reads(step, saved, cast)
         tensors = check_model(step.model, saved)
         if not step.states and any(t.is_meta for t in tensors.values()):
@@ -178,11 +224,12 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
             else:
                 reads.own()
         texts = read(folder, reads.wants, step.mesh, manifest["texts"])
-        return reads, torch.load(io.BytesIO(texts[EXTRA]), weights_only=True) if EXTRA in texts else None
+        check(texts)
+        return reads, texts
 
-    staged: list[tuple[_Reads, Any]] = []
+    staged: list[tuple[_Reads, dict[str, bytes]]] = []
     everywhere(host, what, lambda: staged.append(stage()))
-    reads, extra = staged[0]  # every rank has all that it needs: from here on nothing is read
+    reads, texts = staged[0]  # every rank has all that it needs: from here on nothing is read
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
             each.state.clear()
@@ -202,7 +249,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
         host.settle(step.model, step.states)
     if host.first and (restart := os.environ.get("DEEPSEED_RESTART", "0")) != "0":
         print(f"deepseed: restart {restart} goes on from {folder}, step {manifest['step']}", file=sys.stderr)
-    return extra
+    return texts
 
 
 def resume(step: Compiled) -> None:

@@ -223,8 +223,12 @@ class Compiled:
         optimizer: False takes parameters and buffers only. cast: allow another float dtype than it was saved in. Every file is checked
         first: raises CheckpointError where one is damaged or does not fit, and nothing is changed then. Every rank must call it.
         """
+        return checkpoint.extra_of(self._restore(dir, optimizer, cast))
+
+    def _restore(self, dir: str | os.PathLike[str], optimizer: bool = True, cast: bool = False, check: Callable[[Mapping[str, bytes]], None] = lambda _: None) -> dict[str, bytes]:
+        """As ``load``; the texts of the checkpoint by name. ``check`` raises CheckpointError where these do not fit."""
         self._shown = {}
-        return checkpoint.load(self, dir, optimizer, cast)
+        return checkpoint.load(self, dir, optimizer, cast, check)
 
     @together
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Incompatible:

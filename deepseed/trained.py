@@ -71,11 +71,11 @@ class Trained(Updating, Module):  # type: ignore[misc]  # state_dict is of whole
         self.drop()
         self._stepped()
 
-    def load(self, dir: str | os.PathLike[str], *, optimizer: bool = True, cast: bool = False) -> Any:
+    def _restore(self, dir: str | os.PathLike[str], *args: Any) -> dict[str, bytes]:
         """As ever; gradients that wait were of the former parameters, and are forgotten."""
-        extra = super().load(dir, optimizer=optimizer, cast=cast)
+        texts = super()._restore(dir, *args)
         self.drop()
-        return extra
+        return texts
 
     def waits_for_state(self) -> bool:
         return not self.programs.updates

@@ -45,6 +45,7 @@ from deepseed.ir.program import Type
 from deepseed.runtime import folder as folders
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.saved import Entry, Want, boxes, read, share_out, write, write_metadata
+from deepseed.runtime.saved import shares as shares_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_waiting_for_the_disk")]
 torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def test_every_layout_reads_what_any_other_wrote(drawn: Any, largest: int) -> No
             assert 8 * torch.Size(box.sizes).numel() <= max(largest, 8)
     assert bool((count == 1).all())
     with tempfile.TemporaryDirectory() as name:
-        results = write(Path(name), entries, {"extra": b"text"}, mesh, range(mesh.ranks), largest)
+        results = write(Path(name), entries, {"extra": b"text"}, range(mesh.ranks), shares_of(entries, mesh, range(mesh.ranks), largest))
         write_metadata(Path(name), entries, {"extra": b"text"}, mesh, results, {"y": "x"}, {}, largest)
         for number, (coordinate, part) in enumerate(zip(coordinates(other), shards(whole, Type("f64", shape, wanted), other), strict=True)):
             wants = [Want(n, shape, wanted, coordinate, torch.full(part.shape, -1.0, dtype=torch.float64)) for n in ("x", "y")]

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 24, 3
-SCRIPT = f"""
+BEGIN = f"""
 import json, os, sys, time
 import torch, deepseed
 folder, config = sys.argv[1], json.loads(sys.argv[2])
@@ -30,19 +30,20 @@ log = os.open(f"{{folder}}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 def say(*words): os.write(log, (" ".join(map(str, [words[0], restart, rank, *words[1:]])) + "\\n").encode())
 say("START", os.getpid(), os.environ["WORLD_SIZE"])
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).double()
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(float(os.environ.get("DROP", "0.1"))), torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).double()
+def rows(step):
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(12, 8, generator=g).double(), torch.randn(12, 4, generator=g).double()
+"""
+SCRIPT = f"""{BEGIN}
 engine, *_ = deepseed.initialize(model=model, config=config, loss_fn=lambda m, b: (m(b[0]) - b[1]).square().mean())
 engine.load_checkpoint(f"{{folder}}/checkpoints")
 say("FROM", engine.global_steps)
-def rows(step):
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(12, 8, generator=g).double(), torch.randn(12, 4, generator=g).double()
-    return [(a, b) for a, b in zip(x.tensor_split(engine.gradient_accumulation_steps()), y.tensor_split(engine.gradient_accumulation_steps()))]
-def mine(part):
-    n, at = engine.train_micro_batch_size_per_gpu(), engine.dp_rank
-    return tuple(t[at * n : (at + 1) * n] for t in part)
+def mine(step):
+    n, at, count = engine.train_micro_batch_size_per_gpu(), engine.dp_rank, engine.gradient_accumulation_steps()
+    return iter(tuple(t[at * n : (at + 1) * n] for t in part) for part in zip(*(t.tensor_split(count) for t in rows(step))))
 while engine.global_steps < {STEPS}:
-    loss = engine.train_batch(iter([mine(part) for part in rows(engine.global_steps)]))
+    loss = engine.train_batch(mine(engine.global_steps))
     say("LOSS", engine.global_steps, float(loss).hex())
     time.sleep(float(os.environ.get("PACE", "0")))
     if engine.global_steps % {EVERY} == 0:
@@ -56,6 +57,23 @@ while engine.global_steps < {STEPS}:
 weights = engine.module_state_dict()
 if rank == 0: torch.save(weights, f"{{folder}}/weights.pt")
 """
+STEP_SCRIPT = f"""{BEGIN}
+step = deepseed.compile(model, config["plan"], optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), loss_fn=lambda m, b: (m(b[0]) - b[1]).square().mean())
+checkpoints = deepseed.Checkpoints(step, f"{{folder}}/checkpoints", every={EVERY}, keep=2)
+checkpoints.load()
+say("FROM", step.steps)
+while step.steps < {STEPS}:
+    loss = step(rows(step.steps))
+    say("LOSS", step.steps, float(loss).hex())
+    time.sleep(float(os.environ.get("PACE", "0")))
+    try:
+        if checkpoints.after_step(): say("SAVED", step.steps)
+    except SystemExit as error:
+        say("STOPPED", step.steps, error.code)
+        raise
+weights = step.state_dict()
+if rank == 0: torch.save(weights, f"{{folder}}/weights.pt")
+"""
 
 
 def config(stage: int = 3, **more: Any) -> dict[str, Any]:
@@ -67,7 +85,7 @@ class Job:
 
     def __init__(self, folder: Path, ranks: int, of: dict[str, Any], *flags: object, pace: float = 0.0, words: Sequence[object] = (), **environment: str) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / "train.py").write_text(SCRIPT)
+        (folder / "train.py").write_text(STEP_SCRIPT if "plan" in of else SCRIPT)
         self.folder, self.started = folder, time.monotonic()
         where = words or ["--num_gpus", ranks]
         command = [sys.executable, "-m", "deepseed", *map(str, where), "--no_local_rank", *map(str, flags), str(folder / "train.py"), str(folder), json.dumps(of)]
@@ -114,6 +132,14 @@ class Job:
         return dict(out)
 
 
+def pid(job: Job, restart: int, rank: int) -> int:
+    return next(int(words[2]) for words in job.said("START") if words[:2] == [str(restart), str(rank)])
+
+
+def same(job: Job, other: Job) -> bool:
+    return job.curve() == other.curve() and all(torch.equal(t, other.weights()[name]) for name, t in job.weights().items())
+
+
 def kill(job: Job, ranks: int, kills: int, seed: int) -> int:
     """SIGKILL to a rank at a random moment of each start, ``kills`` times; how often it was done before the job was over."""
     draw = random.Random(seed)
@@ -123,14 +149,14 @@ def kill(job: Job, ranks: int, kills: int, seed: int) -> int:
         def here(what: str, n: int = n) -> list[list[str]]:
             return [words for words in job.said(what) if words[0] == str(n)]
 
-        if not job.until(lambda: len(here("START")) == ranks):
+        if not job.until(lambda here=here: len(here("START")) == ranks):  # type: ignore[misc]
             return n
         how = draw.choice(("start", "step", "save", "save"))
-        if how != "start" and not job.until(lambda: here("LOSS")):
+        if how != "start" and not job.until(lambda here=here: here("LOSS")):  # type: ignore[misc]
             return n
         if how == "save":
             former, since = draw.randint(0, 2), time.monotonic()
-            job.until(lambda former=former, since=since: time.monotonic() > since + 20 or (len(here("SAVED")) >= ranks * former and folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))))  # type: ignore[misc]
+            job.until(lambda here=here, former=former, since=since: time.monotonic() > since + 20 or (len(here("SAVED")) >= ranks * former and folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))))  # type: ignore[misc]
         time.sleep(draw.uniform(0, {"start": 3.0, "step": 1.0, "save": 0.01}[how]))
         rank, process = draw.choice([(words[1], int(words[2])) for words in here("START")])
         if job.process.poll() is not None:
@@ -139,7 +165,8 @@ def kill(job: Job, ranks: int, kills: int, seed: int) -> int:
             os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
             return n
-        if not job.until(lambda: f"deepseed: rank {rank} (local rank {rank}, process {process}) was killed by SIGKILL" in job.stderr()):
+        said = f"deepseed: rank {rank} (local rank {rank}, process {process}) was killed by SIGKILL"
+        if not job.until(lambda said=said: said in job.stderr()):  # type: ignore[misc]
             return n
     return kills
 
@@ -202,39 +229,52 @@ def test_fifty_kills(tmp_path: Path, ranks: int, of: dict[str, Any], kills: int)
     assert most <= EVERY
 
 
-def test_told_to_stop_all_save_after_the_same_step(tmp_path: Path, undisturbed: Job) -> None:
+@pytest.mark.parametrize("of", [config(), pytest.param({"plan": "pp2+mb2"}, marks=pytest.mark.wide)], ids=["engine", "step"])
+def test_told_to_stop_all_save_after_the_same_step(tmp_path: Path, request: pytest.FixtureRequest, of: dict[str, Any]) -> None:
     """SIGTERM to the launcher: one checkpoint of the step it was at; what is started later goes on from there."""
-    job = Job(tmp_path, 2, config(), "--max_restarts", 3, pace=0.1)
+    job = Job(tmp_path / "job", 2, of, "--max_restarts", 3, pace=0.1)
     assert job.until(lambda: ["0", "0", "4"] in [words[:3] for words in job.said("LOSS")])
     job.process.send_signal(signal.SIGTERM)
     assert job.ended() == 143, job.stderr()
     assert job.stderr().rstrip().endswith("deepseed: ended by SIGTERM: all ranks had saved") and "restart" not in job.stderr()
     stops = {int(words[2]) for words in job.said("STOPPED")}
     assert len(job.said("STOPPED")) == 2 and len(stops) == 1 and stops <= {5, 6, 7, 8}, "all ranks after the same step, one or two after they were told"
-    assert (tmp_path / "checkpoints" / "latest").read_text() == f"global_step{max(stops)}"
-    again = Job(tmp_path, 2, config())
+    assert (job.folder / "checkpoints" / "latest").read_text().removeprefix("global_").strip() == f"step{max(stops)}"
+    again = Job(job.folder, 2, of)
     assert again.ended() == 0, again.stderr()
     assert {int(words[2]) for words in again.said("FROM")} == {0, *stops}
-    assert again.curve() == undisturbed.curve() and all(torch.equal(t, undisturbed.weights()[name]) for name, t in again.weights().items())
+    undisturbed = request.getfixturevalue("undisturbed") if "plan" not in of else Job(tmp_path / "undisturbed", 2, of)
+    assert undisturbed.ended() == 0 and same(again, undisturbed)
     assert all(len([1 for words in again.said("LOSS") if words[2] == str(step)]) == 2 for step in range(1, STEPS + 1)), "no step was done twice"
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("of", [{"plan": "zero3"}, config()], ids=["step", "engine"])
 @pytest.mark.parametrize("flags", [("--on_loss", "shrink", "--min_ranks", 2), ("--min_ranks", 2)], ids=["at once", "lost twice running"])
-def test_a_smaller_world_goes_on_along_the_same_curve(tmp_path: Path, undisturbed: Job, flags: Sequence[object]) -> None:
-    job = Job(tmp_path, 3, config(), "--max_restarts", 4, *flags, pace=0.1)
+def test_a_smaller_world_goes_on_along_the_same_curve(tmp_path: Path, of: dict[str, Any], flags: Sequence[object]) -> None:
+    """The batch is the global one. An engine's ranks draw dropout for their own rows, so that it is off there."""
+    drop = {} if "plan" in of else {"DROP": "0"}
+    job = Job(tmp_path / "job", 3, of, "--max_restarts", 4, *flags, pace=0.1, **drop)
     for n in range(1 if "shrink" in flags else 2):
         assert job.until(lambda n=n: [words for words in job.said("SAVED") if words[0] == str(n)])  # type: ignore[misc]
         time.sleep(0.15)
-        os.kill(next(int(words[2]) for words in job.said("START") if words[:2] == [str(n), "1"]), signal.SIGKILL)
+        os.kill(pid(job, n, 1), signal.SIGKILL)
     assert job.ended() == 0, job.stderr()
     assert "with 2 ranks: slot 1 of localhost is left out" in job.stderr()
     assert {words[3] for words in job.said("START")} == {"3", "2"}
-    wanted = undisturbed.curve()
+    alone = Job(tmp_path / "alone", 1, of, **drop)
+    assert alone.ended() == 0, alone.stderr()
+    close(job, alone)
+
+
+def close(job: Job, other: Job) -> None:
+    """The same up to the order of sums."""
+    wanted = other.curve()
     for step, losses in job.curve().items():
         assert all(abs(loss - next(iter(wanted[step]))) < 1e-10 for loss in losses), f"step {step}: {losses} {wanted[step]}"
+    assert set(job.curve()) == set(wanted)
     for name, t in job.weights().items():
-        torch.testing.assert_close(t, undisturbed.weights()[name], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(t, other.weights()[name], rtol=1e-10, atol=1e-10)
 
 
 # nodes ------------------------------------------------------------------------------------------------------------------
@@ -246,21 +286,13 @@ def port() -> int:
         return int(s.getsockname()[1])
 
 
-def two_nodes(tmp_path: Path, ssh: dict[str, str], *flags: object) -> Job:
+def two_nodes(tmp_path: Path, ssh: dict[str, str], *flags: object, **more: str) -> Job:
+    (tmp_path / "home" / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in {"PACE": "0.1", **more}.items()))
     return Job(tmp_path / "job", 2, config(), *flags, pace=0.1, words=["--hostfile", tmp_path / "hosts", "--master_port", port()], **ssh)
-
-
-def pid(job: Job, restart: int, rank: int) -> int:
-    return next(int(words[2]) for words in job.said("START") if words[:2] == [str(restart), str(rank)])
-
-
-def same(job: Job, other: Job) -> bool:
-    return job.curve() == other.curve() and all(torch.equal(t, other.weights()[name]) for name, t in job.weights().items())
 
 
 @pytest.mark.wide
 def test_a_rank_of_another_node_is_lost_and_then_all_are_told_to_stop(tmp_path: Path, ssh: dict[str, str], undisturbed: Job) -> None:
-    (tmp_path / "home" / ".deepspeed_env").write_text("PACE=0.1\n")
     job = two_nodes(tmp_path, ssh, "--max_restarts", 2)
     assert job.until(lambda: len([words for words in job.said("SAVED") if words[2] == "6"]) == 2)
     os.kill(pid(job, 0, 1), signal.SIGKILL)
@@ -276,17 +308,17 @@ def test_a_rank_of_another_node_is_lost_and_then_all_are_told_to_stop(tmp_path: 
 
 
 @pytest.mark.wide
-def test_a_node_that_is_gone_is_left_out(tmp_path: Path, ssh: dict[str, str], undisturbed: Job) -> None:
-    (tmp_path / "home" / ".deepspeed_env").write_text("PACE=0.1\n")
-    job = two_nodes(tmp_path, ssh, "--max_restarts", 3, "--min_ranks", 1)
+def test_a_node_that_is_gone_is_left_out(tmp_path: Path, ssh: dict[str, str]) -> None:
+    job = two_nodes(tmp_path, ssh, "--max_restarts", 3, "--min_ranks", 1, DROP="0")
     assert job.until(lambda: len([words for words in job.said("SAVED") if words[2] == "6"]) == 2)
     rank = pid(job, 0, 1)
     (tmp_path / "home" / "gone-localhost").touch()
     os.kill(int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)  # its launcher, and so the rank
     assert job.ended() == 0, job.stderr()
     assert "restart 1 of 3, with 2 ranks\n" in job.stderr() and "restart 2 of 3, with 1 rank: node localhost is left out" in job.stderr()
-    wanted = undisturbed.curve()
-    assert all(abs(loss - next(iter(wanted[step]))) < 1e-10 for step, losses in job.curve().items() for loss in losses)
+    alone = Job(tmp_path / "alone", 1, config(), DROP="0")
+    assert alone.ended() == 0, alone.stderr()
+    close(job, alone)
 
 
 @pytest.mark.wide

@@ -205,7 +205,7 @@ class CheckpointSection(Section):
     load_universal: Annotated[Flag, mapped("always so: a checkpoint loads under any plan and number of ranks")] = False
     use_node_local_storage: Annotated[Flag, unless_off("every rank writes into one folder that all see")] = False
     parallel_write: Annotated[dict[str, Any] | None, mapped("always so: every rank writes its own part")] = None
-    writer: Annotated[dict[str, Any] | None, NOTHING] = None
+    writer: Annotated[dict[str, Any] | None, Says("mapped", of=lambda v: ("supported", "written while training goes on") if (v or {}).get("decoupled") else NOTHING.about(v))] = None
 
 
 class Compile(Section):

@@ -38,6 +38,7 @@ class Settings:
     loss_scaling: LossScaling | None = None
     drop_last: bool = False
     seed: int = 0
+    asynchronous: bool = False  # checkpoints are written while training goes on
 
     @property
     def loop_plan(self) -> str:
@@ -64,6 +65,7 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
     return Settings(
         plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clipping_of(config) or None, optimizer=optimizer_choice(config), scheduler=scheduler_choice(config),
         loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last), seed=int(config.seed or 0),
+        asynchronous=bool((config.checkpoint.writer or {}).get("decoupled")),
     )  # fmt: skip
 
 

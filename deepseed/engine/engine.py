@@ -23,6 +23,7 @@ from deepseed.api import TrainStep
 from deepseed.bucket import Bucket
 from deepseed.build import CompileError
 from deepseed.capture.gradients import LossScale
+from deepseed.checkpoints import Checkpoints
 from deepseed.config import Config, Settings
 from deepseed.config.settings import LossScaling
 from deepseed.engine.batches import to_device
@@ -51,6 +52,7 @@ class Engine:
         self._boundary: bool | None = None
         self._rows: Iterator[Any] | None = None
         self._steps: TrainStep | None = None
+        self._checkpoints: dict[str, Checkpoints] = {}  # by folder
         if optimizer is not None:
             optimizer.step = MethodType(_refused, optimizer)  # type: ignore[method-assign]
         if "+pp" in found.plan:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepseed.checkpoints import Checkpoints
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import everywhere
+from deepseed.runtime.series import LATEST
 
 if TYPE_CHECKING:
     from deepseed.engine.engine import Engine
-
-LATEST = "latest"
 
 
 def save_checkpoint(
@@ -23,21 +23,20 @@ def save_checkpoint(
     exclude_frozen_parameters: bool = False,
 ) -> bool:  # fmt: skip
     """Parameters, optimizer, schedule, counts and ``client_state`` (plain data) into ``save_dir/tag``. Every rank must call it. Raises CheckpointError."""
-    tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
     schedule = self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None
     counts = {"micro_steps": self.micro_steps, "global_steps": self.global_steps, "global_samples": self.global_samples}
-    folder = Path(save_dir) / tag
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    self.compiled.save(folder, extra={"client_state": client_state or {}, "lr_scheduler": schedule, **counts}, frozen=not exclude_frozen_parameters)
-
-    def write() -> None:
-        if self.compiled.host.first and save_latest:
-            fresh = folder.parent / f".{LATEST}.{os.getpid()}"
-            fresh.write_text(tag)
-            fresh.replace(folder.parent / LATEST)
-
-    everywhere(self.compiled.host, f"writing {folder.parent / LATEST}", write)
+    extra = {"client_state": client_state or {}, "lr_scheduler": schedule, **counts}
+    _checkpoints(self, save_dir).save(extra, str(tag) if tag is not None else f"global_step{self.global_steps}", frozen=not exclude_frozen_parameters, move_latest=save_latest)
     return True
+
+
+def _checkpoints(self: Engine, dir: str | os.PathLike[str]) -> Checkpoints:
+    """The engine's checkpoints in a folder."""
+    where = os.path.realpath(dir)
+    if where not in self._checkpoints:
+        loader = {"training_dataloader": self.training_dataloader} if self.training_dataloader is not None else {}
+        self._checkpoints[where] = Checkpoints(self.compiled, where, asynchronous=self.settings.asynchronous, objects=loader, strict=False)
+    return self._checkpoints[where]
 
 
 def load_checkpoint(
@@ -48,22 +47,20 @@ def load_checkpoint(
     if custom_load_fn is not None or not load_module_strict:
         what = "custom_load_fn" if custom_load_fn is not None else "load_module_strict=False"
         raise CheckpointError(f"load_checkpoint({what}): a checkpoint is loaded whole\n  fix: leave it out; module.load_state_dict(.., strict=False) before initialize")
-    if tag is None:
-        latest = Path(load_dir) / LATEST
-        tag = everywhere(self.compiled.host, f"reading {latest}", lambda: latest.read_text().strip() if latest.is_file() else None)[0]
-        if tag is None:
-            if self.compiled.host.first:
-                print(f"deepseed: {latest} does not exist: nothing is loaded", file=sys.stderr)
-            return None, None
-    folder = Path(load_dir) / str(tag)
-    extra = self.compiled.load(folder, optimizer=load_optimizer_states and not load_module_only) or {}
+    checkpoints = _checkpoints(self, load_dir)
+    extra = checkpoints.load(str(tag) if tag is not None else None, optimizer=load_optimizer_states and not load_module_only, objects=not load_module_only) or {}
+    if checkpoints.path is None:
+        if self.compiled.host.first:
+            print(f"deepseed: {Path(load_dir) / LATEST} does not exist: nothing is loaded", file=sys.stderr)
+        return None, None
     if not load_module_only:
         if load_lr_scheduler_states and extra.get("lr_scheduler") is not None and hasattr(self.lr_scheduler, "load_state_dict"):
             self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
         for name in ("micro_steps", "global_steps", "global_samples"):
             setattr(self, name, int(extra.get(name, 0)))
+        self._rows = None  # of its own data, which goes on where it was
         self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a step of which some gradients were there begins anew
-    return str(folder), dict(extra.get("client_state", {}))
+    return str(Path(load_dir) / checkpoints.path.name), dict(extra.get("client_state", {}))
 
 
 def save_16bit_model(self: Engine, save_dir: str | os.PathLike[str], save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:

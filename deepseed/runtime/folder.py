@@ -21,10 +21,15 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json")
+LEFT = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{8}")  # what a save leaves beside a folder where it is cut off
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, is damaged, or does not fit: names the file or tensor, what is and what was expected."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is partial, torn, damaged, or not there: another one may load."""
 
 
 def aside(target: Path, by: str = "step.save", ours: re.Pattern[str] = _OURS, carry: bool = False) -> Path:
@@ -64,7 +69,7 @@ def publish(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         json.dump({**manifest, "checksum": checksum(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(folder)
+    sync(folder)
     former = target.with_name(folder.name.replace(".tmp-", ".old-"))
     if target.exists():
         os.rename(target, former)
@@ -74,7 +79,7 @@ def publish(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         if former.exists():
             os.rename(former, target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     for leftover in _beside(target, "old") + _beside(target, "tmp"):
         discard(leftover)
 
@@ -94,23 +99,29 @@ def find(target: Path) -> tuple[Path, dict[str, Any]]:
             return candidate, manifest_of(candidate)
     left = _beside(target, "tmp")
     half = f": a save into it was cut off ({left[0].name} is not whole)" if left else ""
-    raise CheckpointError(f"there is no checkpoint at {target}{half}\n  fix: give the folder that step.save(dir) was given")
+    raise DamagedError(f"there is no checkpoint at {target}{half}\n  fix: give the folder that step.save(dir) was given")
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest, checked against its own checksum."""
     path = folder / MANIFEST
     if not path.exists():
-        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:3]) or "nothing"
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it is no checkpoint, or a torn one (it holds {holds})\n  fix: load another checkpoint")
+        names = sorted(p.name for p in folder.iterdir())
+        what = "is partial: a save was cut off before its end" if partial(folder, names) else "is no checkpoint, or a torn one"
+        raise DamagedError(f"{folder} has no {MANIFEST}: it {what} (it holds {', '.join(names[:3]) or 'nothing'})\n  fix: load another checkpoint")
     try:
         found = json.loads(path.read_bytes())
         said = found.pop("checksum")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error} ({path.stat().st_size} bytes)\n  fix: load another checkpoint") from error
+        raise DamagedError(f"{path} is damaged: {type(error).__name__}: {error} ({path.stat().st_size} bytes)\n  fix: load another checkpoint") from error
     if said != (got := checksum(found)):
-        raise CheckpointError(f"{path} is damaged: sha256 {said} was written, {got} is there\n  fix: load another checkpoint")
+        raise DamagedError(f"{path} is damaged: sha256 {said} was written, {got} is there\n  fix: load another checkpoint")
     return dict(found)
+
+
+def partial(folder: Path, names: Iterable[str]) -> bool:
+    """Whether a folder without a manifest, which holds these files, is what a save has left that was cut off."""
+    return LEFT.fullmatch(folder.name) is not None or any(_OURS.fullmatch(name) for name in names)
 
 
 def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
@@ -139,7 +150,7 @@ def _beside(target: Path, kind: str) -> list[Path]:
     return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make the names in a folder last."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -25,7 +25,7 @@ from deepseed.runtime.arena import Arena
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
-from deepseed.runtime.folder import CheckpointError, faults
+from deepseed.runtime.folder import CheckpointError, DamagedError, faults
 from deepseed.runtime.simulate import Step, simulate
 from deepseed.runtime.state import Key, State, StateError, at_home, gather, gather_over, gather_states, held, position, write_back
 
@@ -339,26 +339,34 @@ def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:
 
 def everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
     """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
-    mine: tuple[Any, str]
+    return alike(host, attempted(what, do))
+
+
+def attempted(what: str, do: Callable[[], R]) -> tuple[R | None, str, type[CheckpointError]]:
+    """What ``do`` gives, or the text and the kind of the CheckpointError to raise for what went wrong."""
     try:
-        mine = (do(), "")
+        return do(), "", CheckpointError
     except CheckpointError as error:
-        mine = (None, str(error))
+        return None, str(error), type(error)
     except Exception as error:
-        mine = (None, f"{what}: {type(error).__name__}: {error}")
+        return None, f"{what}: {type(error).__name__}: {error}", CheckpointError
+
+
+def alike(host: Host, mine: tuple[R | None, str, type[CheckpointError]]) -> list[R]:
+    """What every rank has ``attempted``. Raises on all of them where one failed."""
     said = host.everyone(mine)
-    wrong = [(rank, text) for rank, (_, text) in enumerate(said) if text]
+    wrong = [(rank, text, kind) for rank, (_, text, kind) in enumerate(said) if text]
     if wrong:
-        rank, text = wrong[0]
-        raise CheckpointError(text if len(wrong) == len(said) else f"rank {rank}: {text}")
-    return [value for value, _ in said]
+        rank, text, kind = wrong[0]
+        raise kind(text if len(wrong) == len(said) else f"rank {rank}: {text}")
+    return [value for value, _, _ in said]
 
 
 def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Checksums of this process's share of a folder's files: together the ranks read each file once. Raises CheckpointError."""
     hosted = {host.mesh.rank(c) for c in host.coordinates}
     if wrong := faults(folder, files, [name for n, name in enumerate(sorted(files)) if n % host.mesh.ranks in hosted]):
-        raise CheckpointError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
+        raise DamagedError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
 
 
 def launched() -> bool:

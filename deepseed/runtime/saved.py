@@ -144,21 +144,43 @@ def share_out(entries: Mapping[str, Entry], mesh: Mesh, largest: int = LARGEST) 
     return out
 
 
+@dataclass(frozen=True)
+class Share:
+    """A box of an entry that a rank writes, and its values: a view of the rank's part, or a copy."""
+
+    name: str
+    box: Box
+    values: Tensor
+
+
+def shares(entries: Mapping[str, Entry], mesh: Mesh, hosted: Sequence[int], largest: int = LARGEST) -> list[list[Share]]:
+    """What each of the hosted ranks writes, as views."""
+    every = share_out(entries, mesh, largest)
+    out: list[list[Share]] = []
+    for n, rank in enumerate(hosted):
+        out.append([])
+        for name, box in every[rank]:
+            part = entries[name].parts[n]
+            assert part is not None, f"{name} is written by rank {rank}, which does not store it"
+            out[-1].append(Share(name, box, box.of(part).detach()))
+    return out
+
+
 class Saver(SavePlanner):
     """What one rank writes: its boxes of the entries, and on rank 0 the ``texts`` (bytes by name)."""
 
-    def __init__(self, entries: Mapping[str, Entry], items: Sequence[tuple[str, Box]], position: int, texts: Mapping[str, bytes]) -> None:
-        self.entries, self.position, self.texts = entries, position, texts
-        self.boxes = {MetadataIndex(name, box.at): box for name, box in items}
+    def __init__(self, entries: Mapping[str, Entry], held: Sequence[Share], texts: Mapping[str, bytes]) -> None:
+        self.entries, self.texts = entries, texts
+        self.shares = {MetadataIndex(share.name, share.box.at): share for share in held}
 
     def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
         return None
 
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, BytesIOWriteData(len(text))) for name, text in self.texts.items()]
-        for index, box in self.boxes.items():
+        for index, share in self.shares.items():
             e = self.entries[index.fqn]
-            data = TensorWriteData(_chunk(box), TensorProperties(dtype=e.dtype), torch.Size(e.shape))
+            data = TensorWriteData(_chunk(share.box), TensorProperties(dtype=e.dtype), torch.Size(e.shape))
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items)
 
@@ -171,19 +193,14 @@ class Saver(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self.texts[write_item.index.fqn])
-        part = self.entries[write_item.index.fqn].parts[self.position]
-        assert part is not None, f"{write_item.index.fqn} is written by a rank that does not store it"
-        return self.boxes[write_item.index].of(part).detach().contiguous()
+        return self.shares[write_item.index].values.contiguous()
 
 
-def write(
-    folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], mesh: Mesh, hosted: Sequence[int], largest: int = LARGEST
-) -> list[WriteResult]:
-    """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3."""
-    shares = share_out(entries, mesh, largest)
+def write(folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], hosted: Sequence[int], held: Sequence[Sequence[Share]]) -> list[WriteResult]:
+    """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3. ``held``: their ``shares``."""
     out: list[WriteResult] = []
-    for n, rank in enumerate(hosted):
-        saver = Saver(entries, shares[rank], n, texts if rank == 0 else {})
+    for rank, own in zip(hosted, held, strict=True):
+        saver = Saver(entries, own, texts if rank == 0 else {})
         plans = [SavePlan([])] * rank + [saver.create_local_plan()]
         if plans[rank].items:
             writer = FileSystemWriter(folder, sync_files=True, thread_count=1)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deepseed.engine.saving import LATEST
 from deepseed.fits import Saved
 from deepseed.ir.layout import REPLICATED
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.folder import CheckpointError, faults, find
 from deepseed.runtime.saved import Want, read
+from deepseed.runtime.series import LATEST
 
 Folder = str | os.PathLike[str]
 

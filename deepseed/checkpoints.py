@@ -1,0 +1,165 @@
+"""``checkpoints = deepseed.Checkpoints(step, dir, every=100, keep=3)``: a series of checkpoints in a folder, the way back, and what is kept.
+
+    extra = checkpoints.load()          # before the first batch: the latest one that is whole, None where there is none
+    for batch in loader:
+        step(batch)
+        checkpoints.after_step()        # saves where it is time
+
+Each is a folder of its own, as ``step.save`` writes it. ``dir/latest`` names one and moves when that one is in its place; then old ones go.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseed import checkpoint
+from deepseed.objects import COUNT, GENERATORS, check, gathered, given, set_generators
+from deepseed.runtime import preempt
+from deepseed.runtime.folder import CheckpointError, DamagedError
+from deepseed.runtime.host import Host, everywhere
+from deepseed.runtime.series import AUTOMATIC, LATEST, check_tag, latest, point, prune, series
+
+if TYPE_CHECKING:
+    from deepseed.compiled import Compiled
+
+OBJECTS = "objects"  # the text of a checkpoint that has their states
+
+
+class Checkpoints:
+    """A series of checkpoints of a compiled train step, module, or engine's ``compiled``, in ``dir``. Every rank must make it, and make every call.
+
+    every: ``after_step`` saves each time the number of steps is a multiple of it. keep: how many checkpoints stay, of those with no tag of the user's own;
+    the one that ``latest`` names always does. objects: by name whatever has ``state_dict`` and ``load_state_dict`` (scheduler, stateful data loader):
+    saved and restored too, for each process its own where they differ. strict: False leaves one as it is whose state a checkpoint has not. ``path``: the checkpoint that was loaded or saved last."""
+
+    def __init__(
+        self, step: Compiled, dir: str | os.PathLike[str], every: int | None = None, keep: int | None = None, asynchronous: bool = False, *, objects: Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> None:  # fmt: skip
+        for name, value in (("every", every), ("keep", keep)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise CheckpointError(f"Checkpoints({name}={value!r})\n  fix: a number of {'steps' if name == 'every' else 'checkpoints'}, 1 or more, or None")
+        self.step, self.dir = step, Path(os.path.realpath(dir))
+        self.every, self.keep, self.asynchronous = every, keep, asynchronous
+        self.objects = dict(objects or {})
+        self.strict = strict
+        self.path: Path | None = None
+        self._count = 0  # calls of after_step
+        check(self.objects)
+
+    @property
+    def host(self) -> Host:
+        return self.step.host
+
+    @property
+    def steps(self) -> int:
+        """Steps so far; of a module, whose steps are the user's, calls of ``after_step``."""
+        return self.step.steps if self.step.whole else self._count
+
+    # saving ---------------------------------------------------------------------------------------------------------
+
+    def after_step(self, extra: Any = None) -> Path | None:
+        """Save where ``every`` says so, or where a SIGTERM has asked some rank to stop: then all ranks save after the same step, and end with
+        exit code 143. Its folder, where it has. ``extra``: plain data of the user's own, or a function that gives it."""
+        self._count += 1
+        asked = preempt.asked(self.steps, str(self.dir))
+        if (self.every is None or self.steps % self.every) and not asked:
+            return None
+        path = self.save(extra() if callable(extra) else extra)
+        if asked:
+            self.wait()
+            preempt.leave()
+        return path
+
+    def save(self, extra: Any = None, tag: str | None = None, *, frozen: bool = True, move_latest: bool = True) -> Path:
+        """Write a checkpoint into ``dir/tag`` (``step100``), then let ``latest`` name it, then delete old ones; its folder. Raises CheckpointError
+        on every rank where one fails: ``latest`` is as it was, and training can go on. ``frozen``: as of ``step.save``."""
+        tag = check_tag(tag if tag is not None else f"step{self.steps}")
+        with self.host.together():
+            self.step._written()
+            texts = {OBJECTS: gathered(self.host, self.objects, self._count, f"saving to {self.dir / tag}")}
+            saving = checkpoint.begin(self.step, self.dir / tag, extra, frozen, texts)
+            checkpoint.finish(self.host, saving, lambda: self._placed(tag, move_latest))
+            self.path = saving.target
+        return saving.target
+
+    def wait(self) -> None:
+        """Until what is being written is there. Raises CheckpointError where it could not be."""
+
+    def _placed(self, tag: str, move_latest: bool) -> None:
+        """On rank 0, when a checkpoint is in its place."""
+        if move_latest:
+            point(self.dir, tag)
+        try:
+            prune(self.dir, self.keep)
+        except OSError as error:
+            print(f"deepseed: an old checkpoint in {self.dir} could not be deleted: {error}", file=sys.stderr)
+
+    # loading --------------------------------------------------------------------------------------------------------
+
+    def load(self, tag: str | None = None, *, optimizer: bool = True, cast: bool = False, objects: bool = True) -> Any:
+        """Go on from the checkpoint that ``latest`` names, or where that is not whole from the newest one that is, which is said on stderr; its ``extra``.
+        None where there is none. ``tag``: from this one. ``objects``: False leaves them and the generators as they are; else as ``step.load``.
+
+        Raises CheckpointError where none of those that are there can be read, or the one that can does not fit."""
+        with self.host.together():
+            self.path = None
+            self.host.agree([("the folder of checkpoints to load from", str(self.dir)), ("tag=", tag), ("objects=", sorted(self.objects) if objects else None)])
+            what = f"loading from {self.dir}"
+            tags, wrong, damaged = everywhere(self.host, what, lambda: self._candidates(tag) if self.host.first else ([], [], False))[0]
+            for name in tags:
+                try:
+                    extra = self._load(name, optimizer, cast, objects)
+                except DamagedError as error:
+                    if tag is not None:
+                        raise
+                    wrong.append(str(error).replace("\n  nothing was loaded", "").split("\n  fix:")[0])
+                    continue
+                self.path = self.dir / name
+                self._say(f"{self.path} is loaded, the newest checkpoint that is whole", wrong)
+                return extra
+            if tags or damaged:
+                raise DamagedError("\n  ".join([f"no checkpoint in {self.dir} is whole", *wrong]) + "\n  fix: load from another folder, or begin anew in an empty one")
+            self._say(f"there is no checkpoint in {self.dir} to load", wrong)
+            return None
+
+    def _candidates(self, tag: str | None) -> tuple[list[str], list[str], bool]:
+        """The tags to try, what is wrong with others, and whether one of these was whole once."""
+        if tag is not None:
+            return [check_tag(tag)], [], False
+        found, wrong, damaged = series(self.dir), [], False
+        try:
+            pointed = latest(self.dir)
+        except DamagedError as error:
+            pointed, damaged = None, True
+            wrong.append(str(error))
+        whole = [f for f in found if not f.fault]
+        wrong += [f.fault for f in found if f.fault and f.tag != pointed]
+        damaged |= any(not f.partial for f in found if f.fault)
+        at = next((f.saved for f in whole if f.tag == pointed), float("inf"))
+        wrong += [f"{f.folder} is whole too and newer, but {LATEST} does not name it: its save was cut off before that" for f in whole if f.saved > at and AUTOMATIC.fullmatch(f.tag)]
+        return [*([pointed] if pointed is not None else []), *(f.tag for f in whole if f.tag != pointed)], wrong, damaged
+
+    def _say(self, text: str, wrong: list[str]) -> None:
+        if wrong and self.host.first:
+            print("\n  ".join([f"deepseed: {text}", *wrong]), file=sys.stderr)
+
+    def _load(self, tag: str, optimizer: bool, cast: bool, objects: bool) -> Any:
+        states: dict[str, Any] = {}
+
+        def fits(texts: Mapping[str, bytes]) -> None:
+            states.update(given(self.host, texts.get(OBJECTS), self.objects, self.strict) if objects else {})
+
+        texts = self.step._restore(self.dir / tag, optimizer, cast, fits)
+        for name, state in states.items():
+            if name == GENERATORS:
+                set_generators(state)
+            elif name == COUNT:
+                self._count = state
+            else:
+                self.objects[name].load_state_dict(state)
+        return checkpoint.extra_of(texts)
