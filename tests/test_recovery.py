@@ -20,13 +20,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 24, 3
-BEGIN = f"""
+BEGIN = """
 import json, os, sys, time
 import torch, deepseed
 folder, config = sys.argv[1], json.loads(sys.argv[2])
 rank, restart = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 assert os.environ.get("DEEPSEED_RESTART", restart) == restart
-log = os.open(f"{{folder}}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+log = os.open(f"{folder}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 def say(*words): os.write(log, (" ".join(map(str, [words[0], restart, rank, *words[1:]])) + "\\n").encode())
 say("START", os.getpid(), os.environ["WORLD_SIZE"])
 torch.manual_seed(0)
