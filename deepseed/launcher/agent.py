@@ -25,14 +25,13 @@ STUCK = 30.0  # seconds after SIGKILL: a process that the kernel holds is left
 
 
 class Agent(LocalElasticAgent):
-    """``told``: the signal that asked this launcher to stop. ``ended``: local ranks that were ended because another was lost; ``overdue``: that were still
-    there after ``grace`` seconds. ``lost``: set by another thread where another node has lost a rank."""
+    """``heard``: the signals that asked this launcher to stop, in this start of the ranks or before. ``groups``: they go to all that ranks have started.
+    ``lost``: set by another thread where another node has lost a rank. ``ended``: local ranks that were ended because another was lost; ``overdue``: that
+    were still there after ``grace`` seconds."""
 
-    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, grace: float) -> None:
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, grace: float, heard: list[signal.Signals], lost: threading.Event, groups: bool = False) -> None:
         super().__init__(spec, logs_specs=logs)
-        self.grace = grace
-        self.told: signal.Signals | None = None
-        self.lost = threading.Event()
+        self.grace, self.heard, self.lost, self.groups = grace, heard, lost, groups
         self.ended: set[int] = set()
         self.overdue: set[int] = set()
         self._processes: dict[int, int] = {}
@@ -40,17 +39,24 @@ class Agent(LocalElasticAgent):
         self._ending = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
         self._processes = super()._start_workers(worker_group)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else self._hear)
+        if self.heard:
+            self._stop()
         return self._processes
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        if self.told is None:
-            self.told, self._until = signal.Signals(number), time.monotonic() + self.grace
-            for process in self._processes.values():
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGTERM)
+    def _hear(self, number: int, frame: object) -> None:
+        self.heard.append(signal.Signals(number))
+        if len(self.heard) == 1:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._until = time.monotonic() + self.grace
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                (os.killpg if self.groups else os.kill)(process, signal.SIGTERM)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """All processes are left unreaped until none runs: torch's own look ends whatever runs beside one that has failed."""
@@ -70,6 +76,7 @@ class Agent(LocalElasticAgent):
         if any(codes.values()):
             self._signal(codes, signal.SIGKILL)  # each rank leads a process group: what it has started ends too
         found: RunResult = super()._monitor_workers(worker_group)
+        self._processes = {}
         return found
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = INTERRUPTED) -> None:

@@ -38,11 +38,14 @@ def run_node(o: Options, nodes: Nodes) -> int:
     if o.save_pid:
         Path(f"deepseed-{os.getpid()}.pid").write_text(f"{os.getpid()}\n")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    words, now = _words() if os.environ.pop(TOLD, "") else None, nodes
+    heard: list[signal.Signals] = []
+    lost, now = threading.Event(), nodes
+    if os.environ.pop(TOLD, ""):
+        _listen(lost)
     restart, first, before = 0, int(os.environ.get(RESTART, "0")), -1
     while True:
         os.environ[RESTART] = str(first + restart)
-        found = _start(o, now, words, restart > 0)
+        found = _start(o, now, restart > 0, heard, lost)
         if isinstance(found, int):
             return found
         print(found.said, file=sys.stderr)
@@ -58,7 +61,7 @@ def run_node(o: Options, nodes: Nodes) -> int:
         now, before = fewer, slot
 
 
-def _start(o: Options, nodes: Nodes, words: Words | None, again: bool) -> int | Loss:
+def _start(o: Options, nodes: Nodes, again: bool, heard: list[signal.Signals], lost: threading.Event) -> int | Loss:
     """One start of the ranks: the exit code, or the rank that was lost."""
     hosts = list(nodes)
     slots = nodes[hosts[o.node_rank or 0]]
@@ -78,23 +81,21 @@ def _start(o: Options, nodes: Nodes, words: Words | None, again: bool) -> int | 
             "default_role", len(slots), get_rendezvous_handler(meeting), entrypoint=sys.executable, args=("-u", "-m", "deepseed.launcher.rank", settings.text(), o.script, *o.arguments),
             max_restarts=0, monitor_interval=0.1, master_addr=address, master_port=port,
         )  # fmt: skip
-        agent = Agent(spec, DefaultLogsSpecs(log_dir=folder), o.grace)
-        if words is not None:
-            words.agent = agent
+        agent = Agent(spec, DefaultLogsSpecs(log_dir=folder), o.grace, heard, lost, groups=o.no_python)
         try:
             failures = agent.run().failures
         except SignalException as error:
             print(f"deepseed: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
             return 128 + int(error.sigval)
-        if agent.told is not None:
+        if heard:
             late = ", ".join(str(rank) for rank, failure in failures.items() if failure.local_rank in agent.overdue)
             saved = failures and all(failure.exitcode == PREEMPTED for failure in failures.values())
             how = f": rank {late} was still there after {o.grace:.0f} s (--grace)" if late else ": all ranks had saved" if saved else ""
-            print(f"deepseed: ended by {agent.told.name}{how}", file=sys.stderr)
-            return 128 + int(agent.told)
+            print(f"deepseed: ended by {heard[0].name}{how}", file=sys.stderr)
+            return 128 + int(heard[0])
         if not failures:
             return 0
-        if agent.lost.is_set() and all(failure.local_rank in agent.ended for failure in failures.values()):
+        if lost.is_set() and all(failure.local_rank in agent.ended for failure in failures.values()):
             return 128 + signal.SIGTERM
         if all(failure.exitcode == PREEMPTED for failure in failures.values()):
             print("deepseed: a rank was told to stop: all ranks had saved", file=sys.stderr)
@@ -102,30 +103,22 @@ def _start(o: Options, nodes: Nodes, words: Words | None, again: bool) -> int | 
         return loss_of(failures, agent.ended, o)
 
 
-class Words:
-    """What the launcher of all nodes says to this one's, heard by a thread; where it is gone, so is the job."""
+def _listen(lost: threading.Event) -> None:
+    """Hear what the launcher of all nodes says to this one's, on the standard input, of which ranks have nothing. Where it is gone the job is lost."""
+    file, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
-    def __init__(self, file: int) -> None:
-        self.agent: Agent | None = None
-        threading.Thread(target=self._hear, args=(file,), daemon=True).start()
-
-    def _hear(self, file: int) -> None:
+    def hear() -> None:
         with os.fdopen(file) as words:
             for word in words:
                 if word.strip() == STOP:
                     os.kill(os.getpid(), signal.SIGTERM)
                 elif word.strip() == LOST:
                     break
-        if self.agent is not None:
-            self.agent.lost.set()
+        lost.set()
 
-
-def _words() -> Words:
-    """Take the standard input, of which ranks are to have nothing."""
-    file, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    return Words(file)
+    threading.Thread(target=hear, daemon=True).start()
 
 
 def _has_gpus() -> bool:
