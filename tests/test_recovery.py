@@ -98,7 +98,7 @@ class Job:
         path = self.folder / "log"
         return [words[1:] for line in (path.read_text().splitlines() if path.exists() else []) if (words := line.split())[0] == what]
 
-    def until(self, true: Callable[[], object], seconds: float = 100.0) -> bool:
+    def until(self, true: Callable[[], object], seconds: float = 200.0) -> bool:
         """Wait; False where the job has ended before."""
         end = time.monotonic() + seconds
         while not true():
@@ -108,7 +108,7 @@ class Job:
             time.sleep(0.002)
         return True
 
-    def ended(self, seconds: float = 120.0) -> int:
+    def ended(self, seconds: float = 300.0) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -345,7 +345,7 @@ def launch(tmp_path: Path, text: str, *flags: object, of: dict[str, str] | None 
     path = tmp_path / "script.py"
     path.write_text(text)
     command = [sys.executable, "-m", "deepseed", *map(str, flags), "--no_local_rank", str(path), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT), **(of or {})}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT), **(of or {})}, check=False)
     return done.returncode, done.stderr
 
 
@@ -432,6 +432,38 @@ def test_grace(tmp_path: Path, stays: bool) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert said.rstrip().endswith("deepseed: ended by SIGTERM: rank 1 was still there after 4 s (--grace)" if stays else "deepseed: ended by SIGTERM: all ranks had saved"), said
+
+
+AGREEING = """
+import os, random, signal, sys, time
+import torch, torch.distributed as dist
+from deepseed.runtime import preempt
+from deepseed.runtime.distributed import start
+preempt.listen()
+start("gloo")
+rank = dist.get_rank()
+own, stops = random.Random(rank), []
+for trial in range(200):
+    told = random.Random(trial)
+    ranks = {r: told.randrange(6) for r in told.sample(range(3), told.randint(1, 3))}  # who is told, and while it does which step
+    preempt._told = False
+    for step in range(1, 20):
+        if own.random() < 0.1: time.sleep(own.random() / 500)
+        if ranks.get(rank) == step - 1: os.kill(os.getpid(), signal.SIGTERM)
+        dist.all_reduce(torch.ones(1))
+        if preempt.asked(step, str(trial)): break
+    found = [torch.zeros(2) for _ in range(3)]
+    dist.all_gather(found, torch.tensor([float(step), min(ranks.values()) + 1.0]))
+    stops.append(all(f[0] == found[0][0] and f[1] < f[0] <= f[1] + 1 for f in found))
+assert all(stops), stops.count(False)
+open(f"{sys.argv[1]}/{rank}", "w").close()
+"""
+
+
+def test_all_ranks_stop_after_the_same_step_whoever_is_told(tmp_path: Path) -> None:
+    """Any of three ranks, during any step, ranks at different speeds: at the end of the step after the one in which the first was told."""
+    code, said = launch(tmp_path, AGREEING, "--num_gpus", 3)
+    assert code == 0 and {"0", "1", "2"} <= set(os.listdir(tmp_path)), said
 
 
 def test_a_rank_that_is_told_alone(tmp_path: Path) -> None:
