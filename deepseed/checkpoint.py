@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,8 +31,9 @@ from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, o
 from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ops import torch_dtype
+from deepseed.runtime.boxfile import Sums, fresh
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
-from deepseed.runtime.host import Host, check_files, everywhere
+from deepseed.runtime.host import Host, check_files, check_rest, everywhere
 from deepseed.runtime.saved import Entry, Share, Want, read, shares, write, write_metadata
 
 if TYPE_CHECKING:
@@ -64,8 +67,7 @@ class Saving:
     def write(self) -> Written:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}, which rank 0 has made, is not there\n  fix: save to a file system that all ranks share")
-        results = write(self.folder, self.entries, self.texts, self.hosted, self.held)
-        return results, {name: digest(self.folder / name) for name in sorted({r.storage_data.relative_path for r in results})}
+        return write(self.folder, self.entries, self.texts, self.hosted, self.held)
 
     def close(self, written: Sequence[Written], then: Callable[[], None]) -> None:
         """On rank 0, with what all processes have written. ``then``: once the checkpoint is in its place."""
@@ -208,6 +210,8 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     waits: dict[tuple[str, str], Tensor] = {}
     optimizers = listed(step.optimizer)
 
+    sums = Sums(manifest["files"])
+
     def stage() -> tuple[_Reads, dict[str, bytes]]:
         reads = _Reads(step, saved, cast)
         tensors = check_model(step.model, saved)
@@ -223,12 +227,13 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
                 reads.slots()
             else:
                 reads.own()
-        texts = read(folder, reads.wants, step.mesh, manifest["texts"])
+        texts = read(folder, reads.wants, step.mesh, manifest["texts"], sums)
         check(texts)
         return reads, texts
 
     staged: list[tuple[_Reads, dict[str, bytes]]] = []
-    everywhere(host, what, lambda: staged.append(stage()))
+    checked = everywhere(host, what, lambda: staged.append(stage()) or sums.checked)  # type: ignore[func-returns-value]
+    everywhere(host, what, lambda: check_rest(host, folder, sums, reduce(or_, checked)))
     reads, texts = staged[0]  # every rank has all that it needs: from here on nothing is read
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
@@ -269,13 +274,14 @@ def resume(step: Compiled) -> None:
 
 
 def _resumed(step: Compiled, waiting: Resume) -> _Reads:
-    if checksum(_opened(waiting.folder)[1]) != waiting.checksum:
+    manifest = _opened(waiting.folder)[1]
+    if checksum(manifest) != waiting.checksum:
         raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
     reads = _Reads(step, waiting.saved, waiting.cast, direct=True)
     reads.model(waiting.model)
     if waiting.slots:
         reads.slots()
-    read(waiting.folder, reads.wants, step.mesh)
+    read(waiting.folder, reads.wants, step.mesh, sums=Sums(manifest["files"]))
     return reads
 
 
@@ -340,7 +346,7 @@ class _Reads:
         return True
 
     def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        memory = into if self.direct else torch.empty(into.shape, dtype=into.dtype)
+        memory = into if self.direct else fresh(into.shape, into.dtype)
         if not self.direct:
             self.pairs.append((into, memory))
         self.wants.append(Want(name, shape, layout, coordinate, memory))

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseed import checkpoint
+from deepseed.background import Writing, join
+from deepseed.explain_text import amount
 from deepseed.objects import COUNT, GENERATORS, check, gathered, given, set_generators
 from deepseed.runtime import preempt
-from deepseed.runtime.folder import CheckpointError, DamagedError
-from deepseed.runtime.host import Host, everywhere
+from deepseed.runtime.board import Board
+from deepseed.runtime.folder import CheckpointError, DamagedError, discard
+from deepseed.runtime.host import Host, agreed, everywhere
 from deepseed.runtime.series import AUTOMATIC, LATEST, check_tag, latest, point, prune, series
+from deepseed.runtime.staged import Staged, available
 
 if TYPE_CHECKING:
     from deepseed.compiled import Compiled
@@ -49,6 +54,9 @@ class Checkpoints:
         self.strict = strict
         self.path: Path | None = None
         self._count = 0  # calls of after_step
+        self._staged = Staged()
+        self._board: Board | None = None
+        self._writing: Writing | None = None
         check(self.objects)
 
     @property
@@ -60,13 +68,21 @@ class Checkpoints:
         """Steps so far; of a module, whose steps are the user's, calls of ``after_step``."""
         return self.step.steps if self.step.whole else self._count
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory in which this process keeps copies of what is written while training goes on."""
+        return self._staged.nbytes
+
     # saving ---------------------------------------------------------------------------------------------------------
 
     def after_step(self, extra: Any = None) -> Path | None:
-        """Save where ``every`` says so, or where a SIGTERM has asked some rank to stop: then all ranks save after the same step, and end with
-        exit code 143. Its folder, where it has. ``extra``: plain data of the user's own, or a function that gives it."""
+        """Save where ``every`` says so, or where a SIGTERM has asked some rank to stop: then all ranks save after the same step, and end with exit code
+        143. Its folder, where it has. ``extra``: plain data of the user's own, or a function that gives it. Raises CheckpointError where a save that was
+        under way has failed."""
         self._count += 1
         asked = preempt.asked(self.steps, str(self.dir))
+        if self._writing is not None and self.host.same(f"written: {self._writing.done}") and self._writing.done:
+            self.wait()
         if (self.every is None or self.steps % self.every) and not asked:
             return None
         path = self.save(extra() if callable(extra) else extra)
@@ -77,18 +93,67 @@ class Checkpoints:
 
     def save(self, extra: Any = None, tag: str | None = None, *, frozen: bool = True, move_latest: bool = True) -> Path:
         """Write a checkpoint into ``dir/tag`` (``step100``), then let ``latest`` name it, then delete old ones; its folder. Raises CheckpointError
-        on every rank where one fails: ``latest`` is as it was, and training can go on. ``frozen``: as of ``step.save``."""
+        on every rank where one fails: ``latest`` is as it was, and training can go on. ``frozen``: as of ``step.save``.
+
+        ``asynchronous``: returns when there is a copy of this process's part in host memory, which a thread writes. The next call of ``save``, ``load`` or
+        ``wait`` waits for it, and raises what went wrong; so does ``after_step``, which does not wait."""
+        self.wait()
         tag = check_tag(tag if tag is not None else f"step{self.steps}")
         with self.host.together():
             self.step._written()
             texts = {OBJECTS: gathered(self.host, self.objects, self._count, f"saving to {self.dir / tag}")}
             saving = checkpoint.begin(self.step, self.dir / tag, extra, frozen, texts)
-            checkpoint.finish(self.host, saving, lambda: self._placed(tag, move_latest))
+            if self.asynchronous and self._room(saving):
+                self._begin(saving, lambda: self._placed(tag, move_latest))
+            else:
+                checkpoint.finish(self.host, saving, lambda: self._placed(tag, move_latest))
             self.path = saving.target
         return saving.target
 
     def wait(self) -> None:
-        """Until what is being written is there. Raises CheckpointError where it could not be."""
+        """Until what is being written is in its place. Raises CheckpointError, on every rank, where it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with self.host.together():
+                agreed(self.host.everyone(writing.settle()))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+
+    def _room(self, saving: checkpoint.Saving) -> bool:
+        """Whether the hosts' memory has room for the copies."""
+        said = self.host.everyone((self._staged.lacking(saving.held), available(), self._staged.nbytes == 0))
+        each, here = max(lacking for lacking, _, _ in said), int(os.environ.get("LOCAL_WORLD_SIZE", len(said)))
+        free = min((n for _, n, _ in said if n is not None), default=None)
+        room = free is None or each * here <= free
+        if self.host.first and (not room or said[0][2]):
+            text = f"{amount(each)} of host memory in each of {here} processes hold a copy of what is saved while training goes on"
+            print(f"deepseed: {text}" if room else f"deepseed: {text}: {amount(free or 0)} are free, so training waits for {saving.target}", file=sys.stderr)
+        return room
+
+    def _begin(self, saving: checkpoint.Saving, then: Callable[[], None]) -> None:
+        """Copy, and leave the rest to a thread."""
+        if self._board is None:
+            self._board = self.host.board()
+            self._board.before_leaving(join)
+
+        def copy() -> None:
+            saving.held = self._staged.copy(saving.held)
+
+        try:
+            everywhere(self.host, saving.what, copy)
+        except Exception:
+            if self.host.first:
+                discard(saving.folder)
+            raise
+        saving.entries = {name: replace(e, parts=()) for name, e in saving.entries.items()}
+        for n, arena in enumerate(self.host.arenas):
+            arena.kept = self._staged.of(n)
+        self._writing = Writing(saving, self._board, self.host.first, self.host.mesh.ranks // len(self.host.coordinates), then)
 
     def _placed(self, tag: str, move_latest: bool) -> None:
         """On rank 0, when a checkpoint is in its place."""
@@ -106,6 +171,7 @@ class Checkpoints:
         None where there is none. ``tag``: from this one. ``objects``: False leaves them and the generators as they are; else as ``step.load``.
 
         Raises CheckpointError where none of those that are there can be read, or the one that can does not fit."""
+        self.wait()
         with self.host.together():
             self.path = None
             self.host.agree([("the folder of checkpoints to load from", str(self.dir)), ("tag=", tag), ("objects=", sorted(self.objects) if objects else None)])

@@ -42,6 +42,7 @@ from deepseed.check.shards import coordinates, shards
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
+from deepseed.runtime import boxfile
 from deepseed.runtime import folder as folders
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.saved import Entry, Want, boxes, read, share_out, write, write_metadata
@@ -97,9 +98,9 @@ def stored(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[Mesh, Layout]]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(stored(), st.sampled_from([100, 400, 10**6]))
-def test_every_layout_reads_what_any_other_wrote(drawn: Any, largest: int) -> None:
-    """And each element is written once, in pieces that are not too large."""
+@given(stored(), st.sampled_from([100, 400, 10**6]), st.sampled_from([64, 2**20]))
+def test_every_layout_reads_what_any_other_wrote(drawn: Any, largest: int, piece: int) -> None:
+    """And each element is written once, in boxes that are not too large; they are read in pieces."""
     shape, ((mesh, layout), (other, wanted)) = drawn
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
     entries = {"x": Entry(shape, whole.dtype, layout, shards(whole, Type("f64", shape, layout), mesh))}
@@ -109,13 +110,17 @@ def test_every_layout_reads_what_any_other_wrote(drawn: Any, largest: int) -> No
             count[tuple(slice(i, i + n) for i, n in zip(box.at, box.sizes, strict=True))] += 1
             assert 8 * torch.Size(box.sizes).numel() <= max(largest, 8)
     assert bool((count == 1).all())
-    with tempfile.TemporaryDirectory() as name:
-        results = write(Path(name), entries, {"extra": b"text"}, range(mesh.ranks), shares_of(entries, mesh, range(mesh.ranks), largest))
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boxfile, "CHUNK", piece)
+        results, files = write(Path(name), entries, {"extra": b"text"}, range(mesh.ranks), shares_of(entries, mesh, range(mesh.ranks), largest))
         write_metadata(Path(name), entries, {"extra": b"text"}, mesh, results, {"y": "x"}, {}, largest)
         for number, (coordinate, part) in enumerate(zip(coordinates(other), shards(whole, Type("f64", shape, wanted), other), strict=True)):
             wants = [Want(n, shape, wanted, coordinate, torch.full(part.shape, -1.0, dtype=torch.float64)) for n in ("x", "y")]
-            assert read(Path(name), wants, other, ["extra"]) == {"extra": b"text"}
+            sums = boxfile.Sums(files)
+            assert read(Path(name), wants, other, ["extra"], sums) == {"extra": b"text"}
             assert all(torch.equal(w.into, part) for w in wants), number
+            assert len(sums.left(0)) == sum(len(rank) for rank in share_out(entries, mesh, largest)) + 1
+            assert bool(sums.checked) and (other.ranks > 1 or not sums.left(sums.checked))
 
 
 def test_boxes_are_runs_of_consecutive_indices() -> None:
@@ -462,7 +467,7 @@ def test_a_save_that_fails_leaves_the_former_one(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deepseed.runtime.saved.FileSystemWriter.write_data", full)
+    monkeypatch.setattr("deepseed.runtime.saved.write_boxes", full)
     with pytest.raises(CheckpointError, match=r"saving to .*/c: OSError: \[Errno 28\] No space left on device"):
         step.save(tmp_path / "c")
     monkeypatch.undo()

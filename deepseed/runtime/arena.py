@@ -35,6 +35,7 @@ class Arena(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.rank, self.limit = rank, limit
         self.now = self.host_now = self.peak = self.host_peak = 0
+        self.kept = 0  # bytes of the host that are held beside a step: copies of what a checkpoint is written from
         self._live: dict[int, tuple[int, bool, object]] = {}  # by storage: bytes, whether the host's, and a token of this life of it
         self._hosting = False
 
@@ -42,7 +43,7 @@ class Arena(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def step(self, inputs: Sequence[Tensor], host: Sequence[bool]) -> Iterator[None]:
         """Count while the body runs. ``host``: which inputs lie on the host."""
         self._live.clear()
-        self.now = self.host_now = 0
+        self.now, self.host_now = 0, self.kept
         self._given(inputs, host)
         with self:
             yield

@@ -45,6 +45,7 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
         self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
+        self.before_leaving: list[Callable[[], None]] = []
         self._depth = 0
         self._failed = False
         self.broken = ""  # what put the ranks out of step: no collective can be trusted from then on
@@ -55,6 +56,8 @@ class World:
         without an active exception"). The watch is one; a thread of gloo lets go of a collective's tensors a moment after the wait
         for it has returned, and cannot be joined (a bare process group that exits at once aborted 4 times in 32, with the pause 0)."""
         atexit.unregister(self.leave)
+        for each in self.before_leaving:
+            each()
         self.watch.close()
         if self._failed and self.device.type == "cpu":
             for group in (*self.channels.values(), *dist.distributed_c10d._world.pg_map):

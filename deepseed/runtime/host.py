@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from deepseed.ir.mesh import STAGES, Mesh, MeshError, whole_axis
 from deepseed.ir.program import Input, Type
 from deepseed.ops import torch_dtype
-from deepseed.runtime import agree, channels, environment
+from deepseed.runtime import agree, board, channels, environment
 from deepseed.runtime.arena import Arena
+from deepseed.runtime.board import Board
+from deepseed.runtime.boxfile import Sums, read_boxes
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
@@ -31,6 +33,7 @@ from deepseed.runtime.state import Key, State, StateError, at_home, gather, gath
 
 BACKENDS = ("simulate", "gloo", "nccl")
 R = TypeVar("R")
+Attempt: TypeAlias = tuple[R | None, str, type[CheckpointError]]
 
 
 class Host(Protocol):
@@ -59,6 +62,7 @@ class Host(Protocol):
     def together(self) -> AbstractContextManager[None]: ...
     def everyone(self, value: Any) -> list[Any]: ...
     def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None: ...
+    def board(self) -> Board: ...
 
 
 class _Alone(Runtime):
@@ -181,6 +185,9 @@ class SimulatedHost:
     def hand(self, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> Tensor | None:
         return x
 
+    def board(self) -> Board:
+        return board.Alone()
+
 
 def _own(t: Tensor) -> Tensor:
     return t.clone().pin_memory() if t.is_pinned() else t.clone()
@@ -300,6 +307,10 @@ class DistributedHost:
         with self.together():
             return channels.hand(self.rt.world, x, shape, dtype, source, target)
 
+    def board(self) -> Board:
+        """Notes between the ranks, for threads."""
+        return board.Shared(self.rt.world)
+
 
 def refined(ranks: Mesh, program: Mesh) -> Mesh:
     """The mesh of the ranks with the sub-axes that a program's mesh has of its axes. Raises MeshError where these have another size."""
@@ -339,10 +350,10 @@ def join(backend: str | None, said: Sequence[tuple[str, object]]) -> int:
 
 def everywhere(host: Host, what: str, do: Callable[[], R]) -> list[R]:
     """What ``do`` gives on every rank. Where it fails on one, all raise CheckpointError: they stay in step, and training can go on."""
-    return alike(host, attempted(what, do))
+    return agreed(host.everyone(attempted(what, do)))
 
 
-def attempted(what: str, do: Callable[[], R]) -> tuple[R | None, str, type[CheckpointError]]:
+def attempted(what: str, do: Callable[[], R]) -> Attempt[R]:
     """What ``do`` gives, or the text and the kind of the CheckpointError to raise for what went wrong."""
     try:
         return do(), "", CheckpointError
@@ -352,21 +363,29 @@ def attempted(what: str, do: Callable[[], R]) -> tuple[R | None, str, type[Check
         return None, f"{what}: {type(error).__name__}: {error}", CheckpointError
 
 
-def alike(host: Host, mine: tuple[R | None, str, type[CheckpointError]]) -> list[R]:
-    """What every rank has ``attempted``. Raises on all of them where one failed."""
-    said = host.everyone(mine)
+def agreed(said: Sequence[Attempt[R]]) -> list[R]:
+    """What every rank has ``attempted``. Raises where one failed."""
     wrong = [(rank, text, kind) for rank, (_, text, kind) in enumerate(said) if text]
     if wrong:
         rank, text, kind = wrong[0]
         raise kind(text if len(wrong) == len(said) else f"rank {rank}: {text}")
-    return [value for value, _, _ in said]
+    return [value for value, _, _ in said]  # type: ignore[misc]  # there, where there is no text
 
 
 def check_files(host: Host, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checksums of this process's share of a folder's files: together the ranks read each file once. Raises CheckpointError."""
+    """Sizes of a folder's files, and the checksums of those whose boxes have none: these are read by turns, each once. Raises DamagedError."""
     hosted = {host.mesh.rank(c) for c in host.coordinates}
-    if wrong := faults(folder, files, [name for n, name in enumerate(sorted(files)) if n % host.mesh.ranks in hosted]):
+    whole = [name for name in sorted(files) if "boxes" not in files[name]]
+    wrong = faults(folder, files, sorted(files), sizes=True) or faults(folder, files, [name for n, name in enumerate(whole) if n % host.mesh.ranks in hosted])
+    if wrong:
         raise DamagedError("\n  ".join(wrong) + "\n  nothing was loaded\n  fix: load another checkpoint")
+
+
+def check_rest(host: Host, folder: Path, sums: Sums, checked: int) -> None:
+    """Read the boxes that no rank has read, by turns, to check them. Raises DamagedError."""
+    hosted = {host.mesh.rank(c) for c in host.coordinates}
+    mine = [key for n, key in enumerate(sums.left(checked)) if n % host.mesh.ranks in hosted]
+    read_boxes(folder, [(*key, sums.boxes[key][1], ()) for key in mine], sums)
 
 
 def launched() -> bool:

@@ -9,9 +9,9 @@ reads the written boxes that meet its own. No tensor is ever put together, and t
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -27,45 +27,22 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    BytesIOWriteData,
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.utils.serialization import config as serialization
 
 from deepseed.ir.layout import REPLICATED, Layout, local_indices
 from deepseed.ir.mesh import Mesh
-from deepseed.runtime.folder import CheckpointError
+from deepseed.runtime.box import LARGEST as LARGEST
+from deepseed.runtime.box import Box as Box
+from deepseed.runtime.box import Ints as Ints
+from deepseed.runtime.box import common as common
+from deepseed.runtime.box import cut as cut
+from deepseed.runtime.boxfile import Part, Sums, read_boxes, text, write_boxes
+from deepseed.runtime.folder import CheckpointError, writing
 from deepseed.runtime.state import position
-
-LARGEST = 64 * 2**20  # bytes of a box in a file: reading a corner of it costs at most that
-Ints = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a global tensor: where it starts there (``at``) and in the rank's own part (``local``), and its sizes."""
-
-    at: Ints
-    local: Ints
-    sizes: Ints
-
-    def of(self, part: Tensor) -> Tensor:
-        """The view of it in a rank's part."""
-        return part[tuple(slice(i, i + n) for i, n in zip(self.local, self.sizes, strict=True))]
 
 
 @dataclass(frozen=True)
@@ -106,19 +83,6 @@ def _runs(size: int, dim: int, layout: Layout, mesh: Mesh, coordinate: tuple[tup
         else:
             out.append([index, here, 1])
     return tuple((a, b, n) for a, b, n in out)
-
-
-def cut(box: Box, itemsize: int, largest: int = LARGEST) -> Iterator[Box]:
-    """A box in pieces of at most ``largest`` bytes, along its first dimensions."""
-    if not box.sizes or prod(box.sizes) * itemsize <= largest:
-        yield box
-        return
-    dim = next(d for d, n in enumerate(box.sizes) if n > 1)
-    rows = max(1, largest * box.sizes[dim] // (prod(box.sizes) * itemsize))
-    for start in range(0, box.sizes[dim], rows):
-        moved = [tuple(i + start if d == dim else i for d, i in enumerate(place)) for place in (box.at, box.local)]
-        sizes = tuple(min(rows, n - start) if d == dim else n for d, n in enumerate(box.sizes))
-        yield from cut(Box(moved[0], moved[1], sizes), itemsize, largest)
 
 
 def share_out(entries: Mapping[str, Entry], mesh: Mesh, largest: int = LARGEST) -> list[list[tuple[str, Box]]]:
@@ -166,46 +130,27 @@ def shares(entries: Mapping[str, Entry], mesh: Mesh, hosted: Sequence[int], larg
     return out
 
 
-class Saver(SavePlanner):
-    """What one rank writes: its boxes of the entries, and on rank 0 the ``texts`` (bytes by name)."""
-
-    def __init__(self, entries: Mapping[str, Entry], held: Sequence[Share], texts: Mapping[str, bytes]) -> None:
-        self.entries, self.texts = entries, texts
-        self.shares = {MetadataIndex(share.name, share.box.at): share for share in held}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
-        return None
-
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, BytesIOWriteData(len(text))) for name, text in self.texts.items()]
-        for index, share in self.shares.items():
-            e = self.entries[index.fqn]
-            data = TensorWriteData(_chunk(share.box), TensorProperties(dtype=e.dtype), torch.Size(e.shape))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError("what each rank writes is known without a meeting: share_out")
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type is WriteItemType.BYTE_IO:
-            return io.BytesIO(self.texts[write_item.index.fqn])
-        return self.shares[write_item.index].values.contiguous()
-
-
-def write(folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], hosted: Sequence[int], held: Sequence[Sequence[Share]]) -> list[WriteResult]:
-    """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3. ``held``: their ``shares``."""
+def write(
+    folder: Path, entries: Mapping[str, Entry], texts: Mapping[str, bytes], hosted: Sequence[int], held: Sequence[Sequence[Share]]
+) -> tuple[list[WriteResult], dict[str, dict[str, Any]]]:
+    """Write what the hosted ranks have to write, a file a rank: ``__3_0.distcp`` of rank 3; and each file's size and checksums. ``held``: their ``shares``."""
     out: list[WriteResult] = []
+    files: dict[str, dict[str, Any]] = {}
     for rank, own in zip(hosted, held, strict=True):
-        saver = Saver(entries, own, texts if rank == 0 else {})
-        plans = [SavePlan([])] * rank + [saver.create_local_plan()]
-        if plans[rank].items:
-            writer = FileSystemWriter(folder, sync_files=True, thread_count=1)
-            out += writer.write_data(writer.prepare_global_plan(plans)[rank], saver).value()
-    return out
+        more = texts if rank == 0 else {}
+        indices = [*map(MetadataIndex, more), *(MetadataIndex(share.name, share.box.at) for share in own)]
+        if indices:
+            path = folder / f"__{rank}_0.distcp"
+            with writing(path), _without_crc():
+                places, files[path.name] = write_boxes(path, [*more.values(), *(share.values for share in own)])
+            out += [WriteResult(index, place.length, place) for index, place in zip(indices, places, strict=True)]
+    return out, files
+
+
+def _without_crc() -> AbstractContextManager[None]:
+    """``torch.save`` without its checksums, which cost more than all else: the file has others."""
+    patched: AbstractContextManager[None] = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+    return patched
 
 
 def write_metadata(
@@ -223,7 +168,8 @@ def write_metadata(
         tensors[alias] = tensors[name]
         found += [replace(r, index=replace(r.index, fqn=alias)) for r in results if r.index.fqn == name]
     tensors |= {name: BytesStorageMetadata() for name in texts}
-    FileSystemWriter(folder, sync_files=True).finish(Metadata(tensors, planner_data=dict(paths)), [found])
+    with writing(folder / ".metadata"):
+        FileSystemWriter(folder, sync_files=True).finish(Metadata(tensors, planner_data=dict(paths)), [found])
 
 
 @dataclass(frozen=True)
@@ -237,72 +183,8 @@ class Want:
     into: Tensor
 
 
-class Loader(LoadPlanner):
-    """Reads of each wanted part the boxes in which it was written."""
-
-    def __init__(self, wants: Sequence[Want], mesh: Mesh) -> None:
-        self.wants, self.mesh = wants, mesh
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        assert metadata is not None
-        self.metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        items: list[ReadItem] = []
-        for n, want in enumerate(self.wants):
-            saved = self.metadata.state_dict_metadata[want.name]
-            if not isinstance(saved, TensorStorageMetadata) or tuple(saved.size) != want.shape:
-                raise CheckpointError(f"{want.name} is {list(getattr(saved, 'size', ()))} in .metadata, {list(want.shape)} is wanted")
-            read = 0
-            for box in boxes(want.shape, want.layout, self.mesh, want.coordinate):
-                for chunk in saved.chunks:
-                    met = common(box, tuple(chunk.offsets), tuple(chunk.sizes))
-                    if met is None:
-                        continue
-                    at, sizes = met
-                    here = torch.Size(a - b + c for a, b, c in zip(at, box.at, box.local, strict=True))
-                    there = torch.Size(a - b for a, b in zip(at, chunk.offsets, strict=True))
-                    stored = MetadataIndex(want.name, chunk.offsets)
-                    items.append(ReadItem(LoadItemType.TENSOR, MetadataIndex(want.name, index=n), here, stored, there, torch.Size(sizes)))
-                    read += prod(sizes)
-            if read != want.into.numel():
-                raise CheckpointError(f"{want.name}: the checkpoint holds {read} of the {want.into.numel()} elements that are wanted of {list(want.shape)}")
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        n = read_item.dest_index.index
-        assert n is not None
-        return Box((), tuple(read_item.dest_offsets), tuple(read_item.lengths)).of(self.wants[n].into)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        return None
-
-
 class Reader(FileSystemReader):
-    """Loads each written box once, however many parts of it are wanted."""
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        groups: dict[MetadataIndex, list[ReadItem]] = {}
-        for item in plan.items:
-            groups.setdefault(item.storage_index, []).append(item)
-        for index, items in sorted(groups.items(), key=lambda pair: self._place(pair[0])):
-            written = torch.load(io.BytesIO(self.raw(index)), map_location="cpu", weights_only=True)
-            for item in items:
-                target = planner.resolve_tensor(item)
-                target.copy_(Box((), tuple(item.storage_offsets), tuple(item.lengths)).of(written))
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    """The index of a folder, and the bytes of what it names."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -316,9 +198,6 @@ class Reader(FileSystemReader):
         with (Path(self.path) / where.relative_path).open("rb") as file:
             file.seek(where.offset)
             return bytes(file.read(where.length))
-
-    def _place(self, index: MetadataIndex) -> tuple[str, int]:
-        return self.storage_data[index].relative_path, self.storage_data[index].offset
 
 
 class _Records(pickle.Unpickler):
@@ -339,24 +218,37 @@ class _Records(pickle.Unpickler):
         raise CheckpointError(f"{self.path} names {module}.{name}, which is no record of torch.distributed.checkpoint\n  fix: load only checkpoints that you trust")
 
 
-def read(folder: Path, wants: Sequence[Want], mesh: Mesh, texts: Sequence[str] = ()) -> dict[str, bytes]:
-    """Fill the wanted parts; the ``texts`` by name. Nobody else is asked: every rank reads for itself."""
-    reader, loader = Reader(folder), Loader(wants, mesh)
+def read(folder: Path, wants: Sequence[Want], mesh: Mesh, texts: Sequence[str] = (), sums: Sums | None = None) -> dict[str, bytes]:
+    """Fill the wanted parts; the ``texts`` by name. Nobody else is asked: every rank reads for itself the boxes that meet its parts, each once, and
+    checks them where ``sums`` knows them."""
+    reader, sums = Reader(folder), sums or Sums({})
     metadata = reader.read_metadata()
-    loader.set_up_planner({}, metadata)
     reader.set_up_storage_reader(metadata, True)
-    with torch.no_grad():
-        reader.read_data(loader.create_local_plan(), loader).wait()
-    return {name: reader.raw(MetadataIndex(name)) for name in texts}
+    places: dict[tuple[str, int, int], list[Part]] = {}
+    for want in wants:
+        for index, part in _parts(want, metadata, mesh):
+            at = reader.storage_data[index]
+            places.setdefault((at.relative_path, at.offset, at.length), []).append(part)
+    read_boxes(folder, [(*at, parts) for at, parts in places.items()], sums)
+    return {name: text(folder, reader.storage_data[MetadataIndex(name)], sums) for name in texts}
+
+
+def _parts(want: Want, metadata: Metadata, mesh: Mesh) -> Iterator[tuple[MetadataIndex, Part]]:
+    """Which rectangles of which written boxes make up a wanted part."""
+    saved = metadata.state_dict_metadata[want.name]
+    if not isinstance(saved, TensorStorageMetadata) or tuple(saved.size) != want.shape:
+        raise CheckpointError(f"{want.name} is {list(getattr(saved, 'size', ()))} in .metadata, {list(want.shape)} is wanted")
+    found = 0
+    for box in boxes(want.shape, want.layout, mesh, want.coordinate):
+        for chunk in saved.chunks:
+            if (met := common(box, tuple(chunk.offsets), tuple(chunk.sizes))) is not None:
+                here = tuple(a - b + c for a, b, c in zip(met[0], box.at, box.local, strict=True))
+                there = tuple(a - b for a, b in zip(met[0], chunk.offsets, strict=True))
+                yield MetadataIndex(want.name, chunk.offsets), Part(there, met[1], Box((), here, met[1]).of(want.into))
+                found += prod(met[1])
+    if found != want.into.numel():
+        raise CheckpointError(f"{want.name}: the checkpoint holds {found} of the {want.into.numel()} elements that are wanted of {list(want.shape)}")
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(box.at), torch.Size(box.sizes))
-
-
-def common(box: Box, start: Ints, sizes: Ints) -> tuple[Ints, Ints] | None:
-    """Where a box meets another one of its tensor, which begins at ``start``: start and sizes."""
-    at = tuple(map(max, box.at, start))
-    end = tuple(min(a + n, b + m) for a, n, b, m in zip(box.at, box.sizes, start, sizes, strict=True))
-    both = tuple(e - a for a, e in zip(at, end, strict=True))
-    return (at, both) if all(n > 0 for n in both) else None

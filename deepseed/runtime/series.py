@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, DamagedError, discard, find, partial, sync
+from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, DamagedError, discard, find, partial, sync, writing
 
 LATEST = "latest"
 AUTOMATIC = re.compile(r"(global_)?step\d+")  # tags that nobody has chosen: the oldest of these go
@@ -54,12 +54,17 @@ def latest(dir: Path) -> str | None:
 def point(dir: Path, tag: str) -> None:
     """Let ``latest`` name a tag, at once and lastingly."""
     fresh = dir / f".{LATEST}.{uuid.uuid4().hex[:8]}"
-    with fresh.open("w") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(fresh, dir / LATEST)
-    sync(dir)
+    try:
+        with writing(dir / LATEST):
+            with fresh.open("w") as file:
+                file.write(tag)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(fresh, dir / LATEST)
+            sync(dir)
+    except CheckpointError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def series(dir: Path) -> list[Found]:

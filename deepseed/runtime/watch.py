@@ -123,6 +123,10 @@ class Watch:
                 head = f"deepseed: rank {self.rank} has waited {seconds:.0f} s, and gives up after {timeout:.0f} (DEEPSEED_TIMEOUT)"
                 print(f"{head}\n{_places(self._beats())}", file=sys.stderr, flush=True)
 
+    def beat(self, rank: int) -> int:
+        """The number of a rank's latest beat."""
+        return Beat(*json.loads(self._mine.get(f"beat/{rank}"))).number if self._mine.check([f"beat/{rank}"]) else 0
+
     def _beats(self) -> dict[int, Beat]:
         out: dict[int, Beat] = {}
         for rank in range(self.world):

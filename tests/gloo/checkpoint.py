@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import deepseed
+from deepseed import checkpoint
 from deepseed.api import TrainStep
 from deepseed.runtime import saved
 from gloo.tried import Tried
@@ -108,13 +110,13 @@ def goes_on(plan: str, folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     out: dict[str, Any] = {}
     data, largest = batches(), [0]
-    read = saved.Loader.create_local_plan
+    read = checkpoint.read
 
-    def watched(self: saved.Loader) -> Any:
-        largest.append(max((w.into.numel() for w in self.wants if w.name.startswith("optimizer.")), default=0))
-        return read(self)
+    def watched(folder: Path, wants: Sequence[saved.Want], *rest: Any, **more: Any) -> Any:
+        largest.append(max((w.into.numel() for w in wants if w.name.startswith("optimizer.")), default=0))
+        return read(folder, wants, *rest, **more)
 
-    saved.Loader.create_local_plan = watched  # type: ignore[method-assign]
+    checkpoint.read = watched
     step = made(plan, seed=5, backend="gloo")
     out["extra"] = step.load(folder)
     out["loaded"] = packed(dict(step.state_dict()))
@@ -123,7 +125,7 @@ def goes_on(plan: str, folder: str) -> dict[str, Any]:
     step.load(folder)  # now that it is compiled
     out["again"], values = trained(step, data[FIRST:])
     out["values again"], out["largest"] = packed(values), max(largest)
-    saved.Loader.create_local_plan = read  # type: ignore[method-assign]
+    checkpoint.read = read
     return out
 
 
@@ -139,14 +141,14 @@ def troubles(folder: str) -> dict[str, Any]:
     out = tried = Tried()
 
     step(data[1])
-    write = saved.FileSystemWriter.write_data
+    write = saved.write_boxes
     if rank == 1:
         def full(*_: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-        saved.FileSystemWriter.write_data = full  # type: ignore[method-assign]
+        saved.write_boxes = full
     tried("disk full", lambda: step.save(folder))
-    saved.FileSystemWriter.write_data = write  # type: ignore[method-assign]
+    saved.write_boxes = write
     tried("other folders", lambda: step.save(f"{folder}-{rank}"))
     tried("one has nothing", lambda: step.load(folder if rank == 0 else f"{folder}x"))
     before = everything(step)
@@ -183,5 +185,5 @@ def dies(folder: str, environment: dict[str, str]) -> None:
     step.save(folder)
     step(batches()[1])
     if environment["RANK"] == "1":
-        saved.FileSystemWriter.write_data = lambda *_: os._exit(9)  # type: ignore[method-assign]
+        saved.write_boxes = lambda *_: os._exit(9)
     step.save(folder)

@@ -1,0 +1,212 @@
+"""A file of boxes, one behind the other, each as ``torch.save`` writes it: one pass over the bytes in either direction, with their checksums.
+
+Written: sha256 of the file and crc32 of each box are taken while the system writes. Read: a box goes to its places piece by piece, through a buffer
+that stays in the cache, and its crc32 is compared in the end; what is not asked for of it is read for that only. Several boxes are read at a time.
+A damaged box is found after it has been copied, so these places are memory that nothing uses yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from deepseed.runtime.box import Box, Ints, common, cut
+from deepseed.runtime.folder import CheckpointError, DamagedError
+
+CHUNK = 2**20  # bytes of a piece
+THREADS = 4  # boxes that are read at a time
+ALONE = 2**16  # fewer bytes are not worth another thread
+
+
+def write_boxes(path: Path, items: Iterable[Tensor | bytes]) -> tuple[list[_StorageInfo], dict[str, Any]]:
+    """Where each item lies, a tensor as ``torch.save`` has it; and ``{"bytes", "sha256", "boxes": [[length, crc32], …]}`` of the file, which lasts then."""
+    places: list[_StorageInfo] = []
+    boxes: list[list[int]] = []
+    with path.open("wb") as file, ThreadPoolExecutor(1, "checksums") as beside:
+        out = _Summed(file, beside)
+        for item in items:
+            start, out.crc = out.length, 0
+            if isinstance(item, bytes):
+                out.write(item)
+            else:
+                torch.save(_alone(item.detach().cpu().contiguous()), out)  # type: ignore[arg-type]
+            places.append(_StorageInfo(path.name, start, out.length - start))
+            boxes.append([out.length - start, out.crc])
+        file.flush()
+        os.fsync(file.fileno())
+    return places, {"bytes": out.length, "sha256": out.sha.hexdigest(), "boxes": boxes}
+
+
+def _alone(t: Tensor) -> Tensor:
+    """A contiguous tensor on the same memory, whose storage is no larger."""
+    storage, start = t.untyped_storage(), t.storage_offset() * t.dtype.itemsize
+    return t if storage.nbytes() == t.nbytes else torch.empty(0, dtype=t.dtype).set_(storage[start : start + t.nbytes], 0, t.shape, t.stride())
+
+
+class _Summed:
+    """A file to write to. Large writes are summed by the thread ``beside``."""
+
+    def __init__(self, file: BinaryIO, beside: ThreadPoolExecutor) -> None:
+        self.file, self.beside, self.sha, self.crc, self.length = file, beside, hashlib.sha256(), 0, 0
+
+    def write(self, data: Any) -> int:
+        if len(data) < ALONE:
+            self._sum(data)
+            self.file.write(data)
+        else:
+            summed = self.beside.submit(self._sum, data)
+            try:
+                self.file.write(data)
+            finally:
+                summed.result()
+        self.length += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def _sum(self, data: Any) -> None:
+        for start in range(0, len(data), CHUNK):
+            part = memoryview(data)[start : start + CHUNK]
+            self.crc = zlib.crc32(part, self.crc)
+            self.sha.update(part)
+
+
+# reading ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """The boxes of a checkpoint's files as its manifest has them, and which of them (bit n: the n-th) this process has checked."""
+
+    files: Mapping[str, Mapping[str, Any]]
+    checked: int = 0
+    boxes: dict[tuple[str, int], tuple[int, int, int]] = field(default_factory=dict)  # file, offset -> number, length, crc32
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.files):
+            at = 0
+            for length, crc in self.files[name].get("boxes", ()):
+                self.boxes[name, at] = len(self.boxes), length, crc
+                at += length
+
+    def left(self, checked: int) -> list[tuple[str, int]]:
+        return [key for key, (n, _, _) in self.boxes.items() if not checked >> n & 1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a box, and where it goes."""
+
+    at: Ints
+    sizes: Ints
+    into: Tensor
+
+
+def read_boxes(folder: Path, wanted: Iterable[tuple[str, int, int, Sequence[Part]]], sums: Sums) -> None:
+    """Fill the parts of each wanted box: file, offset, length, parts; none to check it only. Raises DamagedError."""
+    todo = sorted(wanted, key=lambda each: each[:2])
+    few = sum(length for _, _, length, _ in todo) < CHUNK
+    with torch.no_grad(), ThreadPoolExecutor(1 if few else min(THREADS, len(todo)), "boxes") as threads:
+        for name, offset, found in threads.map(lambda each: (each[0], each[1], _read(folder / each[0], *each[1:])), todo):
+            check(folder, name, offset, found, sums)
+
+
+def check(folder: Path, name: str, offset: int, found: tuple[int, str], sums: Sums) -> None:
+    """Of what was read (crc32, what was wrong with it) whether it is what was written. Raises DamagedError, CheckpointError."""
+    number, length, crc = sums.boxes.get((name, offset), (None, 0, None))
+    if crc is not None and found[0] != crc:
+        raise DamagedError(
+            f"{folder / name} is damaged: crc32 {crc:08x} was written, {found[0]:08x} is there, in bytes {offset} to {offset + length}\n  nothing was loaded\n  fix: load another checkpoint"
+        )
+    if found[1]:
+        raise CheckpointError(f"{folder / name} has no tensor at byte {offset}: {found[1]}")
+    if number is not None:
+        sums.checked |= 1 << number
+
+
+def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[int, str]:
+    """Fill the parts of one box; its crc32, and why it is no tensor, if it is not."""
+    with torch.no_grad(), path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(length, CHUNK)))
+        start, itemsize, pieces, wrong = length, 1, [], ""
+        if parts:
+            try:
+                held, start = _inside(file, offset, length)
+                sizes, dtype, itemsize = tuple(held.shape), held.dtype, held.dtype.itemsize
+                pieces = list(cut(Box((0,) * len(sizes), (0,) * len(sizes), sizes), itemsize, CHUNK))
+            except Exception as error:  # where the box is damaged the checksum says so
+                wrong = f"{type(error).__name__}: {error}"
+        file.seek(offset)
+        crc = _passed(file, start, buffer, 0)
+        for piece in pieces:
+            n = prod(piece.sizes) * itemsize
+            _fill(file, buffer[:n])
+            crc = zlib.crc32(buffer[:n], crc)
+            values = torch.frombuffer(buffer, dtype=dtype, count=prod(piece.sizes)).view(piece.sizes)
+            for part in parts:
+                if (met := common(piece, part.at, part.sizes)) is not None:
+                    there = Box((), tuple(a - b for a, b in zip(met[0], part.at, strict=True)), met[1]).of(part.into)
+                    there.copy_(Box((), tuple(a - b for a, b in zip(met[0], piece.at, strict=True)), met[1]).of(values))
+            start += n
+        return _passed(file, length - start, buffer, crc), wrong
+
+
+def _inside(file: BinaryIO, offset: int, length: int) -> tuple[Tensor, int]:
+    """The tensor that ``torch.save`` has written there, without its values, and at which byte these begin."""
+    t = torch.load(_create_file_view(file, offset, length), map_location="meta", weights_only=True)  # type: ignore[arg-type]
+    start = t.untyped_storage()._checkpoint_offset
+    if not t.is_contiguous() or t.storage_offset() or start + t.nbytes > length:
+        raise ValueError(f"a tensor of {list(t.shape)} with strides {list(t.stride())} from element {t.storage_offset()}")
+    return t, start
+
+
+def _passed(file: BinaryIO, number: int, buffer: memoryview, crc: int) -> int:
+    """The crc32 after ``number`` bytes more."""
+    while number > 0:
+        part = buffer[: min(number, len(buffer))]
+        _fill(file, part)
+        crc = zlib.crc32(part, crc)
+        number -= len(part)
+    return crc
+
+
+def _fill(file: BinaryIO, buffer: memoryview) -> None:
+    at = 0
+    while at < len(buffer):
+        n = file.readinto(buffer[at:])  # type: ignore[attr-defined]
+        if not n:
+            raise DamagedError(f"{file.name} is torn: it ends {len(buffer) - at} bytes too early\n  nothing was loaded\n  fix: load another checkpoint")
+        at += n
+
+
+def text(folder: Path, place: _StorageInfo, sums: Sums) -> bytes:
+    """The bytes of an item that is no tensor."""
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        found = file.read(place.length)
+    check(folder, place.relative_path, place.offset, (zlib.crc32(found), ""), sums)
+    return found
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory that is not written yet: in large pages, of which the system has to find and clear fewer."""
+    numel = prod(shape)
+    if numel * dtype.itemsize < 2 * CHUNK or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel).view(tuple(shape))

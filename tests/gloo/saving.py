@@ -1,0 +1,118 @@
+"""One rank that saves and loads a state of a given size by turns, as DeepSeed does it and as torch.distributed.checkpoint alone."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import deepseed
+from deepseed.api import TrainStep
+
+WIDTH = 2048
+LAYER = 3 * 4 * WIDTH * (WIDTH + 1)  # bytes of a layer's parameters and Adam's two moments
+
+
+def made(plan: str, size: int) -> TrainStep:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(max(1, round(size / LAYER)))))
+    step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters(), fused=True), loss_fn=lambda model, x: model(x).square().mean(), backend="gloo")
+    assert isinstance(step, TrainStep)
+    step(torch.randn(8, WIDTH))
+    return step
+
+
+def lying(step: TrainStep) -> dict[str, Any]:
+    """The same state as a user of torch.distributed.checkpoint has it: tensors and DTensors on the same memory."""
+    state, out = step.states[0], {"model": dict(step.model.state_dict())}
+    for key, type_ in state.types.items():
+        if key[0] == "state":
+            out.setdefault("optimizer", {})[key[1]] = state.dtensor(key, step.host.meshes[0]) if type_.layout.elements else state.tensors[key]  # type: ignore[attr-defined]
+    return out
+
+
+class Took:
+    """Wall clock of all ranks together; this rank's CPU seconds, and its memory beyond what it had: resident at the most, and allocated at the most
+    (``count``: by PyTorch's allocator, and by Python)."""
+
+    def __init__(self, do: Callable[[], Any], count: bool = False) -> None:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        before = _resident("VmRSS")
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.counted = _counted(do) if count else do() and 0
+        self.own = time.perf_counter() - wall
+        self.cpu = time.process_time() - cpu
+        dist.barrier()
+        self.wall = time.perf_counter() - wall
+        self.resident = _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+
+
+def _counted(do: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    with warnings.catch_warnings(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        warnings.simplefilter("ignore")
+        do()
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    alive = most = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most + python
+
+
+def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "") -> dict[str, Any]:
+    """``{"save": {"ours": [Took…], "dcp": […]}, "load": …}`` as plain numbers, and how many bytes this rank stores."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    step = made(plan, size)
+    values, rank = lying(step), dist.get_rank()
+    want = {name: t.clone() for name, t in step.states[0].tensors.items()}
+    out: dict[str, Any] = {what: {who: [] for who in ("ours", "dcp")} for what in ("save", "load")}
+    for n in range(rounds + 1):  # the last one is counted, not timed
+        names = {who: f"{folder}/{who}-{n}" for who in ("ours", "dcp")}
+        do: dict[str, dict[str, Callable[[], Any]]] = {
+            "save": {"ours": lambda names=names: step.save(names["ours"]), "dcp": lambda names=names: dcp.save(values, storage_writer=dcp.FileSystemWriter(names["dcp"], sync_files=True))},
+            "load": {"ours": lambda names=names: step.load(names["ours"]), "dcp": lambda names=names: dcp.load(values, checkpoint_id=names["dcp"])},
+        }  # type: ignore[misc]
+        for what in ("save", "load"):
+            for who in ("ours", "dcp")[:: 1 if n % 2 else -1]:
+                if what == "load":
+                    for t in step.states[0].tensors.values():
+                        t.zero_()
+                took = _profiled(do[what][who], f"{trace}/{what}-{rank}") if trace and who == "ours" and n == 1 else Took(do[what][who], n == rounds)
+                out[what][who].append((took.wall, took.cpu, took.resident, took.counted, took.own))
+                wrong = [name for name, t in step.states[0].tensors.items() if not torch.equal(t, want[name])]
+                assert not wrong, f"{what} by {who}: {wrong[0]} differs"
+        dist.barrier()
+        if rank == 0:
+            for name in names.values():
+                shutil.rmtree(name)
+    return {**out, "stored": sum(t.nbytes for t in want.values())}
+
+
+def _profiled(do: Callable[[], Any], path: str) -> Took:
+    import cProfile
+
+    profile = cProfile.Profile()
+    took = Took(lambda: profile.runcall(do))
+    profile.dump_stats(path)
+    return took
+
+
