@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ def config(stage: int = 3, **more: Any) -> dict[str, Any]:
     return {"train_batch_size": 12, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}, "zero_optimization": {"stage": stage}, **more}
 
 
+JOBS: list[Job] = []
+
+
 class Job:
     """A training script under the launcher, and what its ranks have said so far."""
 
@@ -91,6 +94,7 @@ class Job:
         command = [sys.executable, "-m", "deepseed", *map(str, where), "--no_local_rank", *map(str, flags), str(folder / "train.py"), str(folder), json.dumps(of)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "DEEPSEED_TIMEOUT": "60", "PACE": str(pace), **environment}
         self.errors = (folder / "stderr").open("a")
+        JOBS.append(self)
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors, env=env)
 
     def said(self, what: str) -> list[list[str]]:
@@ -98,7 +102,7 @@ class Job:
         path = self.folder / "log"
         return [words[1:] for line in (path.read_text().splitlines() if path.exists() else []) if (words := line.split())[0] == what]
 
-    def until(self, true: Callable[[], object], seconds: float = 200.0) -> bool:
+    def until(self, true: Callable[[], object], seconds: float = 300.0) -> bool:
         """Wait; False where the job has ended before."""
         end = time.monotonic() + seconds
         while not true():
@@ -191,6 +195,13 @@ def check(job: Job, undisturbed: Job, kills: int) -> int:
         most = max(most, done - start)
     assert not [name for name in os.listdir(job.folder / "checkpoints") if ".old-" in name], "nothing is left of saves that were cut off"
     return most
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    yield
+    for job in JOBS:
+        job.process.kill()
 
 
 @pytest.fixture(scope="module")
