@@ -252,6 +252,8 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     step._shown = {("norm", key): t for key, t in reads.shown.items()}
     if step.states:
         host.settle(step.model, step.states)
+    if host.first and (restart := os.environ.get("DEEPSEED_RESTART", "0")) != "0":
+        print(f"deepseed: restart {restart} goes on from {folder}, step {manifest['step']}", file=sys.stderr)
     return texts
 
 

@@ -21,6 +21,7 @@ from deepseed import checkpoint
 from deepseed.background import Writing, join
 from deepseed.explain_text import amount
 from deepseed.objects import COUNT, GENERATORS, check, gathered, given, set_generators
+from deepseed.runtime import preempt
 from deepseed.runtime.board import Board
 from deepseed.runtime.folder import CheckpointError, DamagedError, discard
 from deepseed.runtime.host import Host, agreed, everywhere
@@ -75,18 +76,20 @@ class Checkpoints:
     # saving ---------------------------------------------------------------------------------------------------------
 
     def after_step(self, extra: Any = None) -> Path | None:
-        """Save where ``every`` says so, or where this process is asked to end; its folder, where it has. ``extra``: plain data of the user's own, or a
-        function that gives it. Raises CheckpointError where a save that was under way has failed."""
+        """Save where ``every`` says so, or where a SIGTERM has asked some rank to stop: then all ranks save after the same step, and end with exit code
+        143. Its folder, where it has. ``extra``: plain data of the user's own, or a function that gives it. Raises CheckpointError where a save that was
+        under way has failed."""
         self._count += 1
+        asked = preempt.asked(self.steps, str(self.dir))
         if self._writing is not None and self.host.same(f"written: {self._writing.done}") and self._writing.done:
             self.wait()
-        if (self.every is None or self.steps % self.every) and not self._asked():
+        if (self.every is None or self.steps % self.every) and not asked:
             return None
-        return self.save(extra() if callable(extra) else extra)
-
-    def _asked(self) -> bool:
-        """Whether a rank is asked to end (preemption), so that all save now: the same answer on every rank."""
-        return False
+        path = self.save(extra() if callable(extra) else extra)
+        if asked:
+            self.wait()
+            preempt.leave()
+        return path
 
     def save(self, extra: Any = None, tag: str | None = None, *, frozen: bool = True, move_latest: bool = True) -> Path:
         """Write a checkpoint into ``dir/tag`` (``step100``), then let ``latest`` name it, then delete old ones; its folder. Raises CheckpointError

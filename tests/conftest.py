@@ -35,3 +35,17 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> dict[str, str]:
+    """An ssh that reaches this machine whatever it is called, without the environment of the caller; one whose name is in a
+    file ``gone-NAME`` at home is out of reach."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text('#!/bin/bash\nfor last; do :; done\n[ -e "$HOME/gone-${@: -2:1}" ] && exit 255\nexec env -i HOME="$HOME" /bin/bash -c "$last"\n')
+    (folder / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("# what all nodes get\nSAID=a b\n")
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}

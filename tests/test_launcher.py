@@ -229,19 +229,6 @@ def test_two_nodes_by_hand(script: Path) -> None:
     assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"], r["CROSS_RANK"], r["CROSS_SIZE"], r["MASTER_PORT"]) for r in ranks] == [(str(n), "0", "2", str(n), "2", str(at)) for n in range(2)]
 
 
-@pytest.fixture
-def ssh(tmp_path: Path) -> dict[str, str]:
-    """An ssh that reaches this machine whatever it is called, without the environment of the caller."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "ssh").write_text('#!/bin/bash\nfor last; do :; done\nexec env -i HOME="$HOME" /bin/bash -c "$last"\n')
-    (folder / "ssh").chmod(0o755)
-    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".deepspeed_env").write_text("# what all nodes get\nSAID=a b\n")
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
-
-
 def test_two_nodes_of_a_hostfile(script: Path, tmp_path: Path, ssh: dict[str, str]) -> None:
     done = launch("--hostfile", tmp_path / "hosts", "--master_port", port(), script, "ok", environment=ssh)
     assert done.returncode == 0, done.stderr

@@ -29,6 +29,7 @@ from deepseed.config.settings import LossScaling
 from deepseed.engine.batches import to_device
 from deepseed.engine.saving import load_checkpoint, save_16bit_model, save_checkpoint
 from deepseed.ragged import CONVENTION
+from deepseed.runtime import preempt
 from deepseed.trained import Trained
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -208,6 +209,11 @@ class Engine:
     @property
     def cur_scale(self) -> float:
         return float(self.compiled.loss_scale)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM has asked to stop: the same on all ranks after each step. Then ``save_checkpoint`` and ``sys.exit(143)``. Every rank must ask."""
+        return preempt.asked(self.global_steps, "engine")
 
     def zero_optimization(self) -> bool:
         return self.zero_optimization_stage() > 0

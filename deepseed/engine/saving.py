@@ -24,7 +24,7 @@ def save_checkpoint(
 ) -> bool:  # fmt: skip
     """Parameters, optimizer, schedule, counts and ``client_state`` (plain data) into ``save_dir/tag``. Every rank must call it. Raises CheckpointError."""
     schedule = self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None
-    counts = {"micro_steps": self.micro_steps, "global_steps": self.global_steps, "global_samples": self.global_samples}
+    counts = {"micro_steps": self.micro_steps, "global_steps": self.global_steps, "global_samples": self.global_samples, "train_batch_size": self.train_batch_size()}
     extra = {"client_state": client_state or {}, "lr_scheduler": schedule, **counts}
     _checkpoints(self, save_dir).save(extra, str(tag) if tag is not None else f"global_step{self.global_steps}", frozen=not exclude_frozen_parameters, move_latest=save_latest)
     return True
@@ -58,6 +58,8 @@ def load_checkpoint(
             self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
         for name in ("micro_steps", "global_steps", "global_samples"):
             setattr(self, name, int(extra.get(name, 0)))
+        if (rows := extra.get("train_batch_size", self.train_batch_size())) != self.train_batch_size() and self.compiled.host.first:
+            print(f'deepseed: {checkpoints.path}: a step had {rows} rows, now it has {self.train_batch_size()}\n  fix: "train_batch_size": {rows} in the config, whatever the number of ranks', file=sys.stderr)
         self._rows = None  # of its own data, which goes on where it was
         self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a step of which some gradients were there begins anew
     return str(Path(load_dir) / checkpoints.path.name), dict(extra.get("client_state", {}))

@@ -1,4 +1,4 @@
-"""One launcher on each node, over ssh or pdsh; when one fails the others are ended."""
+"""One launcher on each node, over ssh or pdsh; when one fails the others are ended, and all may be started again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from deepseed.launcher.errors import LaunchError
 from deepseed.launcher.hosts import Nodes
+from deepseed.launcher.loss import UNREACHABLE, USAGE, interrupted, restarting, smaller
+from deepseed.launcher.node import LOST, STOP, TOLD
 from deepseed.launcher.options import PORT, Options
+from deepseed.launcher.rank import RESTART
 
 EXPORTED = ("NCCL", "GLOO", "PYTHON", "UCX", "TORCH", "OMP", "DEEPSEED", "LD_LIBRARY_PATH", "PATH", "CUDA_HOME", "HF_")  # beginnings of names
 ENVIRONMENT = ".deepspeed_env"  # a file of NAME=VALUE lines, here or at home
@@ -21,28 +25,58 @@ GRACE = 20.0  # seconds that the other nodes have to end
 
 
 def run_nodes(o: Options, nodes: Nodes) -> int:
-    """Start a launcher on each node and wait; the exit code of the first that failed."""
+    """Start a launcher on each node and wait; the exit code of the first that failed. A lost rank or node: all are started again."""
+    restart, before, now = 0, "", nodes
+    while True:
+        failed, code = _run(o, now, restart, next(iter(nodes)))
+        if failed is None or interrupted(code) or code == USAGE or restart == o.max_restarts:
+            return code
+        fewer = smaller(now, failed, None if code == UNREACHABLE else 0, o, failed == before)
+        restart += 1
+        print(restarting(restart, o, now, fewer, f"node {failed}"), file=sys.stderr, flush=True)
+        now, before = fewer, failed
+
+
+def _run(o: Options, nodes: Nodes, restart: int, first: str) -> tuple[str | None, int]:
+    """One start: the node that failed first, if any did, and the exit code. ``first``: the node of which --master_addr speaks."""
     hosts = list(nodes)
-    address, port = o.master_addr or hosts[0], o.master_port or PORT
-    running = {host: subprocess.Popen([*reach(o, host), command(o, nodes, n, address, port)], stdin=subprocess.DEVNULL) for n, host in enumerate(hosts)}
+    address = o.master_addr if o.master_addr and hosts[0] == first else hosts[0]
+    port = (o.master_port or PORT) + restart  # ranks of the start before that are still about meet nobody there
+    stdin = subprocess.PIPE if o.launcher == "ssh" else subprocess.DEVNULL
+    running = {host: subprocess.Popen([*reach(o, host), command(o, nodes, n, address, port, restart)], stdin=stdin) for n, host in enumerate(hosts)}
     if not o.quiet:
         print(f"deepseed: {len(hosts)} nodes by {o.launcher}: {', '.join(hosts)}; {address}:{port}", file=sys.stderr)
     failed: tuple[str, int] | None = None
+    previous = signal.signal(signal.SIGTERM, _stopped)
     try:
         while running_now := [host for host, process in running.items() if process.poll() is None]:
             failed = failed or _failed(running)
             if failed is not None:
-                _end([running[host] for host in running_now])
+                _end([running[host] for host in running_now], LOST, GRACE)
             time.sleep(0.1)
     except KeyboardInterrupt:
-        _end(list(running.values()))
+        _end(list(running.values()), LOST, GRACE)
         print("deepseed: ended by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return None, 128 + signal.SIGINT
+    except _Stopped:
+        _end(list(running.values()), STOP, o.grace + GRACE)
+        print("deepseed: ended by SIGTERM", file=sys.stderr)
+        return None, 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     failed = failed or _failed(running)
     if failed is None:
-        return 0
+        return None, 0
     print(f"deepseed: node {failed[0]} failed with exit code {failed[1]}; the other nodes were ended", file=sys.stderr)
-    return failed[1]
+    return failed
+
+
+class _Stopped(Exception):
+    """This launcher was told to stop."""
+
+
+def _stopped(number: int, frame: object) -> None:
+    raise _Stopped
 
 
 def _failed(running: dict[str, subprocess.Popen[bytes]]) -> tuple[str, int] | None:
@@ -52,11 +86,16 @@ def _failed(running: dict[str, subprocess.Popen[bytes]]) -> tuple[str, int] | No
     return None
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], word: str, grace: float) -> None:
+    """Say ``word`` to the nodes' launchers, through ssh; where one does not hear it, end what reaches it."""
     for process in processes:
-        if process.poll() is None:
+        if process.poll() is None and process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.write(f"{word}\n".encode())
+                process.stdin.flush()
+        elif process.poll() is None:
             process.send_signal(signal.SIGTERM)
-    until = time.monotonic() + GRACE
+    until = time.monotonic() + grace
     for process in processes:
         try:
             process.wait(max(0.1, until - time.monotonic()))
@@ -72,18 +111,18 @@ def reach(o: Options, host: str) -> list[str]:
     return ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "PasswordAuthentication=no", *port, host]
 
 
-def command(o: Options, nodes: Nodes, number: int, address: str, port: int) -> str:
+def command(o: Options, nodes: Nodes, number: int, address: str, port: int, restart: int = 0) -> str:
     """What the launcher of node ``number`` is called with, as a line of shell."""
     slots = list(nodes.values())[number]
     counts = {len(each) for each in nodes.values()}
     if len(counts) > 1:
         raise LaunchError(f"nodes of {' and '.join(map(str, sorted(counts)))} slots\n  fix: --num_gpus {min(counts)}, or --include as many slots of each")
-    words = [sys.executable, "-m", "deepseed.launcher", f"--num_nodes={len(nodes)}", f"--node_rank={number}", f"--num_gpus={len(slots)}", f"--master_addr={address}", f"--master_port={port}"]
+    words = [sys.executable, "-m", "deepseed.launcher", f"--num_nodes={len(nodes)}", f"--node_rank={number}", f"--num_gpus={len(slots)}", f"--master_addr={address}", f"--master_port={port}", f"--grace={o.grace:g}"]
     for flag, on in (("--module", o.module), ("--no_python", o.no_python), ("--no_local_rank", o.no_local_rank), ("--bind_cores_to_rank", o.bind_cores), ("--quiet", o.quiet)):
         words += [flag] if on else []
     words += [f"--bind_core_list={','.join(map(str, o.core_list))}"] if o.core_list else []
     words += [f"--enable_each_rank_log={o.log_dir}"] if o.log_dir else []
-    exports = {**_said(), "CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))}
+    exports = {**_said(), "CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)), RESTART: str(restart), **({TOLD: "1"} if o.launcher == "ssh" else {})}
     lines = [f"cd {shlex.quote(os.getcwd())}", *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
     lines += [f"source {shlex.quote(o.venv_script)}"] if o.venv_script else []
     return "; ".join([*lines, "exec " + shlex.join([*words, o.script, *o.arguments])])

@@ -14,11 +14,12 @@ from deepseed.launcher.errors import LaunchError
 PORT = 29500
 NOT_HERE = {  # flag -> what to do instead
     "--autotuning": "deepseed explain prices a plan without running it",
-    "--elastic_training": "a checkpoint goes on with any number of ranks",
-    "--min_elastic_nodes": "a checkpoint goes on with any number of ranks",
-    "--max_elastic_nodes": "a checkpoint goes on with any number of ranks",
+    "--elastic_training": "--max_restarts N --min_ranks M; a checkpoint goes on with any number of ranks",
+    "--min_elastic_nodes": "--max_restarts N --min_ranks M",
+    "--max_elastic_nodes": "start as many as there are; a checkpoint goes on with any number of ranks",
 }
 LAUNCHERS = ("ssh", "pdsh")
+ON_LOSS = ("restart", "shrink")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Options:
     save_pid: bool = False
     force_multi: bool = False
     quiet: bool = False
+    max_restarts: int = 0
+    on_loss: str = "restart"
+    min_ranks: int | None = None
+    grace: float = 30.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--launcher", default="ssh", metavar="NAME", help="ssh or pdsh, to reach other nodes (default ssh)")
     p.add_argument("--ssh_port", type=int, metavar="PORT")
     p.add_argument("--venv_script", default="", metavar="FILE", help="sourced on other nodes before Python starts")
+    p.add_argument("--max_restarts", "--max-restarts", type=int, default=0, metavar="N", help="where a rank is lost, start all again, up to N times; the script loads its last checkpoint")
+    p.add_argument("--on_loss", "--on-loss", default="restart", metavar="WHAT", help="restart: with as many ranks (default); shrink: without the slot, or of several nodes the node, that was lost")
+    p.add_argument("--min_ranks", "--min-ranks", type=int, metavar="M", help="leave out what was lost twice running, or a node that is gone, while M ranks are left")
+    p.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="that ranks have to save and end after SIGTERM (default 30)")
     p.add_argument("--save_pid", action="store_true", help="write this launcher's process number into a file")
     p.add_argument("--force_multi", action="store_true", help="go through ssh for one node too")
     p.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
@@ -104,6 +113,14 @@ def parse(arguments: Sequence[str]) -> Options:
         raise LaunchError("--no_ssh: which node is this?\n  fix: --node_rank I, from 0 to --num_nodes less one")
     if a.node_rank is not None and not 0 <= a.node_rank < (a.num_nodes or 1 + a.node_rank):
         raise LaunchError(f"--node_rank {a.node_rank} of --num_nodes {a.num_nodes}\n  fix: 0 to {a.num_nodes - 1}")
+    if a.on_loss not in ON_LOSS:
+        raise LaunchError(f"--on_loss {a.on_loss}\n  fix: one of {', '.join(ON_LOSS)}")
+    if a.max_restarts < 0 or a.grace < 0 or (a.min_ranks is not None and a.min_ranks < 1):
+        raise LaunchError(f"--max_restarts {a.max_restarts}, --grace {a.grace:g}, --min_ranks {a.min_ranks}\n  fix: restarts and seconds from 0, ranks from 1")
+    if not a.max_restarts and (a.on_loss != "restart" or a.min_ranks is not None):
+        raise LaunchError("--on_loss and --min_ranks say how to restart, and --max_restarts is 0\n  fix: --max_restarts N")
+    if a.max_restarts and a.node_rank is not None:
+        raise LaunchError("--max_restarts with --node_rank: launchers that are started by hand cannot start each other's ranks\n  fix: --hostfile FILE, or torchrun --rdzv_backend c10d --max_restarts N on each node")
     if a.launcher.lower() not in LAUNCHERS:
         raise LaunchError(f"--launcher {a.launcher} is not supported\n  fix: ssh or pdsh; or start the script under srun, mpirun or torchrun as it is")
     bound = cores(a.bind_core_list)
@@ -113,6 +130,7 @@ def parse(arguments: Sequence[str]) -> Options:
         a.script, tuple(a.arguments), a.num_gpus, a.num_nodes, a.node_rank, a.master_addr, a.master_port, a.hostfile, a.include, a.exclude, a.module,
         a.no_python, a.no_local_rank, a.bind_cores_to_rank or bool(bound), bound, a.enable_each_rank_log, a.launcher.lower(),
         a.ssh_port, a.venv_script, a.save_pid, a.force_multi, a.quiet or a.log_level.lower() in ("warning", "error", "critical"),
+        a.max_restarts, a.on_loss, a.min_ranks, a.grace,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ which torchrun's agent looks for it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -16,15 +17,18 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+RESTART = "DEEPSEED_RESTART"  # how often the ranks were started again
+_PARENT_DEATH_SIGNAL = 1
 _FRAME = re.compile(r'^  File "([^"\n]*)", line .*\n(?:    .*\n)*', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``cores``: of the node, to be divided; ``log_dir``: "" prints to the terminal."""
+    """``cores``: of the node, to be divided; ``log_dir``: "" prints to the terminal; ``launcher``: its process, which a rank does not outlive."""
 
     module: bool = False
     no_python: bool = False
@@ -32,6 +36,7 @@ class Settings:
     bind_cores: bool = False
     cores: tuple[int, ...] = ()
     log_dir: str = ""
+    launcher: int = 0
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -40,7 +45,9 @@ class Settings:
 def main(words: Sequence[str]) -> None:
     given = json.loads(words[0])
     s = Settings(**{**given, "cores": tuple(given["cores"])})
+    _end_with(s.launcher)
     script, arguments = words[1], list(words[2:])
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ[RESTART]
     local, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     os.environ |= {"LOCAL_SIZE": str(ranks), "CROSS_RANK": os.environ["GROUP_RANK"], "CROSS_SIZE": os.environ["GROUP_WORLD_SIZE"]}
     if s.bind_cores:
@@ -92,10 +99,18 @@ def share(cores: Sequence[int], rank: int, ranks: int) -> tuple[int, ...]:
 
 def _print_into(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if os.environ[RESTART] != "0" else os.O_TRUNC))
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(file, stream)
+
+
+def _end_with(launcher: int) -> None:
+    """Have the kernel end this process where its launcher ends without a word: a job that is started again would meet it."""
+    with suppress(OSError, AttributeError):  # Linux's own
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if launcher and os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
