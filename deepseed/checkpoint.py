@@ -47,7 +47,7 @@ def save(step: Compiled, dir: str | os.PathLike[str], extra: Any = None, frozen:
             "  fix: run a batch, or step.compile(example_batch), before step.save"
         )
     texts: dict[str, bytes] = {}
-    everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: _packed(extra)} if extra is not None else {}))
+    everywhere(host, f"saving to {target}", lambda: texts.update({EXTRA: packed(extra)} if extra is not None else {}))
     if step.states:
         host.begin(step.model, step.states)  # what the user wrote into the module
     left = [] if frozen else [name for name, p in step.model.named_parameters() if not p.requires_grad]
@@ -118,7 +118,7 @@ def _manifest(step: Compiled, entries: Mapping[str, Entry], tied: Mapping[str, s
     }  # fmt: skip
 
 
-def _packed(extra: Any) -> bytes:
+def packed(extra: Any) -> bytes:
     """The user's own state as bytes. Raises CheckpointError where it could not be read back without running code from the file."""
     file = io.BytesIO()
     try:
