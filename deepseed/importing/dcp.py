@@ -95,60 +95,73 @@ class Chunks:
 def read(folder: Path, optimizer: str | None = None) -> Found:
     """Raises CheckpointError."""
     chunks = Chunks(folder)
-    paths = _paths(chunks.metadata)
+    paths, root = _paths(chunks.metadata)
     tensors = {n: p for n, p in paths.items() if isinstance(chunks.metadata.state_dict_metadata[n], TensorStorageMetadata)}
     texts = {n: p for n, p in paths.items() if isinstance(chunks.metadata.state_dict_metadata[n], BytesStorageMetadata)}
-    root = next((p[: p.index(part)] for p in paths.values() for part in (STATE, GROUPS) if part in p[:-1] or part == p[-1]), None)
-    optim = {n: p[len(root) :] for n, p in tensors.items() if root is not None and p[: len(root)] == root and p[len(root)] == STATE}
+    optim = {n: p[len(root) + 1 :] for n, p in tensors.items() if root is not None and p[: len(root) + 1] == (*root, STATE)}
     rest = {n: p for n, p in tensors.items() if n not in optim}
     key = _model_root(rest)
     model = {n: ".".join(p[len(key) :]) for n, p in rest.items() if p[: len(key)] == key}
     if not model:
         raise CheckpointError(f"{folder} holds no tensors of a model: it has {', '.join(sorted(paths)[:3]) or 'nothing'}\n  fix: save {{'model': get_model_state_dict(model), 'optim': get_optimizer_state_dict(model, optimizer)}}")
     found = Found("torch.distributed.checkpoint", folder, {name: chunks.tensor(n) for n, name in model.items()})
-    names = sorted(model.values(), key=len, reverse=True)
+    order = list(found.model)
     for n, p in optim.items():
-        name, slot = _owner(p[1:], names)
-        found.slots[f"{slot}/{name}"] = chunks.tensor(n) if chunks.tensor(n).shape or slot != "step" else chunks.tensor(n).as_(torch.float32)
-    numbers, groups, others = _texts(chunks, texts, root, names)
+        name, slot = _owner(p, order)
+        t = chunks.tensor(n)
+        found.slots[f"{slot}/{name}"] = t if t.shape or slot != "step" else t.as_(torch.float32)
+    numbers, groups, others = _texts(chunks, texts, root, order)
     found.slots |= {key: Lazy.of(torch.tensor(float(value), dtype=torch.float32)) for key, value in numbers.items()}
+    if strange := [key for key in found.slots if key.partition("/")[2] not in found.model and optimizer != "none"]:
+        raise CheckpointError(
+            f"{folder} has optimizer state {strange[0].partition('/')[0]} of {strange[0].partition('/')[2]!r}, which is no tensor of the model: an optimizer's own state_dict has numbers for names\n"
+            "  fix: save get_optimizer_state_dict(model, optimizer) of torch.distributed.checkpoint.state_dict; or --optimizer none leaves it out"
+        )
     found.step = max((int(t.whole()) for key, t in found.slots.items() if key.startswith("step/") and not t.shape), default=0)
     _tie(found)
-    options = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-    described(found, options, [[str(n) for n in g["params"]] for g in groups], None, optimizer) if groups or found.slots else None
+    if groups or found.slots:
+        described(found, [{k: v for k, v in g.items() if k != "params"} for g in groups], [[str(n) for n in g["params"]] for g in groups], None, optimizer)
     others |= {n: chunks.tensor(n).whole() for n in rest if n not in model}
-    plain, left = kept(others)
-    found.notes += [f"left out, since they are no plain data: {', '.join(left)}"] if left else []
+    plain, left = kept(_nested({paths[n]: value for n, value in others.items()}))
     schedule = next((v for k, v in plain.items() if "sched" in k and isinstance(v, Mapping)), None)
+    found.notes += [f"left out, since they are no plain data: {', '.join(left)}"] if left else []
     found.extra = {"client_state": plain, "lr_scheduler": schedule, "skipped_steps": 0, "global_steps": found.step, "global_samples": 0, "micro_steps": found.step}
     return found
 
 
-def _paths(metadata: Metadata) -> dict[str, tuple[str, ...]]:
-    """Where each name was in the nested dict; a name that was a key with dots in it is one element there."""
+def _paths(metadata: Metadata) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...] | None]:
+    """Where each name was in the nested dict, and where in it the optimizer's state_dict is: what holds ``param_groups``. Its keys may be flattened,
+    ``("optim", "state.NAME.SLOT")``: they become ``("optim", "state", "NAME.SLOT")``."""
     said = metadata.planner_data or {}
-    return {n: tuple(map(str, _spread(said[n]))) if n in said else tuple(n.split(".", 1)) for n in metadata.state_dict_metadata}
+    paths = {n: tuple(map(str, said[n])) if n in said else tuple(n.split(".")) for n in metadata.state_dict_metadata}
+    root = next((p[:n] for p in paths.values() for n, part in enumerate(p) if part == GROUPS or part.startswith(f"{GROUPS}.")), None)
+    if root is None:
+        return paths, None
+    at = len(root)
+    flat = {n for n, p in paths.items() if p[:at] == root and len(p) == at + 1 and p[at].startswith((f"{STATE}.", f"{GROUPS}."))}
+    return {n: (*root, *p[at].split(".", 1)) if n in flat else p for n, p in paths.items()}, root
 
 
-def _spread(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``("optim", "state.NAME.SLOT")``, as a flattened optimizer's keys are, as ``("optim", "state", "NAME.SLOT")``."""
-    for n, part in enumerate(path):
-        if isinstance(part, str) and (part.startswith((f"{STATE}.", f"{GROUPS}."))):
-            first, _, more = part.partition(".")
-            return (*path[:n], first, more, *path[n + 1 :])
-    return path
+def _nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = out
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path[-1]] = value
+    return out
 
 
 def _model_root(rest: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The part of the paths above the model's names: the shortest that ends in ``model`` or the like, else none."""
-    roots = {p[: n + 1] for p in rest.values() for n, part in enumerate(p[:-1]) if part in ("model", "module", "model_state_dict") and n < 3}
+    roots = {p[: n + 1] for p in rest.values() for n, part in enumerate(p[:-1]) if part in ("model", "module", "state_dict", "model_state_dict") and n < 2}
     return min(roots, key=len) if roots else ()
 
 
 def _owner(path: tuple[str, ...], names: list[str]) -> tuple[str, str]:
     """The parameter and the slot that ``NAME.SLOT`` is of."""
     text = ".".join(path)
-    name = next((n for n in names if text.startswith(f"{n}.")), text.rpartition(".")[0])
+    name = max((n for n in names if text.startswith(f"{n}.")), key=len, default=text.rpartition(".")[0])
     return name, text[len(name) + 1 :]
 
 
@@ -179,7 +192,7 @@ def _texts(chunks: Chunks, texts: Mapping[str, tuple[str, ...]], root: tuple[str
                 flat.setdefault(name, {})[option] = chunks.text(n)
         else:
             others[n] = chunks.text(n)
-    for name in sorted(flat, key=lambda each: [n for n in reversed(names)].index(each) if each in names else 0) if flat else ():
+    for name in (n for n in names if n in flat):
         same = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == flat[name]), None)
         if same is None:
             groups.append({**flat[name], "params": [name]})

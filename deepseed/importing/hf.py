@@ -60,7 +60,7 @@ def built(folder: Path) -> nn.Module | None:
         made: Any = getattr(transformers, (said.get("architectures") or [""])[0])
         with meta():
             return made(config)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError, OSError, KeyError):
+    except (ImportError, AttributeError, ValueError, OSError, KeyError, TypeError, RuntimeError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""Which optimizer a checkpoint of others is of, where it does not name it: DeepSpeed's config says it, or the options of its groups do."""
+"""Which optimizer a checkpoint of others is of, where it does not name it: the options of its groups do, or DeepSpeed's config."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def class_of(groups: Sequence[Mapping[str, Any]], config: Any, said: str | None,
     """``torch.optim.adamw.AdamW`` and the like. ``said``: by the user, a class's name. Raises CheckpointError where nothing tells."""
     if said is not None:
         return _path(_named(said))
+    keys = [{k for k in g if k not in (*HOW, *_SCHEDULERS)} for g in groups]
+    fits = [c for c in _known() if keys and keys[0] and all(_fits(c, k, g) for k, g in zip(keys, groups, strict=True))]
     section = config.get("optimizer") if isinstance(config, Mapping) else None
-    if isinstance(section, Mapping) and section.get("type"):
+    if len(fits) != 1 and isinstance(section, Mapping) and section.get("type"):
         choice = optimizer_choice(read({"train_batch_size": 1, "optimizer": dict(section)}))
         if choice is not None:
             return _path(optimizer_class(choice[0]))
-    keys = [{k for k in g if k not in (*HOW, *_SCHEDULERS)} for g in groups]
-    fits = [c for c in _known() if keys and keys[0] and all(_fits(c, k, g) for k, g in zip(keys, groups, strict=True))]
     if len(fits) != 1:
         which = f"it has the options of {', '.join(c.__name__ for c in fits)}" if fits else f"its groups have the options {', '.join(sorted(keys[0] if keys else ())) or 'none'}"
         raise CheckpointError(f"{source} does not say which optimizer its state is of: {which}\n  fix: --optimizer AdamW (a class of torch.optim, or module.Class), or --optimizer none to leave its state out")

@@ -17,7 +17,6 @@ from torch import Tensor
 from deepseed.runtime.folder import CheckpointError
 
 INERT = ("deepspeed.", "argparse.Namespace", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.", "numpy._core.multiarray.")  # data, in such files; a stand-in for each
-_DEFAULTS = ("_codecs.encode",)  # of torch's, and safe
 
 
 class Record:

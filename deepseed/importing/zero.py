@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepseed.importing.found import Found, Lazy
 from deepseed.importing.optimizers import class_of, options_of
-from deepseed.importing.records import Record, kept, load, mapping
+from deepseed.importing.records import Record, kept, mapping
 from deepseed.runtime.folder import CheckpointError
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -66,23 +66,23 @@ def read(folder: Path, optimizer: str | None = None) -> Found:
         raise CheckpointError(f"{models[min(models)]} has no module: pipeline stages write their layers into files of their own\n  fix: make a universal checkpoint of it with DeepSpeed's ds_to_universal, and import that")
     found = Found(f"deepspeed zero{stage}", folder, {})
     tied = {str(alias): str(name) for alias, name in (first.get("shared_params") or {}).items()}
-    trained = {name: _placed(folder, group, stage, len(every)) for group in groups for name in group.names}
+    trained = {name: kinds for group in groups for name, kinds in _placed(folder, group, stage, len(every)).items()}
     order = [name for name in module if name not in tied]
     names = [*order, *(n for n in trained if n not in order)]
     frozen = _frozen(folder, first, models, stage, len(every))
     for name in names:
         if name in trained:
-            found.model[name] = trained[name][name]["fp32"]
+            found.model[name] = trained[name]["fp32"]
         elif name in frozen:
             found.model[name] = widened(frozen[name])
-        elif isinstance(t := module.get(name), Tensor):
+        elif isinstance(t := module.get(name), Tensor) and (stage < 3 or name in (first.get("buffer_names") or ())):  # in stage 3 parameters are placeholders there
             found.model[name] = widened(Lazy.of(t))
     for name, lazy in frozen.items():
         found.model.setdefault(name, widened(lazy))
     found.tied = {alias: name for alias, name in tied.items() if name in found.model}
     for group in groups:
         for name in group.names:
-            slots = {slot: lazy for slot, lazy in trained[name][name].items() if slot != "fp32"}
+            slots = {slot: lazy for slot, lazy in trained[name].items() if slot != "fp32"}
             found.slots |= {f"{slot}/{name}": lazy for slot, lazy in slots.items()} | {f"{slot}/{name}": Lazy.of(value) for slot, value in group.numbers.items()}
     _options(found, first, every[0], groups, [n for n in names if n in trained], optimizer)
     common(found, first, every[0])
@@ -169,6 +169,8 @@ def _base(base: Any, n: int) -> dict[str, Any]:
 def _slots(group: Group, found: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
     """Optimizer state of a group: what is as long as the partition is cut as it is, a number holds for each parameter."""
     for slot, value in found[0].items():
+        if any(slot not in each for each in found):
+            raise CheckpointError(f"{slot} of {next(iter(group.names))} and others is in the files of some ranks only\n  fix: import a folder that one job has written")
         if isinstance(value, Tensor) and value.dim() > 0:
             group.parts[slot] = [each[slot].flatten() for each in found]
         elif isinstance(value, Tensor | int | float) and not isinstance(value, bool):
@@ -285,5 +287,3 @@ def _number(value: Any) -> float:
     """A number, also of an enum's stand-in."""
     return _number(value.arguments[0]) if isinstance(value, Record) else float(value)
 
-
-__all__ = ["common", "described", "load", "read", "widened"]

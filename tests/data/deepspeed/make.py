@@ -118,7 +118,7 @@ def main() -> None:
                 subprocess.run([sys.executable, "-c", command, "--input_folder", folder / "global_step3", "--output_folder", other, "--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"], check=True)
                 packed(f"{case}-universal", other, "latest_universal")
             packed(case, folder / "global_step3", "latest")
-    (HERE / "losses.json").write_text(json.dumps(said, indent=1) + "\n")
+        (HERE / "losses.json").write_text(json.dumps(said, indent=1) + "\n")
     shutil.rmtree(HERE / "__pycache__", ignore_errors=True)
 
 

@@ -29,7 +29,8 @@ class Small(nn.Module):
         x = self.embed(tokens)
         x = x + self.frozen(x).tanh() + self.shift.to(x.dtype)
         x = self.norm(x + self.down(torch.nn.functional.gelu(self.up(x))))
-        return nn.functional.cross_entropy(self.head(x)[:, :-1].reshape(-1, VOCABULARY).float(), tokens[:, 1:].reshape(-1))
+        logits = self.head(x)[:, :-1].reshape(-1, VOCABULARY)
+        return nn.functional.cross_entropy(logits if x.dtype == torch.float64 else logits.float(), tokens[:, 1:].reshape(-1))
 
 
 def model() -> Small:
