@@ -136,15 +136,12 @@ HALF = [("zero1-bf16", "zero1+dp2+bf16"), ("zero3-bf16", "zero3+dp2+bf16"), ("ze
 
 @pytest.mark.parametrize(("name", "plan"), HALF)
 def test_next_losses_in_16_bits(name: str, plan: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """The float32 parameters and the state are DeepSpeed's, so the first loss is its own. Gradients are 16-bit sums over ranks in both, rounded in another order:
-    2^-9 (bf16) or 2^-12 (fp16) of a gradient, and an update of Adam moves a parameter by at most lr = 1e-2 of 1."""
+    """On as many ranks gradients are the same 16-bit sums of the same two summands, so that the losses are as near as in float32."""
     bring(theirs(name), tmp_path / "ours")
     losses, _, extra, step = resumed(name, plan, tmp_path / "ours")
-    want = SAID[name]["losses"]
-    assert differ(losses[:1], want[:1]) < F32
-    assert differ(losses, want) < (2e-4 if "fp16" in name else 2e-3)
-    if "fp16" in name:
-        assert step.loss_scale == SAID[name]["scale"] and step.skipped == extra["skipped_steps"]
+    assert differ(losses, SAID[name]["losses"]) < F32
+    if "fp16" in name:  # it grew by one of the three steps, as DeepSpeed's did
+        assert step.loss_scale == SAID[name]["scale"] == 1024 and step.skipped == extra["skipped_steps"] == 0
 
 
 def test_masters_are_read_not_the_16_bits(theirs: Callable[[str], Path]) -> None:
@@ -308,9 +305,9 @@ def test_a_part_of_a_universal_checkpoint_is_missing(theirs: Callable[[str], Pat
 
 
 def test_which_optimizer_it_is_must_be_said_where_no_file_says_it(theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not say which optimizer .*\n  fix: --optimizer AdamW"):
+    with pytest.raises(CheckpointError, match=r"does not say which optimizer .*\n  fix: --optimizer AdamW"):
         bring(theirs("zero2-elastic"), tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="torch.optim has no such class"):
+    with pytest.raises(CheckpointError, match=r"torch\.optim has no such class"):
         bring(tmp_path / "zero2-elastic", tmp_path / "ours", optimizer="Adan")
 
 
@@ -340,7 +337,7 @@ def test_no_tensor_is_read_whole(theirs: Callable[[str], Path], tmp_path: Path, 
     monkeypatch.setattr(founds, "write_metadata", partial(founds.write_metadata, largest=100))
     monkeypatch.setattr(Lazy, "part", lambda self, box: (sizes.append(prod(box.sizes) * self.dtype.itemsize), part(self, box))[1])
     bring(folder, tmp_path / "cut")
-    assert 20 < len(sizes) and max(sizes) <= 100
+    assert len(sizes) > 20 and max(sizes) <= 100
     assert resumed("zero3", "zero0", tmp_path / "cut")[0] == resumed("zero3", "zero0", tmp_path / "whole")[0]
 
 

@@ -49,6 +49,7 @@ def read(folder: Path, optimizer: str | None = None) -> Found:
     found.tied = {alias: name for alias, name in tied.items() if name in found.model}
     for alias in found.tied:
         found.model.pop(alias, None)
+    _steps(found, shapes, state)
     _groups(found, shapes, state, first, optimizer)
     common(found, first, state)
     return found
@@ -84,6 +85,17 @@ def _left(first: Mapping[str, Any], models: list[Path], found: Found) -> dict[st
     files = sorted(models, key=lambda p: int((MODEL.fullmatch(p.name) or [0, 0])[1] or 0))
     fragments = [mapping(p)["frozen_param_fragments"] for p in files] if shapes else []
     return {name: Lazy.joined(shape, [f[name].flatten() for f in fragments], name) for name, shape in shapes.items()}
+
+
+def _steps(found: Found, shapes: list[Any], state: Mapping[str, Any]) -> None:
+    """Of stage 3 no parameter has a step of its own: it stands in the optimizer's state of each sub-group."""
+    base = state.get("optimizer_state_dict")
+    for n, names in enumerate(shapes):
+        own = base.get("state", {}).get(n, {}) if isinstance(base, Mapping) else {}
+        for slot, value in own.items():
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+                for name in (str(each) for each in names if f"{slot}/{each}" not in found.slots):
+                    found.slots[f"{slot}/{name}"] = Lazy.of(torch.tensor(float(value), dtype=torch.float32))
 
 
 def _groups(found: Found, shapes: list[Any], state: Mapping[str, Any], first: Mapping[str, Any], optimizer: str | None) -> None:

@@ -277,8 +277,9 @@ def loss_scale(scaler: Any, skipped: int) -> dict[str, Lazy]:
     """A moving loss scale as state of the step; none where the scale stays."""
     if not isinstance(scaler, Record) or not scaler.get("dynamic"):
         return {}
-    window, last = int(scaler.get("scale_window", 1000)), int(scaler.get("last_overflow_iter", -1))
-    good = (int(scaler.get("cur_iter", 0)) - 1 - last) % max(1, window)
+    window, last = max(1, int(scaler.get("scale_window", 1000))), int(scaler.get("last_overflow_iter", -1))
+    stable = int(scaler.get("cur_iter", 0)) - last - 2  # it grows where this, of the step to come, is a multiple of the window above 0: the first time a step later than here
+    good = stable % window if stable >= 0 else -1
     values = {"loss_scale": float(scaler.get("cur_scale")), "good_steps": float(good), "patience": float(scaler.get("cur_hysteresis", 1)), "skipped_steps": float(skipped)}
     return {key: Lazy.of(torch.tensor(value, dtype=torch.float32)) for key, value in values.items()}
 

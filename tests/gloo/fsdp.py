@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "deepspeed"))
-import model as small  # noqa: E402
+import model as small
 
 RANKS = 2
 
