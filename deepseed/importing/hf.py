@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from deepseed.importing.records import mapping
 from deepseed.on_meta import meta
 from deepseed.pieces import Source
 from deepseed.runtime.folder import MANIFEST, CheckpointError, faults, manifest_of
-from deepseed.runtime.safetensors import mapped
+from deepseed.runtime.safetensors import Stored, mapped
 from deepseed.runtime.saved import Box
 from deepseed.weights import INDEX, SINGLE, fitted, tensors_in
 
@@ -66,9 +65,18 @@ def built(folder: Path) -> nn.Module | None:
 
 def _safetensors(where: Path, model: nn.Module | None) -> tuple[dict[str, Lazy], dict[str, str]]:
     files = tensors_in(where)
-    page = cache(lambda path: mapped(path))
+    pages: dict[Path, Tensor] = {}
+
+    def page(path: Path) -> Tensor:
+        if path not in pages:
+            pages[path] = mapped(path)
+        return pages[path]
+
+    def whole(t: Stored) -> Lazy:
+        return Lazy(t.shape, t.dtype, lambda box: t.part(page(t.path), box))
+
     if model is None:
-        return {name: Lazy(t.shape, t.dtype, lambda box, t=t: t.part(page(t.path), box)) for name, t in files.items()}, {}  # type: ignore[misc]
+        return {name: whole(t) for name, t in files.items()}, {}
     weights = fitted(where, files, model)
 
     def reader(source: Source) -> Lazy:
