@@ -135,8 +135,12 @@ HALF = [("zero1-bf16", "zero1+dp2+bf16"), ("zero3-bf16", "zero3+dp2+bf16"), ("ze
 
 
 @pytest.mark.parametrize(("name", "plan"), HALF)
-def test_next_losses_in_16_bits(name: str, plan: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """On as many ranks gradients are the same 16-bit sums of the same two summands, so that the losses are as near as in float32."""
+def test_next_losses_in_16_bits(name: str, plan: str, theirs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many ranks gradients are the same 16-bit sums of the same two summands, so that the losses are as near as in float32. DeepSpeed's stage 3 puts a
+    function of its own into the place of ``linear``, which rounds before it adds the bias: from its first step on its losses in 16 bits are not those of its stage 1."""
+    if name.startswith("zero3"):
+        assert abs(SAID[name]["before"][0] - SAID["zero1-bf16"]["before"][0]) > 1e-3
+        monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: x.matmul(w.t()) if b is None else x.matmul(w.t()) + b)
     bring(theirs(name), tmp_path / "ours")
     losses, _, extra, step = resumed(name, plan, tmp_path / "ours")
     assert differ(losses, SAID[name]["losses"]) < F32
@@ -223,7 +227,8 @@ def test_objects_without_their_package_are_inert(name: str, theirs: Callable[[st
     fake = type(kind, (), {"__module__": module})
     thing = fake()
     thing.lr = 1.0
-    modules = {module: type(sys)(module)} if module not in sys.modules else {}
+    parts = module.split(".")
+    modules = {m: type(sys)(m) for m in (".".join(parts[: n + 1]) for n in range(len(parts))) if m not in sys.modules}
     with pytest.MonkeyPatch.context() as patch:
         for m, value in modules.items():
             patch.setitem(sys.modules, m, value)
@@ -285,7 +290,7 @@ def _inert() -> Any:
     ("harm", "says"),
     [
         (drop, f"{RANK1} is missing: 2 ranks wrote this checkpoint, files of 1"), (more, "zero_pp_rank_2_mp_rank_00_optim_states.pt belongs to another checkpoint: 2 ranks wrote"),
-        (torn, rf"{RANK1} is torn, .* \d+ bytes"), (parallel, "2 tensor- or pipeline-parallel ranks"), (short, "fp32 of embed.weight and 2 more has 244 elements, its 3 parameters have 387"),
+        (torn, rf"{RANK1} is torn, .*\d+ bytes"), (parallel, "2 tensor- or pipeline-parallel ranks"), (short, "fp32 of embed.weight and 2 more has 244 elements, its 3 parameters have 387"),
         (counted, r"is of 2 ranks, .*_1_.* of 4: files of two checkpoints are mixed"), (no_model, "mp_rank_00_model_states.pt is missing"),
     ],
 )  # fmt: skip
@@ -315,7 +320,7 @@ def test_which_optimizer_it_is_must_be_said_where_no_file_says_it(theirs: Callab
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=3), st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 40))
+@given(st.lists(st.integers(0, 5), max_size=3), st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(8, 40))
 def test_boxes_of_flat_parts(shape: list[int], lengths: list[int], largest: int) -> None:
     need = prod(shape)
     lengths = [*lengths, max(0, need - sum(lengths))]

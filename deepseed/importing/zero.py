@@ -236,6 +236,12 @@ def _options(found: Found, first: Mapping[str, Any], state: Mapping[str, Any], g
     for group in groups:
         grouped.setdefault(group.index, []).extend(group.names)
     options = [{k: v for k, v in said[g].items() if k != "params"} if g < len(said) else {} for g in sorted(grouped)]
+    if any("lr" not in o for o in options) and found.slots:  # elastic ones have no groups
+        schedule = first.get("lr_scheduler") or {}
+        now, begun = (schedule.get(key) if isinstance(schedule, Mapping) else None for key in ("_last_lr", "base_lrs"))
+        if isinstance(now, list) and len(now) == len(options):
+            options = [{**o, "lr": lr, **({"initial_lr": begun[n]} if isinstance(begun, list) else {})} for n, (o, lr) in enumerate(zip(options, now, strict=True))]
+        found.notes.append("the options of the groups are not there: weight decay, betas and the like stay as the optimizer is made" + ("" if now else ", and so does lr"))
     described(found, options, [sorted(grouped[g], key=order.index) if shuffled else grouped[g] for g in sorted(grouped)], config, optimizer)
 
 
