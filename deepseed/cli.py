@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config | checkpoint``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -6,16 +6,17 @@ answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where 
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseed.checkpoint_cli import app as checkpoints
+from deepseed.friendly import UsageError
+from deepseed.friendly import friendly as _friendly
 from deepseed.ir.program import Program
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
 configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
 app.add_typer(configs, name="config")
+app.add_typer(checkpoints, name="checkpoint")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]
@@ -32,31 +34,6 @@ OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="of tor
 ClipOption = Annotated[float | None, typer.Option("--clip", help="global gradient norm; 0: no clipping  [default: the target's, else 1.0]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="as JSON")]
 CheckOption = Annotated[bool, typer.Option("--check/--no-check", help="check the program after each pass")]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class UsageError(ValueError):
-    """Options that do not go together, or name something unknown."""
-
-
-def _friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """DeepSeed's own errors and missing files as a message on stderr and exit code 2."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, RuntimeError, OSError) as error:
-            ours = type(error).__module__.split(".")[0] == "deepseed" or isinstance(error, OSError)
-            if not ours or os.environ.get("DEEPSEED_DEBUG", "0") not in ("", "0"):
-                raise
-            typer.echo(f"deepseed: {error}", err=True)
-            raise typer.Exit(2) from None
-
-    return run
-
 
 @app.command()
 @_friendly

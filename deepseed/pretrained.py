@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from deepseed.compiled import Compiled
 
 _TOLD = ("config.json", "generation_config.json")
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|manifest\.json")
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|manifest\.json")
 
 
 def save(step: Compiled, dir: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
@@ -49,14 +49,14 @@ def save(step: Compiled, dir: str | os.PathLike[str], max_shard_size: int | str 
     everywhere(host, what, lambda: entries.update({name: e for name, e in model_entries(step).items() if name not in skipped}))
     tensors, made = in_files(step.model, {name: (e.dtype, e.shape) for name, e in entries.items()})
     files = shards(tensors, largest)
-    folder = Path(everywhere(host, what, lambda: str(aside(target, "step.save_pretrained", _OURS, carry=True)) if host.first else "")[0])
+    folder = Path(everywhere(host, what, lambda: str(aside(target, "step.save_pretrained", OURS, carry=True)) if host.first else "")[0])
     try:
         written = _write(step, folder, entries, made, {name: {t: tensors[t] for t in held} for name, held in files.items()})
 
         def close() -> None:
             _config(step.model, folder, entries)
             if len(files) > 1:
-                _index(folder, tensors, files)
+                index(folder, tensors, files)
             others = [name for name in (INDEX, *_TOLD) if (folder / name).exists()]
             digests = {name: d for each in written for name, d in each.items()} | {name: digest(folder / name) for name in others}
             model = {"format": WEIGHTS, "deepseed": deepseed.__version__, "torch": torch.__version__, "model": type(step.model).__name__}
@@ -127,11 +127,11 @@ def shards(tensors: Shapes, largest: int) -> dict[str, list[str]]:
     return {SINGLE if len(groups) == 1 else f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
-def _index(folder: Path, tensors: Shapes, files: Mapping[str, list[str]]) -> None:
+def index(folder: Path, tensors: Shapes, files: Mapping[str, list[str]]) -> None:
     count, size = (sum(prod(shape) * (dtype.itemsize if of_bytes else 1) for dtype, shape in tensors.values()) for of_bytes in (False, True))
     where = {t: name for name, held in files.items() for t in held}
-    index = {"metadata": {"total_parameters": count, "total_size": size}, "weight_map": dict(sorted(where.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    said = {"metadata": {"total_parameters": count, "total_size": size}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(said, indent=2) + "\n")
     sync(folder / INDEX)
 
 

@@ -88,7 +88,7 @@ def open_weights(path: str | os.PathLike[str], model: nn.Module, host: Host, qui
         where = where if where.exists() else _cut_off(where)
         if where.is_dir() and (where / MANIFEST).exists():
             check_files(host, where, manifest_of(where)["files"])
-        found.append(fitted(where, _tensors(where), model))
+        found.append(fitted(where, tensors_in(where), model))
 
     everywhere(host, f"opening weights={path}", look)
     here = found[0]
@@ -121,7 +121,7 @@ def _cut_off(where: Path) -> Path:
         ) from None
 
 
-def _tensors(where: Path) -> dict[str, Stored]:
+def tensors_in(where: Path) -> dict[str, Stored]:
     """The tensors of a file, or of the files of a folder, by name."""
     if where.is_file():
         return stored(where)

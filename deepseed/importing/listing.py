@@ -1,0 +1,82 @@
+"""What checkpoints a folder holds, and whether they are whole: ``deepseed checkpoint ls`` looks at sizes, ``verify`` reads every byte."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from deepseed.runtime.folder import MANIFEST, CheckpointError, faults, manifest_of
+
+LEFT = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{8}")  # what a save that was cut off leaves beside a folder
+LATEST = "latest"
+
+
+@dataclass
+class Listed:
+    """One checkpoint. ``state``: complete, partial (its save was cut off) or damaged; ``why``: what is missing or of another size."""
+
+    tag: str
+    path: str
+    state: str
+    step: int | None = None
+    plan: str = ""
+    ranks: int | None = None
+    bytes: int = 0
+    latest: bool = False
+    why: list[str] = field(default_factory=list)
+
+
+def listed(where: str | os.PathLike[str], read: bool = False) -> list[Listed]:
+    """The checkpoint at ``where``, or those in it, by step. ``read``: check the sums too. Raises CheckpointError where there is none."""
+    folder = Path(os.path.realpath(where))
+    if not folder.is_dir():
+        raise CheckpointError(f"{where}: no such folder\n  fix: the folder that step.save, Checkpoints or save_checkpoint was given")
+    if _ours(folder):
+        return [_one(folder, read)]
+    latest = (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else None
+    found = [_one(p, read) for p in sorted(folder.iterdir()) if p.is_dir() and (_ours(p) or p.name == latest)]
+    for each in found:
+        each.latest = each.tag == latest
+    if latest is not None and all(each.tag != latest for each in found):
+        found.append(Listed(latest, str(folder / latest), "damaged", latest=True, why=[f"{folder / latest} is missing: {folder / LATEST} names it"]))
+    if not found:
+        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:3]) or "nothing"
+        raise CheckpointError(f"{folder} holds no checkpoint of deepseed: it holds {holds}\n  fix: deepseed checkpoint import SOURCE DEST reads those of others")
+    return sorted(found, key=lambda each: (each.step is None, each.step or 0, each.tag))
+
+
+def _ours(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or LEFT.fullmatch(folder.name) is not None or (any(p.suffix == ".distcp" for p in folder.iterdir()) and not (folder / ".metadata").is_file())
+
+
+def _one(folder: Path, read: bool) -> Listed:
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    out = Listed(folder.name, str(folder), "complete", bytes=size)
+    if not (folder / MANIFEST).is_file():
+        out.state, out.why = "partial", [f"{folder / MANIFEST} is missing: a save was cut off before its end"]
+        return out
+    try:
+        manifest: dict[str, Any] = manifest_of(folder)
+    except CheckpointError as error:
+        out.state, out.why = "damaged", [str(error).splitlines()[0]]
+        return out
+    out.step, out.plan = manifest.get("step"), str(manifest.get("plan", ""))
+    out.ranks = prod(manifest["mesh"].values()) if "mesh" in manifest else None
+    out.why = faults(folder, manifest["files"], sorted(manifest["files"])) if read else _sizes(folder, manifest["files"])
+    out.state = "damaged" if out.why else "complete"
+    return out
+
+
+def _sizes(folder: Path, files: dict[str, Any]) -> list[str]:
+    out = []
+    for name, want in sorted(files.items()):
+        path = folder / name
+        if not path.exists():
+            out.append(f"{path} is missing: {want['bytes']} bytes were written")
+        elif (size := path.stat().st_size) != want["bytes"]:
+            out.append(f"{path} is torn: {want['bytes']} bytes were written, {size} are there")
+    return out
