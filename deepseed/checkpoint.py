@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import deepseed
 from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
 from deepseed.ir.layout import REPLICATED, Layout
+from deepseed.logs import warn
 from deepseed.ops import torch_dtype
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
 from deepseed.runtime.host import check_files, everywhere
@@ -155,7 +155,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool = True, ca
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
     folder, manifest = everywhere(host, what, lambda: _opened(target))[0]
     if host.first and folder != target:
-        print(f"deepseed: {target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded", file=sys.stderr)
+        warn(f"{target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded")
     saved = Saved.of(folder, manifest)
     everywhere(host, what, lambda: check_files(host, folder, manifest["files"]))
     compare = optimizer and step.optimizer is not None

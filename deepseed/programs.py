@@ -7,7 +7,6 @@ longest ago goes first, and its memory with it. Parameters and state belong to n
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -30,6 +29,7 @@ from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
 from deepseed.ir.program import Type
 from deepseed.ir.widen import widen
+from deepseed.logs import say, warn
 from deepseed.ops import torch_dtype
 from deepseed.plan import Plan
 from deepseed.precision import Precision
@@ -300,7 +300,7 @@ class Programs:
 
     def _say(self, line: str) -> None:
         if not self.subject.quiet and self.subject.host.first:
-            print(f"deepseed: {line}", file=sys.stderr)
+            (warn if line.startswith("warning: ") else say)(line)
 
 
 def _changed(built: Built) -> list[Change]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepseed.logs import warn
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import everywhere
 
@@ -53,7 +53,7 @@ def load_checkpoint(
         tag = everywhere(self.compiled.host, f"reading {latest}", lambda: latest.read_text().strip() if latest.is_file() else None)[0]
         if tag is None:
             if self.compiled.host.first:
-                print(f"deepseed: {latest} does not exist: nothing is loaded", file=sys.stderr)
+                warn(f"{latest} does not exist: nothing is loaded")
             return None, None
     folder = Path(load_dir) / str(tag)
     extra = self.compiled.load(folder, optimizer=load_optimizer_states and not load_module_only) or {}

@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from deepseed.launcher.hosts import Nodes
 from deepseed.launcher.options import PORT, Options
 from deepseed.launcher.rank import Settings, own_frames
+from deepseed.logs import fail, say
 
 GRACE = 10  # seconds between asking a rank to end and ending it
 
@@ -44,7 +45,7 @@ def run_node(o: Options, nodes: Nodes) -> int:
         Path(f"deepseed-{os.getpid()}.pid").write_text(f"{os.getpid()}\n")
     if not o.quiet:
         ranks = sum(map(len, nodes.values()))
-        print(f"deepseed: {ranks} rank{'s' if ranks > 1 else ''} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}, {address}:{port}" + (f"; each prints into {o.log_dir}" if o.log_dir else ""), file=sys.stderr)
+        say(f"{ranks} rank{'s' if ranks > 1 else ''} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}, {address}:{port}" + (f"; each prints into {o.log_dir}" if o.log_dir else ""))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="deepseed-ranks-") as folder:
         os.environ["TORCHELASTIC_ERROR_FILE"] = ""
@@ -61,7 +62,7 @@ def run_node(o: Options, nodes: Nodes) -> int:
                     os.killpg(failure.pid, signal.SIGKILL)
             return _failed(error.failures, o)
         except SignalException as error:
-            print(f"deepseed: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
+            say(f"ended by {signal.Signals(error.sigval).name}")
             return 128 + int(error.sigval)
     return 0
 
@@ -89,7 +90,7 @@ def _failed(failures: Mapping[int, ProcessFailure], o: Options) -> int:
     how = f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
     where = f", its output is in {o.log_dir}/rank_{rank}.log" if o.log_dir else ""
     traceback = _traceback(failure)
-    print(f"deepseed: rank {rank} (local rank {failure.local_rank}, process {failure.pid}) {how}{where}: {' '.join([o.script, *o.arguments])}", file=sys.stderr)
+    fail(f"rank {rank} (local rank {failure.local_rank}, process {failure.pid}) {how}{where}: {' '.join([o.script, *o.arguments])}")
     if traceback:
         print(traceback.rstrip(), file=sys.stderr)
     return 128 - code if code < 0 else code
@@ -112,6 +113,6 @@ def free_port(port: int, quiet: bool = False) -> int:
                 continue
             found = int(s.getsockname()[1])
             if found != port and not quiet:
-                print(f"deepseed: port {port} is taken, {found} is used", file=sys.stderr)
+                say(f"port {port} is taken, {found} is used")
             return found
     return port

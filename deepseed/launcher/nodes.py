@@ -14,6 +14,7 @@ from pathlib import Path
 from deepseed.launcher.errors import LaunchError
 from deepseed.launcher.hosts import Nodes
 from deepseed.launcher.options import PORT, Options
+from deepseed.logs import fail, say
 
 EXPORTED = ("NCCL", "GLOO", "PYTHON", "UCX", "TORCH", "OMP", "DEEPSEED", "LD_LIBRARY_PATH", "PATH", "CUDA_HOME", "HF_")  # beginnings of names
 ENVIRONMENT = ".deepspeed_env"  # a file of NAME=VALUE lines, here or at home
@@ -26,7 +27,7 @@ def run_nodes(o: Options, nodes: Nodes) -> int:
     address, port = o.master_addr or hosts[0], o.master_port or PORT
     running = {host: subprocess.Popen([*reach(o, host), command(o, nodes, n, address, port)], stdin=subprocess.DEVNULL) for n, host in enumerate(hosts)}
     if not o.quiet:
-        print(f"deepseed: {len(hosts)} nodes by {o.launcher}: {', '.join(hosts)}; {address}:{port}", file=sys.stderr)
+        say(f"{len(hosts)} nodes by {o.launcher}: {', '.join(hosts)}; {address}:{port}")
     failed: tuple[str, int] | None = None
     try:
         while running_now := [host for host, process in running.items() if process.poll() is None]:
@@ -36,12 +37,12 @@ def run_nodes(o: Options, nodes: Nodes) -> int:
             time.sleep(0.1)
     except KeyboardInterrupt:
         _end(list(running.values()))
-        print("deepseed: ended by SIGINT", file=sys.stderr)
+        say("ended by SIGINT")
         return 128 + signal.SIGINT
     failed = failed or _failed(running)
     if failed is None:
         return 0
-    print(f"deepseed: node {failed[0]} failed with exit code {failed[1]}; the other nodes were ended", file=sys.stderr)
+    fail(f"node {failed[0]} failed with exit code {failed[1]}; the other nodes were ended")
     return failed[1]
 
 
