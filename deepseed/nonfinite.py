@@ -168,8 +168,10 @@ class _Search:
     def run(self) -> NonFinite | None:
         for at in sorted(self.looks, key=lambda at: (self.position.get(at[0], -1), at[1])):
             self._written_so(at)  # in the order of the program, so that each is one look back
-        shown = [o for o in self.p.outputs if self._read(o.ref.name, None)]
-        pending = [at for o in shown for at in self._read(o.ref.name, None)]
+        ends = [(f"{o.role} {o.key!r}", o.ref.name) for o in self.p.outputs]
+        ends += [("the gradients, which are asked about", op.refs[0].name) for op in self.p.ops if op.target == "aten.isfinite" and op.phase == "update"]
+        shown = [label for label, name in ends if self._read(name, None)]
+        pending = [at for _, name in ends for at in self._read(name, None)]
         seen: set[At] = set(pending)
         made: list[At] = []
         while pending:
@@ -185,7 +187,7 @@ class _Search:
         first = min(made or seen, key=self._order)
         if self._meant(first):  # nothing but what was written on purpose, and the op that could not take it
             first = min((at for at in made if not self._meant(at)), key=self._order, default=first)
-        return self._named(first, [f"{o.role} {o.key!r}" for o in shown])
+        return self._named(first, shown)
 
     def _read(self, name: str, mb: int | None) -> list[At]:
         """The non-finite values that a use of ``name`` in microbatch ``mb`` (None: after all) reads; through what has no value of its own."""

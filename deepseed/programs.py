@@ -123,6 +123,7 @@ class Programs:
         self.structure = Structure(subject.model)  # as the latest batch found it
         self.pending: dict[str, Type] = {}  # gradients that a module leaves for an update, as they lie
         self.compiled = 0
+        self.seconds = 0.0  # of compiling
         self.updates = 0  # of these, those with an optimizer
         self._seen = 0
         self._made_for = ""  # the settings of the latest program
@@ -271,6 +272,7 @@ class Programs:
                 self.homes.setdefault((i.role, i.key), i.stage)
                 self.hosted.setdefault((i.role, i.key), i.type.host)
         self.compiled += 1
+        self.seconds += perf_counter() - started
         if number > 1 and want != "update":
             self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
         return built
