@@ -6,6 +6,7 @@ it is read when events are written, not when they are made, so no step waits for
 
 from __future__ import annotations
 
+import atexit
 import csv
 import importlib
 import os
@@ -40,7 +41,8 @@ class Monitor:
             self.writers.append(Wandb(config.wandb.project, config.wandb.group, config.wandb.team))
         if first and config.csv_monitor.enabled:
             self.writers.append(Csv(folder_of(config.csv_monitor)))
-        weakref.finalize(self, _write, self.writers, self._waiting)  # at the end of the process too
+        weakref.finalize(self, _write, self.writers, self._waiting).atexit = False
+        atexit.register(_write, self.writers, self._waiting)  # registered behind the writers' own, so it comes before them
 
     @property
     def enabled(self) -> bool:

@@ -223,7 +223,7 @@ class _Search:
             return False
         op, given = self.p.producers.get(at[0]), self.inputs.get(at[0])
         if op is None:
-            return given is not None and given.role in ("constant", "batch", "hyper")
+            return given is not None and (given.role == "constant" or (given.role == "batch" and all(look.value == float("-inf") for look in self.looks[at])))
         return any(_infinite(a) for a in (*op.args, *(v for _, v in op.kwargs)))
 
     def _nan(self, at: At) -> bool:

@@ -128,5 +128,8 @@ def test_wandb_offline_has_the_values(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     engine, losses, _ = trained(2, wandb={"enabled": True, "project": "p", "group": "g"})
     engine.monitor.flush()
-    assert wandb.run.group == "g" and wandb.run.project == "p" and wandb.run.summary["Train/Samples/train_loss"] == losses[-1]
+    run = wandb.run
+    assert run.group == "g" and run.project == "p" and run.summary["Train/Samples/train_loss"] == losses[0], "wandb ends a step when the next one begins: more can be logged at the same samples"
+    run.log({"last": 1}, step=12)
+    assert run.summary["Train/Samples/train_loss"] == losses[1]
     wandb.finish()

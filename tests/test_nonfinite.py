@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gloo.launch import ranks
-from gloo.nonfinite import Log, Net, Root, all_cases, case, loss, zeros_from
+from gloo.nonfinite import CASES, Log, Net, Root, all_cases, case, loss, zeros_from
 
 import deepseed
 from deepseed.api import Module, TrainStep
@@ -41,6 +41,8 @@ def test_the_node_that_made_it_is_named(plan: str, n: int) -> None:
 def test_an_input_that_came_so_is_named(plan: str, n: int) -> None:
     found = sure(case(Log, plan, weight=math.nan, world_size=n))
     assert found.op is None and "parameter 'down.weight' was not finite before the step" in found.text
+    if plan in ("zero0", "pp2+mb2"):
+        assert "batch entry 'x' is not finite as it was given" in sure(case(Log, plan, entry=math.nan, world_size=n)).text
     found = sure(case(Log, plan, entry=math.inf, world_size=n))
     assert found.op is None and "batch entry 'x' is not finite as it was given" in found.text and found.value == math.inf
 
@@ -73,7 +75,7 @@ def test_a_mask_is_no_cause_unless_an_op_cannot_take_it() -> None:
     found = sure(trained(Masked().double()).find_nonfinite({"x": x}))
     assert (found.op, found.path) == ("aten.log", "log"), "the -inf of the mask is before it, and finite again behind softmax"
     found = sure(trained(Masked(blind=True).double()).find_nonfinite({"x": zeros_from(8)}))
-    assert found.op == "aten.sub.Tensor" and math.isnan(found.value) and found.operands and "made here of what is infinite" in found.text
+    assert found.op == "aten._softmax" and math.isnan(found.value) and found.operands and "made here of what is infinite" in found.text
     assert found.index[0] == 0, "the row that sees nothing"
 
 
@@ -97,8 +99,8 @@ def test_half_precision_overflows_in_the_product_and_a_moving_scale_only_says_so
 
 def test_an_update_that_overflows_and_a_step_that_goes_on() -> None:
     model = Net(torch.nn.Identity)
-    step = trained(model, lr=1e39)
-    found = sure(step.find_nonfinite({"x": zeros_from(8).float()}))
+    step = trained(model, lr=1e38)
+    found = sure(step.find_nonfinite({"x": zeros_from(8).float() * 1e3}))
     assert found.phase == "update" and found.shows[0].startswith("param ")
     step = trained(Net(Log).double(), check_finite=True)
     good, bad = {"x": zeros_from(8)}, {"x": torch.zeros(8, 4, dtype=torch.float64)}
@@ -131,11 +133,11 @@ def test_a_modules_backward_and_the_environment(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_real_ranks_say_the_same_as_the_simulation() -> None:
-    plans = ["zero3", "tp2", "pp2+mb2"]
+    plans = ["zero3", "pp2+mb2"]
     first, second = ranks(2, all_cases, plans)
     assert first == second
     simulated = [
-        (None,) if (found := case(Log, plan, world_size=2, **given)) is None else (found.node, found.text, found.ranks)  # type: ignore[arg-type]
-        for plan in plans for given in ({"zeros": 8}, {"zeros": 5}, {"weight": math.nan}, {"entry": math.inf})
+        (None,) if (found := case(Log, plan, world_size=2, **given)) is None else (found.node, found.text, found.ranks)
+        for plan in plans for given in CASES
     ]  # fmt: skip
-    assert [s[0] for s in simulated] == [f[0] for f in first] and simulated == first
+    assert simulated == first and all(len(each) == 3 for each in first)

@@ -91,6 +91,7 @@ class Engine:
 
     def scale(self, loss: Tensor) -> Tensor:
         """For a loop that calls ``backward`` on the loss itself: ``engine.scale(loss).backward()``."""
+        self.report.lost(loss)
         return loss * (self._loop().loss_scale / self.gradient_accumulation_steps())
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:

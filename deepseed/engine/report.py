@@ -67,7 +67,8 @@ class Report:
         """A step is done; every rank comes here. ``loss``: of the whole step, where it is the same on all ranks."""
         number = engine.global_steps
         due = self.progress.counted(number)
-        loss = self._mean(engine, loss) if self.monitor.enabled or (due and self.every) else None
+        together = self.monitor.asked or (self.monitor.enabled and engine.world_size == 1)  # a writer that one rank has added is no reason for a collective
+        loss = self._mean(engine, loss) if together or (due and self.every) else None
         self._losses.clear()
         if self.times:
             self._steps += 1

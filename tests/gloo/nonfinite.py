@@ -69,11 +69,14 @@ def case(middle: type[torch.nn.Module], plan: str, weight: float | None = None, 
     return None
 
 
+CASES: tuple[dict[str, Any], ...] = ({"zeros": 5}, {"weight": float("nan")})
+
+
 def all_cases(plans: list[str]) -> list[tuple[Any, ...]]:
     """On a real rank: node, text and place of each."""
     out: list[tuple[Any, ...]] = []
     for plan in plans:
-        for given in ({"zeros": 8}, {"zeros": 5}, {"weight": float("nan")}, {"entry": float("inf")}):
-            found = case(Log, plan, **given)  # type: ignore[arg-type]
+        for given in CASES:
+            found = case(Log, plan, **given)
             out.append((None,) if found is None else (found.node, found.text, found.ranks))
     return out
