@@ -69,7 +69,7 @@ class _Schedule:
         self.wait_of = {op.refs[0].name: op for op in self.waits.values()}
         self.of_value: dict[str, list[Op]] = {}  # operand -> the collectives that it joins when it is there
         self.weights = params_only(p)
-        self.ahead = [s for s in self._by_use() if s.target == TO_DEVICE or (s.target == "all_gather.start" and s.refs[0].name in self.weights)]
+        self.ahead = [s for s in self._by_use() if s.target == TO_DEVICE or (s.target == "all_gather.start" and (s.refs[0].name in self.weights or self._moved(s) is not None))]
         looking = {s.name for s in self.ahead}
         for s in self.starts.values():
             if s.name not in looking:
@@ -214,13 +214,14 @@ class _Schedule:
         self.bucket_of.update(dict.fromkeys((s.name for s in (*alone, *bucket.starts)), number))  # waited for as one
 
     def _made(self, value: str) -> bool:
-        """Compute what a look-ahead sends, a weight's cast, ahead of its place; take what a move brings. False where a collective comes
-        before it, or it is no weight's and is not there yet."""
+        """Compute what a look-ahead sends, a weight's cast, ahead of its place; take what a move brings of a weight, or of a new parameter that
+        is there. False where a collective comes before it, or it is no weight's and is not there yet."""
         if value in self.there:
             return True
         op = self.p.producers[value]
         moved = self.starts.get(op.refs[0].name) if op.target == "wait" else None
-        if moved is not None and (moved.target == TO_DEVICE if value in self.weights else moved.target == TO_HOST and moved.name in self.bucket_of):
+        ready = moved is not None and (value in self.weights or moved.refs[0].name in self.there if moved.target == TO_DEVICE else moved.target == TO_HOST and moved.name in self.bucket_of)
+        if ready:
             self._need(value)
             return True
         if op.target == "wait" or value not in self.weights or not all(self._made(ref.name) for ref in op.refs):

@@ -142,6 +142,23 @@ def test_new_parameters_are_gathered_two_layers_at_a_time(plan: str) -> None:
     assert 0 < most <= 2 * layer
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_new_parameters_from_the_host_are_gathered_in_buckets(stage: int) -> None:
+    """In as many messages as those that the device has updated, and one more: a bucket starts while the one before it is used. A large embedding
+    makes the buckets large: they hold what the second largest module has."""
+
+    def gathers(plan: str) -> list[int]:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+        step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters()), device_memory="unlimited")
+        assert isinstance(step, TrainStep)
+        return [len(op.results) for op in step.compile(batch()).program.ops if op.target == "all_gather.start" and op.phase == "update"]
+
+    device, host = gathers(f"zero{stage}+dp2"), gathers(f"zero{stage}+dp2+offload(optimizer)")
+    assert sum(host) == sum(device) == 39
+    assert len(host) <= len(device) + 1 < 8
+
+
 def test_moves_to_the_device_look_ahead_and_those_to_the_host_end_soon() -> None:
     """A weight is under way before the one before it is used; no move to the host is waited for at once, and none through the whole step."""
     ops = trained("zero3+dp2+offload(optimizer, params)", 4).program.ops
