@@ -79,6 +79,22 @@ def test_a_mask_is_no_cause_unless_an_op_cannot_take_it() -> None:
     assert found.index[0] == 0, "the row that sees nothing"
 
 
+class Two(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.two = torch.nn.Linear(4, 4, bias=False), Log(), Log()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        out: torch.Tensor = self.one(y + 1.0 * y) + self.two(y)
+        return out
+
+
+def test_of_several_the_first_in_the_program_is_named() -> None:
+    found = sure(trained(Two().double()).find_nonfinite({"x": zeros_from(5)}))
+    assert (found.op, found.path, found.index) == ("aten.log", "one", (5, 0))
+
+
 def test_half_precision_overflows_in_the_product_and_a_moving_scale_only_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     model = Net(torch.nn.Identity)
     with torch.no_grad():
