@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES, step
@@ -22,6 +22,7 @@ DTYPES = {
 _BINDINGS = frozenset(["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "mm", "bmm", "addmm", "baddbmm", "neg", "rsqrt", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "relu", "erf", "abs", "sign", "floor", "ceil", "round", "reciprocal", "square", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "where.self", "maximum", "minimum", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar", "logical_and", "logical_or", "logical_not", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "bitwise_not", "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Scalar", "lerp.Tensor", "convolution", "clone", "native_layer_norm", "cumsum", "topk", "index_select", "_softmax", "_log_softmax"])
 _NN_BINDINGS = frozenset({"silu", "gelu"})  # in torch._C._nn
 _RESERVED = {"rt", "inputs", "torch", "ops", "device", "step"}
+UNSHOWN = ("send", "accumulate", "collect")  # what leaves no tensor of its own name
 _IN_PARTS = {"v", "m", "mb", "part", "LANE"}  # of a scheduled program
 
 
@@ -35,6 +36,7 @@ class Source:
 
     p: Program
     lines: list[str] = field(default_factory=list)
+    looked: bool = False  # whether each value is shown to the runtime
     names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +83,13 @@ class Source:
 
     def shape(self, t: Type) -> str:
         return listed(t.local(self.p.mesh))
+
+    def look(self, values: Iterable[str], mb: str = "") -> None:
+        """Show values to ``rt.look``, where that is asked for; what is under way has no value yet."""
+        for value in values if self.looked else ():
+            made = self.p.producers.get(value)
+            if made is None or not (made.target.endswith(".start") or made.target in UNSHOWN):
+                self.emit(f"rt.look({value!r}, {self.name(value)}{mb})")
 
     def emit(self, line: str, comment: str = "") -> None:
         self.lines.append(f"    {line}" + (f"  # {comment}" if comment else ""))

@@ -33,16 +33,16 @@ class _Function:
     lines: list[str] = field(default_factory=list)
 
 
-def generate_parts(p: Program, lane: int) -> str:
+def generate_parts(p: Program, lane: int, looked: bool = False) -> str:
     """The source of ``step(rt, inputs)`` for the localized program of the pipeline rank ``lane``."""
-    return _Parts(p, lane).source()
+    return _Parts(p, lane, looked).source()
 
 
 class _Parts:
-    def __init__(self, p: Program, lane: int) -> None:
+    def __init__(self, p: Program, lane: int, looked: bool = False) -> None:
         assert p.schedule is not None
         self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
-        self.out = Source(p)
+        self.out = Source(p, looked=looked)
         self.donation = Donation(p)
         self.update = Update(self.donation, self.out.name, self.out.emit)
         several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
@@ -156,6 +156,8 @@ class _Parts:
             element = self.p.types[x].layout.on(TIME)
             own = x in self.made and self.donation.memory(x) == frozenset({x}) and self.donation.last_use[x] == n
             out.emit(f"v[{key!r}] = rt.accumulate(v.get({key!r}), {out.name(x)}, {getattr(element, 'op', 'sum')!r}, own={own})", types)
+            if out.looked:
+                out.emit(f"rt.look({op.name!r}, v[{key!r}], mb)")
         elif op.target == "collect":
             out.emit(f"v.setdefault({out.name(op.name)!r}, [None] * {self.schedule.microbatches})[mb] = {out.name(op.refs[0].name)}", types)
         else:
@@ -164,6 +166,7 @@ class _Parts:
     def _close(self, n: int, op: Op, here: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""
         out, donation = self.out, self.donation
+        out.look(op.results, ", mb")
         for value in op.results:
             if value in donation.copied:
                 out.emit(f"{out.name(value + '.copy')} = {out.name(value)}.clone()")
@@ -239,6 +242,8 @@ class _Parts:
             if i.name in self.readers or i.name in self.to_the_end or i.name in self.donation.stored:  # another rank of the pipeline reads the others
                 out.lines.append(f"        {out.name(i.name)!r}: inputs[{n}],  # {i.role} {i.key}: {format_type(i.type, self.p.mesh)}")
         out.emit("}")
+        if out.looked:
+            out.emit(f"rt.look_at({[i.name for i in inputs]!r}, inputs)")
         out.emit("inputs.clear()")
         out.emit(f"m = [{{}} for _ in range({self.schedule.microbatches})]")
         for stored in (s for s, n in self.donation.written.items() if n == -1):
@@ -295,6 +300,8 @@ class _Parts:
         out.lines += ["", "", "def backward(rt, kept, tangents):"]
         out.emit("v, m = kept")
         out.emit(f"{listed([f'v[{out.name(i.name)!r}]' for i in tangents])} = tangents")
+        if out.looked:
+            out.emit(f"rt.look_at({[i.name for i in tangents]!r}, tangents)")
         out.emit("tangents.clear()")
         self._walk("BACKWARD")
         out.emit(f"return {listed([self._shown(o) for o in last])}")

@@ -20,11 +20,12 @@ from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
 
 
-def generate(p: Program, lane: int = 0) -> str:
-    """The source of ``step(rt, inputs)`` for a localized program, of pipeline rank ``lane``. Raises CodegenError for an unknown own op."""
+def generate(p: Program, lane: int = 0, looked: bool = False) -> str:
+    """The source of ``step(rt, inputs)`` for a localized program, of pipeline rank ``lane``. ``looked``: each value is shown to ``rt.look`` as it is made.
+    Raises CodegenError for an unknown own op."""
     if p.schedule is not None:
-        return generate_parts(p, lane)
-    out = Source(p)
+        return generate_parts(p, lane, looked)
+    out = Source(p, looked=looked)
     donation = Donation(p)
     update = Update(donation, out.name, out.emit)
     _prologue(out)
@@ -71,6 +72,7 @@ def _prologue(out: Source) -> None:
 def _close(out: Source, update: Update, n: int, made: Sequence[str]) -> None:
     """What follows op ``n``: writes into stored tensors, and the end of values that nothing reads any more."""
     donation = update.donation
+    out.look(made)
     for value in made:
         if value in donation.copied:
             out.emit(f"{out.name(value + '.copy')} = {out.name(value)}.clone()")

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from deepseed.muon import Muon as Muon
     from deepseed.on_meta import meta as meta
     from deepseed.plan import parse_plan as parse_plan
+    from deepseed.progress import Progress as Progress
 
 __version__ = "0.1.0"
 _WHERE = {
     "get_accelerator": "deepseed.accelerator", "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
-    "Checkpoints": "deepseed.checkpoints", "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan",
+    "Checkpoints": "deepseed.checkpoints", "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan", "Progress": "deepseed.progress",
 }  # fmt: skip
 _MODULES = ("accelerator", "checkpointing", "comm", "utils", "zero")  # DeepSpeed's, as attributes
 

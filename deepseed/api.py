@@ -10,7 +10,6 @@ give it from then on, ``optimizer.state`` is empty. There is no global state: tw
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers
 from deepseed.compiled import MOST_PROGRAMS, Compiled, together
 from deepseed.differentiable import Drop, Pass, Pend, apply
+from deepseed.logs import say
+from deepseed.nonfinite import Kept, NonFinite
 from deepseed.programs import Found, LossFn
 from deepseed.ragged import cut_back
 from deepseed.updating import Updating
@@ -46,6 +47,7 @@ def compile(
     buckets: Bucket | Sequence[Bucket] = (),
     weights: str | os.PathLike[str] | None = None,
     device_memory: str | int | None = None,
+    check_finite: bool | None = None,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -65,12 +67,15 @@ def compile(
     only: the model may be on the meta device (build it in ``with deepseed.meta():``).
     device_memory: without an accelerator, bytes of each rank's "device" (``"256MiB"``; ``"unlimited"``: count only; default:
     ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
+    check_finite: after a step or backward whose loss or gradients are not finite, raise NonFiniteError naming the first node that made such a value, and
+    change nothing (default: ``$DEEPSEED_NAN``). It reads the loss of each step; a step that is fine costs nothing else.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
+        "check_finite": check_finite,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:
@@ -84,7 +89,13 @@ class TrainStep(Updating):
     @together
     def __call__(self, batch: Any) -> Tensor:
         """The global mean loss, a 0-d tensor on every rank. The model's parameters are updated."""
-        self._shown = self._run(self._find(batch, "step"))
+        found = self._find(batch, "step")
+        given = self._given(found)
+        kept = Kept.of(found.built, self.host, given) if self._checks else None
+        skipped = self.skipped if kept is not None else 0
+        self._shown = self._run_on(found, given)
+        if kept is not None:
+            self._check(kept, skipped)
         self.steps += 1
         self._stepped()
         return self._shown["loss", "loss"]
@@ -99,6 +110,12 @@ class TrainStep(Updating):
     def loss(self, batch: Any) -> Tensor:
         """The global mean loss of a batch, in the modes that the model is in; no gradient is computed. Draws are those of the next step."""
         return self._run(self._find(batch, "loss"))["loss", "loss"]
+
+    @together
+    def find_nonfinite(self, batch: Any) -> NonFinite | None:
+        """Which node of the step that this batch would make has the first value that is not finite; None where all are finite. Nothing is updated."""
+        found = self._find(batch, "step")
+        return Kept.of(found.built, self.host, self._given(found)).find()
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
@@ -115,7 +132,7 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         super().__init__(model, plan, **options)
         self._be(self.model)
         if self.optimizer is None and self.plan.stage in (1, 2) and self.host.first and not self._quiet:
-            print(f"deepseed: zero{self.plan.stage} shares nothing without optimizer=: the update is the user's own optimizer's; zero3 shares parameters, and with them its state", file=sys.stderr)
+            say(f"zero{self.plan.stage} shares nothing without optimizer=: the update is the user's own optimizer's; zero3 shares parameters, and with them its state")
 
     @together
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +140,7 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         found, towards = self._search(given(args, kwargs))
         captured = found.built.captured
         if captured.differentiable:
-            shown = apply(Pass(self.host, self.states, self.model, found.built, self._pend), lambda: self._given(found), lambda: self._settle(found.built), towards)
+            shown = apply(Pass(self.host, self.states, self.model, found.built, self._pend, self._checks, self._scale is not None and self._scale.moves), lambda: self._given(found), lambda: self._settle(found.built), towards)
         else:
             shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
         self.steps += 1
@@ -140,6 +157,12 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         """The global mean loss and the whole gradient of every trainable parameter."""
         shown = self._run(self._find(batch, "loss_and_grads"))
         return shown["loss", "loss"], self._gradients(shown)
+
+    @together
+    def find_nonfinite(self, batch: Any) -> NonFinite | None:
+        """Which node of ``loss_and_grads`` of this batch has the first value that is not finite; None where all are finite."""
+        found = self._find(batch, "loss_and_grads")
+        return Kept.of(found.built, self.host, self._given(found)).find()
 
     @together
     def compile(self, example_batch: Any) -> Module:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -15,6 +14,7 @@ from deepseed.idle import notes
 from deepseed.ir.contract import Pass
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
+from deepseed.logs import say
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan, parse_plan
 from deepseed.precision import precision
@@ -46,7 +46,7 @@ def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence
 
 
 def tell(line: str) -> None:
-    print(f"deepseed: {line}", file=sys.stderr, flush=True)
+    say(line)
 
 
 def tell_notes(plan: Plan, world_size: int | None) -> None:

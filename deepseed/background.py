@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread  # noqa: F401  # registered before this file is: it ends later
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
 from deepseed.checkpoint import Saving
+from deepseed.logs import warn
 from deepseed.runtime.board import Board
 from deepseed.runtime.folder import CheckpointError, discard
 from deepseed.runtime.host import Attempt, agreed, attempted
@@ -81,4 +81,4 @@ def _unasked() -> None:
     """The interpreter ends: what nobody has asked for is said."""
     for writing in list(_UNSETTLED):
         if text := writing.settle()[1]:
-            print(f"deepseed: {text}", file=sys.stderr)
+            warn(text)

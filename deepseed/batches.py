@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from deepseed.capture import BatchSpec
 from deepseed.capture.attributes import short
 from deepseed.capture.batch import rebuild, tensors
 from deepseed.ir.program import Type
+from deepseed.logs import warn
 from deepseed.runtime.host import Host
 
 
@@ -53,7 +53,7 @@ def check_mix_up(host: Host, batch: Any, local: bool, own: bool = False) -> None
             "  fix: choose rows by the dp coordinate, not by the rank"
         )
     if own and parts > 1 and not different and host.first and any(t.numel() for t in tensors(batch).values()):
-        print(f"deepseed: all {parts} data-parallel ranks begin with the same rows, {seen[0][1]}: each trains on its own (a DistributedSampler gives each another part)", file=sys.stderr)
+        warn(f"all {parts} data-parallel ranks begin with the same rows, {seen[0][1]}: each trains on its own (a DistributedSampler gives each another part)")
     if local and parts > 1 and not different and not own:
         raise CompileError(
             f'batch="local" means each data-parallel rank\'s own rows, but all {parts} hold the same ones: {seen[0][1]}\n'

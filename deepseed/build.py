@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -24,6 +23,7 @@ from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
 from deepseed.local_norms import with_local_norms
+from deepseed.logs import say
 from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
 from deepseed.own_rows import with_own_rows
 from deepseed.pipeline import Passed
@@ -54,6 +54,7 @@ class Built:
     seconds: float
     text: str  # of the captured program
     adopted: bool = False  # whether the state that it reads is stored
+    looked: Sequence[Executable] = ()  # the same, each value of which is looked at: once they are asked for
 
     @property
     def instances(self) -> int:
@@ -78,6 +79,14 @@ class Built:
         return [{(o.role, o.key): t for o, t in zip(outputs, r, strict=True)} for outputs, r in zip(shown, results, strict=True)]
 
 
+def looked(built: Built, host: Host) -> Sequence[Executable]:
+    """The executables of ``built`` as they show each value to ``rt.look``."""
+    if not built.looked:
+        local = [pipeline.run(built.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in host.coordinates]
+        built.looked = [Executable(generate(p, c.get(STAGES, 0), True), f"{p.name}-looked", p.inputs, p.outputs) for p, c in zip(local, host.coordinates, strict=True)]
+    return built.looked
+
+
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
     homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False
@@ -100,7 +109,7 @@ def build(
         done.extend(
             run_passes(
                 captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=lambda p: _say(p, started, quiet),
-                tell=lambda line: quiet or print(f"deepseed: {line}", file=sys.stderr, flush=True),
+                tell=(lambda line: None) if quiet else say,
             )
         )  # fmt: skip
         return str(done[-1].program)
@@ -153,7 +162,7 @@ def say_microbatches(p: Program, plan: Plan, mesh: Mesh) -> None:
     mine, m = rows_of_a_rank(p, mesh), microbatches(p, plan, mesh)
     rows, ranks = rows_of(p), data_ranks(mesh)
     what = f"{m} microbatches of {mine // m} of the {mine} rows that each data-parallel rank has" if rows % ranks == 0 else f"1 microbatch, since {rows} rows do not divide by {ranks} ranks"
-    print(f"deepseed: pp{plan.stages} without mb: {what}; {idle_share(plan.kind, plan.stages, m, plan.chunks):.0%} of the ranks' time is idle", file=sys.stderr, flush=True)
+    say(f"pp{plan.stages} without mb: {what}; {idle_share(plan.kind, plan.stages, m, plan.chunks):.0%} of the ranks' time is idle")
 
 
 def _digest(text: str) -> str:
@@ -162,4 +171,4 @@ def _digest(text: str) -> str:
 
 def _say(p: Passed, started: float, quiet: bool) -> None:
     if not quiet and perf_counter() - started > SLOW:
-        print(f"deepseed: {p.name} {p.seconds:.1f} s, {len(p.program.ops)} ops", file=sys.stderr, flush=True)
+        say(f"{p.name} {p.seconds:.1f} s, {len(p.program.ops)} ops")

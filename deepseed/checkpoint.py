@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
 from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ir.mesh import Mesh
+from deepseed.logs import say, warn
 from deepseed.ops import torch_dtype
 from deepseed.runtime.boxfile import Sums, fresh
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
@@ -203,7 +203,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     host.agree([("the folder to load", str(target)), ("optimizer=", optimizer), ("cast=", cast)])
     folder, manifest = everywhere(host, what, lambda: _opened(target))[0]
     if host.first and folder != target:
-        print(f"deepseed: {target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded", file=sys.stderr)
+        warn(f"{target} is not there: a save was cut off while it was renamed; {folder.name} is whole and is loaded")
     saved = Saved.of(folder, manifest)
     everywhere(host, what, lambda: check_files(host, folder, manifest["files"]))
     compare = optimizer and step.optimizer is not None
@@ -253,7 +253,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     if step.states:
         host.settle(step.model, step.states)
     if host.first and (restart := os.environ.get("DEEPSEED_RESTART", "0")) != "0":
-        print(f"deepseed: restart {restart} goes on from {folder}, step {manifest['step']}", file=sys.stderr)
+        say(f"restart {restart} goes on from {folder}, step {manifest['step']}")
     return texts
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint as _checkpoint
+
+from deepseed.logs import warn
 
 _WORDS = {"partition_activations": "remat", "checkpoint_in_cpu": "offload(activations)"}
 _configured = False
@@ -19,7 +20,7 @@ def configure(mpu_: Any = None, deepspeed_config: Any = None, partition_activati
     _configured = True
     asked = [word for name, word in _WORDS.items() if {"partition_activations": partition_activations, "checkpoint_in_cpu": checkpoint_in_cpu}[name]]
     if asked:
-        print(f"deepseed: checkpointing.configure: not by a call but by the plan: {'+'.join(asked)} (activation_checkpointing in the config)", file=sys.stderr)
+        warn(f"checkpointing.configure: not by a call but by the plan: {'+'.join(asked)} (activation_checkpointing in the config)")
 
 
 def is_configured() -> bool:

@@ -11,7 +11,6 @@ Each is a folder of its own, as ``step.save`` writes it. ``dir/latest`` names on
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from deepseed import checkpoint
 from deepseed.background import Writing, join
 from deepseed.explain_text import amount
+from deepseed.logs import warn
 from deepseed.objects import COUNT, GENERATORS, check, gathered, given, set_generators
 from deepseed.runtime import preempt
 from deepseed.runtime.board import Board
@@ -132,7 +132,7 @@ class Checkpoints:
         room = free is None or each * here <= free
         if self.host.first and (not room or said[0][2]):
             text = f"{amount(each)} of host memory in each of {here} processes hold a copy of what is saved while training goes on"
-            print(f"deepseed: {text}" if room else f"deepseed: {text}: {amount(free or 0)} are free, so training waits for {saving.target}", file=sys.stderr)
+            warn(f"{text}" if room else f"{text}: {amount(free or 0)} are free, so training waits for {saving.target}")
         return room
 
     def _begin(self, saving: checkpoint.Saving, then: Callable[[], None]) -> None:
@@ -162,7 +162,7 @@ class Checkpoints:
         try:
             prune(self.dir, self.keep)
         except OSError as error:
-            print(f"deepseed: an old checkpoint in {self.dir} could not be deleted: {error}", file=sys.stderr)
+            warn(f"an old checkpoint in {self.dir} could not be deleted: {error}")
 
     # loading --------------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Checkpoints:
 
     def _say(self, text: str, wrong: list[str]) -> None:
         if wrong and self.host.first:
-            print("\n  ".join([f"deepseed: {text}", *wrong]), file=sys.stderr)
+            warn("\n  ".join([text, *wrong]))
 
     def _load(self, tag: str, optimizer: bool, cast: bool, objects: bool) -> Any:
         states: dict[str, Any] = {}

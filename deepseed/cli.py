@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config | checkpoint``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -251,6 +251,15 @@ def zoo(
         typer.echo(f"wrote {out}", err=as_json)
     typer.echo(json.dumps([asdict(r) for r in results], indent=1) if as_json else all_of.summary(results))
     raise typer.Exit(1 if any(r.wrong for r in results) else 0)
+
+
+@app.command()
+def env(as_json: JsonOption = False) -> None:
+    """Say what is installed, which devices there are, and whether they fit together."""
+    from deepseed.env import collect, text
+
+    found = collect()
+    typer.echo(json.dumps(found, indent=1) if as_json else text(found))
 
 
 @configs.command("check")

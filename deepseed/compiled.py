@@ -6,7 +6,6 @@ State belongs to the compiled model and not to a program: the first program deci
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -29,6 +28,8 @@ from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import OWN_ROWS, Program
+from deepseed.logs import at_step, say, warn
+from deepseed.nonfinite import wanted
 from deepseed.ops import torch_dtype
 from deepseed.own_buffers import looked_at, written
 from deepseed.own_rows import AXIS
@@ -63,7 +64,7 @@ def together(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 
     @wraps(method)
     def call(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.host.together():
+        with at_step(self.steps), self.host.together():
             return method(self, *args, **kwargs)
 
     return call
@@ -92,6 +93,7 @@ class Compiled:
         buckets: Bucket | Sequence[Bucket] = (),
         weights: str | os.PathLike[str] | None = None,
         device_memory: str | int | None = None,
+        check_finite: bool | None = None,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -109,10 +111,13 @@ class Compiled:
         self.backend = self.host.backend
         self.host.arenas = accounts(device_memory if device_memory is not None else self.plan.budget, self.host.device, [self.host.mesh.rank(c) for c in self.host.coordinates])
         words = precision(self.plan, loss_scale)
+        self._checks = wanted(check_finite)
+        if self._checks and optimizer is not None and words["loss_scale"] is None:
+            words = precision(self.plan, 1.0)  # a step whose gradients are not finite changes nothing: it can be run once more
         self._scale = words["loss_scale"]
         if self.host.first and not quiet:
             for note in notes(self.plan):
-                print(f"deepseed: {note}", file=sys.stderr)
+                say(note)
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
@@ -262,7 +267,7 @@ class Compiled:
         values = {key: t for key, t in values.items() if key not in come}
         changed = self.host.as_on_rank_0({f"{role} {key!r}": values[role, key] for role, key in ((i.role, i.key) for i in new) if (role, key) in values})
         if changed and self.host.first and not self._quiet:
-            print(f"deepseed: ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0", file=sys.stderr)
+            warn(f"ranks came with different values of {len(changed)} tensors, such as {changed[0]}; all take those of rank 0")
         states = self.states or [State(self.mesh, c, self.host.device, disk=disk_of(self.plan.disk, self.plan.offload, self.mesh.rank(c))) for c in self.host.coordinates]
         stepped = {s.param for s in built.captured.state.values() if self.steps and not first and ("state", s.key) in self.states[0].types}
         for entry in new:
@@ -334,7 +339,10 @@ class Compiled:
 
     def _run(self, found: Found) -> dict[tuple[str, str], Tensor]:
         """One step; the returned outputs whole, by role and key."""
-        results = self.host.run(found.built.executables, self._given(found))
+        return self._run_on(found, self._given(found))
+
+    def _run_on(self, found: Found, given: list[list[Tensor]]) -> dict[tuple[str, str], Tensor]:
+        results = self.host.run(found.built.executables, given)
         self._settle(found.built)
         return found.built.returned(self.host, results)
 

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from deepseed.build import RETURNED, Built, CompileError
 from deepseed.ir.mesh import TIME
 from deepseed.ir.program import GRADIENTS
+from deepseed.nonfinite import Kept, finite
 from deepseed.rules.lanes import home
 from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.executable import Executable
@@ -83,6 +84,8 @@ class Pass:
     model: nn.Module
     built: Built
     pend: Pend | None = None  # takes the gradients that wait for an update of their own
+    checks: bool = False  # whether gradients must be finite,
+    overflows: bool = False  # unless a scale of the loss is being found
 
     def __post_init__(self) -> None:
         self.halves = [e.halves() for e in self.built.executables]
@@ -93,6 +96,7 @@ class Pass:
 
     def forward(self, given: Sequence[list[Tensor]]) -> dict[str, Tensor]:
         """The model's outputs by key: whole, or this rank's rows."""
+        self.kept = Kept.of(self.built, self.host, given) if self.checks else None
         results = self.host.run([h.forward for h in self.halves], given)
         return {key: t for (role, key), t in self.built.returned(self.host, results, EARLY).items() if role == "output"}
 
@@ -102,7 +106,10 @@ class Pass:
         with self.host.together():
             tangents = {key: t.detach() for key, t in tangents.items() if key in self.built.captured.differentiable}
             given = [self._tangents(e, state, tangents) for e, state in zip(self.built.executables, self.states, strict=True)]
+            mine = [list(each) for each in given]
             results = self.host.run([h.backward for h in self.halves], given)
+            if self.kept is not None and any(self.host.everyone(not finite(t for each in results for t in each))):
+                self.kept.report("backward: a gradient is not finite", self.overflows, mine)
             parts = self.built.parts(results, GRADIENTS)
             if self.pend is not None:
                 waiting = [o.key for o in self.built.program.outputs if o.role == "pending"]

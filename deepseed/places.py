@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from deepseed.build import CompileError
+from deepseed.logs import say
 from deepseed.plan import Plan, parse_plan, with_dtype
 from deepseed.runtime.host import BACKENDS, DistributedHost, Host, SimulatedHost, join, launched
 
@@ -24,7 +24,7 @@ def place(
     if implied or backend == "simulate":
         parsed = _parse(plan, dtype)
         if implied and not quiet and parsed.mesh(ranks).ranks > 1:
-            print(f"deepseed: no launcher, no process group: simulating {parsed.mesh(ranks)} in this process", file=sys.stderr)
+            say(f"no launcher, no process group: simulating {parsed.mesh(ranks)} in this process")
         return parsed.resolve(ranks), SimulatedHost(parsed.mesh(ranks), device)
     if not launched():
         raise CompileError(f"backend={backend!r} needs one process a rank\n  fix: start the script by `deepseed run script.py` or torchrun, or use backend=\"simulate\"")

@@ -7,7 +7,6 @@ longest ago goes first, and its memory with it. Parameters and state belong to n
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -30,6 +29,7 @@ from deepseed.causes import OFTEN, Cause, Streak, causes
 from deepseed.ir.layout import Layout
 from deepseed.ir.program import Type
 from deepseed.ir.widen import widen
+from deepseed.logs import say, warn
 from deepseed.ops import torch_dtype
 from deepseed.plan import Plan
 from deepseed.precision import Precision
@@ -123,6 +123,7 @@ class Programs:
         self.structure = Structure(subject.model)  # as the latest batch found it
         self.pending: dict[str, Type] = {}  # gradients that a module leaves for an update, as they lie
         self.compiled = 0
+        self.seconds = 0.0  # of compiling
         self.updates = 0  # of these, those with an optimizer
         self._seen = 0
         self._made_for = ""  # the settings of the latest program
@@ -271,6 +272,7 @@ class Programs:
                 self.homes.setdefault((i.role, i.key), i.stage)
                 self.hosted.setdefault((i.role, i.key), i.type.host)
         self.compiled += 1
+        self.seconds += perf_counter() - started
         if number > 1 and want != "update":
             self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
         return built
@@ -300,7 +302,7 @@ class Programs:
 
     def _say(self, line: str) -> None:
         if not self.subject.quiet and self.subject.host.first:
-            print(f"deepseed: {line}", file=sys.stderr)
+            (warn if line.startswith("warning: ") else say)(line)
 
 
 def _changed(built: Built) -> list[Change]:

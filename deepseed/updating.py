@@ -8,6 +8,7 @@ from deepseed.build import CompileError
 from deepseed.capture.gradients import SCALE, SKIPPED
 from deepseed.capture.options import listed
 from deepseed.compiled import Compiled
+from deepseed.nonfinite import Kept, finite
 
 
 class Updating(Compiled):
@@ -29,6 +30,14 @@ class Updating(Compiled):
     def skipped(self) -> int:
         """How many steps changed nothing so far, because a gradient was not finite."""
         return int(self._scaling(SKIPPED, 0.0))
+
+    def _check(self, kept: Kept, skipped: int) -> None:
+        """After a step that is checked. ``skipped``: how many steps were before it. Raises NonFiniteError."""
+        loss = self._shown["loss", "loss"]
+        fine = finite(iter([loss]))
+        if not fine or self.skipped > skipped:
+            expected = fine and self._scale is not None and self._scale.moves
+            kept.report(f"step {self.steps}: " + ("a gradient is not finite" if fine else f"the loss is {float(loss)}") + ("; the scale of the loss falls" if expected else ""), expected)
 
     def _scaling(self, key: str, start: float) -> float:
         """What the latest step left; before a first step what is stored, and then every rank must ask."""

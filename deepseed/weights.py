@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from deepseed.build import CompileError
 from deepseed.fits import SHOWN, tensors_of, tied_names
 from deepseed.hf_names import conversions
+from deepseed.logs import say
 from deepseed.pieces import Source
 from deepseed.runtime.folder import MANIFEST, CheckpointError, find, manifest_of
 from deepseed.runtime.host import Host, check_files, everywhere
@@ -95,7 +95,7 @@ def open_weights(path: str | os.PathLike[str], model: nn.Module, host: Host, qui
     if host.first and not quiet:
         for names, what in ((here.kept, "of the model are not there and keep their values"), (here.unused, "there are not in the model")):
             if names:
-                print(f"deepseed: {path}: {len(names)} tensors {what}, such as {names[0]}", file=sys.stderr)
+                say(f"{path}: {len(names)} tensors {what}, such as {names[0]}")
     return here
 
 

@@ -75,7 +75,7 @@ def test_forms_of_a_config(tmp_path: Path) -> None:
     commented = '{ // of a step\n "train_batch_size": 16, # rows\n /* ZeRO */ "zero_optimization": {"stage": 2,},\n}'
     forms: list[Any] = [config, text, path, str(path), base64.urlsafe_b64encode(text.encode()).decode(), commented]
     assert {settings(read(form), 8).plan for form in forms} == {"zero2+dp8"}
-    assert read('{"train_batch_size": 8, "tensorboard": {"output_path": "http://x/#a, }"}}').tensorboard == {"output_path": "http://x/#a, }"}
+    assert read('{"train_batch_size": 8, "tensorboard": {"output_path": "http://x/#a, }"}}').tensorboard.output_path == "http://x/#a, }"
     with pytest.raises(ConfigError, match="not int"):
         read(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="line 2"):
@@ -284,17 +284,18 @@ def test_the_triangles_messages() -> None:
 SUPPORTED_KEYS = """train_batch_size=8 train_micro_batch_size_per_gpu=1 gradient_accumulation_steps=1 gradient_clipping=1.0 zero_optimization.stage=1 fp16.enabled=true fp16.loss_scale=0
 fp16.initial_scale_power=16 fp16.loss_scale_window=1000 fp16.hysteresis=2 fp16.min_loss_scale=1 bf16.enabled=true optimizer.type="AdamW" optimizer.params.lr=1 optimizer.params.betas=[0.9,0.99]
 optimizer.params.eps=1 optimizer.params.weight_decay=1 optimizer.params.adam_w_mode=true scheduler.type="WarmupLR" zero_optimization.offload_optimizer.device="cpu"
-zero_optimization.offload_param.device="cpu" tensor_parallel.autotp_size=2 sequence_parallel_size=2 data_types.grad_accum_dtype="fp32\""""
-MAPPED_KEYS = """steps_per_print=1 wall_clock_breakdown=true zero_allow_untested_optimizer=true checkpoint.load_universal=true fp16.auto_cast=true optimizer.params.bias_correction=true
+zero_optimization.offload_param.device="cpu" tensor_parallel.autotp_size=2 sequence_parallel_size=2 data_types.grad_accum_dtype="fp32"
+steps_per_print=1 wall_clock_breakdown=true memory_breakdown=true tensorboard.enabled=true csv_monitor.job_name="x" wandb.project="x" flops_profiler.profile_step=2"""
+MAPPED_KEYS = """zero_allow_untested_optimizer=true checkpoint.load_universal=true fp16.auto_cast=true optimizer.params.bias_correction=true
 optimizer.params.torch_adam=true zero_optimization.reduce_bucket_size=1 zero_optimization.allgather_bucket_size=1 zero_optimization.overlap_comm=true zero_optimization.contiguous_gradients=true
 zero_optimization.reduce_scatter=true zero_optimization.allgather_partitions=true zero_optimization.stage3_prefetch_bucket_size=1 zero_optimization.stage3_max_live_parameters=1
 zero_optimization.stage3_max_reuse_distance=1 zero_optimization.stage3_param_persistence_threshold=1 zero_optimization.stage3_gather_16bit_weights_on_model_save=true
 zero_optimization.stage3_gather_fp16_weights_on_model_save=true zero_optimization.sub_group_size=1 zero_optimization.offload_optimizer.pin_memory=true prescale_gradients=true
 gradient_predivide_factor=2.0 communication_data_type="fp32" zero_optimization.round_robin_gradients=true zero_optimization.ignore_unused_parameters=true
-activation_checkpointing.partition_activations=true activation_checkpointing.cpu_checkpointing=true flops_profiler={"enabled":true} comms_logger={"enabled":true} tensorboard={"enabled":true}
-csv_monitor={"enabled":true} wandb={"enabled":true} compile.deepcompile=true zero_optimization.elastic_checkpoint=true dump_state=true memory_breakdown=true zero_optimization.cpu_offload=true
+activation_checkpointing.partition_activations=true activation_checkpointing.cpu_checkpointing=true flops_profiler.enabled=true comms_logger.enabled=true monitor_config={}
+compile.deepcompile=true zero_optimization.elastic_checkpoint=true dump_state=true zero_optimization.cpu_offload=true
 aio={"block_size":1} zero_optimization.offload_param.nvme_path="/x\""""
-REJECTED_KEYS = """amp={"enabled":true} optimizer.params.comm_backend_name="nccl" optimizer.params.cuda_aware=true optimizer.params.freeze_step=1 compression_training={"x":1}
+REJECTED_KEYS = """comet={"enabled":true} amp={"enabled":true} optimizer.params.comm_backend_name="nccl" optimizer.params.cuda_aware=true optimizer.params.freeze_step=1 compression_training={"x":1}
 autotuning={"enabled":true} elasticity={"enabled":true} curriculum_learning={"enabled":true} data_efficiency={"enabled":true} progressive_layer_drop={"enabled":true} eigenvalue={"enabled":true}
 sparse_attention={"mode":"fixed"} hybrid_engine={"enabled":true} nebula={"enabled":true} datastates_ckpt={"enabled":true} zero_optimization.zero_quantized_weights=true
 zero_optimization.zero_quantized_gradients=true zero_optimization.zero_hpz_partition_size=8 zero_optimization.mics_shard_size=4 zero_optimization.mics_hierarchical_params_gather=true

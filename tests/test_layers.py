@@ -33,14 +33,15 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.passes": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.solver", *SOLVERS, "sympy"},  # never another pass
     "deepseed.codegen": {"deepseed.ir"},
     "deepseed.capture": {"deepseed.ir", "deepseed.ops", "torch"},
-    "deepseed.runtime": {"deepseed.ir", "deepseed.ops", "torch", "numpy"},
+    "deepseed.logs": set(),
+    "deepseed.runtime": {"deepseed.ir", "deepseed.logs", "deepseed.ops", "torch", "numpy"},
     "deepseed.closures": {"torch"},
     "deepseed.adam": {"deepseed.closures", "torch"},
     "deepseed.lion": {"deepseed.closures", "torch"},
     "deepseed.muon": {"deepseed.closures", "torch"},
     "deepseed.lr_schedules": {"torch"},
     "deepseed.config": {"deepseed.adam", "deepseed.lion", "deepseed.muon", "deepseed.lr_schedules", "pydantic", "torch"},
-    "deepseed.launcher": {"torch"},
+    "deepseed.launcher": {"deepseed.logs", "torch"},
 }
 FRONT_FOLDERS = {"engine", "importing", "utils"}  # front doors of several files
 FRONT = "the front doors: deepseed.pipeline, compile, cli and so on; they see everything and no layer sees them"

@@ -231,6 +231,43 @@ class Compile(Section):
     passes: Annotated[list[str] | None, mapped("the plan decides which passes have work")] = None
 
 
+class TensorBoardSection(Section):
+    enabled: Annotated[bool, SUPPORTED] = False
+    output_path: Annotated[str, SUPPORTED] = ""
+    job_name: Annotated[str, SUPPORTED] = "DeepSpeedJobName"
+
+
+class CsvSection(Section):
+    enabled: Annotated[bool, SUPPORTED] = False
+    output_path: Annotated[str, SUPPORTED] = ""
+    job_name: Annotated[str, SUPPORTED] = "DeepSpeedJobName"
+
+
+class WandbSection(Section):
+    enabled: Annotated[bool, SUPPORTED] = False
+    group: Annotated[str | None, SUPPORTED] = None
+    team: Annotated[str | None, SUPPORTED] = None
+    project: Annotated[str, SUPPORTED] = "deepspeed"
+
+
+class CommsLogger(Section):
+    enabled: Annotated[bool, mapped("counts and bytes of each program's collectives, told when it is compiled; step.explain() has more")] = False
+    verbose: Annotated[Flag, NOTHING] = False
+    prof_all: Annotated[Flag, mapped("always so: all collectives are counted")] = True
+    prof_ops: Annotated[list[str] | None, mapped("all collectives are counted")] = None
+    debug: Annotated[Flag, NOTHING] = False
+
+
+class FlopsProfiler(Section):
+    enabled: Annotated[bool, mapped("flops of each program's matrix products, by phase and module, told at profile_step")] = False
+    profile_step: Annotated[Count, SUPPORTED] = 1
+    module_depth: Annotated[Count, SUPPORTED] = -1
+    top_modules: Annotated[Count, SUPPORTED] = 1
+    detailed: Annotated[Flag, mapped("step.explain() has the details")] = True
+    recompute_fwd_factor: Annotated[Number, mapped("what is computed again is counted as it stands in the program")] = 0.0
+    output_file: Annotated[str | None, mapped("no effect: it is logged; deepseed explain -> a file")] = None
+
+
 Switch = dict[str, Any]  # a section that is a switch with details
 
 
@@ -247,8 +284,8 @@ class Config(Section):
     train_micro_batch_size_per_gpu: Annotated[Count | None, SUPPORTED] = None
     gradient_accumulation_steps: Annotated[Count | None, SUPPORTED] = None
     gradient_clipping: Annotated[Number, SUPPORTED] = 1.0
-    steps_per_print: Annotated[Count | None, mapped("no effect on training: print what the step returns")] = None
-    wall_clock_breakdown: Annotated[Flag, mapped("no effect on training: deepseed explain --html draws the step in time")] = False
+    steps_per_print: Annotated[Count | None, SUPPORTED] = None
+    wall_clock_breakdown: Annotated[Flag, SUPPORTED] = False
     zero_optimization: Annotated[Zero, SUPPORTED] = Field(default_factory=lambda: Zero.model_validate({}))
     fp16: Annotated[Fp16, SUPPORTED] = Field(default_factory=Fp16)
     bf16: Annotated[Bf16, SUPPORTED] = Field(default_factory=Bf16)
@@ -278,18 +315,18 @@ class Config(Section):
     disable_allgather: Annotated[Flag, NOTHING] = False
     cuda_visible_devices: Annotated[Any, mapped("no effect: deepseed --include localhost:0,2, or CUDA_VISIBLE_DEVICES")] = None
     dump_state: Annotated[Flag, REPORT] = False
-    memory_breakdown: Annotated[Flag, REPORT] = False
+    memory_breakdown: Annotated[Flag, SUPPORTED] = False
     vocabulary_size: Annotated[Count | None, NOTHING] = None
     graph_harvesting: Annotated[Flag, NOTHING] = False
     use_data_before_expert_parallelism: Annotated[Flag, mapped("order(..) in the plan")] = False
     seed: Annotated[Count | None, SUPPORTED] = None
-    flops_profiler: Annotated[Switch | None, REPORT] = None
-    comms_logger: Annotated[Switch | None, REPORT] = None
-    tensorboard: Annotated[Switch | None, mapped("no effect on training: log what the step returns")] = None
-    csv_monitor: Annotated[Switch | None, mapped("no effect on training: log what the step returns")] = None
-    wandb: Annotated[Switch | None, mapped("no effect on training: log what the step returns")] = None
-    comet: Annotated[Switch | None, mapped("no effect on training: log what the step returns")] = None
-    monitor_config: Annotated[Switch | None, mapped("no effect on training: log what the step returns")] = None
+    flops_profiler: Annotated[FlopsProfiler, SUPPORTED] = Field(default_factory=lambda: FlopsProfiler.model_validate({}))
+    comms_logger: Annotated[CommsLogger, SUPPORTED] = Field(default_factory=lambda: CommsLogger.model_validate({}))
+    tensorboard: Annotated[TensorBoardSection, SUPPORTED] = Field(default_factory=TensorBoardSection)
+    csv_monitor: Annotated[CsvSection, SUPPORTED] = Field(default_factory=CsvSection)
+    wandb: Annotated[WandbSection, SUPPORTED] = Field(default_factory=WandbSection)
+    comet: Annotated[Switch | None, switched("comet is not written to; use tensorboard, wandb or csv_monitor, or a writer of your own in engine.monitor.writers")] = None
+    monitor_config: Annotated[Switch | None, mapped("no effect, as in DeepSpeed: tensorboard, wandb and csv_monitor stand at the top")] = None
     amp: Annotated[Switch | None, switched("Apex's mixed precision is not carried out; use bf16 or fp16")] = None
     sparse_attention: Annotated[Switch | None, rejected("the attention is the model's own; give the model a sparse one")] = None
     compression_training: Annotated[Switch | None, rejected("compression changes the model; compress it beforehand")] = None

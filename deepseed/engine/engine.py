@@ -27,6 +27,7 @@ from deepseed.checkpoints import Checkpoints
 from deepseed.config import Config, Settings
 from deepseed.config.settings import LossScaling
 from deepseed.engine.batches import to_device
+from deepseed.engine.report import Report
 from deepseed.engine.saving import load_checkpoint, save_16bit_model, save_checkpoint
 from deepseed.ragged import CONVENTION
 from deepseed.runtime import preempt
@@ -47,6 +48,8 @@ class Engine:
         self.config: Mapping[str, Any] = config.model_dump(by_alias=True, exclude_unset=True)
         self._sizes = found.batch
         scale = loss_scale_of(found.loss_scaling)
+        self.report = Report(config, self.global_rank, found.batch.train)
+        self.monitor = self.report.monitor
         self.training_dataloader: Any = None
         self.micro_steps = self.global_steps = self.global_samples = 0
         self._boundary: bool | None = None
@@ -70,7 +73,8 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for this rank's rows, in the model's own form."""
-        return self._loop().forward(*to_device(args, self.device), **to_device(kwargs, self.device))
+        with self.report.timed("forward", self):
+            return self._loop().forward(*to_device(args, self.device), **to_device(kwargs, self.device))
 
     forward = __call__
 
@@ -80,13 +84,17 @@ class Engine:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             said = f"a {type(loss).__name__}" if not isinstance(loss, Tensor) else f"{list(loss.shape)}" + ("" if loss.requires_grad else ", which requires no grad")
             raise CompileError(f"engine.backward(loss): the loss is {said}\n  fix: one float made of what engine(..) returned, outside of torch.no_grad()")
+        if self.module.training:
+            self.report.lost(loss)
         loss = loss / self.gradient_accumulation_steps() if scale_wrt_gas and self.gradient_accumulation_steps() > 1 else loss
         scale = compiled.loss_scale if self.optimizer is not None else 1.0
-        torch.autograd.backward(loss * scale if scale != 1.0 else loss, retain_graph=retain_graph)
+        with self.report.timed("backward", self):
+            torch.autograd.backward(loss * scale if scale != 1.0 else loss, retain_graph=retain_graph)
         return loss.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
         """For a loop that calls ``backward`` on the loss itself: ``engine.scale(loss).backward()``."""
+        self.report.lost(loss)
         return loss * (self._loop().loss_scale / self.gradient_accumulation_steps())
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -94,11 +102,15 @@ class Engine:
         compiled = self._loop()
         if self.optimizer is None:
             raise CompileError('engine.step() without an optimizer\n  fix: "optimizer" in the config, or initialize(optimizer=..)')
-        if self.is_gradient_accumulation_boundary():
+        boundary = self.is_gradient_accumulation_boundary()
+        if boundary:
             before = compiled.skipped
-            compiled.update()
+            with self.report.timed("step", self):
+                compiled.update()
             self._done(compiled.skipped == before, lr_kwargs)
         self.micro_steps += 1
+        if boundary:
+            self.report.stepped(self)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """All microbatches of one step, from ``data_iter`` or the engine's own data: the mean loss of them over all ranks. The way a pipeline trains."""
@@ -106,9 +118,11 @@ class Engine:
         batches = [next(data_iter) if data_iter is not None else self._next_rows() for _ in range(count)]
         if self._steps is not None:
             before = self._steps.skipped
-            loss = self._steps(to_device(_joined(batches), self.device))
+            with self.report.timed("step", self):
+                loss = self._steps(to_device(_joined(batches), self.device))
             self._done(self._steps.skipped == before, None)
             self.micro_steps += count
+            self.report.stepped(self, loss)
             return loss
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:

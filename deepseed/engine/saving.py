@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepseed.checkpoints import Checkpoints
+from deepseed.logs import warn
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.host import everywhere
 from deepseed.runtime.series import LATEST
@@ -51,7 +51,7 @@ def load_checkpoint(
     extra = checkpoints.load(str(tag) if tag is not None else None, optimizer=load_optimizer_states and not load_module_only, objects=not load_module_only) or {}
     if checkpoints.path is None:
         if self.compiled.host.first:
-            print(f"deepseed: {Path(load_dir) / LATEST} does not exist: nothing is loaded", file=sys.stderr)
+            warn(f"{Path(load_dir) / LATEST} does not exist: nothing is loaded")
         return None, None
     if not load_module_only:
         if load_lr_scheduler_states and extra.get("lr_scheduler") is not None and hasattr(self.lr_scheduler, "load_state_dict"):
@@ -59,7 +59,7 @@ def load_checkpoint(
         for name in ("micro_steps", "global_steps", "global_samples"):
             setattr(self, name, int(extra.get(name, 0)))
         if (rows := extra.get("train_batch_size", self.train_batch_size())) != self.train_batch_size() and self.compiled.host.first:
-            print(f'deepseed: {checkpoints.path}: a step had {rows} rows, now it has {self.train_batch_size()}\n  fix: "train_batch_size": {rows} in the config, whatever the number of ranks', file=sys.stderr)
+            warn(f'{checkpoints.path}: a step had {rows} rows, now it has {self.train_batch_size()}\n  fix: "train_batch_size": {rows} in the config, whatever the number of ranks')
         self._rows = None  # of its own data, which goes on where it was
         self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a step of which some gradients were there begins anew
     return str(Path(load_dir) / checkpoints.path.name), dict(extra.get("client_state", {}))

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from deepseed.launcher.errors import LaunchError
 from deepseed.launcher.hosts import nodes_of
 from deepseed.launcher.options import parse
+from deepseed.logs import fail
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,5 +30,5 @@ def main(arguments: Sequence[str]) -> int:
 
         return run_node(options, nodes)
     except LaunchError as error:
-        print(f"deepseed: {error}", file=sys.stderr)
+        fail(str(error))
         return 2

@@ -40,7 +40,7 @@ def loss_of(failures: Mapping[int, ProcessFailure], ended: Collection[int], o: O
     code, traceback = failure.exitcode, _traceback(failure)
     how = f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
     where = f", its output is in {o.log_dir}/rank_{rank}.log" if o.log_dir else ""
-    said = f"deepseed: rank {rank} (local rank {failure.local_rank}, process {failure.pid}) {how}{where}: {' '.join([o.script, *o.arguments])}"
+    said = f"rank {rank} (local rank {failure.local_rank}, process {failure.pid}) {how}{where}: {' '.join([o.script, *o.arguments])}"
     named = _CULPRIT.findall(traceback)
     last = traceback.rstrip().rpartition("\nTraceback (most recent call last):\n")[2]
     return Loss(int(named[-1]) if named else rank, 128 - code if code < 0 else code, "\n".join(filter(None, [said, traceback.rstrip()])), code == USAGE or bool(_RECURS.search(last)))
@@ -79,7 +79,7 @@ def restarting(number: int, o: Options, before: Nodes, now: Nodes, left_out: str
     """What is said before a restart.
 
     >>> restarting(1, Options("x.py", (), max_restarts=3), {"localhost": (0, 1)}, {"localhost": (0,)}, "slot 1 of localhost")
-    'deepseed: restart 1 of 3, with 1 rank: slot 1 of localhost is left out'
+    'restart 1 of 3, with 1 rank: slot 1 of localhost is left out'
     """
     ranks = ranks_of(now)
-    return f"deepseed: restart {number} of {o.max_restarts}, with {ranks} rank{'s' if ranks > 1 else ''}" + (f": {left_out} is left out" if ranks < ranks_of(before) else "")
+    return f"restart {number} of {o.max_restarts}, with {ranks} rank{'s' if ranks > 1 else ''}" + (f": {left_out} is left out" if ranks < ranks_of(before) else "")

@@ -26,6 +26,7 @@ from deepseed.launcher.hosts import Nodes
 from deepseed.launcher.loss import Loss, loss_of, ranks_of, restarting, smaller
 from deepseed.launcher.options import PORT, Options
 from deepseed.launcher.rank import RESTART, Settings
+from deepseed.logs import fail, say
 
 LOST = "lost"  # what the launcher of all nodes writes to that of one: another node has lost a rank
 STOP = "stop"  # or: it was told to stop
@@ -48,16 +49,16 @@ def run_node(o: Options, nodes: Nodes) -> int:
         found = _start(o, now, restart > 0, heard, lost)
         if isinstance(found, int):
             return found
-        print(found.said, file=sys.stderr)
+        fail(found.said)
         host = list(now)[o.node_rank or 0]
         if restart == o.max_restarts or found.recurs:
             if found.recurs and o.max_restarts:
-                print("deepseed: not restarted: it would end in the same way", file=sys.stderr)
+                say("not restarted: it would end in the same way")
             return found.code
         slot = now[host][found.rank] if found.rank < len(now[host]) else -1
         fewer = smaller(now, host, slot, o, slot == before)
         restart += 1
-        print(restarting(restart, o, now, fewer, f"slot {slot} of {host}"), file=sys.stderr, flush=True)
+        say(restarting(restart, o, now, fewer, f"slot {slot} of {host}"))
         now, before = fewer, slot
 
 
@@ -72,7 +73,7 @@ def _start(o: Options, nodes: Nodes, again: bool, heard: list[signal.Signals], l
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
     if not o.quiet and not again:
         ranks = ranks_of(nodes)
-        print(f"deepseed: {ranks} rank{'s' if ranks > 1 else ''} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}, {address}:{port}" + (f"; each prints into {o.log_dir}" if o.log_dir else ""), file=sys.stderr)
+        say(f"{ranks} rank{'s' if ranks > 1 else ''} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}, {address}:{port}" + (f"; each prints into {o.log_dir}" if o.log_dir else ""))
     settings = Settings(o.module, o.no_python, o.no_local_rank, o.bind_cores, o.core_list, str(o.log_dir or ""), os.getpid())
     os.environ["TORCHELASTIC_ERROR_FILE"] = ""
     with tempfile.TemporaryDirectory(prefix="deepseed-ranks-") as folder:
@@ -85,20 +86,20 @@ def _start(o: Options, nodes: Nodes, again: bool, heard: list[signal.Signals], l
         try:
             failures = agent.run().failures
         except SignalException as error:
-            print(f"deepseed: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
+            say(f"ended by {signal.Signals(error.sigval).name}")
             return 128 + int(error.sigval)
         if heard:
             late = ", ".join(str(rank) for rank, failure in failures.items() if failure.local_rank in agent.overdue)
             saved = failures and all(failure.exitcode == PREEMPTED for failure in failures.values())
             how = f": rank {late} was still there after {o.grace:.0f} s (--grace)" if late else ": all ranks had saved" if saved else ""
-            print(f"deepseed: ended by {heard[0].name}{how}", file=sys.stderr)
+            say(f"ended by {heard[0].name}{how}")
             return 128 + int(heard[0])
         if not failures:
             return 0
         if lost.is_set() and all(failure.local_rank in agent.ended for failure in failures.values()):
             return 128 + signal.SIGTERM
         if all(failure.exitcode == PREEMPTED for failure in failures.values()):
-            print("deepseed: a rank was told to stop: all ranks had saved", file=sys.stderr)
+            say("a rank was told to stop: all ranks had saved")
             return PREEMPTED
         return loss_of(failures, agent.ended, o)
 
@@ -138,6 +139,6 @@ def free_port(port: int, quiet: bool = False) -> int:
                 continue
             found = int(s.getsockname()[1])
             if found != port and not quiet:
-                print(f"deepseed: port {port} is taken, {found} is used", file=sys.stderr)
+                say(f"port {port} is taken, {found} is used")
             return found
     return port

@@ -18,6 +18,7 @@ from deepseed.launcher.loss import UNREACHABLE, USAGE, interrupted, restarting, 
 from deepseed.launcher.node import LOST, STOP, TOLD
 from deepseed.launcher.options import PORT, Options
 from deepseed.launcher.rank import RESTART
+from deepseed.logs import fail, say
 
 EXPORTED = ("NCCL", "GLOO", "PYTHON", "UCX", "TORCH", "OMP", "DEEPSEED", "LD_LIBRARY_PATH", "PATH", "CUDA_HOME", "HF_")  # beginnings of names
 ENVIRONMENT = ".deepspeed_env"  # a file of NAME=VALUE lines, here or at home
@@ -33,7 +34,7 @@ def run_nodes(o: Options, nodes: Nodes) -> int:
             return code
         fewer = smaller(now, failed, None if code == UNREACHABLE else 0, o, failed == before)
         restart += 1
-        print(restarting(restart, o, now, fewer, f"node {failed}"), file=sys.stderr, flush=True)
+        say(restarting(restart, o, now, fewer, f"node {failed}"))
         now, before = fewer, failed
 
 
@@ -45,7 +46,7 @@ def _run(o: Options, nodes: Nodes, restart: int, first: str) -> tuple[str | None
     stdin = subprocess.PIPE if o.launcher == "ssh" else subprocess.DEVNULL
     running = {host: subprocess.Popen([*reach(o, host), command(o, nodes, n, address, port, restart)], stdin=stdin) for n, host in enumerate(hosts)}
     if not o.quiet:
-        print(f"deepseed: {len(hosts)} nodes by {o.launcher}: {', '.join(hosts)}; {address}:{port}", file=sys.stderr)
+        say(f"{len(hosts)} nodes by {o.launcher}: {', '.join(hosts)}; {address}:{port}")
     failed: tuple[str, int] | None = None
     previous = signal.signal(signal.SIGTERM, _stopped)
     try:
@@ -56,18 +57,18 @@ def _run(o: Options, nodes: Nodes, restart: int, first: str) -> tuple[str | None
             time.sleep(0.1)
     except KeyboardInterrupt:
         _end(list(running.values()), LOST, GRACE)
-        print("deepseed: ended by SIGINT", file=sys.stderr)
+        say("ended by SIGINT")
         return None, 128 + signal.SIGINT
     except _Stopped:
         _end(list(running.values()), STOP, o.grace + GRACE)
-        print("deepseed: ended by SIGTERM", file=sys.stderr)
+        say("ended by SIGTERM")
         return None, 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, previous)
     failed = failed or _failed(running)
     if failed is None:
         return None, 0
-    print(f"deepseed: node {failed[0]} failed with exit code {failed[1]}; the other nodes were ended", file=sys.stderr)
+    fail(f"node {failed[0]} failed with exit code {failed[1]}; the other nodes were ended")
     return failed
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.handle import Handle, done, same
+from deepseed.runtime.looks import Looks
 from deepseed.runtime.memories import Memories
 from deepseed.runtime.pipeline import Messages, Place
 
@@ -31,6 +32,16 @@ class Runtime(Messages, Memories):
     def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> None:
         self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
         self.coordinate = mesh.coordinate(rank)
+        self.looks: Looks | None = None
+
+    def look(self, name: str, x: object, mb: int = 0) -> None:
+        """A value of a program that is looked through for what is not finite."""
+        if self.looks is not None:
+            self.looks.look(name, x, mb)
+
+    def look_at(self, names: Sequence[str], values: Sequence[object]) -> None:
+        for name, value in zip(names, values, strict=True):
+            self.look(name, value)
 
     def position(self, axis: str) -> int:
         """This rank's number in the group of ``axis``."""

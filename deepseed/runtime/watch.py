@@ -9,7 +9,6 @@ Failures belong to a turn, one call into DeepSeed: all ranks make the same calls
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from deepseed.logs import warn
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.whereabouts import main_thread
 
@@ -120,8 +120,8 @@ class Watch:
         """Print, on the first rank that asks in this turn, how long it waits and where all ranks are."""
         with suppress(RuntimeError):
             if self._mine.add(f"told/{self.turn}", 1) == 1:
-                head = f"deepseed: rank {self.rank} has waited {seconds:.0f} s, and gives up after {timeout:.0f} (DEEPSEED_TIMEOUT)"
-                print(f"{head}\n{_places(self._beats())}", file=sys.stderr, flush=True)
+                head = f"rank {self.rank} has waited {seconds:.0f} s, and gives up after {timeout:.0f} (DEEPSEED_TIMEOUT)"
+                warn(f"{head}\n{_places(self._beats())}")
 
     def beat(self, rank: int) -> int:
         """The number of a rank's latest beat."""
