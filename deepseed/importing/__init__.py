@@ -27,7 +27,7 @@ def find(source: str | os.PathLike[str], format: str = "auto", optimizer: str | 
     kind = _kind(where) if format == "auto" else format
     if kind == "deepspeed":
         return universal.read(where, optimizer) if (where / "zero").is_dir() else zero.read(where, optimizer)
-    return (dcp if kind == "dcp" else hf).read(where, optimizer)
+    return dcp.read(where, optimizer) if kind == "dcp" else hf.read(where, optimizer)
 
 
 def bring(source: str | os.PathLike[str], dest: str | os.PathLike[str], format: str = "auto", optimizer: str | None = None, tag: str | None = None) -> Found:

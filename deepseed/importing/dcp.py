@@ -213,7 +213,7 @@ def _tie(found: Found) -> None:
             beginnings[name] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest()
         return beginnings[name]
 
-    for alias in reversed([n for n, t in found.model.items() if n not in owned and len(t.shape) > 1 and prod(t.shape)]):
+    for alias in reversed([n for n, t in found.model.items() if n not in owned and len(t.shape) > 1 and 0 not in t.shape]):
         one = found.model[alias]
         like = [n for n, t in found.model.items() if n != alias and (t.shape, t.dtype) == (one.shape, one.dtype)]
         twin = next((n for n in like if beginning(n) == beginning(alias) and _equal(found.model[n], one)), None)

@@ -129,7 +129,7 @@ def _hf(found: Found, target: Path, config: Path | None, largest: int) -> None:
     files = shards(tensors, largest)
     folder = aside(target, "deepseed checkpoint export", OURS, carry=True)
     try:
-        laid = {}
+        laid: dict[str, Any] = {}
         for name, held in files.items():
             make(folder / name, {t: tensors[t] for t in held})
             laid |= layout(folder / name, {t: tensors[t] for t in held})[1]

@@ -33,7 +33,7 @@ def read(folder: Path, optimizer: str | None = None) -> Found:
     whole = len({m[2] for p in models if (m := MODEL.fullmatch(p.name))}) == 1
     said = {str(n): tuple(s) for each in shapes for n, s in each.items()} if whole else {}
     tied = {str(alias): str(name) for alias, name in (first.get("shared_params") or {}).items()}
-    module = first.get("module") if isinstance(first.get("module"), Mapping) else {}
+    module: Mapping[str, Any] = saved if isinstance(saved := first.get("module"), Mapping) else {}
     folders = {p.parent.relative_to(folder / "zero").as_posix().replace("/", "."): p.parent for p in (folder / "zero").rglob(FP32)}
     if gone := [name for name in said if name not in folders]:
         raise CheckpointError(f"{folder / 'zero' / gone[0] / FP32} is missing: {len(said)} parameters were trained, {len(gone)} of them are not there\n  fix: copy the whole folder that ds_to_universal has written")

@@ -125,7 +125,7 @@ def _complete(folder: Path, files: Mapping[int, Path], states: Mapping[int, Mapp
 
 
 def _stage12(folder: Path, shapes: Sequence[Names], states: Sequence[Mapping[str, Any]]) -> list[Group]:
-    flat = [state.get("single_partition_of_fp32_groups") for state in states]
+    flat: list[Any] = [state.get("single_partition_of_fp32_groups") for state in states]
     _count(folder, "single_partition_of_fp32_groups", flat, len(shapes))
     paddings = states[0].get("param_alignment_paddings") or [() for _ in shapes]
     out = []
@@ -137,7 +137,7 @@ def _stage12(folder: Path, shapes: Sequence[Names], states: Sequence[Mapping[str
 
 
 def _stage3(folder: Path, shapes: Sequence[Names], states: Sequence[Mapping[str, Any]]) -> list[Group]:
-    flat = [state.get("fp32_flat_groups") for state in states]
+    flat: list[Any] = [state.get("fp32_flat_groups") for state in states]
     _count(folder, "fp32_flat_groups", flat, len(shapes))
     base = [state.get("optimizer_state_dict") or {} for state in states]
     owner = {i: g for g, group in enumerate(base[0].get("param_groups", [])) for i in group["params"]}
