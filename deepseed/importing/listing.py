@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from deepseed.runtime.folder import MANIFEST, CheckpointError, faults, manifest_of
+from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, faults, manifest_of
 
-LEFT = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{8}")  # what a save that was cut off leaves beside a folder
 LATEST = "latest"
 
 
@@ -66,17 +64,7 @@ def _one(folder: Path, read: bool) -> Listed:
         return out
     out.step, out.plan = manifest.get("step"), str(manifest.get("plan", ""))
     out.ranks = prod(manifest["mesh"].values()) if "mesh" in manifest else None
-    out.why = faults(folder, manifest["files"], sorted(manifest["files"])) if read else _sizes(folder, manifest["files"])
+    out.why = faults(folder, manifest["files"], sorted(manifest["files"]), sizes=not read)
     out.state = "damaged" if out.why else "complete"
     return out
 
-
-def _sizes(folder: Path, files: dict[str, Any]) -> list[str]:
-    out = []
-    for name, want in sorted(files.items()):
-        path = folder / name
-        if not path.exists():
-            out.append(f"{path} is missing: {want['bytes']} bytes were written")
-        elif (size := path.stat().st_size) != want["bytes"]:
-            out.append(f"{path} is torn: {want['bytes']} bytes were written, {size} are there")
-    return out
