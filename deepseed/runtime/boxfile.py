@@ -8,7 +8,6 @@ A damaged box is found after it has been copied, so these places are memory that
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -200,13 +199,3 @@ def text(folder: Path, place: _StorageInfo, sums: Sums) -> bytes:
         found = file.read(place.length)
     check(folder, place.relative_path, place.offset, (zlib.crc32(found), ""), sums)
     return found
-
-
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Host memory that is not written yet: in large pages, of which the system has to find and clear fewer."""
-    numel = prod(shape)
-    if numel * dtype.itemsize < 2 * CHUNK or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=dtype)
-    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=numel).view(tuple(shape))
