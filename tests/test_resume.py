@@ -84,7 +84,7 @@ def test_the_run_has_what_a_checkpoint_must_bring_back() -> None:
     assert other.run(MORE).heads != want.heads
 
 
-@pytest.mark.parametrize(("first", "then"), zip(SOME, [*SOME[1:], SOME[0]], strict=True))
+@pytest.mark.parametrize(("first", "then"), list(zip(SOME, [*SOME[1:], SOME[0]], strict=True)))
 def test_a_training_goes_on_under_another_plan(first: str, then: str) -> None:
     _, path, want = trained(first)
     goes_on(trained(then)[0], path, want, f"{first} -> {then}")
@@ -127,7 +127,7 @@ def test_mixed_precision_goes_through_any_plan_bit_for_bit(first: str, then: str
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("first", "then"), itertools.product(MIXED, MIXED))
+@pytest.mark.parametrize(("first", "then"), list(itertools.product(MIXED, MIXED)))
 def test_every_mixed_precision_goes_through_every_other_bit_for_bit(first: str, then: str) -> None:
     """Parameters and moments are float32 in all of them."""
     round_trip(first, then, torch.float32)
@@ -192,10 +192,10 @@ def test_twelve_pairs_of_real_ranks(then: str) -> None:
 def test_a_rank_reads_what_it_stores_and_nothing_twice(tmp_path: Path) -> None:
     """zero3 on four ranks, by the system's own count. A step that has a program reads a quarter, sums included: each box is checked as it is read. Before
     the first batch each rank reads the parameters whole, for they go into the module, and checks a quarter of the optimizer's two thirds, which it
-    reads with the first batch. A tenth of a per cent is the index, the manifest, and scalars."""
+    reads with the first batch. What is beyond, under half a per cent, is the index, the manifest and scalars."""
     for rank in ranks(4, saving.reads, "zero3+dp4", str(tmp_path / "c")):
         state = rank.pop("state")
         share = {what: n / state for what, n in rank.items()}
         want = {"running": 1 / 4, "compiled": 1 / 4, "before the first batch": 1 / 3 + 2 / 3 / 4, "with the first batch": 2 / 3 / 4}
         assert share.keys() == want.keys()
-        assert all(n <= share[what] <= n + 0.01 for what, n in want.items()), share
+        assert all(n <= share[what] <= n + 0.005 for what, n in want.items()), share
