@@ -192,10 +192,11 @@ def test_twelve_pairs_of_real_ranks(then: str) -> None:
 def test_a_rank_reads_what_it_stores_and_nothing_twice(tmp_path: Path) -> None:
     """zero3 on four ranks, by the system's own count. A step that has a program reads a quarter, sums included: each box is checked as it is read. Before
     the first batch each rank reads the parameters whole, for they go into the module, and checks a quarter of the optimizer's two thirds, which it
-    reads with the first batch. What is beyond, under half a per cent, is the index, the manifest and scalars."""
+    reads with the first batch. What is beyond, under one per cent, is the index, the manifest, and
+    the 1.4 KB that ``torch.save`` puts around a box (of 256 KiB here)."""
     for rank in ranks(4, saving.reads, "zero3+dp4", str(tmp_path / "c")):
         state = rank.pop("state")
         share = {what: n / state for what, n in rank.items()}
         want = {"running": 1 / 4, "compiled": 1 / 4, "before the first batch": 1 / 3 + 2 / 3 / 4, "with the first batch": 2 / 3 / 4}
         assert share.keys() == want.keys()
-        assert all(n <= share[what] <= n + 0.005 for what, n in want.items()), share
+        assert all(n <= share[what] <= n + 0.01 for what, n in want.items()), share
