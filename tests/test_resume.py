@@ -91,17 +91,18 @@ def test_a_training_goes_on_under_another_plan(first: str, then: str) -> None:
 
 
 @pytest.mark.wide
-def test_every_plan_goes_on_from_every_other() -> None:
-    """225 pairs. Each plan's first source is loaded before the first batch, the others by the step that has trained since."""
-    for n, then in enumerate(PLANS):
-        fresh = Training(then, seed=3)
-        for first in [*PLANS[n + 1 :], *PLANS[: n + 1]]:
-            _, path, want = trained(first)
-            goes_on(fresh, path, want, f"{first} -> {then}")
-    for first, then in itertools.pairwise(PLANS):  # and a step that was never loaded into
+@pytest.mark.parametrize("then", PLANS)
+def test_every_plan_goes_on_from_every_other(then: str) -> None:
+    """15 of 225 pairs. The first source is loaded before the first batch, the others by the step that has trained since; one more by a step that was never loaded
+    into."""
+    n = PLANS.index(then)
+    fresh = Training(then, seed=3)
+    for first in [*PLANS[n + 1 :], *PLANS[: n + 1]]:
         _, path, want = trained(first)
-        goes_on(trained(then)[0], path, want, f"{first} -> {then}, compiled")
-    print(f"{len(PLANS) ** 2} pairs: losses within {WORST['loss']:.1e}, values within {WORST['value']:.1e}")
+        goes_on(fresh, path, want, f"{first} -> {then}")
+    _, path, want = trained(PLANS[n - 1])
+    goes_on(trained(then)[0], path, want, f"{PLANS[n - 1]} -> {then}, compiled")
+    print(f"-> {then}: losses within {WORST['loss']:.1e}, values within {WORST['value']:.1e}")
 
 
 # mixed precision --------------------------------------------------------------------------------------------------------
