@@ -53,7 +53,7 @@ class Writer(nn.Module):
         x = self.words(ids) * keep[..., None]
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x) * self.scale
+        x = self.norm(x) * self.scale.to(x.dtype)
         if self.training:
             self.mean.mul_(0.9).add_(x.detach().to(self.mean.dtype).mean((0, 1)), alpha=0.1)
         out: Tensor = self.head(x - self.mean.to(x.dtype))
