@@ -121,7 +121,7 @@ class Training:
 
     def restart(self, seed: int) -> None:
         """The user's own objects anew, as in a new process."""
-        optimizer = self.step.optimizer
+        optimizer, self.step.seed = self.step.optimizer, seed
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01 * (1 + seed), total_steps=20, cycle_momentum=False)
         self.loader, self.drawn = Shuffled(seed), torch.manual_seed(100 + seed)
