@@ -353,7 +353,7 @@ def killed(step: TrainStep, path: Path, at: int) -> int | None:
 
             return call
 
-        for module, names in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (torch, ("save",))):
+        for module, names in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (boxfile, ("_save",))):
             for name in names:
                 setattr(module, name, counted(getattr(module, name)))
         try:
