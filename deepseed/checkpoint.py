@@ -31,7 +31,7 @@ from deepseed.ir.layout import REPLICATED, Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.logs import say, warn
 from deepseed.ops import torch_dtype
-from deepseed.runtime.boxfile import Sums, fresh
+from deepseed.runtime.boxfile import Sums
 from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
 from deepseed.runtime.host import Host, check_files, check_rest, everywhere
 from deepseed.runtime.saved import Entry, Share, Want, read, shares, write, write_metadata
@@ -346,7 +346,7 @@ class _Reads:
         return True
 
     def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        memory = into if self.direct else fresh(into.shape, into.dtype)
+        memory = into if self.direct else torch.empty(into.shape, dtype=into.dtype)
         if not self.direct:
             self.pairs.append((into, memory))
         self.wants.append(Want(name, shape, layout, coordinate, memory))

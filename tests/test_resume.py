@@ -84,24 +84,25 @@ def test_the_run_has_what_a_checkpoint_must_bring_back() -> None:
     assert other.run(MORE).heads != want.heads
 
 
-@pytest.mark.parametrize(("first", "then"), zip(SOME, [*SOME[1:], SOME[0]], strict=True))
+@pytest.mark.parametrize(("first", "then"), list(zip(SOME, [*SOME[1:], SOME[0]], strict=True)))
 def test_a_training_goes_on_under_another_plan(first: str, then: str) -> None:
     _, path, want = trained(first)
     goes_on(trained(then)[0], path, want, f"{first} -> {then}")
 
 
 @pytest.mark.wide
-def test_every_plan_goes_on_from_every_other() -> None:
-    """225 pairs. Each plan's first source is loaded before the first batch, the others by the step that has trained since."""
-    for n, then in enumerate(PLANS):
-        fresh = Training(then, seed=3)
-        for first in [*PLANS[n + 1 :], *PLANS[: n + 1]]:
-            _, path, want = trained(first)
-            goes_on(fresh, path, want, f"{first} -> {then}")
-    for first, then in itertools.pairwise(PLANS):  # and a step that was never loaded into
+@pytest.mark.parametrize("then", PLANS)
+def test_every_plan_goes_on_from_every_other(then: str) -> None:
+    """15 of 225 pairs. The first source is loaded before the first batch, the others by the step that has trained since; one more by a step that was never loaded
+    into."""
+    n = PLANS.index(then)
+    fresh = Training(then, seed=3)
+    for first in [*PLANS[n + 1 :], *PLANS[: n + 1]]:
         _, path, want = trained(first)
-        goes_on(trained(then)[0], path, want, f"{first} -> {then}, compiled")
-    print(f"{len(PLANS) ** 2} pairs: losses within {WORST['loss']:.1e}, values within {WORST['value']:.1e}")
+        goes_on(fresh, path, want, f"{first} -> {then}")
+    _, path, want = trained(PLANS[n - 1])
+    goes_on(trained(then)[0], path, want, f"{PLANS[n - 1]} -> {then}, compiled")
+    print(f"-> {then}: losses within {WORST['loss']:.1e}, values within {WORST['value']:.1e}")
 
 
 # mixed precision --------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_mixed_precision_goes_through_any_plan_bit_for_bit(first: str, then: str
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("first", "then"), itertools.product(MIXED, MIXED))
+@pytest.mark.parametrize(("first", "then"), list(itertools.product(MIXED, MIXED)))
 def test_every_mixed_precision_goes_through_every_other_bit_for_bit(first: str, then: str) -> None:
     """Parameters and moments are float32 in all of them."""
     round_trip(first, then, torch.float32)
@@ -192,7 +193,8 @@ def test_twelve_pairs_of_real_ranks(then: str) -> None:
 def test_a_rank_reads_what_it_stores_and_nothing_twice(tmp_path: Path) -> None:
     """zero3 on four ranks, by the system's own count. A step that has a program reads a quarter, sums included: each box is checked as it is read. Before
     the first batch each rank reads the parameters whole, for they go into the module, and checks a quarter of the optimizer's two thirds, which it
-    reads with the first batch. A tenth of a per cent is the index, the manifest, and scalars."""
+    reads with the first batch. What is beyond, under one per cent, is the index, the manifest, and
+    the 1.4 KB that ``torch.save`` puts around a box (of 256 KiB here)."""
     for rank in ranks(4, saving.reads, "zero3+dp4", str(tmp_path / "c")):
         state = rank.pop("state")
         share = {what: n / state for what, n in rank.items()}

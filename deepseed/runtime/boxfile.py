@@ -8,8 +8,9 @@ A damaged box is found after it has been copied, so these places are memory that
 from __future__ import annotations
 
 import hashlib
-import mmap
+import io
 import os
+import pickle
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +43,19 @@ def write_boxes(path: Path, items: Iterable[Tensor | bytes]) -> tuple[list[_Stor
             if isinstance(item, bytes):
                 out.write(item)
             else:
-                torch.save(_alone(item.detach().cpu().contiguous()), out)  # type: ignore[arg-type]
+                _save(_alone(item.detach().cpu().contiguous()), out)
             places.append(_StorageInfo(path.name, start, out.length - start))
             boxes.append([out.length - start, out.crc])
         file.flush()
         os.fsync(file.fileno())
     return places, {"bytes": out.length, "sha256": out.sha.hexdigest(), "boxes": boxes}
+
+
+def _save(t: Tensor, out: _Summed) -> None:
+    """As ``torch.save``, but without a crc32 of the values, which nothing reads: ours is of the whole box."""
+    writer = torch._C.PyTorchFileWriter(out, False, 64)  # type: ignore[call-overload]
+    torch.serialization._save(t, writer, pickle, torch.serialization.DEFAULT_PROTOCOL, False)  # type: ignore[no-untyped-call]
+    writer.write_end_of_file()
 
 
 def _alone(t: Tensor) -> Tensor:
@@ -140,7 +148,13 @@ def check(folder: Path, name: str, offset: int, found: tuple[int, str], sums: Su
 
 def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[int, str]:
     """Fill the parts of one box; its crc32, and why it is no tensor, if it is not."""
-    with torch.no_grad(), path.open("rb", buffering=0) as file:
+    with torch.no_grad(), path.open("rb", buffering=0) as opened:
+        file: Any = opened
+        if length <= CHUNK:  # one read, and no second one for the tensor's shape
+            opened.seek(offset)
+            whole = bytearray(length)
+            _fill(opened, memoryview(whole))
+            file, offset = io.BytesIO(whole), 0
         buffer = memoryview(bytearray(min(length, CHUNK)))
         start, itemsize, pieces, wrong = length, 1, [], ""
         if parts:
@@ -200,13 +214,3 @@ def text(folder: Path, place: _StorageInfo, sums: Sums) -> bytes:
         found = file.read(place.length)
     check(folder, place.relative_path, place.offset, (zlib.crc32(found), ""), sums)
     return found
-
-
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Host memory that is not written yet: in large pages, of which the system has to find and clear fewer."""
-    numel = prod(shape)
-    if numel * dtype.itemsize < 2 * CHUNK or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=dtype)
-    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=numel).view(tuple(shape))

@@ -3,8 +3,8 @@
     python tests/bench/bench_checkpoint.py                       # zero3, 500 MB
     python tests/bench/bench_checkpoint.py --plan zero1 --rounds 9 --gate
 
-Both write the same DTensors into a new folder and make every file last (fsync); both read files that the system has in its cache, into the tensors that
-are there. DeepSeed takes and checks a sha256 of every byte on the way, and overwrites nothing before every rank has all of it; DCP checks nothing and
+Both write the same DTensors into a new folder and make every file last (fsync); both read files that the system has in its cache (unless
+``--cold``), into the tensors that are there. DeepSeed takes and checks a sha256 of every byte on the way, and overwrites nothing before every rank has all of it; DCP checks nothing and
 reads into place. Times are medians, of the clock that all ranks share and of their CPU together; memory is what a rank has at the most beyond what it
 had before: resident, and allocated (by PyTorch and by Python; in a round of its own that is not timed), as a share of what the rank stores.
 ``--gate`` fails below 0.9 times DCP's speed, or above one extra shard.
@@ -34,10 +34,11 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--folder", default=None, help="where to write; a temporary folder if not said")
     p.add_argument("--trace", default="", help="a folder for a cProfile of DeepSeed's second round")
+    p.add_argument("--cold", action="store_true", help="load files that are not in the system's cache")
     p.add_argument("--gate", action="store_true", help="fail where it is slower or larger than promised")
     said = p.parse_args()
     with tempfile.TemporaryDirectory(dir=said.folder) as folder:
-        found = ranks(said.ranks, by_turns, said.plan, said.megabytes * 10**6, said.rounds, folder, said.trace)
+        found = ranks(said.ranks, by_turns, said.plan, said.megabytes * 10**6, said.rounds, folder, said.trace, said.cold)
     stored = max(rank["stored"] for rank in found)
     print(f"{said.plan} on {said.ranks} ranks: {stored / 1e6:.0f} MB a rank; {said.rounds} rounds by turns, medians")
     print("             wall ours   DCP    speed      CPU ours   DCP      resident ours   DCP    allocated ours   DCP   (of what a rank stores)")

@@ -53,7 +53,7 @@ class Writer(nn.Module):
         x = self.words(ids) * keep[..., None]
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x) * self.scale
+        x = self.norm(x) * self.scale.to(x.dtype)
         if self.training:
             self.mean.mul_(0.9).add_(x.detach().to(self.mean.dtype).mean((0, 1)), alpha=0.1)
         out: Tensor = self.head(x - self.mean.to(x.dtype))
@@ -121,7 +121,7 @@ class Training:
 
     def restart(self, seed: int) -> None:
         """The user's own objects anew, as in a new process."""
-        optimizer = self.step.optimizer
+        optimizer, self.step.seed = self.step.optimizer, seed
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01 * (1 + seed), total_steps=20, cycle_momentum=False)
         self.loader, self.drawn = Shuffled(seed), torch.manual_seed(100 + seed)

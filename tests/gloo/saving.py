@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import time
 import tracemalloc
@@ -61,6 +62,13 @@ class Took:
         self.resident = _resident("VmHWM") - before
 
 
+def _forget(folder: Path) -> None:
+    """Have the system read these files from the disk again."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
 
@@ -79,7 +87,7 @@ def _counted(do: Callable[[], Any]) -> int:
     return most + python
 
 
-def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "") -> dict[str, Any]:
+def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "", cold: bool = False) -> dict[str, Any]:
     """``{"save": {"ours": [Took…], "dcp": […]}, "load": …}`` as plain numbers, and how many bytes this rank stores."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -99,6 +107,8 @@ def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "") ->
                 if what == "load":
                     for t in step.states[0].tensors.values():
                         t.zero_()
+                    if cold and rank == 0:
+                        _forget(Path(names[who]))
                 took = _profiled(do[what][who], f"{trace}/{what}-{rank}") if trace and who == "ours" and n == 1 else Took(do[what][who], n == rounds)
                 out[what][who].append((took.wall, took.cpu, took.resident, took.counted, took.own))
                 wrong = [name for name, t in step.states[0].tensors.items() if not torch.equal(t, want[name])]
