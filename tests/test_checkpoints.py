@@ -34,6 +34,7 @@ import deepseed
 from deepseed import background
 from deepseed.checkpoint import Saving
 from deepseed.engine.data import Loader, Order
+from deepseed.runtime import boxfile
 from deepseed.runtime.folder import CheckpointError, DamagedError
 from deepseed.runtime.series import series
 
@@ -189,7 +190,7 @@ def killed(step: Any, path: Path, at: int, **options: Any) -> int | None:
 
             return call
 
-        for module, calls in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (torch, ("save",))):
+        for module, calls in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (boxfile, ("_save",))):
             for name in calls:
                 setattr(module, name, counted(getattr(module, name)))
         try:
