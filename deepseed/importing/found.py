@@ -119,9 +119,9 @@ def store(folder: Path, tensors: Mapping[str, Lazy], texts: Mapping[str, bytes],
     results: list[WriteResult] = []
     with (folder / DATA).open("wb") as file:
 
-        def put(index: MetadataIndex, put: Callable[[], object]) -> None:
+        def put(index: MetadataIndex, written: Callable[[], object]) -> None:
             start = file.tell()
-            put()
+            written()
             length = file.tell() - start
             results.append(WriteResult(index, length, _StorageInfo(DATA, start, length)))
 
