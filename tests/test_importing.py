@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tarfile
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from math import prod
@@ -344,6 +345,22 @@ def test_no_tensor_is_read_whole(theirs: Callable[[str], Path], tmp_path: Path, 
     bring(folder, tmp_path / "cut")
     assert len(sizes) > 20 and max(sizes) <= 100
     assert resumed("zero3", "zero0", tmp_path / "cut")[0] == resumed("zero3", "zero0", tmp_path / "whole")[0]
+
+
+def test_nothing_that_was_written_is_held(tmp_path: Path) -> None:
+    """Of 40 tensors that are made when they are read, at most two are alive at any moment."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def make(box: Box) -> Tensor:
+        nonlocal most
+        t = torch.ones(box.sizes)
+        alive.append(weakref.ref(t))
+        most = max(most, sum(r() is not None for r in alive))
+        return t
+
+    founds.write(founds.Found("test", tmp_path, {f"w{n}": Lazy((8,), torch.float32, make) for n in range(40)}), tmp_path / "ours")
+    assert len(alive) == 40 and most <= 2
 
 
 # FSDP2's -------------------------------------------------------------------------------------------------------------

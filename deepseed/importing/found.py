@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 import deepseed
 from deepseed.checkpoint import EXTRA, FORMAT, packed
@@ -25,6 +25,7 @@ from deepseed.runtime.folder import CheckpointError, aside, digest, discard, pub
 from deepseed.runtime.saved import Box, Entry, Ints, share_out, write_metadata
 
 Read = Callable[[Box], Tensor]
+DATA = "__0_0.distcp"
 
 
 @dataclass(frozen=True)
@@ -112,42 +113,30 @@ class Found:
         return [{"class": self.optimizer, "groups": groups}]
 
 
-class _Stream(SavePlanner):
-    """Reads each box when it is written."""
-
-    def __init__(self, tensors: Mapping[str, Lazy], items: Sequence[tuple[str, Box]], texts: Mapping[str, bytes]) -> None:
-        self.tensors, self.texts = tensors, texts
-        self.boxes = {MetadataIndex(name, torch.Size(box.at)): box for name, box in items}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
-        return None
-
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, BytesIOWriteData(len(text))) for name, text in self.texts.items()]
-        for index, box in self.boxes.items():
-            t = self.tensors[index.fqn]
-            chunk = ChunkStorageMetadata(torch.Size(box.at), torch.Size(box.sizes))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, TensorProperties(dtype=t.dtype), torch.Size(t.shape))))
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError("one process writes")
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        name = write_item.index.fqn
-        return io.BytesIO(self.texts[name]) if write_item.type is WriteItemType.BYTE_IO else self.tensors[name].part(self.boxes[write_item.index])
-
-
 def store(folder: Path, tensors: Mapping[str, Lazy], texts: Mapping[str, bytes], tied: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> None:
-    """Files of ``torch.distributed.checkpoint`` with these tensors, in a folder that is there."""
+    """Files of ``torch.distributed.checkpoint`` with these tensors, in a folder that is there. Its own writer would hold all that it has written until the end."""
     entries = {name: Entry(t.shape, t.dtype, REPLICATED, [None], own=True) for name, t in tensors.items()}
-    planner = _Stream(tensors, share_out(entries, Mesh(()))[0], texts)
-    writer = FileSystemWriter(folder, sync_files=True, thread_count=1)
-    results = writer.write_data(writer.prepare_global_plan([planner.create_local_plan()])[0], planner).value()
+    results: list[WriteResult] = []
+    with (folder / DATA).open("wb") as file:
+
+        def put(index: MetadataIndex, written: Callable[[], object]) -> None:
+            start = file.tell()
+            written()
+            length = file.tell() - start
+            results.append(WriteResult(index, length, _StorageInfo(DATA, start, length)))
+
+        for name, text in texts.items():
+            put(MetadataIndex(name), partial(file.write, text))
+        for name, box in share_out(entries, Mesh(()))[0]:
+            put(MetadataIndex(name, torch.Size(box.at)), lambda: torch.save(_alone(tensors[name].part(box)), file))  # noqa: B023
+        file.flush()
+        os.fsync(file.fileno())
     write_metadata(folder, entries, texts, Mesh(()), results, tied, paths)
+
+
+def _alone(t: Tensor) -> Tensor:
+    """On a storage of its own: a file holds the storages of what is saved."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def write(found: Found, dest: str | os.PathLike[str]) -> Path:
