@@ -34,6 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import deepseed
 from deepseed.api import TrainStep
@@ -44,7 +45,7 @@ from deepseed.ir.program import Type
 from deepseed.runtime import boxfile
 from deepseed.runtime import folder as folders
 from deepseed.runtime.folder import CheckpointError
-from deepseed.runtime.saved import Entry, Want, boxes, read, share_out, write, write_metadata
+from deepseed.runtime.saved import Entry, Reader, Want, boxes, read, share_out, write, write_metadata
 from deepseed.runtime.saved import shares as shares_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_waiting_for_the_disk")]
@@ -325,7 +326,38 @@ def test_an_index_that_would_run_code_is_refused(content: bytes, tmp_path: Path)
     (tmp_path / "c" / ".metadata").write_bytes(content)
     files = folders.manifest_of(tmp_path / "c")["files"]
     _rewrite(tmp_path / "c", files={**files, ".metadata": folders.digest(tmp_path / "c" / ".metadata")})
-    refused(used(), tmp_path / "c", r"/c/.metadata names \S+system, which is no record of torch.distributed.checkpoint")
+    refused(used(), tmp_path / "c", r"/c/.metadata names \S+system, which is no record of an index")
+
+
+def _named(*words: str) -> bytes:
+    return b"\x80\x04c" + words[0].encode() + b"\n" + words[1].encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (_named("torch.distributed.checkpoint.utils", "Stats") + b"(X\x01\x00\x00\x00xtR.", "names torch.distributed.checkpoint.utils.Stats"),
+        (_named("torch.distributed.checkpoint._async_process_executor", "TCPStore") + b".", "names torch.distributed.checkpoint._async_process_executor.TCPStore"),
+        (_named("torch.distributed.checkpoint.metadata", "Metadata") + b"(N}X\x0a\x00\x00\x00planner_at" + _named("torch", "Size")[2:] + b"stb.", "would change the classes that read it"),
+        (_named("torch.distributed.checkpoint.metadata", "MetadataIndex") + b"(N}X\x08\x00\x00\x00__init__" + _named("torch", "Size")[2:] + b"stb.", "would change the classes that read it"),
+    ],
+    ids=["a constructor", "a connection", "an attribute", "a method"],
+)
+def test_an_index_makes_nothing_but_records(content: bytes, says: str, tmp_path: Path) -> None:
+    """No other class of torch's package is called, and those that read it are afterwards what they were."""
+    before = dict(vars(Metadata)), dict(vars(MetadataIndex))
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        Reader(tmp_path).read_metadata()
+    assert before == (dict(vars(Metadata)), dict(vars(MetadataIndex)))
+
+
+def test_a_path_in_an_index_is_no_path_of_pythons(tmp_path: Path) -> None:
+    """The index of a folder names the folder; a pickle can change the class that it names."""
+    (tmp_path / ".metadata").write_bytes(_named("pathlib", "PosixPath") + b"(N}X\x06\x00\x00\x00exists" + _named("pathlib", "PurePosixPath")[2:] + b"stb.")
+    before = Path.exists
+    Reader(tmp_path).read_metadata()
+    assert Path.exists is before and "exists" not in vars(type(tmp_path))
 
 
 def _rewrite(path: Path, **changes: Any) -> None:

@@ -489,6 +489,18 @@ def test_the_commands(theirs: Callable[[str], Path], tmp_path: Path) -> None:
     (series / "a").rename(series / "a.tmp-0123abcd")
     assert re.search(r"^a.tmp-0123abcd .* partial$", command("ls", series).output, re.M) and "partial" in command("verify", series, code=1).output
 
+    shutil.copytree(series / "b", series / "c")
+    (series / "c" / "manifest.json").unlink()  # beside others of ours it is no checkpoint of somebody else's
+    assert re.search(r"^c .* partial$", command("ls", series).output, re.M) and "c: partial" in command("verify", series, code=1).output
+    assert "is partial: it has lost its manifest.json" in command("import", series / "c", tmp_path / "y", code=2).stderr
+    shutil.rmtree(series / "c")
+    (series / "latest").write_bytes(b"\xff\xfe../..")
+    for words in (("ls", series), ("verify", series)):
+        assert "latest is damaged: it holds" in command(*words, code=int(words[0] == "verify")).output
+    assert "latest is damaged: it holds" in command("export", series, tmp_path / "x", "--to", "torch", code=2).stderr
+    (series / "latest").write_text("b")
+    assert "fix: such as 5GB" in command("export", series, tmp_path / "x", "--to", "hf", "--max-shard-size", "foo", code=2).stderr
+
     out = command("export", series, tmp_path / "weights.pt", "--to", "torch", "--dtype", "bf16").output
     assert "wrote 9 tensors of the model" in out and torch.load(tmp_path / "weights.pt")["head.weight"].dtype == torch.bfloat16
     assert "--config" in command("export", series / "b", tmp_path / "hf", "--to", "hf").output

@@ -43,7 +43,7 @@ def _folder(source: Path, tag: str | None) -> Path:
     latest = next((source / name for name in LATEST if (source / name).is_file()), None)
     if tag is None and latest is None:
         return source
-    folder = source / (tag if tag is not None else latest.read_text().strip() if latest is not None else "")
+    folder = source / (tag if tag is not None else latest.read_text(errors="replace").strip() if latest is not None else "")
     if not folder.is_dir():
         tags = sorted(p.name for p in source.iterdir() if p.is_dir())
         raise CheckpointError(f"{folder} is not there{'' if tag is not None or latest is None else f', though {latest} names it'}: {source} has {', '.join(tags) or 'no folders'}\n  fix: --tag with one of these")
@@ -58,6 +58,8 @@ def _kind(where: Path) -> str:
         raise CheckpointError(f"{where} is a checkpoint of deepseed already\n  fix: step.load({str(where)!r})")
     if any(zero.MODEL.fullmatch(n) or zero.OPTIM.fullmatch(n) for n in names):
         return "deepspeed"
+    if ".metadata" in names and any((p / MANIFEST).is_file() for p in where.parent.iterdir() if p != where):
+        raise CheckpointError(f"{where} is partial: it has lost its {MANIFEST}, which those beside it have\n  fix: import another one; --format dcp, if it is no checkpoint of deepseed")
     if ".metadata" in names:
         return "dcp"
     if names & {SINGLE, INDEX, hf.BIN, hf.BIN_INDEX}:

@@ -30,6 +30,7 @@ from deepseed.pretrained import OURS, index, shards
 from deepseed.runtime.folder import MANIFEST, CheckpointError, aside, digest, discard, faults, manifest_of, publish
 from deepseed.runtime.safetensors import layout, make, mapped, sync
 from deepseed.runtime.saved import Box, cut
+from deepseed.runtime.series import latest
 
 KINDS = ("hf", "torch", "dcp")
 _TOLD = ("config.json", "generation_config.json")
@@ -41,6 +42,10 @@ def export(source: str | os.PathLike[str], dest: str | os.PathLike[str], to: str
         raise CheckpointError(f"--to {to}: not known\n  fix: one of {', '.join(KINDS)}")
     if to != "hf" and config is not None:
         raise CheckpointError(f"--config is of hf alone, and --to is {to}\n  fix: leave it out")
+    try:
+        largest = parse_bytes(max_shard_size)
+    except ValueError as error:
+        raise CheckpointError(f"--max-shard-size {error}\n  fix: such as 5GB") from error
     found = ours(source, tag)
     cast = {name: t.as_(dtype) if dtype is not None and t.dtype.is_floating_point else t for name, t in found.model.items()}
     found.model = cast
@@ -51,14 +56,14 @@ def export(source: str | os.PathLike[str], dest: str | os.PathLike[str], to: str
     elif to == "dcp":
         _dcp(found, target)
     else:
-        _hf(found, target, Path(config) if config is not None else None, parse_bytes(max_shard_size))
+        _hf(found, target, Path(config) if config is not None else None, largest)
     return found
 
 
 def ours(source: str | os.PathLike[str], tag: str | None = None) -> Found:
     """A checkpoint of ours, each file checked, else what ``find`` finds."""
     where = Path(os.path.realpath(source))
-    where = where / tag if tag is not None else where / (where / "latest").read_text().strip() if (where / "latest").is_file() else where
+    where = where / tag if tag is not None else where / (latest(where) or "")
     if not (where / MANIFEST).is_file() or (manifest := manifest_of(where)).get("format") == WEIGHTS:
         return find(source, tag=tag)
     if wrong := faults(where, manifest["files"], sorted(manifest["files"])):

@@ -8,9 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, faults, manifest_of
-
-LATEST = "latest"
+from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, DamagedError, faults, manifest_of, partial
+from deepseed.runtime.series import LATEST, latest
 
 
 @dataclass
@@ -35,12 +34,20 @@ def listed(where: str | os.PathLike[str], read: bool = False) -> list[Listed]:
         raise CheckpointError(f"{where}: no such folder\n  fix: the folder that step.save, Checkpoints or save_checkpoint was given")
     if _ours(folder):
         return [_one(folder, read)]
-    latest = (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else None
-    found = [_one(p, read) for p in sorted(folder.iterdir()) if p.is_dir() and (_ours(p) or p.name == latest)]
+    named, wrong = None, ""
+    try:
+        named = latest(folder)
+    except DamagedError as error:
+        wrong = str(error)
+    folders = [p for p in sorted(folder.iterdir()) if p.is_dir()]
+    beside = any((p / MANIFEST).is_file() for p in folders)  # then what looks like another's has lost its manifest
+    found = [_one(p, read) for p in folders if _ours(p) or p.name == named or (beside and partial(p, (f.name for f in p.iterdir())))]
     for each in found:
-        each.latest = each.tag == latest
-    if latest is not None and all(each.tag != latest for each in found):
-        found.append(Listed(latest, str(folder / latest), "damaged", latest=True, why=[f"{folder / latest} is missing: {folder / LATEST} names it"]))
+        each.latest = each.tag == named
+    if named is not None and all(each.tag != named for each in found):
+        found.append(Listed(named, str(folder / named), "damaged", latest=True, why=[f"{folder / named} is missing: {folder / LATEST} names it"]))
+    if wrong:
+        found.append(Listed(LATEST, str(folder / LATEST), "damaged", why=[wrong]))
     if not found:
         holds = ", ".join(sorted(p.name for p in folder.iterdir())[:3]) or "nothing"
         raise CheckpointError(f"{folder} holds no checkpoint of deepseed: it holds {holds}\n  fix: deepseed checkpoint import SOURCE DEST reads those of others")

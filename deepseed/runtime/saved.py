@@ -10,18 +10,20 @@ reads the written boxes that meet its own. No tensor is ever put together, and t
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import metadata as metadata_records
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
 from deepseed.ir.layout import REPLICATED, Layout, local_indices
@@ -200,22 +203,47 @@ class Reader(FileSystemReader):
             return bytes(file.read(where.length))
 
 
+_META, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_RECORDS = {
+    **{(_META, name): getattr(metadata_records, name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )},
+    (_FILES, "_StorageInfo"): _StorageInfo, ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout,
+}  # fmt: skip
+
+
 class _Records(pickle.Unpickler):
-    """Takes only what an index is made of, so that reading it runs nothing."""
+    """Takes only what an index is made of, so that reading it runs nothing: these records, by their exact names, dtypes, and paths that reach no file."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(file)
         self.path = path
+        self._place = type("_Place", (PurePosixPath,), {})
 
     def find_class(self, module: str, name: str) -> Any:
-        plain = (module.partition(".")[0] == "pathlib" and name.endswith("Path")) or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
-        if "." not in name:
-            found = getattr(torch, name, None) if module == "torch" else None
-            if plain or isinstance(found, torch.dtype):
-                return super().find_class(module, name)
-            if module.startswith("torch.distributed.checkpoint.") and isinstance(record := super().find_class(module, name), type):
-                return record
-        raise CheckpointError(f"{self.path} names {module}.{name}, which is no record of torch.distributed.checkpoint\n  fix: load only checkpoints that you trust")
+        found = _RECORDS.get((module, name))
+        if found is None and module.partition(".")[0] == "pathlib" and re.fullmatch(r"(Pure)?(Posix|Windows)?Path", name):
+            found = self._place
+        if found is None and module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            found = dtype
+        if found is None:
+            raise CheckpointError(f"{self.path} names {module}.{name}, which is no record of an index\n  fix: load only checkpoints that you trust")
+        return found
+
+    def load(self) -> Any:
+        """Raises CheckpointError, too, where the file changes a record's class, which a pickle can."""
+        classes = [c for c in _RECORDS.values() if isinstance(c, type) and c is not torch.Size]
+        before = [dict(vars(c)) for c in classes]
+        try:
+            return super().load()
+        finally:
+            changed = False
+            for c, was in zip(classes, before, strict=True):
+                for key in {k for k, v in vars(c).items() if was.get(k, self) is not v} - {"__doc__"}:
+                    changed = True
+                    setattr(c, key, was[key]) if key in was else delattr(c, key)
+            if changed:
+                raise CheckpointError(f"{self.path} would change the classes that read it: it was made to do harm, and was not read\n  fix: load only checkpoints that you trust")
 
 
 def read(folder: Path, wants: Sequence[Want], mesh: Mesh, texts: Sequence[str] = (), sums: Sums | None = None) -> dict[str, bytes]:
