@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +28,15 @@ def golden(request: pytest.FixtureRequest) -> Callable[[object], None]:
         assert str(text) == path.read_text()
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """An engine in this process makes a process group; whoever compiles after it would be one of its ranks."""
+    before = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not before:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

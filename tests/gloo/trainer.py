@@ -123,7 +123,8 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 def quiet() -> None:
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    for name in ("transformers", "accelerate", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
