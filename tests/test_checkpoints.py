@@ -226,6 +226,7 @@ def test_latest_moves_last_and_an_old_one_goes_after_that(asynchronous: bool, tm
         kept.append((here / "step1" / "manifest.json").exists())
         if reader.steps == 1:
             assert kept[-1]
+        assert all((p / "manifest.json").exists() for p in here.iterdir() if p.is_dir() and "." not in p.name), "a tag's folder is whole, or not there"
         if at % 6 == 0:  # the next save tidies up
             trained(reader, 3 - reader.steps)
             with deepseed.Checkpoints(reader, here, keep=1, asynchronous=asynchronous) as checkpoints:
