@@ -15,7 +15,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from gloo.checkpoint import FIRST, Tagger, batches, everything, made, trained
 from gloo.launch import ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import killed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -368,38 +368,6 @@ def _rewrite(path: Path, **changes: Any) -> None:
 # a writer that is killed ------------------------------------------------------------------------------------------------
 
 
-def killed(step: TrainStep, path: Path, at: int) -> int | None:
-    """Save in a forked process that is killed before its ``at``-th system call that makes something last; the number of them, if it
-    is not that many."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        count = [0]
-
-        def counted(function: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if count[0] == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count[0] += 1
-                return function(*args, **kwargs)
-
-            return call
-
-        for module, names in ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (boxfile, ("_save",))):
-            for name in names:
-                setattr(module, name, counted(getattr(module, name)))
-        try:
-            step.save(path)
-            os.write(writer, str(count[0]).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return int(said) if said else None
-
-
 def small(seed: int) -> TrainStep:
     torch.manual_seed(seed)
     model = nn.Linear(4, 4).double()
@@ -425,7 +393,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_that_loads(former: bool, tmp_p
     while calls is None:
         shutil.rmtree(here)
         shutil.copytree(start, here)
-        calls = killed(step, path, at)
+        calls = killed(lambda: step.save(path), at)
         before = everything(reader)
         try:
             reader.load(path)
