@@ -98,8 +98,9 @@ def _cores() -> int:
 
 
 def _memory() -> dict[str, int]:
-    words = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    return {name: int(words[key].split()[0]) * 1024 for name, key in (("total", "MemTotal"), ("available", "MemAvailable"))}
+    from deepseed.runtime.staged import host_memory
+
+    return host_memory()
 
 
 def _disk(path: str) -> dict[str, int]:

@@ -56,7 +56,7 @@ def _points(ops: Sequence[Op], at: Sequence[int], live: Floats, cost: Floats, st
     """The cut points; where there are too few, or none near the middle of the work (a chain of equal widths has no valleys but at its end), every
     place where a cut may stand. Raises PassError: still too few."""
     points, anywhere = cut_points(ops, at, live), open_places(ops, at, live)
-    least = max(float(cost.sum()) / stages, float(cost.max(initial=0.0)))  # no cuts divide the work better
+    least = max(float(cost.sum()) / stages, *map(float, cost))  # no cuts divide the work better
     if len(points) < stages - 1 or ((dearest := _dearest(points, cost, live, stages)) > UNEVEN * least and dearest > UNEVEN * _dearest(anywhere, cost, live, stages)):
         points = anywhere
     if len(points) < stages - 1:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from deepseed.importing.found import Found, Lazy
+from deepseed.importing.optimizers import described
 from deepseed.importing.records import kept
-from deepseed.importing.zero import described
 from deepseed.runtime.folder import CheckpointError
 from deepseed.runtime.saved import Box, Reader, common
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -21,11 +20,12 @@ from deepseed.checkpoint import EXTRA, FORMAT, packed
 from deepseed.fits import HOW
 from deepseed.ir.layout import REPLICATED
 from deepseed.ir.mesh import Mesh
+from deepseed.runtime.boxfile import write_boxes
 from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish
 from deepseed.runtime.saved import Box, Entry, Ints, share_out, write_metadata
 
 Read = Callable[[Box], Tensor]
-DATA = "__0_0.distcp"
+DATA, METADATA = "__0_0.distcp", ".metadata"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,7 @@ class Lazy:
             raise CheckpointError(f"{name} {list(shape)} has {need} elements, the files of all ranks hold {have} of them\n  fix: copy the whole folder again, the files of all ranks")
 
         def read(box: Box) -> Tensor:
-            start, out, count = _first(shape, box), [], prod(box.sizes)
-            for part in parts:
-                if start < part.numel() and count > 0:
-                    out.append(part[start : start + count])
-                    count -= out[-1].numel()
-                start = max(0, start - part.numel())
+            out = window(parts, _first(shape, box), prod(box.sizes))
             return (torch.cat(out) if len(out) != 1 else out[0]).view(box.sizes)
 
         return Lazy(shape, dtype or parts[0].dtype, read)
@@ -74,6 +69,17 @@ class Lazy:
         if tuple(got.shape) != tuple(box.sizes):
             raise CheckpointError(f"a box {list(box.sizes)} at {list(box.at)} of a tensor {list(self.shape)} was read as {list(got.shape)}")
         return got.to(self.dtype).contiguous()
+
+
+def window(parts: Sequence[Tensor], start: int, count: int) -> list[Tensor]:
+    """Elements ``start`` to ``start + count`` of parts that lie one after another, as views of them."""
+    out = []
+    for part in parts:
+        if count and start < part.numel():
+            out.append(part[max(start, 0) : max(start, 0) + count])
+            count -= out[-1].numel()
+        start = max(0, start - part.numel())
+    return out or [parts[0][:0]]
 
 
 def _first(shape: Ints, box: Box) -> int:
@@ -113,30 +119,15 @@ class Found:
         return [{"class": self.optimizer, "groups": groups}]
 
 
-def store(folder: Path, tensors: Mapping[str, Lazy], texts: Mapping[str, bytes], tied: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> None:
-    """Files of ``torch.distributed.checkpoint`` with these tensors, in a folder that is there. Its own writer would hold all that it has written until the end."""
+def store(folder: Path, tensors: Mapping[str, Lazy], texts: Mapping[str, bytes], tied: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Files of ``torch.distributed.checkpoint`` with these tensors, in a folder that is there; each file's size and checksums."""
     entries = {name: Entry(t.shape, t.dtype, REPLICATED, [None], own=True) for name, t in tensors.items()}
-    results: list[WriteResult] = []
-    with (folder / DATA).open("wb") as file:
-
-        def put(index: MetadataIndex, written: Callable[[], object]) -> None:
-            start = file.tell()
-            written()
-            length = file.tell() - start
-            results.append(WriteResult(index, length, _StorageInfo(DATA, start, length)))
-
-        for name, text in texts.items():
-            put(MetadataIndex(name), partial(file.write, text))
-        for name, box in share_out(entries, Mesh(()))[0]:
-            put(MetadataIndex(name, torch.Size(box.at)), lambda: torch.save(_alone(tensors[name].part(box)), file))  # noqa: B023
-        file.flush()
-        os.fsync(file.fileno())
+    boxes = share_out(entries, Mesh(()))[0]
+    places, sums = write_boxes(folder / DATA, chain(texts.values(), (tensors[name].part(box) for name, box in boxes)))
+    indices = [*map(MetadataIndex, texts), *(MetadataIndex(name, torch.Size(box.at)) for name, box in boxes)]
+    results = [WriteResult(index, place.length, place) for index, place in zip(indices, places, strict=True)]
     write_metadata(folder, entries, texts, Mesh(()), results, tied, paths)
-
-
-def _alone(t: Tensor) -> Tensor:
-    """On a storage of its own: a file holds the storages of what is saved."""
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+    return {DATA: sums, METADATA: digest(folder / METADATA)}
 
 
 def write(found: Found, dest: str | os.PathLike[str]) -> Path:
@@ -153,8 +144,7 @@ def write(found: Found, dest: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = aside(target, "deepseed checkpoint import")
     try:
-        store(folder, tensors, texts, tied, {name: tuple(name.split(".", 1)) for name in [*tensors, *tied, *texts]})
-        files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+        files = store(folder, tensors, texts, tied, {name: tuple(name.split(".", 1)) for name in [*tensors, *tied, *texts]})
         publish(folder, target, {**manifest, **({"frozen": found.frozen} if found.frozen else {}), "files": files})
     except BaseException:
         discard(folder)

@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, DamagedError, faults, manifest_of, partial
-from deepseed.runtime.series import LATEST, latest
+from deepseed.runtime.folder import LEFT, MANIFEST, CheckpointError, DamagedError, faults, manifest_of
+from deepseed.runtime.series import LATEST, latest, leftovers, series
 
 
 @dataclass
@@ -33,15 +33,18 @@ def listed(where: str | os.PathLike[str], read: bool = False) -> list[Listed]:
     if not folder.is_dir():
         raise CheckpointError(f"{where}: no such folder\n  fix: the folder that step.save, Checkpoints or save_checkpoint was given")
     if _ours(folder):
-        return [_one(folder, read)]
+        return [_one(folder.name, folder, read)]
     named, wrong = None, ""
     try:
         named = latest(folder)
     except DamagedError as error:
         wrong = str(error)
-    folders = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-    beside = any((p / MANIFEST).is_file() for p in folders)  # then what looks like another's has lost its manifest
-    found = [_one(p, read) for p in folders if _ours(p) or p.name == named or (beside and partial(p, (f.name for f in p.iterdir())))]
+    known = series(folder)
+    if not any(_ours(each.folder) or each.tag == named for each in known):
+        known = []  # what has no manifest at all is somebody else's
+    shown = {each.folder for each in known}
+    found = [_one(each.tag if not each.fault else each.folder.name, each.folder, read) for each in known]
+    found += [_one(p.name, p, read) for p in leftovers(folder) if p not in shown]
     for each in found:
         each.latest = each.tag == named
     if named is not None and all(each.tag != named for each in found):
@@ -58,9 +61,9 @@ def _ours(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or LEFT.fullmatch(folder.name) is not None or (any(p.suffix == ".distcp" for p in folder.iterdir()) and not (folder / ".metadata").is_file())
 
 
-def _one(folder: Path, read: bool) -> Listed:
+def _one(tag: str, folder: Path, read: bool) -> Listed:
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    out = Listed(folder.name, str(folder), "complete", bytes=size)
+    out = Listed(tag, str(folder), "complete", bytes=size)
     if not (folder / MANIFEST).is_file():
         out.state, out.why = "partial", [f"{folder / MANIFEST} is missing: a save was cut off before its end"]
         return out

@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from deepseed.config import read
 from deepseed.config.objects import NO_OPTION, OWN, optimizer_choice, optimizer_class
 from deepseed.fits import HOW
+from deepseed.importing.found import Found
 from deepseed.runtime.folder import CheckpointError
 
 _SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # what schedulers of torch write into a group
+
+
+def described(found: Found, options: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], config: Any, optimizer: str | None) -> None:
+    """The optimizer's class and its groups, as far as anything says them."""
+    if optimizer == "none" or not found.slots:
+        found.slots.clear()
+        return
+    found.optimizer = class_of(options, config, optimizer, found.source)
+    found.groups = [{"params": list(n), **options_of(o, found.optimizer)} for n, o in zip(names, options, strict=True)]
 
 
 def class_of(groups: Sequence[Mapping[str, Any]], config: Any, said: str | None, source: Path) -> str:

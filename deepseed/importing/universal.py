@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from deepseed.importing.found import Found, Lazy
+from deepseed.importing.optimizers import described
 from deepseed.importing.records import load, mapping
-from deepseed.importing.zero import MODEL, common, described, widened
+from deepseed.importing.zero import MODEL, common, widened
 from deepseed.runtime.folder import CheckpointError
 
 FP32 = "fp32.pt"

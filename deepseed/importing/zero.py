@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.importing.found import Found, Lazy
-from deepseed.importing.optimizers import class_of, options_of
+from deepseed.importing.found import Found, Lazy, window
+from deepseed.importing.optimizers import described
 from deepseed.importing.records import Record, kept, mapping
 from deepseed.runtime.folder import CheckpointError
 
@@ -198,17 +198,6 @@ def _placed(folder: Path, group: Group, stage: int, ranks: int) -> dict[str, dic
     return out
 
 
-def window(parts: Sequence[Tensor], start: int, count: int) -> list[Tensor]:
-    """Elements ``start`` to ``start + count`` of parts that lie one after another, as views of them."""
-    out = []
-    for part in parts:
-        if count and start < part.numel():
-            out.append(part[max(start, 0) : max(start, 0) + count])
-            count -= out[-1].numel()
-        start = max(0, start - part.numel())
-    return out or [parts[0][:0]]
-
-
 def _frozen(folder: Path, first: Mapping[str, Any], models: Mapping[int, Path], stage: int, ranks: int) -> dict[str, Lazy]:
     """Parameters that no optimizer has: whole in the first file, in stage 3 a part in each."""
     shapes = {str(n): tuple(s) for n, s in (first.get("frozen_param_shapes") or {}).items()}
@@ -243,15 +232,6 @@ def _options(found: Found, first: Mapping[str, Any], state: Mapping[str, Any], g
             options = [{**o, "lr": lr, **({"initial_lr": begun[n]} if isinstance(begun, list) else {})} for n, (o, lr) in enumerate(zip(options, now, strict=True))]
         found.notes.append("the options of the groups are not there: weight decay, betas and the like stay as the optimizer is made" + ("" if now else ", and so does lr"))
     described(found, options, [sorted(grouped[g], key=order.index) if shuffled else grouped[g] for g in sorted(grouped)], config, optimizer)
-
-
-def described(found: Found, options: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], config: Any, optimizer: str | None) -> None:
-    """The optimizer's class and its groups, as far as anything says them."""
-    if optimizer == "none" or not found.slots:
-        found.slots.clear()
-        return
-    found.optimizer = class_of(options, config, optimizer, found.source)
-    found.groups = [{"params": list(n), **options_of(o, found.optimizer)} for n, o in zip(names, options, strict=True)]
 
 
 def common(found: Found, model: Mapping[str, Any], state: Mapping[str, Any]) -> None:

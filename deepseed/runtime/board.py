@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from deepseed.runtime.errors import RankError
+from deepseed.runtime.stores import own
 
 if TYPE_CHECKING:
     from deepseed.runtime.distributed import World
@@ -48,9 +48,7 @@ class Shared:
     """Of all ranks of a process group, over a connection of its own: a thread that waits keeps nobody else from the store."""
 
     def __init__(self, world: World) -> None:
-        self._world, self._base = world, dist.distributed_c10d._get_default_store()
-        clone = getattr(self._base, "clone", None)
-        self._store = PrefixStore("deepseed.board", clone() if clone else self._base)
+        self._world, self._store = world, own(dist.distributed_c10d._get_default_store(), "board")
 
     def post(self, key: str, note: Any) -> None:
         self._store.set(f"{key}/{self._world.rank}", pickle.dumps(note))  # type: ignore[arg-type]  # bytes are taken as they are

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json")
+_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json(\.tmp)?")
 LEFT = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{8}")  # what a save leaves beside a folder where it is cut off
 
 
@@ -84,10 +84,13 @@ def publish(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     missing = [name for name in manifest["files"] if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{missing[0]} is not in {folder} as rank 0 sees it\n  fix: save to a file system that all ranks share")
-    with writing(folder / MANIFEST), (folder / MANIFEST).open("w") as file:
-        json.dump({**manifest, "checksum": checksum(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(folder / MANIFEST):
+        fresh = folder / f"{MANIFEST}.tmp"  # a folder that has a manifest is whole: it comes at once
+        with fresh.open("w") as file:
+            json.dump({**manifest, "checksum": checksum(manifest)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(fresh, folder / MANIFEST)
     sync(folder)
     former = target.with_name(folder.name.replace(".tmp-", ".old-"))
     if target.exists():

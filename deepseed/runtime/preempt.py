@@ -17,7 +17,9 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
+
+from deepseed.runtime.stores import own
 
 CODE = 128 + signal.SIGTERM  # exit code of a process that was told to stop, and has saved: no launcher starts it again
 _told = False
@@ -63,12 +65,10 @@ def leave() -> NoReturn:
 
 
 def _store() -> Store | None:
-    """A connection of its own to the store of the process group: the group's may be waiting in another thread. None: this process is alone."""
+    """None: this process is alone."""
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if group is None or dist.get_world_size() == 1:
         return None
     if group not in _stores:
-        store = dist.distributed_c10d._get_default_store()
-        clone = getattr(store, "clone", None)
-        _stores[group] = PrefixStore("deepseed.preempt", clone() if clone else store)
+        _stores[group] = own(dist.distributed_c10d._get_default_store(), "preempt")
     return _stores[group]

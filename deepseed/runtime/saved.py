@@ -12,7 +12,6 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -34,7 +33,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import _get_layout
-from torch.utils.serialization import config as serialization
 
 from deepseed.ir.layout import REPLICATED, Layout, local_indices
 from deepseed.ir.mesh import Mesh
@@ -144,16 +142,10 @@ def write(
         indices = [*map(MetadataIndex, more), *(MetadataIndex(share.name, share.box.at) for share in own)]
         if indices:
             path = folder / f"__{rank}_0.distcp"
-            with writing(path), _without_crc():
+            with writing(path):
                 places, files[path.name] = write_boxes(path, [*more.values(), *(share.values for share in own)])
             out += [WriteResult(index, place.length, place) for index, place in zip(indices, places, strict=True)]
     return out, files
-
-
-def _without_crc() -> AbstractContextManager[None]:
-    """``torch.save`` without its checksums, which cost more than all else: the file has others."""
-    patched: AbstractContextManager[None] = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
-    return patched
 
 
 def write_metadata(

@@ -57,8 +57,13 @@ def _keyed(held: Sequence[Sequence[Share]]) -> dict[Key, Share]:
 
 def available() -> int | None:
     """Bytes of host memory that can be had without swapping; None where the system does not tell."""
+    return host_memory().get("available")
+
+
+def host_memory() -> dict[str, int]:
+    """Bytes of the host's memory, ``total`` and ``available``; empty where the system does not tell."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return {name: int(lines[key].split()[0]) * 1024 for name, key in (("total", "MemTotal"), ("available", "MemAvailable"))}
     except (OSError, KeyError, ValueError):
-        return None
+        return {}

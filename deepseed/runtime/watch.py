@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from deepseed.logs import warn
 from deepseed.runtime.errors import RankError
+from deepseed.runtime.stores import own
 from deepseed.runtime.whereabouts import main_thread
 
 BEAT = 1.0  # seconds
@@ -42,8 +43,7 @@ class Watch:
         self.rank, self.world = rank, world
         self.doing = "start"
         self.turn = 0
-        clone = getattr(store, "clone", None)
-        self._mine = PrefixStore("deepseed.watch", clone() if clone else store)  # own connection: the other may block
+        self._mine = own(store, "watch")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="deepseed watch", daemon=True)
         self._thread.start()
