@@ -494,6 +494,9 @@ def test_the_commands(theirs: Callable[[str], Path], tmp_path: Path) -> None:
     assert re.search(r"^c .* partial$", command("ls", series).output, re.M) and "c: partial" in command("verify", series, code=1).output
     assert "is partial: it has lost its manifest.json" in command("import", series / "c", tmp_path / "y", code=2).stderr
     shutil.rmtree(series / "c")
+    shutil.copytree(series / "a.tmp-0123abcd", series / "b.tmp-89abcdef")  # beside one that is whole
+    assert re.search(r"^b.tmp-89abcdef .* partial$", command("ls", series).output, re.M) and "b: complete" in command("verify", series, code=1).output
+    shutil.rmtree(series / "b.tmp-89abcdef")
     (series / "latest").write_bytes(b"\xff\xfe../..")
     for words in (("ls", series), ("verify", series)):
         assert "latest is damaged: it holds" in command(*words, code=int(words[0] == "verify")).output

@@ -413,7 +413,8 @@ DYING = """
 import os, signal, subprocess, sys, time
 if os.environ["DEEPSEED_RESTART"] == "1": sys.exit(0)
 signal.signal(signal.SIGTERM, lambda *_: None)  # as one that hears it and goes on
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"],
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # or whoever reads the launcher's output waits until it has ended
 open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(f"{os.getpid()} {child.pid}")
 time.sleep(1)
 if os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
