@@ -423,7 +423,7 @@ def test_every_file_and_folder_is_made_to_last_before_the_former_one_goes(tmp_pa
     step.save(tmp_path / "c")
     names = "\n".join(re.sub(r"-[0-9a-f]{8}", "", line) for line in said)
     assert names == (
-        "sync __0_0.distcp\nsync __1_0.distcp\nsync .metadata.tmp\n.metadata.tmp -> .metadata\nsync manifest.json\nsync c.tmp\n"
+        "sync __0_0.distcp\nsync __1_0.distcp\nsync .metadata.tmp\n.metadata.tmp -> .metadata\nsync manifest.json.tmp\nmanifest.json.tmp -> manifest.json\nsync c.tmp\n"
         f"c -> c.old\nc.tmp -> c\nsync {tmp_path.name}\ndelete c.old"
     )
 

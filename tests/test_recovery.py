@@ -481,10 +481,10 @@ AGREEING = """
 import os, random, signal, sys, time
 import torch, torch.distributed as dist
 from deepseed.runtime import preempt
-from deepseed.runtime.distributed import start
+from deepseed.runtime.distributed import start, stop, world
 preempt.listen()
 start("gloo")
-rank = dist.get_rank()
+rank = world().rank
 own, stops = random.Random(rank), []
 for trial in range(60):
     told = random.Random(trial)
@@ -499,6 +499,7 @@ for trial in range(60):
     dist.all_gather(found, torch.tensor([float(step), min(ranks.values()) + 1.0]))
     stops.append(all(f[0] == found[0][0] and f[1] < f[0] <= f[1] + 1 for f in found))
 assert all(stops), stops.count(False)
+stop()
 open(f"{sys.argv[1]}/{rank}", "w").close()
 """
 
