@@ -47,3 +47,12 @@ def test_a_bucket_is_its_members(kind: str, reduce: str, n: int) -> None:
     for results in simulate(Mesh((("a", n),)), [step] * n, given):
         for one, other in zip(results[: len(MEMBERS)], results[len(MEMBERS) :], strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_number_beside_what_does_not_lie_in_order() -> None:
+    def step(rt: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(rt.wait(handle) for handle in rt.bucket_start("all_reduce", [inputs[0], inputs[1].t()], "a"))
+
+    given = [[torch.tensor(1.0 + rank), torch.arange(6.0).reshape(2, 3) * (rank + 1)] for rank in range(2)]
+    for number, turned in simulate(Mesh((("a", 2),)), [step] * 2, given):
+        assert number.shape == () and number == 3 and torch.equal(turned, (torch.arange(6.0).reshape(2, 3) * 3).t())

@@ -241,7 +241,7 @@ def _packed(xs: Sequence[Tensor], n: int, take: Sequence[Place], put: Sequence[P
     lead = (n,) if take else ()
     packed, at = (xs[0].new_empty if even else xs[0].new_zeros)(*lead, sum(shape.numel() for shape in shapes)), 0
     for k, (x, shape) in enumerate(zip(xs, shapes, strict=True)):
-        there = packed.narrow(-1, at, shape.numel()).view(*lead, *shape)
+        there = packed.narrow(-1, at, shape.numel()).view((*lead, *shape))
         if take:
             _fill(there, x, n, take[k])
         else:
