@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step

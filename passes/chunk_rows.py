@@ -30,7 +30,8 @@ PRODUCTS = ("aten.mm", "aten.addmm")
 @program_pass(requires={"lowered"}, provides={"chunked"})
 def chunk_rows(p: Program, chunks: int | None = None) -> Program:
     """Compute the widest product and what is made of it for ``chunks`` parts of its rows, one after another; ``0``: as many as keep each below ``CHUNK``
-    bytes; None, and a program without such a product, leave the program as it is. Raises PassError where the rows cannot be cut in so many.
+    bytes; None leaves the program as it is, and so does one without such a product, or where something else reads all of what it makes. Raises PassError where the
+    rows can be cut, but not in so many.
 
     before: %x : f32[8, 4] batch "x"
             %w : f32[4, 64] param "w"
@@ -38,6 +39,8 @@ def chunk_rows(p: Program, chunks: int | None = None) -> Program:
             %e = aten.exp(%h) : f32[8, 64]
             %s = sum(%e, dims=[0, 1], keepdim=false) : f32[]
     after, chunks=2:
+            %x : f32[8, 4] batch "x"
+            %w : f32[4, 64] param "w"
             %x.rows0 = slice(%x, dim=0, start=0, step=1) : f32[4, 4]
             %h.rows0 = aten.mm(%x.rows0, %w) : f32[4, 64]
             %e.rows0 = aten.exp(%h.rows0) : f32[4, 64]
@@ -61,12 +64,12 @@ def chunk_rows(p: Program, chunks: int | None = None) -> Program:
         for n in _numbers(op, wanted, exact=bool(chunks)):
             for region in _regions(p, op, n, position, found):
                 return _write(p, region, position)
-    if chunks and products:
-        where = products[0].path or "the top level"
-        raise PassError(
-            f"the rows of %{products[0].name} at {where} cannot be cut into {chunks} chunks: its {products[0].type.local(p.mesh)[0]} rows a rank have no such part that all ops up to the loss allow\n"
-            "  fix: a number that divides each rank's sequence (or its rows), or chunked alone"
-        )
+    for op in products if chunks else ():
+        rows = op.type.shape[0]
+        others = [n for n in range(2, rows + 1) if rows % n == 0 and n != chunks and next(_regions(p, op, n, position, found), None)]
+        if others:
+            where = op.path or "the top level"
+            raise PassError(f"the {rows} rows of %{op.name} at {where} cannot be cut into {chunks} chunks\n  fix: chunkedN with N one of {', '.join(map(str, others))}, or chunked alone")
     return p
 
 
@@ -126,7 +129,7 @@ def _placed(p: Program, op: Op, given: Sequence[object], mesh: Mesh, found: Cand
     """A strategy of an op with these elements on its operands (``...``: any) and results; a move over other axes leaves the rows where they are."""
     if op.target in ("wait", "shard", "summand") or op.target.endswith(".start"):
         known = [e for e in (*given, *(results or {}).values()) if e is not ...]
-        return Strategy((known[0],), (known[0],)) if len(op.refs) == len(op.results) == 1 and isinstance(known[0], Split) else None  # type: ignore[arg-type]
+        return Strategy((known[0],), (known[0],)) if len(op.refs) == len(op.results) == 1 and isinstance(known[0], Split) else None
     fits = [
         s for s in op_strategies(op, p.types, AXIS, mesh, found)
         if all(want is ... or want == have for want, have in zip(given, s.operands, strict=True)) and all(s.results[k] == e for k, e in (results or {}).items())
@@ -268,8 +271,7 @@ class _Chunks:
                     assert isinstance(element, Split)
                     new[ref.name, element] = self._slice(op, ref.name, element, i)
             here = localize_op(replace(op, types=tuple([_cut(t, e) for t, e in zip(op.types, s.results, strict=True)])), operands, chunks, {AXIS: i})
-            elements = iter(s.operands)
-            here = here.map_refs(lambda ref, elements=elements: Ref(self._here(new, ref.name, next(elements))))  # type: ignore[misc]
+            here = _reading(here, [self._here(new, r.name, e) for r, e in zip(op.refs, s.operands, strict=True)])
             results = tuple([self.out.fresh(f"{r}.{AXIS}{i}") for r in op.results])
             new.update(((r, e), name) for r, e, name in zip(op.results, s.results, results, strict=True))
             kwargs = tuple((k, v) for k, v in here.kwargs if k != "index" or op.target != "full")
@@ -336,6 +338,12 @@ class _Chunks:
         seen = [self._op(op, self.out.fresh(f"{name}.seen"), "reshape", [name], _seen(t, element, n, 1)) for name in pieces]
         whole = self._op(op, self.out.fresh(f"{value}.seen"), "cat", seen, _seen(t, element, n), {"dim": element.dim + 1})
         self._op(op, value, "reshape", [whole], t)
+
+
+def _reading(op: Op, names: Sequence[str]) -> Op:
+    """The op on these values, in the order of its uses."""
+    left = iter(names)
+    return op.map_refs(lambda _: Ref(next(left)))
 
 
 def _cut(t: Type, element: Element) -> Type:
