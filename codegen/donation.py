@@ -94,6 +94,11 @@ class Donation:
         out.update((result, n) for n, op in enumerate(self.program.ops) for result in op.results)
         return out
 
+    def taken(self, op: Op) -> bool:
+        """Whether ``add_into`` adds in its first operand's own memory: it is its last reader, and no other value shares it."""
+        value = op.refs[0].name
+        return value in self.program.producers and self.memory(value) == frozenset({value}) and self.last_use[value] == self._defined[op.name] and not self.roots[value]
+
     def in_place(self, position: int, stored: str, result: str) -> bool:
         """Whether the op at ``position`` may turn ``stored`` into ``result`` in its own memory: it is the last reader."""
         o = self.stored.get(stored)

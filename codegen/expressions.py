@@ -6,7 +6,9 @@ import keyword
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from deepseed.codegen.donation import Donation
 from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES, step
 from deepseed.ir.kernels import CONTIGUOUS, MASKED
 from deepseed.ir.mesh import TIME
@@ -38,6 +40,10 @@ class Source:
     lines: list[str] = field(default_factory=list)
     looked: bool = False  # whether each value is shown to the runtime
     names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def donation(self) -> Donation:
+        return Donation(self.p)
 
     def __post_init__(self) -> None:
         self._taken = _RESERVED | (_IN_PARTS if self.p.schedule is not None else set())
@@ -284,6 +290,7 @@ OWN: dict[str, Expression] = {
     "pad": _called("ops.pad", "pads", "value"),
     "cat": lambda out, op: f"torch.cat({out.arg(op.args[0] if isinstance(op.args[0], tuple) else op.args)}, {op.kw('dim', 0)})",
     "sum": _sum,
+    "add_into": lambda out, op: f"{_x(out, op)}.add_({_x(out, op, 1)})" if out.donation.taken(op) else f"torch.add({_x(out, op)}, {_x(out, op, 1)})",
     "sum_of_squares": lambda out, op: f"ops.sum_of_squares({_x(out, op)}, {_dtype(op)})",
     "amax": _amax,
     "embedding": _embedding,

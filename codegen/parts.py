@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
@@ -43,7 +42,7 @@ class _Parts:
         assert p.schedule is not None
         self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
         self.out = Source(p, looked=looked)
-        self.donation = Donation(p)
+        self.donation = self.out.donation
         self.update = Update(self.donation, self.out.name, self.out.emit)
         several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
         self.cut = first_backward(p)  # the loop with the first part of the second half

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.codegen.parts import generate_parts
@@ -26,7 +25,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False) -> str:
     if p.schedule is not None:
         return generate_parts(p, lane, looked)
     out = Source(p, looked=looked)
-    donation = Donation(p)
+    donation = out.donation
     update = Update(donation, out.name, out.emit)
     _prologue(out)
     _close(out, update, -1, [i.name for i in p.inputs])

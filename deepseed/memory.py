@@ -159,6 +159,10 @@ class _Liveness:
             return self._update(n, op)
         if op.target.endswith(".start") and len(op.results) > 1:
             return self._bucket(op)
+        if op.target == "add_into" and self.donation.taken(op):
+            self._share(op.name, op.refs[0].name)
+            self.strides[op.name] = self.strides[op.refs[0].name]
+            return None
         view = self.lying.view(op)
         for result, t in zip(op.results, op.types, strict=True):
             shape = t.local(self.p.mesh)

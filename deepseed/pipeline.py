@@ -22,6 +22,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.verify import verify
 from deepseed.passes.canonicalize import canonicalize
+from deepseed.passes.chunk_rows import chunk_rows
 from deepseed.passes.cut_stages import cut_stages
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.insert_reshards import insert_reshards
@@ -41,6 +42,7 @@ PIPELINE: tuple[Pass, ...] = (
     insert_reshards,
     lower_reshards,
     plan_memory,
+    chunk_rows,
     offload,
     loop_microbatches,
     cut_stages,
@@ -83,6 +85,7 @@ def arguments(
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
         "plan_memory": {**({"saved": 0.0, "every": 1} if plan.remat else {}), **({"gathers": "once"} if zero in (1, 2) and "params" not in plan.offload else {})},
+        "chunk_rows": {"chunks": plan.chunked},
         "offload": {"what": plan.offload, "stored": hosted or {}},
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},

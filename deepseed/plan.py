@@ -2,7 +2,7 @@
 
     plan  ::= word ("+" word)*
     word  ::= ("dp" | "ep" | "sp" | "tp" | "mb") N | "pp" N [ "(cut=[" path ("," path)* "])" ] | "zero" 0..3 | "bf16" | "fp16" | "fp32" | "fp64"
-            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
+            | "gpipe" | "1f1b" | "interleaved" V | "zb" | "chunked" [N] | "remat" | "bn(local)" | "bn(exact)" | "order(" axis ("," axis)* ")"
             | "grads(" ("bf16" | "fp16" | "fp32" | "fp64") ")" | "budget(" bytes ")" | "offload" [ "(" kind ("," kind)* ["," "disk=" dir] ")" ]
 
 Order is free, each kind of word appears once. A plan names sizes only: how a model is cut to them is the compiler's work; ``cut`` pins the
@@ -66,6 +66,7 @@ class Plan:
     schedule: str | None = None  # of the stages: gpipe, 1f1b, interleavedV, zb
     bn: str | None = None  # "local": the statistics of a batch norm are those of each microbatch; "exact": of all, at any price
     order: tuple[str, ...] = ()  # of the axes of ranks, major first
+    chunked: int | None = None  # parts of the rows for which the loss of a large vocabulary is computed in turn; 0: as many as memory asks for
     remat: str | None = None  # "remat": the backward computes again what it reads of the forward, from the layers' inputs
     offload: tuple[str, ...] = ()  # what lies on the host, of OFFLOADS
     budget: int | None = None  # bytes of each rank's device: what is computed again and what lies on the host is chosen so that the step fits
@@ -74,7 +75,7 @@ class Plan:
     grads: str | None = None  # in which gradients are reduced and added up, a key of PRECISIONS; not said: as the backward makes them
 
     def __str__(self) -> str:
-        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, grads, remat, offload, budget: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16+grads(fp32)"``."""
+        """Words in the order dp, zero, ep, sp, tp, pp, mb, schedule, precision, grads, chunked, remat, offload, budget: ``"dp2+zero3+tp2+pp4+mb8+1f1b+bf16+grads(fp32)"``."""
         sized = (("dp", self.dp), ("zero", self.zero), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp), ("pp", self.pp), ("mb", self.mb))
         words = [f"{word}{n}" + (f"(cut=[{', '.join(self.cut)}])" if word == "pp" and self.cut else "") for word, n in sized if n is not None]
         words += [self.schedule] if self.schedule else []
@@ -82,6 +83,7 @@ class Plan:
         words += [f"order({', '.join(self.order)})"] if self.order else []
         words += [self.precision] if self.precision else []
         words += [f"grads({self.grads})"] if self.grads else []
+        words += [f"chunked{self.chunked or ''}"] if self.chunked is not None else []
         words += [self.remat] if self.remat else []
         words += [f"offload({', '.join([*self.offload, *([f'disk={self.disk}'] if self.disk else [])])})"] if self.offload else []
         words += [f"budget({format_bytes(self.budget)})"] if self.budget else []
@@ -205,6 +207,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
     *((rf"{axis}(\d+)", axis, int) for axis in (*AXES, "mb")),
     (r"zero([0-3])", "zero", int),
     (rf"({'|'.join(PRECISIONS)})", "precision", str),
+    (r"chunked(\d*)", "chunked", lambda n: int(n or 0)),
     (r"(remat)", "remat", str),
     (rf"({SCHEDULES})", "schedule", str),
     (r"bn\((local|exact)\)", "bn", str),
@@ -217,7 +220,7 @@ _WORDS: tuple[tuple[str, str, Callable[[str], int | str | tuple[str, ...]]], ...
 )
 KNOWN = (
     "dpN", "zero0", "zero1", "zero2", "zero3", *(f"{axis}N" for axis in AXES if axis != _DATA), "mbN", "gpipe", "1f1b", "interleavedN", "zb",
-    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "grads(fp32)", "remat", "offload(optimizer)", "budget(8GiB)",
+    "bn(local)", "bn(exact)", "order(axes)", *PRECISIONS, "grads(fp32)", "chunked", "chunkedN", "remat", "offload(optimizer)", "budget(8GiB)",
 )  # fmt: skip
 
 
@@ -236,7 +239,7 @@ def parse_plan(text: str) -> Plan:
         name, value = _read(word, text)
         if name in found:
             raise PlanError(f"plan {text!r} says {said[name]} and {word}\n  fix: keep one of the two")
-        if value == 0 and name != "zero":
+        if value == 0 and name != "zero" and word != "chunked":
             raise PlanError(f"plan {text!r}: {word} asks for 0 {'microbatches' if name == 'mb' else 'ranks'}\n  fix: use {name}1 or more, or leave {word} out")
         found[name], said[name] = value, word
     if "offload" in found:

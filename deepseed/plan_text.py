@@ -43,6 +43,8 @@ def meaning(said: Plan, plan: Plan, mesh: Mesh) -> list[str]:
         lines.append(f"  {plan.precision:8} computed in {plan.dtype}" + ("; the loss is scaled, and a step whose gradients overflow is skipped" if plan.dtype == "f16" else ""))
     if plan.grad_dtype:
         lines.append(f"  {'grads':8} reduced and added up in {plan.grad_dtype}")
+    if plan.chunked is not None:
+        lines.append(f"  {'chunked':8} the loss of a large vocabulary and its gradients for {plan.chunked or 'as many'} parts of the rows {'in turn' if plan.chunked else 'as memory asks for, in turn'}")
     if plan.remat:
         lines.append(f"  {'remat':8} of the forward the layers' inputs are kept; the backward computes the rest again")
     kept = "optimizer" in plan.offload and "params" not in plan.offload

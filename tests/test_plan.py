@@ -108,6 +108,12 @@ def test_zero_alone_says_that_it_does_nothing() -> None:
     assert parse_plan("zero0").resolve(1).notes == parse_plan("tp2").notes == ()
 
 
+def test_chunked_with_and_without_a_number() -> None:
+    assert parse_plan("chunked+zero3").chunked == 0 and parse_plan("chunked8").chunked == 8 and parse_plan("zero3").chunked is None
+    assert [str(parse_plan(text)) for text in ("remat+chunked", "bf16+chunked8+zero1")] == ["chunked+remat", "zero1+bf16+chunked8"]
+    assert "says chunked and chunked4" in refusal("chunked+chunked4")
+
+
 def test_remat_is_a_word_of_its_own() -> None:
     plan = parse_plan("remat+zero3+bf16")
     assert plan.remat == "remat" and str(plan) == "zero3+bf16+remat" and parse_plan(str(plan)) == plan
@@ -131,7 +137,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp16, fp32, fp64, grads(fp32), remat, offload(optimizer), budget(8GiB)" in message
+    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp16, fp32, fp64, grads(fp32), chunked, chunkedN, remat, offload(optimizer), budget(8GiB)" in message
 
 
 def test_offload() -> None:

@@ -51,6 +51,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "permute": lambda xs, kw, out, dtype: own.permute(xs[0], kw["dims"]),
     "expand": lambda xs, kw, out, dtype: own.expand(xs[0], out[0]),
     "share": lambda xs, kw, out, dtype: xs[0],
+    "add_into": lambda xs, kw, out, dtype: xs[0] + xs[1],
     "cast": lambda xs, kw, out, dtype: own.cast(xs[0], dtype),
     "full": lambda xs, kw, out, dtype: own.full(out[0], kw["value"], dtype),
     "iota": lambda xs, kw, out, dtype: own.iota(out[0][0], kw.get("start", 0), kw.get("step", 1), dtype, kw.get("index")),

@@ -214,6 +214,7 @@ RULES: dict[str, Rule] = {
     "expand": Rule(pointwise.form, "0", "0"),
     "cast": Rule(pointwise.form, _cast),
     "share": Rule(pointwise.form, "0"),
+    "add_into": Rule(pointwise.form, "0+1"),
     "slice": Rule(shapes.slice_, "0", "0", resize=shapes.resize_window),
     "unslice": Rule(shapes.unslice, "0", resize=shapes.resize_window),
     "pad": Rule(shapes.pad, _zero("value", "0"), resize=shapes.resize_pad),
