@@ -91,10 +91,10 @@ class Source:
         return listed(t.local(self.p.mesh))
 
     def look(self, values: Iterable[str], mb: str = "") -> None:
-        """Show values to ``rt.look``, where that is asked for; what is under way has no value yet."""
+        """Show values to ``rt.look``, where that is asked for; of what is under way its handle."""
         for value in values if self.looked else ():
             made = self.p.producers.get(value)
-            if made is None or not (made.target.endswith(".start") or made.target in UNSHOWN):
+            if made is None or made.target not in UNSHOWN:
                 self.emit(f"rt.look({value!r}, {self.name(value)}{mb})")
 
     def emit(self, line: str, comment: str = "") -> None:

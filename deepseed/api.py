@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseed.bucket import Bucket
+from deepseed.build import looked
 from deepseed.capture.batch import given, tensors
 from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers
@@ -24,8 +25,11 @@ from deepseed.compiled import MOST_PROGRAMS, Compiled, together
 from deepseed.differentiable import Drop, Pass, Pend, apply
 from deepseed.logs import say
 from deepseed.nonfinite import Kept, NonFinite
+from deepseed.profiles import Profile
 from deepseed.programs import Found, LossFn
 from deepseed.ragged import cut_back
+from deepseed.runtime.clock import Clock, Moment
+from deepseed.runtime.simulate import Step
 from deepseed.updating import Updating
 
 
@@ -117,6 +121,20 @@ class TrainStep(Updating):
         found = self._find(batch, "step")
         return Kept.of(found.built, self.host, self._given(found)).find()
 
+    @together
+    def profile(self, batch: Any) -> Profile:
+        """A step, as a call makes it, with the time of each node on each rank: ``print(step.profile(batch))``, ``.save("trace.json")``. What it compiles
+        comes before the clock; the first run of a process is slower than those after it."""
+        found = self._find(batch, "step")
+        steps = looked(found.built, self.host)
+        given, clocks = self._given(found), dict[int, Clock]()
+        self._shown = self._run_on(found, given, [_timed(e, n, self.host.device, clocks) for n, e in enumerate(steps)])
+        self.steps += 1
+        self._stepped()
+        said = [each for mine in self.host.everyone([(c.rank, c.began, c.moments()) for _, c in sorted(clocks.items())]) for each in mine]
+        said.sort(key=lambda each: each[0])
+        return Profile(found.built.program, self.mesh, [[Moment(*m) for m in moments] for _, _, moments in said], [began for _, began, _ in said])
+
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""
         return self._gradients(self._shown)
@@ -170,3 +188,16 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         group the parameters are DTensors from then on, for an optimizer."""
         self._search(example_batch if isinstance(example_batch, Mapping | tuple | list) else (example_batch,))
         return self
+
+
+def _timed(run: Step, n: int, device: torch.device, clocks: dict[int, Clock]) -> Step:
+    """The n-th hosted rank's step by the clock."""
+
+    def step(rt: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        rt.looks = clocks[n] = Clock(rt.rank, device)
+        try:
+            return run(rt, inputs)
+        finally:
+            rt.looks = None
+
+    return step

@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | zoo | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | profile | zoo | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -33,6 +33,7 @@ RanksOption = Annotated[int | None, typer.Option("--world-size", help="number of
 OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="of torch.optim, such as sgd(momentum=0.9), or none  [default: the target's, else adamw]")]
 ClipOption = Annotated[float | None, typer.Option("--clip", help="global gradient norm; 0: no clipping  [default: the target's, else 1.0]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="as JSON")]
+BACKENDS = ("simulate", "gloo", "nccl")
 CheckOption = Annotated[bool, typer.Option("--check/--no-check", help="check the program after each pass")]
 
 @app.command()
@@ -196,8 +197,8 @@ def verify(
     from deepseed.verify import verify as check
     from deepseed.verify_ranks import verify_ranks
 
-    if backend not in ("simulate", "gloo", "nccl"):
-        raise UsageError(f"unknown backend {backend!r}\n  fix: one of simulate, gloo, nccl")
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}")
     found = load(target)
     tell_notes(parse_plan(plan), world_size)
     if backend == "simulate":
@@ -217,6 +218,42 @@ def verify(
     if not as_json:
         typer.echo(f"next: deepseed explain '{target}' --plan {plan}{f' --world-size {world_size}' if world_size else ''}")
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+@_friendly
+def profile(
+    target: TargetArg,
+    plan: PlanOption = "zero0",
+    world_size: RanksOption = None,
+    backend: Annotated[str, typer.Option(help="gloo or nccl (one process a rank), or simulate (all ranks in this process, in turns)")] = "gloo",
+    steps: Annotated[int, typer.Option(min=1, help="the last of them is shown")] = 3,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="TRACE.json", help="write the trace, for ui.perfetto.dev or chrome://tracing")] = None,
+    optimizer: OptimizerOption = None,
+    clip: ClipOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train some steps and say where the time of the last one went, by phase, op and module; as a trace, node by node on every rank."""
+    from deepseed.asked import clip_of, tell_notes
+    from deepseed.on_ranks import on_ranks
+    from deepseed.plan import parse_plan
+    from deepseed.profiles import of_target
+    from deepseed.target import load
+
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"no folder {out.absolute().parent} for the trace\n  fix: make it, or write elsewhere")
+    said = parse_plan(plan)
+    tell_notes(said, world_size)
+    ranks = said.mesh(world_size).ranks
+    given = (target, plan, world_size, "simulate" if ranks == 1 else backend, steps, optimizer, clip_of(load(target, meta=True), clip))
+    found = of_target(*given) if given[3] == "simulate" else on_ranks(of_target, ranks, *given)[0]
+    if out is not None:
+        found.save(out)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    if out is not None:
+        typer.echo(f"wrote {out}: open it at https://ui.perfetto.dev or chrome://tracing", err=as_json)
 
 
 @app.command()

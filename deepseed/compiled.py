@@ -41,6 +41,7 @@ from deepseed.programs import Found, LossFn, Programs, Subject, Wanted
 from deepseed.runtime.arena import accounts
 from deepseed.runtime.disk import disk_of
 from deepseed.runtime.executable import Executable
+from deepseed.runtime.simulate import Step
 from deepseed.runtime.state import State, check_disks, seal_disks, shard
 from deepseed.weights import check_values, open_weights
 
@@ -341,8 +342,9 @@ class Compiled:
         """One step; the returned outputs whole, by role and key."""
         return self._run_on(found, self._given(found))
 
-    def _run_on(self, found: Found, given: list[list[Tensor]]) -> dict[tuple[str, str], Tensor]:
-        results = self.host.run(found.built.executables, given)
+    def _run_on(self, found: Found, given: list[list[Tensor]], steps: Sequence[Step] = ()) -> dict[tuple[str, str], Tensor]:
+        """``steps``: what runs in the place of the executables."""
+        results = self.host.run(steps or found.built.executables, given)
         self._settle(found.built)
         return found.built.returned(self.host, results)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
-from deepseed.runtime.errors import RankError
+from deepseed.target import like, load, optimizer_factory
 from deepseed.verify import VerifyReport, verify
 
 
@@ -34,28 +31,10 @@ def verify_ranks(
 
     Raises PlanError, and RankError with what the first failing rank said.
     """
-    ranks = parse_plan(plan).mesh(world_size).ranks
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=f"verify-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-        start_method="spawn",
-    )  # fmt: skip
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
-    try:
-        got: dict[int, Any] = elastic_launch(config, _rank)(target, plan, backend, optimizer, clip_grad_norm, steps, seed)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankError(rank, f"rank {rank} of {ranks} failed: {failure.message}") from None
-    finally:
-        if threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-    reports: list[VerifyReport] = []
-    for rank in range(ranks):
-        if isinstance(got[rank], str):
-            raise RankError(rank, f"rank {rank} of {ranks}: {got[rank]}")
-        reports.append(got[rank])
+    reports: list[VerifyReport] = on_ranks(_rank, parse_plan(plan).mesh(world_size).ranks, target, plan, backend, optimizer, clip_grad_norm, steps, seed)
+    for rank, report in enumerate(reports):
         if tell is not None:
-            tell(rank, got[rank])
+            tell(rank, report)
     found = next((report for report in reports if not report.ok), reports[0])
     return replace(
         found, counted_peak_bytes=tuple(n for report in reports for n in report.counted_peak_bytes),
@@ -63,21 +42,8 @@ def verify_ranks(
     )  # fmt: skip
 
 
-def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int) -> VerifyReport | str:
-    """One rank's report, or what it cannot do. All ranks of one mistake say the same, so that no launcher's log is in the way."""
-    from deepseed.runtime.distributed import stop
-    from deepseed.target import like, load, optimizer_factory
-
-    try:
-        found = load(target)
-        said = optimizer_factory(optimizer or "adamw")
-        factory: Any = like(found.optimizer, found.model) if optimizer is None and found.optimizer is not None else said
-        return verify(
-            found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed
-        )
-    except (ValueError, RuntimeError) as error:
-        if type(error).__module__.split(".")[0] != "deepseed":
-            raise
-        return f"{type(error).__name__}: {error}"
-    finally:
-        stop()
+def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int) -> VerifyReport:
+    found = load(target)
+    said = optimizer_factory(optimizer or "adamw")
+    factory: Any = like(found.optimizer, found.model) if optimizer is None and found.optimizer is not None else said
+    return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed)

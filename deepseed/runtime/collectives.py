@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
+from deepseed.runtime.clock import Clock
 from deepseed.runtime.handle import Handle, done, same
 from deepseed.runtime.looks import Looks
 from deepseed.runtime.memories import Memories
@@ -32,10 +33,10 @@ class Runtime(Messages, Memories):
     def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> None:
         self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
         self.coordinate = mesh.coordinate(rank)
-        self.looks: Looks | None = None
+        self.looks: Looks | Clock | None = None
 
     def look(self, name: str, x: object, mb: int = 0) -> None:
-        """A value of a program that is looked through for what is not finite."""
+        """A value of a program that is looked through for what is not finite, or timed."""
         if self.looks is not None:
             self.looks.look(name, x, mb)
 
