@@ -28,6 +28,7 @@ def test_examples_give_what_the_page_says(page: Path, monkeypatch: pytest.Monkey
     if page.name in NEEDS:
         pytest.importorskip(NEEDS[page.name])
     monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for target in [t for t in ("aten.cdist",) if t in RULES]:  # pages add rules of their own
         pytest.fail(f"{target} has a rule now: CONTRIBUTING.md needs another example")
     try:
