@@ -128,3 +128,40 @@ def test_reentrant_checkpoints_have_torchs_own_gradients(frozen: bool) -> None:
         new = p.detach() if p.grad is None else p.detach() - 0.5 * p.grad
         assert float((now[name] - new).abs().max()) <= 1e-12, name
     assert (eager.blocks[0][0].weight.grad is None) == frozen
+
+
+class Recording(nn.Module):
+    """Takes what its layers give by hooks that it puts on them at its first call, as transformers does for hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "installed", False):
+            for layer in self.layers:
+                layer.register_forward_hook(lambda module, args, out: self.found.append(out))
+            self.installed = True
+        self.found: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x).tanh()
+        found, self.found = self.found, []
+        return sum((f.square().mean() for f in found), x.mean()) * len(found)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_hooks_that_a_first_call_puts_on(first: bool) -> None:
+    """They are put on once, whether the first program is compiled before its first step or by it; and one program serves all steps."""
+    torch.manual_seed(0)
+    model, other, x = Recording().double(), Recording().double(), torch.randn(4, 8, dtype=torch.float64)
+    other.load_state_dict(model.state_dict())
+    step = deepseed.compile(model, "dp2", optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda m, b: m(b), example_batch=x if first else None)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = other(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.allclose(step(x), loss, rtol=1e-14, atol=0)
+    assert step.programs.compiled == 1 and [len(layer._forward_hooks) for layer in model.layers] == [1, 1]
+    assert torch.allclose(model(x), other(x), rtol=1e-13, atol=0)
