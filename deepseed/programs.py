@@ -19,7 +19,7 @@ from deepseed.batches import check_mix_up, joined, said, times, unfit
 from deepseed.bucket import Bucket, checkable, compare, padded
 from deepseed.build import Built, CompileError, build
 from deepseed.capture import BatchSpec, Captured, CaptureError, capture, capture_update
-from deepseed.capture.attributes import MISSING, Change
+from deepseed.capture.attributes import Change
 from deepseed.capture.batch import tensors
 from deepseed.capture.guards import Guard
 from deepseed.capture.options import Optimizers, changed_options, fixed_options, ownerless, stated_options
@@ -282,18 +282,6 @@ class Programs:
         return next((b for b in reversed(list(self.cache)) if b.captured.options), None)
 
     def _capture(self, batch: Any, want: Wanted, towards: Collection[str] = ()) -> Captured:
-        """A forward that puts hooks on its modules when it is first called, and notes that it has, is traced as it is from then on: a trace leaves hooks where they
-        are, so what was noted stays too."""
-        before = Structure(self.subject.model)
-        captured = self._traced(batch, want, towards)
-        if not before.changed():
-            return captured
-        for write in captured.reads.writes:
-            if write.before is MISSING:
-                write.apply()
-        return self._traced(batch, want, towards)
-
-    def _traced(self, batch: Any, want: Wanted, towards: Collection[str]) -> Captured:
         s = self.subject
         if want == "update":
             pending = {name: torch_dtype(self.pending[name].dtype) for name in towards}

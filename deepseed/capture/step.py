@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deepseed.capture.attributes import Reads, short
+from deepseed.capture.attributes import MISSING, Reads, short
 from deepseed.capture.batch import DTYPES, BatchSpec, Call, rebuild, tensors, type_of
 from deepseed.capture.convert import Emitter, convert, live, reachable
 from deepseed.capture.errors import CaptureError
@@ -118,6 +118,11 @@ def capture(
     scaled = loss_scale.initial if loss_scale is not None and not loss_scale.moves else SCALE if loss_scale is not None else None
     given = (model, batch, loss_fn, want, parameters, buffers, compute, wide, scaled, frozenset(towards))
     traced = _Traced(*given)
+    if structure.changed():  # its first call has put hooks on modules, and noted that: they stay where they are, and so does what was noted
+        for write in traced.python.writes:
+            if write.before is MISSING:
+                write.apply()
+        structure, traced = Structure(model), _Traced(*given)
     if traced.python.writes:
         _check_settles(traced.python, lambda: _Traced(*given).python)
     e = Emitter()
