@@ -509,6 +509,20 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     refused(quiet("zero1+dp2"), tmp_path / "c", "head.weight and embed.weight are one tensor in this model, two in the checkpoint")
 
 
+def test_a_switch_of_the_optimizer_that_differs_is_refused(tmp_path: Path) -> None:
+    """Numbers are where training had them; what says which update it is stays as the user wrote it, or is named."""
+    saved = quiet("zero1+dp2", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.5, weight_decay=0.25))
+    saved.save(tmp_path / "c")
+    for option in ("amsgrad", "maximize"):
+        other = quiet("zero1+dp2", optimizer=lambda m, option=option: torch.optim.AdamW(m.parameters(), lr=0.1, **{option: True}))
+        says = rf"{option} of the optimizer's group 0 is False in the checkpoint, True in this step\n  fix: AdamW\(..., {option}=False\), or load\(dir, optimizer=False\)"
+        refused(other, tmp_path / "c", says)
+        assert other.optimizer.param_groups[0][option] is True and other.optimizer.param_groups[0]["lr"] == 0.1
+    other = quiet("zero1+dp2", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, foreach=True))
+    other.load(tmp_path / "c")
+    assert (other.optimizer.param_groups[0]["lr"], other.optimizer.param_groups[0]["weight_decay"]) == (0.5, 0.25)
+
+
 def test_another_optimizer_is_refused() -> None:
     path = checkpoint_of("zero3+dp2")[0]
     sgd = quiet("zero1+dp2", optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))

@@ -163,7 +163,7 @@ def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[
             whole = bytearray(length)
             _fill(opened, memoryview(whole))
             file, offset = io.BytesIO(whole), 0
-        buffer = memoryview(bytearray(min(length, CHUNK)))
+        buffer = memoryview(b"")
         start, itemsize, pieces, wrong = length, 1, [], ""
         if parts:
             try:
@@ -173,10 +173,12 @@ def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[
             except Exception as error:  # where the box is damaged the checksum says so
                 wrong = f"{type(error).__name__}: {error}"
         file.seek(offset)
-        crc = _passed(file, start, buffer, 0)
+        crc = _passed(file, start, 0)
         for piece in pieces:
             n = prod(piece.sizes) * itemsize
             place = _place(piece, parts, dtype)
+            if place is None and len(buffer) < n:
+                buffer = memoryview(bytearray(n))
             there = buffer[:n] if place is None else place
             _fill(file, there)
             crc = crc32(there, crc)
@@ -187,7 +189,7 @@ def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[
             for part in parts:
                 if (met := common(piece, part.at, part.sizes)) is not None:
                     _of(met, part.at, part.into).copy_(_of(met, piece.at, values))
-        return _passed(file, length - start, buffer, crc), wrong
+        return _passed(file, length - start, crc), wrong
 
 
 def _of(met: tuple[Ints, Ints], start: Ints, values: Tensor) -> Tensor:
@@ -212,10 +214,11 @@ def _inside(file: BinaryIO, offset: int, length: int) -> tuple[Tensor, int]:
     return t, start
 
 
-def _passed(file: BinaryIO, number: int, buffer: memoryview, crc: int) -> int:
+def _passed(file: BinaryIO, number: int, crc: int) -> int:
     """The crc32 after ``number`` bytes more."""
+    buffer = memoryview(bytearray(min(number, CHUNK)))
     while number > 0:
-        part = buffer[: min(number, len(buffer))]
+        part = buffer[:number]
         _fill(file, part)
         crc = crc32(part, crc)
         number -= len(part)
