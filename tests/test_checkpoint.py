@@ -773,8 +773,8 @@ def test_the_sum_is_that_of_zlib(linked: bool, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(crc, "_linked", lambda: None)
     data = memoryview(random.Random(0).randbytes(3 * crc.SMALL + 7))
     for start, end in ((0, len(data)), (1, crc.SMALL), (1, crc.SMALL + 1), (3, 2 * crc.SMALL + 8), (5, 5)):
-        for given in (data[start:end], bytes(data[start:end]), memoryview(bytearray(data[start:end]))):
-            assert crc.crc32(given, 77) == zlib.crc32(given, 77)
+        for each in (data[start:end], bytes(data[start:end]), memoryview(bytearray(data[start:end]))):
+            assert crc.crc32(each, 77) == zlib.crc32(each, 77)
     assert crc.crc32(data[crc.SMALL + 1 :], crc.crc32(data[: crc.SMALL + 1])) == zlib.crc32(data)
 
 
