@@ -202,7 +202,7 @@ def _place(piece: Box, parts: Sequence[Part], dtype: torch.dtype) -> memoryview 
     if len(parts) != 1 or (met := common(piece, parts[0].at, parts[0].sizes)) is None or met[1] != piece.sizes:
         return None
     there = _of(met, parts[0].at, parts[0].into)
-    return memoryview(there.view(-1).view(torch.uint8).numpy()) if there.dtype == dtype and there.is_cpu and there.is_contiguous() else None
+    return there.view(-1).view(torch.uint8).numpy().data if there.dtype == dtype and there.is_cpu and there.is_contiguous() else None
 
 
 def _inside(file: BinaryIO, offset: int, length: int) -> tuple[Tensor, int]:
