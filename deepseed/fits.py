@@ -151,6 +151,14 @@ def _check_optimizer(was: Mapping[str, Any], now: Mapping[str, Any], saved: Save
             f"  first difference, group {n}: {first[0]} in the checkpoint, {first[1]} in this step\n"
             "  fix: make the groups as they were, or load(dir, optimizer=False)"
         )
+    for n, (group, mine) in enumerate(zip(was["groups"], now["groups"], strict=True)):
+        for option, value in mine["options"].items():
+            old = group["options"].get(option)
+            if isinstance(value, bool) and isinstance(old, bool) and old != value:  # a switch is part of what the optimizer is; a number is where training had it
+                raise CheckpointError(
+                    f"{saved.folder}: {option} of the optimizer's group {n} is {old} in the checkpoint, {value} in this step\n"
+                    f"  fix: {now['class'].rpartition('.')[2]}(..., {option}={old}), or load(dir, optimizer=False) for parameters and buffers only"
+                )
 
 
 def restore_options(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
+from deepseed.runtime.refusals import named
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -28,7 +30,7 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             ours = type(error).__module__.split(".")[0] == "deepseed" or isinstance(error, OSError)
             if not ours or os.environ.get("DEEPSEED_DEBUG", "0") not in ("", "0"):
                 raise
-            typer.echo(f"deepseed: {error}", err=True)
+            typer.echo(f"deepseed: {named(error) if isinstance(error, OSError) else error}", err=True)
             raise typer.Exit(2) from None
 
     return run

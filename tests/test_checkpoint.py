@@ -17,6 +17,8 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -42,9 +44,9 @@ from deepseed.check.shards import coordinates, shards
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
-from deepseed.runtime import boxfile
+from deepseed.runtime import boxfile, crc
 from deepseed.runtime import folder as folders
-from deepseed.runtime.folder import CheckpointError
+from deepseed.runtime.folder import CheckpointError, DamagedError
 from deepseed.runtime.saved import Entry, Reader, Want, boxes, read, share_out, write, write_metadata
 from deepseed.runtime.saved import shares as shares_of
 
@@ -509,6 +511,20 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     refused(quiet("zero1+dp2"), tmp_path / "c", "head.weight and embed.weight are one tensor in this model, two in the checkpoint")
 
 
+def test_a_switch_of_the_optimizer_that_differs_is_refused(tmp_path: Path) -> None:
+    """Numbers are where training had them; what says which update it is stays as the user wrote it, or is named."""
+    saved = quiet("zero1+dp2", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.5, weight_decay=0.25))
+    saved.save(tmp_path / "c")
+    for option in ("amsgrad", "maximize"):
+        other = quiet("zero1+dp2", optimizer=lambda m, option=option: torch.optim.AdamW(m.parameters(), lr=0.1, **{option: True}))
+        says = rf"{option} of the optimizer's group 0 is False in the checkpoint, True in this step\n  fix: AdamW\(..., {option}=False\), or load\(dir, optimizer=False\)"
+        refused(other, tmp_path / "c", says)
+        assert other.optimizer.param_groups[0][option] is True and other.optimizer.param_groups[0]["lr"] == 0.1
+    other = quiet("zero1+dp2", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, foreach=True))
+    other.load(tmp_path / "c")
+    assert (other.optimizer.param_groups[0]["lr"], other.optimizer.param_groups[0]["weight_decay"]) == (0.5, 0.25)
+
+
 def test_another_optimizer_is_refused() -> None:
     path = checkpoint_of("zero3+dp2")[0]
     sgd = quiet("zero1+dp2", optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
@@ -746,3 +762,58 @@ def test_a_rank_killed_while_saving_leaves_the_former_checkpoint(tmp_path: Path)
     step(batches()[1])
     want(batches()[1])
     close(everything(step), everything(want))
+
+
+# bytes ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_sum_is_that_of_zlib(linked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not linked:
+        monkeypatch.setattr(crc, "_linked", lambda: None)
+    data = memoryview(random.Random(0).randbytes(3 * crc.SMALL + 7))
+    for start, end in ((0, len(data)), (1, crc.SMALL), (1, crc.SMALL + 1), (3, 2 * crc.SMALL + 8), (5, 5)):
+        for each in (data[start:end], bytes(data[start:end]), memoryview(bytearray(data[start:end]))):
+            assert crc.crc32(each, 77) == zlib.crc32(each, 77)
+    assert crc.crc32(data[crc.SMALL + 1 :], crc.crc32(data[: crc.SMALL + 1])) == zlib.crc32(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_a_piece_that_lies_as_in_the_file_is_read_straight_to_its_place(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other is: a column, another dtype, two places."""
+    whole = torch.randn(700, 1024).to(dtype)  # several pieces
+    _, sums = boxfile.write_boxes(tmp_path / "f", [whole, torch.tensor(3.0).to(dtype)])
+    lengths, buffers, made = [n for n, _ in sums["boxes"]], [], torch.frombuffer
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: (buffers.append(a), made(*a, **k))[1])
+
+    def read(offset: int, length: int, *parts: boxfile.Part) -> int:
+        buffers.clear()
+        boxfile.read_boxes(tmp_path, [("f", offset, length, parts)], boxfile.Sums({"f": sums}))
+        return len(buffers)
+
+    into, one, column, other = torch.empty_like(whole), torch.zeros((), dtype=dtype), torch.zeros(700, 5, dtype=dtype), torch.empty(700, 1024, dtype=torch.complex128)
+    assert read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), into)) == 0 and torch.equal(into, whole)
+    assert read(lengths[0], lengths[1], boxfile.Part((), (), one)) == 0 and one == torch.tensor(3.0).to(dtype)
+    assert read(0, lengths[0], boxfile.Part((0, 7), (700, 5), column)) > 0 and torch.equal(column, whole[:, 7:12])
+    assert read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), other)) > 0 and torch.equal(other, whole.to(torch.complex128))
+    wide = torch.zeros(700, 2048, dtype=dtype)
+    assert read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), wide[:, ::2])) > 0 and torch.equal(wide[:, ::2], whole) and not wide[:, 1::2].any()
+    assert read(0, lengths[0], *(boxfile.Part((0, 0), (700, 1024), t.zero_()) for t in (into, wide[:, :1024]))) > 0 and torch.equal(into, whole) and torch.equal(wide[:, :1024], whole)
+    damaged = bytearray((tmp_path / "f").read_bytes())
+    damaged[lengths[0] // 2] ^= 1
+    (tmp_path / "f").write_bytes(damaged)
+    with pytest.raises(DamagedError, match=r"f is damaged: crc32 [0-9a-f]{8} was written, [0-9a-f]{8} is there, in bytes 0 to"):
+        read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), into))
+
+
+def test_a_thread_that_is_not_the_main_one_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes no further one."""
+    items = [b"text", torch.randn(300, 1024), torch.tensor(1.0)]
+    monkeypatch.setattr(boxfile, "TURN", 2**18)
+    found = [boxfile.write_boxes(tmp_path / "f", items)[1]]
+    content, taken = (tmp_path / "f").read_bytes(), []
+    monkeypatch.setattr(boxfile.ThreadPoolExecutor, "submit", lambda *a: taken.append(a))
+    thread = threading.Thread(target=lambda: found.append(boxfile.write_boxes(tmp_path / "f", items)[1]))
+    thread.start()
+    thread.join()
+    assert found[0] == found[1] and content == (tmp_path / "f").read_bytes() and not taken

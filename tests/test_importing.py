@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -523,6 +524,37 @@ def test_mistakes_are_answered(words: tuple[str, ...], says: str, tmp_path: Path
     assert says in (said := command(*words, code=2).stderr) and "\n  fix: " in said
 
 
+def test_what_the_system_refuses_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: Callable[[str], Path]) -> None:
+    """With the path and a fix; nothing is left of what was begun."""
+    monkeypatch.chdir(tmp_path)
+    step = deepseed.compile(model := nn.Linear(4, 4), "zero0", optimizer=torch.optim.SGD(model.parameters()), loss_fn=lambda m, x: m(x).sum(), backend="simulate")
+    step.save("ours")
+    Path("file").write_text("x")
+    long, left = "x" * 300, {"file", "ours", *(p.name for p in tmp_path.iterdir())}
+    refused = [("ls", "file"), ("verify", "file/x"), ("ls", long), ("import", "ours", "x"), ("import", "file/x", "x"), ("import", long, "x")]
+    refused += [("export", "ours", dest, "--to", to) for to in ("hf", "torch", "dcp") for dest in ("file/x", "file/x/y", long)]
+    for words in refused:
+        said = command(*words, code=2).stderr
+        assert "\n  fix: " in said and "[Errno" not in said and words[1 if words[0] in ("ls", "verify") or words[1] != "ours" else 2 if words[0] == "export" else 1][:4] in said, (words, said)
+    open_, write = Path.open, os.fsync
+
+    def refuses(number: int) -> None:
+        def fails(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if "w" in mode and ".tmp-" in str(path):
+                raise OSError(number, os.strerror(number), str(path))
+            return open_(path, mode, *args, **options)
+
+        monkeypatch.setattr(Path, "open", fails)
+
+    for number in (errno.EACCES, errno.ENOSPC, errno.EROFS):
+        refuses(number)
+        for words in (("import", theirs("zero1"), "new"), ("export", "ours", "new", "--to", "torch"), ("export", "ours", "new", "--to", "dcp")):
+            said = command(*words, code=2).stderr
+            assert os.strerror(number) in said and str(tmp_path / "new") in said and "\n  fix: " in said, said
+    monkeypatch.setattr(Path, "open", open_)
+    assert write is os.fsync and {p.name for p in tmp_path.iterdir()} - {"zero1"} == left - {"zero1"}
+
+
 def test_an_import_that_fails_leaves_nothing(theirs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bring(theirs("zero1"), tmp_path / "ours")
     before = sorted((p.name, p.read_bytes()) for p in (tmp_path / "ours").iterdir())
@@ -531,7 +563,7 @@ def test_an_import_that_fails_leaves_nothing(theirs: Callable[[str], Path], tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Lazy, "part", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"^model\..* cannot be read: .*No space left on device\n  fix: "):
         bring(tmp_path / "zero1", tmp_path / "ours")
     assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "ours").iterdir()) == before and [p.name for p in tmp_path.glob("ours*")] == ["ours"]
 

@@ -27,7 +27,7 @@ from deepseed.importing.optimizers import defaults
 from deepseed.ir.amounts import parse_bytes
 from deepseed.pieces import Source
 from deepseed.pretrained import OURS, index, shards
-from deepseed.runtime.folder import MANIFEST, CheckpointError, aside, digest, discard, faults, manifest_of, publish
+from deepseed.runtime.folder import MANIFEST, CheckpointError, aside, digest, discard, faults, manifest_of, publish, writing
 from deepseed.runtime.safetensors import layout, make, mapped, sync
 from deepseed.runtime.saved import Box, cut
 from deepseed.runtime.series import latest
@@ -87,7 +87,8 @@ def _torch(found: Found, target: Path) -> None:
     whole |= {alias: whole[name] for alias, name in found.tied.items()}
     fresh = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
-        torch.save(whole, fresh)
+        with writing(fresh), fresh.open("wb") as file:
+            torch.save(whole, file)
         sync(fresh)
         fresh.replace(target)
     finally:
@@ -136,7 +137,8 @@ def _hf(found: Found, target: Path, config: Path | None, largest: int) -> None:
     try:
         laid: dict[str, Any] = {}
         for name, held in files.items():
-            make(folder / name, {t: tensors[t] for t in held})
+            with writing(folder / name):
+                make(folder / name, {t: tensors[t] for t in held})
             laid |= layout(folder / name, {t: tensors[t] for t in held})[1]
         pages = {folder / name: mapped(folder / name, write=True) for name in files}
         for name in own:

@@ -21,7 +21,8 @@ from deepseed.fits import HOW
 from deepseed.ir.layout import REPLICATED
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.boxfile import write_boxes
-from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish
+from deepseed.runtime.folder import CheckpointError, aside, digest, discard, publish, writing
+from deepseed.runtime.refusals import named
 from deepseed.runtime.saved import Box, Entry, Ints, share_out, write_metadata
 
 Read = Callable[[Box], Tensor]
@@ -123,7 +124,15 @@ def store(folder: Path, tensors: Mapping[str, Lazy], texts: Mapping[str, bytes],
     """Files of ``torch.distributed.checkpoint`` with these tensors, in a folder that is there; each file's size and checksums."""
     entries = {name: Entry(t.shape, t.dtype, REPLICATED, [None], own=True) for name, t in tensors.items()}
     boxes = share_out(entries, Mesh(()))[0]
-    places, sums = write_boxes(folder / DATA, chain(texts.values(), (tensors[name].part(box) for name, box in boxes)))
+
+    def part(name: str, box: Box) -> Tensor:
+        try:
+            return tensors[name].part(box)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {named(error)}") from error
+
+    with writing(folder / DATA):
+        places, sums = write_boxes(folder / DATA, chain(texts.values(), (part(name, box) for name, box in boxes)))
     indices = [*map(MetadataIndex, texts), *(MetadataIndex(name, torch.Size(box.at)) for name, box in boxes)]
     results = [WriteResult(index, place.length, place) for index, place in zip(indices, places, strict=True)]
     write_metadata(folder, entries, texts, Mesh(()), results, tied, paths)

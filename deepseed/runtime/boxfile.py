@@ -1,7 +1,8 @@
 """A file of boxes, one behind the other, each as ``torch.save`` writes it: one pass over the bytes in either direction, with their checksums.
 
-Written: sha256 of the file and crc32 of each box are taken while the system writes. Read: a box goes to its places piece by piece, through a buffer
-that stays in the cache, and its crc32 is compared in the end; what is not asked for of it is read for that only. Several boxes are read at a time.
+Written: sha256 of the file and crc32 of each box are taken while the system writes; by the thread that writes, piece by piece, where others are training.
+Read: a box goes to its places piece by piece, straight into memory where a piece lies there as it does in the file, else through a buffer that stays in the cache; its
+crc32 is taken from each piece when it has come, and compared in the end; what is not asked for of it is read for that only. Several boxes are read at a time.
 A damaged box is found after it has been copied, so these places are memory that nothing uses yet.
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import io
 import os
 import pickle
-import zlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,19 +26,22 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from deepseed.runtime.box import Box, Ints, common, cut
+from deepseed.runtime.crc import crc32
 from deepseed.runtime.folder import CheckpointError, DamagedError
 
 CHUNK = 2**20  # bytes of a piece
 THREADS = 4  # boxes that are read at a time
 ALONE = 2**16  # fewer bytes are not worth another thread
+TURN = 8 * CHUNK  # bytes that are written and summed by turns, where one thread does both
 
 
 def write_boxes(path: Path, items: Iterable[Tensor | bytes]) -> tuple[list[_StorageInfo], dict[str, Any]]:
     """Where each item lies, a tensor as ``torch.save`` has it; and ``{"bytes", "sha256", "boxes": [[length, crc32], …]}`` of the file, which lasts then."""
     places: list[_StorageInfo] = []
     boxes: list[list[int]] = []
+    waited_for = threading.current_thread() is threading.main_thread()  # another one must leave the cores to those who train
     with path.open("wb") as file, ThreadPoolExecutor(1, "checksums") as beside:
-        out = _Summed(file, beside)
+        out = _Summed(file, beside if waited_for else None)
         for item in items:
             start, out.crc = out.length, 0
             if isinstance(item, bytes):
@@ -65,15 +69,17 @@ def _alone(t: Tensor) -> Tensor:
 
 
 class _Summed:
-    """A file to write to. Large writes are summed by the thread ``beside``."""
+    """A file to write to. Large writes are summed by the thread ``beside``, where there is one."""
 
-    def __init__(self, file: BinaryIO, beside: ThreadPoolExecutor) -> None:
+    def __init__(self, file: BinaryIO, beside: ThreadPoolExecutor | None) -> None:
         self.file, self.beside, self.sha, self.crc, self.length = file, beside, hashlib.sha256(), 0, 0
 
     def write(self, data: Any) -> int:
-        if len(data) < ALONE:
-            self._sum(data)
-            self.file.write(data)
+        if len(data) < ALONE or self.beside is None:
+            for start in range(0, len(data), TURN):
+                part = memoryview(data)[start : start + TURN]
+                self.file.write(part)
+                self._add(part)
         else:
             summed = self.beside.submit(self._sum, data)
             try:
@@ -88,9 +94,11 @@ class _Summed:
 
     def _sum(self, data: Any) -> None:
         for start in range(0, len(data), CHUNK):
-            part = memoryview(data)[start : start + CHUNK]
-            self.crc = zlib.crc32(part, self.crc)
-            self.sha.update(part)
+            self._add(memoryview(data)[start : start + CHUNK])
+
+    def _add(self, part: memoryview) -> None:
+        self.crc = crc32(part, self.crc)
+        self.sha.update(part)
 
 
 # reading ----------------------------------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[
             whole = bytearray(length)
             _fill(opened, memoryview(whole))
             file, offset = io.BytesIO(whole), 0
-        buffer = memoryview(bytearray(min(length, CHUNK)))
+        buffer = memoryview(b"")
         start, itemsize, pieces, wrong = length, 1, [], ""
         if parts:
             try:
@@ -165,18 +173,36 @@ def _read(path: Path, offset: int, length: int, parts: Sequence[Part]) -> tuple[
             except Exception as error:  # where the box is damaged the checksum says so
                 wrong = f"{type(error).__name__}: {error}"
         file.seek(offset)
-        crc = _passed(file, start, buffer, 0)
+        crc = _passed(file, start, 0)
         for piece in pieces:
             n = prod(piece.sizes) * itemsize
-            _fill(file, buffer[:n])
-            crc = zlib.crc32(buffer[:n], crc)
+            place = _place(piece, parts, dtype)
+            if place is None and len(buffer) < n:
+                buffer = memoryview(bytearray(n))
+            there = buffer[:n] if place is None else place
+            _fill(file, there)
+            crc = crc32(there, crc)
+            start += n
+            if place is not None:
+                continue
             values = torch.frombuffer(buffer, dtype=dtype, count=prod(piece.sizes)).view(piece.sizes)
             for part in parts:
                 if (met := common(piece, part.at, part.sizes)) is not None:
-                    there = Box((), tuple(a - b for a, b in zip(met[0], part.at, strict=True)), met[1]).of(part.into)
-                    there.copy_(Box((), tuple(a - b for a, b in zip(met[0], piece.at, strict=True)), met[1]).of(values))
-            start += n
-        return _passed(file, length - start, buffer, crc), wrong
+                    _of(met, part.at, part.into).copy_(_of(met, piece.at, values))
+        return _passed(file, length - start, crc), wrong
+
+
+def _of(met: tuple[Ints, Ints], start: Ints, values: Tensor) -> Tensor:
+    """The view of a rectangle in values that begin at ``start``."""
+    return Box((), tuple(a - b for a, b in zip(met[0], start, strict=True)), met[1]).of(values)
+
+
+def _place(piece: Box, parts: Sequence[Part], dtype: torch.dtype) -> memoryview | None:
+    """The memory that a whole piece goes to as it is, where that is one place."""
+    if len(parts) != 1 or (met := common(piece, parts[0].at, parts[0].sizes)) is None or met[1] != piece.sizes:
+        return None
+    there = _of(met, parts[0].at, parts[0].into)
+    return there.view(-1).view(torch.uint8).numpy().data if there.dtype == dtype and there.is_cpu and there.is_contiguous() else None
 
 
 def _inside(file: BinaryIO, offset: int, length: int) -> tuple[Tensor, int]:
@@ -188,12 +214,13 @@ def _inside(file: BinaryIO, offset: int, length: int) -> tuple[Tensor, int]:
     return t, start
 
 
-def _passed(file: BinaryIO, number: int, buffer: memoryview, crc: int) -> int:
+def _passed(file: BinaryIO, number: int, crc: int) -> int:
     """The crc32 after ``number`` bytes more."""
+    buffer = memoryview(bytearray(min(number, CHUNK)))
     while number > 0:
-        part = buffer[: min(number, len(buffer))]
+        part = buffer[:number]
         _fill(file, part)
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
         number -= len(part)
     return crc
 
@@ -212,5 +239,5 @@ def text(folder: Path, place: _StorageInfo, sums: Sums) -> bytes:
     with (folder / place.relative_path).open("rb") as file:
         file.seek(place.offset)
         found = file.read(place.length)
-    check(folder, place.relative_path, place.offset, (zlib.crc32(found), ""), sums)
+    check(folder, place.relative_path, place.offset, (crc32(found), ""), sums)
     return found
