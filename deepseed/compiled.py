@@ -320,7 +320,8 @@ class Compiled:
         return found
 
     def _written(self) -> None:
-        """Before state is read: what an optimizer of the user's has written into the module goes to the ranks."""
+        """Before state is read: what lies in files is whole, and what an optimizer of the user's has written into the module goes to the ranks."""
+        check_disks(self.states, self.model)
         if self.states and self.optimizer is None:
             self._ready()
         self._firsts(self._apart)

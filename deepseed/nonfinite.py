@@ -26,6 +26,8 @@ from deepseed.runtime.executable import Executable, Halves
 from deepseed.runtime.host import Host
 from deepseed.runtime.looks import Look, Looks
 
+_VIEWS = ("reshape", "permute", "expand", "slice", "cast", "cat", "pad", "shard", "wait", "all_gather.start", "transfer")
+_MASKING = ("aten.add.Tensor", "aten.where.self", "aten.maximum", "aten.minimum", "aten.isinf", "aten.eq.Scalar", "aten.ne.Scalar", "aten.lt.Scalar", "aten.gt.Scalar", "aten.le.Scalar", "aten.ge.Scalar", "sdpa", "sdpa_backward")
 Given = Sequence[list[Tensor]]  # of each hosted rank the inputs of its executable
 At = tuple[str, int]  # a value and its microbatch
 LATE = 1 << 30
@@ -162,8 +164,13 @@ class _Search:
         self.inputs = {i.name: i for i in p.inputs}
 
     @cached_property
-    def position(self) -> Mapping[str, int]:
-        return {r: n for n, op in enumerate(self.p.ops) for r in op.results}
+    def position(self) -> Mapping[str, float]:
+        """The place of each value in the program; of an input that before its first use."""
+        out: dict[str, float] = {r: n for n, op in enumerate(self.p.ops) for r in op.results}
+        for n, op in enumerate(self.p.ops):
+            for ref in op.refs:
+                out.setdefault(ref.name, n - 0.5)
+        return out
 
     def run(self) -> NonFinite | None:
         for at in sorted(self.looks, key=lambda at: (self.position.get(at[0], -1), at[1])):
@@ -223,13 +230,26 @@ class _Search:
             return False
         op, given = self.p.producers.get(at[0]), self.inputs.get(at[0])
         if op is None:
-            return given is not None and (given.role == "constant" or (given.role == "batch" and all(look.value == float("-inf") for look in self.looks[at])))
+            return given is not None and (given.role == "constant" or (given.role == "batch" and all(look.value == float("-inf") for look in self.looks[at]) and self._masks(at[0])))
         return any(_infinite(a) for a in (*op.args, *(v for _, v in op.kwargs)))
+
+    def _masks(self, name: str) -> bool:
+        """Whether a batch entry only adds to scores, chooses or is compared: as a mask does, and data does not."""
+        todo, seen = [name], set[str]()
+        while todo:
+            value = todo.pop()
+            for user in self.p.uses[value] if value not in seen else ():
+                if not isinstance(user, Op) or user.target not in (*_VIEWS, *_MASKING):
+                    return False
+                if user.target in _VIEWS:
+                    todo += user.results
+            seen.add(value)
+        return True
 
     def _nan(self, at: At) -> bool:
         return any(look.nan for look in self.looks[at])
 
-    def _order(self, at: At) -> tuple[bool, int, int]:
+    def _order(self, at: At) -> tuple[bool, int, float]:
         op = self.p.producers.get(at[0])
         late = op is not None and kind_of(op.part) == "once" and order_of(op.part)[0] > 0
         return self._meant(at), LATE if late else at[1], self.position.get(at[0], -1)

@@ -118,8 +118,9 @@ def test_damage_between_two_steps_ends_training_and_a_checkpoint_goes_on(tmp_pat
     with path.open("r+b") as raw:
         raw.write(b"\x7f" * 8)
     before = step.steps
-    with pytest.raises(DiskError, match=path.name):
-        step(batch())
-    assert step.steps == before
+    for use in (lambda: step(batch()), lambda: step.save(tmp_path / "damaged"), step.state_dict, lambda: deepseed.Checkpoints(step, tmp_path / "series").save()):
+        with pytest.raises(DiskError, match=path.name):
+            use()  # a checkpoint of it would be sealed as whole
+    assert step.steps == before and not (tmp_path / "damaged").exists()
     step.load(tmp_path / "checkpoint")
     assert [float(step(batch())) for _ in range(2)] == pytest.approx(want, rel=1e-6)

@@ -130,6 +130,31 @@ def test_an_update_that_overflows_and_a_step_that_goes_on() -> None:
     assert [first, float(step(good))] == want, "checking changes no number, and the step that was refused none either"
 
 
+def test_of_several_inputs_the_one_that_is_used_first() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4))).double()
+    for layer in model[1:]:
+        layer.weight.data[0, 0] = math.nan
+    assert sure(trained(model).find_nonfinite({"x": torch.ones(8, 4, dtype=torch.float64)})).node == "1.weight"
+
+
+def test_an_infinity_in_the_data_is_no_mask() -> None:
+    x = torch.ones(8, 4, dtype=torch.float64)
+    x[1, 1] = -math.inf
+    found = sure(trained(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()).find_nonfinite({"x": x}))
+    assert (found.node, found.op, found.index) == ("x", None, (1, 1)) and "look at the data" in found.text
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3"])
+def test_what_the_forward_made_comes_before_the_gradient_that_a_loss_makes_of_it(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEED_NAN", "1")
+    model = Net(Log).double()
+    model.up.bias.data.zero_()
+    module = deepseed.compile(model, plan, world_size=2 if plan == "zero3" else 1, loss_fn=loss)
+    with pytest.raises(NonFiniteError) as raised:
+        module(zeros_from(5)).square().mean().backward()
+    assert (sure(raised.value.found).path, sure(raised.value.found).op) == ("middle", "aten.log")
+
+
 def test_a_modules_backward_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEED_NAN", "1")
     for plan, n in (("zero0", 1), ("zero3", 2)):

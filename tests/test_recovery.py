@@ -510,6 +510,13 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_told(tmp_path: Path) -> N
     assert code == 0 and {"0", "1", "2"} <= set(os.listdir(tmp_path)), said
 
 
+def test_a_rank_that_is_told_before_it_asks(tmp_path: Path) -> None:
+    """It ends as any process does, and the job is not started again: whoever sends SIGTERM wants it to stop."""
+    text = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)"
+    code, said = launch(tmp_path, text, "--num_gpus", 2, "--max_restarts", 3)
+    assert code == 143 and "rank 1 (local rank 1" in said and said.rstrip().endswith("not restarted: rank 1 was told to stop, before its script asked for the first time"), said
+
+
 def test_a_rank_that_is_told_alone(tmp_path: Path) -> None:
     """A cluster may speak to a rank and not to the launcher; ranks that have saved are not started again."""
     text = "import os, sys, time\ntime.sleep(1.5 * int(os.environ['RANK']))\nsys.exit(143)"

@@ -27,6 +27,7 @@ class Loss:
     code: int
     said: str
     recurs: bool
+    told: bool = False  # ended by a SIGTERM that is not the launcher's, for which it did not listen
 
 
 def loss_of(failures: Mapping[int, ProcessFailure], ended: Collection[int], o: Options) -> Loss:
@@ -43,7 +44,7 @@ def loss_of(failures: Mapping[int, ProcessFailure], ended: Collection[int], o: O
     said = f"rank {rank} (local rank {failure.local_rank}, process {failure.pid}) {how}{where}: {' '.join([o.script, *o.arguments])}"
     named = _CULPRIT.findall(traceback)
     last = traceback.rstrip().rpartition("\nTraceback (most recent call last):\n")[2]
-    return Loss(int(named[-1]) if named else rank, 128 - code if code < 0 else code, "\n".join(filter(None, [said, traceback.rstrip()])), code == USAGE or bool(_RECURS.search(last)))
+    return Loss(int(named[-1]) if named else rank, 128 - code if code < 0 else code, "\n".join(filter(None, [said, traceback.rstrip()])), code == USAGE or bool(_RECURS.search(last)), code == -signal.SIGTERM and failure.local_rank not in ended)
 
 
 def _traceback(failure: ProcessFailure) -> str:

@@ -51,9 +51,9 @@ def run_node(o: Options, nodes: Nodes) -> int:
             return found
         fail(found.said)
         host = list(now)[o.node_rank or 0]
-        if restart == o.max_restarts or found.recurs:
-            if found.recurs and o.max_restarts:
-                say("not restarted: it would end in the same way")
+        if restart == o.max_restarts or found.recurs or found.told:
+            if (found.recurs or found.told) and o.max_restarts:
+                say(f"not restarted: rank {found.rank} was told to stop, before its script asked for the first time" if found.told else "not restarted: it would end in the same way")
             return found.code
         slot = now[host][found.rank] if found.rank < len(now[host]) else -1
         fewer = smaller(now, host, slot, o, slot == before)
