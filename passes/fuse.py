@@ -15,9 +15,9 @@ from heapq import heapify, heappop, heappush
 from math import prod
 
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Op, Program
+from deepseed.ir.program import Op, Program, after_tangents
 from deepseed.rules.pointwise import POINTWISE
-from deepseed.rules.strides import Lying
+from deepseed.rules.strides import laid_out
 
 POINT, VIEW, INDEX, REDUCE, PICK, CREATE = "point", "view", "index", "reduce", "pick", "create"
 KINDS: Mapping[str, str] = {
@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
 FREE = ("reshape", "permute", "expand", "slice")  # may be views
 REACH = 64  # ops between one of a group and the next: what is made far from its use would hold what it reads until then
 SPAN = 4 * REACH  # ops from the first of a group to its last
+ONE_ROW = 4096  # elements of a space of one row, at most: one processor has all of it
 _NO_KERNEL = ("c64", "c128")
 
 
@@ -98,11 +99,12 @@ class _Fusion:
         self.p, self.barred = p, barred
         self.at = {r: n for n, op in enumerate(p.ops) for r in op.results}
         self.kinds = [kind_of(op, p) for op in p.ops]
-        self.views = _views(p)
+        _, self.views = laid_out(p)
         self.groups: dict[int, _Group] = {}
         self.recent: list[_Group] = []  # those that can still be in the way
         self.of: dict[int, int] = {}  # position -> group
         self.readers = [sorted({self.at[u.name] for r in op.results for u in p.uses[r] if isinstance(u, Op)}) for op in p.ops]
+        self.waiting = after_tangents(p)
         self.returned = {o.ref.name for o in p.outputs}
         self.before: list[tuple[int, ...]] = []  # ops that an op has to follow
         last = -1
@@ -198,12 +200,13 @@ class _Fusion:
             return Space(size)
         if len(smaller) > 1 or not all(_by_rows(self._shape(r), shape) for r in made):
             return None
-        return Space(size, smaller.pop())
+        (rows,) = smaller
+        return Space(size, rows) if rows > 1 or size <= ONE_ROW else None
 
     def _alike(self, a: int, b: int) -> bool:
         """Whether two ops run at the same time and place."""
         x, y = self.p.ops[a], self.p.ops[b]
-        return (x.part, x.stage, x.phase) == (y.part, y.stage, y.phase)
+        return (x.part, x.stage, x.phase, x.name in self.waiting) == (y.part, y.stage, y.phase, y.name in self.waiting)
 
     def _around(self, members: set[int]) -> bool:
         """Whether an op outside would have to run after one of ``members`` and before another."""
@@ -329,17 +332,6 @@ class _Fusion:
                 if missing[v] == 0:
                     heappush(ready, v)
         assert count == len(unit), "groups wait for each other"
-
-
-def _views(p: Program) -> list[bool]:
-    """Which ops make no copy on one rank."""
-    lying, out = Lying(p), []
-    for op in p.ops:
-        view = lying.view(op) if op.target in FREE or op.target in ("cast", "sum", "amax") else None
-        out.append(view is not None)
-        for r, t in zip(op.results, op.types, strict=True):
-            lying.strides[r] = view if view is not None else lying.fresh(op, t.local(p.mesh))
-    return out
 
 
 def _in_order(op: Op) -> bool:
