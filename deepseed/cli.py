@@ -132,6 +132,7 @@ def explain(
     clip: ClipOption = None,
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
     machine: Annotated[str, typer.Option(help="what the times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
@@ -149,7 +150,12 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of, kernels=kernels)
+    if kernels:
+        from deepseed.explain_kernels import explain_kernels
+
+        report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program))
+        return typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:

@@ -22,7 +22,8 @@ def iota(n: int, start: float, step: float, dtype: torch.dtype, index: Index | N
 
 def unslice(x: Tensor, shape: Sequence[int], dim: int, start: int, step: int) -> Tensor:
     if step != 1:
-        return torch.ops.aten.slice_scatter(x.new_zeros(tuple(shape)), x, dim, start, start + (x.shape[dim] - 1) * step + 1, step)
+        out: Tensor = torch.ops.aten.slice_scatter(x.new_zeros(tuple(shape)), x, dim, start, start + (x.shape[dim] - 1) * step + 1, step)
+        return out
     return torch.constant_pad_nd(x, [0, 0] * (len(shape) - 1 - dim) + [start, shape[dim] - start - x.shape[dim]], 0)
 
 
