@@ -161,7 +161,7 @@ def _compile(path: Path) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     found = json.loads(path.with_suffix(".json").read_text())
-    operands = [torch.empty_strided(shape, stride, dtype=getattr(torch, DTYPES[dtype].removeprefix("torch."))) for shape, stride, dtype in found["operands"]]
+    operands: list[Any] = [torch.empty_strided(shape, stride, dtype=getattr(torch, DTYPES[dtype].removeprefix("torch."))) for shape, stride, dtype in found["operands"]]
     function = _function(path.with_suffix(".py").read_text(), path.stem.rpartition("-")[0], traced)
     with torch.no_grad(), _kept(path.parent):
         graph = make_fx(function, tracing_mode="fake")(*operands)

@@ -16,8 +16,8 @@ from math import prod
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.ir.collective import KEYED, MEMORIES
-from deepseed.ir.layout import factors, part
 from deepseed.ir.fragment import groups
+from deepseed.ir.layout import factors, part
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref, Type
 from deepseed.rules.strides import Lying, Strides, contiguous, in_front, laid_out

@@ -268,9 +268,10 @@ class _Fusion:
         views: dict[str, list[int]] = {}
         for name in sorted(read):
             n = self.at.get(name)
-            if n is not None and n not in self.of and self.views[n] and self.p.ops[n].target in FREE and self._alike(n, g.ops[0]) and name not in self.returned:
-                if all(self.of.get(u) == self.of[g.ops[0]] for u in self.readers[n]):
-                    views.setdefault(self.p.ops[n].refs[0].name, []).append(n)
+            if n is None or n in self.of or not self.views[n] or self.p.ops[n].target not in FREE or not self._alike(n, g.ops[0]) or name in self.returned:
+                continue
+            if all(self.of.get(u) == self.of[g.ops[0]] for u in self.readers[n]):
+                views.setdefault(self.p.ops[n].refs[0].name, []).append(n)
         key = self.of[g.ops[0]]
         for base, found in views.items():
             if base in read or len(found) > 1:
@@ -340,12 +341,12 @@ def _in_order(op: Op) -> bool:
 
 
 def _in_rows(op: Op, p: Program) -> bool:
-    """Whether trailing dimensions are reduced, and rows are left: sizes of 1 aside."""
+    """Whether trailing dimensions are reduced, and rows are left, or few elements in all: sizes of 1 aside."""
     dims, shape = op.kw("dims"), p.types[op.refs[0].name].local(p.mesh)
     assert isinstance(dims, tuple)
     kept = [d for d, size in enumerate(shape) if d not in dims and size != 1]
     gone = [d for d, size in enumerate(shape) if d in dims and size != 1]
-    return bool(kept) and (not gone or max(kept) < min(gone))
+    return (bool(kept) or prod(shape) <= ONE_ROW) and (not gone or max(kept, default=-1) < min(gone))
 
 
 def _picks_one(op: Op, p: Program) -> bool:
