@@ -192,6 +192,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
+    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, inductor or auto")] = "python",
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
@@ -209,7 +210,7 @@ def verify(
     if backend == "simulate":
         report = check(
             found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
-            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend,
+            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen,
         )  # fmt: skip
     else:
 
@@ -217,7 +218,7 @@ def verify(
             typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
 
         report = verify_ranks(
-            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, tell=tell
+            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, codegen=codegen, tell=tell
         )  # fmt: skip
     typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     if not as_json:

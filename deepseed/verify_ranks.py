@@ -25,6 +25,7 @@ def verify_ranks(
     clip_grad_norm: float | None = 1.0,
     steps: int = 3,
     seed: int = 0,
+    codegen: str = "python",
     tell: Callable[[int, VerifyReport], None] | None = None,
 ) -> VerifyReport:
     """``verify`` of a TARGET (``path/to/file.py:name`` or ``hf:ClassName``) with one process a rank on this machine.
@@ -42,7 +43,7 @@ def verify_ranks(
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
     try:
-        got: dict[int, Any] = elastic_launch(config, _rank)(target, plan, backend, optimizer, clip_grad_norm, steps, seed)
+        got: dict[int, Any] = elastic_launch(config, _rank)(target, plan, backend, optimizer, clip_grad_norm, steps, seed, codegen)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RankError(rank, f"rank {rank} of {ranks} failed: {failure.message}") from None
@@ -63,7 +64,7 @@ def verify_ranks(
     )  # fmt: skip
 
 
-def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int) -> VerifyReport | str:
+def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int, codegen: str) -> VerifyReport | str:
     """One rank's report, or what it cannot do. All ranks of one mistake say the same, so that no launcher's log is in the way."""
     from deepseed.runtime.distributed import stop
     from deepseed.target import like, load, optimizer_factory
@@ -73,7 +74,7 @@ def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: flo
         said = optimizer_factory(optimizer or "adamw")
         factory: Any = like(found.optimizer, found.model) if optimizer is None and found.optimizer is not None else said
         return verify(
-            found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed
+            found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen
         )
     except (ValueError, RuntimeError) as error:
         if type(error).__module__.split(".")[0] != "deepseed":

@@ -9,7 +9,7 @@ comes from outside stay outside: they cost nothing. Names of ops decide what an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from math import prod
@@ -301,16 +301,19 @@ class _Fusion:
     # order ------------------------------------------------------------------------------------------------------------
 
     def program(self) -> Program:
+        while isinstance(order := self._order(), set):
+            for key in order:
+                self._drop(self.groups[key])
         ops = list(self.p.ops)
         for g in self.groups.values():
             for n in g.ops:
                 ops[n] = replace(ops[n], kernel=self.p.ops[g.last].name, origin="")
         whole = {op.origin for op in ops if op.origin}
         origins = tuple((key, op) for key, op in self.p.origins if key in whole)
-        return replace(self.p, ops=tuple(ops[n] for n in self._order()), origins=origins)
+        return replace(self.p, ops=tuple(ops[n] for n in order), origins=origins)
 
-    def _order(self) -> Iterator[int]:
-        """Groups side by side, everything else where it was, or behind the group that it reads."""
+    def _order(self) -> list[int] | set[int]:
+        """Groups side by side, everything else where it was, or behind the group that it reads; or the groups that wait for each other."""
         unit = [self.groups[self.of[n]].last if n in self.of else n for n in range(len(self.p.ops))]
         members: dict[int, list[int]] = {}
         for n, u in enumerate(unit):
@@ -323,16 +326,15 @@ class _Fusion:
         missing = {u: len(found) for u, found in waits.items()}
         ready = [u for u, n in missing.items() if n == 0]
         heapify(ready)
-        count = 0
+        out: list[int] = []
         while ready:
             u = heappop(ready)
-            yield from members[u]
-            count += len(members[u])
+            out += members[u]
             for v in after.get(u, ()):
                 missing[v] -= 1
                 if missing[v] == 0:
                     heappush(ready, v)
-        assert count == len(unit), "groups wait for each other"
+        return out if len(out) == len(unit) else {self.of[u] for u, n in missing.items() if n and u in self.of}
 
 
 def _in_order(op: Op) -> bool:

@@ -1,4 +1,4 @@
-"""Emit what was taken apart, and needed not be, as the op it came from; and the updates of one optimizer side by side.
+"""Emit what was taken apart, and needed not be, as the op it came from; the updates of one optimizer side by side; and, for a back end that compiles them, groups of ops.
 
 An origin group becomes its op again where nothing came between (no collective inside, no inner value read outside) and the
 layouts are an instance of that op's own rule in deepseed.rules; an op without a rule only where everything is whole. So typing
