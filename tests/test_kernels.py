@@ -91,7 +91,8 @@ def test_inductor_compiles_once_and_other_strides_anew(tmp_path: Path, monkeypat
             torch.testing.assert_close(a, b, rtol=0.0, atol=1e-13)
 
     same(code(*xs))
-    assert said[0] == "compiling 1 kernel" and len(said) == 2
+    assert said[0] == "compiling 1 kernel" and said[-1].startswith("compiled 1 kernel in")
+    lines = len(said)
     other = [x.t().contiguous().t() if x.shape == (6, 10) else x for x in xs]
     assert other[0].stride() != xs[0].stride()
     same(code(*other))
@@ -99,7 +100,7 @@ def test_inductor_compiles_once_and_other_strides_anew(tmp_path: Path, monkeypat
     (again,) = inductor.compiled([k], tmp_path, said.append)
     same(again(*xs))
     same(again(*other))
-    assert len(said) == 2
+    assert len(said) == lines
 
 
 def test_where_inductor_fails_the_function_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
