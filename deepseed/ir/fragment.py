@@ -17,7 +17,8 @@ from deepseed.ir.program import Input, Op, Output, Program, Ref, Type
 
 @dataclass(frozen=True)
 class Group:
-    """``ops[first:last]`` of a program. ``reads``: values from outside, in the order of their first use; ``makes``: values that are read outside."""
+    """``ops[first:last]`` of a program. ``reads``: values from outside, in the order of their first use; ``makes``: values that are read outside,
+    or nowhere: where a lane is written out, what it sends is not read there (deepseed.unroll)."""
 
     kernel: str
     first: int
@@ -35,7 +36,7 @@ def groups(p: Program) -> Iterator[Group]:
             ops = p.ops[at[0] : at[-1] + 1]
             inside, made = {id(op) for op in ops}, [r for op in ops for r in op.results]
             reads = dict.fromkeys(ref.name for op in ops for ref in op.refs if ref.name not in made)
-            makes = [r for r in made if r in returned or any(id(user) not in inside for user in p.uses[r])]
+            makes = [r for r in made if r in returned or not p.uses[r] or any(id(user) not in inside for user in p.uses[r])]
             yield Group(kernel, at[0], at[-1] + 1, tuple(reads), tuple(makes))
 
 
