@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from deepseed import ops
+from deepseed.codegen.donation import may_alias
 from deepseed.codegen.expressions import DTYPES
 from deepseed.codegen.kernels import Kernel
 from deepseed.ops import traced
@@ -80,7 +81,8 @@ class _Loaded:
     """A compiled kernel; operands that lie otherwise than it was compiled for have one of their own."""
 
     def __init__(self, path: Path, folder: Path, function: Callable_, k: Kernel) -> None:
-        self.code, self.folder, self.function, self.kernel = load(path), folder, function, k
+        self.code: Callable_ = self._first
+        self.loaded, self.path, self.folder, self.function, self.kernel = load(path), path, folder, function, k
         self.others: dict[tuple[tuple[int, ...], ...], Callable_] = {}
 
     def __call__(self, *operands: Tensor) -> Sequence[Tensor]:
@@ -89,6 +91,19 @@ class _Loaded:
         except AssertionError:  # raised before anything is computed
             return self._other(operands)(*operands)
 
+    def _first(self, *operands: Tensor) -> Sequence[Tensor]:
+        """The first call looks whether a result lies in an operand's memory, or in another result's, where the program has two: then the function is run,
+        since what writes in place later would write into both."""
+        results = self.loaded(*operands)
+        p, taken = self.kernel.fragment, {x.untyped_storage().data_ptr() for x in operands}
+        for o, x in zip(p.outputs, results, strict=True):
+            if x.numel() and x.untyped_storage().data_ptr() in taken and not may_alias(p.producers[o.ref.name], p):
+                self.code = self.function
+                return self.function(*operands)
+            taken.add(x.untyped_storage().data_ptr())
+        self.code = self.loaded
+        return results
+
     def _other(self, operands: Sequence[Tensor]) -> Callable_:
         lying = tuple([x.stride() for x in operands])
         if lying not in self.others:
@@ -96,7 +111,7 @@ class _Loaded:
             path = write(self.folder, self.kernel.name, found, self.kernel.source)
             if not _done(path):
                 _build(path)
-            self.others[lying] = load(path) if path.exists() else self.function
+            self.others[lying] = _Loaded(path, self.folder, self.function, self.kernel) if path.exists() and path != self.path else self.function
         return self.others[lying]
 
 
