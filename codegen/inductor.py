@@ -31,12 +31,12 @@ from deepseed.codegen.expressions import DTYPES
 from deepseed.codegen.kernels import Kernel
 from deepseed.ops import traced
 
-Callable_ = Callable[..., Sequence[Tensor]]
+Code = Callable[..., Sequence[Tensor]]
 EACH = 3  # kernels that a further process must have to do before it pays to start it
 TOLD = 5.0  # seconds between two lines of progress
 
 
-def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Callable_]:
+def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
     """Each kernel as a callable, compiled now where the folder has none."""
     functions = [python(k) for k in wanted]
     if not compiler():
@@ -52,7 +52,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     return [_Loaded(path, folder, f, k) if path.exists() else f for path, f, k in zip(paths, functions, wanted, strict=True)]
 
 
-def python(k: Kernel) -> Callable_:
+def python(k: Kernel) -> Code:
     """The function itself."""
     return _function(k.source, k.name, ops)
 
@@ -80,10 +80,10 @@ def write(folder: Path, name: str, found: Mapping[str, Any], source: str) -> Pat
 class _Loaded:
     """A compiled kernel; operands that lie otherwise than it was compiled for have one of their own."""
 
-    def __init__(self, path: Path, folder: Path, function: Callable_, k: Kernel) -> None:
-        self.code: Callable_ = self._first
+    def __init__(self, path: Path, folder: Path, function: Code, k: Kernel) -> None:
+        self.code: Code = self._first
         self.loaded, self.path, self.folder, self.function, self.kernel = load(path), path, folder, function, k
-        self.others: dict[tuple[tuple[int, ...], ...], Callable_] = {}
+        self.others: dict[tuple[tuple[int, ...], ...], Code] = {}
 
     def __call__(self, *operands: Tensor) -> Sequence[Tensor]:
         try:
@@ -104,7 +104,7 @@ class _Loaded:
         self.code = self.loaded
         return results
 
-    def _other(self, operands: Sequence[Tensor]) -> Callable_:
+    def _other(self, operands: Sequence[Tensor]) -> Code:
         lying = tuple([x.stride() for x in operands])
         if lying not in self.others:
             found = {**spec(self.kernel), "operands": [(list(x.shape), list(x.stride()), i.type.dtype) for x, i in zip(operands, self.kernel.fragment.inputs, strict=True)]}
@@ -186,11 +186,11 @@ def _compile(path: Path) -> None:
     fresh.replace(path)
 
 
-def load(path: Path) -> Callable_:
+def load(path: Path) -> Code:
     from torch._inductor import CompiledArtifact  # type: ignore[attr-defined]
 
     with _kept(path.parent):
-        code: Callable_ = CompiledArtifact.load(path=str(path), format="binary")
+        code: Code = CompiledArtifact.load(path=str(path), format="binary")
     return getattr(code, "_compiled_fn", code)
 
 
@@ -208,10 +208,10 @@ def _kept(folder: Path) -> Iterator[None]:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
-def _function(source: str, name: str, namespace: Any) -> Callable_:
+def _function(source: str, name: str, namespace: Any) -> Code:
     names: dict[str, Any] = {"torch": torch, "ops": namespace}
     exec(compile(source, f"<{name}>", "exec"), names)
-    found: Callable_ = names[name]
+    found: Code = names[name]
     return found
 
 
