@@ -9,10 +9,11 @@ tangents. ``forward`` returns what the model shows, then ``v`` and ``m`` with wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
+from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
@@ -32,14 +33,15 @@ class _Function:
     lines: list[str] = field(default_factory=list)
 
 
-def generate_parts(p: Program, lane: int, looked: bool = False) -> str:
+def generate_parts(p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE) -> str:
     """The source of ``step(rt, inputs)`` for the localized program of the pipeline rank ``lane``."""
-    return _Parts(p, lane, looked).source()
+    return _Parts(p, lane, looked, kernels).source()
 
 
 class _Parts:
-    def __init__(self, p: Program, lane: int, looked: bool = False) -> None:
+    def __init__(self, p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE) -> None:
         assert p.schedule is not None
+        self.kernels, self.grouped = kernels, starts(p, kernels)
         self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
         self.out = Source(p, looked=looked)
         self.donation = self.out.donation
@@ -136,8 +138,13 @@ class _Parts:
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-            together = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
-            if op.target in KERNELS:
+            together: Sequence[Op] = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            if n in self.grouped:
+                g = self.grouped[n]
+                together = self.p.ops[n : g.last]
+                call(out, self.p, g, self.kernels[g.kernel])
+                here.difference_update({r for each in together for r in each.results}.difference(g.makes))
+            elif op.target in KERNELS:
                 self.update.optimizer(n, together)
             else:
                 self._op(op, n)

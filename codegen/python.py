@@ -9,9 +9,10 @@ several functions: see deepseed/codegen/parts.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from deepseed.codegen.expressions import Source, assignment, listed
+from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.codegen.parts import generate_parts
 from deepseed.ir.mesh import Mesh
@@ -19,17 +20,18 @@ from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
 
 
-def generate(p: Program, lane: int = 0, looked: bool = False) -> str:
+def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[str, str] = NONE) -> str:
     """The source of ``step(rt, inputs)`` for a localized program, of pipeline rank ``lane``. ``looked``: each value is shown to ``rt.look`` as it is made.
-    Raises CodegenError for an unknown own op."""
+    ``kernels``: the function that computes a group, by its mark: one line calls it. Raises CodegenError for an unknown own op."""
     if p.schedule is not None:
-        return generate_parts(p, lane, looked)
+        return generate_parts(p, lane, looked, kernels)
     out = Source(p, looked=looked)
     donation = out.donation
     update = Update(donation, out.name, out.emit)
     _prologue(out)
-    _close(out, update, -1, [i.name for i in p.inputs])
+    _close(out, update, (-1,), [i.name for i in p.inputs])
     place = ("", "")
+    grouped = starts(p, kernels)
     n = 0
     while n < len(p.ops):
         op = p.ops[n]
@@ -37,6 +39,13 @@ def generate(p: Program, lane: int = 0, looked: bool = False) -> str:
             place = (op.path, op.phase)
             out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
         together: Sequence[Op] = (op,)
+        if n in grouped:
+            g = grouped[n]
+            call(out, p, g, kernels[g.kernel])
+            inner = {r for each in p.ops[n : g.last] for r in each.results}.difference(g.makes)
+            _close(out, update, range(n, g.last), g.makes, inner)
+            n = g.last
+            continue
         if op.target in KERNELS:
             together = run_from(n, p.ops)
             update.optimizer(n, together)
@@ -44,7 +53,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False) -> str:
             types = ", ".join(format_type(t, p.mesh) for t in op.types)
             out.emit(assignment(out, op), types)
         for each in together:
-            _close(out, update, n, each.results)
+            _close(out, update, (n,), each.results)
             n += 1
     returned = [out.name(o.ref.name + (".copy" if o.ref.name in donation.copied else "")) for o in donation.returned]
     out.emit(f"return {listed(returned)}")
@@ -68,13 +77,14 @@ def _prologue(out: Source) -> None:
     out.lines += ["    ) = inputs" if p.inputs else "    _) = inputs, None", "    inputs.clear()", "    device = rt.device"]
 
 
-def _close(out: Source, update: Update, n: int, made: Sequence[str]) -> None:
-    """What follows op ``n``: writes into stored tensors, and the end of values that nothing reads any more."""
+def _close(out: Source, update: Update, at: Sequence[int], made: Sequence[str], inner: Collection[str] = ()) -> None:
+    """What follows the ops ``at``: writes into stored tensors, and the end of values that nothing reads any more; ``inner``: those that a kernel kept to itself."""
     donation = update.donation
     out.look(made)
     for value in made:
         if value in donation.copied:
             out.emit(f"{out.name(value + '.copy')} = {out.name(value)}.clone()")
-    update.after(n)
-    if dead := [out.name(v) for v in donation.dies.get(n, ())]:
+    for n in at:
+        update.after(n)
+    if dead := [out.name(v) for n in at for v in donation.dies.get(n, ()) if v not in inner]:
         out.emit(f"del {', '.join(dead)}")

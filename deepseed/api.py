@@ -52,6 +52,7 @@ def compile(
     weights: str | os.PathLike[str] | None = None,
     device_memory: str | int | None = None,
     check_finite: bool | None = None,
+    codegen: str = "python",
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -73,13 +74,15 @@ def compile(
     ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
     check_finite: after a step or backward whose loss or gradients are not finite, raise NonFiniteError naming the first node that made such a value, and
     change nothing (default: ``$DEEPSEED_NAN``). It reads the loss of each step; a step that is fine costs nothing else.
+    codegen: what computes groups of ops that need no memory in between: ``"python"`` (one torch call an op), ``"inductor"`` (compiled C++, which
+    is kept in the cache folder), or ``"auto"``, the one that is there.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
-        "check_finite": check_finite,
+        "check_finite": check_finite, "codegen": codegen,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:

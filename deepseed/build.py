@@ -22,6 +22,7 @@ from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
+from deepseed.kernels import PYTHON, Compiled, made
 from deepseed.local_norms import with_local_norms
 from deepseed.logs import say
 from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
@@ -89,15 +90,15 @@ def looked(built: Built, host: Host) -> Sequence[Executable]:
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False, codegen: str = PYTHON
 ) -> Built:
-    """Run the pipeline. ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``codegen``: what computes groups of ops (deepseed.kernels). ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
     captured = replace(captured, program=prepared(captured.program, plan, host.mesh, own))
-    host.agree([("plan", str(plan))])
+    host.agree([("plan", str(plan)), ("codegen", codegen)])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
@@ -105,11 +106,15 @@ def build(
     if host.first and not quiet:
         say_microbatches(captured.program, plan, host.mesh)
 
+    def tell(line: str) -> None:
+        if not quiet:
+            say(line)
+
     def solve() -> str:
         done.extend(
             run_passes(
                 captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=lambda p: _say(p, started, quiet),
-                tell=(lambda line: None) if quiet else say,
+                tell=tell, kernels=codegen != PYTHON,
             )
         )  # fmt: skip
         return str(done[-1].program)
@@ -120,12 +125,13 @@ def build(
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
     host.refine(program.mesh)
-    executables = []
+    executables, known = [], dict[str, Compiled]()
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
-        executables.append(Executable(generate(mine, coordinate.get(STAGES, 0)), program.name, mine.inputs, mine.outputs))
+        kernels = made(mine, codegen, known, bool(host.arenas), tell)
+        executables.append(Executable(generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names), program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
@@ -141,13 +147,13 @@ def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
 def run_passes(
     p: Program, plan: Plan, ranks: Mesh, at: Mapping[str, int], *, stored: Mapping[tuple[str, str], Layout] | None = None,
     homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, check: bool = True,
-    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object],
+    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object], kernels: bool = False,
 ) -> list[Passed]:  # fmt: skip
     """The passes that all ranks share (or ``passes``, with the rank ``at`` a coordinate) over a captured program; ``tell`` hears what a budget chose."""
     mesh = program_mesh(p, plan, ranks)
 
     def arguments(plan: Plan) -> dict[str, dict[str, Any]]:
-        return pipeline.arguments(mesh, plan.stage, at, stored, plan, homes, hosted)
+        return pipeline.arguments(mesh, plan.stage, at, stored, plan, homes, hosted, kernels)
 
     done, choice = run_shared(p, plan, arguments, check=check, on_pass=on_pass, hosted=hosted, passes=passes, machine=machine)
     if choice is not None:

@@ -133,6 +133,7 @@ def explain(
     clip: ClipOption = None,
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
     machine: Annotated[str, typer.Option(help="what the times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
@@ -150,7 +151,12 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of, kernels=kernels)
+    if kernels:
+        from deepseed.explain_kernels import explain_kernels
+
+        report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program))
+        return typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
     if as_json:
@@ -187,6 +193,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
+    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, inductor or auto")] = "python",
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
@@ -204,7 +211,7 @@ def verify(
     if backend == "simulate":
         report = check(
             found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
-            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend,
+            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen,
         )  # fmt: skip
     else:
 
@@ -212,7 +219,7 @@ def verify(
             typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
 
         report = verify_ranks(
-            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, tell=tell
+            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, codegen=codegen, tell=tell
         )  # fmt: skip
     typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     if not as_json:

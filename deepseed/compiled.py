@@ -28,6 +28,7 @@ from deepseed.handover import accept_whole, follow, load_whole, take_over
 from deepseed.idle import notes
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import OWN_ROWS, Program
+from deepseed.kernels import PYTHON, resolve
 from deepseed.logs import at_step, say, warn
 from deepseed.nonfinite import wanted
 from deepseed.ops import torch_dtype
@@ -95,6 +96,7 @@ class Compiled:
         weights: str | os.PathLike[str] | None = None,
         device_memory: str | int | None = None,
         check_finite: bool | None = None,
+        codegen: str = PYTHON,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -122,7 +124,7 @@ class Compiled:
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads, resolve(codegen, self.host.device)), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step

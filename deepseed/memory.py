@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.ir.collective import KEYED, MEMORIES
+from deepseed.ir.fragment import groups
 from deepseed.ir.layout import factors, part
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import ITEMSIZE, Op, Program, Type
-from deepseed.rules.strides import Lying, contiguous, in_front
+from deepseed.ir.program import ITEMSIZE, Op, Program, Ref, Type
+from deepseed.rules.strides import Lying, Strides, contiguous, in_front, laid_out
 
 STORED = ("param", "buffer", "state", "constant")  # what stays between steps
 WORDS = {"bernoulli": (2, 0), "uniform": (2, 16), "normal": (1, 32)}  # elements that share a random word, and bytes that a word takes beside itself while it is made a number
@@ -42,6 +43,23 @@ def memory(p: Program) -> Memory:
     return _Liveness(p).run()
 
 
+def as_kernels(p: Program) -> Program:
+    """With one op for each group: a kernel keeps what it does not return in registers."""
+    found = {g.first: g for g in groups(p)}
+    if not found:
+        return p
+    ops: list[Op] = []
+    n = 0
+    while n < len(p.ops):
+        if (g := found.get(n)) is None:
+            ops.append(p.ops[n])
+            n += 1
+            continue
+        ops.append(replace(p.ops[n], results=g.makes, target="kernel", args=tuple(map(Ref, g.reads)), kwargs=(), types=tuple([p.types[r] for r in g.makes])))
+        n = g.last
+    return replace(p, ops=tuple(ops))
+
+
 def curve(p: Program, kinds: Mapping[str, str]) -> tuple[Mapping[str, int], ...]:
     """Bytes live while each op runs, by kind; one row an op. ``kinds``: what the storage that a value made is counted as; of a value
     that is not there, as ``other``. The sum of a row is what ``memory`` takes its peak from."""
@@ -55,6 +73,8 @@ class _Liveness:
     """Storages by number: their bytes, and how many values (and collectives under way) still need each."""
 
     def __init__(self, p: Program, kinds: Mapping[str, str] | None = None) -> None:
+        whole, p = p, as_kernels(p)
+        self.within: Mapping[str, Strides] = laid_out(whole)[0] if p is not whole else {}  # how kernels lay out what they return
         self.p, self.donation = p, Donation(p)
         self.kinds = kinds or {}
         self.kind: list[str] = []
@@ -171,7 +191,7 @@ class _Liveness:
                 self.strides[result] = view
             else:
                 self._new(result, self._arriving(op)[0] if _exchanges(op) else t.local_bytes(self.p.mesh), t.host)
-                self.strides[result] = self.lying.fresh(op, shape)
+                self.strides[result] = self.within[result] if op.target == "kernel" else self.lying.fresh(op, shape)
             if result in self.donation.copied:
                 self._new(result, t.local_bytes(self.p.mesh), t.host)
         return None

@@ -76,11 +76,11 @@ ONE_RANK = Plan()
 
 def arguments(
     mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None,
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, kernels: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
     ``plan``: for its stages and their schedule. ``stored``, ``homes`` and ``hosted``: layouts and stages of what an earlier program stores, and
-    whether on the host."""
+    whether on the host; ``kernels``: whether a back end compiles groups of ops."""
     return {
         "solve_placements": {"mesh": mesh, "zero": zero, "stored": stored or {}},
         "lower_reshards": {"zero": zero},
@@ -90,6 +90,7 @@ def arguments(
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
         "offload_activations": {"wanted": "activations" in plan.offload},
+        "group_kernels": {"kernels": kernels},
         "localize": {"coordinate": coordinate},
     }
 

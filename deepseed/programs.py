@@ -63,6 +63,7 @@ class Subject:
     grads: bool = False
     quiet: bool = False
     buckets: Sequence[Bucket] = ()
+    codegen: str = "python"
 
     def own(self, want: Wanted) -> bool:
         """Whether each data-parallel rank has its own rows, and its own loss, in such a program."""
@@ -260,7 +261,7 @@ class Programs:
         if twin is not None:  # what changed is read, and does not matter
             built = replace(twin, captured=captured, adopted=False)
         else:
-            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first)
+            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first, codegen=s.codegen)
         for o in built.program.outputs:
             if o.role == "pending":  # as the update finds it
                 self.pending[o.key] = built.program.types[o.ref.name]

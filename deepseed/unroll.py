@@ -71,6 +71,7 @@ class _Unroll:
         if op.target == TRANSFER and self.schedule.lane_of(int(str(op.kw("source")))) != self.lane:
             return replace(op, results=tuple(self._name(r, i.microbatch) for r in op.results), args=())
         made = op.map_refs(lambda ref: Ref(self._name(ref.name, i.microbatch), ref.want))
+        made = replace(made, kernel=f"{op.kernel}#{i.microbatch}") if op.kernel else made
         if op.target not in IN_TIME or runs_once(op.part):
             return replace(made, results=tuple(self._name(r, i.microbatch) for r in op.results))
         place = op.part, op.stage

@@ -1,4 +1,4 @@
-"""Emit what was taken apart, and needed not be, as the op it came from; and the updates of one optimizer side by side.
+"""Emit what was taken apart, and needed not be, as the op it came from; the updates of one optimizer side by side; and, for a back end that compiles them, groups of ops.
 
 An origin group becomes its op again where nothing came between (no collective inside, no inner value read outside) and the
 layouts are an instance of that op's own rule in deepseed.rules; an op without a rule only where everything is whole. So typing
@@ -15,6 +15,7 @@ from deepseed.ir.collective import MEMORIES
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
+from deepseed.passes.fuse import fuse, leaves_apart
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
@@ -28,8 +29,9 @@ APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has t
 
 
 @program_pass(requires={"lowered"}, provides={"grouped"})
-def group_kernels(p: Program) -> Program:
-    """Replace origin groups by their ops, then put the updates of equal options side by side.
+def group_kernels(p: Program, kernels: bool = False) -> Program:
+    """Replace origin groups by their ops, then put the updates of equal options side by side. ``kernels``: what is pointwise or reduces rows stays apart, and is marked as groups for
+    a back end that compiles them (deepseed.passes.fuse).
 
     before: %y.amax = amax(%x, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
             %y.sub = aten.sub.Tensor(%x, %y.amax) : f32[8@dp, 16] {origin="y"}
@@ -38,13 +40,14 @@ def group_kernels(p: Program) -> Program:
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[8@dp, 16] {origin="y"}
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
-    return _gather_updates(_scale_in_update(_regroup(once(p))))
+    p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)))
+    return fuse(p) if kernels else p
 
 
 # groups -------------------------------------------------------------------------------------------------------------
 
 
-def _regroup(p: Program) -> Program:
+def _regroup(p: Program, kernels: bool = False) -> Program:
     at = {op.name: n for n, op in enumerate(p.ops)}
     members: dict[str, list[int]] = {}
     for n, op in enumerate(p.ops):
@@ -53,6 +56,8 @@ def _regroup(p: Program) -> Program:
     gone: set[int] = set()
     before: dict[int, list[Op]] = {}  # position -> whole ops to emit there
     for key, whole in p.origins:
+        if kernels and not whole.target.startswith(OPTIMIZER) and leaves_apart(p, [p.ops[n] for n in members.get(key, ())]):
+            continue
         found = _whole_op(p, at, whole, members.get(key, ()))
         if found is not None:
             position, op, replaced = found

@@ -151,6 +151,16 @@ def test_a_text_that_is_no_program_names_its_line(tmp_path: Path) -> None:
 # explain and verify --------------------------------------------------------------------------------------------------
 
 
+def test_explain_kernels_as_a_table_and_as_json(mlp: str) -> None:
+    words = ["explain", mlp, "--plan", "zero3", "--world-size", "2", "--kernels"]
+    assert "launches a step" in deepseed(*words).output
+    found = json.loads(deepseed(*words, "--json").output)
+    assert 0 < found["launches"] <= found["launches_ungrouped"]
+    for kernel in found["kernels"]:
+        assert {"name", "ops", "bytes_read", "bytes_written", "bytes_minimum", "launches", "intensity"} <= kernel.keys()
+        assert len(kernel["ops"]) > 1 and kernel["bytes_minimum"] <= kernel["bytes_read"] + kernel["bytes_written"]
+
+
 def test_explain_as_a_table_and_as_json(mlp: str) -> None:
     words = ["explain", mlp, "--plan", "zero3", "--world-size", "2"]
     table = deepseed(*words).output

@@ -6,6 +6,7 @@ The arena (deepseed.runtime.arena) sees every storage while a step runs and shar
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,11 +15,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import _disable_current_modes
 
 import deepseed
 from deepseed import pipeline
 from deepseed.api import TrainStep
 from deepseed.capture import capture
+from deepseed.codegen.inductor import python
+from deepseed.kernels import BACK_ENDS
 from deepseed.memory import curve
 from deepseed.meshes import program_mesh
 from deepseed.plan import PlanError, parse_plan
@@ -157,6 +161,31 @@ def agrees(model: torch.nn.Module, batch: Any, plan: str, why: str, loss_fn: Any
     step(batch)
     for said, counted in zip(step.explain().ranks, step.counted_peak_bytes, strict=True):
         assert abs(said.peak_bytes - counted["device"]) <= 64, f"{why}: rank {said.rank}, {said.peak_bytes} predicted, {counted['device']} counted"
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2+mb2", "pp2+mb4+zb"])
+def test_what_kernels_keep_to_themselves_is_not_predicted(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions whose inner values no account sees stand for compiled code."""
+
+    def hidden(f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*operands: torch.Tensor) -> Any:
+            with _disable_current_modes():
+                return f(*operands)
+
+        return call
+
+    monkeypatch.setitem(BACK_ENDS, "hidden", lambda wanted, folder, tell: [hidden(python(k)) for k in wanted])
+    found = target(MODELS[1])
+    said, counted = [], []
+    for codegen in ("python", "hidden"):
+        optimizer = torch.optim.AdamW(found.model.parameters())
+        step = deepseed.compile(found.model, plan, optimizer=optimizer, clip_grad_norm=1.0, backend="simulate", device_memory="unlimited", codegen=codegen)
+        assert isinstance(step, TrainStep)
+        step(found.batch)
+        said.append([r.peak_bytes for r in step.explain().ranks])
+        counted.append([c["device"] for c in step.counted_peak_bytes])
+    assert said[1] == pytest.approx(counted[1], rel=0.01), (said, counted)
+    assert all(a <= b for a, b in zip(counted[1], counted[0], strict=True)), counted
 
 
 @pytest.mark.parametrize("plan", ["zero2+dp2", "zero3+dp2", "zero3+dp2+remat"])

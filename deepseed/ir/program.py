@@ -101,6 +101,7 @@ class Op:
     origin: str = ""  # key into Program.origins
     part: str = ""  # when it runs, once looped: see deepseed.ir.schedule
     stage: int = 0  # of the pipeline: where it runs
+    kernel: str = ""  # the group that one kernel computes: see deepseed.ir.fragment
 
     @property
     def name(self) -> str:

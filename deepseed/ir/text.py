@@ -12,7 +12,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Input, Op, Output, Program, ProgramError, Ref, Type
 from deepseed.ir.schedule import format_schedule, parse_schedule
 
-_META = (("at", "path"), ("phase", "phase"), ("line", "line"), ("origin", "origin"), ("part", "part"), ("stage", "stage"))
+_META = (("at", "path"), ("phase", "phase"), ("line", "line"), ("origin", "origin"), ("part", "part"), ("stage", "stage"), ("kernel", "kernel"))
 
 
 class ParseError(ProgramError):

@@ -6,7 +6,8 @@ Invariants:
 3. roles and phases are known; an output param, buffer or state has an input of the same key, dtype and shape;
 4. once explicit, no use wants another layout than the value has; once lowered, no reshard is left;
 5. the result of ``*.start`` is used by ``wait`` only, and ``wait`` waits for nothing else;
-6. once staged, every value is there when and where it is read (deepseed.ir.staged).
+6. once staged, every value is there when and where it is read (deepseed.ir.staged);
+7. ops of one ``kernel`` stand side by side, run at one time and place, on the device, and none of them is a collective or moves a value.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 from deepseed.ir.layout import LayoutError, check
 from deepseed.ir.program import INPUT_ROLES, ITEMSIZE, OUTPUT_ROLES, PHASES, Op, Program, ProgramError, Ref, Type
 from deepseed.ir.staged import check_staged
+
+_OUTSIDE = ("reshard", "wait", "send", "transfer", "accumulate", "collect", "shard", "summand", "share")  # of any kernel
 
 
 def verify(p: Program) -> Program:
@@ -69,9 +72,26 @@ def verify(p: Program) -> Program:
                 raise ProgramError(f"{where}: {new.dtype}{list(new.shape)} for an input of {source.type.dtype}{list(source.type.shape)}")
             if "explicit" in p.facts and new.layout != source.type.layout:
                 raise ProgramError(f"{where}: comes back as {new.layout.elements}, was stored as {source.type.layout.elements}")
+    _check_kernels(p)
     if "staged" in p.facts and "local" not in p.facts and any(op.part for op in p.ops):
         check_staged(p)
     return p
+
+
+def _check_kernels(p: Program) -> None:
+    done: set[str] = set()
+    before: Op | None = None
+    for op in p.ops:
+        if op.kernel:
+            if before is not None and before.kernel == op.kernel:
+                if (op.part, op.stage, op.phase) != (before.part, before.stage, before.phase):
+                    raise ProgramError(f"{_where(op)}: {op.phase} {op.part} of stage {op.stage} in the kernel {op.kernel!r}, which is {before.phase} {before.part} of stage {before.stage}")
+            elif op.kernel in done:
+                raise ProgramError(f"{_where(op)}: the kernel {op.kernel!r} goes on behind %{before.name if before is not None else ''}, which is no part of it")
+            done.add(op.kernel)
+            if op.target in _OUTSIDE or op.target.endswith(".start") or op.target.startswith("optim.") or any(t.host for t in op.types):
+                raise ProgramError(f"{_where(op)}: in the kernel {op.kernel!r}, which cannot {'reach the host' if op.types[0].host else 'send, wait or move values'}")
+        before = op
 
 
 def _define(p: Program, defined: dict[str, Type], name: str, t: Type, where: Op | str, fitting: set[Type | int]) -> None:

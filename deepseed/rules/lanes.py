@@ -28,6 +28,10 @@ def on_lane(p: Program, lane: int) -> Program:
     blocks: dict[tuple[str, int], list[Op]] = {}
     heads: dict[tuple[str, int], list[Op]] = {}
     waits: dict[str, Op] = {}  # received value -> its wait, until it is emitted
+    together: dict[str, list[Ref]] = {}  # what the ops of a group read: it is there before the first of them
+    for op in p.ops:
+        if op.kernel:
+            together.setdefault(op.kernel, []).extend(op.refs)
     for op in p.ops:
         key = _block(op.part, op.stage)
         if op.target == "transfer":
@@ -43,7 +47,7 @@ def on_lane(p: Program, lane: int) -> Program:
         if op.stage not in stages:
             continue
         block = blocks.setdefault(key, [])
-        for ref in op.refs:
+        for ref in together[op.kernel] if op.kernel else op.refs:
             if ref.name in waits and _block(waits[ref.name].part, waits[ref.name].stage) == key:
                 block.append(waits.pop(ref.name))
         block.append(op)

@@ -96,6 +96,18 @@ class Lying:
         return contiguous(shape) if s.take is None else _own(s.take, shape, self.p.mesh.size(s.axis))
 
 
+def laid_out(p: Program) -> tuple[dict[str, Strides], list[bool]]:
+    """The strides of every value on one rank as far as they can be told, and for each op whether it makes a view."""
+    lying, views = Lying(p), []
+    for op in p.ops:
+        received = op.target == "wait" and p.producers[op.refs[0].name].target == "receive.start"
+        view = None if received or not op.refs else lying.view(op)
+        views.append(view is not None)
+        for r, t in zip(op.results, op.types, strict=True):
+            lying.strides[r] = view if view is not None else lying.fresh(op, t.local(p.mesh))
+    return lying.strides, views
+
+
 def _own(take: Place, shape: tuple[int, ...], n: int) -> Strides | None:
     """How a rank's part of a block lies, whose end is padding where the block is another rank's too: a copy where it is in pieces."""
     block = take.outer * -(-take.of // n) * take.rest

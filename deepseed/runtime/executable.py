@@ -25,13 +25,16 @@ from deepseed.runtime.collectives import Runtime
 class Executable:
     """``Executable(source)(rt, inputs)``: ``inputs`` are local tensors in the program's order; the list is emptied.
 
-    ``inputs``, ``outputs``: of the rank's program; it returns its outputs other than new parameters, buffers and state. ``path`` is the file that holds the source: a debugger steps through it, a traceback shows its lines.
+    ``inputs``, ``outputs``: of the rank's program; it returns its outputs other than new parameters, buffers and state. ``kernels``: functions that the source calls, by name,
+    of the back end ``codegen``. ``path`` is the file that holds the source: a debugger steps through it, a traceback shows its lines.
     """
 
-    def __init__(self, source: str, name: str = "step", inputs: Sequence[Input] = (), outputs: Sequence[Output] = ()) -> None:
+    def __init__(
+        self, source: str, name: str = "step", inputs: Sequence[Input] = (), outputs: Sequence[Output] = (), kernels: Mapping[str, Callable[..., Any]] | None = None, codegen: str = ""
+    ) -> None:
         keep_freed_memory()
         self.source, self.inputs, self.outputs = source, inputs, outputs
-        self._loaded = _load(source, name)
+        self._loaded = _load(source, name, kernels or {}, codegen)
         self.path = self._loaded.path
 
     def __call__(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -84,11 +87,11 @@ class _Loaded:
     names: Mapping[str, Any]  # "step", or "forward" and "backward"
 
 
-_loaded: WeakValueDictionary[tuple[str, str], _Loaded] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str, str], _Loaded] = WeakValueDictionary()
 
 
-def _load(source: str, name: str) -> _Loaded:
-    known = _loaded.get((source, name))
+def _load(source: str, name: str, kernels: Mapping[str, Callable[..., Any]], codegen: str) -> _Loaded:
+    known = _loaded.get((source, name, codegen))
     if known is not None:
         return known
     digest = hashlib.sha256(source.encode()).hexdigest()
@@ -98,9 +101,9 @@ def _load(source: str, name: str) -> _Loaded:
         fresh = path.with_suffix(f".{os.getpid()}.tmp")
         fresh.write_text(source)
         fresh.replace(path)  # at once: other ranks may be writing the same file
-    namespace: dict[str, Any] = {"__name__": f"deepseed.generated.{name}", "__file__": str(path)}
+    namespace: dict[str, Any] = {**kernels, "__name__": f"deepseed.generated.{name}", "__file__": str(path)}
     exec(compile(source, str(path), "exec"), namespace)
-    _loaded[source, name] = made = _Loaded(path, namespace)
+    _loaded[source, name, codegen] = made = _Loaded(path, namespace)
     return made
 
 

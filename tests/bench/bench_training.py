@@ -31,8 +31,8 @@ from time import perf_counter, process_time
 from typing import Any
 
 RANKED = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
-          "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3")  # fmt: skip
-SINGLE = ("eager", "deepseed-single")
+          "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3", "deepseed-zero0:inductor", "deepseed-zero1:inductor", "deepseed-zero3:inductor")  # fmt: skip
+SINGLE = ("eager", "deepseed-single", "deepseed-single:inductor")  # behind the colon: codegen=
 OFFLOAD = ("fsdp2-offload", "deepspeed-zero2-offload", "deepspeed-zero3-offload", "deepseed-zero2+offload(optimizer)", "deepseed-zero3+offload(optimizer)",
            "deepseed-zero3+offload(optimizer,params)")  # fmt: skip
 EXTRA = ("deepspeed-zero0", "torch-compile", "deepspeed-zero2-offload-cpuadam", *OFFLOAD)  # by name only
@@ -99,7 +99,7 @@ def turn(a: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
             if ranks > 1:  # as a launcher sets it; the group itself meets in a file, so that no port can be taken
                 env |= {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
             with logs[r].open("w") as log:
-                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}:{r}:{ranks}:{folder}"], env=env, stdout=log, stderr=log))
+                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}|{r}|{ranks}|{folder}"], env=env, stdout=log, stderr=log))
         deadline = perf_counter() + a.timeout
         try:
             while any(p.poll() is None for p in procs) and not any(p.poll() for p in procs) and perf_counter() < deadline:
@@ -344,8 +344,8 @@ def deepseed(a: argparse.Namespace, engine: str, model: Any) -> Step:
     import deepseed
 
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    plan = engine.removeprefix("deepseed-").replace("single", "")
-    compiled: Step = deepseed.compile(model, plan=plan, optimizer=optimizer, clip_grad_norm=CLIP, batch="local")
+    plan, _, codegen = engine.removeprefix("deepseed-").replace("single", "").partition(":")
+    compiled: Step = deepseed.compile(model, plan=plan, optimizer=optimizer, clip_grad_norm=CLIP, batch="local", codegen=codegen or "python")
     return compiled
 
 
@@ -357,7 +357,7 @@ ENGINES: dict[str, Callable[[argparse.Namespace, str, Any], Step]] = {
 if __name__ == "__main__":
     given = arguments()
     if given.child:
-        name, at, of, where = given.child.split(":", 3)
+        name, at, of, where = given.child.split("|", 3)
         child(given, name, int(at), int(of), Path(where))
     else:
         sys.exit(parent(given))

@@ -1,0 +1,181 @@
+"""codegen=: groups become functions, functions become compiled code that is kept, and nothing but speed depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small import small, token_loss
+from torch import Tensor
+
+import deepseed
+from deepseed import kernels as back_ends
+from deepseed.api import TrainStep
+from deepseed.codegen import inductor
+from deepseed.codegen.kernels import Kernel, kernels
+from deepseed.explain_kernels import explain_kernels
+from deepseed.ir.text import parse
+from deepseed.memory import as_kernels, memory
+from deepseed.ops import rng, traced
+from deepseed.passes.fuse import fuse
+from deepseed.passes.localize import localize
+from deepseed.rules.strides import laid_out
+
+COMPILER = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+
+PROGRAM = """program p mesh() facts(explicit, lowered, placed)
+%x : f64[6, 10] batch "x"
+%rng : i64[2] rng "rng"
+%i : i64[6, 1] batch "i"
+%e = aten.exp(%x) : f64[6, 10] {phase="forward"}
+%d = bernoulli(%rng, p=0.5, site="drop") : f64[6, 10] {phase="forward"}
+%y = aten.mul.Tensor(%e, %d) : f64[6, 10] {phase="forward"}
+%s = sum(%y, dims=[1], keepdim=true) : f64[6, 1] {phase="forward"}
+%z = aten.div.Tensor(%y, %s) : f64[6, 10] {phase="forward"}
+%u = scatter_add(%z, %i, %s, dim=1) : f64[6, 10] {phase="forward"}
+%g = gather(%u, %i, dim=1) : f64[6, 1] {phase="forward"}
+return %u output "u"
+return %g output "g"
+"""
+
+
+def kernel() -> Kernel:
+    p = localize(fuse(parse(PROGRAM)), {})
+    (k,) = set(kernels(p, laid_out(p)[0]).values())
+    return k
+
+
+def operands() -> list[Tensor]:
+    torch.manual_seed(0)
+    given = {"f64": torch.randn(6, 10, dtype=torch.float64), "rng": torch.tensor([7, 3]), "i": torch.randint(0, 10, (6, 1))}
+    return [given["rng"] if i.type.shape == (2,) else given["i"] if i.type.dtype == "i64" else given["f64"] for i in kernel().fragment.inputs]
+
+
+def test_a_kernel_reads_as_its_ops_do() -> None:
+    k = kernel()
+    assert k.name.startswith("kernel_exp_bernoulli_mul_sum_")
+    assert "torch.exp(i0)" in k.source and "del " in k.source and k.source.count("return") == 1
+
+
+@pytest.mark.parametrize("index", [None, [[[6]], [[5], [4, 1, 2]]], [[[12, 3, 6]], [[10]]]])
+def test_traced_draws_are_the_same_bits(index: rng.Index | None) -> None:
+    seeds, shape = torch.tensor([11, 4]), (6, 10)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(traced.bernoulli(seeds, shape, 0.3, "a.b", dtype, index), rng.bernoulli(seeds, shape, 0.3, "a.b", dtype, index))
+        assert torch.equal(traced.uniform(seeds, shape, -1.0, 3.0, "a.b", dtype, index), rng.uniform(seeds, shape, -1.0, 3.0, "a.b", dtype, index))
+
+
+def test_traced_moves_are_the_same() -> None:
+    from deepseed import ops
+
+    x = torch.randn(3, 4)
+    for dim, start, step, shape in ((1, 2, 1, (3, 9)), (0, 1, 2, (7, 4))):
+        assert torch.equal(traced.unslice(x, shape, dim, start, step), ops.unslice(x, shape, dim, start, step))
+    i, v = torch.tensor([[2], [0], [3]]), torch.randn(3, 1)
+    assert torch.equal(traced.scatter_add(x, i, v, 1), ops.scatter_add(x, i, v, 1))
+    assert torch.equal(traced.scatter_add(x[:, 1:], i, v, 1, 1), ops.scatter_add(x[:, 1:], i, v, 1, 1))
+    for dtype in (torch.int64, torch.float32):
+        assert torch.equal(traced.iota(5, 2, 3, dtype), ops.iota(5, 2, 3, dtype))
+
+
+@COMPILER
+def test_inductor_compiles_once_and_other_strides_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, xs, said = kernel(), operands(), list[str]()
+    (code,) = inductor.compiled([k], tmp_path, said.append)
+    want = inductor.python(k)(*xs)
+
+    def same(got: Sequence[Tensor]) -> None:
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=1e-13)
+
+    same(code(*xs))
+    assert said[0] == "compiling 1 kernel" and said[-1].startswith("compiled 1 kernel in")
+    lines = len(said)
+    other = [x.t().contiguous().t() if x.shape == (6, 10) else x for x in xs]
+    assert other[0].stride() != xs[0].stride()
+    same(code(*other))
+    monkeypatch.setattr(inductor, "_compile", lambda path: pytest.fail("it is there already"))
+    (again,) = inductor.compiled([k], tmp_path, said.append)
+    same(again(*xs))
+    same(again(*other))
+    assert len(said) == lines
+
+
+def test_where_inductor_fails_the_function_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError("no such lowering")
+
+    k, xs, said = kernel(), operands(), list[str]()
+    monkeypatch.setattr(inductor, "_compile", broken)
+    monkeypatch.setattr(inductor, "compiler", lambda: True)
+    (code,) = inductor.compiled([k], tmp_path, said.append)
+    assert all(torch.equal(a, b) for a, b in zip(code(*xs), inductor.python(k)(*xs), strict=True))
+    assert "no such lowering" in said[-1]
+
+
+def test_code_that_returns_an_operand_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor drops an addition of zeros; what updates the result in place later would change the operand."""
+    k, xs = kernel(), operands()
+    want = inductor.python(k)(*xs)
+    monkeypatch.setattr(inductor, "_compile", lambda path: path.touch())
+    monkeypatch.setattr(inductor, "compiler", lambda: True)
+    monkeypatch.setattr(inductor, "load", lambda path: lambda *given: (given[0], want[1]))
+    (code,) = inductor.compiled([k], tmp_path, print)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(code(*xs), want, strict=True))
+
+
+def test_without_a_compiler_the_function_runs_and_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, said = kernel(), list[str]()
+    monkeypatch.setattr(inductor, "compiler", lambda: False)
+    monkeypatch.setattr(inductor, "_told", set())
+    for _ in range(2):
+        inductor.compiled([k], tmp_path, said.append)
+    assert len(said) == 1 and "fix: install g++" in said[0] and not list(tmp_path.iterdir())
+
+
+# whole steps --------------------------------------------------------------------------------------------------------
+
+
+def trained(plan: str, codegen: str, **options: object) -> tuple[list[float], dict[str, Tensor], TrainStep]:
+    torch.manual_seed(0)
+    model, batch, _ = small()
+    optimizer = torch.optim.SGD(model.double().parameters(), lr=0.1, momentum=0.9)  # AdamW would make numbers of gradients that are zero but for rounding
+    step = TrainStep(model, plan, optimizer=optimizer, loss_fn=token_loss, clip_grad_norm=1.0, backend="simulate", widen=True, quiet=True, codegen=codegen, **options)  # type: ignore[arg-type]
+    return [float(step(batch)) for _ in range(3)], step.state_dict(), step
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2", "tp2", "pp2+mb2", "zero2+dp2+mb2"])
+def test_steps_of_kernels_compute_what_steps_of_ops_do(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions stand for compiled code: all that a back end is given, and every call, without a compiler."""
+    monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
+    losses, values, _ = trained(plan, "python")
+    again, others, step = trained(plan, "functions")
+    assert "kernel_" in step.programs.current().executables[0].source
+    assert losses == pytest.approx(again, rel=1e-13)
+    for key, t in values.items():
+        torch.testing.assert_close(others[key], t, rtol=0.0, atol=1e-12)
+
+
+def test_a_word_that_means_no_back_end() -> None:
+    with pytest.raises(ValueError, match="fix: one of python, inductor, auto"):
+        trained("zero0", "indoctor")
+
+
+def test_a_kernel_keeps_to_itself_what_it_does_not_return() -> None:
+    p = parse(PROGRAM)
+    assert memory(fuse(p)).peak_bytes < memory(p).peak_bytes
+    (op,) = as_kernels(fuse(p)).ops
+    assert op.results == ("u", "g")
+
+
+def test_kernels_are_counted() -> None:
+    p = parse(PROGRAM)
+    found = explain_kernels(fuse(p), p)
+    (k,) = found.kernels
+    assert (found.launches, found.launches_ungrouped) == (1, 7)
+    assert (k.bytes_read, k.bytes_written, k.bytes_minimum, k.launches) == (480 + 16 + 48, 480 + 48, 544 + 528, 1)
+    assert found.to_json()["kernels"][0]["name"] == k.name and k.name in str(found)
+    assert deepseed.kernels is back_ends
