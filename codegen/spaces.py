@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from deepseed.codegen.index_maps import Index, Refine, Var, flat, of, reshaped
 from deepseed.ir.program import Op, Program
@@ -51,8 +52,9 @@ def reduced_dims(p: Program, op: Op) -> tuple[int, ...]:
     return tuple(int(d) for d in dims if isinstance(d, int))
 
 
-def space_of(p: Program, root: str, closure: Collection[str], split: Mapping[tuple[str, int], bool]) -> Space:
-    """The space of ``root`` with what ``split`` says of its variables: (name, minor size) -> whether the major part is unrolled. Raises Refine."""
+def space_of(p: Program, root: str, closure: Collection[str], targets: Sequence[str], split: Mapping[tuple[str, int], bool]) -> Space:
+    """The space of ``root`` with what ``split`` says of its variables: (name, minor size) -> whether the major part is unrolled. What is to be made, or
+    reduced, and not tied to the root has its points in row-major order too where it has as many elements. Raises Refine."""
     names: list[Var] = []
     index: list[Index] = []
     for d, size in enumerate(p.types[root].shape):
@@ -60,7 +62,7 @@ def space_of(p: Program, root: str, closure: Collection[str], split: Mapping[tup
         index.append(_joined(parts))
         names += [v for v in parts if v.size > 1]
     space = Space(tuple(names))
-    _spread(p, root, tuple(index), closure, space)
+    _spread(p, root, tuple(index), closure, targets, space)
     return space
 
 
@@ -79,18 +81,22 @@ def ops_of(p: Program, closure: Collection[str]) -> list[Op]:
     return [op for op in p.ops if any(r in closure for r in op.results)]
 
 
-def _spread(p: Program, root: str, index: Indices, closure: Collection[str], space: Space) -> None:
+def _spread(p: Program, root: str, index: Indices, closure: Collection[str], targets: Sequence[str], space: Space) -> None:
     known: dict[str, list[Index | None]] = {}
     for name in closure:
         known[name] = [Index() if n == 1 else None for n in p.types[name].shape]
     known[root] = list(index)
     ops = [op for op in ops_of(p, closure) if all(r.name in closure for r in op.refs)]
-    changed = True
-    while changed:
-        changed = False
-        for op in (*ops, *reversed(ops)):
-            changed |= _tie(p, op, known)
-    space.index = {name: tuple(i) for name, i in known.items() if all(e is not None for e in i)}  # type: ignore[misc]
+    reduced = [op.refs[0].name for op in ops if op.target in REDUCTIONS]
+    shape = p.types[root].shape
+    for free in ("", *reduced, *targets):
+        if free:
+            if None not in known[free] or p.types[free].numel != prod(shape):
+                continue
+            known[free] = list(reshaped(index, shape, p.types[free].shape))
+        while any([_tie(p, op, known) for op in (*ops, *reversed(ops))]):
+            pass
+    space.index = {name: tuple([e for e in i if e is not None]) for name, i in known.items() if None not in i}
 
 
 def _tie(p: Program, op: Op, known: dict[str, list[Index | None]]) -> bool:
@@ -106,7 +112,7 @@ def _tie(p: Program, op: Op, known: dict[str, list[Index | None]]) -> bool:
             assert isinstance(dims, tuple)
             for d, source in enumerate(dims):
                 assert isinstance(source, int)
-                y[d] = x[source] = x[source] if y[d] is None else y[d]
+                _same(y, d, x, source)
         elif None not in x and None in y:
             y[:] = reshaped(x, old, shape)  # type: ignore[arg-type]
         elif None not in y and None in x:
@@ -117,7 +123,7 @@ def _tie(p: Program, op: Op, known: dict[str, list[Index | None]]) -> bool:
         kept = [d for d in range(len(x)) if d not in dims]
         for d, source in enumerate(range(len(x)) if len(y) == len(x) else kept):
             if source in kept:
-                y[d] = x[source] = x[source] if y[d] is None else y[d]
+                _same(y, d, x, source)
     elif op.target in ("slice", "unslice", "pad", "cat", "gather", "scatter_add"):
         along = op.kw("dim", 0)
         for n, ref in enumerate(op.refs):
@@ -125,28 +131,25 @@ def _tie(p: Program, op: Op, known: dict[str, list[Index | None]]) -> bool:
             whole = {"gather": n == 1, "scatter_add": n == 0}.get(op.target, False)
             for d in range(len(shape)):
                 if p.types[ref.name].shape[d] == shape[d] and (whole or (d != along if op.target != "pad" else True)):
-                    y[d] = x[d] = x[d] if y[d] is None else y[d]
+                    _same(y, d, x, d)
     elif op.target == "embedding":
         ids = known[op.refs[1].name]
         for d in range(len(ids)):
-            y[d] = ids[d] = ids[d] if y[d] is None else y[d]
+            _same(y, d, ids, d)
     elif op.target not in _ELSEWHERE or op.target == "expand":
         for ref in op.refs:
             x, size = known[ref.name], p.types[ref.name].shape
             for d in range(1, len(x) + 1):
                 if size[-d] == shape[-d]:
-                    y[-d] = x[-d] = x[-d] if y[-d] is None else y[-d]
+                    _same(y, -d, x, -d)
     return before != [known[name] for name in (op.name, *(r.name for r in op.refs))]
 
 
-def refined(p: Program, root: str, closure: Collection[str]) -> tuple[Space, dict[tuple[str, int], bool]]:
-    """The space, its variables in parts wherever a reshape needs them so."""
-    split: dict[tuple[str, int], bool] = {}
-    while True:
-        try:
-            return space_of(p, root, closure, split), split
-        except Refine as asked:
-            add(split, asked)
+def _same(a: list[Index | None], i: int, b: list[Index | None], j: int) -> None:
+    if a[i] is None:
+        a[i] = b[j]
+    elif b[j] is None:
+        b[j] = a[i]
 
 
 def add(split: dict[tuple[str, int], bool], asked: Refine) -> None:

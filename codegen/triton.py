@@ -9,7 +9,7 @@ kernel of its own behind it; values that cross are the parts of sums, everything
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -26,6 +26,8 @@ from deepseed.ir.program import Op, Program, Ref, Type
 from deepseed.ir.text import format_program
 
 _MOVES = ("reshape", "permute", "expand", "cast", "slice", "unslice", "pad", "cat", "gather", "embedding")
+_IN_PART = ("slice", "unslice", "pad", "cat", "gather", "embedding")
+POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8", "u8": "u8", "bool": "i1"}
 SHORT = 4096  # elements of a buffer that every program may add up for itself
 
 
@@ -54,6 +56,7 @@ class _Writer:
     fragment: Program
     kernels: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    signatures: list[str] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class _Writer:
         order = [f for f in LIBRARY if f in self.called]
         lines += [f"\n\n{LIBRARY[f]}" for f in order]
         lines += [f"\n\n{k}" for k in self.kernels]
+        lines += ["", "", "KERNELS = {  # types of the parameters, block sizes, warps", *(f"    {line}" for line in self.signatures), "}"]
         lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self._allocated(outputs) + self.calls)]
         returned = [f"o_{o.ref.name}" if o.ref.name not in {i.name for i in self.p.inputs} else o.ref.name for o in self.p.outputs]
         return "\n".join([*lines, f"    return {listed(returned)}"]) + "\n"
@@ -85,8 +89,8 @@ class _Writer:
 
     # one kernel -------------------------------------------------------------------------------------------------------
 
-    def _closure(self, targets: Collection[str]) -> set[str]:
-        """What a kernel that makes ``targets`` evaluates, up to what lies in memory."""
+    def _closure(self, targets: Collection[str], tied: bool = False) -> set[str]:
+        """What a kernel that makes ``targets`` evaluates, up to what lies in memory; ``tied``: up to what is read in part."""
         found: set[str] = set()
         todo = list(targets)
         while todo:
@@ -95,7 +99,7 @@ class _Writer:
                 continue
             found.add(value)
             op = self.p.producers.get(value)
-            if op is not None and value not in self.memory and not self._short(op):
+            if op is not None and value not in self.memory and not self._short(op) and not (tied and op.target in _IN_PART):
                 todo += [r.name for r in op.refs]
         return found
 
@@ -113,7 +117,7 @@ class _Writer:
         while True:
             root = self._root(closure, targets)
             try:
-                space = space_of(self.p, root, closure, split)
+                space = space_of(self.p, root, closure, targets, split)
                 plan, later = self._plan(space, closure, targets)
                 if not plan.targets and not plan.partial:
                     targets = [self._first_blocked(space, closure, plan)]
@@ -125,9 +129,7 @@ class _Writer:
             except Refine as asked:
                 add(split, asked)
         self._finish(kernel, body)
-        made = {*plan.targets, *plan.partial}
-        left = [t for t in [*pending, *later] if t not in made]
-        return list(dict.fromkeys(left))
+        return [t for t in dict.fromkeys([*pending, *later]) if t not in plan.targets]
 
     def _scalars_first(self, pending: Sequence[str]) -> list[str]:
         """Numbers that follow from complete sums, where larger values wait for them: made once, not by each program."""
@@ -145,15 +147,10 @@ class _Writer:
 
     def _root(self, closure: Collection[str], targets: Sequence[str]) -> str:
         """The value whose elements are the points of the space: the largest one, a target if there is one."""
-        mine = self._closure([targets[0]])
+        mine = self._closure([targets[0]], tied=True)
         order = [*targets, *(op.refs[0].name for op in self.p.ops if op.target in REDUCTIONS and op.name in closure and not self._short(op)), *(r for op in self.p.ops for r in op.results), *(i.name for i in self.p.inputs)]
-        candidates = [v for v in order if v in mine and not self._looked_up(v, mine)]
+        candidates = [v for v in order if v in mine]
         return max(candidates, key=lambda v: self.p.types[v].numel)
-
-    def _looked_up(self, value: str, closure: Collection[str]) -> bool:
-        """Whether only some elements of a value are read, by their number."""
-        users = [u for u in self.p.uses[value] if isinstance(u, Op) and u.name in closure]
-        return bool(users) and all(u.target in ("gather", "embedding") and u.refs[0].name == value for u in users)
 
     def _plan(self, space: Space, closure: Collection[str], targets: Sequence[str]) -> tuple[Plan, list[str]]:
         """What the kernel makes of ``targets`` now, and the sums that are left for others."""
@@ -278,6 +275,10 @@ class _Writer:
             parameters.append(f"o_{value}")
             arguments.append(f"o_{value}" if value in plan.targets else f"o_{value}_parts")
         name = kernel.name
+        types = {value: self.p.types[value].dtype for value in (*kernel.read, *plan.targets)}
+        types |= {value: _accumulated(self.p.types[value].dtype) for value in plan.partial}
+        described = [_described(parameter, types) for parameter in parameters]
+        self.signatures.append(f'"{name}": ({{{", ".join(described)}, "XB": {b.x}, "RB": {b.r}}}, {b.warps}),')
         signature = ", ".join([*parameters, "XB: tl.constexpr", "RB: tl.constexpr"])
         self.kernels.append("\n".join(["@triton.jit", f"def {name}({signature}):", *(f"    {line}" for line in body)]))
         returned = {o.ref.name for o in self.p.outputs}
@@ -288,7 +289,7 @@ class _Writer:
                 self.calls.append(f"o_{value} = torch.empty({listed(t.shape)}, dtype={DTYPES[t.dtype]}, {device})")
         for value in plan.partial:
             t, n = self.p.types[value], kernel.programs(value)
-            dtype = "f32" if t.dtype in ("f16", "bf16") else t.dtype
+            dtype = _accumulated(t.dtype)
             self.calls.append(f"o_{value}_parts = torch.empty({listed((n, *t.shape))}, dtype={DTYPES[dtype]}, {device})")
             self._replace(value, n, dtype)
         grid = [-(-kernel.sizes["x"] // (b.rows or b.x))] + ([-(-kernel.sizes["r"] // b.r)] if kernel.columns else [])
@@ -304,3 +305,16 @@ class _Writer:
         leaf = Op((parts,), "full", (), (t,), (("value", 0.0),))
         self.p = replace(self.p, ops=tuple([o for old in self.p.ops for o in ((leaf, made) if old is op else (old,))]), mesh=Mesh(()))
         self.memory[parts] = True
+
+
+def _accumulated(dtype: str) -> str:
+    return "f32" if dtype in ("f16", "bf16") else dtype
+
+
+def _described(parameter: str, types: Mapping[str, str]) -> str:
+    """A parameter and its type, as Triton names it; tensors that may lie anyhow are taken as contiguous."""
+    name, constant, _ = parameter.partition(": ")
+    value = name.removeprefix("o_")
+    if constant:
+        return f'"{name}": True'
+    return f'"{name}": "i64"' if value not in types else f'"{name}": "*{POINTERS[types[value]]}"'

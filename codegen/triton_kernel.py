@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import product
 from math import prod
 
 from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Refine, Var, divided, flat, of, reshaped, within, write
+from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var, divided, flat, of, reshaped, within
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, reduced_dims
-from deepseed.codegen.triton_ops import LIBRARY, TYPES, Register, computed, converted, expression, literal
-from deepseed.ir.program import FLOATS, Op, Program, Ref
-from deepseed.ops.rng import site_hash
-
-_START = {"sum": 0, "sum_of_squares": 0, "amax": float("-inf")}
+from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
+from deepseed.ir.program import FLOATS, Op, Program
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Kernel:
         self.known: dict[object, Register] = {}
         self.level = {"x": 0, "r": 0}
         self.where: tuple[str, ...] = ()  # conditions under which what is evaluated now is used
+        self.conditions: dict[str, Register] = {}
+        self.registers: dict[str, Register] = {}  # that indices are made of
         self.called: set[str] = set()
         self.read: dict[str, None] = {}
         self.names: dict[str, int] = {}
@@ -345,14 +345,6 @@ class Kernel:
         self.registers[r.name] = r
         return of(Loaded(r.name, size)) if size > 1 else Index()
 
-    @property
-    def conditions(self) -> dict[str, Register]:
-        return self.__dict__.setdefault("_conditions", {})
-
-    @property
-    def registers(self) -> dict[str, Register]:
-        return self.__dict__.setdefault("_registers", {})
-
     def _pieces(self, op: Op, index: Indices) -> Register:
         """What puts tensors side by side: the one that has the element, or the number that is there instead."""
         dims: list[tuple[str | None, tuple[tuple[int, int, int], ...]]] = []  # operand, then (dimension, first, end) of its place
@@ -462,7 +454,7 @@ class Kernel:
         element = f"({place})" if " " in place else place
         if not axes:
             element = f"tl.full([], {place}, tl.int64)"
-        drawn = f"lane({_word(rng)}, {site_hash(str(op.kw('site')))}, {element}.to(tl.int64))"
+        drawn = f"lane({_word(rng)}, {_site(str(op.kw('site')))}, {element}.to(tl.int64))"
         if op.target == "bernoulli":
             return self._emit(_word(op.name), f"({drawn} < {threshold}).to({TYPES[dtype]})", dtype, axes, level)
         if op.type.dtype != "f32":
@@ -648,6 +640,11 @@ class Kernel:
         return found
 
 
+def _site(site: str) -> int:
+    """A site's stable hash, as deepseed.ops.rng has it."""
+    return int.from_bytes(blake2b(site.encode(), digest_size=8).digest(), "little")
+
+
 def _word(value: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in value)
 
@@ -655,5 +652,3 @@ def _word(value: str) -> str:
 def _all(conditions: Sequence[str]) -> str:
     return " & ".join(conditions)
 
-
-__all__ = ["LIBRARY", "Kernel", "Plan", "Ref", "Refine", "write"]
