@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS: dict[str, tuple[str, Any, int]] = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 
 
 class CompileError(RuntimeError):
@@ -76,11 +76,11 @@ def _compiled(function: Any, kernel: str, types: dict[str, Any], warps: int, tar
 
 def _ptxas(path: Path, target: str) -> tuple[int, int]:
     """Registers and spilled bytes of a thread, as NVIDIA's assembler counts them."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    assembler = get_ptxas(TARGETS[target][1]).path
     architecture = re.search(r"^\.target (\w+)", path.read_text(), re.M)
-    command = [str(assembler), "-v", f"--gpu-name={architecture.group(1) if architecture else target}", str(path), "-o", os.devnull]
+    command = [assembler, "-v", f"--gpu-name={architecture.group(1) if architecture else target}", str(path), "-o", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     used, spilled = re.search(r"Used (\d+) registers", said.stderr), re.search(r"(\d+) bytes spill stores", said.stderr)
     if said.returncode or used is None:

@@ -71,6 +71,9 @@ class _Writer:
         outputs = list(dict.fromkeys(o.ref.name for o in self.p.outputs))
         self.empty = {o for o in outputs if self.p.types[o].numel == 0}
         pending = [o for o in outputs if o not in self.memory and o not in self.empty]
+        for value in self._closure(pending):
+            if self.p.types[value].numel == 0:
+                raise CodegenError(f"%{value} is empty and %{pending[0]} is not\n  fix: leave it out of the group, the python back end runs it")
         while pending:
             pending = self._kernel(pending)
         lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton.py.", "", *format_program(self.fragment).splitlines()]).replace('"""', "'''") + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
@@ -170,6 +173,7 @@ class _Writer:
                 if over is not None and over in (x, wide) and x and op.name in space.index:
                     partial.append(op.name)
         now = [t for t in targets if t not in blocked and t in space.index and self._covered(space, t)]
+        now += [v for v in self._shared(ops, blocked, partial, space, row) if v not in now]
         sizes = prod(v.size for v in space.vars if v not in row and not v.unrolled), prod(v.size for v in row if not v.unrolled)
         reduced = rows and bool(row) and any(s == row for s in reductions.values())
         live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
@@ -180,6 +184,18 @@ class _Writer:
             if not now and not partial:
                 raise CodegenError(f"%{later[0]}: a sum over rows that are too long for one block and are reduced too\n  fix: leave the sum out of the group")
         return Plan(space, row, rows, tuple(now), tuple(partial), blocks), [t for t in targets if t not in now]
+
+    def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, row: frozenset[Var]) -> list[str]:
+        """What later kernels read along other variables, or in part: stored where rows would have to be reduced again to make it."""
+        out = []
+        for op in ops:
+            unfit = op.target in REDUCTIONS and op.name in blocked and op.name not in partial
+            for ref in op.refs if unfit or op.target in _IN_PART else ():
+                if ref.name in self.memory or ref.name in blocked or ref.name not in space.index or not self._covered(space, ref.name):
+                    continue
+                if any(o.target in REDUCTIONS and space.reduced(self.p, o) == row and row for o in ops_of(self.p, self._closure([ref.name])) if o.name not in self.memory and not self._short(o)):
+                    out.append(ref.name)
+        return list(dict.fromkeys(out))
 
     def _covered(self, space: Space, target: str) -> bool:
         """Whether the points of the space make each element of a target."""

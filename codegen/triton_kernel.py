@@ -181,6 +181,8 @@ class Kernel:
 
     def _emit_store(self, pointer: str, place: str, value: Register, axes: frozenset[str], level: int, conditions: Sequence[str]) -> None:
         masks = [f"{a}_in" for a in "xr" if a in axes and self.masks[a]] + list(conditions)
+        if conditions and len(masks) == len(conditions) and axes:
+            masks.insert(0, f"({max(axes)} >= 0)")  # a mask has the shape of what it masks
         mask = f", mask={_all(masks)}" if masks else ""
         level = max([level, *(self.level[a] for a in axes)])
         self.scopes[level].lines.append(f"tl.store({pointer}{'' if place == '0' else f' + {place}'}, {value.name}{mask})")
@@ -326,7 +328,7 @@ class Kernel:
         self.read[value] = None
         place, axes, level = self.place(flat(index, t.shape))
         if not self.memory[value] and t.numel > 1 and len(t.shape) > 0:
-            strided = [f"({self.place(i)[0]}) * {word}_s{d}" if len(i.terms) + bool(i.const) > 1 else f"{self.place(i)[0]} * {word}_s{d}" for d, i in enumerate(index) if i != Index()]
+            strided = [f"({self.place(i)[0]}) * {word}_s{d}" if " + " in self.place(i)[0] else f"{self.place(i)[0]} * {word}_s{d}" for d, i in enumerate(index) if i != Index()]
             if strided:
                 place = f"({place} if {word}_dense else {' + '.join(strided)})"
         masks = [f"{a}_in" for a in "xr" if a in axes and self.masks[a]] + [c for c in self.where]
