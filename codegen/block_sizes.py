@@ -49,3 +49,8 @@ def _share(x: int, block: int) -> int:
     """Rows of a program, whole blocks of them."""
     each = -(-x // PROGRAMS)
     return -(-each // block) * block
+
+
+def chunk_size(elements: int) -> int:
+    """Elements of a program that works on one of many tensors: as many as leave four programs a multiprocessor, between 1024 and 65536."""
+    return max(1024, min(1 << 16, power(elements // (2 * PROGRAMS))))

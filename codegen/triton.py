@@ -18,6 +18,7 @@ from deepseed.codegen.block_sizes import PROGRAMS, block_sizes
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.index_maps import Refine, Var
 from deepseed.codegen.lookups import without_lookups
+from deepseed.codegen.many_tensors import HELPERS, Part, alike_parts, write_many
 from deepseed.codegen.spaces import LEAVES, REDUCTIONS, Space, add, ops_of, space_of
 from deepseed.codegen.triton_kernel import Kernel, Plan
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, supported
@@ -28,7 +29,8 @@ from deepseed.ir.text import format_program
 _MOVES = ("reshape", "permute", "expand", "cast", "slice", "unslice", "pad", "cat", "gather", "embedding")
 _IN_PART = ("slice", "unslice", "pad", "cat", "gather", "embedding")
 POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8", "u8": "u8", "bool": "i1"}
-SHORT = 4096  # elements of a buffer that every program may add up for itself
+ALONE = 4096  # elements that one program reduces by itself
+SHORT = 1 << 14  # elements of a buffer that every program may add up for itself
 
 
 @lru_cache(maxsize=4096)
@@ -58,6 +60,7 @@ class _Writer:
     calls: list[str] = field(default_factory=list)
     signatures: list[str] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
+    views: dict[str, tuple[str, int]] = field(default_factory=dict)  # parts of sums that lie in one buffer with others
 
     def __post_init__(self) -> None:
         for op in self.fragment.ops:
@@ -75,10 +78,12 @@ class _Writer:
             if self.p.types[value].numel == 0:
                 raise CodegenError(f"%{value} is empty and %{pending[0]} is not\n  fix: leave it out of the group, the python back end runs it")
         while pending:
-            pending = self._kernel(pending)
+            parts = alike_parts(self.p, self.memory, pending, self._closure)
+            pending = self._many(parts, pending) if parts else self._kernel(pending)
         lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton.py.", "", *format_program(self.fragment).splitlines()]).replace('"""', "'''") + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
         order = [f for f in LIBRARY if f in self.called]
-        lines += [f"\n\n{LIBRARY[f]}" for f in order]
+        lines[-2:-2] = ["from functools import cache", ""] if "many" in self.called else []
+        lines += [f"\n\n{LIBRARY[f]}" for f in order] + ([f"\n\n{HELPERS}"] if "many" in self.called else [])
         lines += [f"\n\n{k}" for k in self.kernels]
         lines += ["", "", "KERNELS = {  # types of the parameters, block sizes, warps", *(f"    {line}" for line in self.signatures), "}"]
         lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self._allocated(outputs) + self.calls)]
@@ -127,6 +132,7 @@ class _Writer:
                     closure, split = self._closure(targets), {}
                     continue
                 kernel = Kernel(self.p, plan, self.memory, f"kernel_{len(self.kernels)}")
+                kernel.views = self.views
                 body = kernel.write()
                 break
             except Refine as asked:
@@ -211,7 +217,7 @@ class _Writer:
             if over != everything and (last in over or self._read_along(space, name, over, ops)):
                 return over, True
         for name, over in reductions.items():
-            if over == everything and (self._read_along(space, name, over, ops) or prod(v.size for v in over) <= SHORT):
+            if over == everything and (self._read_along(space, name, over, ops) or prod(v.size for v in over) <= ALONE):
                 return over, True
         columns = [over for over in reductions.values() if over != everything and space.vars[0] in over]
         if columns:
@@ -272,6 +278,36 @@ class _Writer:
         op = next((op for op in ops_of(self.p, closure) if op.target in REDUCTIONS), self.p.ops[-1])
         raise CodegenError(f"%{op.name} = {op.target}: no iteration space in which one kernel makes it\n  fix: leave it out of the group, the python back end runs it")
 
+    def _many(self, parts: Sequence[Part], pending: Sequence[str]) -> list[str]:
+        """One kernel over parts that are alike."""
+        name = f"kernel_{len(self.kernels)}"
+        made = [t for part in parts for t in part.targets]
+        returned, inputs = {o.ref.name for o in self.p.outputs}, {i.name for i in self.p.inputs}
+        dtypes = {t: self._stored(t) for t in made}
+        written = write_many(self.p, parts, self.memory, name, lambda v: v if v in inputs else f"o_{v}", dtypes, self.called)
+        first, device = parts[0], f"device={self.p.inputs[0].name}.device"
+        self.called.add("many")
+        self.calls += [f"o_{t} = torch.empty({listed(self.p.types[t].shape)}, dtype={DTYPES[dtypes[t]]}, {device})" for t in made if t not in returned]
+        sums = {v: _accumulated(self.p.types[v].dtype) for v in first.partial}
+        self.calls += [line.format(**{v: DTYPES[d] for v, d in sums.items()}) if "{" in line else line for line in written.calls]
+        self.kernels.append(written.kernel)
+        words = {w: _described(w, {v: self.p.types[v].dtype for v in first.reads} | sums).partition(": ")[2] for w in (*first.reads, *(f"o_{v}" for v in first.partial))}
+        self.signatures.append(written.signature.format(**words))
+        for n, value in enumerate(first.partial):
+            at = 0
+            for part, programs in zip(parts, written.programs, strict=True):
+                self.views[f"{part.partial[n]}_parts"] = (f"{name}_parts_{n}", at)
+                self._replace(part.partial[n], programs, sums[value])
+                at += programs
+        for t in made:
+            self.memory[t] = True
+        return [t for t in pending if t not in made]
+
+    def _stored(self, value: str) -> str:
+        """The dtype in memory: what is no output keeps the precision of registers."""
+        dtype = self.p.types[value].dtype
+        return dtype if value in {o.ref.name for o in self.p.outputs} else _accumulated(dtype)
+
     # source of one kernel ---------------------------------------------------------------------------------------------
 
     def _finish(self, kernel: Kernel, body: Sequence[str]) -> None:
@@ -279,6 +315,10 @@ class _Writer:
         self.called |= kernel.called
         parameters, arguments = [], []
         for value in kernel.read:
+            if value not in self.p.types:
+                parameters.append(value)
+                arguments.append(value)
+                continue
             t = self.p.types[value]
             made = value not in {i.name for i in self.p.inputs} or self.memory[value]
             parameters.append(value)
@@ -291,7 +331,8 @@ class _Writer:
             parameters.append(f"o_{value}")
             arguments.append(f"o_{value}" if value in plan.targets else f"o_{value}_parts")
         name = kernel.name
-        types = {value: self.p.types[value].dtype for value in (*kernel.read, *plan.targets)}
+        types = {value: self.p.types[value].dtype for value in kernel.read if value in self.p.types} | {value: self._stored(value) for value in plan.targets}
+        types |= {base: self.p.types[value].dtype for value, (base, _) in self.views.items() if value in self.p.types}
         types |= {value: _accumulated(self.p.types[value].dtype) for value in plan.partial}
         described = [_described(parameter, types) for parameter in parameters]
         self.signatures.append(f'"{name}": ({{{", ".join(described)}, "XB": {b.x}, "RB": {b.r}}}, {b.warps}),')
@@ -301,8 +342,7 @@ class _Writer:
         device = f"device={self.p.inputs[0].name}.device"
         for value in plan.targets:
             if value not in returned:
-                t = self.p.types[value]
-                self.calls.append(f"o_{value} = torch.empty({listed(t.shape)}, dtype={DTYPES[t.dtype]}, {device})")
+                self.calls.append(f"o_{value} = torch.empty({listed(self.p.types[value].shape)}, dtype={DTYPES[self._stored(value)]}, {device})")
         for value in plan.partial:
             t, n = self.p.types[value], kernel.programs(value)
             dtype = _accumulated(t.dtype)
@@ -317,7 +357,7 @@ class _Writer:
         """From now on a value is the sum of its parts in memory."""
         op, parts = self.p.producers[value], f"{value}_parts"
         t = Type(dtype, (n, *op.type.shape))
-        made = replace(op, target="reshape" if n == 1 else "amax" if op.target == "amax" else "sum", args=(Ref(parts),), kwargs=() if n == 1 else (("dims", (0,)), ("keepdim", False)))
+        made = replace(op, target="reshape" if n == 1 and parts not in self.views else "amax" if op.target == "amax" else "sum", args=(Ref(parts),), kwargs=() if n == 1 and parts not in self.views else (("dims", (0,)), ("keepdim", False)))
         leaf = Op((parts,), "full", (), (t,), (("value", 0.0),))
         self.p = replace(self.p, ops=tuple([o for old in self.p.ops for o in ((leaf, made) if old is op else (old,))]), mesh=Mesh(()))
         self.memory[parts] = True

@@ -13,8 +13,7 @@ from torch import Tensor
 from triton_fragments import fragments, random_inputs, reference, resized, retyped
 from triton_worker import Interpreter
 
-from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.triton import can_emit, launches, source
+from deepseed.codegen.triton import source
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 
