@@ -169,17 +169,20 @@ class _Writer:
         x = frozenset(space.vars) - row
         partial: list[str] = []
         blocked: set[str] = set()
+        along: set[str] = set()  # what a reduced row is needed for
         wide = frozenset(v for v in space.vars)
         for op in ops:
             over = reductions.get(op.name, row)
-            if any(r.name in blocked for r in op.refs):
+            if any(r.name in blocked or (op.target in _IN_PART and r.name in along) for r in op.refs):
                 blocked.update(op.results)
             elif op.name in reductions and over != frozenset() and (over != row or not rows or op.name not in space.index):
                 blocked.add(op.name)
                 if over is not None and over in (x, wide) and x and op.name in space.index:
                     partial.append(op.name)
+            elif (op.name in reductions and over) or any(r.name in along for r in op.refs):
+                along.update(op.results)
         now = [t for t in targets if t not in blocked and t in space.index and self._covered(space, t)]
-        now += [v for v in self._shared(ops, blocked, partial, space, row) if v not in now]
+        now += [v for v in self._shared(ops, blocked, partial, space, along) if v not in now]
         sizes = prod(v.size for v in space.vars if v not in row and not v.unrolled), prod(v.size for v in row if not v.unrolled)
         reduced = rows and bool(row) and any(s == row for s in reductions.values())
         live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
@@ -191,16 +194,13 @@ class _Writer:
                 raise CodegenError(f"%{later[0]}: a sum over rows that are too long for one block and are reduced too\n  fix: leave the sum out of the group")
         return Plan(space, row, rows, tuple(now), tuple(partial), blocks), [t for t in targets if t not in now]
 
-    def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, row: frozenset[Var]) -> list[str]:
+    def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, along: Collection[str]) -> list[str]:
         """What later kernels read along other variables, or in part: stored where rows would have to be reduced again to make it."""
         out = []
         for op in ops:
             unfit = op.target in REDUCTIONS and op.name in blocked and op.name not in partial
-            for ref in op.refs if unfit or op.target in _IN_PART else ():
-                if ref.name in self.memory or ref.name in blocked or ref.name not in space.index or not self._covered(space, ref.name):
-                    continue
-                if any(o.target in REDUCTIONS and space.reduced(self.p, o) == row and row for o in ops_of(self.p, self._closure([ref.name])) if o.name not in self.memory and not self._short(o)):
-                    out.append(ref.name)
+            if unfit or op.target in _IN_PART:
+                out += [r.name for r in op.refs if r.name in along and r.name not in blocked and r.name in space.index and self._covered(space, r.name)]
         return list(dict.fromkeys(out))
 
     def _covered(self, space: Space, target: str) -> bool:
@@ -322,7 +322,7 @@ class _Writer:
             t = self.p.types[value]
             made = value not in {i.name for i in self.p.inputs} or self.memory[value]
             parameters.append(value)
-            arguments.append(f"o_{value}" if made and value not in {i.name for i in self.p.inputs} else value)
+            arguments.append(f"o_{value}" if made and value not in {i.name for i in self.p.inputs} else f"{value}.contiguous()" if value in kernel.rows_only else value)
             if not self.memory[value] and any(f"{value}_dense" in line for line in body):
                 used = [d for d in range(len(t.shape)) if any(f"{value}_s{d}" in line for line in body)]
                 parameters += [f"{value}_s{d}" for d in used] + [f"{value}_dense: tl.constexpr"]

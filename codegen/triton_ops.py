@@ -40,9 +40,7 @@ def mix(z):
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)''',
     "lane": '''@triton.jit
-def lane(rng, site: tl.constexpr, element):
-    seed = tl.load(rng).to(tl.uint64)
-    step = tl.load(rng + 1).to(tl.uint64)
+def lane(seed, step, site: tl.constexpr, element):
     key = mix(mix(seed * 0x9E3779B97F4A7C15 + site) + step * 0x9E3779B97F4A7C15)
     word = mix(((element >> 1) + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key)
     return (word >> ((element & 1) * 32).to(tl.uint64)).to(tl.uint32).to(tl.int32, bitcast=True)''',

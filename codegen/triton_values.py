@@ -194,6 +194,7 @@ class Values(Places):
     def _drawn(self, op: Op, index: Indices) -> Register:
         rng = op.refs[0].name
         self.read[rng] = None
+        self.rows_only.add(rng)
         dtype = computed(op.type.dtype)
         low, high = (op.kw("low", 0.0), op.kw("high", 1.0))
         p = op.kw("p", 0.5)
@@ -206,12 +207,23 @@ class Values(Places):
         element = f"({place})" if " " in place else place
         if not axes:
             element = f"tl.full([], {place}, tl.int64)"
-        drawn = f"lane({word(rng)}, {_site(str(op.kw('site')))}, {element}.to(tl.int64))"
+        seed, step = self._seed(rng)
+        drawn = f"lane({seed}, {step}, {_site(str(op.kw('site')))}, {element}.to(tl.int64))"
         if op.target == "bernoulli":
             return self._emit(word(op.name), f"({drawn} < {threshold}).to({TYPES[dtype]})", dtype, axes, level)
         if op.type.dtype != "f32":
             raise CodegenError(f"%{op.name} = uniform in {op.type.dtype}: no Triton expression for it\n  fix: leave it out of the group")
         return self._emit(word(op.name), f"(({drawn} >> 8).to(tl.float32) + {2.0**23}) * {2.0**-24} * {float(high - low)!r} + {float(low)!r}", dtype, axes, level)
+
+    def _seed(self, rng: str) -> tuple[str, str]:
+        names = []
+        for n in range(2):
+            key = ("seed", rng, n)
+            if key not in self.known:
+                self.known[key] = self._emit(("seed", "step")[n], f"tl.load({word(rng)}{' + 1' * n}).to(tl.uint64)", "i64", frozenset())
+                self.scopes[0].kept.append(key)
+            names.append(self.known[key].name)
+        return names[0], names[1]
 
 
 def _site(site: str) -> int:
