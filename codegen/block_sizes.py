@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REGISTERS = 1 << 16  # 32-bit ones of a multiprocessor
 LONGEST_ROW = 1 << 14
@@ -54,3 +54,12 @@ def _share(x: int, block: int) -> int:
 def chunk_size(elements: int) -> int:
     """Elements of a program that works on one of many tensors: as many as leave four programs a multiprocessor, between 1024 and 65536."""
     return max(1024, min(1 << 16, power(elements // (2 * PROGRAMS))))
+
+
+def candidates(b: Blocks) -> tuple[Blocks, ...]:
+    """What is worth a try on a device: the model's blocks first, then half and twice the rows or the warps. A row that is held whole stays whole."""
+    out = [b]
+    for x, warps in ((b.x, 2 * b.warps), (b.x, b.warps // 2), (2 * b.x, b.warps), (b.x // 2, b.warps), (2 * b.x, 2 * b.warps)):
+        if x and warps and warps <= 16 and not (b.rows and b.rows % x):
+            out.append(replace(b, x=x, warps=warps))
+    return tuple(out)

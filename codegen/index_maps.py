@@ -203,7 +203,7 @@ def within(e: Index, low: int, high: int, cut: Iterable[int] = ()) -> bool | Non
         for n in (low, high, *cut):
             if least < n <= most:
                 part = gcd(part, n - e.const)
-        if part > 1 and 1 < var.size // part <= PIECES:
+        if 1 < var.size // part <= PIECES:
             raise Refine(var, part, unrolled=True)
     return None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 
-from deepseed.codegen.block_sizes import PROGRAMS, block_sizes
+from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.index_maps import Refine, Var
 from deepseed.codegen.lookups import without_lookups
@@ -23,7 +23,7 @@ from deepseed.codegen.spaces import LEAVES, REDUCTIONS, Space, add, ops_of, spac
 from deepseed.codegen.triton_kernel import Kernel, Plan
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, supported
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op, Program, Ref, Type
+from deepseed.ir.program import ITEMSIZE, Op, Program, Ref, Type
 from deepseed.ir.text import format_program
 
 _MOVES = ("reshape", "permute", "expand", "cast", "slice", "unslice", "pad", "cat", "gather", "embedding")
@@ -34,9 +34,28 @@ SHORT = 1 << 14  # elements of a buffer that every program may add up for itself
 
 
 @lru_cache(maxsize=4096)
-def source(fragment: Program) -> str:
-    """The file of a fragment. Raises CodegenError, naming the op, where it cannot be written."""
-    return _Writer(fragment).file()
+def source(fragment: Program, chosen: tuple[tuple[str, Blocks], ...] = ()) -> str:
+    """The file of a fragment. ``chosen``: blocks of kernels, by name, that are not the model's. Raises CodegenError, naming the op, where it cannot be written."""
+    return _Writer(fragment, dict(chosen)).file()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of a fragment: its blocks, whether these may be others, and the bytes that it moves, of what many programs read once."""
+
+    kernel: str
+    blocks: Blocks
+    free: bool
+    bytes_read: int
+    bytes_written: int
+
+
+@lru_cache(maxsize=4096)
+def launched(fragment: Program) -> tuple[Launch, ...]:
+    """What a call of ``launch`` runs, with the model's blocks."""
+    writer = _Writer(fragment, {})
+    writer.file()
+    return tuple(writer.launched)
 
 
 def can_emit(fragment: Program) -> bool:
@@ -50,12 +69,14 @@ def can_emit(fragment: Program) -> bool:
 
 def launches(fragment: Program) -> int:
     """Kernels that a call of ``launch`` runs."""
-    return source(fragment).count("@triton.jit\ndef kernel_")
+    return len(launched(fragment))
 
 
 @dataclass
 class _Writer:
     fragment: Program
+    chosen: Mapping[str, Blocks]
+    launched: list[Launch] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     signatures: list[str] = field(default_factory=list)
@@ -187,6 +208,7 @@ class _Writer:
         reduced = rows and bool(row) and any(s == row for s in reductions.values())
         live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
         blocks = block_sizes(*sizes, live, rows=rows, reduced=reduced, partial=bool(partial))
+        blocks = self.chosen.get(f"kernel_{len(self.kernels)}", blocks)
         if reduced and blocks.r < sizes[1] and any(reductions[f] == x for f in partial) and row:
             later = [f for f in partial if reductions[f] == x]
             partial = [f for f in partial if f not in later]
@@ -285,6 +307,9 @@ class _Writer:
         returned, inputs = {o.ref.name for o in self.p.outputs}, {i.name for i in self.p.inputs}
         dtypes = {t: self._stored(t) for t in made}
         written = write_many(self.p, parts, self.memory, name, lambda v: v if v in inputs else f"o_{v}", dtypes, self.called)
+        read = sum(self.p.types[v].nbytes for v in dict.fromkeys(v for part in parts for v in part.reads))
+        stored = sum(self.p.types[t].numel * ITEMSIZE[dtypes[t]] for t in made) + sum(sum(written.programs) * ITEMSIZE[_accumulated(self.p.types[v].dtype)] for v in parts[0].partial)
+        self.launched.append(Launch(name, Blocks(1024, 1, 4), False, read, stored))
         first, device = parts[0], f"device={self.p.inputs[0].name}.device"
         self.called.add("many")
         self.calls += [f"o_{t} = torch.empty({listed(self.p.types[t].shape)}, dtype={DTYPES[dtypes[t]]}, {device})" for t in made if t not in returned]
@@ -312,6 +337,9 @@ class _Writer:
 
     def _finish(self, kernel: Kernel, body: Sequence[str]) -> None:
         plan, b = kernel.plan, kernel.plan.blocks
+        written = sum(self.p.types[t].numel * ITEMSIZE[self._stored(t)] for t in plan.targets)
+        written += sum(kernel.programs(v) * self.p.types[v].numel * ITEMSIZE[_accumulated(self.p.types[v].dtype)] for v in plan.partial)
+        self.launched.append(Launch(kernel.name, b, True, kernel.loaded_bytes, written))
         self.called |= kernel.called
         parameters, arguments = [], []
         for value in kernel.read:

@@ -58,6 +58,7 @@ class Places:
         self.called: set[str] = set()
         self.read: dict[str, None] = {}
         self.rows_only: set[str] = set()  # values that are read as if they lay in row-major order
+        self.loaded_bytes = 0
         self.names: dict[str, int] = {}
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks

@@ -6,11 +6,11 @@ from hashlib import blake2b
 from math import prod
 
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Index, Loaded, divided, flat, of, reshaped, within
+from deepseed.codegen.index_maps import Index, Loaded, Var, divided, flat, of, reshaped, within
 from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
 from deepseed.codegen.triton_places import Places, every, word
-from deepseed.ir.program import Op
+from deepseed.ir.program import ITEMSIZE, Op
 
 
 class Values(Places):
@@ -78,13 +78,14 @@ class Values(Places):
         self.read[value] = None
         place, axes, level = self.place(flat(index, t.shape))
         if not self.memory[value] and t.numel > 1 and len(t.shape) > 0:
-            strided = [f"({self.place(i)[0]}) * {name}_s{d}" if " + " in self.place(i)[0] else f"{self.place(i)[0]} * {name}_s{d}" for d, i in enumerate(index) if i != Index()]
+            strided = [f"({self.place(i)[0]}) * {name}_s{d}" if " " in self.place(i)[0] else f"{self.place(i)[0]} * {name}_s{d}" for d, i in enumerate(index) if i != Index()]
             if strided:
                 place = f"({place} if {name}_dense else {' + '.join(strided)})"
         masks = [f"{a}_in" for a in "xr" if a in axes and self.masks[a]] + [c for c in self.where]
         level = max([level, *(self.conditions[c].level for c in self.where)])
         axes = axes.union(*(self.conditions[c].axes for c in self.where))
         text = f"tl.load({name}{'' if place == '0' else f' + {place}'}" + (f", mask={every(masks)}, other=0)" if masks and place != "0" else ")")
+        self.loaded_bytes += ITEMSIZE[t.dtype] * prod(v.size for v in frozenset[Var]().union(*(i.vars for i in index)) if not v.unrolled)
         dtype = computed(t.dtype)
         if dtype != t.dtype:
             text += f".to({TYPES[dtype]})"
@@ -220,6 +221,7 @@ class Values(Places):
         for n in range(2):
             key = ("seed", rng, n)
             if key not in self.known:
+                self.loaded_bytes += 8
                 self.known[key] = self._emit(("seed", "step")[n], f"tl.load({word(rng)}{' + 1' * n}).to(tl.uint64)", "i64", frozenset())
                 self.scopes[0].kept.append(key)
             names.append(self.known[key].name)
