@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from math import prod
 
 from deepseed.codegen.index_maps import Var, flat, of
 from deepseed.codegen.spaces import REDUCTIONS, Indices
@@ -27,8 +28,9 @@ class Kernel(Reductions):
     def write(self) -> list[str]:
         plan, b = self.plan, self.plan.blocks
         one = self.scopes[0].lines
+        wide = ".to(tl.int64)" if self.sizes["x"] * self.sizes["r"] * prod(v.size for v in plan.unrolled) >= 1 << 31 else ""
         if plan.partial:
-            one.append("pid = tl.program_id(0)")
+            one.append(f"pid = tl.program_id(0){wide}")
             accumulators = self._accumulators()
             self._axis_r()
             self.scopes.append(Scope())
@@ -36,7 +38,7 @@ class Kernel(Reductions):
             self.scopes[1].lines.append("x = start + tl.arange(0, XB)" + ("[:, None]" if plan.rows else ""))
         else:
             accumulators = {}
-            one.append("x = tl.program_id(0)" + (".to(tl.int64)" if self.sizes["x"] * self.sizes["r"] >= 1 << 31 else "") + " * XB + tl.arange(0, XB)" + ("[:, None]" if plan.rows else ""))
+            one.append(f"x = tl.program_id(0){wide} * XB + tl.arange(0, XB)" + ("[:, None]" if plan.rows else ""))
             self._axis_r()
         if self.masks["x"]:
             self.scopes[-1].lines.append(f"x_in = x < {self.sizes['x']}")
@@ -73,7 +75,7 @@ class Kernel(Reductions):
         self.after: list[str] = []
         for (value, _), name in accumulators.items():
             op = self.p.producers[value]
-            text = f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.reshape(amax({name}, 0), [])"
+            text = f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.sum(amax({name}, 0), 0)"
             self.after.append(f"tl.store(o_{word(value)} + chunk, {text})")
 
     def _axis_r(self) -> None:
@@ -201,10 +203,8 @@ class Kernel(Reductions):
             op = self.p.producers[value]
             if self.plan.rows:
                 text, axes = self._reduced(op, name, 0), self._axes(index)
-                if not axes:
-                    text = f"tl.reshape({text}, [1, 1])"
             else:
-                text, axes = (f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.reshape(amax({name}, 0), [])"), frozenset()
+                text, axes = (f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.sum(amax({name}, 0), 0)"), frozenset()
             place, _, _ = self.place(flat(index, op.type.shape))
             numel = op.type.numel
             program = "pid"

@@ -99,7 +99,7 @@ class Reductions(Values):
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
         if op.target == "amax":
             self._call({"amax"})
-            return self._emit(word(op.name), f"tl.reshape(amax({text}, 0), [])", dtype, frozenset())
+            return self._emit(word(op.name), f"tl.sum(amax({text}, 0), 0)", dtype, frozenset())
         return self._emit(word(op.name), f"tl.sum({text}, 0)", dtype, frozenset())
 
     def _take(self, op: Op, name: str, registers: Sequence[Register], at_level: int, whole: bool = True) -> None:
