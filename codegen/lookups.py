@@ -1,4 +1,4 @@
-"""Elements that are looked up by number, as pointwise ops: ``gather`` of one element a row is a sum over where the number is, ``scatter_add`` of one a choice.
+"""A fragment made ready: values numbered, and elements that are looked up by number as pointwise ops: ``gather`` of one element a row is a sum over where the number is, ``scatter_add`` of one a choice.
 
 Then the row that a kernel holds is read once, and nothing is read by address.
 """
@@ -9,6 +9,15 @@ from dataclasses import replace
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref, Type
+
+
+def numbered(p: Program) -> Program:
+    """The same fragment with its inputs named i0, i1 …, what its ops make v0, v1 …: names that mean nothing else in a kernel."""
+    new = {i.name: f"i{n}" for n, i in enumerate(p.inputs)}
+    new |= {result: f"v{n}" for n, result in enumerate(r for op in p.ops for r in op.results)}
+    ops = [replace(op.map_refs(lambda ref: Ref(new[ref.name])), results=tuple([new[r] for r in op.results])) for op in p.ops]
+    inputs = tuple([replace(i, name=new[i.name]) for i in p.inputs])
+    return replace(p, inputs=inputs, ops=tuple(ops), outputs=tuple([replace(o, ref=Ref(new[o.ref.name])) for o in p.outputs]))
 
 
 def without_lookups(p: Program) -> Program:

@@ -17,7 +17,7 @@ from math import prod
 from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.index_maps import Refine, Var
-from deepseed.codegen.lookups import without_lookups
+from deepseed.codegen.lookups import numbered, without_lookups
 from deepseed.codegen.many_tensors import HELPERS, Part, alike_parts, write_many
 from deepseed.codegen.spaces import LEAVES, REDUCTIONS, Space, add, ops_of, space_of
 from deepseed.codegen.triton_kernel import Kernel, Plan
@@ -88,7 +88,7 @@ class _Writer:
             known = op.target in (*_MOVES, *LEAVES, *REDUCTIONS, "scatter_add") or supported(op)
             if not known or any(t.dtype not in TYPES for t in (*op.types, *(self.fragment.types[r.name] for r in op.refs))):
                 raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {', '.join(t.dtype for t in op.types)}: no Triton expression for it\n  fix: leave it out of the group, the python back end runs it")
-        self.p = without_lookups(self.fragment)
+        self.p = without_lookups(numbered(self.fragment))
         self.memory = {i.name: False for i in self.p.inputs}  # values in memory, and whether their layout is known
 
     def file(self) -> str:

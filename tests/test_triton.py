@@ -276,3 +276,20 @@ def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
     inputs = random_inputs(p)
     got, _ = interpreter.run(source(p, chosen), inputs)
     assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, inputs), strict=True))
+
+
+@installed
+def test_names_of_values_are_free(interpreter: Interpreter) -> None:
+    """What a kernel calls its axes and counters may be what a program calls its values."""
+    p = fragment("""
+        %x : f32[9, 33] batch "x"
+        %pid : f32[33] batch "pid"
+        %r.in = aten.exp(%x) : f32[9, 33]
+        %r = sum(%r.in, dims=[1], keepdim=true) : f32[9, 1]
+        %start = aten.div.Tensor(%r.in, %r) : f32[9, 33]
+        %tl = aten.mul.Tensor(%start, %pid) : f32[9, 33]
+        %n = sum(%tl, dims=[0], keepdim=false) : f32[33]
+        return %tl output "tl"
+        return %n output "n"
+    """)
+    check(interpreter, p, random_inputs(p), F32)
