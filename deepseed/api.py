@@ -75,7 +75,7 @@ def compile(
     check_finite: after a step or backward whose loss or gradients are not finite, raise NonFiniteError naming the first node that made such a value, and
     change nothing (default: ``$DEEPSEED_NAN``). It reads the loss of each step; a step that is fine costs nothing else.
     codegen: what computes groups of ops that need no memory in between: ``"python"`` (one torch call an op), ``"inductor"`` (compiled C++, which
-    is kept in the cache folder), or ``"auto"``, the one that is there.
+    is kept in the cache folder), ``"triton"`` (kernels for a GPU), or ``"auto"``, the one that is there.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from deepseed.codegen import inductor
+from deepseed.codegen import inductor, triton_files
 from deepseed.codegen.kernels import Kernel, kernels
 from deepseed.ir.program import Program
 from deepseed.rules.strides import laid_out
@@ -22,7 +22,7 @@ from deepseed.runtime.executable import cache_dir
 
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
-BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled}
+BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -41,6 +41,8 @@ def resolve(codegen: str, device: torch.device) -> str:
         return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
     if codegen != PYTHON and codegen not in BACK_ENDS:
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
+    if codegen == "triton" and (why := triton_files.missing(device.type)):
+        raise ValueError(f"codegen='triton': {why}")
     return codegen
 
 

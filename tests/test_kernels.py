@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,7 +163,7 @@ def test_steps_of_kernels_compute_what_steps_of_ops_do(plan: str, monkeypatch: p
 
 
 def test_a_word_that_means_no_back_end() -> None:
-    with pytest.raises(ValueError, match="fix: one of python, inductor, auto"):
+    with pytest.raises(ValueError, match="fix: one of python, inductor, triton, auto"):
         trained("zero0", "indoctor")
 
 
@@ -179,3 +182,54 @@ def test_kernels_are_counted() -> None:
     assert (k.bytes_read, k.bytes_written, k.bytes_minimum, k.launches) == (480 + 16 + 48, 480 + 48, 544 + 528, 1)
     assert found.to_json()["kernels"][0]["name"] == k.name and k.name in str(found)
     assert deepseed.kernels is back_ends
+
+
+STEP = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from triton.runtime.interpreter import GridExecutor
+
+import deepseed
+from deepseed.codegen.triton import launches
+from deepseed.ir.fragment import fragment, groups
+
+launched = 0
+plain = GridExecutor.__call__
+
+def counted(self, *args, **kwargs):
+    global launched
+    launched += 1
+    return plain(self, *args, **kwargs)
+
+GridExecutor.__call__ = counted
+torch.manual_seed(0)
+ids = torch.randint(0, 64, (2, 12))
+found = {}
+for codegen in ("python", "triton"):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
+    step = deepseed.compile(model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), codegen=codegen, clip_grad_norm=1.0)
+    losses = [float(step({"input_ids": ids, "labels": ids})) for _ in range(2)]
+    found[codegen] = losses, step.state_dict()
+p = step.passes[-1].program
+said = sum(launches(fragment(p, g)) for g in groups(p))
+assert said > 30 and launched == 2 * said, (launched, said)
+(a, x), (b, y) = found.values()
+assert max(abs(m - n) for m, n in zip(a, b, strict=True)) < 2e-6, (a, b)  # float32 sums in another order
+assert max(float((x[k] - y[k]).abs().max()) for k in x) < 2e-6
+"""
+
+
+def test_a_training_step_through_emitted_kernels(tmp_path: Path) -> None:
+    """Each group of a tiny Llama's step in Triton's interpreter: as many launches as its source says, and the numbers of the python back end."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "DEEPSEED_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", STEP], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"Triton has no compiler for a CPU\n  fix: codegen=.inductor"):
+        deepseed.compile(torch.nn.Linear(2, 2), codegen="triton")

@@ -1,0 +1,65 @@
+"""Block sizes of a kernel from the sizes of its space, by a small model of a GPU: registers bound the block, programs should outnumber the multiprocessors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+REGISTERS = 1 << 16  # 32-bit ones of a multiprocessor
+LONGEST_ROW = 1 << 14
+PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocessor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``x`` rows and ``r`` columns of a block, ``warps`` of a program; ``rows``: of a program that loops over blocks. ``reduced``: along r."""
+
+    x: int
+    r: int
+    warps: int
+    rows: int = 0
+    reduced: bool = False
+
+
+def power(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block_sizes(x: int, r: int, live: int, *, rows: bool, reduced: bool, partial: bool) -> Blocks:
+    """``x`` and ``r``: sizes of the two axes; ``live``: values that are held at once, of 32 bits an element.
+
+    A row that is reduced stays in registers where ``live`` of it fit, with half of the registers left for addresses and the like.
+    """
+    if not rows:
+        size = min(1024, max(power(x), 16))
+        return Blocks(size, 1, max(1, min(4, size // 128)), _share(x, size) if partial else 0)
+    longest = min(LONGEST_ROW, power(REGISTERS // (2 * max(live, 1))))
+    r_block = min(power(r), longest if reduced else 1024)
+    if reduced and r_block < r:
+        r_block = min(r_block, 2048)
+    warps = max(1, min(16, r_block // 256))
+    x_block = 1
+    while x_block * r_block < 1024 and x_block < power(x):
+        x_block *= 2
+    warps = max(warps, min(4, x_block * r_block // 256))
+    return Blocks(x_block, r_block, warps, _share(x, x_block) if partial else 0, reduced)
+
+
+def _share(x: int, block: int) -> int:
+    """Rows of a program, whole blocks of them."""
+    each = -(-x // PROGRAMS)
+    return -(-each // block) * block
+
+
+def chunk_size(elements: int) -> int:
+    """Elements of a program that works on one of many tensors: as many as leave four programs a multiprocessor, between 1024 and 65536."""
+    return max(1024, min(1 << 16, power(elements // (2 * PROGRAMS))))
+
+
+def candidates(b: Blocks) -> tuple[Blocks, ...]:
+    """What is worth a try on a device: the model's blocks first, then half and twice the rows or the warps. A row that is held whole stays whole."""
+    out = [b]
+    for x, warps in ((b.x, 2 * b.warps), (b.x, b.warps // 2), (2 * b.x, b.warps), (b.x // 2, b.warps), (2 * b.x, 2 * b.warps)):
+        if x and warps and warps <= 16 and not (b.rows and b.rows % x):
+            out.append(replace(b, x=x, warps=warps))
+    return tuple(out)

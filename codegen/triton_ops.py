@@ -1,0 +1,243 @@
+"""One pointwise op as one Triton expression on registers.
+
+16-bit floats are computed in float32; the rounding of a value to 16 bits happens where it is stored. The formulas are those of PyTorch's kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deepseed.codegen.expressions import CodegenError
+from deepseed.ir.program import FLOATS, Op, Program, Ref
+
+TYPES = {
+    "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16", "i64": "tl.int64", "i32": "tl.int32", "i16": "tl.int16",
+    "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1",
+}  # fmt: skip
+_WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "bf16": 5, "f32": 6, "f64": 7}
+
+LIBRARY = {
+    "tanh": '''@triton.jit
+def tanh(x):
+    y = tl.abs(x)
+    e = tl.exp(-2.0 * y)
+    z = x * x
+    near = x * (1.0 + z * (-0.3333333333333333 + z * (0.13333333333333333 + z * (-0.05396825396825397 + z * 0.021869488536155203))))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(y < 0.0625, near, tl.where(x < 0, -far, far))''',
+    "sigmoid": '''@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))''',
+    "amax": '''@triton.jit
+def amax(x, axis: tl.constexpr):
+    nan = tl.max((x != x).to(tl.int32), axis, keep_dims=True)
+    return tl.where(nan > 0, float("nan"), tl.max(x, axis, keep_dims=True))''',
+    "mix": '''@triton.jit
+def mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)''',
+    "lane": '''@triton.jit
+def lane(seed, step, site: tl.constexpr, element):
+    key = mix(mix(seed * 0x9E3779B97F4A7C15 + site) + step * 0x9E3779B97F4A7C15)
+    word = mix(((element >> 1) + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key)
+    return (word >> ((element & 1) * 32).to(tl.uint64)).to(tl.uint32).to(tl.int32, bitcast=True)''',
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Register:
+    """A value in the kernel: its name, the dtype it is computed in, the axes of the block that it varies along, and how deep in loops it is made."""
+
+    name: str
+    dtype: str
+    axes: frozenset[str] = frozenset()
+    level: int = 0
+
+
+def computed(dtype: str) -> str:
+    """The dtype in which registers hold values of ``dtype``."""
+    return "f32" if dtype in ("f16", "bf16") else dtype
+
+
+def literal(value: object, dtype: str) -> str:
+    if isinstance(value, bool) or dtype == "bool":
+        return str(bool(value))
+    if not isinstance(value, int | float):
+        raise CodegenError(f"{value!r} is no number")
+    if dtype in FLOATS:
+        value = float(value)
+        text = repr(value) if math.isfinite(value) else f'float("{value}")'
+        return f"tl.full([], {text}, tl.float64)" if dtype == "f64" else text
+    return repr(int(value))
+
+
+def converted(r: Register, dtype: str) -> str:
+    if r.dtype == dtype:
+        return r.name
+    if dtype == "bool":
+        return f"({r.name} != 0)"
+    return f"{r.name}.to({TYPES[dtype]})"
+
+
+def common(p: Program, op: Op) -> str:
+    """The dtype in which operands are compared."""
+    found = ("bool", 0)
+    for a in op.args:
+        if isinstance(a, Ref):
+            t = p.types[a.name]
+            found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
+        elif isinstance(a, float) and found[0] not in FLOATS:
+            found = ("f32", 0)
+    return computed(found[0])
+
+
+Write = Callable[[Sequence[str], Op], str]
+
+_TEMPLATES = {
+    "mul.Tensor": "{0} * {1}", "mul.Scalar": "{0} * {1}", "div.Tensor": "{0} / {1}", "div.Scalar": "{0} / {1}", "neg": "-{0}", "exp": "tl.exp({0})",
+    "log": "tl.log({0})", "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "abs": "tl.abs({0})",
+    "erf": "tl.erf({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "reciprocal": "1.0 / {0}", "square": "{0} * {0}", "sigmoid": "sigmoid({0})",
+    "tanh": "tanh({0})", "relu": "tl.where({0} <= 0, 0, {0})", "silu": "{0} * sigmoid({0})", "clone": "{0}", "alias": "{0}", "detach": "{0}", "positive": "{0}",
+    "silu_backward": "{0} * sigmoid({1}) * (1.0 + {1} * (1.0 - sigmoid({1})))", "tanh_backward": "{0} * (1.0 - {1} * {1})",
+    "sigmoid_backward": "{0} * (1.0 - {1}) * {1}", "threshold_backward": "tl.where({1} <= {2}, 0, {0})",
+    "where.self": "tl.where({0}, {1}, {2})", "masked_fill.Scalar": "tl.where({1}, {2}, {0})", "masked_fill.Tensor": "tl.where({1}, {2}, {0})",
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}",
+    "lerp.Tensor": "{0} + {2} * ({1} - {0})", "sign": "({0} > 0).to({0}.dtype) - ({0} < 0).to({0}.dtype)",
+}  # fmt: skip
+_INTEGER_MAXIMUM = {"maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})"}
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_BOOLEAN = {"logical_and": "{0} & {1}", "logical_or": "{0} | {1}", "logical_not": "{0} == 0", "logical_xor": "{0} ^ {1}", "bitwise_not": "{0} == 0", "isnan": "{0} != {0}"}
+_CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
+
+
+def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, frozenset[str]]:
+    """The op on its operands, and the functions of ``LIBRARY`` that it calls. Raises CodegenError."""
+    name = op.target.removeprefix("aten.")
+    base = name.partition(".")[0]
+    dtype = computed(op.type.dtype)
+    given = iter(registers)
+    compared = base in _COMPARE or name in _BOOLEAN
+    within = common(p, op) if compared else dtype
+    if name.startswith("logical"):
+        within = "bool"
+    texts = []
+    for n, a in enumerate(op.args):
+        want = "bool" if _CONDITIONS.get(name) == n else within
+        if isinstance(a, Ref):
+            texts.append(converted(next(given), want))
+        elif isinstance(a, bool | int | float):
+            texts.append(literal(a, want))
+        else:
+            texts.append("" if a is None else str(a))
+    if base in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor"):
+        return f"{texts[0]} {_COMPARE[base]} {texts[1]}", frozenset()
+    if name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool"):
+        return _BOOLEAN[name].format(*texts), frozenset()
+    if name in _FUNCTIONS:
+        text = _FUNCTIONS[name](texts, op)
+    elif name in _INTEGER_MAXIMUM and dtype not in FLOATS:
+        text = _INTEGER_MAXIMUM[name].format(*texts)
+    elif name in _TEMPLATES and op.target.startswith("aten."):
+        text = _TEMPLATES[name].format(*texts)
+    else:
+        raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + ": no Triton expression for this op\n  fix: leave it out of the group, the python back end runs it")
+    return text, frozenset(f for f in LIBRARY if f"{f}(" in text.replace(f"tl.{f}(", ""))
+
+
+def supported(op: Op) -> bool:
+    """Whether a pointwise op has an expression."""
+    name = op.target.removeprefix("aten.")
+    compared = name.partition(".")[0] in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
+    known = compared or name in _TEMPLATES or name in _FUNCTIONS or name in _BOOLEAN
+    return op.target.startswith("aten.") and known and all(t.dtype in TYPES for t in op.types)
+
+
+def _keyword(op: Op, name: str, default: float = 1) -> float:
+    value = op.kw(name, default)
+    assert isinstance(value, int | float)
+    return value
+
+
+def _added(sign: str) -> Write:
+    def write(x: Sequence[str], op: Op) -> str:
+        alpha = _keyword(op, "alpha")
+        if op.type.dtype == "bool":
+            return f"{x[0]} | {x[1]}"
+        return f"{x[0]} {sign} {x[1]}" if alpha == 1 else f"{x[0]} {sign} {literal(alpha, computed(op.type.dtype))} * {x[1]}"
+
+    return write
+
+
+def _rsub(x: Sequence[str], op: Op) -> str:
+    alpha = op.args[2] if len(op.args) > 2 else _keyword(op, "alpha")
+    return f"{x[1]} - {x[0]}" if alpha == 1 else f"{x[1]} - {literal(alpha, computed(op.type.dtype))} * {x[0]}"
+
+
+def _power(x: Sequence[str], op: Op) -> str:
+    n = op.args[1]
+    known = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", 1: "{0}", -1: "1.0 / {0}", -2: "1.0 / ({0} * {0})", 4: "({0} * {0}) * ({0} * {0})"}
+    if isinstance(n, int | float) and n in known:
+        return known[n].format(x[0])
+    if isinstance(n, int | float) and n != int(n) and op.type.dtype in FLOATS:
+        return f"tl.exp({x[1]} * tl.log({x[0]}))"
+    raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for the power {n!r}\n  fix: leave it out of the group, the python back end runs it")
+
+
+def _exponential(x: Sequence[str], op: Op) -> str:
+    base = op.args[0]
+    if not isinstance(base, int | float) or base <= 0 or op.type.dtype not in FLOATS:
+        raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for powers of {base!r}\n  fix: leave it out of the group, the python back end runs it")
+    return f"tl.exp({x[1]} * {literal(math.log(base), computed(op.type.dtype))})"
+
+
+def _clamp(x: Sequence[str], op: Op) -> str:
+    bounds = [*op.args[1:], None, None][:2]
+    low, high = (op.kw("min", bounds[0]), op.kw("max", bounds[1]))
+    text, dtype = x[0], computed(op.type.dtype)
+    if low is not None:
+        text = f"tl.where({text} < {literal(low, dtype)}, {literal(low, dtype)}, {text})"
+    return text if high is None else f"tl.where({text} > {literal(high, dtype)}, {literal(high, dtype)}, {text})"
+
+
+_GELU = "tanh({c} * ({x} + 0.044715 * {x} * {x} * {x}))"
+
+
+def _gelu(x: Sequence[str], op: Op) -> str:
+    y = x[0]
+    if op.kw("approximate", "none") == "tanh":
+        return f"0.5 * {y} * (1.0 + {_GELU.format(x=y, c=math.sqrt(2 / math.pi))})"
+    return f"0.5 * {y} * (1.0 + tl.erf({y} * {math.sqrt(0.5)}))"
+
+
+def _gelu_backward(x: Sequence[str], op: Op) -> str:
+    g, y = x[:2]
+    if op.kw("approximate", "none") == "tanh":
+        c = math.sqrt(2 / math.pi)
+        t = _GELU.format(x=y, c=c)
+        return f"{g} * (0.5 * (1.0 + {t}) + 0.5 * {y} * (1.0 - {t} * {t}) * {c} * (1.0 + {3 * 0.044715} * {y} * {y}))"
+    return f"{g} * (0.5 * (1.0 + tl.erf({y} * {math.sqrt(0.5)})) + {y} * tl.exp(-0.5 * {y} * {y}) * {1 / math.sqrt(2 * math.pi)})"
+
+
+def _lerp(x: Sequence[str], op: Op) -> str:
+    weight = op.args[2]
+    assert isinstance(weight, int | float)
+    return f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})" if abs(weight) < 0.5 else f"{x[1]} - ({x[1]} - {x[0]}) * {literal(1 - weight, computed(op.type.dtype))}"
+
+
+def _multiplied(sign: str) -> Write:
+    def write(x: Sequence[str], op: Op) -> str:
+        value = _keyword(op, "value")
+        return f"{x[0]} + " + ("" if value == 1 else f"{literal(value, computed(op.type.dtype))} * ") + f"({x[1]} {sign} {x[2]})"
+
+    return write
+
+
+_FUNCTIONS: Mapping[str, Write] = {
+    "add.Tensor": _added("+"), "add.Scalar": _added("+"), "sub.Tensor": _added("-"), "sub.Scalar": _added("-"), "rsub.Scalar": _rsub,
+    "pow.Tensor_Scalar": _power, "pow.Scalar": _exponential, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp,
+    "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
+}  # fmt: skip

@@ -1,0 +1,112 @@
+"""Sums and maxima: of a row that the program holds, into an accumulator over rows, and of a short buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.index_maps import Index, Var
+from deepseed.codegen.spaces import Indices, reduced_dims
+from deepseed.codegen.triton_ops import TYPES, Register, computed, converted
+from deepseed.codegen.triton_places import every, word
+from deepseed.codegen.triton_values import Values
+from deepseed.ir.program import FLOATS, ITEMSIZE, Op
+
+
+class Reductions(Values):
+    """A reduction at a point: of what its operand is along the row."""
+
+    # reductions -------------------------------------------------------------------------------------------------------
+
+    def _reduction(self, op: Op, index: Indices) -> Register:
+        x = op.refs[0].name
+        dtype, shape, dims = computed(op.type.dtype), self.p.types[x].shape, reduced_dims(self.p, op)
+        if x in self.memory and self.memory[x] and op.type.numel == 1 and (x in self.views or x not in self.plan.space.index):
+            return self._whole(op)
+        if all(shape[d] == 1 for d in dims):
+            given = iter(index)
+            r = self.at(x, index if len(index) == len(shape) else tuple(Index() if d in dims else next(given) for d in range(len(shape))))
+            text = converted(r, dtype)
+            return self._emit(word(op.name), f"{text} * {text}" if op.target == "sum_of_squares" else text, dtype, r.axes, r.level)
+        made = self.plan.space.index.get(op.name)
+        if made is None or self.plan.space.reduced(self.p, op) != self.plan.row or not self.plan.rows:
+            raise CodegenError(f"%{op.name} = {op.target}: its dimensions are not the row of this kernel")
+        binding = next((b for b in self._values(self.plan.unrolled) if tuple(i.put(b) for i in made) == index), None)
+        if binding is None:
+            raise CodegenError(f"%{op.name} = {op.target} is read at another place than it is made at")
+        if self.looped:
+            raise CodegenError(f"%{op.name} = {op.target} was not made before it is read")
+        binding = {v: i for v, i in binding.items() if v not in self.plan.row}
+        parts = [self._masked(op, r, frozenset("r")) for r in self._operands(op, binding)]
+        text = parts[0]
+        for part in parts[1:]:
+            text = self._joined(op, text, part)
+        axes = frozenset[str]().union(*(r.axes for r in self._operands(op, binding))) - {"r"}
+        return self._emit(word(op.name), self._reduced(op, text, 1), dtype, axes, self.level["r"] if not axes else 0)
+
+    def _operands(self, op: Op, binding: Mapping[Var, Index]) -> list[Register]:
+        """What a reduction adds up, once for each value of the unrolled variables that it adds up over."""
+        index = self.plan.space.index[op.refs[0].name]
+        reduced = self.plan.space.reduced(self.p, op) or frozenset()
+        out = []
+        for values in self._values([v for v in self.plan.unrolled if v in reduced]):
+            both = {**binding, **values}
+            r = self.at(op.refs[0].name, tuple(i.put(both) for i in index))
+            dtype = computed(op.type.dtype)
+            if r.dtype != dtype:
+                r = self._emit(f"{r.name}_wide", converted(r, dtype), dtype, r.axes, r.level)
+            out.append(self._emit(f"{r.name}_square", f"{r.name} * {r.name}", dtype, r.axes, r.level) if op.target == "sum_of_squares" else r)
+        return out
+
+    def _masked(self, op: Op, r: Register, axes: frozenset[str]) -> str:
+        """With the elements outside of the tensor, and those that a register stands for, as a reduction must see them."""
+        masks = [f"{a}_in" for a in sorted(axes, reverse=True) if self.masks[a]]
+        if masks:
+            return f"tl.where({every(masks)}, {r.name}, {self._start(op)})"
+        return r.name if axes <= r.axes else f"({r.name} + tl.zeros([XB, RB], {TYPES[r.dtype]}))" if self.plan.rows else f"({r.name} + tl.zeros([XB], {TYPES[r.dtype]}))"
+
+    def _reduced(self, op: Op, text: str, axis: int) -> str:
+        if op.target != "amax":
+            return f"tl.sum({text}, {axis}, keep_dims=True)"
+        if op.type.dtype not in FLOATS:
+            return f"tl.max({text}, {axis}, keep_dims=True)"
+        self._call({"amax"})
+        return f"amax({text}, {axis})"
+
+    def _joined(self, op: Op, a: str, b: str) -> str:
+        if op.target != "amax":
+            return f"{a} + {b}"
+        return f"tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)" if op.type.dtype in FLOATS else f"tl.maximum({a}, {b})"
+
+    @staticmethod
+    def _start(op: Op) -> str:
+        if op.target == "amax" and op.type.dtype not in FLOATS:
+            return {"bool": "False", "u8": "0"}.get(op.type.dtype, str(-(2 ** ({"i8": 8, "i16": 16, "i32": 32}.get(op.type.dtype, 64) - 1))))
+        return 'float("-inf")' if op.target == "amax" else "0"
+
+    def _whole(self, op: Op) -> Register:
+        """Of a short buffer, by every program that asks."""
+        x = op.refs[0].name
+        n = self.p.types[x].numel
+        self.read[x] = None
+        size = 1 << (n - 1).bit_length()
+        dtype = computed(op.type.dtype)
+        mask = f", mask=tl.arange(0, {size}) < {n}, other={self._start(op)}" if size != n else ""
+        base, offset = self.views.get(x, (x, 0))
+        self.read.pop(x)
+        self.read[base] = None
+        self.loaded_bytes += n * ITEMSIZE[self.p.types[x].dtype]
+        text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
+        if op.target == "amax":
+            self._call({"amax"})
+            return self._emit(word(op.name), f"tl.sum(amax({text}, 0), 0)", dtype, frozenset())
+        return self._emit(word(op.name), f"tl.sum({text}, 0)", dtype, frozenset())
+
+    def _take(self, op: Op, name: str, registers: Sequence[Register], at_level: int, whole: bool = True) -> None:
+        """Add operands to an accumulator of the block's shape; not ``whole``: of its rows."""
+        lines = self.scopes[at_level].lines
+        for register in registers:
+            text = self._masked(op, register, frozenset("xr" if self.plan.rows and (whole or "r" in register.axes) else "x"))
+            if not whole and "r" in register.axes:
+                text = self._reduced(op, text, 1)
+            lines.append(f"{name} = {self._joined(op, name, text)}")

@@ -1,0 +1,302 @@
+"""Emitted Triton kernels in the interpreter against the python back end, on fragments of real programs, and what they read and write."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_fragments import fragments, random_inputs, reference, resized, retyped
+from triton_worker import Interpreter
+
+from deepseed.codegen.autotune import tuned
+from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
+from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.triton import can_emit, launched, launches, source
+from deepseed.ir.program import Program
+from deepseed.ir.text import parse
+
+installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+NAMES = sorted(fragments())
+RESIZED = [name for name in NAMES if not name.startswith(("vit", "update_all", "t5_5"))]  # one shifts the labels: its 6 is another one
+F32, F64 = 1e-5, 1e-12
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    """The largest difference, of numbers above 1 relative to them; what is not finite must be the same."""
+    assert got.shape == want.shape
+    if got.numel() == 0:
+        return 0.0
+    if not got.dtype.is_floating_point:
+        return float(not torch.equal(got, want))
+    a, b = got.double(), want.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs() / b.abs().clamp(min=1.0)).max().item()
+
+
+def check(interpreter: Interpreter, p: Program, inputs: list[Tensor], tolerance: float) -> None:
+    got, _ = interpreter.run(source(p), inputs)
+    want = reference(p, inputs)
+    for o, a, b in zip(p.outputs, got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert (error := apart(a, b)) <= tolerance, f"%{o.ref.name}: {error:.1e}\n{p}\n{source(p)}"
+
+
+def ulps(got: Tensor, want: Tensor, least: float) -> float:
+    """In units of the last place of bfloat16 at ``want``; below ``least`` of the tensor's largest number, in units there."""
+    largest = want.abs().max().clamp(min=2.0**-100)
+    size = torch.maximum(want.abs(), largest * least)
+    unit = torch.exp2(torch.floor(torch.log2(size)) - 7)
+    same = (got.double() == want.double()) | (got.isnan() & want.isnan())
+    return torch.where(same, 0.0, (got.double() - want.double()).abs() / unit).max().item()
+
+
+@installed
+@pytest.mark.parametrize("name", [name if n % 7 == 0 else pytest.param(name, marks=pytest.mark.wide) for n, name in enumerate(NAMES)])
+def test_fragments_of_real_programs(interpreter: Interpreter, name: str) -> None:
+    p = parse(fragments()[name])
+    check(interpreter, p, random_inputs(p), F32)
+
+
+@installed
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(RESIZED), rows=st.integers(1, 4), tokens=st.integers(1, 9), head=st.sampled_from([2, 4, 6, 18]), inner=st.integers(1, 70),
+    words=st.integers(2, 90), dtype=st.sampled_from(["f32", "f64", "bf16"]), strided=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_sizes_dtypes_and_strides(
+    interpreter: Interpreter, name: str, rows: int, tokens: int, head: int, inner: int, words: int, dtype: str, strided: bool, seed: int
+) -> None:
+    p = resized(fragments()[name], rows, tokens, head, inner, words)
+    if dtype != "bf16":
+        p = retyped(p, dtype)
+        check(interpreter, p, random_inputs(p, seed, strided), F32 if dtype == "f32" else F64)
+        return
+    short = retyped(p, "bf16")
+    inputs = random_inputs(short, seed, strided)
+    got, _ = interpreter.run(source(short), inputs)
+    want = reference(p, [x.float() if x.dtype == torch.bfloat16 else x for x in inputs])
+    least = 2.0**-10 if launches(short) == 1 else 1.0  # a later kernel may read an output, which is rounded then: its sums cancel to that
+    for o, a, b in zip(short.outputs, got, want, strict=True):
+        if a.dtype == torch.bfloat16 and a.numel():
+            assert ulps(a.float(), b.float(), least) <= 2, f"%{o.ref.name}\n{short}\n{source(short)}"
+
+
+# what is read and written ---------------------------------------------------------------------------------------------
+
+
+def fragment(text: str) -> Program:
+    return parse("program kernel mesh() facts()\n" + "\n".join(f"{line.strip()} {{}}" if " = " in line else line.strip() for line in text.strip().splitlines()) + "\n")
+
+
+def softmax(rows: int, columns: int, dtype: str = "f32") -> Program:
+    """Log-softmax with the loss of each row, and its gradient."""
+    return fragment(f"""
+        %i0 : {dtype}[{rows}, {columns}] batch "i0"
+        %i1 : i64[{rows}, 1] batch "i1"
+        %m = amax(%i0, dims=[1], keepdim=true) : {dtype}[{rows}, 1]
+        %a = aten.sub.Tensor(%i0, %m) : {dtype}[{rows}, {columns}]
+        %e = aten.exp(%a) : {dtype}[{rows}, {columns}]
+        %s = sum(%e, dims=[1], keepdim=true) : {dtype}[{rows}, 1]
+        %l = aten.log(%s) : {dtype}[{rows}, 1]
+        %y = aten.sub.Tensor(%a, %l) : {dtype}[{rows}, {columns}]
+        %g = gather(%y, %i1, dim=1) : {dtype}[{rows}, 1]
+        %n = aten.neg(%g) : {dtype}[{rows}, 1]
+        return %n output "n"
+        return %y output "y"
+    """)
+
+
+@installed
+def test_bytes_are_inputs_and_outputs_once(interpreter: Interpreter) -> None:
+    """No program reads a number twice; a tensor of the iteration space's size is read by one program only, what is smaller by each that has a row of it."""
+    for name in NAMES:
+        p = parse(fragments()[name])
+        text, inputs = source(p), random_inputs(p)
+        if launches(p) > 1 or name.startswith("update"):
+            continue
+        _, traffic = interpreter.run(text, inputs)
+        assert traffic.again == 0, f"{name}: {traffic}\n{text}"
+        largest = max(p.types[v].numel for v in p.types)
+        for n, (i, x) in enumerate(zip(p.inputs, inputs, strict=True)):
+            if i.type.numel == largest and not any(o.target == "slice" for o in p.ops):
+                assert traffic.read.get(n) == x.nbytes, f"{name} %{i.name}: {traffic}\n{text}"
+        (launch,) = launched(p)
+        assert (launch.bytes_written == traffic.written and launch.bytes_read == sum(x.nbytes for n, x in enumerate(inputs) if n in traffic.read)) or any(o.target == "slice" for o in p.ops), f"{name}: {launch} {traffic}"
+        assert traffic.written == sum(p.types[o.ref.name].nbytes for o in p.outputs), f"{name}: {traffic}\n{text}"
+
+
+@installed
+def test_norms_forward_and_backward_are_one_pass(interpreter: Interpreter) -> None:
+    """Backward: the sums over rows leave parts, which a second, small kernel reads; everything else is read and written once."""
+    found = 0
+    for name in NAMES:
+        p = parse(fragments()[name])
+        sums = [op for op in p.ops if op.target == "sum"]
+        rows = any(op.kw("dims") == (2,) for op in sums) and any(op.kw("dims") == (0, 1) for op in sums)
+        if not rows or launches(p) != 2 or any(op.kw("dims") not in ((2,), (0, 1)) for op in sums):
+            continue
+        found += 1
+        inputs = random_inputs(p)
+        _, traffic = interpreter.run(source(p), inputs)
+        largest = max(i.type.numel for i in p.inputs)
+        assert traffic.again == 0
+        for n, (i, x) in enumerate(zip(p.inputs, inputs, strict=True)):
+            assert i.type.numel != largest or traffic.read[n] == x.nbytes, f"{name} %{i.name}: {traffic}\n{source(p)}"
+    assert found >= 3
+
+
+@installed
+def test_one_kernel_updates_all_parameters(interpreter: Interpreter) -> None:
+    """The gradient norm in one launch over all tensors, its clipping in one, AdamW in one."""
+    p = parse(fragments()["update_all"])
+    inputs = random_inputs(p)
+    _, traffic = interpreter.run(source(p), inputs)
+    assert launches(p) == traffic.launches == 3
+    norm = {op.refs[0].name for op in p.ops if op.target == "sum_of_squares"}
+    for n, (i, x) in enumerate(zip(p.inputs, inputs, strict=True)):
+        if i.type.numel > 1:
+            assert traffic.read[n] == x.nbytes * (1 + (i.name in norm)), f"%{i.name}"
+
+
+@installed
+@pytest.mark.parametrize("columns", [1, 7, 1024, 5000, 40_003])
+def test_rows_of_any_length(interpreter: Interpreter, columns: int) -> None:
+    p = softmax(3, columns)
+    inputs = [torch.randn(3, columns) * 5, torch.tensor([[0], [columns - 1], [columns // 2]])]
+    check(interpreter, p, inputs, F32)
+    assert ("for first in range" in source(p)) == (columns > LONGEST_ROW)
+
+
+@installed
+def test_what_is_not_finite_stays_so(interpreter: Interpreter) -> None:
+    p = softmax(4, 33)
+    x = torch.randn(4, 33)
+    x[0, 3], x[1, 4], x[2, :5] = float("nan"), float("inf"), float("-inf")
+    check(interpreter, p, [x, torch.zeros(4, 1, dtype=torch.int64)], F32)
+    q = fragment("""
+        %i0 : f32[4, 33] batch "i0"
+        %a = aten.relu(%i0) : f32[4, 33]
+        %m = amax(%a, dims=[1], keepdim=false) : f32[4]
+        return %m output "m"
+    """)
+    check(interpreter, q, [x], 0.0)
+
+
+@installed
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 40), columns=st.integers(1, 70), p=st.floats(0, 1), seed=st.integers(-5, 1 << 40), step=st.integers(0, 1 << 20))
+def test_dropout_draws_the_same_bits(interpreter: Interpreter, rows: int, columns: int, p: float, seed: int, step: int) -> None:
+    index = f"[[[{rows}]], [[{2 * columns}, {columns // 2}, {columns}]]]"
+    q = fragment(f"""
+        %i0 : i64[2] batch "i0"
+        %i1 : f32[{rows}, {columns}] batch "i1"
+        %a = bernoulli(%i0, p={p!r}, site="layers.0.dropout/0") : f32[{rows}, {columns}]
+        %b = bernoulli(%i0, p={p!r}, site="layers.1.dropout/0", index={index}) : f32[{rows}, {columns}]
+        %c = aten.mul.Tensor(%i1, %a) : f32[{rows}, {columns}]
+        %d = aten.add.Tensor(%c, %b) : f32[{rows}, {columns}]
+        return %d output "d"
+    """)
+    check(interpreter, q, [torch.tensor([seed, step]), torch.full((rows, columns), 2.0)], 0.0)
+
+
+@installed
+def test_integers_and_bool(interpreter: Interpreter) -> None:
+    p = fragment("""
+        %i0 : i64[5, 6] batch "i0"
+        %i1 : bool[6] batch "i1"
+        %a = aten.add.Tensor(%i0, %i1, alpha=3) : i64[5, 6]
+        %b = aten.gt.Scalar(%a, 2) : bool[5, 6]
+        %c = aten.logical_and(%b, %i1) : bool[5, 6]
+        %d = sum(%c, dims=[1], keepdim=false) : i64[5]
+        %e = amax(%i0, dims=[0], keepdim=true) : i64[1, 6]
+        %f = aten.where.self(%c, %i0, %e) : i64[5, 6]
+        return %a output "a"
+        return %c output "c"
+        return %d output "d"
+        return %f output "f"
+    """)
+    check(interpreter, p, [torch.randint(-9, 9, (5, 6)), torch.tensor([True, False, True, True, False, True])], 0.0)
+
+
+@installed
+def test_empty_outputs_need_no_kernel(interpreter: Interpreter) -> None:
+    p = softmax(0, 5)
+    check(interpreter, p, [torch.randn(0, 5), torch.zeros(0, 1, dtype=torch.int64)], 0.0)
+    assert launches(p) == 0
+
+
+def test_what_cannot_be_written_names_the_op() -> None:
+    p = fragment("""
+        %i0 : f32[4, 4] batch "i0"
+        %a = aten.mm(%i0, %i0) : f32[4, 4]
+        return %a output "a"
+    """)
+    assert not can_emit(p)
+    with pytest.raises(CodegenError, match=r"%a = aten.mm on f32.*\n  fix"):
+        source(p)
+
+
+def test_blocks_fit_the_registers() -> None:
+    for x, r, live in ((1, 64, 3), (4096, 4096, 8), (8192, 8192, 6), (100, 128_000, 4)):
+        b = block_sizes(x, r, live, rows=True, reduced=True, partial=False)
+        assert b.r >= r or b.r < LONGEST_ROW
+        assert b.x * b.r * live <= REGISTERS or b.x == 1
+        assert b.x & (b.x - 1) == b.r & (b.r - 1) == 0
+    assert block_sizes(10**6, 64, 2, rows=True, reduced=True, partial=True).rows * 256 >= 10**6
+    assert chunk_size(10) == 1024 and chunk_size(10**10) == 1 << 16
+
+
+@installed
+def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
+    """A clock that likes narrow blocks and one warp: what it chooses computes the same."""
+    p = parse(fragments()["gpt2_3"])
+    tried: list[str] = []
+
+    def seconds(text: str) -> float:
+        tried.append(text)
+        (x,), (warps,) = re.findall(r"kernel_0\[.*XB=(\d+),", text), re.findall(r"kernel_0\[.*num_warps=(\d+)", text)
+        return float(x) + float(warps)
+
+    chosen = tuned(p, seconds)
+    (model,) = launched(p)
+    assert dict(chosen)[model.kernel].x < model.blocks.x and len(set(tried)) == len(tried)
+    inputs = random_inputs(p)
+    got, _ = interpreter.run(source(p, chosen), inputs)
+    assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, inputs), strict=True))
+
+
+@installed
+def test_names_of_values_are_free(interpreter: Interpreter) -> None:
+    """What a kernel calls its axes and counters may be what a program calls its values."""
+    p = fragment("""
+        %x : f32[9, 33] batch "x"
+        %pid : f32[33] batch "pid"
+        %r.in = aten.exp(%x) : f32[9, 33]
+        %r = sum(%r.in, dims=[1], keepdim=true) : f32[9, 1]
+        %start = aten.div.Tensor(%r.in, %r) : f32[9, 33]
+        %tl = aten.mul.Tensor(%start, %pid) : f32[9, 33]
+        %n = sum(%tl, dims=[0], keepdim=false) : f32[33]
+        return %tl output "tl"
+        return %n output "n"
+    """)
+    check(interpreter, p, random_inputs(p), F32)
+
+
+@installed
+def test_the_loss_of_a_large_vocabulary(interpreter: Interpreter) -> None:
+    p = resized(fragments()["llama_3"], rows=1, tokens=3, words=20_000)
+    check(interpreter, p, random_inputs(p), F32)
+    assert "for first in range" in source(p)

@@ -1,0 +1,127 @@
+"""A process in which Triton kernels are interpreted: it reads (source, inputs) and writes (outputs, what was read and written).
+
+The interpreter is chosen when triton is imported, so it needs a process of its own. Tensors travel as pickles on the two pipes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes by tensor number (outputs and temporaries together as -1); ``again``: bytes that one program reads a second time."""
+
+    read: dict[int, int] = field(default_factory=dict)
+    written: int = 0
+    again: int = 0
+    launches: int = 0
+
+
+class Interpreter:
+    """The other process, from the outside."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def run(self, source: str, inputs: list[Tensor]) -> tuple[tuple[Tensor, ...], Traffic]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        pickle.dump((source, inputs), self.process.stdin)
+        self.process.stdin.flush()
+        ok, result = pickle.load(self.process.stdout)
+        if not ok:
+            raise RuntimeError(f"{result}\n{source}")
+        return result
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    import importlib.util
+    import traceback
+
+    import numpy as np
+    import torch
+    import triton  # noqa: F401
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, store, grid = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    reads: list[tuple[Any, Any]] = []  # addresses and bytes of each, of this program
+    state: dict[str, Any] = {"traffic": Traffic(), "ranges": []}
+
+    def account() -> None:
+        seen: Counter[int] = Counter()
+        for addresses, size in reads:
+            for n, (first, end) in enumerate(state["ranges"]):
+                inside = int(((addresses >= first) & (addresses < end)).sum())
+                if inside:
+                    state["traffic"].read[n] = state["traffic"].read.get(n, 0) + inside * size
+            for address in np.unique(addresses).tolist():
+                seen[address] += 1
+                state["traffic"].again += size * (seen[address] > 1)
+        reads.clear()
+
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        out = load(self, ptrs, mask, *rest)
+        reads.append((np.asarray(ptrs.data)[np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data))].ravel(), out.data.itemsize))
+        return out
+
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        state["traffic"].written += int(np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data)).sum()) * value.data.itemsize
+        return store(self, ptrs, value, mask, *rest)
+
+    def counted_grid(self: Any, x: int, y: int, z: int) -> None:
+        account()
+        state["traffic"].launches += (x, y, z) == (0, 0, 0)
+        grid(self, x, y, z)
+
+    builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx = counted_load, counted_store, counted_grid
+    loaded: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)  # what is printed goes elsewhere
+        while True:
+            try:
+                source, inputs = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            try:
+                if source not in loaded:
+                    path = Path(folder) / f"kernels_{len(loaded)}.py"
+                    path.write_text(source)
+                    spec = importlib.util.spec_from_file_location(path.stem, path)
+                    assert spec is not None and spec.loader is not None
+                    module = importlib.util.module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    loaded[source] = module
+                state["traffic"] = Traffic()
+                state["ranges"] = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in inputs]
+                with torch.no_grad():
+                    result = loaded[source].launch(*inputs)
+                account()
+                pickle.dump((True, (result, state["traffic"])), out)
+            except Exception:
+                reads.clear()
+                pickle.dump((False, traceback.format_exc()), out)
+            out.flush()
+
+
+if __name__ == "__main__":
+    sys.modules["triton_worker"] = sys.modules["__main__"]
+    Traffic.__module__ = "triton_worker"
+    main()
