@@ -209,9 +209,8 @@ class _Writer:
         live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
         blocks = block_sizes(*sizes, live, rows=rows, reduced=reduced, partial=bool(partial))
         blocks = self.chosen.get(f"kernel_{len(self.kernels)}", blocks)
-        wide_sums = [f for f in partial if reductions[f] == x and any(i.vars & row for i in space.index[self.p.producers[f].refs[0].name])]
-        if reduced and blocks.r < sizes[1] and wide_sums:
-            later = wide_sums
+        if reduced and blocks.r < sizes[1] and any(reductions[f] == x for f in partial) and row:
+            later = [f for f in partial if reductions[f] == x]
             partial = [f for f in partial if f not in later]
             if not now and not partial:
                 raise CodegenError(f"%{later[0]}: a sum over rows that are too long for one block and are reduced too\n  fix: leave the sum out of the group")
