@@ -1,0 +1,94 @@
+"""A captured forward that runs: the paged op bound to this device's attention, parameters to their tensors, caches made.
+
+``logits = executable.run(step)`` computes a packed step. The graph runs as generated straight-line Python that lets go of each value after its last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseed.inference.attention import Packing, attend
+from deepseed.inference.capture import INPUTS, CapturedForward
+from deepseed.inference.scheduler import Step
+
+_KEPT = ("ids", "positions", "last")  # what the bound graph still takes, the packing beside
+
+
+class Executable:
+    """``blocks`` pages of ``size`` tokens in each layer's cache."""
+
+    def __init__(self, captured: CapturedForward, state: Mapping[str, Tensor], blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.caches = [
+            (torch.zeros(la.heads, blocks, size, la.width, dtype=dtype, device=device), torch.zeros(la.heads, blocks, size, la.value_width, dtype=dtype, device=device))
+            for la in captured.layers
+        ]
+        self.module = bound(captured)
+        self._state: list[Any] = [state[n] if n in state else captured.constants[n].to(device) for n in captured.names]
+        self._state += [x for pair in self.caches for x in pair]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for pair in self.caches for x in pair)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Logits [wanted pieces, vocabulary]; the caches then hold the step's tokens."""
+        if step.copies:
+            old, new = (torch.tensor(x, device=self.device) for x in zip(*step.copies, strict=True))
+            for pair in self.caches:
+                for cache in pair:
+                    cache.index_copy_(1, new, cache.index_select(1, old))
+        ids, positions, slots, last, packing = self.pack(step)
+        logits: Tensor = self.module(*self._state, ids, positions, last, packing)
+        return logits
+
+    def pack(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor, Packing]:
+        size, pieces = self.size, step.pieces
+        begins, counts = np.array([p.begin for p in pieces]), np.array([p.count for p in pieces])
+        ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) + np.repeat(begins - (ends - counts), counts)
+        ids = np.fromiter((t for p in pieces for t in p.sequence.tokens[p.begin : p.begin + p.count]), np.int64, int(ends[-1]))
+        held = np.concatenate([np.array(p.sequence.blocks, dtype=np.int64)[np.arange(p.begin, p.begin + p.count) // size] for p in pieces])
+        tensors = [torch.from_numpy(x).to(self.device) for x in (ids, positions, held * size + positions % size, (ends - 1)[[p.wanted for p in pieces]])]
+        packing = Packing([p.sequence.blocks for p in pieces], (begins + counts).tolist(), counts.tolist(), size, tensors[2], self.device)
+        return tensors[0], tensors[1], tensors[2], tensors[3], packing
+
+
+def bound(captured: CapturedForward) -> torch.fx.GraphModule:
+    """Takes state, keys and values of each layer, then ids, positions, last and a Packing. What shapes asserted while tracing goes."""
+    graph = torch.fx.Graph()
+    old = list(captured.graph.graph.nodes)
+    inputs = [n for n in old if n.op == "placeholder"]
+    first = len(captured.names)
+    steps = dict(zip(INPUTS, inputs[first : first + len(INPUTS)], strict=True))
+    made: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in (*inputs[:first], *inputs[first + len(INPUTS) :], *(steps[n] for n in _KEPT)):
+        made[node] = graph.placeholder(node.name)
+    packing = graph.placeholder("packing")
+    for node in old:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            graph.output(torch.fx.node.map_arg(node.args[0][0], made.__getitem__))
+        elif node.target is torch.ops.deepseed.paged_attention.default:
+            args: Sequence[Any] = node.args
+            made[node] = graph.call_function(attend, torch.fx.node.map_arg((*args[:5], "packing", *args[9:]), made.__getitem__))
+            made[node].args = (*made[node].args[:5], packing, *made[node].args[6:])
+        else:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    graph.eliminate_dead_code(_impure)
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _impure(node: torch.fx.Node) -> bool:
+    """What stays though nothing reads it: placeholders, the result, and what writes."""
+    if node.op in ("placeholder", "output") or node.target is attend:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
