@@ -10,8 +10,23 @@
     engine, stream   requests in, text out
 """
 
-from deepseed.inference.engine import Completion, Engine, Output, Update
-from deepseed.inference.errors import InferenceError
-from deepseed.inference.sampling import SamplingParams
+from __future__ import annotations
 
-__all__ = ["Completion", "Engine", "InferenceError", "Output", "SamplingParams", "Update"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseed.inference.engine import Completion as Completion
+    from deepseed.inference.engine import Engine as Engine
+    from deepseed.inference.engine import Output as Output
+    from deepseed.inference.engine import Update as Update
+    from deepseed.inference.errors import InferenceError as InferenceError
+    from deepseed.inference.sampling import SamplingParams as SamplingParams
+
+_WHERE = {"Completion": "engine", "Engine": "engine", "Output": "engine", "Update": "engine", "InferenceError": "errors", "SamplingParams": "sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"deepseed.inference.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'deepseed.inference' has no attribute {name!r}")

@@ -64,14 +64,14 @@ class _Recorder:
     remembered: int = 0
 
 
-class _Through(DynamicLayer):  # type: ignore[misc]
+class _Through(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache that keeps nothing: the paged op does."""
 
     recorder: _Recorder
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.recorder.remembered += 1
-        return keys, values
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -116,9 +116,9 @@ class _Step(nn.Module):
         super().__init__()
         self.model, self._recorder = model, recorder
         known = inspect.signature(model.forward).parameters
-        self._cache = next((n for n in ("cache", "past_key_values") if n in known), None)
+        self._cache = next((n for n in ("cache", "past_key_values") if n in known), "")
         self._keeps = "logits_to_keep" in known
-        lacks = [what for what, missing in (("a key-value cache", self._cache is None), ("position_ids", "position_ids" not in known)) if missing]
+        lacks = [what for what, missing in (("a key-value cache", not self._cache), ("position_ids", "position_ids" not in known)) if missing]
         if lacks:
             raise InferenceError(
                 f"{type(model).__name__} cannot be served: its forward takes no {' and no '.join(lacks)}; the tokens of a packed step, of many sequences, would get wrong positions\n"
@@ -130,11 +130,8 @@ class _Step(nn.Module):
         r.step, r.caches = {"blocks": blocks, "slots": slots, "context": context, "starts": starts}, caches
         r.layers, r.remembered = [], 0
         through = type("Through", (_Through,), {"recorder": r})
-        kept = {"logits_to_keep": last} if self._keeps else {}
-        out = self.model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=True, deepseed_recorder=r,
-            **{self._cache: Cache(layer_class_to_replicate=through)}, **kept,
-        )  # fmt: skip
+        asked: dict[str, Any] = {self._cache: Cache(layer_class_to_replicate=through), **({"logits_to_keep": last} if self._keeps else {})}
+        out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=True, deepseed_recorder=r, **asked)
         logits: Tensor = out.logits
         return logits[0] if self._keeps else logits[0].index_select(0, last)
 
@@ -217,8 +214,8 @@ def hooked(model: nn.Module) -> Iterator[None]:
 
 def _example(device: torch.device) -> list[Tensor]:
     """A step that mixes: 3 sequences, 12 tokens."""
-    long = {"dtype": torch.long, "device": device}
-    return [
-        torch.zeros(_TOKENS, **long), torch.arange(_TOKENS, **long), torch.zeros(_SEQUENCES, 5, **long), torch.arange(_TOKENS, **long),
-        torch.full((_SEQUENCES,), 4, **long), torch.arange(0, _TOKENS + 1, 4, **long), torch.tensor([3, 11], **long),
+    each = [
+        torch.zeros(_TOKENS), torch.arange(_TOKENS), torch.zeros(_SEQUENCES, 5), torch.arange(_TOKENS),
+        torch.full((_SEQUENCES,), 4), torch.arange(0, _TOKENS + 1, 4), torch.tensor([3, 11]),
     ]  # fmt: skip
+    return [x.long().to(device) for x in each]

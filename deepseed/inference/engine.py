@@ -115,9 +115,12 @@ class Engine:
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
         found = loaded(model, dtype, tokenizer, device)
-        self.model, self.tokenizer, self.config = found.model, found.tokenizer, found.model.config
+        self.model, self.tokenizer = found.model, found.tokenizer
+        self.config: Any = found.model.config
         captured = capture(found.model)
         self.captured: CapturedForward = captured
+        if max_length is not None and max_length > found.longest:
+            raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
         self.max_length: int = max_length or found.longest
         a_block = block * bytes_of_token(captured.layers, found.dtype)
         blocks = room(parse_bytes(str(cache)) if cache is not None else None, a_block, -(-self.max_length // block) * sequences)
@@ -125,7 +128,7 @@ class Engine:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.executable = Executable(captured, found.state, blocks, block, found.dtype, found.device)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
-        self._ends = _ends(found.model)
+        self.ends = _ends(found.model)
         self._requests: dict[str, _Request] = {}
         self._of: dict[Running, _Branch] = {}
         self._count = 0
@@ -171,7 +174,7 @@ class Engine:
                 raise InferenceError(f"a prompt of {len(ids)} tokens leaves no room in {self.max_length}\n  fix: a shorter prompt, or Engine(max_length=) where the model's positions allow it")
             most = min(len(ids) + params.max_tokens, self.max_length)
             sequence = self.scheduler.add(ids, most, params.n - 1)
-            ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
+            ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
             made = _Request(Completion(name, text, ids, [Output(i) for i in range(params.n)]), params, ends)
             seed = fresh_seed() if params.seed is None else params.seed
             self._requests[name] = made

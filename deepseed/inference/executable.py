@@ -44,20 +44,21 @@ class Executable:
             for pair in self.caches:
                 for cache in pair:
                     cache.index_copy_(1, new, cache.index_select(1, old))
-        ids, positions, slots, last, packing = self.pack(step)
+        ids, positions, last, packing = self.pack(step)
         logits: Tensor = self.module(*self._state, ids, positions, last, packing)
         return logits
 
-    def pack(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor, Packing]:
+    def pack(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Packing]:
         size, pieces = self.size, step.pieces
         begins, counts = np.array([p.begin for p in pieces]), np.array([p.count for p in pieces])
         ends = np.cumsum(counts)
         positions = np.arange(ends[-1]) + np.repeat(begins - (ends - counts), counts)
         ids = np.fromiter((t for p in pieces for t in p.sequence.tokens[p.begin : p.begin + p.count]), np.int64, int(ends[-1]))
         held = np.concatenate([np.array(p.sequence.blocks, dtype=np.int64)[np.arange(p.begin, p.begin + p.count) // size] for p in pieces])
-        tensors = [torch.from_numpy(x).to(self.device) for x in (ids, positions, held * size + positions % size, (ends - 1)[[p.wanted for p in pieces]])]
-        packing = Packing([p.sequence.blocks for p in pieces], (begins + counts).tolist(), counts.tolist(), size, tensors[2], self.device)
-        return tensors[0], tensors[1], tensors[2], tensors[3], packing
+        inputs = [torch.from_numpy(x).to(self.device) for x in (ids, positions, (ends - 1)[[p.wanted for p in pieces]])]
+        slots = torch.from_numpy(held * size + positions % size).to(self.device)
+        packing = Packing([p.sequence.blocks for p in pieces], (begins + counts).tolist(), counts.tolist(), size, slots, self.device)
+        return inputs[0], inputs[1], inputs[2], packing
 
 
 def bound(captured: CapturedForward) -> torch.fx.GraphModule:

@@ -48,7 +48,8 @@ def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype |
     if first is None:
         raise InferenceError(f"{type(module).__name__} has no parameters")
     state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-    config = module.config.get_text_config()
+    text: Any = module.config
+    config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
     return Loaded(module, tokenizer, state, first.dtype, first.device, longest)
 

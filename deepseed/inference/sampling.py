@@ -132,8 +132,10 @@ def adjusted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """[rows, vocabulary] after temperature, top-k, top-p and min-p; each row sums to one."""
-    column = {"dtype": logits.dtype, "device": logits.device}
-    logits = logits / torch.tensor([p.temperature for p in params], **column)[:, None]
+    def column(field: str) -> Tensor:
+        return torch.tensor([getattr(p, field) for p in params], dtype=logits.dtype, device=logits.device)[:, None]
+
+    logits = logits / column("temperature")
     if any(p.top_k for p in params):
         width = logits.shape[1]
         ks = [min(p.top_k, width) or width for p in params]
@@ -146,12 +148,12 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if any(p.top_p < 1 for p in params):
         ordered, where = logits.sort(-1, descending=True)
         chance = torch.softmax(ordered, -1)
-        gone = chance.cumsum(-1) - chance >= torch.tensor([p.top_p for p in params], **column)[:, None]
+        gone = chance.cumsum(-1) - chance >= column("top_p")
         gone[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(gone).scatter_(1, where, gone), -torch.inf)
     chance = torch.softmax(logits, -1)
     if any(p.min_p for p in params):
-        floor = torch.tensor([p.min_p for p in params], **column)[:, None] * chance.amax(-1, keepdim=True)
+        floor = column("min_p") * chance.amax(-1, keepdim=True)
         chance = chance.masked_fill(chance < floor, 0.0)
         chance = chance / chance.sum(-1, keepdim=True)
     return chance
