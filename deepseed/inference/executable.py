@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deepseed.inference.attention import Packing, attend
+from deepseed.inference.attention import attend
 from deepseed.inference.capture import INPUTS, CapturedForward
+from deepseed.inference.packing import pack
 from deepseed.inference.scheduler import Step
 
 _KEPT = ("ids", "positions", "last")  # what the bound graph still takes, the packing beside
@@ -44,21 +44,9 @@ class Executable:
             for pair in self.caches:
                 for cache in pair:
                     cache.index_copy_(1, new, cache.index_select(1, old))
-        ids, positions, last, packing = self.pack(step)
-        logits: Tensor = self.module(*self._state, ids, positions, last, packing)
+        made = pack(step, self.size, self.device)
+        logits: Tensor = self.module(*self._state, made.ids, made.positions, made.last, made.packing)
         return logits
-
-    def pack(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        size, pieces = self.size, step.pieces
-        begins, counts = np.array([p.begin for p in pieces]), np.array([p.count for p in pieces])
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) + np.repeat(begins - (ends - counts), counts)
-        ids = np.fromiter((t for p in pieces for t in p.sequence.tokens[p.begin : p.begin + p.count]), np.int64, int(ends[-1]))
-        held = np.concatenate([np.array(p.sequence.blocks, dtype=np.int64)[np.arange(p.begin, p.begin + p.count) // size] for p in pieces])
-        inputs = [torch.from_numpy(x).to(self.device) for x in (ids, positions, (ends - 1)[[p.wanted for p in pieces]])]
-        slots = torch.from_numpy(held * size + positions % size).to(self.device)
-        packing = Packing([p.sequence.blocks for p in pieces], (begins + counts).tolist(), counts.tolist(), size, slots, self.device)
-        return inputs[0], inputs[1], inputs[2], packing
 
 
 def bound(captured: CapturedForward) -> torch.fx.GraphModule:
