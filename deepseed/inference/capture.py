@@ -150,11 +150,13 @@ class _Exported(nn.Module):
 def look(model: nn.Module) -> tuple[Layer, ...]:
     """The attention layers of a model that can be served, in the order in which they run. Raises InferenceError."""
     recorder = Recorder({}, None)
-    step = _Exported(model, recorder)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with hooked(model), torch.no_grad(), _refused(model), fake:
-        step(*(fake.from_tensor(x) for x in _example(device)), None)
+        empty = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in values.items()}  # all on one device, be the model on meta
+        step = PackedStep(model, recorder, lambda **said: torch.func.functional_call(model, empty, (), said))
+        ids, positions, *_, last = (torch.empty(x.shape, dtype=x.dtype) for x in _example(torch.device("cpu")))
+        step(ids, positions, last, None)
     complete(model, len(recorder.layers), recorder.remembered)
     return tuple(recorder.layers)
 

@@ -116,7 +116,8 @@ class Engine:
     ) -> None:  # fmt: skip
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
-        found = loaded(model, dtype, tokenizer, device)
+        ranks = _ranks(plan)
+        found = loaded(model, dtype, tokenizer, device, split=ranks > 1)
         self.model, self.tokenizer = found.model, found.tokenizer
         self.config: Any = found.model.config
         layers = look(found.model)
@@ -129,12 +130,12 @@ class Engine:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
-        if _ranks(plan) == 1:
+        if ranks == 1:
             self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device)
         else:
             from deepseed.inference.split import SplitExecutable
 
-            self.executable = SplitExecutable(found.model, plan, blocks, block)
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self._requests: dict[str, _Request] = {}
@@ -154,10 +155,19 @@ class Engine:
             raise InferenceError(f"params and also {', '.join(asked)}\n  fix: one of the two")
         if len(each) != len(many):
             raise InferenceError(f"{len(many)} prompts, but {len(each)} params\n  fix: one for all, or one each")
+        with self.executable.together():
+            if not self.executable.leads:
+                self.executable.follow()
+                return self.executable.everyone([])
+            done = self._complete(many, each)
+            self.executable.release()
+            return self.executable.everyone(done)
+
+    def _complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
         names: list[str] = []
         done: list[Completion] = []
         try:
-            for prompt, one in zip(many, each, strict=True):
+            for prompt, one in zip(prompts, params, strict=True):
                 names.append(self.add(prompt, one))
                 done.append(self._requests[names[-1]].completion)
             while not all(c.finished for c in done):

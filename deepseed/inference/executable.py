@@ -6,21 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepseed.inference.attention import attend
 from deepseed.inference.capture import INPUTS, CapturedForward
-from deepseed.inference.packing import pack
+from deepseed.inference.packing import Plain, pack
 from deepseed.inference.scheduler import Step
 
+T = TypeVar("T")
 _KEPT = ("ids", "positions", "last")  # what the bound graph still takes, the packing beside
 
 
 class Executable:
-    """``blocks`` pages of ``size`` tokens in each layer's cache."""
+    """On one rank. ``blocks`` pages of ``size`` tokens in each layer's cache."""
+
+    leads = True  # whether requests come here
 
     def __init__(self, captured: CapturedForward, state: Mapping[str, Tensor], blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size, self.device = size, device
@@ -39,14 +43,26 @@ class Executable:
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Logits [wanted pieces, vocabulary]; the caches then hold the step's tokens."""
-        if step.copies:
-            old, new = (torch.tensor(x, device=self.device) for x in zip(*step.copies, strict=True))
-            for pair in self.caches:
-                for cache in pair:
-                    cache.index_copy_(1, new, cache.index_select(1, old))
-        made = pack(step, self.size, self.device)
+        plain = Plain.of(step, self.size)
+        plain.copy([x for pair in self.caches for x in pair], self.device)
+        made = pack(plain, self.size, self.device)
         logits: Tensor = self.module(*self._state, made.ids, made.positions, made.last, made.packing)
         return logits
+
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what all ranks do: where one fails the others are told."""
+        return nullcontext()
+
+    def follow(self) -> None:
+        """Run the steps of the rank that leads until it ``release``s the others."""
+
+    def release(self) -> None:
+        """No more steps for now."""
+
+    def everyone(self, value: T) -> T:
+        """What the rank that leads has, on every rank."""
+        return value
 
 
 def bound(captured: CapturedForward) -> torch.fx.GraphModule:

@@ -9,10 +9,11 @@ source for all sizes. A rank's caches have the kv heads that arrive there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,12 @@ from deepseed.capture import capture
 from deepseed.inference.attention import Packing, attend
 from deepseed.inference.capture import PAGELESS, PackedStep, Recorder, complete, hooked, look
 from deepseed.inference.errors import InferenceError
-from deepseed.inference.packing import Packed, pack
+from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
 from deepseed.programs import Found
 from deepseed.runtime.executable import Executable as Source
 
+T = TypeVar("T")
 TRIED = (11, 7)  # tokens and wanted rows of the capture that is looked through for numbers
 FIRST = 503  # of the primes that stand for them
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
@@ -44,8 +46,7 @@ class SplitExecutable:
         built = self._found.built
         self.device = self._step.host.device
         self._sources = [Source(any_size(e.source, sizes), f"{built.program.name}-packed", e.inputs, e.outputs) for e in built.executables]
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.ranks = [Pages(blocks, size, dtype, self.device) for _ in self._sources]
+        self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
         complete(model, sum(op.target == "paged_attention" for op in built.program.ops), len(self.layers))
 
     @property
@@ -57,17 +58,45 @@ class SplitExecutable:
     def bytes(self) -> int:
         return sum(r.bytes for r in self.ranks)
 
-    @torch.no_grad()
     def run(self, step: Step) -> Tensor:
-        """Logits [wanted pieces, vocabulary], whole; each rank's caches then hold the step's tokens."""
-        made = pack(step, self.size, self.device)
-        found = self._found
+        """Logits [wanted pieces, vocabulary], whole; each rank's caches then hold the step's tokens. Ranks that ``follow`` run it too."""
+        plain = Plain.of(step, self.size)
+        if self._real:
+            self._step.host.decide(plain.text)
+        return self._run(plain)
+
+    @torch.no_grad()
+    def _run(self, plain: Plain) -> Tensor:
+        made = pack(plain, self.size, self.device)
         batch = {"ids": made.ids, "positions": made.positions, "last": made.last}
-        inputs = self._step._given(Found(found.built, {k: batch[k] for k in found.batch}, True))  # of any size
-        results = self._step.host.run([r.around(s, step, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
+        inputs = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
+        results = self._step.host.run([r.around(s, plain, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
         (output,) = (o for o in self.program.outputs if o.role == "output")
         type_ = self.program.types[output.ref.name]
-        return self._step.host.whole([r[0] for r in results], replace(type_, shape=tuple((len(made.last), *type_.shape[1:]))))
+        return self._step.host.whole([r[0] for r in results], replace(type_, shape=(len(made.last), *type_.shape[1:])))
+
+    @property
+    def _real(self) -> bool:
+        return self._step.backend != "simulate"
+
+    @property
+    def leads(self) -> bool:
+        return self._step.host.first
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._step.host.together()
+
+    def follow(self) -> None:
+        while text := self._step.host.decide(str):
+            self._run(Plain.parse(text))
+
+    def release(self) -> None:
+        if self._real:
+            self._step.host.decide(str)
+
+    def everyone(self, value: T) -> T:
+        got: T = self._step.host.everyone(value)[0]
+        return got
 
 
 @dataclass
@@ -76,7 +105,6 @@ class Pages:
 
     blocks: int
     size: int
-    dtype: torch.dtype
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -86,7 +114,7 @@ class Pages:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for pair in self.caches.values() for x in pair)
 
-    def around(self, source: Source, step: Step, made: Packed) -> Callable[[Any, list[Tensor]], tuple[Tensor, ...]]:
+    def around(self, source: Source, step: Plain, made: Packed) -> Callable[[Any, list[Tensor]], tuple[Tensor, ...]]:
         """The rank's source, with attention over these pages."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float) -> Tensor:
@@ -98,7 +126,7 @@ class Pages:
             return attend(q, k.contiguous(), v.contiguous(), *self.caches[layer], packing, scale, window, softcap, sinks)
 
         def run(rt: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-            copy(step, [x for pair in self.caches.values() for x in pair], self.device)
+            step.copy([x for pair in self.caches.values() for x in pair], self.device)
             rt.paged_attention = attention
             return source(rt, inputs)
 
@@ -106,14 +134,6 @@ class Pages:
 
     def _cache(self, x: Tensor) -> Tensor:
         return torch.zeros(x.shape[1], self.blocks, self.size, x.shape[2], dtype=x.dtype, device=self.device)
-
-
-def copy(step: Step, caches: Sequence[Tensor], device: torch.device) -> None:
-    """Blocks that a sequence is about to write into and others still hold."""
-    if step.copies:
-        old, new = (torch.tensor(x, device=device) for x in zip(*step.copies, strict=True))
-        for cache in caches:
-            cache.index_copy_(1, new, cache.index_select(1, old))
 
 
 class packed:
