@@ -283,7 +283,7 @@ class Placement(Assignment):
                 pinned = self._pinned(item, axis)
                 return pinned if pinned is not None or item.role in ("param", "state") else [same(None)]
             if isinstance(item, Output):
-                return (whole_rows(self._shown(i, axis), [rows[item.ref.name]]) if rows else self._shown(i, axis)) if item.role in SHOWN else [same(None)]
+                return (whole_rows(self._shown(i, axis), [rows[item.ref.name]] * 2) if rows else self._shown(i, axis)) if item.role in SHOWN else [same(None)]
             found = self._following(i, axis)
             return whole_rows(found or self._strategies(i, axis), [rows[name] for name in (*(r.name for r in item.refs), *item.results)]) if rows else found
 

@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+from inference_models import VOCABULARY, generated, ids, prompts, varied
+
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.sampling import SamplingParams
-from tests.inference_models import VOCABULARY, generated, ids, prompts, varied
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_the_command_and_the_folder(llama: Any, tmp_path: Path) -> None:
     said = [word for prompt in all_of for word in ("--prompt-ids", ",".join(map(str, prompt)))]
     done = CliRunner().invoke(app, ["generate", str(tmp_path), *said, "--max-tokens", "8", "--json"])
     assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [x["token_ids"] for x in lines] == want and {x["finish_reason"] for x in lines} == {"length"}
     done = CliRunner().invoke(app, ["generate", str(tmp_path)])
     assert done.exit_code == 2

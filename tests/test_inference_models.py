@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from inference_models import generated, ids, prompts, sealed, varied
+
 from deepseed.inference.capture import capture
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
-from tests.inference_models import generated, ids, prompts, sealed, varied
 
 MODELS = [
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from gloo import inference
 from gloo.launch import ranks
-from tests.inference_models import generated, ids, prompts, varied
+from inference_models import generated, ids, prompts, varied
 
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
@@ -73,7 +73,7 @@ def test_the_command_starts_its_ranks(llama: Any, tmp_path: Path) -> None:
     (prompt,) = prompts((7,))
     done = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt-ids", ",".join(map(str, prompt)), "--max-tokens", "6", "--plan", "tp2", "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output.splitlines()[-1])["token_ids"] == generated(llama, [prompt], 6)[0]
+    assert json.loads(done.stdout.splitlines()[-1])["token_ids"] == generated(llama, [prompt], 6)[0]
 
 
 def test_forks_copy_blocks_on_every_rank(llama: Any) -> None:

@@ -118,4 +118,4 @@ def test_other_masks_are_refused() -> None:
     with pytest.raises(InferenceError, match="attends by itself: it computes add"):
         torch.zeros(2) + Wanted(0)  # type: ignore[operator]
     with pytest.raises(InferenceError, match=r"attends by itself: it reads \.shape"):
-        Wanted(0).shape
+        _ = Wanted(0).shape

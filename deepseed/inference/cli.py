@@ -31,7 +31,6 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a prompt, one a line: text, token_ids, finish_reason")] = False,
 ) -> None:
     """Complete one or more prompts, all at once."""
-    from deepseed.inference.engine import Prompt
     from deepseed.inference.sampling import SamplingParams
     from deepseed.plan import parse_plan
     from deepseed.runtime.host import launched

@@ -84,9 +84,11 @@ def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    made: Any = AutoModelForCausalLM
     with meta():
-        made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
-    return made
+        made = made.from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+    shape: nn.Module = made
+    return shape
 
 
 def _tokenizer(path: Path) -> Any:

@@ -44,6 +44,7 @@ class SplitExecutable:
             sizes = stand_ins(str(capture(model, example(*TRIED), want="forward").program))
             self._found = self._step._find(example(*sizes), "forward")
         built = self._found.built
+        self._given: list[list[Tensor]] = []
         self.device = self._step.host.device
         self._sources = [Source(any_size(e.source, sizes), f"{built.program.name}-packed", e.inputs, e.outputs) for e in built.executables]
         self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
@@ -69,7 +70,9 @@ class SplitExecutable:
     def _run(self, plain: Plain) -> Tensor:
         made = pack(plain, self.size, self.device)
         batch = {"ids": made.ids, "positions": made.positions, "last": made.last}
-        inputs = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
+        if not self._given:  # stored tensors and constants, which stay
+            self._given = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
+        inputs = [[batch[i.key] if i.role == "batch" else x for i, x in zip(s.inputs, given, strict=True)] for s, given in zip(self._sources, self._given, strict=True)]
         results = self._step.host.run([r.around(s, plain, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
         (output,) = (o for o in self.program.outputs if o.role == "output")
         type_ = self.program.types[output.ref.name]
