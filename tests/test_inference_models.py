@@ -30,6 +30,9 @@ def test_greedy_equals_generate(name: str) -> None:
     with sealed(model):
         assert ids(engine.generate(prompts(), max_tokens=64)) == want
     assert engine.scheduler.pool.free == engine.scheduler.pool.count
+    code = engine.executable.module.code  # type: ignore[union-attr]
+    assert "bmm" not in code, "an expert's matrix is copied for each row"
+    assert code.count("attend(") == len(engine.executable.caches) == model.config.num_hidden_layers  # type: ignore[union-attr]
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_no_rank_has_a_whole_weight(llama: Any) -> None:
     """Heads, widths and vocabulary are split, and a layer sends two sums of the hidden state."""
     engine = Engine(llama, "tp2", block=4, max_length=128)
     program = engine.executable.program  # type: ignore[union-attr]
-    whole = [i.key for i in program.inputs if i.role == "param" and len(i.type.shape) > 1 and i.type.local_bytes(program.mesh) * 2 != i.type.bytes]
+    whole = [i.key for i in program.inputs if i.role == "param" and len(i.type.shape) > 1 and i.type.local_bytes(program.mesh) > 0.6 * i.type.nbytes]
     assert not whole
     sent = [op for op in program.ops if op.target == "all_reduce.start" and op.path.startswith("model.layers.")]
     assert len(sent) == 2 * llama.config.num_hidden_layers

@@ -131,7 +131,7 @@ class Engine:
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
         if ranks == 1:
-            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device)
+            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
         else:
             from deepseed.inference.split import SplitExecutable
 

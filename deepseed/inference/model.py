@@ -26,6 +26,7 @@ class Loaded:
     dtype: torch.dtype
     device: torch.device
     longest: int
+    own: bool = False  # whether it was loaded here
     weights: Path | None = None  # where the values are that ``model``, on the meta device, lacks
 
 
@@ -55,7 +56,7 @@ def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype |
     text: Any = module.config
     config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
-    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, weights)
+    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, not isinstance(model, nn.Module), weights)
 
 
 def room(asked: int | None, a_block: int, useful: int) -> int:
