@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from deepseed import accelerator as accelerator
     from deepseed import checkpointing as checkpointing
     from deepseed import comm as comm
+    from deepseed import inference as inference
+    from deepseed import pipeline as pipeline
     from deepseed import utils as utils
     from deepseed import zero as zero
     from deepseed.accelerator import get_accelerator as get_accelerator
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from deepseed.engine import add_config_arguments as add_config_arguments
     from deepseed.engine import init_distributed as init_distributed
     from deepseed.engine import initialize as initialize
+    from deepseed.inference.doors import init_inference as init_inference
     from deepseed.lion import Lion as Lion
     from deepseed.muon import Muon as Muon
     from deepseed.on_meta import meta as meta
@@ -35,9 +38,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _WHERE = {
     "get_accelerator": "deepseed.accelerator", "Engine": "deepseed.engine", "add_config_arguments": "deepseed.engine", "init_distributed": "deepseed.engine", "initialize": "deepseed.engine",
-    "Checkpoints": "deepseed.checkpoints", "compile": "deepseed.api", "Bucket": "deepseed.bucket", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan", "Progress": "deepseed.progress",
+    "Checkpoints": "deepseed.checkpoints", "compile": "deepseed.api", "Bucket": "deepseed.bucket", "init_inference": "deepseed.inference.doors", "Lion": "deepseed.lion", "LossScale": "deepseed.capture.gradients", "Muon": "deepseed.muon", "meta": "deepseed.on_meta", "parse_plan": "deepseed.plan", "Progress": "deepseed.progress",
 }  # fmt: skip
-_MODULES = ("accelerator", "checkpointing", "comm", "utils", "zero")  # DeepSpeed's, as attributes
+_MODULES = ("accelerator", "checkpointing", "comm", "inference", "pipeline", "utils", "zero")  # as attributes; DeepSpeed has most of them
 
 
 def __getattr__(name: str) -> Any:

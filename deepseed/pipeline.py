@@ -6,10 +6,12 @@ Flags change a pass's arguments (``arguments``), never the list. This is the onl
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from types import ModuleType
 from typing import Any
 
 from deepseed.check.instances import check_instances
@@ -174,3 +176,15 @@ def check_program(p: Program, after: str, execute: bool = True, typed: Typed | N
         return check_instances(p) if execute and "lowered" in p.facts else 0
     except ValueError as error:
         raise CheckError(f"after pass {after}: {error}") from error
+
+
+class _Door(ModuleType):
+    """``deepseed.pipeline(model)`` is MII's call, beside this module of the same name."""
+
+    def __call__(self, *args: Any, **said: Any) -> Any:
+        from deepseed.inference.doors import pipeline
+
+        return pipeline(*args, **said)
+
+
+sys.modules[__name__].__class__ = _Door

@@ -1,0 +1,72 @@
+"""Each model says in the engine what its own ``generate`` says, token for token; what the engine cannot run it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from inference_models import generated, ids, prompts, sealed, varied
+
+from deepseed.inference.capture import capture
+from deepseed.inference.engine import Engine
+from deepseed.inference.errors import InferenceError
+
+MODELS = [
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+    "OPTForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_generate(name: str) -> None:
+    """64 tokens, mixed steps of decodes and chunks, blocks of 4; the model's own forward is gone after capture."""
+    model = varied(name)
+    want = generated(model, prompts(), 64)
+    assert len({t for tokens in want for t in tokens}) > 40, "the model says the same again and again: it would prove little"
+    engine = Engine(model, budget=24, block=4, sequences=4, cache="400kB")
+    with sealed(model):
+        assert ids(engine.generate(prompts(), max_tokens=64)) == want
+    assert engine.scheduler.pool.free == engine.scheduler.pool.count
+    code = engine.executable.module.code  # type: ignore[union-attr]
+    assert "bmm" not in code, "an expert's matrix is copied for each row"
+    assert code.count("attend(") == len(engine.executable.caches) == model.config.num_hidden_layers  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def llama() -> Any:
+    return varied("LlamaForCausalLM")
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "MptForCausalLM", "MambaForCausalLM", "FalconForCausalLM"])
+def test_what_bypasses_the_hook_is_refused(name: str) -> None:
+    with pytest.raises(InferenceError, match=r"(?s)(cannot be served|attends by itself).*fix: serve a"):
+        capture(varied(name, positions=False))
+
+
+def test_a_layer_that_attends_by_itself_is_counted(llama: Any) -> None:
+    """One layer of two bypasses the table of attention functions, and still remembers."""
+    attention = llama.model.layers[1].self_attn
+    usual = type(attention).forward
+
+    def own(self: Any, hidden_states: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        states = self.k_proj(hidden_states)[:, None]
+        cache.update(states, states, 1)
+        return hidden_states, None
+
+    attention.forward = own.__get__(attention)
+    try:
+        with pytest.raises(InferenceError, match="2 of its layers keep something in the cache, 1 of them attend"):
+            capture(llama)
+    finally:
+        del attention.forward
+    assert type(attention).forward is usual
+
+
+def test_captured_names_are_the_models(llama: Any) -> None:
+    captured = capture(llama)
+    known = {n for n, _ in llama.named_parameters(remove_duplicate=False)} | {n for n, _ in llama.named_buffers(remove_duplicate=False)}
+    assert set(captured.names) - set(captured.constants) <= known and len(captured.layers) == 2
+    assert llama.config._attn_implementation != "deepseed_paged"
