@@ -16,6 +16,7 @@ from deepseed import pipeline
 from deepseed.explain_text import amount
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Program
+from deepseed.machines import assumed
 from deepseed.memory import curve, memory
 from deepseed.plan import Plan, PlanError
 from deepseed.solver.remat import levels
@@ -58,8 +59,14 @@ def run_shared(
     hosted: Hosted | None = None, machine: Machine | None = None, passes: Sequence[Pass] | None = None,
 ) -> tuple[list[pipeline.Passed], Choice | None]:  # fmt: skip
     """The passes over a captured program that all ranks share, and what a budget in the plan has chosen. ``arguments``: of the passes under a plan.
-    ``hosted``: whether an earlier program stores an input on the host. Raises PlanError where nothing fits the budget."""
+    ``hosted``: whether an earlier program stores an input on the host; ``machine``: left out, what was measured here. Raises PlanError where nothing fits the budget."""
     passes = pipeline.SHARED if passes is None else passes
+    machine = machine or assumed(plan.mesh().ranks)  # rank 0 runs this for all: programs are the same on every rank, whatever another host has measured
+    asked, of = arguments, machine
+
+    def arguments(plan: Plan) -> Arguments:
+        return {**asked(plan), "schedule_collectives": {"machine": of}}
+
     if plan.budget is None:
         return pipeline.run(p, arguments(plan), passes, check=check, on_pass=on_pass), None
     head = pipeline.run(p, arguments(plan), passes[:BEHIND], check=check, on_pass=on_pass)

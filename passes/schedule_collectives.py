@@ -23,16 +23,20 @@ from deepseed.ir.collective import KEYED, MEMORIES, TO_DEVICE, TO_HOST
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
+from deepseed.passes.fill_waits import fill_waits
+from deepseed.passes.start_early import start_early
+from deepseed.speed import Machine
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
 REDUCING = ("all_reduce.start", "reduce_scatter.start")
 SPLITTING = ("all_gather.start", "reduce_scatter.start", *MEMORIES)
 ALONE = 1 / 16  # of a bucket: a tensor of this size goes by itself, packing it would cost more than a message
+DEFAULT = Machine()
 Key = tuple[object, ...]
 
 
 @program_pass(requires={"lowered"}, provides={"scheduled"})
-def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Program:
+def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES, machine: Machine = DEFAULT) -> Program:
     """Put collectives of one kind, axis and dtype into buckets, each one ``start`` with several operands.
 
     before: %g1 : f32[8] sum@dp
@@ -51,7 +55,7 @@ def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Progra
             %a = aten.neg(%g1.w) : f32[8]
             %b = aten.neg(%g2.w) : f32[4]
     """
-    return _Schedule(p, bucket_bytes).run()
+    return fill_waits(start_early(_Schedule(p, bucket_bytes).run(), machine), machine)
 
 
 @dataclass
