@@ -88,6 +88,7 @@ def opt(
     """Run passes on a program text, as a plan would have them run, and print what comes out."""
     from deepseed import pipeline
     from deepseed.ir.verify import verify
+    from deepseed.machines import assumed
     from deepseed.meshes import program_mesh, ranks_of
     from deepseed.plan import parse_plan
 
@@ -101,6 +102,7 @@ def opt(
     args = pipeline.arguments(
         p.mesh if "placed" in p.facts else program_mesh(p, said, ranks), said.stage, ranks.coordinate(rank) if ranks.axes else {}, plan=said
     )
+    args["schedule_collectives"] = {"machine": assumed(ranks.ranks)}
     done = pipeline.run(p, args, [pipeline.BY_NAME[name] for name in names], check=check)
     text = str(done[-1].program if done else p)
     if out is None:

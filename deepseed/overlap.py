@@ -129,7 +129,7 @@ def free_order(p: Program, seconds: Mapping[str, float], sending: Mapping[str, f
     reach = torch.zeros(len(p.ops), len(p.ops), dtype=torch.bool)  # [n, m]: n depends on m
     for n, op in enumerate(p.ops):
         made = {number[p.producers[r.name].name] for r in op.refs if r.name in p.producers}
-        for m in made | {k for m in made for k in together.get(m, ())}:
+        for m in made | {k for each in made for k in together.get(each, ())}:
             reach[n] |= reach[m]
             reach[n, m] = True
     heads, tails = _heads(reach, far, takes, compute), _heads(reach.T, far[::-1], takes, compute)

@@ -16,6 +16,7 @@ from deepseed.memory import curve, memory
 from deepseed.speed import VIEWS, Machine
 
 WINDOW = 400  # ops before a start that are looked at
+MOMENT = 1e-9  # seconds that are not worth a move
 STAY = ("wait", "send", "collect", TRANSFER)
 
 
@@ -66,7 +67,7 @@ class _Fill:
         names: set[str] = set()
         extra = 0
         for n in range(at - 1, max(-1, at - WINDOW), -1):
-            if wanted <= 0:
+            if wanted <= MOMENT:
                 break
             op = self.out[n]
             stays = op.target in STAY or op.target.endswith(".start") or op.part != start.part or op.phase != start.phase or not needed.isdisjoint(op.results)

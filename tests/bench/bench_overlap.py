@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gloo.link import Ran, linked_steps
 
@@ -23,7 +23,7 @@ from deepseed.on_ranks import on_ranks
 from deepseed.overlap import Overlap, best, free_order, whole_weights
 from deepseed.speed import Known, course
 
-LLAMA = "hf:LlamaForCausalLM(num_hidden_layers=3,hidden_size=512,intermediate_size=1408,num_attention_heads=8,num_key_value_heads=8,vocab_size=2048,sequence_length=128,batch_size=4)"
+LLAMA = "hf:LlamaForCausalLM(num_hidden_layers=2,hidden_size=640,intermediate_size=1792,num_attention_heads=10,num_key_value_heads=10,vocab_size=2048,sequence_length=128,batch_size=4)"
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,14 @@ class Link:
         self.free, self.queue, self.open = {}, {}, True
         self.began = time.perf_counter() if self.wall else time.thread_time()
 
-    def until(self, arrival: float) -> None:
-        held = arrival - self.now()
-        if held > 0:
-            self.waited += held
-            if self.wall:
-                time.sleep(held)
-            else:
-                self.ahead += held
+    def until(self, arrival: float, entered: float) -> None:
+        """A wait that was ``entered`` ends: what it computes (it adds up what was sent, and waits for gloo) comes after the arrival."""
+        held = max(0.0, arrival - entered)
+        self.waited += held
+        if not self.wall:
+            self.ahead += held
+        elif (left := arrival - self.now()) > 0:
+            time.sleep(left)
 
 
 class LinkedRuntime(DistributedRuntime):
@@ -79,12 +79,13 @@ class LinkedRuntime(DistributedRuntime):
         complete = super().exchange(kind, x, axis, reduce, owned=owned)
 
         def arrived() -> Tensor:
+            entered = link.now()
             out = complete()
             while mine.arrival is None:
                 first = link.queue[axis].pop(0)
                 first.work.wait()
                 first.arrival = link.free[axis] = max(link.free.get(axis, 0.0), float(first.stamps.max())) + first.seconds
-            link.until(mine.arrival)
+            link.until(mine.arrival, entered)
             return out
 
         return arrived
@@ -119,7 +120,7 @@ class Ran:
 def linked_steps(target: str, plan: str, latency: float, bandwidth: float, steps: int, wall: bool, machine: str = "") -> tuple[str, list[Ran], list[float]]:
     """Train on this rank over the link: the program's text, what each step but the first took, and the losses."""
     import deepseed
-    from deepseed import machines
+    from deepseed import budget
     from deepseed.build import looked
     from deepseed.runtime import host
     from deepseed.speed import parse_machine
@@ -128,7 +129,7 @@ def linked_steps(target: str, plan: str, latency: float, bandwidth: float, steps
     host.DistributedRuntime = LinkedRuntime  # type: ignore[misc]
     LinkedRuntime.link = link = Link(latency, bandwidth, wall)
     if machine:
-        machines.save(machines.path_of(2), parse_machine(machine), {})
+        budget.assumed = lambda ranks: parse_machine(machine)
     torch.manual_seed(0)
     found = load(target)
     step: Any = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters(), lr=1e-3), clip_grad_norm=1.0, backend="gloo")
