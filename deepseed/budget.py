@@ -62,17 +62,17 @@ def run_shared(
     ``hosted``: whether an earlier program stores an input on the host; ``machine``: left out, what was measured here. Raises PlanError where nothing fits the budget."""
     passes = pipeline.SHARED if passes is None else passes
     machine = machine or assumed(plan.mesh().ranks)  # rank 0 runs this for all: programs are the same on every rank, whatever another host has measured
-    asked, of = arguments, machine
+    of = machine
 
-    def arguments(plan: Plan) -> Arguments:
-        return {**asked(plan), "schedule_collectives": {"machine": of}}
+    def timed(plan: Plan) -> Arguments:
+        return {**arguments(plan), "schedule_collectives": {"machine": of}}
 
     if plan.budget is None:
-        return pipeline.run(p, arguments(plan), passes, check=check, on_pass=on_pass), None
-    head = pipeline.run(p, arguments(plan), passes[:BEHIND], check=check, on_pass=on_pass)
-    search = Search(head[-1].program, plan, pipeline.SHARED[BEHIND:], arguments, hosted=hosted, machine=machine)
+        return pipeline.run(p, timed(plan), passes, check=check, on_pass=on_pass), None
+    head = pipeline.run(p, timed(plan), passes[:BEHIND], check=check, on_pass=on_pass)
+    search = Search(head[-1].program, plan, pipeline.SHARED[BEHIND:], timed, hosted=hosted, machine=machine)
     found = search.fit(plan.budget)
-    args = with_level(arguments(found.plan(plan)), found.saved, found.every)
+    args = with_level(timed(found.plan(plan)), found.saved, found.every)
     return head + pipeline.run(head[-1].program, args, passes[BEHIND:], check=check, on_pass=on_pass), found
 
 

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -122,7 +123,7 @@ def alone(device: torch.device) -> Machine:
     rates = []
     for name, dtype in DTYPES.items():
         a = torch.randn(n, n, device=device).to(dtype)
-        rates.append((name, 2 * n**3 / of(lambda a=a: a @ a)))  # type: ignore[misc]
+        rates.append((name, 2 * n**3 / of(partial(torch.matmul, a, a))))
     words = (1 << 28 if cuda else 1 << 24) // 4
     x, y = torch.zeros(words, device=device), torch.ones(words, device=device)
     memory = 2 * x.nbytes / of(lambda: y.copy_(x))

@@ -99,7 +99,7 @@ def best(p: Program, seconds: Mapping[str, float], sending: Mapping[str, float],
             values[name].left -= step
             if values[name].left <= 1e-12:
                 done.add(name)
-                for other in sends.get(name, ()):  # type: ignore[call-overload]
+                for other in sends.get(name, ()):
                     values[other].there = True
         if running:
             left -= step
