@@ -71,12 +71,12 @@ class LinkedRuntime(DistributedRuntime):
             return super().exchange(kind, x, axis, reduce, owned=owned)
         n, link = self.mesh.size(axis), self.link
         sent = {"all_reduce": 2 * x.nbytes * (n - 1) // n, "all_gather": x.nbytes * (n - 1)}.get(kind, x.nbytes * (n - 1) // n)
-        stamp, stamps = torch.tensor([link.now()], dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        complete = super().exchange(kind, x, axis, reduce, owned=owned)
+        stamp, stamps = torch.tensor([link.now()], dtype=torch.float64), torch.empty(n, dtype=torch.float64)  # it is started once all that a start computes is done
         work = _named("all_gather_single", "all_gather_into_tensor")(stamps, stamp, self._groups[axis], async_op=True)
         mine = _Underway(axis, link.latency + sent / link.bandwidth, stamps, work)
         link.queue.setdefault(axis, []).append(mine)
         link.sending += mine.seconds
-        complete = super().exchange(kind, x, axis, reduce, owned=owned)
 
         def arrived() -> Tensor:
             entered = link.now()
