@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from deepseed.counts import is_collective, local_flops, moved_bytes, sent_bytes
 from deepseed.ir.program import Op, Program
@@ -141,7 +142,7 @@ def parse_machine(text: str) -> Machine:
     25000000000.0
     """
     known = {f.name for f in fields(Machine)} - {"rates"}
-    said: dict[str, float] = {}
+    said: dict[str, Any] = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         name, _, number = word.partition("=")
         try:
