@@ -16,7 +16,8 @@ from deepseed import pipeline
 from deepseed.explain_text import amount
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Program
-from deepseed.memory import curve, memory
+from deepseed.machines import measured
+from deepseed.memory import curve, live_bytes, memory
 from deepseed.plan import Plan, PlanError
 from deepseed.solver.remat import levels
 from deepseed.speed import Machine, course
@@ -58,14 +59,19 @@ def run_shared(
     hosted: Hosted | None = None, machine: Machine | None = None, passes: Sequence[Pass] | None = None,
 ) -> tuple[list[pipeline.Passed], Choice | None]:  # fmt: skip
     """The passes over a captured program that all ranks share, and what a budget in the plan has chosen. ``arguments``: of the passes under a plan.
-    ``hosted``: whether an earlier program stores an input on the host. Raises PlanError where nothing fits the budget."""
+    ``hosted``: whether an earlier program stores an input on the host; ``machine``: left out, what was measured here. Raises PlanError where nothing fits the budget."""
     passes = pipeline.SHARED if passes is None else passes
+    machine = machine or measured(plan.mesh().ranks)  # rank 0 runs this for all: programs are the same on every rank, whatever another host has measured
+
+    def timed(plan: Plan) -> Arguments:
+        return {**arguments(plan), "schedule_collectives": {"machine": machine, "live": live_bytes}}
+
     if plan.budget is None:
-        return pipeline.run(p, arguments(plan), passes, check=check, on_pass=on_pass), None
-    head = pipeline.run(p, arguments(plan), passes[:BEHIND], check=check, on_pass=on_pass)
-    search = Search(head[-1].program, plan, pipeline.SHARED[BEHIND:], arguments, hosted=hosted, machine=machine)
+        return pipeline.run(p, timed(plan), passes, check=check, on_pass=on_pass), None
+    head = pipeline.run(p, timed(plan), passes[:BEHIND], check=check, on_pass=on_pass)
+    search = Search(head[-1].program, plan, pipeline.SHARED[BEHIND:], timed, hosted=hosted, machine=machine)
     found = search.fit(plan.budget)
-    args = with_level(arguments(found.plan(plan)), found.saved, found.every)
+    args = with_level(timed(found.plan(plan)), found.saved, found.every)
     return head + pipeline.run(head[-1].program, args, passes[BEHIND:], check=check, on_pass=on_pass), found
 
 

@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | profile | zoo | generate | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | profile | calibrate | zoo | generate | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -90,6 +90,8 @@ def opt(
     """Run passes on a program text, as a plan would have them run, and print what comes out."""
     from deepseed import pipeline
     from deepseed.ir.verify import verify
+    from deepseed.machines import measured
+    from deepseed.memory import live_bytes
     from deepseed.meshes import program_mesh, ranks_of
     from deepseed.plan import parse_plan
 
@@ -103,6 +105,7 @@ def opt(
     args = pipeline.arguments(
         p.mesh if "placed" in p.facts else program_mesh(p, said, ranks), said.stage, ranks.coordinate(rank) if ranks.axes else {}, plan=said
     )
+    args["schedule_collectives"] = {"machine": measured(ranks.ranks), "live": live_bytes}
     done = pipeline.run(p, args, [pipeline.BY_NAME[name] for name in names], check=check)
     text = str(done[-1].program if done else p)
     if out is None:
@@ -136,24 +139,24 @@ def explain(
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
-    machine: Annotated[str, typer.Option(help="what the times assume of a rank, as flops=300e12,memory=3e12,link=100e9")] = "",
+    machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
+    from deepseed.machines import machine_of
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
-    from deepseed.speed import parse_machine
 
-    of = parse_machine(machine)
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
+    of = machine_of(machine, ranks.ranks)
     if why is not None:
         from deepseed.why import why as answer
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of, kernels=kernels)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of if machine else None, kernels=kernels)
     if kernels:
         from deepseed.explain_kernels import explain_kernels
 
@@ -263,6 +266,33 @@ def profile(
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     if out is not None:
         typer.echo(f"wrote {out}: open it at https://ui.perfetto.dev or chrome://tracing", err=as_json)
+
+
+@app.command()
+@_friendly
+def calibrate(
+    world_size: Annotated[int, typer.Option(min=1, help="ranks that are measured together, each in a process of its own")] = 1,
+    backend: Annotated[str, typer.Option(help="gloo or nccl  [default: nccl where there is a GPU]")] = "",
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="MACHINE.json", help="a file of one's own; left out, where compile and explain look for it")] = None,
+) -> None:
+    """Measure this machine: matmuls, memory, starting an op, the host's link, and collectives between ranks. Plans and schedules are chosen by it from then on."""
+    from deepseed.calibrate import calibrate as measure
+    from deepseed.calibrate import default_backend, unfit
+    from deepseed.machines import path_of, save
+
+    backend = backend or default_backend()
+    if backend not in BACKENDS[1:]:
+        raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS[1:])}")
+    if (why := unfit(world_size, backend)) is not None:
+        raise UsageError(why)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"no folder {out.absolute().parent} for the machine\n  fix: make it, or write elsewhere")
+    found = measure(world_size, backend)
+    path = out or path_of(world_size)
+    save(path, found.machine, found.about())
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    typer.echo(f"wrote {path}" + ("" if out is None else f": use it by --machine {path}"), err=as_json)
 
 
 @app.command()

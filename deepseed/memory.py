@@ -69,6 +69,11 @@ def curve(p: Program, kinds: Mapping[str, str]) -> tuple[Mapping[str, int], ...]
     return tuple(dict(liveness.live) for _ in moments)
 
 
+def live_bytes(p: Program) -> list[int]:
+    """Bytes live while each op runs."""
+    return [sum(row.values()) for row in curve(p, {})]
+
+
 class _Liveness:
     """Storages by number: their bytes, and how many values (and collectives under way) still need each."""
 
@@ -87,7 +92,7 @@ class _Liveness:
         self.under_way: dict[str, int] = {}  # started collective -> the storage that it reads
         self.on_host: list[bool] = []
         self.now = self.host = 0
-        self.together = _calls(p)
+        self.together = calls(p)
         self.ending: dict[int, list[str]] = {}
 
     def run(self) -> Memory:
@@ -259,7 +264,7 @@ def _exchanges(op: Op) -> bool:
     return op.target in ("all_gather.start", "reduce_scatter.start", "all_to_all.start")
 
 
-def _calls(p: Program) -> dict[int, int]:
+def calls(p: Program) -> dict[int, int]:
     """For each update that shares a fused call with its neighbours: the place of the call's last one."""
     out: dict[int, int] = {}
     for n, op in enumerate(p.ops):

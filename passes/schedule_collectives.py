@@ -11,18 +11,23 @@ when its value is there, and no more of them are under way than one such bucket.
 What is reduced is held whole until its wait. A gradient's first use is the norm of all, at the end, when every one would still be held: so what is reduced is
 waited for, and added up over microbatches where it is, when the next bucket of its kind starts.
 In a looped program each part of each stage is scheduled by itself, and nothing is under way when it ends.
+Then, where a machine is given (compiling gives what ``deepseed calibrate`` has measured), and what a program holds while each op runs, its times decide: gathers of weights whose waits would stand still move up (``start_early``), and computation that does not need a value
+goes where it is waited for (``fill_waits``); the predicted peak is no higher for either. Stages of a pipeline are left as they are.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deepseed.ir.collective import KEYED, MEMORIES, TO_DEVICE, TO_HOST
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Partial
 from deepseed.ir.program import Builder, Op, Program, Ref, params_only
+from deepseed.passes.fill_waits import fill_waits
+from deepseed.passes.start_early import start_early
+from deepseed.speed import Machine
 
 BUCKET_BYTES = 25 * 2**20  # of results: as DistributedDataParallel's buckets
 REDUCING = ("all_reduce.start", "reduce_scatter.start")
@@ -32,7 +37,7 @@ Key = tuple[object, ...]
 
 
 @program_pass(requires={"lowered"}, provides={"scheduled"})
-def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Program:
+def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES, machine: Machine | None = None, live: Callable[[Program], Sequence[int]] | None = None) -> Program:
     """Put collectives of one kind, axis and dtype into buckets, each one ``start`` with several operands.
 
     before: %g1 : f32[8] sum@dp
@@ -51,7 +56,8 @@ def schedule_collectives(p: Program, bucket_bytes: int = BUCKET_BYTES) -> Progra
             %a = aten.neg(%g1.w) : f32[8]
             %b = aten.neg(%g2.w) : f32[4]
     """
-    return _Schedule(p, bucket_bytes).run()
+    done = _Schedule(p, bucket_bytes).run()
+    return done if machine is None or live is None else fill_waits(start_early(done, machine, live), machine, live)
 
 
 @dataclass

@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.ops": {"deepseed.ir", "torch"},
     "deepseed.check": {"deepseed.ir", "deepseed.rules", "deepseed.ops", "torch"},
     "deepseed.solver": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.speed", *SOLVERS},
-    "deepseed.passes": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.solver", *SOLVERS, "sympy"},  # never another pass
+    "deepseed.passes": {"deepseed.ir", "deepseed.rules", "deepseed.cost", "deepseed.counts", "deepseed.speed", "deepseed.solver", *SOLVERS, "sympy"},  # never another pass
     "deepseed.codegen": {"deepseed.ir"},
     "deepseed.capture": {"deepseed.ir", "deepseed.ops", "torch"},
     "deepseed.logs": set(),
