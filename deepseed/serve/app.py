@@ -319,7 +319,7 @@ def _application(server: Server) -> Any:
         app.add_api_route(path, get, methods=["GET"], response_class=PlainTextResponse if path == "/metrics" else HTMLResponse)
     app.add_exception_handler(ServeError, serve_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.openapi = lambda: _described(app, {path: kind for path, (kind, _) in kinds.items()})  # type: ignore[method-assign]
+    app.openapi = lambda: _described(app, {path: kind for path, (kind, _) in kinds.items()})
     return app
 
 

@@ -19,6 +19,8 @@ from deepseed.inference.sampling import Row, SamplingParams
 from deepseed.serve.errors import ServeError
 from deepseed.serve.protocol import Asked
 
+COMPACT = {"whitespace_flexible": False}  # else a model may go on with spaces between two words of JSON until its length ends it
+
 
 @dataclass(frozen=True)
 class ConstrainedParams(SamplingParams):
@@ -44,10 +46,10 @@ def grammar_of(asked: Asked) -> str | None:
             if format_.type == "json_schema" and (format_.json_schema is None or format_.json_schema.schema_ is None):
                 raise ServeError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
             schema = format_.json_schema.schema_ if format_.type == "json_schema" and format_.json_schema is not None else {"type": "object"}
-            return _text(matcher.grammar_from_json_schema(json.dumps(schema)))
+            return _text(matcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT))
         assert wanted is not None
         if wanted.json_ is not None:
-            return _text(matcher.grammar_from_json_schema(wanted.json_ if isinstance(wanted.json_, str) else json.dumps(wanted.json_)))
+            return _text(matcher.grammar_from_json_schema(wanted.json_ if isinstance(wanted.json_, str) else json.dumps(wanted.json_), overrides=COMPACT))
         if wanted.regex is not None:
             return _text(matcher.grammar_from_regex(wanted.regex))
         if wanted.choice is not None:

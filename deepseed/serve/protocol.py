@@ -84,6 +84,9 @@ class Asked(Strict):
     def outputs(self) -> int:
         return self.n or 1
 
+    def check(self) -> None:
+        """ServeError where fields do not go together."""
+
     @property
     def top(self) -> int | None:
         """Of how many most likely tokens the log-probabilities are wanted; None: of none."""
@@ -169,7 +172,7 @@ class ChatRequest(Asked):
             raise ServeError(400, f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}: one of the two", param="max_completion_tokens")
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
+R = TypeVar("R", bound=Asked)
 
 
 def read(kind: type[R], body: bytes) -> R:
@@ -185,16 +188,21 @@ def read(kind: type[R], body: bytes) -> R:
 
 
 def _told(kind: type[BaseModel], error: ValidationError) -> ServeError:
-    found = max(error.errors(include_url=False, include_input=False), key=lambda e: len([w for w in e["loc"] if w in kind.model_fields or isinstance(w, int)]))
-    place = [str(word) for word in found["loc"]]
-    param = ".".join(place[:1]) or None
+    """The first field that is wrong. Where it may have several forms each has its objection."""
+    all_of = error.errors(include_url=False, include_input=False)
+    found = all_of[0]
+    errors = [e for e in all_of if e["loc"][:1] == found["loc"][:1]]
+    words = [str(w) for w in found["loc"]]
+    param = words[0] if words else None
     if found["type"] == "json_invalid":
         return ServeError(400, f"the body is no JSON: {found['msg'].removeprefix('Invalid JSON: ')}")
     if found["type"] == "extra_forbidden":
-        near = get_close_matches(place[-1], list(kind.model_fields), n=1) if len(place) == 1 else []
-        return ServeError(400, f"{'.'.join(place)} is unknown here{f'; did you mean {near[0]}?' if near else ''}", param=param, code="unknown_parameter")
-    missing = found["type"] == "missing"
-    return ServeError(400, f"{'.'.join(place) or 'the body'}: {found['msg']}", param=param, code="missing_required_parameter" if missing else "invalid_value")
+        near = get_close_matches(words[-1], list(kind.model_fields), n=1) if len(words) == 1 else []
+        return ServeError(400, f"{'.'.join(words)[:200]} is unknown here{f'; did you mean {near[0]}?' if near else ''}", param=param and param[:200], code="unknown_parameter")
+    if found["type"] == "missing":
+        return ServeError(400, f"{'.'.join(words)} is missing", param=param, code="missing_required_parameter")
+    place = ".".join(words[:1] if len(errors) > 1 else words) or "the body"
+    return ServeError(400, f"{place}: {'; or '.join(dict.fromkeys(e['msg'] for e in errors[:8]))}", param=param, code="invalid_value")
 
 
 def _or(said: float | None, default: float) -> float:

@@ -16,7 +16,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.constrained import constrained, grammar_of
 from deepseed.serve.errors import ServeError
-from deepseed.serve.protocol import Asked, ChatRequest, CompletionRequest, Message, R, read
+from deepseed.serve.protocol import Asked, ChatRequest, CompletionRequest, Message, read
 
 DEFAULT_COMPLETION = 16  # tokens, as OpenAI has it; a chat goes on to the end of the context
 
@@ -46,7 +46,7 @@ class Texts:
         widest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.most_characters = self.longest * max(widest, 16)
 
-    def prepare(self, kind: type[R], body: bytes) -> Prepared:
+    def prepare(self, kind: type[Asked], body: bytes) -> Prepared:
         asked = read(kind, body)
         if asked.model != self.name:
             raise ServeError(404, f"the model {asked.model[:200]!r} does not exist; this server has {self.name!r}", param="model", code="model_not_found")
