@@ -271,6 +271,13 @@ def _ints(op: Op, name: str, default: int | None = None) -> tuple[int, ...]:
     return tuple(int(i) for i in items)  # type: ignore[arg-type]
 
 
+def _paged(out: Source, op: Op) -> str:
+    """The runtime has the caches, and which tokens are whose."""
+    sinks = _x(out, op, 3) if len(op.refs) > 3 else "None"
+    said = ", ".join(f"{k}={out.arg(op.kw(k))}" for k in ("layer", "scale", "window", "softcap"))
+    return f"rt.paged_attention({_x(out, op)}, {_x(out, op, 1)}, {_x(out, op, 2)}, {sinks}, {said})"
+
+
 OWN: dict[str, Expression] = {
     "reshape": _reshape,
     "permute": _permute,
@@ -294,6 +301,7 @@ OWN: dict[str, Expression] = {
     "routed_outer": _routed_outer,
     "sdpa": lambda out, op: _attention(out, op, 4),
     "sdpa_backward": lambda out, op: _attention(out, op, 7),
+    "paged_attention": _paged,
     "bernoulli": _random("p", "site"),
     "uniform": _random("low", "high", "site"),
     "normal": _random("mean", "std", "site"),

@@ -74,6 +74,9 @@ def flops(op: Op, operands: Sequence[Type]) -> int:
     if op.target == "sdpa_backward":
         (b, h, s, d), t = operands[1].shape, operands[2].shape[2]
         return 2 * b * h * s * t * (3 * d + 2 * operands[3].shape[3])
+    if op.target == "paged_attention":
+        (t, h, d), e = operands[0].shape, operands[2].shape[2]
+        return 2 * h * t * t * (d + e)
     if op.target == "routed_mm":
         return 2 * prod(operands[0].shape) * operands[1].shape[2]
     if op.target == "routed_outer":

@@ -87,6 +87,11 @@ def without_rows(found: Sequence[Strategy], marks: Sequence[frozenset[Mark]]) ->
     return list(found) if len(rows) == len(splits) else [s for s in found if s not in rows]
 
 
+def whole_rows(found: Sequence[Strategy], marks: Sequence[frozenset[Mark]]) -> list[Strategy]:
+    """The strategies of one op that split no rows."""
+    return [s for s in found if not any(_in_rows(e, m) for (e, m) in zip((*s.operands, *s.results), marks, strict=True))]
+
+
 def _splits(s: Strategy) -> bool:
     return any(isinstance(e, Split) for e in (*s.operands, *s.results))
 

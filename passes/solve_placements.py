@@ -18,11 +18,11 @@ from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import Element, Layout, Partial, Split
 from deepseed.ir.mesh import TIME, Mesh, whole_axis
-from deepseed.ir.program import OWN_ROWS, SHOWN, Input, Op, Output, Program, Type, shortens
+from deepseed.ir.program import OWN_ROWS, PACKED, SHOWN, Input, Op, Output, Program, Type, shortens
 from deepseed.passes import placement_experts as experts
 from deepseed.passes.placement import Assignment, AxisReport, Item, Move, same
 from deepseed.passes.placement_prices import dear, free, upkeep, use, work
-from deepseed.passes.placement_sequence import follow, has_sequence, tokens, without_rows
+from deepseed.passes.placement_sequence import follow, has_sequence, tokens, whole_rows, without_rows
 from deepseed.passes.placement_subaxes import with_sub_axes
 from deepseed.rules import Strategy, candidates
 from deepseed.solver.assignment import Infeasible
@@ -276,14 +276,16 @@ class Placement(Assignment):
     def _model(self, axis: str) -> None:
         """Weights are split in use: no parameter is gathered over this axis, the batch is not split over it."""
         n = self.p.mesh.size(axis)
+        rows = follow(self.p, 0) if PACKED in self.p.facts else {}
 
         def pins(i: int, item: Item) -> Sequence[Strategy] | None:
             if isinstance(item, Input):
                 pinned = self._pinned(item, axis)
                 return pinned if pinned is not None or item.role in ("param", "state") else [same(None)]
             if isinstance(item, Output):
-                return self._shown(i, axis) if item.role in SHOWN else [same(None)]
-            return self._following(i, axis)
+                return (whole_rows(self._shown(i, axis), [rows[item.ref.name]] * 2) if rows else self._shown(i, axis)) if item.role in SHOWN else [same(None)]
+            found = self._following(i, axis)
+            return whole_rows(found or self._strategies(i, axis), [rows[name] for name in (*(r.name for r in item.refs), *item.results)]) if rows else found
 
         def moves(t: Type, item: Item, user: Item) -> Move:
             size = t.local_bytes(self.p.mesh)

@@ -19,10 +19,10 @@ FIELDS: dict[str, dict[str, Any]] = {  # windows shorter than the prompts; a tie
 }  # fmt: skip
 
 
-def varied(name: str, **fields: Any) -> Any:
+def varied(name: str, positions: bool = True, **fields: Any) -> Any:
     """Float32. Weights so large that the output is no fixed point; no token ends a text."""
     torch.manual_seed(0)
-    model: Any = tiny_model(name, {"vocab_size": VOCABULARY, "max_position_embeddings": 128, **FIELDS.get(name, {}), **fields})[0].eval().float()
+    model: Any = tiny_model(name, {"vocab_size": VOCABULARY, **({"max_position_embeddings": 128} if positions else {}), **FIELDS.get(name, {}), **fields})[0].eval().float()
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
             if p.dim() > 1 or "sinks" in parameter_name:

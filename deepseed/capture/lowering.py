@@ -344,6 +344,11 @@ def _draw(target: str) -> Callable[..., Arg]:
 
 _KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
 
+def _paged(e: Emitter, val: Any, q: Ref, k: Ref, v: Ref, sinks: Ref | None, layer: int, scale: float, window: int, softcap: float) -> Arg:
+    operands = (q, k, v) if sinks is None else (q, k, v, sinks)
+    return e.one("paged_attention", operands, type_of(val), layer=layer, scale=scale, window=window, softcap=softcap)
+
+
 LOWERINGS: dict[Any, Callable[..., Arg]] = {
     **dict.fromkeys((_aten.view.default, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.unsqueeze, _aten.squeeze), _reshape),
     **dict.fromkeys((_aten.detach, _aten.alias, _aten.lift_fresh_copy, _aten.lift_fresh, _aten.lift, _aten.clone, _aten.contiguous), _same),
@@ -365,5 +370,6 @@ LOWERINGS: dict[Any, Callable[..., Arg]] = {
     _aten.gather: _gather, _aten.scatter_add: _scatter_add,
     **{getattr(_aten, f"_scaled_dot_product_{kernel}"): _sdpa for kernel in _KERNELS},
     **{getattr(_aten, f"_scaled_dot_product_{kernel}_backward"): _sdpa_backward for kernel in _KERNELS},
+    torch.ops.deepseed.paged: _paged,
     torch.ops.deepseed.bernoulli: _draw("bernoulli"), torch.ops.deepseed.uniform: _draw("uniform"), torch.ops.deepseed.normal: _draw("normal"),
 }  # fmt: skip

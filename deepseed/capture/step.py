@@ -31,7 +31,7 @@ from deepseed.capture.switches import switched
 from deepseed.capture.trace import record
 from deepseed.capture.update import update
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import SHOWN, Output, Program, Ref
+from deepseed.ir.program import PACKED, SHOWN, Output, Program, Ref
 from deepseed.ir.verify import verify
 
 Want = Literal["step", "loss_and_grads", "loss", "forward", "module"]
@@ -154,7 +154,7 @@ def capture(
     kept = {op.origin for op in ops}
     guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
-    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in done.origins.items() if k in kept))
+    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured", *([PACKED] if any(op.target == "paged_attention" for op in ops) else [])}), tuple((k, o) for k, o in done.origins.items() if k in kept))
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases(model), buffers, slots | done.state, done.hyper, done.options, done.moved,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseed.inference.paged import write
+from deepseed.inference.paged import wide, write
 
 SLACK = 4096  # pairs of tokens that a group may compute in vain, beside a third of the others
 LARGEST = 1 << 24  # logits that are held at a time
@@ -140,7 +140,7 @@ def _batch(q: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float, 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
     held, n, shares, chunk, width = q.shape
     logits = torch.bmm(q.reshape(held * n, shares * chunk, width), k.transpose(1, 2)).view(held, n, shares, chunk, -1)
-    logits = logits.mul_(scale) if logits.dtype == torch.float32 else logits.float().mul_(scale)
+    logits = wide(logits).mul_(scale)
     if softcap:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if hidden is not None:
@@ -148,7 +148,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
     if sinks is None:
         weights = torch.softmax(logits, -1)
     else:
-        sink = sinks.float().view(held, 1, shares, 1, 1)
+        sink = sinks.to(logits.dtype).view(held, 1, shares, 1, 1)
         weights = logits.sub_(most := torch.maximum(logits.amax(-1, keepdim=True), sink)).exp_()
         weights = weights / (weights.sum(-1, keepdim=True) + (sink - most).exp())
     return torch.bmm(weights.to(v.dtype).view(held * n, shares * chunk, -1), v).view(held, n, shares, chunk, -1)

@@ -12,7 +12,7 @@ remembers or attends by itself and would be silently wrong: refused. Numbers of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from deepseed.inference.masks import Wanted, wanted
 
 NAME = "deepseed_paged"
 INPUTS = ("ids", "positions", "blocks", "slots", "context", "starts", "last")
+PAGELESS: list[tuple[Tensor, Tensor]] = []  # the op without its caches: for a program, whose runtime has them
 _TOKENS, _SEQUENCES, _BLOCK = 12, 3, 4  # sizes of the example step
 _HARMLESS = ("position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that attention may get and not read
 
@@ -55,7 +56,7 @@ class CapturedForward:
 
 
 @dataclass
-class _Recorder:
+class Recorder:
     """What a forward did while it was traced."""
 
     step: dict[str, Tensor]
@@ -67,7 +68,7 @@ class _Recorder:
 class _Through(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache that keeps nothing: the paged op does."""
 
-    recorder: _Recorder
+    recorder: Recorder
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.recorder.remembered += 1
@@ -79,7 +80,7 @@ class _Through(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
-    softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None, deepseed_recorder: _Recorder | None = None, **others: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None, deepseed_recorder: Recorder | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The entry of ``AttentionInterface``: query [1, heads, T, width], of all sequences of the step."""
     r, where = deepseed_recorder, f"{type(module).__name__}, attention layer {len(deepseed_recorder.layers) if deepseed_recorder else '?'}"
@@ -98,23 +99,22 @@ def attention(
     r.layers.append(Layer(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), attention_mask.window))
     if r.caches is None:
         return query.new_zeros(batch, tokens, heads, value.shape[3]), None
-    if n >= len(r.caches):
+    if r.caches is not PAGELESS and n >= len(r.caches):
         raise InferenceError(f"{where}: more attention layers than when the model was looked at ({len(r.caches)})")
     flat = [x.transpose(1, 2).reshape(batch * tokens, x.shape[1], x.shape[3]) for x in (query, key, value)]
-    s = r.step
-    out = torch.ops.deepseed.paged_attention(
-        *flat, *r.caches[n], s["blocks"], s["slots"], s["context"], s["starts"],
-        float(width**-0.5 if scaling is None else scaling), attention_mask.window, float(softcap or 0.0), s_aux,
-    )  # fmt: skip
+    s, scale, cap = r.step, float(width**-0.5 if scaling is None else scaling), float(softcap or 0.0)
+    if r.caches is PAGELESS:
+        out = torch.ops.deepseed.paged(*flat, s_aux, n, scale, attention_mask.window, cap)
+    else:
+        out = torch.ops.deepseed.paged_attention(*flat, *r.caches[n], s["blocks"], s["slots"], s["context"], s["starts"], scale, attention_mask.window, cap, s_aux)
     return out.view(batch, tokens, heads, -1), None
 
 
-class _Step(nn.Module):
-    """The model on a packed step: what torch.export traces."""
+class PackedStep:
+    """The model on a packed step, ``call`` being its forward."""
 
-    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
-        super().__init__()
-        self.model, self._recorder = model, recorder
+    def __init__(self, model: nn.Module, recorder: Recorder, call: Callable[..., Any]) -> None:
+        self._call, self._recorder = call, recorder
         known = inspect.signature(model.forward).parameters
         self._cache = next((n for n in ("cache", "past_key_values") if n in known), "")
         self._keeps = "logits_to_keep" in known
@@ -125,48 +125,70 @@ class _Step(nn.Module):
                 f"  fix: serve a causal language model whose forward does, or use {type(model).__name__}.generate()"
             )
 
-    def forward(self, ids: Tensor, positions: Tensor, blocks: Tensor, slots: Tensor, context: Tensor, starts: Tensor, last: Tensor, caches: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, last: Tensor, caches: list[tuple[Tensor, Tensor]] | None, **tables: Tensor) -> Tensor:
         r = self._recorder
-        r.step, r.caches = {"blocks": blocks, "slots": slots, "context": context, "starts": starts}, caches
+        r.step, r.caches = tables, caches
         r.layers, r.remembered = [], 0
         through = type("Through", (_Through,), {"recorder": r})
         asked: dict[str, Any] = {self._cache: Cache(layer_class_to_replicate=through), **({"logits_to_keep": last} if self._keeps else {})}
-        out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=True, deepseed_recorder=r, **asked)
+        out = self._call(input_ids=ids[None], position_ids=positions[None], use_cache=True, deepseed_recorder=r, **asked)
         logits: Tensor = out.logits
         return logits[0] if self._keeps else logits[0].index_select(0, last)
 
 
+class _Exported(nn.Module):
+    """What torch.export traces."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self.model, self._step = model, PackedStep(model, recorder, model)
+
+    def forward(self, ids: Tensor, positions: Tensor, blocks: Tensor, slots: Tensor, context: Tensor, starts: Tensor, last: Tensor, caches: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        return self._step(ids, positions, last, caches, blocks=blocks, slots=slots, context=context, starts=starts)
+
+
+def look(model: nn.Module) -> tuple[Layer, ...]:
+    """The attention layers of a model that can be served, in the order in which they run. Raises InferenceError."""
+    recorder = Recorder({}, None)
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with hooked(model), torch.no_grad(), _refused(model), fake:
+        empty = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in values.items()}  # all on one device, be the model on meta
+        step = PackedStep(model, recorder, lambda **said: torch.func.functional_call(model, empty, (), said))
+        ids, positions, *_, last = (torch.empty(x.shape, dtype=x.dtype) for x in _example(torch.device("cpu")))
+        step(ids, positions, last, None)
+    complete(model, len(recorder.layers), recorder.remembered)
+    return tuple(recorder.layers)
+
+
+@contextmanager
+def _refused(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except InferenceError:
+        raise
+    except Exception as error:
+        raise InferenceError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {error}\n  fix: see whether its forward reads sizes or values of tensors in Python") from error
+
+
 def capture(model: nn.Module) -> CapturedForward:
     """Reads no value of a parameter: the model may be on the meta device. Raises InferenceError, naming what the model lacks."""
-    recorder = _Recorder({}, None)
-    step = _Step(model, recorder)
+    layers = look(model)
+    recorder = Recorder({}, None)
+    step = _Exported(model, recorder)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = _example(device)
-    with hooked(model), torch.no_grad():
-        try:
-            fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-            with fake:
-                step(*(fake.from_tensor(x) for x in example), None)
-            layers = tuple(recorder.layers)
-            _complete(model, layers, recorder.remembered)
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-            caches = [
-                (torch.empty(la.heads, 7, _BLOCK, la.width, dtype=dtype, device=device), torch.empty(la.heads, 7, _BLOCK, la.value_width, dtype=dtype, device=device))
-                for la in layers
-            ]
-            tokens, sequences, longest, pool = Dim("tokens", min=2), Dim("sequences", min=2), Dim("longest", min=2), Dim("pool", min=2)
-            free = {
-                "ids": {0: tokens}, "positions": {0: tokens}, "blocks": {0: sequences, 1: longest}, "slots": {0: tokens},
-                "context": {0: sequences}, "starts": {0: sequences + 1}, "last": {0: Dim("wanted", min=2)},
-                "caches": [({1: pool}, {1: pool}) for _ in layers],
-            }  # fmt: skip
-            exported = torch.export.export(step, (*example, caches), dynamic_shapes=free, strict=False)
-        except InferenceError:
-            raise
-        except Exception as error:
-            raise InferenceError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {error}\n  fix: see whether its forward reads sizes or values of tensors in Python") from error
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    caches = [tuple(torch.empty(la.heads, 7, _BLOCK, w, dtype=dtype, device=device) for w in (la.width, la.value_width)) for la in layers]
+    tokens, sequences, longest, pool = Dim("tokens", min=2), Dim("sequences", min=2), Dim("longest", min=2), Dim("pool", min=2)
+    free = {
+        "ids": {0: tokens}, "positions": {0: tokens}, "blocks": {0: sequences, 1: longest}, "slots": {0: tokens},
+        "context": {0: sequences}, "starts": {0: sequences + 1}, "last": {0: Dim("wanted", min=2)},
+        "caches": [({1: pool}, {1: pool}) for _ in layers],
+    }  # fmt: skip
+    with hooked(model), torch.no_grad(), _refused(model):
+        exported = torch.export.export(step, (*_example(device), caches), dynamic_shapes=free, strict=False)
     graph = exported.graph_module
-    _complete(model, tuple(n for n in graph.graph.nodes if n.target is torch.ops.deepseed.paged_attention.default), recorder.remembered)
+    complete(model, sum(n.target is torch.ops.deepseed.paged_attention.default for n in graph.graph.nodes), recorder.remembered)
     signature = exported.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     changed = {b for b in signature.buffers_to_mutate.values()}
@@ -180,11 +202,11 @@ def capture(model: nn.Module) -> CapturedForward:
     return CapturedForward(graph, tuple(names), constants, layers)
 
 
-def _complete(model: nn.Module, paged_ops: tuple[Any, ...], remembered: int) -> None:
-    """One paged op for each layer that remembers, and at least one."""
-    if paged_ops and len(paged_ops) == remembered:
+def complete(model: nn.Module, ops: int, remembered: int) -> None:
+    """One paged op for each layer that remembers, and at least one. Raises InferenceError."""
+    if ops and ops == remembered:
         return
-    name, ops = type(model).__name__, len(paged_ops)
+    name = type(model).__name__
     raise InferenceError(
         f"{name} cannot be served: {remembered} of its layers keep something in the cache, {ops} of them attend through transformers' AttentionInterface\n"
         f"  a layer that bypasses it would see only the tokens of its own step, and the text would be wrong without a word\n"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deepseed.friendly import UsageError, friendly
+
+if TYPE_CHECKING:
+    from deepseed.inference.engine import Completion, Prompt
+    from deepseed.inference.sampling import SamplingParams
 
 
 @friendly
@@ -27,18 +31,63 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a prompt, one a line: text, token_ids, finish_reason")] = False,
 ) -> None:
     """Complete one or more prompts, all at once."""
-    from deepseed.inference.engine import Engine, Prompt
     from deepseed.inference.sampling import SamplingParams
+    from deepseed.plan import parse_plan
+    from deepseed.runtime.host import launched
 
     prompts: list[Prompt] = [*(prompt or ()), *map(_ids, prompt_ids or ())]
     if not prompts:
         raise UsageError("nothing to complete\n  fix: --prompt TEXT, or --prompt-ids 5,17,3")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), ignore_eos=ignore_eos)
-    for done in Engine(model, plan, dtype).generate(prompts, params):
+    asked = (model, plan, dtype, prompts, params)
+    for done in _on_ranks(ranks, *asked) if (ranks := parse_plan(plan).mesh(None).ranks) > 1 and not launched() else _complete(*asked):
         if as_json:
             typer.echo(json.dumps({"text": done.text, "token_ids": done.token_ids, "finish_reason": done.finish_reason, "prompt_token_ids": done.prompt_token_ids}))
         else:
             typer.echo(done.text or ",".join(map(str, done.token_ids)))
+
+
+def _complete(model: str, plan: str, dtype: str | None, prompts: list[Prompt], params: SamplingParams) -> list[Completion]:
+    from deepseed.inference.engine import Engine
+
+    return Engine(model, plan, dtype).generate(prompts, params)
+
+
+def _on_ranks(number: int, *asked: Any) -> list[Completion]:
+    """The same on ``number`` ranks of this machine, one process each."""
+    import os
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from deepseed.runtime.errors import RankError
+
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=f"generate-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
+    try:
+        got: dict[int, list[Completion] | str] = elastic_launch(config, _rank)(*asked)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RankError(rank, f"rank {rank} of {number} failed: {failure.message}") from None
+    first = got[0]
+    if isinstance(first, str):
+        raise UsageError(first)
+    return first
+
+
+def _rank(*asked: Any) -> list[Completion] | str:
+    """What one rank completes, or why it cannot: all ranks of one mistake say the same."""
+    from deepseed.runtime.distributed import start, stop
+
+    start()
+    try:
+        return _complete(*asked)
+    except (ValueError, RuntimeError) as error:
+        if type(error).__module__.split(".")[0] != "deepseed":
+            raise
+        return str(error)
+    finally:
+        stop()
 
 
 def _ids(text: str) -> list[int]:

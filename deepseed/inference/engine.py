@@ -11,16 +11,16 @@ loop over ``step``; ``deepseed.inference.stream`` runs it in a thread. A request
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from deepseed.inference.blocks import BlockPool
-from deepseed.inference.capture import CapturedForward, Layer, capture
+from deepseed.inference.capture import Layer, capture, look
 from deepseed.inference.detokenize import TextOf
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.executable import Executable
@@ -29,6 +29,9 @@ from deepseed.inference.sampling import Drawn, Row, SamplingParams, fresh_seed, 
 from deepseed.inference.scheduler import Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
 from deepseed.plan import parse_plan
+
+if TYPE_CHECKING:
+    from deepseed.inference.split import SplitExecutable
 
 Prompt = str | Sequence[int]
 
@@ -111,22 +114,28 @@ class Engine:
         cache: int | str | None = None, block: int = 16, budget: int = 512, sequences: int = 64, chunk: int | None = None, prefix: bool = True,
         max_length: int | None = None, device: str | torch.device | None = None,
     ) -> None:  # fmt: skip
-        _only_tp1(plan)
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
-        found = loaded(model, dtype, tokenizer, device)
+        ranks = _ranks(plan)
+        found = loaded(model, dtype, tokenizer, device, split=ranks > 1)
         self.model, self.tokenizer = found.model, found.tokenizer
         self.config: Any = found.model.config
-        captured = capture(found.model)
-        self.captured: CapturedForward = captured
+        layers = look(found.model)
         if max_length is not None and max_length > found.longest:
             raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
         self.max_length: int = max_length or found.longest
-        a_block = block * bytes_of_token(captured.layers, found.dtype)
+        a_block = block * bytes_of_token(layers, found.dtype)
         blocks = room(parse_bytes(str(cache)) if cache is not None else None, a_block, -(-self.max_length // block) * sequences)
         if blocks < 1:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
-        self.executable = Executable(captured, found.state, blocks, block, found.dtype, found.device)
+        self.plan = parse_plan(plan)
+        self.executable: Executable | SplitExecutable
+        if ranks == 1:
+            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device)
+        else:
+            from deepseed.inference.split import SplitExecutable
+
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self._requests: dict[str, _Request] = {}
@@ -146,10 +155,19 @@ class Engine:
             raise InferenceError(f"params and also {', '.join(asked)}\n  fix: one of the two")
         if len(each) != len(many):
             raise InferenceError(f"{len(many)} prompts, but {len(each)} params\n  fix: one for all, or one each")
+        with self.executable.together():
+            if not self.executable.leads:
+                self.executable.follow()
+                return self.executable.everyone([])
+            done = self._complete(many, each)
+            self.executable.release()
+            return self.executable.everyone(done)
+
+    def _complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
         names: list[str] = []
         done: list[Completion] = []
         try:
-            for prompt, one in zip(many, each, strict=True):
+            for prompt, one in zip(prompts, params, strict=True):
                 names.append(self.add(prompt, one))
                 done.append(self._requests[names[-1]].completion)
             while not all(c.finished for c in done):
@@ -298,13 +316,10 @@ def _ends(model: nn.Module) -> frozenset[int]:
     return frozenset()
 
 
-def _only_tp1(plan: str) -> None:
-    said = parse_plan(plan)
-    sizes: Mapping[str, int] = said.mesh(None).sizes if plan else {}
-    more = {axis: n for axis, n in sizes.items() if n > 1}
-    if more:
-        axes = ", ".join(f"{a}{n}" for a, n in more.items())
-        raise InferenceError(f"plan {plan!r} splits the model over {axes}; this engine runs on one rank\n  fix: plan='tp1'")
-
-
-
+def _ranks(plan: str) -> int:
+    """Raises InferenceError where the plan has an axis that inference does not have."""
+    mesh = parse_plan(plan).mesh(None)
+    other = {axis: n for axis, n in mesh.sizes.items() if axis != "tp"}
+    if other:
+        raise InferenceError(f"plan {plan!r} splits over {', '.join(f'{a}{n}' for a, n in other.items())}; inference splits over tp alone\n  fix: a plan such as tp2")
+    return mesh.ranks

@@ -6,21 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deepseed.inference.attention import Packing, attend
+from deepseed.inference.attention import attend
 from deepseed.inference.capture import INPUTS, CapturedForward
+from deepseed.inference.packing import Plain, pack
 from deepseed.inference.scheduler import Step
 
+T = TypeVar("T")
 _KEPT = ("ids", "positions", "last")  # what the bound graph still takes, the packing beside
 
 
 class Executable:
-    """``blocks`` pages of ``size`` tokens in each layer's cache."""
+    """On one rank. ``blocks`` pages of ``size`` tokens in each layer's cache."""
+
+    leads = True  # whether requests come here
 
     def __init__(self, captured: CapturedForward, state: Mapping[str, Tensor], blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size, self.device = size, device
@@ -39,26 +43,26 @@ class Executable:
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Logits [wanted pieces, vocabulary]; the caches then hold the step's tokens."""
-        if step.copies:
-            old, new = (torch.tensor(x, device=self.device) for x in zip(*step.copies, strict=True))
-            for pair in self.caches:
-                for cache in pair:
-                    cache.index_copy_(1, new, cache.index_select(1, old))
-        ids, positions, last, packing = self.pack(step)
-        logits: Tensor = self.module(*self._state, ids, positions, last, packing)
+        plain = Plain.of(step, self.size)
+        plain.copy([x for pair in self.caches for x in pair], self.device)
+        made = pack(plain, self.size, self.device)
+        logits: Tensor = self.module(*self._state, made.ids, made.positions, made.last, made.packing)
         return logits
 
-    def pack(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        size, pieces = self.size, step.pieces
-        begins, counts = np.array([p.begin for p in pieces]), np.array([p.count for p in pieces])
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) + np.repeat(begins - (ends - counts), counts)
-        ids = np.fromiter((t for p in pieces for t in p.sequence.tokens[p.begin : p.begin + p.count]), np.int64, int(ends[-1]))
-        held = np.concatenate([np.array(p.sequence.blocks, dtype=np.int64)[np.arange(p.begin, p.begin + p.count) // size] for p in pieces])
-        inputs = [torch.from_numpy(x).to(self.device) for x in (ids, positions, (ends - 1)[[p.wanted for p in pieces]])]
-        slots = torch.from_numpy(held * size + positions % size).to(self.device)
-        packing = Packing([p.sequence.blocks for p in pieces], (begins + counts).tolist(), counts.tolist(), size, slots, self.device)
-        return inputs[0], inputs[1], inputs[2], packing
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what all ranks do: where one fails the others are told."""
+        return nullcontext()
+
+    def follow(self) -> None:
+        """Run the steps of the rank that leads until it ``release``s the others."""
+
+    def release(self) -> None:
+        """No more steps for now."""
+
+    def everyone(self, value: T) -> T:
+        """What the rank that leads has, on every rank."""
+        return value
 
 
 def bound(captured: CapturedForward) -> torch.fx.GraphModule:

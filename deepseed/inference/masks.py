@@ -68,9 +68,9 @@ def window_of(sees: MaskFunction) -> int:
             low, high = (low, middle) if at([FAR], [middle])[0] else (middle, high)
         window = 0 if low < 0 else FAR - low
         draw = random.Random(0)
-        top = 4 * window or 1 << 16
-        queries = [draw.randrange(top) for _ in range(PAIRS)]
-        keys = [max(0, q + draw.choice((-1, 1)) * draw.randrange(3) - draw.choice((0, window))) if n % 2 else draw.randrange(top) for n, q in enumerate(queries)]
+        spans = [1 << draw.randrange(2, max(4 * window, 1 << 16).bit_length()) for _ in range(PAIRS)]  # of all sizes: what is special may be the first few
+        queries = [draw.randrange(span) for span in spans]
+        keys = [draw.randrange(span) if n % 2 else max(0, q + draw.randrange(-2, 3) - draw.choice((0, window))) for n, (q, span) in enumerate(zip(queries, spans, strict=True))]
         found = at(queries, keys)
     except Exception as error:
         raise InferenceError(f"the model's attention mask cannot be read: {type(error).__name__}: {error}\n  fix: only causal masks and sliding windows are served") from error

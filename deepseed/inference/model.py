@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseed.inference.errors import InferenceError
+from deepseed.on_meta import meta
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64}
 DEFAULT_CACHE = 4 << 30  # bytes, where nothing is said; a page takes memory when it is first written
@@ -25,17 +26,20 @@ class Loaded:
     dtype: torch.dtype
     device: torch.device
     longest: int
+    weights: Path | None = None  # where the values are that ``model``, on the meta device, lacks
 
 
-def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype | None, tokenizer: Any, device: str | torch.device | None) -> Loaded:
-    kind = _dtype(dtype)
+def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype | None, tokenizer: Any, device: str | torch.device | None, split: bool = False) -> Loaded:
+    """``split``: of a folder each rank reads its part later, from ``weights``."""
+    kind, weights = _dtype(dtype), None
     if isinstance(model, nn.Module):
         module = model if kind is None else model.to(kind)
     else:
         path = Path(model)
         if not (path / "config.json").exists():
             raise InferenceError(f"{path} is no folder with a config.json\n  fix: the folder that save_pretrained wrote")
-        module = _from_folder(path, kind)
+        module = _shape_of_folder(path, kind) if split else _from_folder(path, kind)
+        weights = path if split else None
         if tokenizer is None:
             tokenizer = _tokenizer(path)
     if getattr(module, "config", None) is None:
@@ -51,7 +55,7 @@ def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype |
     text: Any = module.config
     config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
-    return Loaded(module, tokenizer, state, first.dtype, first.device, longest)
+    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, weights)
 
 
 def room(asked: int | None, a_block: int, useful: int) -> int:
@@ -73,6 +77,18 @@ def _from_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
 
     made: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
     return made
+
+
+def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Parameters on the meta device, buffers with their values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    made: Any = AutoModelForCausalLM
+    with meta():
+        made = made.from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+    shape: nn.Module = made
+    return shape
 
 
 def _tokenizer(path: Path) -> Any:

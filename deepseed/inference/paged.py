@@ -47,14 +47,19 @@ def reference(
         for t in range(begin, end):
             position = length - (end - t)
             first = max(0, position - window + 1) if window else 0
-            logits = (held[:, first : position + 1] @ q[t, :, :, None]).squeeze(-1).float() * scale
+            logits = wide((held[:, first : position + 1] @ q[t, :, :, None]).squeeze(-1)) * scale
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
             if sinks is not None:
-                logits = torch.cat([logits, sinks.float()[:, None]], 1)
+                logits = torch.cat([logits, sinks.to(logits.dtype)[:, None]], 1)
             weights = torch.softmax(logits, -1)[:, : position + 1 - first].to(q.dtype)
             out[t] = (weights[:, None] @ worth[:, first : position + 1]).squeeze(1)
     return out
+
+
+def wide(x: Tensor) -> Tensor:
+    """In at least float32: softmax and what comes before it."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:

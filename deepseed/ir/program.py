@@ -27,6 +27,7 @@ PHASES = ("forward", "backward", "update")
 INPUT_ROLES = ("param", "buffer", "state", "batch", "constant", "rng", "hyper", "tangent", "pending")
 OUTPUT_ROLES = ("loss", "output", "grad", "pending", "batch_grad", "param", "buffer", "state", "norm")
 GRADIENTS = ("grad", "pending", "batch_grad")  # what a program with tangents returns once it has them; pending: added up until an update takes it
+PACKED = "packed"  # fact: rows are tokens of a step of any size, which no axis splits
 OWN_ROWS = "own_rows"  # fact: batch, tangents and draws differ along dp, and so does what is made of them until a ``share``
 SHOWN = ("output", "batch_grad")  # outputs that may be split as they are made: a model's, and gradients of the batch
 

@@ -31,6 +31,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
     return torch.matmul(p, v.to(p.dtype)).to(q.dtype), lse
 
 
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float) -> Tensor:
+    """q [t, h, d], k [t, h / group, d], v [t, h / group, e]: the tokens of one sequence from its start, nothing in the cache before. A token sees
+    what came before it, of that the last ``window`` where that is not 0; ``sinks`` [h] are one more logit in each softmax. What the runtime calls
+    has many sequences and their caches (``deepseed.inference``)."""
+    k, v = k.repeat_interleave(q.shape[1] // k.shape[1], 1), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = torch.einsum("shd,thd->hst", q.to(wide), k.to(wide)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(len(q), device=q.device)
+    unseen = at > at[:, None]
+    if window:
+        unseen |= at <= at[:, None] - window
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)], -1)
+    return torch.einsum("hst,the->she", torch.softmax(scores, -1)[..., : len(q)], v.to(wide)).to(q.dtype)
+
+
 def sdpa_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

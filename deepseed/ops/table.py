@@ -69,6 +69,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
     "routed_outer": lambda xs, kw, out, dtype: routed.routed_outer(xs[0], xs[1], xs[2], out[0][0], kw.get("start")),
     "sdpa": lambda xs, kw, out, dtype: _sdpa(attention.sdpa, xs, 4, kw),
     "sdpa_backward": lambda xs, kw, out, dtype: _sdpa(attention.sdpa_backward, xs, 7, kw),
+    "paged_attention": lambda xs, kw, out, dtype: attention.paged_attention(xs[0], xs[1], xs[2], xs[3] if len(xs) > 3 else None, kw["scale"], kw["window"], kw["softcap"]),
     "bernoulli": lambda xs, kw, out, dtype: rng.bernoulli(xs[0], out[0], kw["p"], kw["site"], dtype, kw.get("index")),
     "uniform": lambda xs, kw, out, dtype: rng.uniform(xs[0], out[0], kw["low"], kw["high"], kw["site"], dtype, kw.get("index")),
     "normal": lambda xs, kw, out, dtype: rng.normal(xs[0], out[0], kw["mean"], kw["std"], kw["site"], dtype, kw.get("index")),

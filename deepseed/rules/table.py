@@ -133,6 +133,14 @@ def sdpa(call: Call) -> str:
     return ", ".join(tensors) + f" -> b {heads} s! e!, b {heads} s!"
 
 
+def paged_attention(call: Call) -> str:
+    """Kv head and group are free, and a rank's cache has its kv heads; the tokens of all sequences are whole."""
+    kv = call.shape(1)[1]
+    heads = f"(h={kv} g={call.shape(0)[1] // kv})"
+    sinks = [heads] if len(call.operands) == 4 else []
+    return ", ".join([f"t! {heads} d!", "t! h d!", "t! h e!", *sinks]) + f" -> t! {heads} e!"
+
+
 def sdpa_backward(call: Call) -> str:
     """Linear in the incoming gradient; k and v collect a partial sum over the group."""
     heads, kv = _heads(call, 1, 2)
@@ -275,6 +283,7 @@ RULES: dict[str, Rule] = {
     # attention
     "sdpa": Rule(sdpa),
     "sdpa_backward": Rule(sdpa_backward, "0"),
+    "paged_attention": Rule(paged_attention),
     **routed.RULES,
     **spatial.RULES,
     **linalg.RULES,

@@ -33,6 +33,7 @@ class Runtime(Messages, Memories):
         self.mesh, self.rank, self.device = mesh, rank, torch.device(device)
         self.coordinate = mesh.coordinate(rank)
         self.looks: Looks | None = None
+        self.paged_attention: Callable[..., Tensor] = no_pages  # where a step has pages, this rank's attention over them
 
     def look(self, name: str, x: object, mb: int = 0) -> None:
         """A value of a program that is looked through for what is not finite."""
@@ -274,6 +275,10 @@ def join(blocks: Tensor, put: Place) -> Tensor:
         parts = seen.reshape(*shape[:dim], outer, n, each, rest, *shape[dim + 1 :]).unbind(dim + 1)
         whole = torch.cat([part.narrow(dim + 1, 0, len(chunk(of, n, k))) for k, part in enumerate(parts)], dim + 1)
     return whole.reshape(*shape[:dim], outer * of * rest, *shape[dim + 1 :])
+
+
+def no_pages(*_: object, **__: object) -> Tensor:
+    raise RuntimeError("paged attention outside of an inference engine: this runtime has no pages")
 
 
 def widest(x: Tensor, n: int, put: Place | None) -> Tensor:
