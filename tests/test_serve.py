@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +427,7 @@ def test_arrivals_are_poisson() -> None:
     from deepseed.serve.bench import Load
 
     at = Load(num_prompts=20_000, request_rate=4.0).arrivals()
-    gaps = [b - a for a, b in zip(at, at[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(at)]
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(1 / 4, rel=0.03)  # four standard errors of 20,000 gaps
     assert sum((g - mean) ** 2 for g in gaps) / len(gaps) == pytest.approx(mean**2, rel=0.1)  # an exponential's variance is its mean squared
@@ -442,14 +443,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Any, weights: Any) ->
 
 def test_sigterm_drains(folder: Path) -> None:
     """A stream that has begun goes on to its end, nobody new is served, and the process ends well."""
-    command = [sys.executable, "-m", "deepseed", "serve", str(folder), "--port", "0", "--drain", "50"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process, stub = started(folder)
     try:
-        assert process.stdout is not None
-        line = next((each for each in process.stdout if each.startswith("serving ")), "")
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)
-        assert found, process.stdout.read()
-        stub: Any = type("Stub", (), {"port": int(found[1])})
         made, got = _stream(stub, {"model": folder.name, "prompt": [5, 6], "max_tokens": 250, "ignore_eos": True, "stream": True, "logprobs": 1})
         process.send_signal(signal.SIGTERM)
         while not got.endswith(b"0\r\n\r\n"):
@@ -464,6 +459,56 @@ def test_sigterm_drains(folder: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def started(folder: Path, *options: str) -> tuple[subprocess.Popen[str], Any]:
+    """``deepseed serve`` in a process of its own, once it says where it listens."""
+    command = [sys.executable, "-m", "deepseed", "serve", str(folder), "--port", "0", "--drain", "50", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    lines = list[str]()
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
+            return process, type("Stub", (Running,), {"__init__": lambda self: None, "port": int(found[1])})()
+    raise AssertionError("".join(lines))
+
+
+def children(process: int) -> list[int]:
+    """The ranks: what was started by this process to run Python's own spawn."""
+    out = []
+    for each in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            stat, command = each.read_text(), (each.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if int(stat.rsplit(")", 1)[1].split()[1]) == process and "spawn_main" in command:
+            out.append(int(each.parent.name))
+    return sorted(out)
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds ranks in /proc")
+def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> None:
+    want = plain.generate(PROMPT, max_tokens=12)[0].text
+    for end in ("a signal", "a lost rank", "a signal"):
+        process, up = started(folder, "--plan", "tp2")
+        try:
+            status, _, data = up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12, "temperature": 0})
+            assert status == 200 and json.loads(data)["choices"][0]["text"] == want
+            ranks = children(process.pid)
+            assert len(ranks) == 2
+            if end == "a signal":
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(120) == 0
+            else:
+                os.kill(ranks[1], signal.SIGKILL)
+                up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12})
+                assert process.wait(120) != 0 and "rank 1" in process.stdout.read()  # type: ignore[union-attr]
+            assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.wide

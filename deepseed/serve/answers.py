@@ -63,8 +63,8 @@ class CompletionAnswer(Answer):
             offsets.append(at)
             at += len(token)
         self._offsets[index] = at
-        top = [{self.token(d.token): d.logprob} | {self.token(t): p for t, p in d.top} for d in drawn]
-        return {"tokens": tokens, "token_logprobs": [d.logprob for d in drawn], "top_logprobs": top, "text_offset": offsets}
+        top = [{self.token(d.token): _finite(d.logprob)} | {self.token(t): _finite(p) for t, p in d.top} for d in drawn]
+        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": top, "text_offset": offsets}
 
 
 class ChatAnswer(Answer):
@@ -87,7 +87,12 @@ class ChatAnswer(Answer):
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity; this is what vLLM says in its place."""
+    return None if logprob is None else max(-9999.0, logprob)
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -36,18 +37,18 @@ def serve(
     from deepseed.ir.amounts import parse_bytes
 
     try:
-        from deepseed.serve.run import run
+        import_module("deepseed.serve.run")
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise UsageError(f"deepseed serve needs {error.name}, which is not installed\n  fix: pip install 'deepseed[serve]'") from None
-    from deepseed.serve.constrained import ConstrainedEngine
+    from deepseed.serve import ranks
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {log_level!r} is unknown\n  fix: debug, info, warning or error")
-    engine = ConstrainedEngine(model, plan, dtype, cache=cache, budget=budget, sequences=sequences, max_length=max_length)
-    code = run(engine, name or Path(model).resolve().name, host, port, api_key=api_key, queue=max_queue, body=parse_bytes(max_body), timeout=timeout, drain=drain, log_level=log_level, tell=lambda line: typer.echo(line))
-    raise typer.Exit(code)
+    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length}
+    limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "drain": drain, "log_level": log_level}
+    raise typer.Exit(ranks.serve(ranks.Asked(model, plan, dtype, engine, name or Path(model).resolve().name, host, port, limits)))
 
 
 @bench.command("serve")

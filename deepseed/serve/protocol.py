@@ -27,6 +27,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class StructuredOutputs(Strict):
@@ -150,6 +151,9 @@ class Message(Strict):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    annotations: list[Any] | None = None  # these come back from an answer of OpenAI's
+    audio: None = None
+    function_call: None = None
 
 
 class ChatRequest(Asked):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
 from typing import Any
 
+import typer
 import uvicorn
 
 from deepseed.friendly import UsageError
@@ -16,7 +16,7 @@ from deepseed.serve.app import Limits, Server
 
 def run(
     engine: Engine, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, drain: float = 60.0,
-    log_level: str = "warning", tell: Callable[[str], None] = print,
+    log_level: str = "warning",
 ) -> int:  # fmt: skip
     """0 after a signal, 1 where the engine has failed."""
     listening = _listen(host, port)
@@ -35,7 +35,7 @@ def run(
 
     before = {number: signal.signal(number, ends) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn passes on to these what it got
     where = f"[{host}]" if ":" in host else host
-    tell(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.scheduler.pool.count} blocks of {engine.scheduler.pool.size} tokens")
+    typer.echo(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.scheduler.pool.count} blocks of {engine.scheduler.pool.size} tokens")
     try:
         uv.run(sockets=[listening])
     finally:
@@ -43,7 +43,7 @@ def run(
         for number, old in before.items():
             signal.signal(number, old)
     if failed:
-        tell(f"the engine has failed: {type(failed[0]).__name__}: {failed[0]}")
+        typer.echo(f"the engine has failed: {type(failed[0]).__name__}: {failed[0]}")
     return 1 if failed else 0
 
 

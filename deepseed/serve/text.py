@@ -41,7 +41,8 @@ class Texts:
             raise InferenceError("a server needs the model's tokenizer, and the folder has none\n  fix: tokenizer.save_pretrained(folder)")
         self.tokenizer, self.name, self.ends = engine.tokenizer, name, engine.ends
         self.vocabulary = int(engine.config.get_text_config().vocab_size)
-        self.longest = engine.max_length
+        pool = engine.scheduler.pool
+        self.longest = min(engine.max_length, pool.count * pool.size)
         self.token = lru_cache(1 << 16)(self._token)
         widest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.most_characters = self.longest * max(widest, 16)

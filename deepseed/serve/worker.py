@@ -19,8 +19,12 @@ from types import TracebackType
 from deepseed.inference.engine import Completion, Engine, Update
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.sampling import SamplingParams
+from deepseed.inference.split import SplitExecutable
+from deepseed.runtime.distributed import TIMEOUT
 from deepseed.serve.errors import ServeError
 from deepseed.serve.metrics import Metrics
+
+BEAT = TIMEOUT / 4
 
 
 class Tickets:
@@ -70,6 +74,7 @@ class Worker:
     def __init__(self, engine: Engine, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.metrics, self._died = engine, metrics, died
         self.error: BaseException | None = None
+        self._several = isinstance(engine.executable, SplitExecutable)
         self._inbox: deque[tuple[Callable[[Tickets], None], Tickets]] = deque()
         self._wake = threading.Event()
         self._closed = False
@@ -137,7 +142,8 @@ class Worker:
                     raise RuntimeError("the server has ended")
                 if self.engine.idle:
                     self._look()
-                    self._wake.wait()
+                    if not self._wake.wait(BEAT) and self._several:
+                        self.engine.add([0], SamplingParams(max_tokens=1))  # the other ranks wait for a step, and not for ever
                     continue
                 updates = self.engine.step()
                 self._look()
