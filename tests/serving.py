@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def running(engine: Any, limits: Any = None, api_key: str | None = None) -> Iter
     from deepseed.serve.run import _listen
 
     listening = _listen("127.0.0.1", 0)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # else the kernel takes megabytes that nobody reads
     server = Server(engine, "tiny", limits, api_key)
     uv = uvicorn.Server(uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=uv.run, kwargs={"sockets": [listening]}, daemon=True)

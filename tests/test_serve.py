@@ -261,9 +261,13 @@ def test_openais_client_knows_the_errors(client: Any) -> None:
 # load, time, leaving ------------------------------------------------------------------------------------------------------
 
 
-def _stream(up: Running, asked: dict[str, Any]) -> tuple[socket.socket, bytes]:
-    """A connection with the beginning of its stream."""
-    made = socket.create_connection(("127.0.0.1", up.port), timeout=30)
+def _stream(up: Running, asked: dict[str, Any], room: int | None = None) -> tuple[socket.socket, bytes]:
+    """A connection with the beginning of its stream. ``room``: bytes that it takes unread."""
+    made = socket.socket()
+    made.settimeout(30)
+    if room is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    made.connect(("127.0.0.1", up.port))
     body = json.dumps(asked).encode()
     made.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
     got = b""
@@ -330,7 +334,7 @@ def test_time_runs_out(text: Any, weights: Any) -> None:
 
 
 def test_who_reads_slowly_holds_up_nobody(up: Running) -> None:
-    slow_reader, _ = _stream(up, {"model": "tiny", "prompt": [9] * 8, "max_tokens": 240, "n": 16, "logprobs": 20, "stream": True, "ignore_eos": True})
+    slow_reader, _ = _stream(up, {"model": "tiny", "prompt": [9] * 8, "max_tokens": 240, "n": 4, "logprobs": 20, "stream": True, "ignore_eos": True}, 2048)
     with slow_reader:
         until = time.monotonic() + 30
         while not up.engine.idle and time.monotonic() < until:  # the engine ends, read or not
@@ -338,6 +342,7 @@ def test_who_reads_slowly_holds_up_nobody(up: Running) -> None:
             time.sleep(0.05)
         assert up.engine.idle and up.engine.scheduler.pool.free == up.engine.scheduler.pool.count
         assert up.send("POST", "/v1/completions", GOOD)[0] == 200
+        assert up.server.taken == 4  # it still waits for its reader
     up.settled()
 
 
