@@ -279,7 +279,7 @@ def _stream(up: Running, asked: dict[str, Any], room: int | None = None) -> tupl
 
 
 def test_who_leaves_frees_the_blocks(up: Running) -> None:
-    undo = slow(up.engine, 0.01)
+    undo = slow(up.engine, 0.1)  # to their ends they would take 20 s
     aborted = up.server.metrics.aborted
     try:
         made = [_stream(up, {"model": "tiny", "prompt": [n + 1] * 20, "max_tokens": 200, "stream": True, "n": 2, "ignore_eos": True})[0] for n in range(4)]
