@@ -1,4 +1,4 @@
-"""``deepseed dump | opt | diff | explain | plan | verify | profile | calibrate | zoo | generate | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
+"""``deepseed dump | opt | diff | explain | plan | verify | profile | calibrate | zoo | generate | serve | bench serve | run | config | checkpoint | env``: look at a program, change it, ask about it, prove it, start it.
 
 A TARGET is ``path/to/file.py:name`` or ``hf:ClassName(field=value, ...)``, see deepseed.target. A mistake of the user's is
 answered by its message alone and exit code 2; ``DEEPSEED_DEBUG=1`` shows where it was found.
@@ -19,6 +19,7 @@ from deepseed.friendly import UsageError
 from deepseed.friendly import friendly as _friendly
 from deepseed.inference.cli import generate
 from deepseed.ir.program import Program
+from deepseed.serve.cli import bench, serve
 
 if TYPE_CHECKING:
     pass
@@ -28,6 +29,8 @@ configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
 app.add_typer(configs, name="config")
 app.add_typer(checkpoints, name="checkpoint")
 app.command()(generate)
+app.command()(serve)
+app.add_typer(bench, name="bench")
 
 TargetArg = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:name, or hf:ClassName(field=value, ...)")]
 PlanOption = Annotated[str, typer.Option("--plan", help="such as zero3+tp2")]

@@ -78,6 +78,9 @@ class Page:
 
     def open(self, file: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a file and wait until it is drawn."""
+        self.open_url(file.resolve().as_uri(), width, height, dark)
+
+    def open_url(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -85,7 +88,7 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.loaded = False
-        self.send("Page.navigate", url=file.resolve().as_uri())
+        self.send("Page.navigate", url=url)
         while not self.loaded:
             self._next("load event")
         self.settle()

@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {  # layer: what it may import, itself aside
     "deepseed.config": {"deepseed.adam", "deepseed.lion", "deepseed.muon", "deepseed.lr_schedules", "pydantic", "torch"},
     "deepseed.launcher": {"deepseed.logs", "torch"},
 }
-FRONT_FOLDERS = {"engine", "importing", "inference", "utils"}  # front doors of several files
+FRONT_FOLDERS = {"engine", "importing", "inference", "serve", "utils"}  # front doors of several files
 FRONT = "the front doors: deepseed.pipeline, compile, cli and so on; they see everything and no layer sees them"
 
 # A back end may need torch where it runs or compiles what it made; each such file is named here.

@@ -128,8 +128,7 @@ def linked_steps(target: str, plan: str, latency: float, bandwidth: float, steps
 
     host.DistributedRuntime = LinkedRuntime  # type: ignore[misc]
     LinkedRuntime.link = link = Link(latency, bandwidth, wall)
-    if machine:
-        budget.assumed = lambda ranks: parse_machine(machine)
+    budget.measured = lambda ranks: parse_machine(machine)
     torch.manual_seed(0)
     found = load(target)
     step: Any = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters(), lr=1e-3), clip_grad_norm=1.0, backend="gloo")

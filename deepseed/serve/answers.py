@@ -1,0 +1,99 @@
+"""OpenAI's objects: an answer as a whole, or as the chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import uuid4
+
+from deepseed.inference.engine import Output
+from deepseed.inference.sampling import Drawn
+
+Token = Callable[[int], str]
+
+
+class Answer:
+    """The common part. ``choices`` are made by the two kinds below."""
+
+    prefix, whole_object, chunk_object = "", "", ""
+
+    def __init__(self, model: str, token: Token, logprobs: bool) -> None:
+        self.token, self.logprobs = token, logprobs
+        self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "object": self.whole_object, "choices": list(choices), "usage": usage}
+
+    def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {**self.head, "object": self.chunk_object, "choices": list(choices), **more}
+
+    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def first(self, index: int, echo: str) -> dict[str, Any] | None:
+        """What a stream says of a choice before its first token."""
+        raise NotImplementedError
+
+    def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, token: Token, logprobs: bool) -> None:
+        super().__init__(model, token, logprobs)
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
+        self._offsets[index] = len(echo)
+        return self.piece(index, echo + output.text, output.logprobs, output.finish_reason)
+
+    def first(self, index: int, echo: str) -> dict[str, Any] | None:
+        self._offsets[index] = len(echo)
+        return self.piece(index, echo, (), None) if echo else None
+
+    def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, drawn) if self.logprobs else None, "finish_reason": finish_reason}
+
+    def _logprobs(self, index: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        tokens, offsets, at = [self.token(d.token) for d in drawn], [], self._offsets.get(index, 0)
+        for token in tokens:
+            offsets.append(at)
+            at += len(token)
+        self._offsets[index] = at
+        top = [{self.token(d.token): _finite(d.logprob)} | {self.token(t): _finite(p) for t, p in d.top} for d in drawn]
+        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": top, "text_offset": offsets}
+
+
+class ChatAnswer(Answer):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(output.logprobs), "finish_reason": output.finish_reason}
+
+    def first(self, index: int, echo: str) -> dict[str, Any] | None:
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": text} if text or not finish_reason else {}, "logprobs": self._logprobs(drawn), "finish_reason": finish_reason}
+
+    def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return {"content": [{**self._one(d.token, d.logprob), "top_logprobs": [self._one(t, p) for t, p in d.top]} for d in drawn], "refusal": None}
+
+    def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.token(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity; this is what vLLM says in its place."""
+    return None if logprob is None else max(-9999.0, logprob)
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached}}

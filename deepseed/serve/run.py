@@ -1,0 +1,59 @@
+"""From an engine to a socket, until a signal: what has begun ends, what comes is refused, and the exit code is 0."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import Any
+
+import typer
+import uvicorn
+
+from deepseed.friendly import UsageError
+from deepseed.inference.engine import Engine
+from deepseed.serve.app import Limits, Server
+
+
+def run(
+    engine: Engine, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, drain: float = 60.0,
+    log_level: str = "warning",
+) -> int:  # fmt: skip
+    """0 after a signal, 1 where the engine has failed."""
+    listening = _listen(host, port)
+    failed: list[BaseException] = []
+    uv: Any = None
+
+    def died(error: BaseException) -> None:
+        failed.append(error)
+        uv.should_exit = True
+
+    server = Server(engine, name, Limits(queue, body, timeout), api_key, died)
+    uv = uvicorn.Server(uvicorn.Config(server.app, log_level=log_level, access_log=log_level == "debug", timeout_graceful_shutdown=int(drain), server_header=False))
+
+    def ends(number: int, frame: Any) -> None:
+        uv.should_exit = True
+
+    before = {number: signal.signal(number, ends) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn passes on to these what it got
+    where = f"[{host}]" if ":" in host else host
+    typer.echo(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.scheduler.pool.count} blocks of {engine.scheduler.pool.size} tokens")
+    try:
+        uv.run(sockets=[listening])
+    finally:
+        listening.close()
+        for number, old in before.items():
+            signal.signal(number, old)
+    if failed:
+        typer.echo(f"the engine has failed: {type(failed[0]).__name__}: {failed[0]}")
+    return 1 if failed else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise UsageError(f"cannot listen at {host}:{port}: {error.strerror}\n  fix: another --port, or 0 for a free one") from None
+    made.listen(2048)
+    return made

@@ -1,0 +1,75 @@
+"""A server on a tiny random model, a stream from it, and a measurement: the whole road, in one process and without a download.
+
+    python examples/serve.py
+    python examples/serve.py --model path/to/model      # any folder that save_pretrained wrote, with its tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import pydoc_data.topics
+import threading
+from typing import Any
+
+import uvicorn
+
+from deepseed.inference import Engine
+from deepseed.serve.app import Server
+from deepseed.serve.bench import Http, Load, measure, table
+from deepseed.serve.constrained import ConstrainedEngine
+
+
+def tiny() -> tuple[Any, Any]:
+    """A Llama of random weights and a byte-level tokenizer that learned from the manual of Python."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = list(pydoc_data.topics.topics.values())[:20]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512))
+    model.generation_config.eos_token_id = 0
+    return model, PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+async def ask(url: str, prompt: str) -> None:
+    """Print a stream as it comes."""
+
+    def line(text: bytes) -> None:
+        if text.startswith(b"data: {"):
+            print("".join(c["text"] for c in json.loads(text[6:])["choices"]), end="", flush=True)
+
+    asked = {"model": "demo", "prompt": prompt, "max_tokens": 32, "temperature": 0.8, "stream": True}
+    await Http(url, None).ask("POST", "/v1/completions", json.dumps(asked).encode(), line)
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder; left out, a tiny random model")
+    parser.add_argument("--port", type=int, default=8765)
+    args = parser.parse_args()
+    if args.model:
+        engine: Engine = ConstrainedEngine(args.model)
+    else:
+        model, tokenizer = tiny()
+        engine = ConstrainedEngine(model, tokenizer=tokenizer)
+    server = uvicorn.Server(uvicorn.Config(Server(engine, "demo").app, port=args.port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started and thread.is_alive():
+        threading.Event().wait(0.05)
+    url = f"http://127.0.0.1:{args.port}"
+    try:
+        asyncio.run(ask(url, "The import statement"))
+        print(table(measure(url, Load(num_prompts=20, request_rate=20.0, input_len=32, output_len=16))))
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
