@@ -102,7 +102,7 @@ def test_a_compiled_program_is_chosen_by_what_was_measured(monkeypatch: pytest.M
     save(path_of(2), m := Machine(link=123e6), {})
     model, batch, loss_fn = small()
     heard: list[Machine] = []
-    monkeypatch.setattr(schedule, "fill_waits", lambda p, machine: heard.append(machine) or p)
+    monkeypatch.setattr(schedule, "fill_waits", lambda p, machine, live: heard.append(machine) or p)
     deepseed.compile(model, "zero2+dp2", optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn).compile(batch)
     assert heard == [m]
 

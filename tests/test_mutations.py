@@ -432,7 +432,7 @@ def test_verify_tells_a_wrong_back_end_from_a_wrong_pass(monkeypatch: pytest.Mon
     import deepseed.build
 
     generate = deepseed.build.generate
-    monkeypatch.setattr(deepseed.build, "generate", lambda p, lane: generate(replace(p, ops=tuple(replace(o, target="aten.neg") if o.target == "aten.relu" else o for o in p.ops)), lane))
+    monkeypatch.setattr(deepseed.build, "generate", lambda p, lane, **kw: generate(replace(p, ops=tuple(replace(o, target="aten.neg") if o.target == "aten.relu" else o for o in p.ops)), lane, **kw))
     module, batch, loss_fn = built("mlp")
     report = verify(module, batch, "tp2", loss_fn=loss_fn, steps=1)
     assert not report.ok and report.blame.startswith("execution: ")
