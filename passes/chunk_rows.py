@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
+from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.layout import REPLICATED, Element, Layout, Partial, Split, local_shape
 from deepseed.ir.mesh import Mesh
@@ -24,7 +25,6 @@ from deepseed.rules.strategy import Strategy
 AXIS = "rows"  # of the chunks, while the pass looks for a split
 WIDER = 4  # times as large as its rows: a product that is worth cutting
 CHUNK = 1 << 26  # bytes of the product that a chunk may have, where the number of chunks is not said
-PRODUCTS = ("aten.mm", "aten.addmm")
 
 
 @program_pass(requires={"lowered"}, provides={"chunked"})
@@ -54,7 +54,7 @@ def chunk_rows(p: Program, chunks: int | None = None) -> Program:
     if chunks is None or chunks == 1:
         return p
     position = {op.name: n for n, op in enumerate(p.ops)}
-    products = [op for op in p.ops if op.target in PRODUCTS and op.phase == "forward" and _wide(p, op)]
+    products = [op for op in p.ops if op.phase == "forward" and len(op.type.shape) == 2 and cost.flops(op, [p.types[r.name] for r in op.refs]) and _wide(p, op)]
     products.sort(key=lambda op: -op.type.local_bytes(p.mesh))
     found = candidates(p)
     for op in products:

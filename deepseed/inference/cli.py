@@ -32,6 +32,7 @@ def generate(
 ) -> None:
     """Complete one or more prompts, all at once."""
     from deepseed.inference.sampling import SamplingParams
+    from deepseed.on_ranks import on_ranks
     from deepseed.plan import parse_plan
     from deepseed.runtime.host import launched
 
@@ -40,7 +41,8 @@ def generate(
         raise UsageError("nothing to complete\n  fix: --prompt TEXT, or --prompt-ids 5,17,3")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), ignore_eos=ignore_eos)
     asked = (model, plan, dtype, prompts, params)
-    for done in _on_ranks(ranks, *asked) if (ranks := parse_plan(plan).mesh(None).ranks) > 1 and not launched() else _complete(*asked):
+    ranks = parse_plan(plan).mesh(None).ranks
+    for done in on_ranks(_rank, ranks, *asked)[0] if ranks > 1 and not launched() else _complete(*asked):
         if as_json:
             typer.echo(json.dumps({"text": done.text, "token_ids": done.token_ids, "finish_reason": done.finish_reason, "prompt_token_ids": done.prompt_token_ids}))
         else:
@@ -53,41 +55,12 @@ def _complete(model: str, plan: str, dtype: str | None, prompts: list[Prompt], p
     return Engine(model, plan, dtype).generate(prompts, params)
 
 
-def _on_ranks(number: int, *asked: Any) -> list[Completion]:
-    """The same on ``number`` ranks of this machine, one process each."""
-    import os
-
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from deepseed.runtime.errors import RankError
-
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=f"generate-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
-    try:
-        got: dict[int, list[Completion] | str] = elastic_launch(config, _rank)(*asked)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankError(rank, f"rank {rank} of {number} failed: {failure.message}") from None
-    first = got[0]
-    if isinstance(first, str):
-        raise UsageError(first)
-    return first
-
-
-def _rank(*asked: Any) -> list[Completion] | str:
-    """What one rank completes, or why it cannot: all ranks of one mistake say the same."""
-    from deepseed.runtime.distributed import start, stop
+def _rank(*asked: Any) -> list[Completion]:
+    """What one of several processes completes."""
+    from deepseed.runtime.distributed import start
 
     start()
-    try:
-        return _complete(*asked)
-    except (ValueError, RuntimeError) as error:
-        if type(error).__module__.split(".")[0] != "deepseed":
-            raise
-        return str(error)
-    finally:
-        stop()
+    return _complete(*asked)
 
 
 def _ids(text: str) -> list[int]:
