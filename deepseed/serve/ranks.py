@@ -6,12 +6,12 @@ the first rank drains and releases the others, which leave signals to it. A rank
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import dataclass
 from typing import Any
 
 from deepseed.inference.split import SplitExecutable
+from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.host import launched
@@ -71,16 +71,9 @@ def serve_rank(asked: Asked) -> int:
 
 def _start(number: int, asked: Asked) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=f"serve-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
     try:
-        got: dict[int, int] = elastic_launch(config, serve)(asked)
+        codes: list[int] = on_ranks(serve, number, asked)
+        return max(codes)
     except SignalException:
         return 0  # told to end, and the ranks have ended
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankError(rank, f"rank {rank} of {number} failed: {failure.message}") from None
-    return max(got.values())
