@@ -33,6 +33,10 @@ class DamagedError(CheckpointError):
     """A checkpoint that is partial, torn, damaged, or not there: another one may load."""
 
 
+class HalfLoadedError(DamagedError):
+    """A checkpoint that was whole when it was checked, and failed while its values were read: some tensors are overwritten, others are not."""
+
+
 def aside(target: Path, by: str = "step.save", ours: re.Pattern[str] = _OURS, carry: bool = False) -> Path:
     """Make the folder beside ``target`` in which the new checkpoint is written. ``ours``: names of files that ``by`` writes,
     which are replaced in the end; ``carry``: other files beside such ones go into the new folder too. Raises CheckpointError where ``target`` is in
