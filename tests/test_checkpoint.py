@@ -924,14 +924,26 @@ def test_a_piece_that_lies_as_in_the_file_is_read_straight_to_its_place(dtype: t
         read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), into))
 
 
-def test_a_thread_that_is_not_the_main_one_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And takes no further one."""
-    items = [b"text", torch.randn(300, 1024), torch.tensor(1.0)]
+def test_a_box_is_what_torch_save_writes_for_its_shape(tmp_path: Path) -> None:
+    """Whatever the values; torch.load reads it."""
+    items = [torch.randn(3, 5), torch.ones(3, 5), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(7, 3).to(torch.bfloat16), torch.randn(4).to(torch.complex64), torch.tensor([True, False]), torch.randn(6, 4)[1:3], torch.randn(4, 6).t()]
+    places, _ = boxfile.write_boxes(tmp_path / "f", items)
+    content = (tmp_path / "f").read_bytes()
+    for item, place in zip(items, places, strict=True):
+        found = torch.load(io.BytesIO(content[place.offset : place.offset + place.length]), weights_only=True)
+        assert torch.equal(found, item) and (found.dtype, found.shape) == (item.dtype, item.shape)
+    assert places[-1].offset + places[-1].length == len(content)
+
+
+def test_a_thread_that_is_not_the_main_one_writes_the_same_file_and_yields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, urgent = [b"text", torch.randn(300, 1024), torch.tensor(1.0)], []
     monkeypatch.setattr(boxfile, "TURN", 2**18)
+    monkeypatch.setattr(os, "fsync", lambda _: urgent.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
     found = [boxfile.write_boxes(tmp_path / "f", items)[1]]
-    content, taken = (tmp_path / "f").read_bytes(), []
-    monkeypatch.setattr(boxfile.ThreadPoolExecutor, "submit", lambda *a: taken.append(a))
-    thread = threading.Thread(target=lambda: found.append(boxfile.write_boxes(tmp_path / "f", items)[1]))
+    content = (tmp_path / "f").read_bytes()
+    thread = threading.Thread(target=lambda: (found.append(boxfile.write_boxes(tmp_path / "f", items)[1]), os.fsync(0)))
     thread.start()
     thread.join()
-    assert found[0] == found[1] and content == (tmp_path / "f").read_bytes() and not taken
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert found[0] == found[1] and content == (tmp_path / "f").read_bytes()
+    assert urgent == [mine, 19, mine]

@@ -1,6 +1,7 @@
 """A file of boxes, one behind the other, each as ``torch.save`` writes it: one pass over the bytes in either direction, with their checksums.
 
-Written: sha256 of the file and crc32 of each box are taken while the system writes; by the thread that writes, piece by piece, where others are training.
+Written: what ``torch.save`` puts around the values depends on shape and dtype alone, and is made once for all tensors of one kind; the values go from where they
+are to the system, piece by piece, and the crc32 is taken of each piece. Where others are training a thread does that which yields to them, and needs the interpreter only between two pieces.
 Read in two passes: ``check_boxes`` compares each box's crc32 and writes nothing. ``read_boxes`` puts a box into its places piece by piece, straight into memory where
 a piece lies there as it does in the file, else through a buffer that stays in the cache. A file that is another one by then, by number, size or times, is refused after it has been read; of a box that was
 not checked before, the crc32 is taken from each piece when it has come. Several boxes are read at a time.
@@ -8,20 +9,23 @@ not checked before, the crc32 is taken from each piece when it has come. Several
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import FileIO
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -33,76 +37,84 @@ from deepseed.runtime.folder import CheckpointError, DamagedError
 
 CHUNK = 2**20  # bytes of a piece
 THREADS = 4  # boxes that are read at a time
-ALONE = 2**16  # fewer bytes are not worth another thread
-TURN = 8 * CHUNK  # bytes that are written and summed by turns, where one thread does both
+TURN = CHUNK  # bytes that are written and then summed: they are still in the cache
 
 R = TypeVar("R")
 
 
 def write_boxes(path: Path, items: Iterable[Tensor | bytes]) -> tuple[list[_StorageInfo], dict[str, Any]]:
-    """Where each item lies, a tensor as ``torch.save`` has it; and ``{"bytes", "sha256", "boxes": [[length, crc32], …]}`` of the file, which lasts then."""
+    """Where each item lies, a tensor as ``torch.save`` has it; and ``{"bytes", "boxes": [[length, crc32], …]}`` of the file, which lasts then."""
+    if threading.current_thread() is threading.main_thread():
+        return _write(path, items)
+    items = list(items)
+    for item in items:
+        if isinstance(item, Tensor):
+            _around(tuple(item.shape), item.dtype)  # while this thread is as urgent as any
+    with ThreadPoolExecutor(1, "bytes of a checkpoint", _yielding) as beside:
+        return beside.submit(_write, path, items).result()
+
+
+def _write(path: Path, items: Iterable[Tensor | bytes]) -> tuple[list[_StorageInfo], dict[str, Any]]:
     places: list[_StorageInfo] = []
     boxes: list[list[int]] = []
-    waited_for = threading.current_thread() is threading.main_thread()  # another one must leave the cores to those who train
-    with path.open("wb") as file, ThreadPoolExecutor(1, "checksums") as beside:
-        out = _Summed(file, beside if waited_for else None)
+    at = 0
+    with path.open("wb", buffering=0) as file:
         for item in items:
-            start, out.crc = out.length, 0
-            if isinstance(item, bytes):
-                out.write(item)
-            else:
-                _save(_alone(item.detach().cpu().contiguous()), out)
-            places.append(_StorageInfo(path.name, start, out.length - start))
-            boxes.append([out.length - start, out.crc])
-        file.flush()
+            crc, start = 0, at
+            for part in _parts(item):
+                for piece in (part[n : n + TURN] for n in range(0, len(part), TURN)):
+                    left = piece
+                    while left:
+                        left = left[file.write(left) :]
+                    crc = crc32(piece, crc)
+                at += len(part)
+            places.append(_StorageInfo(path.name, start, at - start))
+            boxes.append([at - start, crc])
         os.fsync(file.fileno())
-    return places, {"bytes": out.length, "sha256": out.sha.hexdigest(), "boxes": boxes}
+    return places, {"bytes": at, "boxes": boxes}
 
 
-def _save(t: Tensor, out: _Summed) -> None:
-    """As ``torch.save``, but without a crc32 of the values, which nothing reads: ours is of the whole box."""
+def _parts(item: Tensor | bytes) -> list[memoryview]:
+    if isinstance(item, bytes):
+        return [memoryview(item)]
+    before, after = _around(tuple(item.shape), item.dtype)
+    values = item.detach().cpu().contiguous().view(-1)
+    return [memoryview(before), values.view(torch.uint8).numpy().data, memoryview(after)]
+
+
+@lru_cache(maxsize=4096)
+def _around(shape: Ints, dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What ``torch.save`` writes before and after the values of a tensor, without a crc32 of these, which nothing reads: ours is of the whole box."""
+    t = torch.empty(shape, dtype=dtype)  # never touched: it takes no memory
+    out = _Around(t)
     writer = torch._C.PyTorchFileWriter(out, False, 64)  # type: ignore[call-overload]
     torch.serialization._save(t, writer, pickle, torch.serialization.DEFAULT_PROTOCOL, False)  # type: ignore[no-untyped-call]
     writer.write_end_of_file()
+    return bytes(out.before), bytes(out.after)
 
 
-def _alone(t: Tensor) -> Tensor:
-    """A contiguous tensor on the same memory, whose storage is no larger."""
-    storage, start = t.untyped_storage(), t.storage_offset() * t.dtype.itemsize
-    return t if storage.nbytes() == t.nbytes else torch.empty(0, dtype=t.dtype).set_(storage[start : start + t.nbytes], 0, t.shape, t.stride())
+class _Around:
+    """A file to write to, which keeps all but the values."""
 
-
-class _Summed:
-    """A file to write to. Large writes are summed by the thread ``beside``, where there is one."""
-
-    def __init__(self, file: BinaryIO, beside: ThreadPoolExecutor | None) -> None:
-        self.file, self.beside, self.sha, self.crc, self.length = file, beside, hashlib.sha256(), 0, 0
+    def __init__(self, t: Tensor) -> None:
+        self.t, self.before, self.after, self.passed = t, bytearray(), bytearray(), not t.numel()
 
     def write(self, data: Any) -> int:
-        if len(data) < ALONE or self.beside is None:
-            for start in range(0, len(data), TURN):
-                part = memoryview(data)[start : start + TURN]
-                self.file.write(part)
-                self._add(part)
+        if not self.passed and len(data) == self.t.nbytes and np.frombuffer(data, np.uint8).__array_interface__["data"][0] == self.t.data_ptr():
+            self.passed = True
         else:
-            summed = self.beside.submit(self._sum, data)
-            try:
-                self.file.write(data)
-            finally:
-                summed.result()
-        self.length += len(data)
+            (self.after if self.passed else self.before).extend(data)
         return len(data)
 
     def flush(self) -> None:
-        self.file.flush()
+        return None
 
-    def _sum(self, data: Any) -> None:
-        for start in range(0, len(data), CHUNK):
-            self._add(memoryview(data)[start : start + CHUNK])
 
-    def _add(self, part: memoryview) -> None:
-        self.crc = crc32(part, self.crc)
-        self.sha.update(part)
+def _yielding() -> None:
+    """This thread takes what processors have left, where the system has priorities of threads."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 # reading ----------------------------------------------------------------------------------------------------------------
