@@ -871,6 +871,15 @@ def test_the_sum_of_a_part_of_a_file(way: str, tmp_path: Path, monkeypatch: pyte
             assert crc.crc32_of(file, 0, len(data)) is None
 
 
+def test_of_boxes_that_begin_alike_one_header_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [torch.randn(3, 4), torch.randn(3, 4), torch.randn(4, 3), torch.randn(3, 4).int(), torch.randn(600, 1024), torch.randn(600, 1024)]
+    places, sums = boxfile.write_boxes(tmp_path / "f", items)
+    parsed, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (parsed.append(a), load(*a, **k))[1])
+    found = boxfile.check_boxes(tmp_path, {(p.relative_path, p.offset, p.length): True for p in places}, boxfile.Sums({"f": sums}))
+    assert [(h.sizes, h.dtype) for h in found.values()] == [(tuple(t.shape), t.dtype) for t in items] and len(parsed) in range(4, 7)  # two threads may parse the same
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 def test_a_large_box_is_checked_in_both_ways(mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not mapped:

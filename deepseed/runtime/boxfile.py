@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import FileIO
 from math import prod
@@ -36,6 +36,7 @@ from deepseed.runtime.crc import crc32, crc32_of
 from deepseed.runtime.folder import CheckpointError, DamagedError
 
 CHUNK = 2**20  # bytes of a piece
+HEAD = 2**12  # bytes that what comes before a box's values has, at the most, where boxes are known again by it
 THREADS = 4  # boxes that are read at a time
 TURN = CHUNK  # bytes that are written and then summed: they are still in the cache
 
@@ -161,10 +162,14 @@ class Header:
     file: Ints
 
 
+Known = dict[int, list[tuple[bytes, Header]]]  # by a box's length, what it begins with up to its values: of boxes that begin alike one is parsed
+
+
 def check_boxes(folder: Path, wanted: Mapping[Place, bool], sums: Sums) -> dict[Place, Header]:
     """Compare the checksums of these boxes; the headers of those that are to be read later (True). Raises DamagedError, CheckpointError."""
     out: dict[Place, Header] = {}
-    for place, (crc, header, wrong) in _each(folder, wanted, lambda file, place: _checked(file, place, wanted[place], place[:2] in sums.boxes)):
+    known: Known = {}
+    for place, (crc, header, wrong) in _each(folder, wanted, lambda file, place: _checked(file, place, known if wanted[place] else None, place[:2] in sums.boxes)):
         check(folder, place, crc, wrong, sums)
         if header is not None:
             out[place] = header
@@ -173,7 +178,8 @@ def check_boxes(folder: Path, wanted: Mapping[Place, bool], sums: Sums) -> dict[
 
 def read_boxes(folder: Path, wanted: Mapping[Place, Sequence[Part]], sums: Sums, checked: Mapping[Place, Header] = MappingProxyType({})) -> None:
     """Fill the parts of each wanted box. ``checked``: what ``check_boxes`` has given. Raises DamagedError, CheckpointError."""
-    for place, (crc, wrong) in _each(folder, wanted, lambda file, place: _read(file, place, wanted[place], checked.get(place))):
+    known: Known = {}
+    for place, (crc, wrong) in _each(folder, wanted, lambda file, place: _read(file, place, wanted[place], checked.get(place), known)):
         if crc is not None:
             check(folder, place, crc, wrong, sums)
 
@@ -209,20 +215,17 @@ def check(folder: Path, place: Place, found: int, wrong: str, sums: Sums) -> Non
         sums.checked |= 1 << number
 
 
-def _checked(file: FileIO, place: Place, wanted: bool, summed: bool) -> tuple[int, Header | None, str]:
-    """The crc32 of a box, where one is known; its header, where that is ``wanted``, or why it is no tensor."""
+def _checked(file: FileIO, place: Place, known: Known | None, summed: bool) -> tuple[int, Header | None, str]:
+    """The crc32 of a box, where one is known; its header, where that is wanted (``known``), or why it is no tensor."""
     _, offset, length = place
+    whole: Any = file
     if length <= CHUNK:  # one read, and no second one for the header
-        header, wrong = None, ""
-        content = _content(file, offset, length)
-        if wanted:
-            header, wrong = _header(content, 0, length, file)
-        return crc32(content.getbuffer()) if summed else 0, header, wrong
-    header, wrong = _header(file, offset, length, file) if wanted else (None, "")
-    crc = crc32_of(file, offset, length) if summed else 0
+        whole, offset = _content(file, offset, length), 0
+    header, wrong = _header(whole, offset, length, file, known) if known is not None else (None, "")
+    crc = crc32_of(file, offset, length) if summed and whole is file else None
     if crc is None:
-        file.seek(offset)
-        crc = _passed(file, length, 0)
+        whole.seek(offset)
+        crc = _passed(whole, length, 0) if summed else 0
     return crc, header, wrong
 
 
@@ -233,8 +236,13 @@ def _content(file: FileIO, offset: int, length: int) -> io.BytesIO:
     return io.BytesIO(whole)
 
 
-def _header(content: Any, offset: int, length: int, file: FileIO) -> tuple[Header | None, str]:
+def _header(content: Any, offset: int, length: int, file: FileIO, known: Known) -> tuple[Header | None, str]:
     """Of the tensor that ``torch.save`` has written there; why there is none: where the box is damaged the checksum says so."""
+    content.seek(offset)
+    head = content.read(min(length, HEAD))
+    for before, header in known.get(length, ()):
+        if head.startswith(before):
+            return replace(header, file=_same(file)), ""
     try:
         t = torch.load(_create_file_view(content, offset, length), map_location="meta", weights_only=True)  # type: ignore[arg-type]
         start = t.untyped_storage()._checkpoint_offset
@@ -244,7 +252,10 @@ def _header(content: Any, offset: int, length: int, file: FileIO) -> tuple[Heade
         raise
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    return Header(tuple(t.shape), t.dtype, start, _same(file)), ""
+    header = Header(tuple(t.shape), t.dtype, start, _same(file))
+    if start <= len(head):
+        known.setdefault(length, []).append((head[:start], header))
+    return header, ""
 
 
 def _same(file: FileIO) -> Ints:
@@ -253,18 +264,18 @@ def _same(file: FileIO) -> Ints:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-def _read(file: FileIO, place: Place, parts: Sequence[Part], known: Header | None) -> tuple[int | None, str]:
-    """Fill the parts of one box. Of one that is not ``known`` its crc32, and why it is no tensor, if it is not."""
+def _read(file: FileIO, place: Place, parts: Sequence[Part], checked: Header | None, known: Known) -> tuple[int | None, str]:
+    """Fill the parts of one box. Of one that is not ``checked`` its crc32, and why it is no tensor, if it is not."""
     _, offset, length = place
     whole: Any = file
-    if known is None and length <= CHUNK:
+    if checked is None and length <= CHUNK:
         whole, offset = _content(file, offset, length), 0
-    header, wrong = (known, "") if known is not None else _header(whole, offset, length, file)
+    header, wrong = (checked, "") if checked is not None else _header(whole, offset, length, file, known)
     if header is None:
         whole.seek(offset)
         return _passed(whole, length, 0), wrong
-    whole.seek(offset if known is None else offset + header.start)
-    crc, at, itemsize = _passed(whole, header.start, 0) if known is None else 0, header.start, header.dtype.itemsize
+    whole.seek(offset if checked is None else offset + header.start)
+    crc, at, itemsize = _passed(whole, header.start, 0) if checked is None else 0, header.start, header.dtype.itemsize
     buffer = memoryview(b"")
     for piece in cut(Box((0,) * len(header.sizes), (0,) * len(header.sizes), header.sizes), itemsize, CHUNK):
         n = prod(piece.sizes) * itemsize
@@ -274,16 +285,16 @@ def _read(file: FileIO, place: Place, parts: Sequence[Part], known: Header | Non
             buffer = buffer if len(buffer) >= n else memoryview(bytearray(n))
             there = buffer[:n]
         _fill(whole, there)
-        crc, at = crc32(there, crc) if known is None else 0, at + n
+        crc, at = crc32(there, crc) if checked is None else 0, at + n
         if not straight:
             values = torch.frombuffer(buffer, dtype=header.dtype, count=prod(piece.sizes)).view(piece.sizes)
             for part in parts:
                 if (met := common(piece, part.at, part.sizes)) is not None:
                     _of(met, part.at, part.into).copy_(_of(met, piece.at, values))
-    if known is None:
+    if checked is None:
         return _passed(whole, length - at, crc), ""
-    if (now := _same(file)) != known.file:
-        raise DamagedError(f"{file.name} was changed while it was loaded: {_said(known.file)} when it was checked, {_said(now)} when it was read")
+    if (now := _same(file)) != checked.file:
+        raise DamagedError(f"{file.name} was changed while it was loaded: {_said(checked.file)} when it was checked, {_said(now)} when it was read")
     return None, ""
 
 
