@@ -420,7 +420,7 @@ def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     engine.save_checkpoint(tmp_path, tag="mine")
     passes(engine, rows(1, seed=3))
     engine.save_checkpoint(tmp_path, tag="hidden", save_latest=False)
-    assert (tmp_path / "latest").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == ["global_step1", "hidden", "latest", "mine"]
+    assert (tmp_path / "latest").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == [".lock", "global_step1", "hidden", "latest", "mine"]
     other = begin(config(), Net(1))
     assert other.load_checkpoint(tmp_path, tag="global_step1") == (str(tmp_path / "global_step1"), {"n": 1}) and other.global_steps == 1
     passes(other, rows(1, seed=2))
