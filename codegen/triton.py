@@ -209,11 +209,10 @@ class _Writer:
         live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
         blocks = block_sizes(*sizes, live, rows=rows, reduced=reduced, partial=bool(partial))
         blocks = self.chosen.get(f"kernel_{len(self.kernels)}", blocks)
-        if reduced and blocks.r < sizes[1] and any(reductions[f] == x for f in partial) and row:
-            later = [f for f in partial if reductions[f] == x]
-            partial = [f for f in partial if f not in later]
-            if not now and not partial:
-                raise CodegenError(f"%{later[0]}: a sum over rows that are too long for one block and are reduced too\n  fix: leave the sum out of the group")
+        wide_sums = [f for f in partial if reductions[f] == x and any(i.vars & row for i in space.index[self.p.producers[f].refs[0].name])]
+        if reduced and blocks.r < sizes[1] and wide_sums:  # a kernel of their own behind this one, over columns
+            partial = [f for f in partial if f not in wide_sums]
+            now += [v for v in self._statistics(wide_sums, now, {f for f, over in reductions.items() if over == row}) if v not in now]
         return Plan(space, row, rows, tuple(now), tuple(partial), blocks), [t for t in targets if t not in now]
 
     def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, along: Collection[str]) -> list[str]:
@@ -224,6 +223,18 @@ class _Writer:
             if unfit or op.target in _IN_PART:
                 out += [r.name for r in op.refs if r.name in along and r.name not in blocked and r.name in space.index and self._covered(space, r.name)]
         return list(dict.fromkeys(out))
+
+    def _statistics(self, sums: Sequence[str], now: Collection[str], rows: Collection[str]) -> list[str]:
+        """What rows are reduced to for sums over them: stored, so that the sums' kernel reduces no row."""
+        found: dict[str, None] = {}
+        todo = [self.p.producers[f].refs[0].name for f in sums]
+        while todo:
+            value = todo.pop()
+            if value in rows:
+                found[value] = None
+            elif value not in self.memory and value not in now:
+                todo += [r.name for r in self.p.producers[value].refs]
+        return list(found)
 
     def _covered(self, space: Space, target: str) -> bool:
         """Whether the points of the space make each element of a target."""

@@ -294,3 +294,10 @@ def test_names_of_values_are_free(interpreter: Interpreter) -> None:
         return %n output "n"
     """)
     check(interpreter, p, random_inputs(p), F32)
+
+
+@installed
+def test_the_loss_of_a_large_vocabulary(interpreter: Interpreter) -> None:
+    p = resized(fragments()["llama_3"], rows=1, tokens=3, words=20_000)
+    check(interpreter, p, random_inputs(p), F32)
+    assert "for first in range" in source(p)
