@@ -213,6 +213,8 @@ class _Writer:
         if reduced and blocks.r < sizes[1] and wide_sums:  # a kernel of their own behind this one, over columns
             partial = [f for f in partial if f not in wide_sums]
             now += [v for v in self._statistics(wide_sums, now, {f for f, over in reductions.items() if over == row}) if v not in now]
+        if not partial:
+            blocks = replace(blocks, rows=0)
         return Plan(space, row, rows, tuple(now), tuple(partial), blocks), [t for t in targets if t not in now]
 
     def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, along: Collection[str]) -> list[str]:
