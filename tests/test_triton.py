@@ -311,6 +311,7 @@ def test_sums_over_rows_that_are_too_long_for_a_block(
     p = softmax_and_sums(rows, columns, outputs, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sizes_module, "LONGEST_ROW", 16)
+        patch.setattr(block_sizes_module, "PROGRAMS", 2)  # of several blocks each
         for known in (source, launched):
             known.cache_clear()
         text = source(p)
