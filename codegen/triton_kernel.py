@@ -183,7 +183,7 @@ class Kernel(Reductions):
                 if axis == "x" and self.sizes["x"] > (self.plan.blocks.rows if self.plan.partial else self.plan.blocks.x):
                     out.append(f"({self.first} == {zero})")
                 if axis == "r" and self.columns:
-                    out.append(f"(tl.program_id(1) == {zero})")
+                    out.append(f"({self.first_r} == {zero})")
             else:
                 out += [f"({self.place(of(v))[0]} == 0)" for v in missing]
         return out
@@ -223,6 +223,11 @@ class Kernel(Reductions):
                 program = f"(pid * {-(-self.sizes['r'] // self.plan.blocks.r)} + tl.program_id(1))"
             place = f"{program} * {numel} + {place}" if numel > 1 else program
             self._emit_store(f"o_{word(value)}", place, Register(text, computed(op.type.dtype)), axes, 0, ())
+
+    def grid(self) -> tuple[int, ...]:
+        """Programs along x, and along r where there are any."""
+        b = self.plan.blocks
+        return (-(-self.sizes["x"] // (b.rows or b.x)), *((-(-self.sizes["r"] // b.r),) if self.columns else ()))
 
     def programs(self, value: str) -> int:
         """How many parts of a partial result there are."""

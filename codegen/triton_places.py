@@ -67,6 +67,8 @@ class Places:
         self.masks = {"x": self.sizes["x"] > 1 or b.x > 1, "r": self.sizes["r"] % b.r != 0}
         self.bound: dict[Var, Index] = {}
         self.first = "tl.program_id(0)"  # 0 in the program that stores what is the same in all
+        self.first_r = "tl.program_id(1)"
+        self.strides: dict[str, int] = {}  # parameters that are strides whatever the layout, and what they are where rows lie in order
         self.views: Mapping[str, tuple[str, int]] = {}  # values that lie in a buffer of several, and where
 
     def _bindings(self, index: Indices) -> list[dict[Var, Index]]:
