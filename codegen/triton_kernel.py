@@ -128,12 +128,12 @@ class Kernel(Reductions):
                 self.known[key] = self._emit(word(value), self._reduced(op, text, 1), computed(op.type.dtype), frozenset("x"))
                 self.scopes[-1].kept.append(key)
         self._stores(only_rows=True)
-        sums = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
-        self._accumulate({key: name for key, name in accumulators.items() if key not in sums})
-        if any("r" in self._axes(self.plan.space.index[t]) for t in self.plan.targets) or sums:
+        along = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
+        self._accumulate({key: name for key, name in accumulators.items() if key not in along})
+        if any("r" in self._axes(self.plan.space.index[t]) for t in self.plan.targets) or along:
             self._open_r()
             self._stores(only_rows=False)
-            self._accumulate(sums)
+            self._accumulate(along)
             self._close_r()
 
     def _open_r(self) -> None:

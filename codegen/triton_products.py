@@ -32,7 +32,7 @@ def plan_of(p: Program, product: Op, space: Space, targets: Sequence[str], chose
     if a.dtype != b.dtype or a.dtype not in FLOATS:
         raise CodegenError(f"%{product.name} = {product.target} of {a.dtype} and {b.dtype}: no Triton product of them\n  fix: leave it out of the group, the python back end runs it")
     columns: frozenset[Var] = space.index[product.name][1].vars
-    return Plan(space, columns, True, tuple(targets), (), chosen or product_sizes(*a.shape, b.shape[1], ITEMSIZE[a.dtype]))
+    return Plan(space, columns, True, tuple(targets), (), chosen or product_sizes(a.shape[0], b.shape[1], a.shape[1], ITEMSIZE[a.dtype]))
 
 
 class Product(Kernel):

@@ -23,6 +23,7 @@ from deepseed.runtime.executable import cache_dir
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
+PRODUCTS = ("triton",)  # those that write matrix products and attention too
 PYTHON = "python"  # no groups: one line an op
 
 
