@@ -59,6 +59,11 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
 
 
+def traffic(codegen: str) -> Callable[[Program], Sequence[tuple[int, int]] | None]:
+    """What the kernels that a back end writes for a fragment read and write, each; None where it does not say."""
+    return {"triton": triton_files.traffic}.get(codegen, lambda fragment: None)
+
+
 def _seen(f: Compiled) -> Compiled:
     """Compiled code makes its results past the account of a rank's memory."""
 
