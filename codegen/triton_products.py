@@ -71,7 +71,7 @@ class Product(Kernel):
         for value in dict.fromkeys((a, b)):
             t = self.p.types[value]
             self.read[value] = None
-            self.loaded_bytes += t.nbytes
+            self._count(value, t.nbytes)
             self.strides |= {f"{value}_s0": t.shape[1], f"{value}_s1": 1}
         self._call({"product"})
         tail = k % blocks.k != 0

@@ -96,7 +96,7 @@ class Reductions(Values):
         base, offset = self.views.get(x, (x, 0))
         self.read.pop(x)
         self.read[base] = None
-        self.loaded_bytes += n * ITEMSIZE[self.p.types[x].dtype]
+        self._count(x, n * ITEMSIZE[self.p.types[x].dtype])
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
         if op.target == "amax":
             self._call({"amax"})

@@ -133,7 +133,7 @@ class Writer(Plans):
         returned, inputs = {o.ref.name for o in self.p.outputs}, {i.name for i in self.p.inputs}
         dtypes = {t: self._stored(t) for t in made}
         written = write_many(self.p, parts, self.memory, name, lambda v: v if v in inputs else f"o_{v}", dtypes, self.called)
-        read = sum(self.p.types[v].nbytes for v in dict.fromkeys(v for part in parts for v in part.reads))
+        read = sum(self.p.types[v].nbytes for v in dict.fromkeys(v for part in parts for v in part.reads)) + written.table_bytes
         stored = sum(self.p.types[t].numel * ITEMSIZE[dtypes[t]] for t in made) + sum(sum(written.programs) * ITEMSIZE[_accumulated(self.p.types[v].dtype)] for v in parts[0].partial)
         self.launched.append(Launch(name, Blocks(1024, 1, 4), False, read, stored))
         first, device = parts[0], f"device={self.p.inputs[0].name}.device"
