@@ -65,8 +65,9 @@ def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
 def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, backward: bool) -> Blocks:
     """Queries (x) and keys (r) of a block: a head's features are whole, so that few rows of long ones fit."""
     room = max(1, (features * bytes_each) // 256)
-    x, r = max(16, (128 if not backward else 64) // room), max(16, 64 // room)
-    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), 8 if features > 64 and x * r >= 4096 else 4)
+    x, r = (64, 64 // room if bytes_each >= 4 else 64) if backward else (128, 64)
+    x, r = max(16, x // room), max(16, r // room)
+    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), 8 if features > 64 and (bytes_each >= 4 or x * r >= 4096) else 4)
 
 
 def chunk_size(elements: int) -> int:
