@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deepseed.inference import native
 from deepseed.inference.paged import wide, write
 
 SLACK = 4096  # pairs of tokens that a group may compute in vain, beside a third of the others
@@ -34,6 +37,20 @@ class Group:
     real: Tensor | None  # of the padded rows, those that are tokens; None: all
 
 
+@dataclass(frozen=True)
+class Few:
+    """Sequences of few new tokens: ``table`` [n, longest] of pages, and of each its length, its new tokens, where these begin among the step's."""
+
+    table: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
+    news: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]
+
+    @cached_property
+    def pointers(self) -> tuple[int, int, int, int]:
+        return self.table.ctypes.data, self.lengths.ctypes.data, self.news.ctypes.data, self.rows.ctypes.data
+
+
 @dataclass
 class Packing:
     """What attention must know of a step: of each sequence its blocks, its length with the new tokens, and how many are new."""
@@ -46,6 +63,19 @@ class Packing:
     device: torch.device
     _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def few(self) -> Few | None:
+        """What the native kernel takes; the others are ``groups``."""
+        members = [n for n, new in enumerate(self.news) if new <= native.NEW] if self.device.type == "cpu" and native.load() is not None else []
+        if not members:
+            return None
+        lengths, news = np.array(self.lengths, dtype=np.int64)[members], np.array(self.news, dtype=np.int64)
+        tables = [self.tables[n] for n in members]
+        table = np.zeros((len(members), max(map(len, tables))), dtype=np.int64)
+        for row, own in enumerate(tables):
+            table[row, : len(own)] = own
+        return Few(table, lengths, news[members], (news.cumsum() - news)[members])
+
     def groups(self, window: int) -> tuple[Group, ...]:
         if window not in self._groups:
             self._groups[window] = tuple(self._group(members, window) for members in self._split(window))
@@ -56,7 +86,8 @@ class Packing:
         sees = [self._sees(n, window) for n in range(len(self.news))]
         out: list[list[int]] = []
         real = longest = 0
-        for n in sorted(range(len(self.news)), key=lambda n: (-self.news[n], -sees[n])):
+        left = range(len(self.news)) if self.few is None else [n for n, new in enumerate(self.news) if new > native.NEW]
+        for n in sorted(left, key=lambda n: (-self.news[n], -sees[n])):
             own = self.news[n] * sees[n]
             if out:
                 first = out[-1][0]
@@ -106,11 +137,17 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, packing: Packing, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:  # fmt: skip
     """``deepseed::paged_attention``, with the step's packing in the place of its tables."""
-    write(k, v, keys, values, packing.slots)
-    groups = packing.groups(window)
-    if len(groups) == 1 and isinstance(groups[0].rows, slice) and groups[0].real is None:
+    few, groups = packing.few, packing.groups(window)
+    if few is not None:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (write if few is None else native.write)(k, v, keys, values, packing.slots)
+    if few is not None:
+        out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
+        native.attend(q, keys, values, out, few, scale, window, softcap, sinks)
+    elif len(groups) == 1 and isinstance(groups[0].rows, slice) and groups[0].real is None:
         return _batch(q, keys, values, groups[0], scale, softcap, sinks)
-    out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
+    else:
+        out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
     for group in groups:
         part = _batch(q[group.rows], keys, values, group, scale, softcap, sinks)
         if group.real is not None:
