@@ -27,11 +27,12 @@ WORTH = 1 << 15  # elements for which a further thread pays
 
 @dataclass(frozen=True)
 class Function:
-    """``rows``: the free size that ``n`` counts, and where it stands: (input, dimension, multiple); None where there is none."""
+    """``rows``: the free size that ``n`` counts, and where it stands: (input, dimension, multiple); None where there is none. ``pointers``: types of its parameters behind ``threads``."""
 
     text: str
     free: int | None
     rows: tuple[int, int, int] | None
+    pointers: tuple[str, ...]
 
 
 def source(p: Program, name: str, strides: Sequence[Shape], lying: Sequence[Shape], free: Mapping[int, str]) -> Function:
@@ -92,7 +93,7 @@ class _Writer:
             *[f"        {line}" for line in [*bases, *self.lines]],
             "    }", "}",
         ]  # fmt: skip
-        return Function("\n".join(body) + "\n", self.free, where)
+        return Function("\n".join(body) + "\n", self.free, where, tuple(x.rpartition("*")[0] + "*" for x in parameters[2:]))
 
     def _size(self, n: int) -> str:
         """A stride, whatever the number of rows is."""

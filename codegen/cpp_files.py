@@ -1,6 +1,6 @@
 """C++ sources as libraries: compiled once, kept in a folder by content (source, flags, processor), loaded by address.
 
-``compiled`` makes callables of fragments that take and return tensors of any number of rows; a fragment that has no C++ runs as Python. Where there is no compiler all do.
+``callables`` makes functions of tensors, of any number of rows, of fragments; one that has no C++ runs as Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from deepseed import ops
 from deepseed.codegen.cpp import Function, Shape, source
-from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, processor
 from deepseed.codegen.kernels import Kernel
@@ -49,19 +48,23 @@ def library(text: str, folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def compiled(wanted: Mapping[Kernel, Sequence[Shape]], free: Mapping[int, str], folder: Path) -> tuple[dict[str, Code], dict[str, str]]:
-    """What computes each kernel, by name, and why some run as Python. ``wanted``: how the outputs of each lie."""
-    made, why = dict[Kernel, Function](), dict[str, str]()
+Wanted = Mapping[Kernel, Sequence[Shape]]  # kernels, and how the outputs of each lie
+
+
+def functions(wanted: Wanted, free: Mapping[int, str]) -> tuple[dict[str, Function], dict[str, str]]:
+    """Each kernel's C++, by name, and why some have none."""
+    out, why = dict[str, Function](), dict[str, str]()
     for k, lying in wanted.items():
         try:
-            made[k] = source(k.fragment, k.name, k.strides, lying, free)
+            out[k.name] = source(k.fragment, k.name, k.strides, lying, free)
         except CodegenError as error:
             why[k.name] = str(error)
-    functions: Any = library("\n".join([LIBRARY, *(f.text for f in made.values())]), folder) if made else None
-    out: dict[str, Code] = {}
-    for k, lying in wanted.items():
-        out[k.name] = _Rows(k, made[k], lying, getattr(functions, k.name)) if k in made else _python(k, free)
     return out, why
+
+
+def callables(wanted: Wanted, made: Mapping[str, Function], loaded: Any, free: Mapping[int, str]) -> dict[str, Code]:
+    """What computes each kernel, by name; ``loaded``: the library that has the functions ``made``."""
+    return {k.name: _Rows(k, made[k.name], lying, getattr(loaded, k.name)) if k.name in made else _python(k, free) for k, lying in wanted.items()}
 
 
 class _Rows:

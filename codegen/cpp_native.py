@@ -1,9 +1,9 @@
 """C++ for a packed step on a CPU: products of few rows, cache writes, attention of few new tokens; with the vectors that the compiler's target has. Stands behind LIBRARY.
 
-``product_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>``, for float32, float64, bfloat16 and float16; 16 bits are computed in float. deepseed.inference.native calls them.
+``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16; 16 bits are computed in float. deepseed.inference.native calls them.
 """
 
-SOURCE = r"""
+TEMPLATES = r"""
 #include <algorithm>
 #include <vector>
 
@@ -116,6 +116,62 @@ static void product(const S *x, const S *w, S *y, int64_t rows, int64_t width, i
     }
 }
 
+// The same with w[width, N] as it lies; N outputs are `V` vectors
+template <class C, class S, int R, int N>
+static inline void tile_flat(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs) {
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) {
+        V<C> sums[R][N];
+        for (int i = 0; i < R; ++i)
+            for (int n = 0; n < N; ++n) sums[i][n] = V<C>{};
+        for (int64_t k = 0; k < width; ++k) {
+            V<C> a[N];
+            for (int n = 0; n < N; ++n) {
+                a[n] = load<C>(w + k * outputs + n * LANES<C>);
+                __builtin_prefetch(w + (k + 16) * outputs + n * LANES<C>, 0, 3);
+            }
+            for (int i = 0; i < R; ++i) {
+                V<C> b = C(up(x[(r + i) * width + k])) - V<C>{};
+                for (int n = 0; n < N; ++n) sums[i][n] += a[n] * b;
+            }
+        }
+        for (int i = 0; i < R; ++i)
+            for (int n = 0; n < N; ++n)
+                for (int j = 0; j < LANES<C>; ++j) y[(r + i) * outputs + n * LANES<C> + j] = down<S>::of(C(sums[i][n][j]));
+    }
+    if constexpr (R > 1)
+        if (r < rows) tile_flat<C, S, R / 2, N>(x + r * width, w, y + r * outputs, rows - r, width, outputs);
+}
+
+template <class C, class S>
+static void product_flat(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
+    constexpr int N = 3, WIDE = N * LANES<C>;
+    int64_t blocks = outputs / WIDE;
+    #pragma omp parallel for num_threads(threads) if (threads > 1 && outputs * width > (1 << 15))
+    for (int64_t b = 0; b < blocks; ++b) {
+        if (rows >= 5 && ROWS == 8) tile_flat<C, S, ROWS, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
+        else if (rows >= 3) tile_flat<C, S, 4, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
+        else tile_flat<C, S, 2, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t o = blocks * WIDE; o < outputs; ++o) {
+            C total = 0;
+            for (int64_t k = 0; k < width; ++k) total += C(up(x[r * width + k])) * C(up(w[k * outputs + o]));
+            y[r * outputs + o] = down<S>::of(total);
+        }
+}
+
+template <class S>
+static void add_bias(S *y, const S *bias, int64_t rows, int64_t outputs) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t o = 0; o < outputs; ++o) y[r * outputs + o] = down<S>::of(up(y[r * outputs + o]) + up(bias[o]));
+}
+
+template <class S>
+static void gather(const S *table, const int64_t *ids, S *y, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(table + ids[r] * width, width, y + r * width);
+}
+
 // Sequences of few new tokens, each by itself. `rows`: where its tokens begin; `table`: its pages, `longest` of each sequence.
 template <class C, class S>
 static void attend(const S *q, const S *keys, const S *values, S *out, const S *sinks, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows,
@@ -171,9 +227,12 @@ static void put(const S *x, S *cache, const int64_t *slots, int64_t tokens, int6
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t h = 0; h < held; ++h) std::copy_n(x + (t * held + h) * width, width, cache + (h * room + slots[t]) * width);
 }
+"""
 
+EXPORTS = r"""
 #define EACH(S, C, NAME) \
     extern "C" void product_##NAME(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product<C, S>(x, w, y, rows, width, outputs, threads); } \
+    extern "C" void flat_##NAME(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product_flat<C, S>(x, w, y, rows, width, outputs, threads); } \
     extern "C" void put_##NAME(const S *x, S *cache, const int64_t *slots, int64_t tokens, int64_t held, int64_t room, int64_t width) { put<S>(x, cache, slots, tokens, held, room, width); } \
     extern "C" void attend_##NAME(const S *q, const S *keys, const S *values, S *out, const S *sinks, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows, \
                                   int64_t sequences, int64_t longest, int64_t held, int64_t shares, int64_t pages, int64_t size, int64_t width, int64_t value_width, \

@@ -64,9 +64,14 @@ class Packing:
     _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
 
     @cached_property
+    def _most(self) -> int:
+        """New tokens of a sequence that the native kernel takes: in a step of few rows, any number."""
+        return native.FEW if sum(self.news) <= native.FEW else native.NEW
+
+    @cached_property
     def few(self) -> Few | None:
         """What the native kernel takes; the others are ``groups``."""
-        members = [n for n, new in enumerate(self.news) if new <= native.NEW] if self.device.type == "cpu" and native.load() is not None else []
+        members = [n for n, new in enumerate(self.news) if new <= self._most] if self.device.type == "cpu" and native.load() is not None else []
         if not members:
             return None
         lengths, news = np.array(self.lengths, dtype=np.int64)[members], np.array(self.news, dtype=np.int64)
@@ -86,7 +91,7 @@ class Packing:
         sees = [self._sees(n, window) for n in range(len(self.news))]
         out: list[list[int]] = []
         real = longest = 0
-        left = range(len(self.news)) if self.few is None else [n for n, new in enumerate(self.news) if new > native.NEW]
+        left = range(len(self.news)) if self.few is None else [n for n, new in enumerate(self.news) if new > self._most]
         for n in sorted(left, key=lambda n: (-self.news[n], -sees[n])):
             own = self.news[n] * sees[n]
             if out:

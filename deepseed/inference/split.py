@@ -23,6 +23,10 @@ from deepseed.api import Module
 from deepseed.capture import capture
 from deepseed.codegen import cpp_files
 from deepseed.codegen.cpp_files import general
+from deepseed.codegen.cpp_native import TEMPLATES
+from deepseed.codegen.cpp_ops import LIBRARY
+from deepseed.codegen.cpp_step import Lies, step
+from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.kernels import kernels
 from deepseed.inference import native
 from deepseed.inference.attention import Packing, attend
@@ -57,6 +61,7 @@ class SplitExecutable:
         built = self._found.built
         self._given: list[list[Tensor]] = []
         self.device = self._step.host.device
+        self._few: native.FewRows | None = None
         self.in_python: dict[str, str] = {}  # kernels that have no C++, and why
         self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
         self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
@@ -66,15 +71,25 @@ class SplitExecutable:
         """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
         text, calls = any_size(e.source, sizes), dict[str, Any]()
         if self.codegen == "cpp":
+            free = dict(zip(sizes, "TL", strict=True))
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
-            strides, _ = laid_out(local)
-            found = kernels(local, strides)
-            makes = {g.kernel: g.makes for g in groups(local)}
+            strides, views = laid_out(local)
+            found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
             lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
-            calls, why = cpp_files.compiled(lying, dict(zip(sizes, "TL", strict=True)), cache_dir() / "kernels")
+            made, why = cpp_files.functions(lying, free)
             self.in_python.update(why)
+            parts = [LIBRARY, *(f.text for f in made.values())]
+            try:
+                whole = step(local, Lies(strides, views, found, made, {k.name: each for k, each in lying.items()}), free, native.FEW)
+                parts[1:1], parts[len(parts) :] = [TEMPLATES], [whole.text]
+            except CodegenError as error:
+                whole, self.in_python["step"] = None, str(error)
+            loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+            calls = {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
             text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
-            calls |= {"product": native.product, "biased": native.biased}
+            if whole is not None and len(self._step.host.coordinates) == 1:
+                output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
+                self._few = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
         return Source(text, f"{self.program.name}-packed", e.inputs, e.outputs, calls, self.codegen)
 
     @property
@@ -100,6 +115,9 @@ class SplitExecutable:
         if not self._given:  # stored tensors and constants, which stay
             self._given = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
         inputs = [[batch[i.key] if i.role == "batch" else x for i, x in zip(s.inputs, given, strict=True)] for s, given in zip(self._sources, self._given, strict=True)]
+        if self._few is not None and self._few.takes(made) and self.ranks[0].caches:
+            plain.copy([x for pair in self.ranks[0].caches.values() for x in pair], self.device)
+            return self._few.run(inputs[0], self.ranks[0].caches, made)
         results = self._step.host.run([r.around(s, plain, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
         (output,) = (o for o in self.program.outputs if o.role == "output")
         type_ = self.program.types[output.ref.name]
