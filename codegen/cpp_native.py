@@ -168,6 +168,13 @@ static void add_bias(S *y, const S *bias, int64_t rows, int64_t outputs) {
 }
 
 template <class S>
+static void lay(const S *x, S *y, int64_t tokens, int64_t heads, int64_t width, int64_t by_token, int64_t by_head, int64_t by_element) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t d = 0; d < width; ++d) y[(t * heads + h) * width + d] = x[t * by_token + h * by_head + d * by_element];
+}
+
+template <class S>
 static void gather(const S *table, const int64_t *ids, S *y, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; ++r) std::copy_n(table + ids[r] * width, width, y + r * width);
 }

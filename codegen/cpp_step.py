@@ -144,8 +144,16 @@ class _Step:
 
     def _attend(self, op: Op, y: str, x: Sequence[str], kind: str) -> None:
         shapes = [self._shape(r.name) for r in op.refs[:3]]
-        if any(self._lying(r.name) != _contiguous(s) for r, s in zip(op.refs[:3], shapes, strict=True)) or any(self.p.types[r.name].dtype != op.type.dtype for r in op.refs):
-            raise CodegenError(f"%{op.name}: heads that lie otherwise")
+        if any(self.p.types[r.name].dtype != op.type.dtype for r in op.refs):
+            raise CodegenError(f"%{op.name}: attention in several dtypes")
+        x, places = list(x), list[tuple[int, int]]()
+        for n, (r, shape) in enumerate(zip(op.refs[:3], shapes, strict=True)):
+            if self._lying(r.name) != _contiguous(shape):
+                begin, end = self._place(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
+                places.append((begin, end))
+                laid = f"({TYPES[op.type.dtype]} *)(arena + {begin})"
+                self._line(f"lay<{TYPES[op.type.dtype]}>({x[n]}, {laid}, {', '.join(map(self._number, (*shape, *self._lying(r.name))))});", op)
+                x[n] = laid
         layer, storage = self._int(op, "layer"), TYPES[op.type.dtype]
         (tokens, heads, width), (_, held, _), (_, _, value_width) = shapes
         keys, values = (f"({storage} *)caches[{2 * layer + i}]" for i in (0, 1))
@@ -154,6 +162,8 @@ class _Step:
         self.calls -= 1
         sinks = x[3] if len(x) > 3 else f"(const {storage} *)nullptr"
         said = f"{op.kw('scale')!r}, {self._int(op, 'window')}, {op.kw('softcap')!r}"
+        for place in places:
+            self._free(*place)
         self._line(f"attend<{kind}>({x[0]}, {keys}, {values}, {y}, {sinks}, table, lengths, news, rows, sequences, longest, {held}, {heads // held}, pages, size, {width}, {value_width}, {said}, threads);", op)
 
     def _alone(self, op: Op, g: Group) -> None:
@@ -181,16 +191,20 @@ class _Step:
                 self.at[value] = "(char *)out"
                 continue
             size = prod(n // s * self.most if (s := next((s for s in self.free if n and n % s == 0), 0)) else n for n in self._shape(value)) * ITEMSIZE[self.p.types[value].dtype]
-            size = -(-max(size, 1) // ALIGNED) * ALIGNED
-            hole = next(((a, b) for a, b in self.holes if b - a >= size), None)
-            begin = self.top if hole is None else hole[0]
-            if hole is None:
-                self.top += size
-            else:
-                self.holes.remove(hole)
-                self.holes += [(begin + size, hole[1])] if hole[1] - begin > size else []
+            begin, end = self._place(size)
             self.at[value] = f"arena + {begin}"
-            self.block[value] = (begin, begin + size, value)
+            self.block[value] = (begin, end, value)
+
+    def _place(self, size: int) -> tuple[int, int]:
+        size = -(-max(size, 1) // ALIGNED) * ALIGNED
+        hole = next(((a, b) for a, b in self.holes if b - a >= size), None)
+        begin = self.top if hole is None else hole[0]
+        if hole is None:
+            self.top += size
+        else:
+            self.holes.remove(hole)
+            self.holes += [(begin + size, hole[1])] if hole[1] - begin > size else []
+        return begin, begin + size
 
     def _used(self, reads: Sequence[str], makes: Sequence[str]) -> None:
         """Uses are counted for a block and all its views together: the last one frees it."""

@@ -35,6 +35,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
+from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
 from deepseed.runtime.executable import Executable as Source
@@ -84,7 +85,11 @@ class SplitExecutable:
                 parts[1:1], parts[len(parts) :] = [TEMPLATES], [whole.text]
             except CodegenError as error:
                 whole, self.in_python["step"] = None, str(error)
-            loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+            try:
+                loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+            except CodegenError as error:  # what the compiler refuses runs as Python
+                say(str(error))
+                loaded, made, whole = None, {}, None
             calls = {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
             text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
             if whole is not None and len(self._step.host.coordinates) == 1:
