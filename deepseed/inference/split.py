@@ -63,6 +63,7 @@ class SplitExecutable:
         self._given: list[list[Tensor]] = []
         self.device = self._step.host.device
         self._few: native.FewRows | None = None
+        self.launches = 0  # functions that a step runs
         self.in_python: dict[str, str] = {}  # kernels that have no C++, and why
         self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
         self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
@@ -75,6 +76,7 @@ class SplitExecutable:
             free = dict(zip(sizes, "TL", strict=True))
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
             strides, views = laid_out(local)
+            self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
             found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
             lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
             made, why = cpp_files.functions(lying, free)
