@@ -110,7 +110,7 @@ class _Writer:
             users = [u for u in p.uses[value] if isinstance(u, Op)]
             wider = any(prod(self.shape[u.name]) > prod(self.shape[value]) and u.target not in ("cat",) for u in users)
             heavy = op is not None and op.target not in _INDEXED and (len(users) > 1 or wider)
-            if op is not None and (value in self.outputs or heavy or op.target in (*_REDUCE, "cat") or value in flat) or (op is None and value in flat):
+            if (op is not None and (value in self.outputs or heavy or op.target in (*_REDUCE, "cat") or value in flat)) or (op is None and value in flat):
                 out.append(value)
         return out
 
@@ -219,7 +219,7 @@ class _Writer:
         p = self.p
         if op.target == "full":
             return literal(op.kw("value"), self._kind(op.name))
-        if not op.refs:
+        if not op.refs or not (op.target.startswith("aten.") or op.target in _INDEXED):
             raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it")
         x = op.refs[0].name
         if op.target == "cast":

@@ -112,7 +112,7 @@ def _python(k: Kernel, free: Mapping[int, str]) -> Code:
     """The fragment's Python, of any size."""
     sizes = {s: (n, d, i.type.shape[d] // s) for s in free for n, i in enumerate(k.fragment.inputs) for d, size in enumerate(i.type.shape) if size and size % s == 0}
     text = general(k.source, {s: free[s] for s in sizes})
-    head, first, rest = text.partition("\n")
+    head, _, rest = text.partition("\n")
     names = [i.strip() for i in head[head.index("(") + 1 : head.rindex(")")].split(",")]
     lines = [f"    {free[s]} = {names[n]}.shape[{d}] // {k_}" for s, (n, d, k_) in sizes.items()]
     scope: dict[str, Any] = {"torch": torch, "ops": ops}

@@ -98,15 +98,15 @@ class _Step:
     def _op(self, n: int, op: Op) -> None:
         p = self.p
         if self.lies.views[n]:
-            x = op.refs[0].name
-            offset = self.lies.strides[x][self._int(op, "dim")] * self._int(op, "start") if op.target == "slice" else 0
-            self.at[op.name] = self.at[x] + (f" + {self._number(offset)} * {ITEMSIZE[op.type.dtype]}" if offset else "")
-            if x in self.block:
-                self.block[op.name] = self.block[x]
+            base = op.refs[0].name
+            offset = self.lies.strides[base][self._int(op, "dim")] * self._int(op, "start") if op.target == "slice" else 0
+            self.at[op.name] = self.at[base] + (f" + {self._number(offset)} * {ITEMSIZE[op.type.dtype]}" if offset else "")
+            if base in self.block:
+                self.block[op.name] = self.block[base]
             return
         self._make(op.results)
         kind = f"{TYPES[computed(op.type.dtype)]}, {TYPES[op.type.dtype]}"
-        y, x = self._pointer(op.name, op), [self._pointer(r.name, op) for r in op.refs]
+        y, x = self._pointer(op.name), [self._pointer(r.name) for r in op.refs]
         if op.target in ("aten.mm", "aten.addmm"):
             a, w = (r.name for r in op.refs[-2:])
             (rows, width), outputs = p.types[a].local(p.mesh), op.type.local(p.mesh)[1]
@@ -132,7 +132,7 @@ class _Step:
     def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
         if self._lying(table)[-len(width) - 1 :] != (prod(width), *_contiguous(width)) or self._lying(ids) != _contiguous(self._shape(ids)):
             raise CodegenError(f"%{op.name}: a table that lies otherwise")
-        self._line(f"gather<{TYPES[op.type.dtype]}>({self._pointer(table, op)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)});", op)
+        self._line(f"gather<{TYPES[op.type.dtype]}>({self._pointer(table)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)});", op)
 
     def _picks_rows(self, op: Op) -> bool:
         """Whether one list of rows is picked from a tensor of one such dimension, those before it having one element."""
@@ -142,11 +142,11 @@ class _Step:
         shape = self._shape(op.refs[0].name)
         return isinstance(ids, Ref) and all(b is None for b in before) and prod(shape[: len(before)]) == 1 and self.p.types[ids.name].dtype == "i64" and len(self._shape(ids.name)) == 1
 
-    def _attend(self, op: Op, y: str, x: Sequence[str], kind: str) -> None:
+    def _attend(self, op: Op, y: str, operands: Sequence[str], kind: str) -> None:
         shapes = [self._shape(r.name) for r in op.refs[:3]]
         if any(self.p.types[r.name].dtype != op.type.dtype for r in op.refs):
             raise CodegenError(f"%{op.name}: attention in several dtypes")
-        x, places = list(x), list[tuple[int, int]]()
+        x, places = list(operands), list[tuple[int, int]]()
         for n, (r, shape) in enumerate(zip(op.refs[:3], shapes, strict=True)):
             if self._lying(r.name) != _contiguous(shape):
                 begin, end = self._place(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
@@ -240,7 +240,7 @@ class _Step:
     def _lying(self, value: str) -> Shape:
         return self.lies.strides[value]
 
-    def _pointer(self, value: str, op: Op) -> str:
+    def _pointer(self, value: str) -> str:
         return f"({TYPES[self.p.types[value].dtype]} *)({self.at[value]})"
 
     def _number(self, n: int) -> str:

@@ -80,7 +80,7 @@ class FewRows:
         self.begin = -(-self.arena.data_ptr() // 64) * 64
 
     def takes(self, made: Packed) -> bool:
-        return len(made.ids) <= FEW and 0 < len(made.last) and made.packing.few is not None and len(made.packing.few.news) == len(made.packing.news)
+        return len(made.ids) <= FEW and len(made.last) > 0 and made.packing.few is not None and len(made.packing.few.news) == len(made.packing.news)
 
     def run(self, inputs: Sequence[Tensor], caches: Mapping[int, tuple[Tensor, Tensor]], made: Packed) -> Tensor:
         """Logits. ``inputs``: what the program reads, contiguous."""

@@ -62,7 +62,7 @@ class SplitExecutable:
         built = self._found.built
         self._given: list[list[Tensor]] = []
         self.device = self._step.host.device
-        self._few: native.FewRows | None = None
+        self.whole: native.FewRows | None = None
         self.launches = 0  # functions that a step runs
         self.in_python: dict[str, str] = {}  # kernels that have no C++, and why
         self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
@@ -87,16 +87,17 @@ class SplitExecutable:
                 parts[1:1], parts[len(parts) :] = [TEMPLATES], [whole.text]
             except CodegenError as error:
                 whole, self.in_python["step"] = None, str(error)
+            loaded: Any = None
             try:
                 loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
             except CodegenError as error:  # what the compiler refuses runs as Python
                 say(str(error))
-                loaded, made, whole = None, {}, None
+                made, whole = {}, None
             calls = {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
             text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
             if whole is not None and len(self._step.host.coordinates) == 1:
                 output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
-                self._few = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
+                self.whole = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
         return Source(text, f"{self.program.name}-packed", e.inputs, e.outputs, calls, self.codegen)
 
     @property
@@ -122,9 +123,9 @@ class SplitExecutable:
         if not self._given:  # stored tensors and constants, which stay
             self._given = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
         inputs = [[batch[i.key] if i.role == "batch" else x for i, x in zip(s.inputs, given, strict=True)] for s, given in zip(self._sources, self._given, strict=True)]
-        if self._few is not None and self._few.takes(made) and self.ranks[0].caches:
+        if self.whole is not None and self.whole.takes(made) and self.ranks[0].caches:
             plain.copy([x for pair in self.ranks[0].caches.values() for x in pair], self.device)
-            return self._few.run(inputs[0], self.ranks[0].caches, made)
+            return self.whole.run(inputs[0], self.ranks[0].caches, made)
         results = self._step.host.run([r.around(s, plain, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
         (output,) = (o for o in self.program.outputs if o.role == "output")
         type_ = self.program.types[output.ref.name]

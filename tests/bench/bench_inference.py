@@ -97,7 +97,7 @@ def ours(model: str, tokens: int) -> dict[str, float]:
             begun = time.process_time()
             engine.generate([[*ids, 100 + n, 200]], SamplingParams(1))
         out[name] = time.process_time() - begun
-    few, inside = engine.executable._few, [0.0]  # type: ignore[union-attr]
+    few, inside = engine.executable.whole, [0.0]  # type: ignore[union-attr]
     assert few is not None
     function = few.function
 
