@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseed.inference import native
+from deepseed.inference import gpu, native
 from deepseed.inference.paged import wide, write
 
 SLACK = 4096  # pairs of tokens that a group may compute in vain, beside a third of the others
@@ -62,6 +62,23 @@ class Packing:
     slots: Tensor
     device: torch.device
     _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages [S, longest], lengths [S] and where new tokens begin [S + 1], on the device."""
+        table = np.zeros((len(self.tables), max(map(len, self.tables))), dtype=np.int64)
+        for row, own in enumerate(self.tables):
+            table[row, : len(own)] = own
+        starts = np.concatenate([[0], np.cumsum(self.news)]).astype(np.int64)
+        each = (table, np.array(self.lengths, dtype=np.int64), starts)
+        made = [torch.from_numpy(x).to(self.device) for x in each]
+        return made[0], made[1], made[2]
+
+    def tiles(self, tokens: int) -> Tensor:
+        if tokens not in self._tiles:
+            self._tiles[tokens] = torch.from_numpy(gpu.tiles(list(self.news), tokens)).to(self.device)
+        return self._tiles[tokens]
 
     @cached_property
     def _most(self) -> int:
@@ -142,6 +159,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, packing: Packing, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:  # fmt: skip
     """``deepseed::paged_attention``, with the step's packing in the place of its tables."""
+    if gpu.takes(q):
+        write(k, v, keys, values, packing.slots)
+        return gpu.attend(q, keys, values, packing, scale, window, softcap, sinks)
     few, groups = packing.few, packing.groups(window)
     if few is not None:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
