@@ -22,7 +22,8 @@ from deepseed.runtime.executable import cache_dir
 
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
-BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled, "cpp": lambda wanted, _, __: [inductor.python(k) for k in wanted]}  # cpp: for any number of rows, which deepseed.inference.split compiles
+BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
+ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -39,7 +40,7 @@ def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
         return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
-    if codegen != PYTHON and codegen not in BACK_ENDS:
+    if codegen not in (PYTHON, ROWS, *BACK_ENDS):
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
     if codegen == "triton" and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
@@ -54,7 +55,8 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     found = kernels(p, strides)
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
-        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, BACK_ENDS[codegen](new, cache_dir() / "kernels", tell), strict=True))
+        back_end = BACK_ENDS.get(codegen, lambda wanted, _, __: [inductor.python(k) for k in wanted])
+        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
     return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
 
 

@@ -35,6 +35,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
+from deepseed.kernels import ROWS
 from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
@@ -50,12 +51,14 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 class SplitExecutable:
     """A step on the ranks of a plan, those that this process hosts."""
 
-    def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, codegen: str = "auto") -> None:
+    def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto") -> None:
         """``codegen``: "cpp", "python", or "auto", which is the first on a CPU with a compiler."""
         self.size, self.layers = size, look(model)
         device = next(p.device for p in model.parameters())
-        self.codegen = codegen if codegen != "auto" else "cpp" if device.type in ("cpu", "meta") and native.load() is not None else "python"
+        self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
         self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=self.codegen)
+        if checkpoint is not None:
+            self._step.load(checkpoint, optimizer=False, cast=True)
         with packed(model):
             sizes = stand_ins(str(capture(model, example(*TRIED), want="forward").program))
             self._found = self._step._find(example(*sizes), "forward")
@@ -72,7 +75,7 @@ class SplitExecutable:
     def _of_any_size(self, e: Source, coordinate: Any, sizes: tuple[int, int]) -> Source:
         """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
         text, calls = any_size(e.source, sizes), dict[str, Any]()
-        if self.codegen == "cpp":
+        if self.codegen == ROWS:
             free = dict(zip(sizes, "TL", strict=True))
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
             strides, views = laid_out(local)
