@@ -55,9 +55,13 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     found = kernels(p, strides)
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
-        back_end = BACK_ENDS.get(codegen, lambda wanted, _, __: [inductor.python(k) for k in wanted])
+        back_end = BACK_ENDS.get(codegen, _as_python)
         known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
     return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
+
+
+def _as_python(wanted: Sequence[Kernel], _: Path, __: Callable[[str], object]) -> Sequence[Compiled]:
+    return [inductor.python(k) for k in wanted]
 
 
 def _seen(f: Compiled) -> Compiled:
