@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from deepseed.inference import native
 from deepseed.inference.blocks import BlockPool
 from deepseed.inference.capture import Layer, capture, look
 from deepseed.inference.detokenize import TextOf
@@ -107,17 +108,18 @@ class _Request:
 
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
-    ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once."""
+    ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once. ``weights``: a checkpoint of a training,
+    under any plan, whose values the model takes. ``codegen``: "python" runs the captured graph as it is, "auto" in C++ where there is a compiler."""
 
     def __init__(
         self, model: nn.Module | str | os.PathLike[str], plan: str = "tp1", dtype: str | torch.dtype | None = None, *, tokenizer: Any = None,
         cache: int | str | None = None, block: int = 16, budget: int = 512, sequences: int = 64, chunk: int | None = None, prefix: bool = True,
-        max_length: int | None = None, device: str | torch.device | None = None,
+        max_length: int | None = None, device: str | torch.device | None = None, codegen: str = "auto", weights: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
         ranks = _ranks(plan)
-        found = loaded(model, dtype, tokenizer, device, split=ranks > 1)
+        found = loaded(model, dtype, tokenizer, device, split=ranks > 1, weights=weights)
         self.model, self.tokenizer = found.model, found.tokenizer
         self.config: Any = found.model.config
         layers = look(found.model)
@@ -130,12 +132,12 @@ class Engine:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
-        if ranks == 1:
+        if ranks == 1 and (codegen == "python" or found.device.type != "cpu" or native.load() is None):
             self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
         else:
             from deepseed.inference.split import SplitExecutable
 
-            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self._requests: dict[str, _Request] = {}
