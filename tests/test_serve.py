@@ -27,7 +27,6 @@ pytest.importorskip("uvicorn")
 from deepseed.inference.engine import Engine
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.app import Limits
-from deepseed.serve.constrained import ConstrainedEngine
 from tests import chromium
 from tests.serving import Running, model, running, tokenizer
 
@@ -52,7 +51,7 @@ def plain(text: Any, weights: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def up(text: Any, weights: Any) -> Iterator[Running]:
-    with running(ConstrainedEngine(weights, tokenizer=text, block=4), Limits(queue=64, body=1 << 20, timeout=60)) as found:
+    with running(Engine(weights, tokenizer=text, block=4), Limits(queue=64, body=1 << 20, timeout=60)) as found:
         yield found
         found.settled()
 

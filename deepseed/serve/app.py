@@ -149,19 +149,25 @@ class Endpoint:
         async for _ in tickets:
             pass
         n = prepared.asked.outputs
-        outputs = [(i * n + o.index, o, prepared.echoes[i]) for i, c in enumerate(tickets.completions) for o in c.outputs]
-        count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, _ in outputs), tickets.cached)
+        outputs = [(i * n + o.index, o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
+        count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, *_ in outputs), tickets.cached)
         await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count))
 
     async def _stream(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         n, asked = prepared.asked.outputs, prepared.asked
         more: dict[str, Any] = {"usage": None} if asked.usage_at_end else {}
         await reply.begin()
-        firsts = [first for i, echo in enumerate(prepared.echoes) for k in range(n) if (first := answer.first(i * n + k, echo)) is not None]
-        await reply.events([answer.chunk([first], **more) for first in firsts])
-        completion = 0
+        completion, met = 0, set[int]()
+
+        def begin(i: int) -> list[dict[str, Any]]:
+            met.add(i)
+            return [first for k in range(n) if (first := answer.first(i * n + k, prepared.echoes[i], tickets.completions[i].prompt_logprobs)) is not None]
+
+        if asked.prompt_top is None:  # else with the first token, when they are known
+            await reply.events([answer.chunk([first], **more) for i in range(len(prepared.prompts)) for first in begin(i)])
         async for items in tickets:
             completion += sum(len(u.token_ids) for _, u in items)
+            await reply.events([answer.chunk([first], **more) for i, _ in items if i not in met for first in begin(i)])
             told = [(i * n + u.index, u.text, u.logprobs, u.finish_reason) for i, u in items if u.text or u.finish_reason or u.logprobs]
             await reply.events([answer.chunk([answer.piece(*each)], **more) for each in told])
         if asked.usage_at_end:

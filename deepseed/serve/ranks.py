@@ -49,10 +49,10 @@ def serve(asked: Asked) -> int:
 
 def serve_rank(asked: Asked) -> int:
     """This process's part: to listen, or to follow."""
-    from deepseed.serve.constrained import ConstrainedEngine
+    from deepseed.inference.engine import Engine
     from deepseed.serve.run import run
 
-    engine = ConstrainedEngine(asked.model, asked.plan, asked.dtype, **asked.engine)
+    engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
     split = engine.executable
     if not isinstance(split, SplitExecutable):
         return run(engine, asked.name, asked.host, asked.port, **asked.limits)

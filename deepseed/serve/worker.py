@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from types import TracebackType
 
-from deepseed.inference.engine import Completion, Engine, Update
+from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
+from deepseed.inference.outputs import Completion, Update
 from deepseed.inference.sampling import SamplingParams
-from deepseed.inference.split import SplitExecutable
 from deepseed.runtime.distributed import TIMEOUT
 from deepseed.serve.errors import ServeError
 from deepseed.serve.metrics import Metrics
@@ -74,7 +74,6 @@ class Worker:
     def __init__(self, engine: Engine, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.metrics, self._died = engine, metrics, died
         self.error: BaseException | None = None
-        self._several = isinstance(engine.executable, SplitExecutable)
         self._inbox: deque[tuple[Callable[[Tickets], None], Tickets]] = deque()
         self._wake = threading.Event()
         self._closed = False
@@ -105,13 +104,12 @@ class Worker:
     # in the thread ----------------------------------------------------------------------------------------------------
 
     def begin(self, tickets: Tickets) -> None:
-        names: list[str] = []
         self._there.add(tickets)
         try:
             for n, (prompt, params) in enumerate(zip(tickets.prompts, tickets.params, strict=True)):
-                names.append(self.engine.add(prompt, params))
-                self._of[names[-1]] = (tickets, n)
-                tickets.completions.append(self.engine._requests[names[-1]].completion)
+                made = self.engine.request(prompt, params)
+                self._of[made.request] = (tickets, n)
+                tickets.completions.append(made)
         except InferenceError as error:
             self.end(tickets)
             _call(tickets, _refuse, tickets, ServeError(400, str(error)))
@@ -142,8 +140,8 @@ class Worker:
                     raise RuntimeError("the server has ended")
                 if self.engine.idle:
                     self._look()
-                    if not self._wake.wait(BEAT) and self._several:
-                        self.engine.add([0], SamplingParams(max_tokens=1))  # the other ranks wait for a step, and not for ever
+                    if not self._wake.wait(BEAT):
+                        self.engine.executable.beat()  # other ranks wait for a step, and not for ever
                     continue
                 updates = self.engine.step()
                 self._look()
