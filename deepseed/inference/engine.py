@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Lock
@@ -207,6 +207,10 @@ class Engine:
     @property
     def idle(self) -> bool:
         return not self._inbox and self.scheduler.idle
+
+    def usage(self) -> Mapping[str, float]:
+        """Sequences that run and wait, the share of the cache that is held, preemptions so far."""
+        return self.scheduler.usage()
 
     @property
     def steps(self) -> int:

@@ -198,7 +198,7 @@ class Scheduler:
             (self.running if sequence in self.running else self.waiting).remove(sequence)
 
     def usage(self) -> Mapping[str, float]:
-        return {"running": len(self.running), "waiting": len(self.waiting), "cache": 1 - self.pool.free / self.pool.count}
+        return {"running": len(self.running), "waiting": len(self.waiting), "cache": 1 - self.pool.free / self.pool.count, "preemptions": self.preemptions}
 
     def _piece(self, sequence: Running, n: int) -> Piece:
         begin, end = sequence.computed, sequence.computed + n

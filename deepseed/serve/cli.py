@@ -31,6 +31,8 @@ def serve(
     budget: Annotated[int, typer.Option(min=1, help="tokens of a step")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="outputs of a step")] = 64,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens of prompt and output together")] = None,
+    speculative: Annotated[bool, typer.Option("--speculative", help="try tokens that followed the same words before; no output changes")] = False,
+    draft: Annotated[int, typer.Option(min=1, help="of how many tokens at a time")] = 8,
     log_level: Annotated[str, typer.Option(help="of uvicorn: debug, info, warning, error")] = "warning",
 ) -> None:
     """Serve a model as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models; /health, /metrics and a page at /."""
@@ -46,7 +48,7 @@ def serve(
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {log_level!r} is unknown\n  fix: debug, info, warning or error")
-    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length}
+    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length, "speculative": "lookup" if speculative else None, "draft": draft}
     limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "drain": drain, "log_level": log_level}
     raise typer.Exit(ranks.serve(ranks.Asked(model, plan, dtype, engine, name or Path(model).resolve().name, host, port, limits)))
 

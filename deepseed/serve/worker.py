@@ -158,9 +158,9 @@ class Worker:
                 self._died(error)
 
     def _look(self) -> None:
-        usage = self.engine.scheduler.usage()
-        self.metrics.running, self.metrics.waiting, self.metrics.cache = int(usage["running"]), int(usage["waiting"]), usage["cache"]
-        self.metrics.steps = self.engine.steps
+        m, usage, counts = self.metrics, self.engine.usage(), self.engine.counts
+        m.running, m.waiting, m.cache, m.preemptions = int(usage["running"]), int(usage["waiting"]), usage["cache"], int(usage["preemptions"])
+        m.steps, m.drafts, m.drafted, m.accepted = counts.steps, counts.drafts, counts.drafted_tokens, counts.accepted_tokens
 
     def _hand(self, updates: Sequence[Update]) -> None:
         now = monotonic()
