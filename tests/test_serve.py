@@ -164,7 +164,7 @@ def test_logprobs_of_the_prompt(client: Any, weights: Any, text: Any, n: int) ->
     import torch
 
     ids = text(PROMPT)["input_ids"]
-    logs = torch.log_softmax(weights(torch.tensor([ids])).logits[0], -1)
+    logs = torch.log_softmax(weights(torch.tensor([ids])).logits[0], -1).detach()
     asked = dict(model="tiny", prompt=[PROMPT, "the lazy dog"], max_tokens=3, temperature=0, echo=True, logprobs=2, n=n)
     for _ in range(2):
         got = client.completions.create(**asked)

@@ -30,6 +30,7 @@ from deepseed.inference.executable import Executable
 from deepseed.inference.lookup import Lookup
 from deepseed.inference.model import loaded, room
 from deepseed.inference.outputs import Completion, Counts, Output, Update
+from deepseed.inference.quantize import Report, quantized
 from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, fresh_seed, sample, scored
 from deepseed.inference.scheduler import Piece, Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
@@ -67,21 +68,26 @@ class _Request:
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
     ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once.
-    ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it."""
+    ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it.
+    ``quantize``: "int8" or "fp8", the matrices of products in eight bits; ``quantized`` says what that lost."""
 
     def __init__(
         self, model: nn.Module | str | os.PathLike[str], plan: str = "tp1", dtype: str | torch.dtype | None = None, *, tokenizer: Any = None,
         cache: int | str | None = None, block: int = 16, budget: int = 512, sequences: int = 64, chunk: int | None = None, prefix: bool = True,
         max_length: int | None = None, device: str | torch.device | None = None, speculative: str | None = None, draft: int = 8,
+        quantize: str | None = None,
     ) -> None:  # fmt: skip
         if speculative not in (None, "lookup") or draft < 1:
             raise InferenceError(f"speculative={speculative!r}, draft={draft}\n  fix: speculative='lookup' and a draft of at least 1 token, or speculative=None")
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
         ranks = _ranks(plan)
+        if quantize is not None and ranks > 1:
+            raise InferenceError(f"quantize={quantize!r} with plan {plan!r}: weights in eight bits are not split over ranks\n  fix: plan tp1 (a server may have several replicas, dp2), or no quantize")
         found = loaded(model, dtype, tokenizer, device, split=ranks > 1)
         self.model, self.tokenizer = found.model, found.tokenizer
-        self.config: Any = found.model.config
+        config: Any = found.model.config
+        self.config: Any = config
         layers = look(found.model)
         if max_length is not None and max_length > found.longest:
             raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
@@ -92,16 +98,22 @@ class Engine:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
+        self.quantized: Report | None = None
         if ranks == 1:
-            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
+            captured, state = capture(found.model), found.state
+            if quantize is not None:
+                captured, state, self.quantized = quantized(captured, state, quantize)
+            self.executable = Executable(captured, state, blocks, block, found.dtype, found.device, own=found.own)
+            if self.quantized is not None and found.own:
+                for e in self.quantized.errors:  # nobody reads the whole ones any more
+                    found.state[e.name].data = found.state[e.name].data.new_empty(0)
         else:
             from deepseed.inference.split import SplitExecutable
 
             self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
-        text_config: Any = self.config.get_text_config()
-        self.vocabulary = int(getattr(text_config, "vocab_size", 0))
+        self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))
         self.drafts = draft if speculative else 0  # tokens of a draft
         self.counts = Counts()
         self._requests: dict[str, _Request] = {}

@@ -64,8 +64,17 @@ class CompletionAnswer(Answer):
             offsets.append(at)
             at += len(token)
         self._offsets[index] = at
-        top = [{self.token(d.token): _finite(d.logprob)} | {self.token(t): _finite(p) for t, p in d.top} if d.logprob is not None else None for d in drawn]
-        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": top, "text_offset": offsets}
+        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": [self._top(d) for d in drawn], "text_offset": offsets}
+
+
+    def _top(self, drawn: Drawn) -> dict[str, float | None] | None:
+        """Of tokens that read alike the likeliest."""
+        if drawn.logprob is None:
+            return None
+        out = dict[str, float | None]()
+        for token, logprob in ((drawn.token, drawn.logprob), *drawn.top):
+            out.setdefault(self.token(token), _finite(logprob))
+        return out
 
 
 class ChatAnswer(Answer):
