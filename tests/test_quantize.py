@@ -72,7 +72,7 @@ def test_fp8_computes_as_the_model_with_those_weights(name: str) -> None:
     with torch.no_grad():
         for e in engine.quantized.errors:
             p = model.get_parameter(e.name)
-            t = p.t() if tuple(p.shape) != e.shape or "GPT2" in name and "lm_head" not in e.name and "wte" not in e.name else p
+            t = p.t() if tuple(p.shape) != e.shape or ("GPT2" in name and "lm_head" not in e.name and "wte" not in e.name) else p
             t.copy_(whole(*eight_bits(t.contiguous(), "fp8")))
     assert got == generated(model, prompts(), 24)
     assert got != before

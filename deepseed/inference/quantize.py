@@ -146,7 +146,8 @@ def int8_rows(weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
 
 
 def fp8_rows(weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    return F.embedding(ids, weight.view(torch.int8)).view(weight.dtype).to(scale.dtype) * F.embedding(ids, scale[:, None])
+    rows: Tensor = F.embedding(ids, weight.view(torch.int8)).view(weight.dtype)
+    return rows.to(scale.dtype) * F.embedding(ids, scale[:, None])
 
 
 def _kernel(kind: str, user: torch.fx.Node, weight: torch.fx.Node, scale: torch.fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
