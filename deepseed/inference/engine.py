@@ -121,6 +121,7 @@ class Engine:
         self._names = count(1)
         self._inbox: deque[Callable[[], None]] = deque()
         self._lock = Lock()  # of all that a step reads
+        self.notify: Callable[[], None] = lambda: None  # called when there may be something to compute
 
     # requests ---------------------------------------------------------------------------------------------------------
 
@@ -225,6 +226,24 @@ class Engine:
         return self.scheduler.usage()
 
     @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return min(self.max_length, self.scheduler.pool.count * self.scheduler.pool.size)
+
+    @property
+    def sequences(self) -> int:
+        """Of one step, at most."""
+        return self.scheduler.sequences
+
+    @property
+    def room(self) -> str:
+        return f"{self.scheduler.pool.count} blocks of {self.scheduler.pool.size} tokens"
+
+    def beat(self) -> None:
+        """To be called now and then while nothing is asked for: other ranks wait for a step, and not for ever."""
+        self.executable.beat()
+
+    @property
     def steps(self) -> int:
         return self.counts.steps
 
@@ -248,6 +267,7 @@ class Engine:
     def _do(self, what: Callable[[], None]) -> None:
         """Now, or where a step holds the lock, by that step."""
         self._inbox.append(what)
+        self.notify()
         if self._lock.acquire(blocking=False):
             try:
                 self._read()

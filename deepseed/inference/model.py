@@ -42,7 +42,7 @@ def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype |
         module = _shape_of_folder(path, kind) if split else _from_folder(path, kind)
         weights = path if split else None
         if tokenizer is None:
-            tokenizer = _tokenizer(path)
+            tokenizer = tokenizer_of(path)
     if getattr(module, "config", None) is None:
         raise InferenceError(f"{type(module).__name__} has no config: it is no model of transformers\n  fix: a causal language model, such as AutoModelForCausalLM gives")
     if getattr(module.config, "is_encoder_decoder", False):
@@ -92,7 +92,7 @@ def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
     return shape
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_of(path: Path) -> Any:
     """None where the folder has none."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None

@@ -56,6 +56,7 @@ class Update:
     text: str
     finish_reason: str | None
     logprobs: tuple[Drawn, ...] = ()
+    error: str = ""  # why the request ended before its time
 
 
 @dataclass

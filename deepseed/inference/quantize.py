@@ -128,7 +128,7 @@ def whole(weight: Tensor, scale: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
     if rows.shape[0] <= FEW and x.device.type == "cpu":
-        out = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.bfloat16())
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.bfloat16())
     else:
         out = _in_parts(rows.float(), weight, lambda part: part.float()).mul_(scale.bfloat16()).bfloat16()
     out = out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -25,11 +25,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from deepseed.inference.engine import Engine
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
 from deepseed.serve.errors import ClientGone, ServeError
 from deepseed.serve.metrics import Metrics
 from deepseed.serve.protocol import ChatRequest, CompletionRequest
+from deepseed.serve.replicas import Replicas
+from deepseed.serve.served import Served
 from deepseed.serve.text import Prepared, Texts
 from deepseed.serve.worker import Tickets, Worker
 
@@ -52,16 +53,20 @@ class Limits:
 class Server:
     """One engine behind one application. ``died`` is called in the engine's thread when it has failed."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits | None = None, api_key: str | None = None, died: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, engine: Served, name: str, limits: Limits | None = None, api_key: str | None = None, died: Callable[[BaseException], None] | None = None) -> None:
         self.limits, self.key = limits or Limits(), api_key
         self.metrics = Metrics(name)
         self.texts = Texts(engine, name)
         self.worker = Worker(engine, self.metrics, died)
         self.text_thread = ThreadPoolExecutor(1, "deepseed-text")  # one: tokenizers keep state
-        self.capacity = engine.scheduler.sequences + self.limits.queue
+        self.engine = engine
         self.taken = 0  # outputs of requests that are there
         self.created = int(time.time())
         self.app: Any = _application(self)
+
+    @property
+    def capacity(self) -> int:
+        return self.engine.sequences + self.limits.queue
 
     def close(self) -> None:
         self.worker.close()
@@ -295,10 +300,10 @@ def _application(server: Server) -> Any:
             raise ServeError(404, f"the model {name[:200]!r} does not exist; this server has {server.texts.name!r}", param="model", code="model_not_found")
         return server.card()
 
-    async def health() -> dict[str, str]:
+    async def health() -> dict[str, Any]:
         if not server.worker.alive:
             raise ServeError(503, "the engine has stopped", kind="server_error")
-        return {"status": "ok"}
+        return {"status": "ok", **({"replicas": len(several.living), "of": len(several.all)} if isinstance(several := server.engine, Replicas) else {})}
 
     async def metrics() -> Any:
         return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

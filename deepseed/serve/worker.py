@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from types import TracebackType
 
-from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.outputs import Completion, Update
 from deepseed.inference.sampling import SamplingParams
 from deepseed.runtime.distributed import TIMEOUT
 from deepseed.serve.errors import ServeError
 from deepseed.serve.metrics import Metrics
+from deepseed.serve.served import Served
 
 BEAT = TIMEOUT / 4
 
@@ -71,12 +71,13 @@ class Tickets:
 class Worker:
     """``died`` is called in the thread when the engine has failed, with every request told."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, engine: Served, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.metrics, self._died = engine, metrics, died
         self.error: BaseException | None = None
         self._inbox: deque[tuple[Callable[[Tickets], None], Tickets]] = deque()
         self._wake = threading.Event()
         self._closed = False
+        engine.notify = self._wake.set
         self._of: dict[str, tuple[Tickets, int]] = {}
         self._there: set[Tickets] = set()
         self._thread = threading.Thread(target=self._run, name="deepseed-engine", daemon=True)
@@ -141,7 +142,7 @@ class Worker:
                 if self.engine.idle:
                     self._look()
                     if not self._wake.wait(BEAT):
-                        self.engine.executable.beat()  # other ranks wait for a step, and not for ever
+                        self.engine.beat()
                     continue
                 updates = self.engine.step()
                 self._look()
@@ -170,6 +171,12 @@ class Worker:
             if found is None:
                 continue
             tickets, n = found
+            if update.error:
+                _call(tickets, _refuse, tickets, ServeError(500, update.error, kind="server_error"))
+                self.metrics.aborted += sum(o.finish_reason is None for o in tickets.completions[n].outputs)
+                del self._of[update.request]
+                self.end(tickets)
+                continue
             ready.setdefault(tickets, []).append((n, update))
             self._count(tickets, n, update, now)
         loops: dict[asyncio.AbstractEventLoop, list[tuple[Tickets, list[tuple[int, Update]]]]] = {}
