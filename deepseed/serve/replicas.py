@@ -174,7 +174,7 @@ class Replicas:
     @property
     def idle(self) -> bool:
         """Nothing has come; what the replicas compute is theirs."""
-        return not self._news
+        return not self._news and bool(self.living)
 
     def beat(self) -> None:
         """They have beats of their own."""
