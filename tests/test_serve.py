@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -540,32 +538,3 @@ def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> N
         finally:
             process.kill()
             process.wait()
-
-
-@pytest.mark.wide
-def test_many_clients_at_a_time_get_what_the_engine_says(up: Running, client: Any, plain: Engine) -> None:
-    draw = random.Random(0)
-    asked = [([draw.randrange(1, 300) for _ in range(draw.randrange(1, 60))], draw.randrange(1, 60)) for _ in range(256)]
-    want = [plain.generate(p, max_tokens=m)[0].text for p, m in asked]
-
-    def one(item: tuple[list[int], int]) -> str:
-        got = client.completions.create(model="tiny", prompt=item[0], max_tokens=item[1], temperature=0, stream=True)
-        return "".join(c.choices[0].text for c in got)
-
-    with ThreadPoolExecutor(64) as many:
-        assert list(many.map(one, asked)) == want
-    up.settled()
-
-
-@pytest.mark.wide
-def test_thousands_leave_in_mid_stream(up: Running) -> None:
-    def one(n: int) -> None:
-        draw = random.Random(n)
-        asked = {"model": "tiny", "prompt": [draw.randrange(1, 300) for _ in range(draw.randrange(1, 40))], "max_tokens": draw.randrange(2, 100), "n": draw.randrange(1, 3), "stream": True, "ignore_eos": True}
-        made, _ = _stream(up, asked)
-        made.close()
-
-    with ThreadPoolExecutor(16) as many:
-        list(many.map(one, range(1000)))
-    up.settled()
-    assert threading.active_count() < 60
