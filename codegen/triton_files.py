@@ -40,13 +40,18 @@ def _loaded(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Callable[
     except CodegenError as error:
         tell(f"{k.name} runs as plain Python: {str(error).splitlines()[0]}")
         return python(k)
-    path = folder / f"{k.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.triton.py"
+    return launch_of(k.name, text, folder)
+
+
+def launch_of(name: str, text: str, folder: Path) -> Callable[..., Sequence[Tensor]]:
+    """``launch`` of a source, which Triton reads from a file."""
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.triton.py"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.tmp")
         fresh.write_text(text)
         fresh.replace(path)
-    found: Any = importlib.util.spec_from_file_location(f"deepseed.generated.{k.name}", path)  # Triton reads a kernel's source from its file
+    found: Any = importlib.util.spec_from_file_location(f"deepseed.generated.{name}", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     launch: Callable[..., Sequence[Tensor]] = module.launch

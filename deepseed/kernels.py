@@ -22,7 +22,7 @@ from deepseed.runtime.executable import cache_dir
 
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
-BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
+BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled, "cpp": lambda wanted, _, __: [inductor.python(k) for k in wanted]}  # cpp: for any number of rows, which deepseed.inference.split compiles
 PYTHON = "python"  # no groups: one line an op
 
 

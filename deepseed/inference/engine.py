@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from deepseed.inference import native
 from deepseed.inference.blocks import BlockPool
 from deepseed.inference.capture import Layer, capture, look
 from deepseed.inference.detokenize import TextOf
@@ -74,7 +75,7 @@ class Engine:
     def __init__(
         self, model: nn.Module | str | os.PathLike[str], plan: str = "tp1", dtype: str | torch.dtype | None = None, *, tokenizer: Any = None,
         cache: int | str | None = None, block: int = 16, budget: int = 512, sequences: int = 64, chunk: int | None = None, prefix: bool = True,
-        max_length: int | None = None, device: str | torch.device | None = None, speculative: str | None = None, draft: int = 8,
+        max_length: int | None = None, device: str | torch.device | None = None, codegen: str = "auto", speculative: str | None = None, draft: int = 8,
         quantize: str | None = None,
     ) -> None:  # fmt: skip
         if speculative not in (None, "lookup") or draft < 1:
@@ -99,7 +100,7 @@ class Engine:
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
         self.quantized: Report | None = None
-        if ranks == 1:
+        if quantize is not None or (ranks == 1 and (codegen == "python" or found.device.type != "cpu" or native.load() is None)):
             captured, state = capture(found.model), found.state
             if quantize is not None:
                 captured, state, self.quantized = quantized(captured, state, quantize)
@@ -110,7 +111,7 @@ class Engine:
         else:
             from deepseed.inference.split import SplitExecutable
 
-            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, codegen=codegen)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))
