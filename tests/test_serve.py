@@ -472,7 +472,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Any, weights: Any) ->
 
 def test_sigterm_drains(folder: Path) -> None:
     """A stream that has begun goes on to its end, nobody new is served, and the process ends well."""
-    process, stub = started(folder)
+    process, stub = started(folder, "--speculative", "--draft", "3", "--quantize", "int8")
     try:
         made, got = _stream(stub, {"model": folder.name, "prompt": [5, 6], "max_tokens": 250, "ignore_eos": True, "stream": True, "logprobs": 1})
         process.send_signal(signal.SIGTERM)

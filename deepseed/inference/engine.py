@@ -121,7 +121,7 @@ class Engine:
         self._of: dict[Running, _Branch] = {}
         self._names = count(1)
         self._inbox: deque[Callable[[], None]] = deque()
-        self._lock = Lock()  # of all that a step reads
+        self._lock = Lock()  # held by a step from its beginning to its end
         self.notify: Callable[[], None] = lambda: None  # called when there may be something to compute
 
     # requests ---------------------------------------------------------------------------------------------------------
@@ -191,32 +191,9 @@ class Engine:
         """Compute one step; what is new, in the order of the step."""
         with self._lock:
             self._read()
-            step = self.scheduler.schedule(self._draft if self.drafts else None)
-        if not step.pieces:
-            return []
-        logits = self.executable.run(step)
-        with self._lock:
-            self._read()
-            self.counts.steps += 1
-            self.counts.computed_tokens += step.tokens
-            self.scheduler.computed(step)
-            turns, rows, at = list[tuple[_Branch, Piece]](), list[int](), 0
-            for piece in step.pieces:
-                own = self._of.get(piece.sequence)
-                at += piece.wanted
-                if own is None:
-                    continue  # cancelled while the step ran
-                if piece.wanted > piece.draws:
-                    self._score(own.request, logits[at - piece.wanted : at], piece)
-                for branch in self._continuing(own) if piece.draws else ():
-                    turns.append((branch, piece))
-                    rows.extend(range(at - piece.draws, at))
-            if not turns:
-                return []
-            if rows != list(range(logits.shape[0])):
-                logits = logits[rows]
-            drawn = iter(sample(logits, [self._row(b, p.draft[:n]) for b, p in turns for n in range(p.draws)]))
-            return [self._take(b, p, [next(drawn) for _ in range(p.draws)]) for b, p in turns]
+            out = self._step()
+        self._read_if_free()
+        return out
 
     @property
     def idle(self) -> bool:
@@ -265,11 +242,41 @@ class Engine:
             raise InferenceError(f"token {wrong[0]} is outside the vocabulary of {self.vocabulary}")
         return None, ids
 
+    def _step(self) -> list[Update]:
+        step = self.scheduler.schedule(self._draft if self.drafts else None)
+        if not step.pieces:
+            return []
+        logits = self.executable.run(step)
+        self.counts.steps += 1
+        self.counts.computed_tokens += step.tokens
+        self.scheduler.computed(step)
+        self._read()
+        turns, rows, at = list[tuple[_Branch, Piece]](), list[int](), 0
+        for piece in step.pieces:
+            own = self._of.get(piece.sequence)
+            at += piece.wanted
+            if own is None:
+                continue  # cancelled while the step ran
+            if piece.wanted > piece.draws:
+                self._score(own.request, logits[at - piece.wanted : at], piece)
+            for branch in self._continuing(own) if piece.draws else ():
+                turns.append((branch, piece))
+                rows.extend(range(at - piece.draws, at))
+        if not turns:
+            return []
+        if rows != list(range(logits.shape[0])):
+            logits = logits[rows]
+        drawn = iter(sample(logits, [self._row(b, p.draft[:n]) for b, p in turns for n in range(p.draws)]))
+        return [self._take(b, p, [next(drawn) for _ in range(p.draws)]) for b, p in turns]
+
     def _do(self, what: Callable[[], None]) -> None:
-        """Now, or where a step holds the lock, by that step."""
+        """Now, or where a step is under way, by that step."""
         self._inbox.append(what)
         self.notify()
-        if self._lock.acquire(blocking=False):
+        self._read_if_free()
+
+    def _read_if_free(self) -> None:
+        if self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._read()
             finally:
