@@ -63,7 +63,9 @@ class Update:
             assert isinstance(betas, tuple)
             given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
         scale = first.kw("scale")
-        if isinstance(scale, Ref):
+        if isinstance(scale, Ref) and first.type.dtype == "f32":  # the kernel divides, in float32
+            given.append(f"grad_scale={self.name(scale.name)}.reciprocal()")
+        elif isinstance(scale, Ref):
             self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
         skip = first.kw("skip")
         given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []
