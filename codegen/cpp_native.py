@@ -104,16 +104,28 @@ static void product_of(const S *x, const S *w, S *y, int64_t rows, int64_t width
     for (; o < end; ++o) rows_of<C, S, R, 1>(x, w + o * width, y + o, rows, width, outputs);
 }
 
+// Several products of the same rows; a thread has a part of all outputs together
+template <class C, class S>
+static void products(const S *x, int count, const S *const *w, S *const *y, const int64_t *outputs, int64_t rows, int64_t width, int threads) {
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) all += outputs[i];
+    #pragma omp parallel for num_threads(threads) if (threads > 1 && all * width > (1 << 15))
+    for (int t = 0; t < threads; ++t) {
+        int64_t begin = all * t / threads, end = all * (t + 1) / threads, first = 0;
+        for (int i = 0; i < count; first += outputs[i++]) {
+            int64_t a = std::max<int64_t>(0, begin - first), b = std::min(outputs[i], end - first);
+            if (a >= b) continue;
+            if (ROWS == 8 && rows >= 5) product_of<C, S, ROWS>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows >= 3) product_of<C, S, 4>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows == 2) product_of<C, S, 2>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else product_of<C, S, 1>(x, w[i], y[i], rows, width, outputs[i], a, b);
+        }
+    }
+}
+
 template <class C, class S>
 static void product(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
-    #pragma omp parallel for num_threads(threads) if (threads > 1 && outputs * width > (1 << 15))
-    for (int t = 0; t < threads; ++t) {
-        int64_t begin = outputs * t / threads, end = outputs * (t + 1) / threads;
-        if (ROWS == 8 && rows >= 5) product_of<C, S, ROWS>(x, w, y, rows, width, outputs, begin, end);
-        else if (rows >= 3) product_of<C, S, 4>(x, w, y, rows, width, outputs, begin, end);
-        else if (rows == 2) product_of<C, S, 2>(x, w, y, rows, width, outputs, begin, end);
-        else product_of<C, S, 1>(x, w, y, rows, width, outputs, begin, end);
-    }
+    products<C, S>(x, 1, &w, &y, &outputs, rows, width, threads);
 }
 
 // The same with w[width, N] as it lies; N outputs are `V` vectors
