@@ -6,7 +6,7 @@ PYTHON    ?= python3
 PIP_FLAGS ?=
 # test processes
 WORKERS   ?= 2
-# more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH"
+# more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH" or BENCH=--quick
 BENCH     ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
@@ -53,7 +53,7 @@ unseen: $(READY)
 	$(BIN)/deepseed zoo --list examples/unseen/targets.txt --keep build/unseen.jsonl --jobs $(WORKERS) --out docs/unseen.md
 
 bench: $(READY)
-	$(BIN)/python tests/bench/bench_training.py $(BENCH)
+	$(BIN)/python tests/bench/bench_peers.py $(BENCH)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

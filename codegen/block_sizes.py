@@ -11,13 +11,15 @@ PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocesso
 
 @dataclass(frozen=True)
 class Blocks:
-    """``x`` rows and ``r`` columns of a block, ``warps`` of a program; ``rows``: of a program that loops over blocks. ``reduced``: along r."""
+    """``x`` rows and ``r`` columns of a block, ``warps`` of a program; ``rows``: of a program that loops over blocks. ``reduced``: along r. ``k``: of a product, what
+    one step contracts."""
 
     x: int
     r: int
     warps: int
     rows: int = 0
     reduced: bool = False
+    k: int = 0
 
 
 def power(n: int) -> int:
@@ -51,6 +53,23 @@ def _share(x: int, block: int) -> int:
     return -(-each // block) * block
 
 
+def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
+    """Of a matrix product [m, k] [k, n]: 128 by 128 where that leaves a program for each multiprocessor, less where it does not; a step of the contraction holds 128 bytes a row."""
+    x, r = (128, 128) if bytes_each < 4 else (64, 64) if bytes_each == 4 else (32, 32)
+    while max(x, r) > 32 and -(-m // x) * -(-n // r) < PROGRAMS // 2:
+        x, r = (x // 2, r) if x >= r else (x, r // 2)
+    x, r = max(16, min(x, power(m))), max(16, min(r, power(n)))
+    return Blocks(x, r, max(1, min(8, x * r // 2048)), k=max(16, min(128 // bytes_each, power(k))))
+
+
+def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, backward: bool) -> Blocks:
+    """Queries (x) and keys (r) of a block: a head's features are whole, so that few rows of long ones fit."""
+    room = max(1, (features * bytes_each) // 256)
+    x, r = (64, 64 // room if bytes_each >= 4 else 64) if backward else (128, 64)
+    x, r = max(16, x // room), max(16, r // room)
+    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), 8 if features > 64 and (bytes_each >= 4 or x * r >= 4096) else 4)
+
+
 def chunk_size(elements: int) -> int:
     """Elements of a program that works on one of many tensors: as many as leave four programs a multiprocessor, between 1024 and 65536."""
     return max(1024, min(1 << 16, power(elements // (2 * PROGRAMS))))
@@ -59,6 +78,9 @@ def chunk_size(elements: int) -> int:
 def candidates(b: Blocks) -> tuple[Blocks, ...]:
     """What is worth a try on a device: the model's blocks first, then half and twice the rows or the warps. A row that is held whole stays whole."""
     out = [b]
+    if b.k:
+        shapes = ((2 * b.x, b.r), (b.x, 2 * b.r), (b.x // 2, b.r), (b.x, b.r // 2))
+        return (b, *(replace(b, x=x, r=r) for x, r in shapes if 16 <= x <= 256 and 16 <= r <= 256), *(replace(b, warps=w) for w in (b.warps // 2, 2 * b.warps) if 1 <= w <= 8), replace(b, k=2 * b.k))
     for x, warps in ((b.x, 2 * b.warps), (b.x, b.warps // 2), (2 * b.x, b.warps), (b.x // 2, b.warps), (2 * b.x, 2 * b.warps)):
         if x and warps and warps <= 16 and not (b.rows and b.rows % x):
             out.append(replace(b, x=x, warps=warps))

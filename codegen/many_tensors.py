@@ -115,6 +115,7 @@ class Written:
     calls: list[str]
     signature: str
     programs: list[int]  # of each part
+    table_bytes: int
 
 
 def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], name: str, outputs: Callable[[str], str], dtypes: Mapping[str, str], called: set[str]) -> Written:
@@ -153,7 +154,7 @@ def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], na
     calls.append(f"{name}[({sum(programs)},)]({', '.join(arguments)}, aligned=aligned(tensors), XB={blocks.x}, CHUNK={size}, num_warps={blocks.warps})")
     described = {"chunks": "*i32", "lengths": "*i64", "table": "*i64"}
     types = [*(f'"{k}": "{v}"' for k, v in described.items()), *(f'"{w}": {{{w}}}' for w in words), '"aligned": True', f'"XB": {blocks.x}', f'"CHUNK": {size}']
-    return Written("\n".join(lines), calls, f'"{name}": ({{{{{", ".join(types)}}}}}, {blocks.warps}),', programs)
+    return Written("\n".join(lines), calls, f'"{name}": ({{{{{", ".join(types)}}}}}, {blocks.warps}),', programs, 8 * (sum(programs) + len(parts) * (1 + count)))
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import Kernel
-from deepseed.codegen.triton import source
+from deepseed.codegen.triton import can_emit, launched, source
+from deepseed.ir.program import Program
 
 
 def missing(device: str) -> str:
@@ -32,6 +33,11 @@ def missing(device: str) -> str:
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Callable[..., Sequence[Tensor]]]:
     """Each kernel as a callable."""
     return [_loaded(k, folder, tell) for k in wanted]
+
+
+def traffic(fragment: Program) -> list[tuple[int, int]] | None:
+    """Bytes that each kernel of a fragment reads and writes; None where it runs as its Python function."""
+    return [(each.bytes_read, each.bytes_written) for each in launched(fragment)] if can_emit(fragment) else None
 
 
 def _loaded(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Callable[..., Sequence[Tensor]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
 
-from deepseed.codegen.index_maps import Var, flat, of
+from deepseed.codegen.index_maps import Index, Var, flat, of
 from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, Scope, every, word
@@ -95,34 +95,45 @@ class Kernel(Reductions):
     def _rows_in_blocks(self, accumulators: Mapping[tuple[str, Indices], str]) -> None:
         """The row does not fit: one loop for each reduction that waits for another, one more for what is stored."""
         inner = [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self.needed and self.plan.space.reduced(self.p, op) == self.plan.row]
+        online = {op.name: maximum for op in inner if (maximum := self._rescaled(op)) is not None and any(maximum is o for o in inner)}
         depth: dict[str, int] = {}
         for op in self.p.ops:
             at = max([depth.get(r.name, 0) for r in op.refs], default=0)
             for result in op.results:
-                depth[result] = at + 1 if op in inner else at
+                depth[result] = depth[online[op.name].name] if op.name in online else at + 1 if op in inner else at
         for n in sorted({depth[op.name] for op in inner}):
             now = [op for op in inner if depth[op.name] == n]
             outer = self.scopes[-1]
-            names = {}
+            names: dict[tuple[str, tuple[tuple[Var, Index], ...]], str] = {}
             for op, binding in product(now, self._bindings(self.plan.space.index[now[0].name])):
                 names[op.name, tuple(binding.items())] = name = self._fresh(f"{word(op.name)}_block")
                 outer.lines.append(f"{name} = tl.full([XB, RB], {self._start(op)}, {TYPES[computed(op.type.dtype)]})")
             self._open_r()
+            level = len(self.scopes) - 1
             for (value, bound), name in names.items():
-                op = self.p.producers[value]
                 self.bound = dict(bound)
-                self._take(op, name, self._operands(op, self.bound), at_level=len(self.scopes) - 1)
+                if value in {maximum.name for maximum in online.values()}:
+                    sums = [names[s, bound] for s, maximum in online.items() if maximum.name == value]
+                    self._take_online(self.p.producers[value], name, sums, self._operands(self.p.producers[value], self.bound), level)
+                elif value not in online:
+                    self._take(self.p.producers[value], name, self._operands(self.p.producers[value], self.bound), at_level=level)
             self._close_r()
             for (value, bound), name in names.items():
                 op = self.p.producers[value]
                 key = (value, tuple(i.put(dict(bound)) for i in self.plan.space.index[value]), ())
-                self.known[key] = self._emit(word(value), self._reduced(op, name, 1), computed(op.type.dtype), frozenset("x"))
+                text = name
+                if value in online:
+                    most = names[online[value].name, bound]
+                    text = f"{name} * tl.exp({most} - {self.known[online[value].name, tuple(i.put(dict(bound)) for i in self.plan.space.index[online[value].name]), ()].name})"
+                self.known[key] = self._emit(word(value), self._reduced(op, text, 1), computed(op.type.dtype), frozenset("x"))
                 self.scopes[-1].kept.append(key)
         self._stores(only_rows=True)
-        if any("r" in self._axes(self.plan.space.index[t]) for t in self.plan.targets) or accumulators:
+        along = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
+        self._accumulate({key: name for key, name in accumulators.items() if key not in along})
+        if any("r" in self._axes(self.plan.space.index[t]) for t in self.plan.targets) or along:
             self._open_r()
             self._stores(only_rows=False)
-            self._accumulate(accumulators)
+            self._accumulate(along)
             self._close_r()
 
     def _open_r(self) -> None:
@@ -172,7 +183,7 @@ class Kernel(Reductions):
                 if axis == "x" and self.sizes["x"] > (self.plan.blocks.rows if self.plan.partial else self.plan.blocks.x):
                     out.append(f"({self.first} == {zero})")
                 if axis == "r" and self.columns:
-                    out.append(f"(tl.program_id(1) == {zero})")
+                    out.append(f"({self.first_r} == {zero})")
             else:
                 out += [f"({self.place(of(v))[0]} == 0)" for v in missing]
         return out
@@ -212,6 +223,11 @@ class Kernel(Reductions):
                 program = f"(pid * {-(-self.sizes['r'] // self.plan.blocks.r)} + tl.program_id(1))"
             place = f"{program} * {numel} + {place}" if numel > 1 else program
             self._emit_store(f"o_{word(value)}", place, Register(text, computed(op.type.dtype)), axes, 0, ())
+
+    def grid(self) -> tuple[int, ...]:
+        """Programs along x, and along r where there are any."""
+        b = self.plan.blocks
+        return (-(-self.sizes["x"] // (b.rows or b.x)), *((-(-self.sizes["r"] // b.r),) if self.columns else ()))
 
     def programs(self, value: str) -> int:
         """How many parts of a partial result there are."""

@@ -34,6 +34,14 @@ def sigmoid(x):
 def amax(x, axis: tl.constexpr):
     nan = tl.max((x != x).to(tl.int32), axis, keep_dims=True)
     return tl.where(nan > 0, float("nan"), tl.max(x, axis, keep_dims=True))''',
+    "product": '''INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies the bits of bfloat16
+
+
+@triton.jit
+def product(a, b, c):
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee", out_dtype=c.dtype)''',
     "mix": '''@triton.jit
 def mix(z):
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9

@@ -58,7 +58,7 @@ class Places:
         self.called: set[str] = set()
         self.read: dict[str, None] = {}
         self.rows_only: set[str] = set()  # values that are read as if they lay in row-major order
-        self.loaded_bytes = 0
+        self.loaded: dict[str, int] = {}  # bytes of each load, by what is read
         self.names: dict[str, int] = {}
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks
@@ -67,7 +67,17 @@ class Places:
         self.masks = {"x": self.sizes["x"] > 1 or b.x > 1, "r": self.sizes["r"] % b.r != 0}
         self.bound: dict[Var, Index] = {}
         self.first = "tl.program_id(0)"  # 0 in the program that stores what is the same in all
+        self.first_r = "tl.program_id(1)"
+        self.strides: dict[str, int] = {}  # parameters that are strides whatever the layout, and what they are where rows lie in order
         self.views: Mapping[str, tuple[str, int]] = {}  # values that lie in a buffer of several, and where
+
+    def _count(self, value: str, bytes_read: int) -> None:
+        self.loaded[value] = self.loaded.get(value, 0) + bytes_read
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What the kernel reads, every element once."""
+        return sum(min(n, self.p.types[value].nbytes) if value in self.p.types else n for value, n in self.loaded.items())
 
     def _bindings(self, index: Indices) -> list[dict[Var, Index]]:
         used = frozenset[Var]().union(*(i.vars for i in index))

@@ -63,7 +63,8 @@ class Reductions(Values):
         masks = [f"{a}_in" for a in sorted(axes, reverse=True) if self.masks[a]]
         if masks:
             return f"tl.where({every(masks)}, {r.name}, {self._start(op)})"
-        return r.name if axes <= r.axes else f"({r.name} + tl.zeros([XB, RB], {TYPES[r.dtype]}))" if self.plan.rows else f"({r.name} + tl.zeros([XB], {TYPES[r.dtype]}))"
+        block = ("[XB, RB]" if "r" in axes else "[XB, 1]") if self.plan.rows else "[XB]"
+        return r.name if axes <= r.axes else f"({r.name} + tl.zeros({block}, {TYPES[r.dtype]}))"
 
     def _reduced(self, op: Op, text: str, axis: int) -> str:
         if op.target != "amax":
@@ -95,7 +96,7 @@ class Reductions(Values):
         base, offset = self.views.get(x, (x, 0))
         self.read.pop(x)
         self.read[base] = None
-        self.loaded_bytes += n * ITEMSIZE[self.p.types[x].dtype]
+        self._count(x, n * ITEMSIZE[self.p.types[x].dtype])
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
         if op.target == "amax":
             self._call({"amax"})
@@ -110,3 +111,38 @@ class Reductions(Values):
             if not whole and "r" in register.axes:
                 text = self._reduced(op, text, 1)
             lines.append(f"{name} = {self._joined(op, name, text)}")
+
+    # softmax of a row that does not fit ------------------------------------------------------------------------------------
+
+    def _rescaled(self, op: Op) -> Op | None:
+        """The maximum of x where ``op`` is the sum of exp(x - maximum): both can be made in one pass."""
+        power = self._plain(op.refs[0].name)
+        if op.target != "sum" or power is None or power.target != "aten.exp":
+            return None
+        difference = self._plain(power.refs[0].name)
+        if difference is None or difference.target != "aten.sub.Tensor" or len(difference.refs) != 2 or difference.kwargs:
+            return None
+        x, most = difference.refs
+        maximum = self._plain(most.name)
+        if maximum is None or maximum.target != "amax" or maximum.refs[0] != x or maximum.type.dtype != op.type.dtype:
+            return None
+        return maximum
+
+    def _plain(self, value: str) -> Op | None:
+        """What makes a value, but for its shape."""
+        op = self.p.producers.get(value)
+        while op is not None and op.target in ("reshape", "expand") and value not in self.memory:
+            value = op.refs[0].name
+            op = self.p.producers.get(value)
+        return None if value in self.memory else op
+
+    def _take_online(self, op: Op, name: str, sums: Sequence[str], registers: Sequence[Register], at_level: int) -> None:
+        """Each lane of the block has its own maximum so far; the lane's sum is rescaled where that grows."""
+        lines = self.scopes[at_level].lines
+        for register in registers:
+            lines.append(f"{name}_more = {self._joined(op, name, self._masked(op, register, frozenset('xr')))}")
+            for total in sums:
+                masks = [f"{a}_in" for a in "xr" if self.masks[a]]
+                there = every([*masks, f'({register.name} != float("-inf"))'])
+                lines.append(f"{total} = {total} * tl.where({name} == {name}_more, 1.0, tl.exp({name} - {name}_more)) + tl.where({there}, tl.exp({register.name} - {name}_more), 0.0)")
+            lines.append(f"{name} = {name}_more")

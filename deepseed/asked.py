@@ -37,12 +37,12 @@ def captured(target: str, plan: str, world_size: int | None, optimizer: str | No
     return got.program, parsed, mesh, perf_counter() - started
 
 
-def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Pass], check: bool, machine: Machine | None = None, kernels: bool = False) -> list[Passed]:
+def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Pass], check: bool, machine: Machine | None = None, kernels: bool = False, products: bool = False) -> list[Passed]:
     """The program as captured (in ``seconds``) and after each pass, of rank 0 where one knows its rank."""
     say_microbatches(p, plan, ranks)
     p = prepared(p, plan, ranks)
     at = ranks.coordinate(0) if ranks.axes else {}
-    return [Passed("capture", p, seconds), *run_passes(p, plan, ranks, at, check=check, passes=passes, machine=machine, tell=tell, kernels=kernels)]
+    return [Passed("capture", p, seconds), *run_passes(p, plan, ranks, at, check=check, passes=passes, machine=machine, tell=tell, kernels=kernels, products=products)]
 
 
 def tell(line: str) -> None:

@@ -22,7 +22,7 @@ from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
-from deepseed.kernels import PYTHON, Compiled, made
+from deepseed.kernels import PRODUCTS, PYTHON, Compiled, made
 from deepseed.local_norms import with_local_norms
 from deepseed.logs import say
 from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
@@ -114,7 +114,7 @@ def build(
         done.extend(
             run_passes(
                 captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=lambda p: _say(p, started, quiet),
-                tell=tell, kernels=codegen != PYTHON,
+                tell=tell, kernels=codegen != PYTHON, products=codegen in PRODUCTS,
             )
         )  # fmt: skip
         return str(done[-1].program)
@@ -147,13 +147,13 @@ def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
 def run_passes(
     p: Program, plan: Plan, ranks: Mesh, at: Mapping[str, int], *, stored: Mapping[tuple[str, str], Layout] | None = None,
     homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, check: bool = True,
-    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object], kernels: bool = False,
+    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object], kernels: bool = False, products: bool = False,
 ) -> list[Passed]:  # fmt: skip
     """The passes that all ranks share (or ``passes``, with the rank ``at`` a coordinate) over a captured program; ``tell`` hears what a budget chose."""
     mesh = program_mesh(p, plan, ranks)
 
     def arguments(plan: Plan) -> dict[str, dict[str, Any]]:
-        return pipeline.arguments(mesh, plan.stage, at, stored, plan, homes, hosted, kernels)
+        return pipeline.arguments(mesh, plan.stage, at, stored, plan, homes, hosted, kernels, products)
 
     done, choice = run_shared(p, plan, arguments, check=check, on_pass=on_pass, hosted=hosted, passes=passes, machine=machine)
     if choice is not None:

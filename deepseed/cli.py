@@ -142,12 +142,14 @@ def explain(
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
+    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, inductor or triton")] = "inductor",
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
+    from deepseed.kernels import PRODUCTS
     from deepseed.machines import machine_of
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
@@ -159,11 +161,12 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of if machine else None, kernels=kernels)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of if machine else None, kernels=kernels, products=codegen in PRODUCTS)
     if kernels:
         from deepseed.explain_kernels import explain_kernels
+        from deepseed.kernels import traffic
 
-        report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program))
+        report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program), traffic(codegen))
         return typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ranks = refined(ranks, done[-1].program.mesh)
     found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)

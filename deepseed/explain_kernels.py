@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from deepseed.codegen.kernels import kernels
 from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.explain_text import amount
-from deepseed.ir.fragment import Group, groups
+from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.strides import laid_out
 from deepseed.unroll import unroll
@@ -21,7 +21,7 @@ MOVES = ("wait", "shard", "summand", "share", "transfer", "accumulate", "collect
 
 @dataclass(frozen=True)
 class KernelCount:
-    """Of one launch but for ``launches``, in a step. ``bytes_read``: every operand once; ``bytes_minimum``: every byte of memory that is read once, and what is written; ``flops``:
+    """Of one run of a group but for ``launches``, in a step. ``bytes_read``: every operand once, or what the back end's kernels read; ``bytes_minimum``: every byte of memory that is read once, and what is written; ``flops``:
     one an element and op that computes."""
 
     name: str
@@ -53,18 +53,21 @@ class KernelReport:
         return "\n".join(_lines(self))
 
 
-def explain_kernels(p: Program, plain: Program) -> KernelReport:
-    """Count a grouped program; ``plain``: the same step without groups. Of a pipeline the rank that launches most."""
+Traffic = Callable[[Program], "Sequence[tuple[int, int]] | None"]  # what each kernel of a fragment reads and writes; None: nothing is known but operands and results
+
+
+def explain_kernels(p: Program, plain: Program, traffic: Traffic = lambda fragment: None) -> KernelReport:
+    """Count a grouped program; ``plain``: the same step without groups. Of a pipeline the rank that launches most. ``traffic``: of the back end that writes the kernels."""
     steps, plains = _steps(p), _steps(plain)
-    full = max(steps, key=_launches)
-    return KernelReport(tuple(_counted(full)), _launches(full), max(map(_launches, plains)))
+    full = max(steps, key=lambda each: _launches(each, traffic))
+    return KernelReport(tuple(_counted(full, traffic)), _launches(full, traffic), max(_launches(each, traffic) for each in plains))
 
 
 def _steps(p: Program) -> Sequence[Program]:
     return [unroll(p, lane).program for lane in range(len(p.schedule.lanes))] if p.schedule is not None else [p]
 
 
-def _counted(p: Program) -> Iterator[KernelCount]:
+def _counted(p: Program, traffic: Traffic) -> Iterator[KernelCount]:
     strides, views = laid_out(p)
     free = {op.name: op for op, view in zip(p.ops, views, strict=True) if view and op.target in FREE}
     names = kernels(p, strides)
@@ -76,7 +79,9 @@ def _counted(p: Program) -> Iterator[KernelCount]:
         ops = p.ops[g.first : g.last]
         read, least = _read(p, g, strides, free)
         written = sum(p.types[r].local_bytes(p.mesh) for r in g.makes)
-        yield KernelCount(name, tuple(op.target for op in ops), read, written, least + written, len(alike), sum(_flops(op, p) for op in ops))
+        moved = traffic(fragment(p, g))
+        reads, writes = (read, written) if moved is None else (sum(r for r, _ in moved), sum(w for _, w in moved))
+        yield KernelCount(name, tuple(op.target for op in ops), reads, writes, least + written, len(alike) * (1 if moved is None else len(moved)), sum(_flops(op, p) for op in ops))
 
 
 def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Mapping[str, Op]) -> tuple[int, int]:
@@ -96,13 +101,26 @@ def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Ma
 def _flops(op: Op, p: Program) -> int:
     if op.target in ("reshape", "permute", "expand", "slice", "unslice", "pad", "cat", "full", "iota", "cast"):
         return 0
+    if op.target in ("aten.mm", "sdpa", "sdpa_backward"):
+        return _products(op, p)
     return max(prod(t.local(p.mesh)) for t in (op.type, *(p.types[r.name] for r in op.refs)))
 
 
-def _launches(p: Program) -> int:
-    """Groups, and ops that no group has: views, waits and collectives aside; one fused update of many parameters is one."""
+def _products(op: Op, p: Program) -> int:
+    """Of a matrix product, or of those in attention (two, and five on the way back)."""
+    if op.target == "aten.mm":
+        (m, k), (_, n) = (p.types[r.name].local(p.mesh) for r in op.refs)
+        return 2 * m * k * n
+    q, k_, v = (p.types[r.name].local(p.mesh) for r in op.refs[op.target != "sdpa" :][:3])
+    features = q[3] + v[3] if op.target == "sdpa" else 3 * q[3] + 2 * v[3]
+    return 2 * prod(q[:3]) * k_[2] * features
+
+
+def _launches(p: Program, traffic: Traffic) -> int:
+    """Kernels of groups, and ops that no group has: views, waits and collectives aside; one fused update of many parameters is one."""
     _, views = laid_out(p)
-    count, n = sum(1 for _ in groups(p)), 0
+    each = [traffic(fragment(p, g)) for g in groups(p)]
+    count, n = sum(1 if moved is None else len(moved) for moved in each), 0
     while n < len(p.ops):
         op = p.ops[n]
         if op.target in KERNELS:

@@ -23,6 +23,7 @@ from deepseed.runtime.executable import cache_dir
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
+PRODUCTS = ("triton",)  # those that write matrix products and attention too
 ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
 
@@ -58,6 +59,11 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
         back_end = BACK_ENDS.get(codegen, _as_python)
         known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
     return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
+
+
+def traffic(codegen: str) -> Callable[[Program], Sequence[tuple[int, int]] | None]:
+    """What the kernels that a back end writes for a fragment read and write, each; None where it does not say."""
+    return {"triton": triton_files.traffic}.get(codegen, lambda fragment: None)
 
 
 def _as_python(wanted: Sequence[Kernel], _: Path, __: Callable[[str], object]) -> Sequence[Compiled]:

@@ -78,7 +78,7 @@ ONE_RANK = Plan()
 
 def arguments(
     mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, kernels: bool = False,
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, kernels: bool = False, products: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
     ``plan``: for its stages and their schedule. ``stored``, ``homes`` and ``hosted``: layouts and stages of what an earlier program stores, and
@@ -92,7 +92,7 @@ def arguments(
         "loop_microbatches": {"staged": plan.stages > 1, "confirmed": plan.bn == "exact"},
         "cut_stages": {"stages": plan.stages, "schedule": plan.kind, "chunks": plan.chunks, "pins": plan.cut, "stored": homes or {}},
         "offload_activations": {"wanted": "activations" in plan.offload},
-        "group_kernels": {"kernels": kernels},
+        "group_kernels": {"kernels": kernels, "products": products},
         "localize": {"coordinate": coordinate},
     }
 

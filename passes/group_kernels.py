@@ -16,6 +16,7 @@ from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.fuse import fuse, leaves_apart
+from deepseed.passes.fuse_products import fuse_products
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
@@ -24,14 +25,14 @@ _MOVES = (
     *MEMORIES,
 )  # fmt: skip
 OPTIMIZER = "optim."
-WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
+WIDENED = 1 << 21  # bytes of gradients that are widened for one call of an optimizer: they stay in the cache, and are never held twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
 @program_pass(requires={"lowered"}, provides={"grouped"})
-def group_kernels(p: Program, kernels: bool = False) -> Program:
+def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> Program:
     """Replace origin groups by their ops, then put the updates of equal options side by side. ``kernels``: what is pointwise or reduces rows stays apart, and is marked as groups for
-    a back end that compiles them (deepseed.passes.fuse).
+    a back end that compiles them (deepseed.passes.fuse); ``products``: matrix products and attention too (deepseed.passes.fuse_products).
 
     before: %y.amax = amax(%x, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
             %y.sub = aten.sub.Tensor(%x, %y.amax) : f32[8@dp, 16] {origin="y"}
@@ -41,7 +42,9 @@ def group_kernels(p: Program, kernels: bool = False) -> Program:
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
     p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)))
-    return fuse(p) if kernels else p
+    if not kernels:
+        return p
+    return fuse_products(fuse(p)) if products else fuse(p)
 
 
 # groups -------------------------------------------------------------------------------------------------------------

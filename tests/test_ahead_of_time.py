@@ -17,47 +17,80 @@ from deepseed.codegen.ahead_of_time import CompileError, compiled
 installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 SIZES = {"rows": 8, "tokens": 1024, "inner": 14336, "words": 32000}
-STANDARD = ("llama_1", "gpt2_3", "bert_3", "t5_1")  # norms and what is around them
+STANDARD = ("llama_1", "llama_4", "gpt2_3", "gpt2_9", "bert_3", "bert_10", "t5_1", "t5_16")  # norms and what is around them
 
 
-def compile_all(folder: Path, target: str, names: list[str] | None = None, **sizes: int) -> list[dict[str, Any]]:
-    """In a process of its own, where kernels are not interpreted."""
-    code = f"""
+CODE = """
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {tests!r})
 from pathlib import Path
 from triton_fragments import fragments, resized, parse, retyped
 from deepseed.codegen.ahead_of_time import compiled
 from deepseed.codegen.triton import source
-for name in {names!r} or sorted(fragments()):
-    p = resized(fragments()[name], **{sizes!r}) if {bool(sizes)} else parse(fragments()[name])
-    for dtype in ("f32", "bf16") if {bool(sizes)} else ("f32",):
-        for c in compiled(source(retyped(p, dtype)), {target!r}, Path({str(folder)!r})):
-            print(json.dumps([name, dtype, c.kernel, c.registers, c.spilled, c.shared, str(c.assembly)]), flush=True)
+{lines}
+for label, p in found:
+    for c in compiled(source(p), {target!r}, Path({folder!r})):
+        print(json.dumps([label, c.kernel, c.registers, c.spilled, c.shared, str(c.assembly)]), flush=True)
 """
+
+
+def compile_all(folder: Path, target: str, lines: str) -> list[dict[str, Any]]:
+    """In a process of its own, where kernels are not interpreted. ``lines`` define ``found``: labels and fragments."""
+    code = CODE.format(tests=str(Path(__file__).parent), lines=lines, target=target, folder=str(folder))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    keys = ("fragment", "dtype", "kernel", "registers", "spilled", "shared", "assembly")
-    return [dict(zip(keys, json.loads(line), strict=True)) for line in done.stdout.splitlines()]
+    keys = ("fragment", "kernel", "registers", "spilled", "shared", "assembly")
+    made = [dict(zip(keys, json.loads(line), strict=True)) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert made and all(c["shared"] <= SHARED[target] for c in made), made
+    assert all(Path(c["assembly"]).stat().st_size for c in made)
+    return made
+
+
+def norms(names: tuple[str, ...], width: int) -> str:
+    sizes = {"head": width // 4, **SIZES}
+    return f"found = [(f'{{n}} {{d}}', retyped(resized(fragments()[n], **{sizes!r}), d)) for n in {names!r} for d in ('f32', 'bf16')]"
+
+
+TEMPLATES = """from test_triton_templates import attention, product
+found = [(f"{{p.ops[0].target}} {{d}}", p) for d in {dtypes!r} for p in (product(4096, 4096, {n}, d, "gelu"), *attention(1, 32, 4, 2048, 2048, 128, 128, "none", True, d))]"""
+MODEL = """from test_triton_models import ODD, fragments_of
+found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
+
+
+@installed
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
+@pytest.mark.parametrize("target", sorted(SHARED))
+def test_every_kernel_of_a_training_program_compiles(tmp_path: Path, target: str, name: str) -> None:
+    made = compile_all(tmp_path, target, MODEL.format(name=name))
+    assert len({c["fragment"] for c in made}) > 20 and all(c["spilled"] == 0 for c in made)
 
 
 @installed
 @pytest.mark.wide
 @pytest.mark.parametrize("target", sorted(SHARED))
-def test_every_kernel_compiles(tmp_path: Path, target: str) -> None:
-    made = compile_all(tmp_path, target)
-    assert len({c["fragment"] for c in made}) >= 60
-    assert all(c["shared"] <= SHARED[target] for c in made)
-    assert all(Path(c["assembly"]).stat().st_size for c in made)
+def test_templates_of_real_sizes_do_not_spill(tmp_path: Path, target: str) -> None:
+    """bfloat16 on tensor cores; float32 without them, as exact as PyTorch's default."""
+    made = compile_all(tmp_path, target, TEMPLATES.format(dtypes=("bf16", "f32"), n=14336))
+    assert all(c["spilled"] == 0 for c in made), made
+    cores = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}[target]
+    assert all(cores in Path(c["assembly"]).read_text() for c in made if c["fragment"].endswith("bf16") and c["kernel"] != "inner")
 
 
 @installed
+@pytest.mark.wide
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("width", [4096, 8192])
-def test_norms_of_real_sizes_do_not_spill(tmp_path: Path, target: str, width: int) -> None:
-    made = compile_all(tmp_path, target, ["llama_1"], head=width // 4, **SIZES)
-    assert made and all(c["spilled"] == 0 for c in made), made
+def test_standard_fragments_of_real_sizes_do_not_spill(tmp_path: Path, target: str, width: int) -> None:
+    made = compile_all(tmp_path, target, norms(STANDARD, width))
+    assert all(c["spilled"] == 0 for c in made), made
+
+
+@installed
+def test_a_sample_compiles_and_does_not_spill(tmp_path: Path) -> None:
+    made = compile_all(tmp_path, "sm_90", norms(("llama_4",), 8192) + "\nwide = found\n" + TEMPLATES.format(dtypes=("bf16",), n=4096) + "[:2]\nfound = wide + found")
+    assert len(made) >= 6 and all(c["spilled"] == 0 for c in made), made
 
 
 def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_fragments import fragments, random_inputs, reference, resized, retyped
 from triton_worker import Interpreter
 
+from deepseed.codegen import block_sizes as block_sizes_module
 from deepseed.codegen.autotune import tuned
 from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
 from deepseed.codegen.expressions import CodegenError
@@ -294,3 +295,71 @@ def test_names_of_values_are_free(interpreter: Interpreter) -> None:
         return %n output "n"
     """)
     check(interpreter, p, random_inputs(p), F32)
+
+
+@installed
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.sampled_from([1, 2, 5, 37, 300]), columns=st.integers(17, 60), dtype=st.sampled_from(["f32", "f64"]), strided=st.booleans(), seed=st.integers(0, 9),
+    outputs=st.lists(st.sampled_from(["w", "t", "u", "z", "q", "y", "v", "k", "l"]), min_size=1, max_size=4, unique=True),
+)  # fmt: skip
+@example(rows=300, columns=17, dtype="f64", strided=False, seed=0, outputs=["w", "z"])
+def test_sums_over_rows_that_are_too_long_for_a_block(
+    interpreter: Interpreter, rows: int, columns: int, dtype: str, strided: bool, seed: int, outputs: list[str]
+) -> None:
+    """Blocks are made short here, so that short rows are too long: softmax of a row and what is summed, or the most, over rows, along columns, and of all."""
+    p = softmax_and_sums(rows, columns, outputs, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_sizes_module, "LONGEST_ROW", 16)
+        patch.setattr(block_sizes_module, "PROGRAMS", 2)  # of several blocks each
+        for known in (source, launched):
+            known.cache_clear()
+        text = source(p)
+        assert outputs == ["q"] or "for first in range" in text
+        inputs = random_inputs(p, seed, strided)
+        got, traffic = interpreter.run(text, inputs)
+        assert traffic.launches == launches(p) <= 3
+    for known in (source, launched):
+        known.cache_clear()
+    assert all(apart(a, b) <= (F32 if dtype == "f32" else F64) for a, b in zip(got, reference(p, inputs), strict=True)), text
+
+
+def softmax_and_sums(rows: int, columns: int, outputs: list[str], dtype: str) -> Program:
+    whole, row, column = f"{dtype}[{rows}, {columns}]", f"{dtype}[{rows}, 1]", f"{dtype}[{columns}]"
+    return fragment(f"""
+        %i0 : {whole} batch "i0"
+        %i1 : {whole} batch "i1"
+        %m = amax(%i0, dims=[1], keepdim=true) : {row}
+        %a = aten.sub.Tensor(%i0, %m) : {whole}
+        %e = aten.exp(%a) : {whole}
+        %s = sum(%e, dims=[1], keepdim=true) : {row}
+        %y = aten.div.Tensor(%e, %s) : {whole}
+        %z = aten.mul.Tensor(%y, %i1) : {whole}
+        %w = sum(%z, dims=[0], keepdim=false) : {column}
+        %q = sum(%i0, dims=[0], keepdim=false) : {column}
+        %l = aten.log(%s) : {row}
+        %t = sum(%l, dims=[0, 1], keepdim=false) : {dtype}[]
+        %u = sum(%z, dims=[0, 1], keepdim=false) : {dtype}[]
+        %v = amax(%z, dims=[0], keepdim=true) : {dtype}[1, {columns}]
+        %k = aten.sub.Tensor(%z, %v) : {whole}
+        """ + "\n".join(f'return %{o} output "{o}"' for o in outputs))
+
+
+@installed
+def test_the_statistics_of_a_long_row_are_read_in_one_pass(interpreter: Interpreter) -> None:
+    """Maximum and sum of a row together; what is not finite is what two passes make it."""
+    columns = LONGEST_ROW + 5
+    p = fragment(f"""
+        %i0 : f32[4, {columns}] batch "i0"
+        %m = amax(%i0, dims=[1], keepdim=true) : f32[4, 1]
+        %a = aten.sub.Tensor(%i0, %m) : f32[4, {columns}]
+        %e = aten.exp(%a) : f32[4, {columns}]
+        %s = sum(%e, dims=[1], keepdim=true) : f32[4, 1]
+        return %s output "s"
+        return %m output "m"
+    """)
+    x = torch.randn(4, columns) * 9
+    x[1, 7:], x[2], x[3, 11], x[3, 9] = float("-inf"), float("-inf"), float("inf"), float("-inf")
+    got, traffic = interpreter.run(source(p), [x])
+    assert traffic.read == {0: x.nbytes} and traffic.launches == 1
+    assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, [x]), strict=True))

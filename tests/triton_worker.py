@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """Bytes by tensor number (outputs and temporaries together as -1); ``again``: bytes that one program reads a second time."""
+    """Bytes by tensor number, and of what the launches made themselves as -1; ``once``: of each launch every address once, ``again``: bytes that one program
+    reads a second time."""
 
     read: dict[int, int] = field(default_factory=dict)
+    once: dict[int, int] = field(default_factory=dict)
     written: int = 0
     again: int = 0
     launches: int = 0
@@ -64,16 +65,30 @@ def main() -> None:
     reads: list[tuple[Any, Any]] = []  # addresses and bytes of each, of this program
     state: dict[str, Any] = {"traffic": Traffic(), "ranges": []}
 
+    touched: list[tuple[Any, int]] = []  # of this launch
+
+    def launched() -> None:
+        """What the launch before read of each tensor, every address once."""
+        for size in {size for _, size in touched}:
+            addresses = np.unique(np.concatenate([a for a, each in touched if each == size]))
+            rest = len(addresses)
+            for n, (first, end) in enumerate(state["ranges"]):
+                inside = int(((addresses >= first) & (addresses < end)).sum())
+                state["traffic"].once[n] = state["traffic"].once.get(n, 0) + inside * size
+                rest -= inside
+            state["traffic"].once[-1] = state["traffic"].once.get(-1, 0) + rest * size
+        touched.clear()
+
     def account() -> None:
-        seen: Counter[int] = Counter()
         for addresses, size in reads:
             for n, (first, end) in enumerate(state["ranges"]):
                 inside = int(((addresses >= first) & (addresses < end)).sum())
                 if inside:
                     state["traffic"].read[n] = state["traffic"].read.get(n, 0) + inside * size
-            for address in np.unique(addresses).tolist():
-                seen[address] += 1
-                state["traffic"].again += size * (seen[address] > 1)
+            touched.append((np.unique(addresses), size))
+        for size in {size for _, size in reads}:
+            each = [np.unique(a) for a, its in reads if its == size]
+            state["traffic"].again += size * (sum(map(len, each)) - len(np.unique(np.concatenate(each))))
         reads.clear()
 
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
@@ -87,7 +102,9 @@ def main() -> None:
 
     def counted_grid(self: Any, x: int, y: int, z: int) -> None:
         account()
-        state["traffic"].launches += (x, y, z) == (0, 0, 0)
+        if (x, y, z) == (0, 0, 0):
+            launched()
+            state["traffic"].launches += 1
         grid(self, x, y, z)
 
     builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx = counted_load, counted_store, counted_grid
@@ -114,9 +131,11 @@ def main() -> None:
                 with torch.no_grad():
                     result = loaded[source].launch(*inputs)
                 account()
+                launched()
                 pickle.dump((True, (result, state["traffic"])), out)
             except Exception:
                 reads.clear()
+                touched.clear()
                 pickle.dump((False, traceback.format_exc()), out)
             out.flush()
 

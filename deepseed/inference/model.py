@@ -45,7 +45,7 @@ def loaded(
         module = _shape_of_folder(path, kind) if later or trained else _from_folder(path, kind, gguf)
         files = path if later and trained is None else None
         if tokenizer is None:
-            tokenizer = _tokenizer(path, gguf)
+            tokenizer = tokenizer_of(path, gguf)
     if trained is not None and not split:
         module, trained = _with_values(module, trained), None
     if getattr(module, "config", None) is None:
@@ -142,7 +142,7 @@ def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
     return shape
 
 
-def _tokenizer(path: Path, gguf: str = "") -> Any:
+def tokenizer_of(path: Path, gguf: str = "") -> Any:
     """None where the folder has none."""
     if not gguf and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None

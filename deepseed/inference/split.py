@@ -43,6 +43,7 @@ from deepseed.runtime.executable import Executable as Source
 from deepseed.runtime.executable import cache_dir
 
 T = TypeVar("T")
+BEAT = "beat"  # in the place of a step: there is none, wait on
 TRIED = (11, 7)  # tokens and wanted rows of the capture that is looked through for numbers
 FIRST = 503  # of the primes that stand for them
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
@@ -149,7 +150,12 @@ class SplitExecutable:
 
     def follow(self) -> None:
         while text := self._step.host.decide(str):
-            self._run(Plain.parse(text))
+            if text != BEAT:
+                self._run(Plain.parse(text))
+
+    def beat(self) -> None:
+        if self._real:
+            self._step.host.decide(lambda: BEAT)
 
     def release(self) -> None:
         if self._real:

@@ -1,0 +1,275 @@
+"""Attention as Triton kernels: the softmax of a row of scores is made while keys are read, so that no score is written to memory.
+
+    sdpa:           attend    programs have queries of one head, and go through the keys
+    sdpa_backward:  inner     the sum over features of out * gradient, of each query
+                    for_keys  programs have keys of one head of k and v, and go through all queries of the heads that share it: dk, dv
+                    for_queries  programs have queries, and go through the keys: dq
+
+Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit. What the ops mean: deepseed/ops/attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from deepseed.codegen.block_sizes import Blocks, attention_sizes
+from deepseed.codegen.expressions import DTYPES, CodegenError, listed
+from deepseed.codegen.triton_ops import LIBRARY, TYPES, computed
+from deepseed.codegen.triton_writer import POINTERS, Launch
+from deepseed.ir.program import FLOATS, ITEMSIZE, Op, Program, Ref
+from deepseed.ir.text import format_program
+
+ATTENTION = ("sdpa", "sdpa_backward")
+
+
+def of(fragment: Program) -> Op | None:
+    """The op, where a fragment is attention."""
+    found = [op for op in fragment.ops if op.target in ATTENTION]
+    if found and len(fragment.ops) > 1:
+        raise CodegenError(f"%{found[0].name} = {found[0].target} among {len(fragment.ops)} ops: attention has a kernel of its own\n  fix: leave it out of the group, the python back end runs it")
+    return found[0] if found else None
+
+
+def written(fragment: Program, chosen: Mapping[str, Blocks]) -> tuple[str, tuple[Launch, ...]]:
+    """The file, and what it launches."""
+    op = of(fragment)
+    assert op is not None
+    return _Attention(fragment, op, chosen).file()
+
+
+@dataclass
+class _Attention:
+    p: Program
+    op: Op
+    chosen: Mapping[str, Blocks]
+
+    def __post_init__(self) -> None:
+        args = list(self.op.args)
+        back = self.op.target == "sdpa_backward"
+        if len(args) == (6 if back else 3):
+            args.insert(4 if back else 3, None)
+        names = ("g", "q", "k", "v", "mask", "out", "lse") if back else ("q", "k", "v", "mask")
+        self.names = {name: a.name for name, a in zip(names, args, strict=True) if isinstance(a, Ref)}
+        self.type = {name: self.p.types[value] for name, value in self.names.items()}
+        q, k, v = (self.type[n] for n in "qkv")
+        self.b, self.h, self.s, self.d = q.shape
+        self.t, self.e, self.group = k.shape[2], v.shape[3], self.h // k.shape[1]
+        self.dtype, self.wide = q.dtype, computed(q.dtype)
+        if self.dtype not in FLOATS or {k.dtype, v.dtype} != {self.dtype} or max(self.d, self.e) > 256 or 0 in (*q.shape, *k.shape, *v.shape):
+            raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, nothing empty\n  fix: leave it out of the group, the python back end runs it")
+
+    @cached_property
+    def scale(self) -> str:
+        value = self.op.kw("scale")
+        assert isinstance(value, int | float)
+        return repr(float(value))
+
+    @property
+    def causal(self) -> bool:
+        return bool(self.op.kw("causal", False))
+
+    def file(self) -> tuple[str, tuple[Launch, ...]]:
+        self.kernels: list[str] = []
+        self.signatures: list[str] = []
+        self.calls: list[str] = []
+        self.launched: list[Launch] = []
+        if self.op.target == "sdpa":
+            self._forward()
+        else:
+            self._backward()
+        lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton_attention.py.", "", *format_program(self.p).splitlines()]) + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
+        lines += ["", "", LIBRARY["product"], *(f"\n\n{k}" for k in self.kernels)]
+        lines += ["", "", "KERNELS = {  # types of the parameters, block sizes, warps", *(f"    {line}" for line in self.signatures), "}"]
+        lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self._named() + self.calls)]
+        results = ("o_out", "o_lse") if self.op.target == "sdpa" else ("o_dq", "o_dk", "o_dv")
+        place = dict(zip(self.op.results, results, strict=True))
+        return "\n".join([*lines, f"    return {listed([place[o.ref.name] for o in self.p.outputs])}"]) + "\n", tuple(self.launched)
+
+    def _named(self) -> list[str]:
+        lines = [f"{name} = {value}" for name, value in self.names.items() if name != "mask" and name != value]
+        return lines + ([f"mask = {self.names['mask']}.expand({self.b}, {self.h}, {self.s}, {self.t})"] if "mask" in self.names else [])
+
+    # kernels ----------------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> None:
+        made = {"o_out": (self.b, self.h, self.s, self.e)}
+        self._allocate(made, self.dtype)
+        self.calls.append(f"o_lse = torch.empty({listed((self.b, self.h, self.s))}, dtype={DTYPES[self.wide]}, device=q.device)")
+        body = [
+            *self._program("s", "SB", self.h), *self._axis("d", self.d), *self._axis("e", self.e),
+            *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")),
+            f'most = tl.full([SB], float("-inf"), {TYPES[self.wide]})', f"total = tl.zeros([SB], {TYPES[self.wide]})", f"acc = tl.zeros([SB, EB], {TYPES[self.wide]})",
+            f"for first in range(0, {self._keys_seen()}, TB):",
+            *self._nested([
+                "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
+                *self._load("k", "t[None, :]", "d[:, None]", self._inside("d", "t"), f"// {self.group}"),
+                *self._scores("q_, k_"),
+                "more = tl.maximum(most, tl.max(score, 1))", 'shift = tl.where(more == float("-inf"), 0.0, more)', "p = tl.exp(score - shift[:, None])",
+                "less = tl.exp(most - shift)", "total = total * less + tl.sum(p, 1)", "acc = acc * less[:, None]",
+                *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
+                "acc = product(p.to(v_.dtype), v_, acc)", "most = more",
+            ]),
+            "some = total != 0", *self._store("out", "s[:, None]", "e[None, :]", "acc / tl.where(some, total, 1.0)[:, None]", self._inside("s", "e")),
+            f"tl.store(o_lse + (batch * {self.h} + head) * {self.s} + s, tl.where(some, most + tl.log(tl.where(some, total, 1.0)), 0.0), mask=s_in)",
+        ]  # fmt: skip
+        rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
+        self._kernel("attend", ("q", "k", "v", *self._mask()), (*made, "o_lse"), body, "SB", self.s, self.h, self._bytes("q", "k", "v", "mask"), self._bytes_of(made, self.dtype) + rows)
+
+    def _backward(self) -> None:
+        rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
+        self.calls += ["lse = lse.contiguous()", f"inner_ = torch.empty({listed((self.b, self.h, self.s))}, dtype={DTYPES[self.wide]}, device=q.device)"]
+        wide = f".to({TYPES[self.wide]})"
+        body = [
+            *self._program("s", "SB", self.h), *self._axis("e", self.e), *self._load("out", "s[:, None]", "e[None, :]", self._inside("s", "e")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
+            f"tl.store(inner_ + (batch * {self.h} + head) * {self.s} + s, tl.sum(out_{wide} * g_{wide}, 1), mask=s_in)",
+        ]  # fmt: skip
+        self._kernel("inner", ("out", "g"), ("inner_",), body, "SB", self.s, self.h, self._bytes("out", "g"), rows)
+
+        dk, dv = {"o_dk": (self.b, self.h // self.group, self.t, self.d)}, {"o_dv": (self.b, self.h // self.group, self.t, self.e)}
+        self._allocate({**dk, **dv}, self.dtype)
+        loop = [
+            "s = first + tl.arange(0, SB)", f"s_in = s < {self.s}", *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
+            *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"),
+            "dv = product(tl.trans(p).to(g_.dtype), g_, dv)", "dk = product(tl.trans(ds).to(q_.dtype), q_, dk)",
+        ]  # fmt: skip
+        body = [
+            *self._program("t", "TB", self.h // self.group, "head_k"), *self._axis("d", self.d), *self._axis("e", self.e),
+            *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), head="head_k"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), head="head_k"),
+            f"dk = tl.zeros([TB, DB], {TYPES[self.wide]})", f"dv = tl.zeros([TB, EB], {TYPES[self.wide]})",
+            f"for head in range(head_k * {self.group}, head_k * {self.group} + {self.group}):",
+            *self._nested([f"for first in range({'tl.program_id(0) * TB // SB * SB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
+            *self._store("dk", "t[:, None]", "d[None, :]", "dk", self._inside("t", "d"), head="head_k"), *self._store("dv", "t[:, None]", "e[None, :]", "dv", self._inside("t", "e"), head="head_k"),
+        ]  # fmt: skip
+        read = ("q", "k", "v", *self._mask(), "g")
+        self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._bytes(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
+
+        dq = {"o_dq": (self.b, self.h, self.s, self.d)}
+        self._allocate(dq, self.dtype)
+        loop = [
+            "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
+            *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), f"// {self.group}"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
+            *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"), "dq = product(ds.to(k_.dtype), k_, dq)",
+        ]  # fmt: skip
+        body = [
+            *self._program("s", "SB", self.h), *self._axis("d", self.d), *self._axis("e", self.e), *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")),
+            *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")), f"dq = tl.zeros([SB, DB], {TYPES[self.wide]})", f"for first in range(0, {self._keys_seen()}, TB):", *self._nested(loop),
+            *self._store("dq", "s[:, None]", "d[None, :]", "dq", self._inside("s", "d")),
+        ]  # fmt: skip
+        self._kernel("for_queries", (*read, "lse", "inner_"), tuple(dq), body, "SB", self.s, self.h, self._bytes(*read) + 2 * rows, self._bytes_of(dq, self.dtype))
+
+    def _kernel(self, name: str, read: tuple[str, ...], made: tuple[str, ...], body: list[str], block: str, length: int, heads: int, bytes_read: int, bytes_written: int) -> None:
+        blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], self.op.target != "sdpa")
+        sizes = {k: n for k, n in {"SB": blocks.x, "TB": blocks.r, "DB": _block(self.d), "EB": _block(self.e)}.items() if any(k in line for line in body)}
+        types, arguments = dict[str, object](), []
+        for value in (*read, *made):
+            word = value.removeprefix("o_")
+            dtype = self.type[value].dtype if value in self.type else self.wide if value in ("inner_", "o_lse") else self.dtype
+            types[value] = f"*{POINTERS[dtype]}"
+            arguments.append(value)
+            strides = self._strides(value)
+            for n, stride in enumerate(strides):
+                types[f"{word}_s{n}"] = stride
+                arguments.append(f"{value}.stride({n})")
+        parameters = [*types, *(f"{k}: tl.constexpr" for k in sizes)]
+        self.kernels.append("\n".join(["@triton.jit", f"def {name}({', '.join(parameters)}):", *(f"    {line}" for line in body)]))
+        self.signatures.append(f'"{name}": ({types | sizes!r}, {blocks.warps}),'.replace("'", '"'))
+        given = [*arguments, *(f"{k}={n}" for k, n in sizes.items()), f"num_warps={blocks.warps}"]
+        self.calls.append(f"{name}[{listed((-(-length // sizes[block]), self.b * heads))}]({', '.join(given)})")
+        self.launched.append(Launch(name, blocks, True, bytes_read, bytes_written))
+
+    def _strides(self, value: str) -> tuple[int, ...]:
+        """What a compiler may take the strides to be: rows in order, heads inside rows; ``lse`` lies in order for certain."""
+        word = value.removeprefix("o_")
+        if word in ("lse", "inner_"):
+            return ()
+        if word == "mask":
+            full = (self.b, self.h, self.s, self.t)
+            shape = (1,) * (4 - len(self.type["mask"].shape)) + self.type["mask"].shape
+            steps = [0 if n == 1 and m > 1 else 1 for n, m in zip(shape, full, strict=True)]
+            return tuple(keep * _contiguous(shape)[n] for n, keep in enumerate(steps))
+        heads = self.h // self.group if word in ("k", "v", "dk", "dv") else self.h
+        length, features = self.t if word in ("k", "v", "dk", "dv") else self.s, self.d if word in ("q", "k", "dq", "dk") else self.e
+        return (length * heads * features, features, heads * features, 1)
+
+    # lines ------------------------------------------------------------------------------------------------------------
+
+    def _program(self, axis: str, block: str, heads: int, head: str = "head") -> list[str]:
+        length = {"s": self.s, "t": self.t}[axis]
+        return [f"{axis} = tl.program_id(0) * {block} + tl.arange(0, {block})", f"{axis}_in = {axis} < {length}", f"batch = (tl.program_id(1) // {heads}).to(tl.int64)", f"{head} = tl.program_id(1) % {heads}"]
+
+    @staticmethod
+    def _axis(name: str, size: int) -> list[str]:
+        block = f"{name.upper()}B"
+        return [f"{name} = tl.arange(0, {block})"] + ([f"{name}_in = {name} < {size}"] if _block(size) != size else [])
+
+    def _inside(self, first: str, second: str) -> str:
+        """The mask of a block of two axes."""
+        whole = {"d": _block(self.d) == self.d, "e": _block(self.e) == self.e}
+        words = [f"{axis}_in{at}" for axis, at in ((first, "[:, None]"), (second, "[None, :]")) if not whole.get(axis, False)]
+        return " & ".join(words)
+
+    def _load(self, value: str, rows: str, features: str, mask: str, group: str = "", head: str = "head") -> list[str]:
+        group = "" if group == "// 1" else f" {group}" if group else ""
+        place = f"{value} + batch * {value}_s0 + ({head}{group}) * {value}_s1" if group else f"{value} + batch * {value}_s0 + {head} * {value}_s1"
+        return [f"{value}_ = tl.load({place} + {rows} * {value}_s2 + {features} * {value}_s3" + (f", mask={mask}, other=0)" if mask else ")")]
+
+    @staticmethod
+    def _store(value: str, rows: str, features: str, text: str, mask: str, head: str = "head") -> list[str]:
+        return [f"tl.store(o_{value} + batch * {value}_s0 + {head} * {value}_s1 + {rows} * {value}_s2 + {features} * {value}_s3, {text}" + (f", mask={mask})" if mask else ")")]
+
+    def _scores(self, operands: str) -> list[str]:
+        """Scaled, with the mask; what a query does not see is minus infinity."""
+        lines = [f"score = product({operands}, tl.zeros([SB, TB], {TYPES[self.wide]})) * {self.scale}", "seen = s_in[:, None] & t_in[None, :]"]
+        if self.causal:
+            lines.append("seen = seen & (s[:, None] >= t[None, :])")
+        if "mask" in self.names:
+            lines.append("mask_ = tl.load(mask + batch * mask_s0 + head * mask_s1 + s[:, None] * mask_s2 + t[None, :] * mask_s3, mask=seen, other=0)")
+            lines.append("seen = seen & mask_.to(tl.int1)" if self.type["mask"].dtype == "bool" else "score = score + mask_")
+        return [*lines, 'score = tl.where(seen, score, float("-inf"))']
+
+    def _again(self, keys: str, values: str) -> list[str]:
+        """The probabilities of the forward pass, and the gradient of the scores."""
+        rows = f"(batch * {self.h} + head) * {self.s} + s"
+        return [
+            *self._scores(keys), f"lse_ = tl.load(lse + {rows}, mask=s_in, other=0)", f"sum_ = tl.load(inner_ + {rows}, mask=s_in, other=0)",
+            "p = tl.exp(score - lse_[:, None])", f"dp = product({values}, tl.zeros([SB, TB], {TYPES[self.wide]}))", f"ds = p * (dp - sum_[:, None]) * {self.scale}",
+        ]  # fmt: skip
+
+    def _keys_seen(self) -> str:
+        return f"min({self.t}, tl.program_id(0) * SB + SB)" if self.causal else str(self.t)
+
+    def _mask(self) -> tuple[str, ...]:
+        return ("mask",) if "mask" in self.names else ()
+
+    @staticmethod
+    def _nested(lines: list[str]) -> list[str]:
+        return [f"    {line}" for line in lines]
+
+    def _allocate(self, made: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+        """Heads inside rows, as the program says (deepseed.rules.strides)."""
+        for name, (b, h, s, d) in made.items():
+            self.calls.append(f"{name} = torch.empty({listed((b, s, h, d))}, dtype={DTYPES[dtype]}, device=q.device).transpose(1, 2)")
+
+    def _bytes(self, *values: str) -> int:
+        return sum(self.type[v].nbytes for v in values if v in self.type)
+
+    @staticmethod
+    def _bytes_of(made: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+        total = 0
+        for b, h, s, d in made.values():
+            total += b * h * s * d * ITEMSIZE[dtype]
+        return total
+
+
+def _block(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    out, n = [], 1
+    for size in reversed(shape):
+        out.append(n)
+        n *= size
+    return tuple(reversed(out))

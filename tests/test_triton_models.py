@@ -1,0 +1,156 @@
+"""Every kernel of the training programs of five architectures: its numbers in the interpreter are the reference's, and it moves what ``explain`` says."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_triton import apart, ulps
+from torch import nn
+from triton_fragments import random_inputs, reference, retyped
+from triton_worker import Interpreter
+
+from deepseed.asked import passed
+from deepseed.capture import capture
+from deepseed.codegen.triton import can_emit, launched, launches, source
+from deepseed.ir.fragment import fragment, groups
+from deepseed.ir.program import Program
+from deepseed.pipeline import EACH_RANK, SHARED, run
+from deepseed.plan import parse_plan
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+MODELS = ("llama", "gpt2", "bert", "t5", "vit")
+SUMS = ("aten.mm", "sdpa", "sdpa_backward")  # many numbers make one: errors are of the largest
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+def model(name: str, heads: int, head: int, inner: int, words: int) -> nn.Module:
+    import transformers as hf
+
+    width = heads * head
+    common = {"vocab_size": words, "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 2, "intermediate_size": inner}
+    with torch.device("meta"):
+        match name:
+            case "llama":
+                return hf.LlamaForCausalLM(hf.LlamaConfig(**common, num_key_value_heads=1))
+            case "gpt2":
+                return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=words, n_positions=64, n_embd=width, n_layer=2, n_head=heads, n_inner=inner))
+            case "bert":
+                return hf.BertForMaskedLM(hf.BertConfig(**common, max_position_embeddings=64))
+            case "t5":
+                return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=words, d_model=width, d_kv=head, d_ff=inner, num_layers=1, num_heads=heads, decoder_start_token_id=0))
+        sizes = {k: v for k, v in common.items() if k != "vocab_size"}
+        return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=12, patch_size=4, num_labels=7))
+
+
+def batch(name: str, rows: int, tokens: int) -> dict[str, Any]:
+    if name == "vit":
+        return {"pixel_values": torch.empty(rows, 3, 12, 12, device="meta"), "labels": torch.empty(rows, dtype=torch.int64, device="meta")}
+    ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+@cache
+def fragments_of(name: str, rows: int, tokens: int, heads: int, head: int, inner: int, words: int) -> tuple[Program, ...]:
+    """Each once, of the step with clipping and AdamW."""
+    m = model(name, heads, head, inner, words)
+    m.train()
+    got = capture(m, batch(name, rows, tokens), optimizer=torch.optim.AdamW(m.parameters(), lr=1e-3), clip_grad_norm=1.0)
+    plan = parse_plan("zero0")
+    p = passed(got.program, plan, plan.mesh(1), 0.0, list(SHARED), check=False, kernels=True, products=True)[-1].program
+    p = run(p, {"localize": {"coordinate": {}}}, EACH_RANK, check=False)[-1].program
+    return tuple(dict.fromkeys(fragment(p, g) for g in groups(p)))
+
+
+ODD = (2, 7, 3, 10, 44, 52)
+SIZES = [pytest.param(name, ODD, marks=() if name in ("llama", "gpt2") else pytest.mark.wide) for name in MODELS]
+
+
+def error(p: Program, got: torch.Tensor, want: torch.Tensor) -> float:
+    if any(op.target in SUMS for op in p.ops):
+        return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1.0))
+    return apart(got, want)
+
+
+def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
+    """float32 against the python back end, to 1e-5."""
+    inputs = random_inputs(p, seed, strided)
+    got, _ = interpreter.run(source(p), inputs)
+    for o, a, b in zip(p.outputs, got, reference(p, inputs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (found := error(p, a, b)) <= 1e-5, f"%{o.ref.name}: {found:.1e}\n{p}\n{source(p)}"
+
+
+def check_narrow(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
+    """bfloat16 within 2 units of the last place of what float32 makes of the same numbers; where numbers cancel, or a later kernel reads an output, units of the largest."""
+    short = retyped(p, "bf16")
+    inputs = random_inputs(short, seed, strided)
+    got, _ = interpreter.run(source(short), inputs)
+    want = reference(p, [x.float() if x.dtype == torch.bfloat16 else x for x in inputs])
+    least = 2.0**-10 if launches(short) == 1 and not any(op.target in SUMS for op in p.ops) else 1.0
+    for o, a, b in zip(short.outputs, got, want, strict=True):
+        if a.dtype == torch.bfloat16 and a.numel():
+            assert (found := ulps(a.float(), b.float(), least)) <= 2, f"%{o.ref.name}: {found}\n{short}\n{source(short)}"
+
+
+@pytest.mark.parametrize(("name", "sizes"), SIZES)
+def test_every_kernel_of_a_training_program(interpreter: Interpreter, name: str, sizes: tuple[int, ...]) -> None:
+    found = fragments_of(name, *sizes)
+    assert len(found) > 20 and {op.target for p in found for op in p.ops} >= {"aten.mm"}
+    for p in found:
+        assert can_emit(p), p
+        check(interpreter, p)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 3), tokens=st.integers(1, 9), heads=st.integers(1, 3), head=st.sampled_from([2, 6, 10]), inner=st.integers(1, 50), words=st.integers(2, 60),
+    strided=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_every_kernel_at_drawn_sizes(
+    interpreter: Interpreter, name: str, rows: int, tokens: int, heads: int, head: int, inner: int, words: int, strided: bool, seed: int
+) -> None:
+    for p in fragments_of(name, rows, tokens, heads, head, inner, words):
+        check(interpreter, p, seed, strided)
+        check_narrow(interpreter, p, seed, strided)
+
+
+ABOVE = {  # groups that read or write more than inputs and outputs once, by the ops at their end
+    ("sdpa_backward",): "q, k, v and the gradient for dk and dv, and again for dq; the sums of each row",
+    ("aten.clamp", *["aten.mul.Tensor"] * 5): "numbers of many tensors: their addresses",
+}
+AGAIN = {  # groups in which a program reads an element for two of its points
+    ("slice", "slice", "aten.sub.Tensor", "aten.ne.Scalar"): "each element beside the one before it",
+    ("aten.eq.Tensor", "aten.bitwise_and.Tensor", "full", "full", "aten.where.self"): "a row's number against a column's",
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), SIZES)
+def test_a_group_moves_what_is_said(interpreter: Interpreter, name: str, sizes: tuple[int, ...]) -> None:
+    """Loads and stores that the interpreter runs, each address of a launch once: as explain says, and inputs and outputs once but for the parts of sums and what ABOVE names."""
+    for p in fragments_of(name, *sizes):
+        inputs = random_inputs(p)
+        _, traffic = interpreter.run(source(p), inputs)
+        read, written = sum(each.bytes_read for each in launched(p)), sum(each.bytes_written for each in launched(p))
+        assert (sum(traffic.once.values()), traffic.written) == (read, written), f"{traffic}\n{p}\n{source(p)}"
+        least = sum(p.types[v].nbytes for v in {i.name for i in p.inputs}), sum(p.types[v].nbytes for v in {o.ref.name for o in p.outputs})
+        parts = traffic.once.get(-1, 0) if launches(p) > 1 else 0  # what the first kernel leaves for the next
+        targets = tuple(op.target for op in p.ops)
+        if not any(op.target in SUMS for op in p.ops):
+            assert traffic.again == 0 or any(targets[-len(end) :] == end for end in AGAIN), f"a program reads {traffic.again} bytes twice\n{p}\n{source(p)}"
+        more = read > least[0] + parts or written > least[1] + parts
+        assert not more or any(targets[-len(end) :] == end for end in ABOVE), f"read {read}, least {least[0]}; written {written}, least {least[1]}\n{p}"
