@@ -85,7 +85,8 @@ return %v4 output "v4"
 %v1 = slice(%x, dim=1, start=1, step=2) : f32[1006, 5]
 %v2 = aten.clamp(%v0, none, 0.5) : f32[1006, 5]
 %v3 = aten.gt.Scalar(%v1, 0) : bool[1006, 5]
-%v4 = aten.where.self(%v3, %v2, %v1) : f32[1006, 5]
+%v6 = aten.clamp(%v1, -0.25, none) : f32[1006, 5]
+%v4 = aten.where.self(%v3, %v2, %v6) : f32[1006, 5]
 %v5 = aten.mul.Tensor(%v4, %w) : f32[1006, 5]
 return %v5 output "v5"
 ''',
