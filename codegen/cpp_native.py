@@ -1,6 +1,7 @@
 """C++ for a packed step on a CPU: products of few rows, cache writes, attention of few new tokens; with the vectors that the compiler's target has. Stands behind LIBRARY.
 
-``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16; 16 bits are computed in float. deepseed.inference.native calls them.
+``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16;
+16 bits are computed in float. deepseed.inference.native calls them.
 """
 
 TEMPLATES = r"""

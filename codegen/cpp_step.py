@@ -21,7 +21,10 @@ from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 
 ALIGNED = 64  # bytes
-HEAD = 'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {'
+HEAD = (
+    'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
+    "const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {"
+)
 
 
 @dataclass(frozen=True)
