@@ -1,10 +1,13 @@
 """C++ for a packed step on a CPU: products of few rows, cache writes, attention of few new tokens; with the vectors that the compiler's target has. Stands behind LIBRARY.
 
-``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16; 16 bits are computed in float. deepseed.inference.native calls them.
+``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16;
+16 bits are computed in float. deepseed.inference.native calls them.
 """
 
 TEMPLATES = r"""
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -104,16 +107,28 @@ static void product_of(const S *x, const S *w, S *y, int64_t rows, int64_t width
     for (; o < end; ++o) rows_of<C, S, R, 1>(x, w + o * width, y + o, rows, width, outputs);
 }
 
+// Several products of the same rows; a thread has a part of all outputs together
+template <class C, class S>
+static void products(const S *x, int count, const S *const *w, S *const *y, const int64_t *outputs, int64_t rows, int64_t width, int threads) {
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) all += outputs[i];
+    #pragma omp parallel for num_threads(threads) if (threads > 1 && all * width > (1 << 15))
+    for (int t = 0; t < threads; ++t) {
+        int64_t begin = all * t / threads, end = all * (t + 1) / threads, first = 0;
+        for (int i = 0; i < count; first += outputs[i++]) {
+            int64_t a = std::max<int64_t>(0, begin - first), b = std::min(outputs[i], end - first);
+            if (a >= b) continue;
+            if (ROWS == 8 && rows >= 5) product_of<C, S, ROWS>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows >= 3) product_of<C, S, 4>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows == 2) product_of<C, S, 2>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            else product_of<C, S, 1>(x, w[i], y[i], rows, width, outputs[i], a, b);
+        }
+    }
+}
+
 template <class C, class S>
 static void product(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
-    #pragma omp parallel for num_threads(threads) if (threads > 1 && outputs * width > (1 << 15))
-    for (int t = 0; t < threads; ++t) {
-        int64_t begin = outputs * t / threads, end = outputs * (t + 1) / threads;
-        if (ROWS == 8 && rows >= 5) product_of<C, S, ROWS>(x, w, y, rows, width, outputs, begin, end);
-        else if (rows >= 3) product_of<C, S, 4>(x, w, y, rows, width, outputs, begin, end);
-        else if (rows == 2) product_of<C, S, 2>(x, w, y, rows, width, outputs, begin, end);
-        else product_of<C, S, 1>(x, w, y, rows, width, outputs, begin, end);
-    }
+    products<C, S>(x, 1, &w, &y, &outputs, rows, width, threads);
 }
 
 // The same with w[width, N] as it lies; N outputs are `V` vectors
@@ -179,53 +194,105 @@ static void gather(const S *table, const int64_t *ids, S *y, int64_t rows, int64
     for (int64_t r = 0; r < rows; ++r) std::copy_n(table + ids[r] * width, width, y + r * width);
 }
 
-// Sequences of few new tokens, each by itself. `rows`: where its tokens begin; `table`: its pages, `longest` of each sequence.
+// Of LANES vectors their sums, in order: each stage folds blocks of two vectors into one
+template <class C, int B, int... L>
+static inline V<C> folded(V<C> a, V<C> b, std::integer_sequence<int, L...>) {
+    constexpr int H = B / 2;
+    return __builtin_shufflevector(a, b, (L / B * B + L % H + (L / H % 2) * LANES<C>)...) + __builtin_shufflevector(a, b, (L / B * B + L % H + (L / H % 2) * LANES<C> + H)...);
+}
+template <class C, int B = LANES<C>>
+static inline V<C> sums_of(V<C> *parts) {
+    if constexpr (B == 1) {
+        return parts[0];
+    } else {
+        for (int i = 0; i < B / 2; ++i) parts[i] = folded<C, B>(parts[i], parts[i + B / 2], std::make_integer_sequence<int, LANES<C>>());
+        return sums_of<C, B / 2>(parts);
+    }
+}
+
+// made[width] += sum of weights[j] * values[place[j]], in registers where N vectors are all of it
+template <class C, class S, int N>
+static inline void gathered(const C *weights, const S *values, const int64_t *place, int64_t count, int64_t width, C *__restrict made) {
+    if constexpr (N > 0) {
+        V<C> sums[N];
+        for (int n = 0; n < N; ++n) sums[n] = load<C>(made + n * LANES<C>);
+        for (int64_t j = 0; j < count; ++j) {
+            const S *value = values + place[j] * width;
+            for (int n = 0; n < N; ++n) sums[n] += load<C>(value + n * LANES<C>) * (weights[j] - V<C>{});
+        }
+        for (int n = 0; n < N; ++n) __builtin_memcpy(made + n * LANES<C>, &sums[n], BYTES);
+    } else {
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t d = 0; d < width; ++d) made[d] += weights[j] * up(values[place[j] * width + d]);
+    }
+}
+
+// Sequences of few new tokens, each by itself: `rows`: where its tokens begin; `table`: its pages, `longest` of each sequence. Keys are taken in blocks that stay near while
+// all new tokens and query heads of their kv head meet them.
 template <class C, class S>
 static void attend(const S *q, const S *keys, const S *values, S *out, const S *sinks, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows,
                    int64_t sequences, int64_t longest, int64_t held, int64_t shares, int64_t pages, int64_t size, int64_t width, int64_t value_width,
                    double scale, int64_t window, double softcap, int threads) {
+    constexpr int64_t BLOCK = 64;
     #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < sequences; ++s)
         for (int64_t h = 0; h < held; ++h) {
-            const int64_t *own = table + s * longest;
             const S *heads = keys + h * pages * size * width, *worths = values + h * pages * size * value_width;
-            std::vector<C> weights(lengths[s]), sums(value_width), query(width);
-            for (int64_t t = 0; t < news[s]; ++t)
-                for (int64_t g = 0; g < shares; ++g) {
-                    int64_t row = (rows[s] + t) * held * shares + h * shares + g, position = lengths[s] - news[s] + t;
-                    int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0, count = position + 1 - first;
-                    for (int64_t d = 0; d < width; ++d) query[d] = up(q[row * width + d]);
-                    C highest = -std::numeric_limits<C>::infinity(), sink = sinks ? up(sinks[h * shares + g]) : highest;
-                    for (int64_t j = 0; j < count; ++j) {
-                        int64_t at = first + j;
-                        const S *key = heads + (own[at / size] * size + at % size) * width;
-                        V<C> parts = V<C>{};
-                        int64_t d = 0;
-                        for (; d + LANES<C> <= width; d += LANES<C>) parts += load<C>(key + d) * load<C>(query.data() + d);
-                        C logit = sum<C>(parts);
-                        for (; d < width; ++d) logit += up(key[d]) * query[d];
-                        logit = logit * C(scale);
-                        if (softcap) logit = std::tanh(logit / C(softcap)) * C(softcap);
-                        weights[j] = logit;
-                        highest = std::max(highest, logit);
+            int64_t length = lengths[s], queries = news[s] * shares;
+            std::vector<int64_t> place(length);
+            for (int64_t at = 0; at < length; at += size)
+                for (int64_t i = 0; i < std::min(size, length - at); ++i) place[at + i] = table[s * longest + at / size] * size + i;
+            std::vector<C> weights(queries * length), query(queries * width), made(queries * value_width);
+            auto row_of = [&](int64_t r) { return (rows[s] + r / shares) * held * shares + h * shares + r % shares; };
+            auto last_of = [&](int64_t r) { return length - news[s] + r / shares + 1; };
+            auto first_of = [&](int64_t r) { return window ? std::max<int64_t>(0, last_of(r) - window) : 0; };
+            for (int64_t r = 0; r < queries; ++r)
+                for (int64_t d = 0; d < width; ++d) query[r * width + d] = up(q[row_of(r) * width + d]);
+            for (int64_t base = 0; base < length; base += BLOCK)
+                for (int64_t r = 0; r < queries; ++r)
+                    for (int64_t j = std::max(first_of(r), base), end = std::min(last_of(r), base + BLOCK); j < end; j += LANES<C>) {
+                        int n = int(std::min<int64_t>(LANES<C>, end - j));
+                        V<C> parts[LANES<C>];
+                        C rest[LANES<C>];
+                        for (int i = 0; i < LANES<C>; ++i) {
+                            const S *key = heads + place[j + std::min(i, n - 1)] * width;
+                            parts[i] = V<C>{};
+                            int64_t d = 0;
+                            for (; d + LANES<C> <= width; d += LANES<C>) parts[i] += load<C>(key + d) * load<C>(query.data() + r * width + d);
+                            for (rest[i] = 0; d < width; ++d) rest[i] += up(key[d]) * query[r * width + d];
+                        }
+                        V<C> logits = (sums_of<C>(parts) + load<C>(rest)) * (C(scale) - V<C>{});
+                        __builtin_memcpy(weights.data() + r * length + j, &logits, n * sizeof(C));
                     }
-                    highest = std::max(highest, sink);
-                    C total = sinks ? exp_(sink - highest) : C(0), *w = weights.data();
-                    #pragma omp simd reduction(+:total)
-                    for (int64_t j = 0; j < count; ++j) {
-                        w[j] = exp_(w[j] - highest);
-                        total += w[j];
-                    }
-                    C *__restrict made = sums.data();
-                    std::fill(sums.begin(), sums.end(), C(0));
-                    for (int64_t j = 0; j < count; ++j) {
-                        int64_t at = first + j;
-                        const S *worth = worths + (own[at / size] * size + at % size) * value_width;
-                        C weight = w[j];
-                        for (int64_t d = 0; d < value_width; ++d) made[d] += weight * up(worth[d]);
-                    }
-                    for (int64_t d = 0; d < value_width; ++d) out[row * value_width + d] = down<S>::of(made[d] / total);
+            for (int64_t r = 0; r < queries; ++r) {
+                C *w = weights.data() + r * length, sink = sinks ? up(sinks[h * shares + r % shares]) : -std::numeric_limits<C>::infinity(), highest = sink;
+                int64_t first = first_of(r), last = last_of(r);
+                if (softcap)
+                    for (int64_t j = first; j < last; ++j) w[j] = std::tanh(w[j] / C(softcap)) * C(softcap);
+                #pragma omp simd reduction(max:highest)
+                for (int64_t j = first; j < last; ++j) highest = highest > w[j] ? highest : w[j];
+                C total = sinks ? exp_(sink - highest) : C(0);
+                #pragma omp simd reduction(+:total)
+                for (int64_t j = first; j < last; ++j) {
+                    w[j] = exp_(w[j] - highest);
+                    total += w[j];
                 }
+                C share = C(1) / total;
+                for (int64_t j = first; j < last; ++j) w[j] *= share;
+            }
+            int64_t vectors = value_width % LANES<C> ? 0 : value_width / LANES<C>;
+            for (int64_t base = 0; base < length; base += BLOCK)
+                for (int64_t r = 0; r < queries; ++r) {
+                    int64_t j = std::max(first_of(r), base), count = std::min(last_of(r), base + BLOCK) - j;
+                    if (count <= 0) continue;
+                    const C *w = weights.data() + r * length + j;
+                    C *sums = made.data() + r * value_width;
+                    if (vectors == 4) gathered<C, S, 4>(w, worths, &place[j], count, value_width, sums);
+                    else if (vectors == 8) gathered<C, S, 8>(w, worths, &place[j], count, value_width, sums);
+                    else gathered<C, S, 0>(w, worths, &place[j], count, value_width, sums);
+                }
+            for (int64_t r = 0; r < queries; ++r)
+                for (int64_t d = 0; d < value_width; ++d) out[row_of(r) * value_width + d] = down<S>::of(made[r * value_width + d]);
         }
 }
 

@@ -10,7 +10,7 @@ An op without C++ is refused: CodegenError, and the step stays Python.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from deepseed.codegen.cpp import Function, Shape, source
@@ -21,7 +21,10 @@ from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 
 ALIGNED = 64  # bytes
-HEAD = 'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {'
+HEAD = (
+    'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
+    "const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,39 @@ class Lies:
     outputs: Mapping[str, Sequence[Shape]]  # of each kernel, by name
 
 
+def side_by_side(p: Program) -> Program:
+    """Products of the same operand one after another, so that one function computes them: what they read beside it is stored, or a view of what is.
+
+    before: %a = aten.mm(%x, %wa.t) .. %b.t = permute(%wb) .. %b = aten.mm(%x, %b.t)
+    after:  %a = aten.mm(%x, %wa.t)  %b.t = permute(%wb)  %b = aten.mm(%x, %b.t) ..
+    """
+    stored = {i.name for i in p.inputs}
+    early: set[str] = set()
+    for op in p.ops:
+        if op.target == "permute" and op.refs[0].name in stored and not op.kernel:
+            early.update(op.results)
+    views = {op.name: op for op in p.ops if op.name in early}
+    first: dict[str, str] = {}
+    follow: dict[str, list[Op]] = {}
+    for op in p.ops:
+        if op.target == "aten.mm" and not op.kernel and op.refs[1].name in stored | early:
+            lead = first.setdefault(op.refs[0].name, op.name)
+            if lead != op.name:
+                follow.setdefault(lead, []).append(op)
+    moved = {op.name for ops in follow.values() for op in ops}
+    moved |= {op.refs[1].name for ops in follow.values() for op in ops if op.refs[1].name in early}
+    out: list[Op] = []
+    for op in p.ops:
+        if op.name in moved:
+            continue
+        out.append(op)
+        for other in follow.get(op.name, ()):
+            if (view := views.get(other.refs[1].name)) is not None and view not in out[-2 * len(follow[op.name]) :]:
+                out.append(view)
+            out.append(other)
+    return replace(p, ops=tuple(out))
+
+
 def step(p: Program, lies: Lies, free: Mapping[int, str], most: int) -> Step:
     return _Step(p, lies, free, most).written()
 
@@ -59,6 +95,7 @@ class _Step:
     holes: list[tuple[int, int]] = field(default_factory=list)  # free places, in order: begin, end
     top: int = 0
     calls: int = 0
+    joined: tuple[str, int, list[tuple[str, str, int]]] = field(default_factory=lambda: ("", 0, []))  # the last products: their operand, how many lines there were, weights, results and sizes
 
     def __post_init__(self) -> None:
         self.at: dict[str, str] = {i.name: f"(char *)in[{n}]" for n, i in enumerate(self.p.inputs)}  # where a value begins
@@ -113,7 +150,10 @@ class _Step:
             lying = self._lying(w)
             if self._lying(a) != (width, 1) or lying not in ((1, width), (outputs, 1)) or (op.target == "aten.addmm" and (op.kwargs or p.types[op.refs[0].name].shape != (outputs,))):
                 raise CodegenError(f"%{op.name}: operands of a product that lie otherwise")
-            self._line(f"product{'' if lying == (1, width) else '_flat'}<{kind}>({x[-2]}, {x[-1]}, {y}, {self._number(rows)}, {width}, {outputs}, threads);", op)
+            if lying == (1, width) and op.target == "aten.mm":
+                self._product(op, kind, x, y, rows, width, outputs)
+            else:
+                self._line(f"product{'' if lying == (1, width) else '_flat'}<{kind}>({x[-2]}, {x[-1]}, {y}, {self._number(rows)}, {width}, {outputs}, threads);", op)
             if op.target == "aten.addmm":
                 self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[0]}, {self._number(rows)}, {outputs});", op)
         elif op.target == "embedding" and len(op.args) == 2 and p.types[op.refs[1].name].dtype == "i64":
@@ -128,6 +168,19 @@ class _Step:
         else:
             g = Group(op.name, n, n + 1, tuple(dict.fromkeys(r.name for r in op.refs)), op.results)
             self._alone(op, g)
+
+    def _product(self, op: Op, kind: str, x: Sequence[str], y: str, rows: int, width: int, outputs: int) -> None:
+        """Joined to the line before, where that multiplies the same operand."""
+        if self.joined and self.joined[0] == x[0] and self.joined[1] == len(self.lines):
+            self.lines.pop()
+            self.calls -= 1
+        else:
+            self.joined = (x[0], 0, [])
+        each = [*self.joined[2], (x[1], y, outputs)]
+        ws, ys, ns = (", ".join(str(e[i]) for e in each) for i in range(3))
+        storage = TYPES[op.type.dtype]
+        self._line(f"{{ const {storage} *w[] = {{{ws}}}; {storage} *y[] = {{{ys}}}; const int64_t o[] = {{{ns}}}; products<{kind}>({x[0]}, {len(each)}, w, y, o, {self._number(rows)}, {width}, threads); }}", op)
+        self.joined = (x[0], len(self.lines), each)
 
     def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
         if self._lying(table)[-len(width) - 1 :] != (prod(width), *_contiguous(width)) or self._lying(ids) != _contiguous(self._shape(ids)):

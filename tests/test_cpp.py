@@ -16,11 +16,13 @@ from triton_fragments import DTYPES, fragments, random_inputs, reference, resize
 from deepseed.codegen import cpp_files
 from deepseed.codegen.cpp import source
 from deepseed.codegen.cpp_ops import LIBRARY
+from deepseed.codegen.cpp_step import side_by_side
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel, function
 from deepseed.inference import native
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
+from deepseed.ir.verify import verify
 from deepseed.rules.strides import contiguous
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
@@ -83,7 +85,8 @@ return %v4 output "v4"
 %v1 = slice(%x, dim=1, start=1, step=2) : f32[1006, 5]
 %v2 = aten.clamp(%v0, none, 0.5) : f32[1006, 5]
 %v3 = aten.gt.Scalar(%v1, 0) : bool[1006, 5]
-%v4 = aten.where.self(%v3, %v2, %v1) : f32[1006, 5]
+%v6 = aten.clamp(%v1, -0.25, none) : f32[1006, 5]
+%v4 = aten.where.self(%v3, %v2, %v6) : f32[1006, 5]
 %v5 = aten.mul.Tensor(%v4, %w) : f32[1006, 5]
 return %v5 output "v5"
 ''',
@@ -223,3 +226,26 @@ def test_an_engine_without_a_compiler(broken: str, monkeypatch: pytest.MonkeyPat
 
 def test_dtypes_have_c_types() -> None:
     assert set(DTYPES) <= set(cpp_files.DTYPES)
+
+
+def test_products_of_one_operand_stand_side_by_side() -> None:
+    p = program("p", """%x : f64[503, 8] batch "x"
+%a : f64[4, 8] batch "a"
+%b : f64[6, 8] batch "b"
+%c : f64[6, 6] batch "c"
+%at = permute(%a, dims=[1, 0]) : f64[8, 4]
+%y = aten.mm(%x, %at) : f64[503, 4]
+%n = aten.neg(%y) : f64[503, 4]
+%bt = permute(%b, dims=[1, 0]) : f64[8, 6]
+%z = aten.mm(%x, %bt) : f64[503, 6]
+%ct = permute(%c, dims=[1, 0]) : f64[6, 6]
+%u = aten.mm(%z, %ct) : f64[503, 6]
+%v = aten.mm(%x, %bt) : f64[503, 6]
+return %n output "n"
+return %u output "u"
+return %v output "v"
+""")
+    q = side_by_side(p)
+    assert [op.name for op in verify(q).ops] == ["at", "y", "bt", "z", "v", "n", "ct", "u"]
+    inputs = random_inputs(parse(str(p).replace("503", "3")))
+    assert all(torch.equal(a, b) for a, b in zip(reference(parse(str(p).replace("503", "3")), inputs), reference(parse(str(q).replace("503", "3")), inputs), strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -41,6 +43,25 @@ def test_greedy_equals_generate(name: str) -> None:
             routed = name in ROUTED
             assert set(engine.executable.in_python) <= ({"step"} if routed else set()), "a group has no C++"
             assert (engine.executable.whole is None) == routed, "a step of few rows is no function of its own"
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
+def test_a_decoded_token_launches_little(llama: Any) -> None:
+    """At most 40 % of the ops that the model's own step computes with; views are not counted."""
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += not (f.is_view or f.__name__.startswith(("_unsafe_view", "detach", "lift_fresh")))
+            return f(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        kept = llama(torch.tensor([[5, 17, 3]]), use_cache=True).past_key_values
+        with Count() as counted:
+            llama(torch.tensor([[8]]), past_key_values=kept, use_cache=True)
+    engine: Any = Engine(llama, max_length=128)
+    assert 0 < engine.executable.launches <= 0.4 * counted.n
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def init_inference(model: nn.Module | str, config: Mapping[str, Any] | None = No
     size = parallel.get("tp_size", 1) if isinstance(parallel, Mapping) else getattr(parallel, "tp_size", 1)
     size = max(int(size), int(said.pop("mp_size", 1)))
     dtype = said.pop("dtype", None)
-    engine = {name: said.pop(name) for name in ("cache", "block", "budget", "sequences", "chunk", "prefix", "max_length", "tokenizer", "device") if name in said}
+    engine = {name: said.pop(name) for name in ("cache", "block", "budget", "sequences", "chunk", "prefix", "max_length", "tokenizer", "device", "weights", "codegen") if name in said}
     unknown = sorted(set(said) - _ACCEPTED)
     if unknown:
         raise InferenceError(f"init_inference does not know {', '.join(unknown)}\n  fix: leave it out; the engine's own are cache, block, budget, sequences, chunk, prefix, max_length")

@@ -17,7 +17,9 @@ from torch import Tensor
 from deepseed.codegen.cpp_files import library
 from deepseed.codegen.cpp_native import EXPORTS, TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
+from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import compiler
+from deepseed.logs import say
 from deepseed.runtime.executable import cache_dir
 
 if TYPE_CHECKING:
@@ -49,7 +51,13 @@ class Native:
 
 @cache
 def load() -> Native | None:
-    return Native(library(LIBRARY + TEMPLATES + EXPORTS, cache_dir() / "kernels")) if compiler() else None
+    if not compiler():
+        return None
+    try:
+        return Native(library(LIBRARY + TEMPLATES + EXPORTS, cache_dir() / "kernels"))
+    except (CodegenError, OSError) as error:  # a compiler that is not whole, a folder that cannot be written
+        say(f"inference runs without C++: {error}")
+        return None
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:

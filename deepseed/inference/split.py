@@ -25,7 +25,7 @@ from deepseed.codegen import cpp_files
 from deepseed.codegen.cpp_files import general
 from deepseed.codegen.cpp_native import TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
-from deepseed.codegen.cpp_step import Lies, step
+from deepseed.codegen.cpp_step import Lies, side_by_side, step
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.kernels import kernels
 from deepseed.inference import native
@@ -79,6 +79,7 @@ class SplitExecutable:
         if self.codegen == ROWS:
             free = dict(zip(sizes, "TL", strict=True))
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
+            local = side_by_side(local)
             strides, views = laid_out(local)
             self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
             found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
@@ -88,7 +89,8 @@ class SplitExecutable:
             parts = [LIBRARY, *(f.text for f in made.values())]
             try:
                 whole = step(local, Lies(strides, views, found, made, {k.name: each for k, each in lying.items()}), free, native.FEW)
-                parts[1:1], parts[len(parts) :] = [TEMPLATES], [whole.text]
+                parts = [parts[0], TEMPLATES, *parts[1:], whole.text]
+                self.launches = whole.calls
             except CodegenError as error:
                 whole, self.in_python["step"] = None, str(error)
             loaded: Any = None
