@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,18 +58,19 @@ def operands(k: Kernel, device: torch.device) -> list[Tensor]:
     """Numbers of the types and strides that a kernel is made for."""
     out = []
     for i, strides in zip(k.fragment.inputs, k.strides, strict=True):
-        x = torch.empty_strided(i.type.shape, strides, dtype=DTYPES[i.type.dtype], device=device)
+        x = torch.empty_strided(i.type.shape, strides, dtype=getattr(torch, DTYPES[i.type.dtype].removeprefix("torch.")), device=device)
         out.append(x.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else x.zero_())
     return out
 
 
 def on_device(f: Callable[..., object], given: list[Tensor]) -> float:
     """Median seconds of a call on the CUDA device that has its operands; the first calls compile and warm up."""
+    event: Any = torch.cuda.Event
     for _ in range(3):
         f(*given)
-    times = []
+    times: list[float] = []
     for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
         f(*given)
         end.record()

@@ -19,7 +19,7 @@ from triton_fragments import fragments, random_inputs, reference, resized, retyp
 from triton_worker import Interpreter
 
 from deepseed.codegen import block_sizes as block_sizes_module
-from deepseed.codegen.autotune import choice, tuned
+from deepseed.codegen.autotune import choice, operands, tuned
 from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel, function
@@ -301,6 +301,8 @@ def test_what_was_tuned_is_kept(tmp_path: Path) -> None:
     assert first.blocks and not first.library and len(timed) > 1
     assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: pytest.fail("it was timed before")) == first
     assert choice(k, tmp_path, "another card", seconds, lambda: 1e-3).library
+    for x, i in zip(operands(k, torch.device("cpu")), p.inputs, strict=True):
+        assert x.shape == i.type.shape and x.is_contiguous()
 
 
 @installed
