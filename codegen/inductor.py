@@ -60,7 +60,7 @@ def python(k: Kernel) -> Code:
 def spec(k: Kernel) -> dict[str, Any]:
     """What decides the code beside the source."""
     operands = [(list(i.type.shape), list(s), i.type.dtype) for i, s in zip(k.fragment.inputs, k.strides, strict=True)]
-    return {"operands": operands, "torch": torch.__version__, "cpu": _processor(), "threads": torch.get_num_threads()}
+    return {"operands": operands, "torch": torch.__version__, "cpu": processor(), "threads": torch.get_num_threads()}
 
 
 def write(folder: Path, name: str, found: Mapping[str, Any], source: str) -> Path:
@@ -118,8 +118,9 @@ class _Loaded:
 # compiling ----------------------------------------------------------------------------------------------------------
 
 
-def compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "g++"))
+def compiler() -> str:
+    """A C++ compiler; "" where there is none."""
+    return next((found for name in (os.environ.get("CXX") or "g++", "clang++", "g++") if (found := shutil.which(name))), "")
 
 
 def _compile_all(paths: Sequence[Path], folder: Path, tell: Callable[[str], object]) -> None:
@@ -230,7 +231,7 @@ def _ops_digest() -> str:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     flags = ""
     with contextlib.suppress(OSError):
         flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")

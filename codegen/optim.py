@@ -11,7 +11,7 @@ has no later reader, else on a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
 from deepseed.ir.program import Arg, Op, Ref
@@ -26,11 +26,22 @@ class Update:
     donation: Donation
     name: Callable[[str], str]
     emit: Callable[[str], None]
+    done: set[str] = field(default_factory=set)  # stored tensors that are written already
+
+    def waited(self, position: int, op: Op) -> bool:
+        """Write what a collective brings straight into its stored tensor, where it is a new value that nothing else reads; whether that was done."""
+        donation = self.donation
+        stored = next((s for s, at in donation.written.items() if at == position and donation.stored[s].ref.name == op.name), None)
+        if op.target != "wait" or stored is None or len(donation.program.uses[op.name]) > 1:
+            return False
+        self.done.add(stored)
+        self.emit(f"{self.name(op.name)} = rt.wait_into({self.name(op.refs[0].name)}, {self.name(stored)})")
+        return True
 
     def after(self, position: int) -> None:
         """The copies into stored tensors that are due after the op at ``position``."""
         for stored, at in self.donation.written.items():
-            if at == position:
+            if at == position and stored not in self.done:
                 new = self.donation.stored[stored].ref.name
                 new += ".copy" if new in self.donation.copied else ""
                 self.emit(f"{self.name(stored)}.copy_({self.name(new)})")
@@ -63,7 +74,9 @@ class Update:
             assert isinstance(betas, tuple)
             given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
         scale = first.kw("scale")
-        if isinstance(scale, Ref):
+        if isinstance(scale, Ref) and first.type.dtype == "f32":  # the kernel divides, in float32
+            given.append(f"grad_scale={self.name(scale.name)}.reciprocal()")
+        elif isinstance(scale, Ref):
             self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
         skip = first.kw("skip")
         given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []

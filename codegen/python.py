@@ -49,7 +49,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
         if op.target in KERNELS:
             together = run_from(n, p.ops)
             update.optimizer(n, together)
-        else:
+        elif not update.waited(n, op):
             types = ", ".join(format_type(t, p.mesh) for t in op.types)
             out.emit(assignment(out, op), types)
         for each in together:

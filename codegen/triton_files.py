@@ -59,10 +59,10 @@ def _compiled(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Launch:
         tell(f"{k.name} runs as plain Python: {str(error).splitlines()[0]}")
         return python(k)
     if not torch.cuda.is_available():
-        return _loaded(text, k.name, folder)
+        return launch_of(k.name, text, folder)
     given = operands(k, torch.device("cuda", torch.cuda.current_device()))
     best = choice(k, folder, torch.cuda.get_device_name(), lambda text: _seconds(text, k.name, folder, given), lambda: on_device(python(k), given))
-    return python(k) if best.library else _loaded(source(k.fragment, best.blocks), k.name, folder)
+    return python(k) if best.library else launch_of(k.name, source(k.fragment, best.blocks), folder)
 
 
 def _seconds(text: str, name: str, folder: Path, given: list[Tensor]) -> float:
@@ -70,19 +70,20 @@ def _seconds(text: str, name: str, folder: Path, given: list[Tensor]) -> float:
     from triton.runtime.errors import OutOfResources
 
     try:
-        return on_device(_loaded(text, name, folder), given)
+        return on_device(launch_of(name, text, folder), given)
     except OutOfResources:
         return float("inf")
 
 
-def _loaded(text: str, name: str, folder: Path) -> Launch:
+def launch_of(name: str, text: str, folder: Path) -> Launch:
+    """``launch`` of a source, which Triton reads from a file."""
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.triton.py"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.tmp")
         fresh.write_text(text)
         fresh.replace(path)
-    found: Any = importlib.util.spec_from_file_location(f"deepseed.generated.{name}", path)  # Triton reads a kernel's source from its file
+    found: Any = importlib.util.spec_from_file_location(f"deepseed.generated.{name}", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     launch: Launch = module.launch

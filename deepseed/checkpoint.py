@@ -4,8 +4,9 @@ Saved: parameters and buffers (``model.NAME``), optimizer state (``optimizer.SLO
 seed of random ops, the optimizer's options by group (lr among them), the plan and mesh that wrote it. ``extra`` is the user's.
 
 All or nothing, on both ways. A save writes beside the folder and renames at the end. A load checks the manifest, every file's
-checksum, and that the checkpoint fits, then reads into memory of its own, and only when every rank has all of it is anything of the
-running step overwritten. Where one rank fails all of them raise the same CheckpointError, and training can go on.
+checksum, and that the checkpoint fits; only when every rank has found all of it so is anything of the running step overwritten, in
+a second pass that reads the values into their places. Where one rank fails all of them raise the same CheckpointError, and training can go
+on; only a file that fails in the second pass, a moment after it was whole, leaves the step half loaded: it refuses to run and to save.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torch import Tensor
 import deepseed
 from deepseed.capture.options import listed
 from deepseed.fits import Saved, check_model, check_optimizers, missing_slots, options, restore_options, tensors_of, tied_names
-from deepseed.ir.layout import REPLICATED, Layout
+from deepseed.ir.layout import REPLICATED
 from deepseed.ir.mesh import Mesh
 from deepseed.logs import say, warn
 from deepseed.ops import torch_dtype
 from deepseed.runtime.boxfile import Sums
-from deepseed.runtime.folder import CheckpointError, aside, checksum, digest, discard, find, publish
+from deepseed.runtime.folder import CheckpointError, HalfLoadedError, aside, checksum, digest, discard, find, publish
 from deepseed.runtime.host import Host, check_files, check_rest, everywhere
-from deepseed.runtime.saved import Entry, Share, Want, read, shares, write, write_metadata
+from deepseed.runtime.saved import Entry, Reading, Share, Want, read, shares, write, write_metadata
 
 if TYPE_CHECKING:
     from deepseed.compiled import Compiled
@@ -212,7 +213,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
 
     sums = Sums(manifest["files"])
 
-    def stage() -> tuple[_Reads, dict[str, bytes]]:
+    def stage() -> tuple[_Reads, Reading, dict[str, bytes]]:
         reads = _Reads(step, saved, cast)
         tensors = check_model(step.model, saved)
         if not step.states and any(t.is_meta for t in tensors.values()):
@@ -227,14 +228,20 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
                 reads.slots()
             else:
                 reads.own()
-        texts = read(folder, reads.wants, step.mesh, manifest["texts"], sums)
+        reading = Reading(folder, reads.wants, step.mesh, sums)
+        reading.check()
+        texts = reading.texts(manifest["texts"])
         check(texts)
-        return reads, texts
+        return reads, reading, texts
 
-    staged: list[tuple[_Reads, dict[str, bytes]]] = []
+    staged: list[tuple[_Reads, Reading, dict[str, bytes]]] = []
     checked = everywhere(host, what, lambda: staged.append(stage()) or sums.checked)  # type: ignore[func-returns-value]
     everywhere(host, what, lambda: check_rest(host, folder, sums, reduce(or_, checked)))
-    reads, texts = staged[0]  # every rank has all that it needs: from here on nothing is read
+    reads, reading, texts = staged[0]  # it is whole and fits on every rank: from here on values are overwritten
+    step._half = Half(folder, compare or (step._half is not None and step._half.slots))
+    everywhere(host, what, lambda: _filled(reading))
+    if compare or not step._half.slots:
+        step._half = None
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
             each.state.clear()
@@ -257,6 +264,33 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     return texts
 
 
+@dataclass(frozen=True)
+class Half:
+    """From where a step is half loaded; whether its optimizer's state is too."""
+
+    folder: Path
+    slots: bool
+
+
+def check_whole(step: Compiled) -> None:
+    """Raises HalfLoadedError where a load has failed while it overwrote values."""
+    if step._half is not None:
+        raise HalfLoadedError(
+            f"the step is half loaded from {step._half.folder}, which failed while its values were read: some tensors are overwritten, others are not\n"
+            f"  fix: load again, this checkpoint or another one{', with its optimizer state' if step._half.slots else ''}"
+        )
+
+
+def _filled(reading: Reading) -> None:
+    try:
+        reading.fill()
+    except Exception as error:
+        said = str(error).split("\n", 1)[0] if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise HalfLoadedError(
+            f"{said}\n  it was whole a moment before, when it was checked: the step is half loaded, and neither runs nor saves\n  fix: load again, this checkpoint or another one"
+        ) from error
+
+
 def resume(step: Compiled) -> None:
     """Read what waits, now that a program says which part of it each rank holds."""
     while step._resume:
@@ -277,7 +311,7 @@ def _resumed(step: Compiled, waiting: Resume) -> _Reads:
     manifest = _opened(waiting.folder)[1]
     if checksum(manifest) != waiting.checksum:
         raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
-    reads = _Reads(step, waiting.saved, waiting.cast, direct=True)
+    reads = _Reads(step, waiting.saved, waiting.cast)
     reads.model(waiting.model)
     if waiting.slots:
         reads.slots()
@@ -286,12 +320,10 @@ def _resumed(step: Compiled, waiting: Resume) -> _Reads:
 
 
 class _Reads:
-    """What this process reads of a checkpoint into memory of its own, and where it goes in the end; ``direct``: at once, where nothing can run before
-    all is read. Raises CheckpointError where a shape or dtype differs."""
+    """What this process reads of a checkpoint, and into which tensors. Raises CheckpointError where a shape or dtype differs."""
 
-    def __init__(self, step: Compiled, saved: Saved, cast: bool, direct: bool = False) -> None:
-        self.step, self.saved, self.cast, self.direct = step, saved, cast, direct
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # what will be overwritten, and by what
+    def __init__(self, step: Compiled, saved: Saved, cast: bool) -> None:
+        self.step, self.saved, self.cast = step, saved, cast
         self.rest: dict[str, Tensor] = {}  # optimizer state that no rank stores, whole
         self.wants: list[Want] = []
         self.shown: dict[str, Tensor] = {}  # of no parameter, and asked for before any rank stores it: the loss scale
@@ -302,7 +334,7 @@ class _Reads:
             if not self._parts((role, key), f"model.{key}"):
                 t = tensors[role, key].detach()
                 self.saved.check(f"model.{key}", tuple(t.shape), t.dtype, self.cast)
-                self._want(f"model.{key}", tuple(t.shape), REPLICATED, {}, t)
+                self.wants.append(Want(f"model.{key}", tuple(t.shape), REPLICATED, {}, t))
 
     def slots(self) -> None:
         """Optimizer state: the ranks' parts; the rest (of parameters that are frozen now) goes to ``optimizer.state``."""
@@ -325,9 +357,7 @@ class _Reads:
                 self.wants.append(Want(f"optimizer.{key}", shape, REPLICATED, {}, self.shown[key]))
 
     def commit(self) -> None:
-        with torch.no_grad():
-            for target, value in self.pairs:
-                target.copy_(value)
+        """Once all is read: the state that no rank stores."""
         owners = {id(p): optimizer for optimizer in listed(self.step.optimizer) for group in optimizer.param_groups for p in group["params"]}
         parameters = dict(self.step.model.named_parameters())
         for key, value in self.rest.items():
@@ -342,14 +372,8 @@ class _Reads:
         type_ = states[0].types[key]
         self.saved.check(name, type_.shape, torch_dtype(type_.dtype), self.cast)  # on every rank, whether it reads a part or not
         for state in (s for s in states if key in s.tensors):
-            self._want(name, type_.shape, type_.layout, state.coordinate, state.tensors[key])
+            self.wants.append(Want(name, type_.shape, type_.layout, state.coordinate, state.tensors[key].detach()))
         return True
-
-    def _want(self, name: str, shape: tuple[int, ...], layout: Layout, coordinate: Mapping[str, int], into: Tensor) -> None:
-        memory = into if self.direct else torch.empty(into.shape, dtype=into.dtype)
-        if not self.direct:
-            self.pairs.append((into, memory))
-        self.wants.append(Want(name, shape, layout, coordinate, memory))
 
 
 def _opened(target: Path) -> tuple[Path, dict[str, Any]]:

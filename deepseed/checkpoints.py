@@ -5,7 +5,8 @@
         step(batch)
         checkpoints.after_step()        # saves where it is time
 
-Each is a folder of its own, as ``step.save`` writes it. ``dir/latest`` names one and moves when that one is in its place; then old ones go.
+Each is a folder of its own, as ``step.save`` writes it. ``dir/latest`` names one and moves when that one is in its place; then old ones go. A job that saves has the
+folder for itself, from its first save on, or its first load where ``every`` says that it will.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from deepseed.objects import COUNT, GENERATORS, check, gathered, given, set_gene
 from deepseed.runtime import preempt
 from deepseed.runtime.board import Board
 from deepseed.runtime.folder import CheckpointError, DamagedError, discard
+from deepseed.runtime.hold import hold
 from deepseed.runtime.host import Host, agreed, everywhere
 from deepseed.runtime.series import AUTOMATIC, LATEST, check_tag, latest, point, prune, series
 from deepseed.runtime.staged import Staged, available
@@ -101,6 +103,7 @@ class Checkpoints:
         tag = check_tag(tag if tag is not None else f"step{self.steps}")
         with self.host.together():
             self.step._written()
+            everywhere(self.host, f"saving to {self.dir / tag}", lambda: hold(self.dir) if self.host.first else None)
             texts = {OBJECTS: gathered(self.host, self.objects, self._count, f"saving to {self.dir / tag}")}
             saving = checkpoint.begin(self.step, self.dir / tag, extra, frozen, texts)
             if self.asynchronous and self._room(saving):
@@ -176,6 +179,8 @@ class Checkpoints:
             self.path = None
             self.host.agree([("the folder of checkpoints to load from", str(self.dir)), ("tag=", tag), ("objects=", sorted(self.objects) if objects else None)])
             what = f"loading from {self.dir}"
+            if self.every is not None:
+                everywhere(self.host, what, lambda: hold(self.dir) if self.host.first else None)
             tags, wrong, damaged = everywhere(self.host, what, lambda: self._candidates(tag) if self.host.first else ([], [], False))[0]
             for name in tags:
                 try:

@@ -129,6 +129,7 @@ class Compiled:
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
+        self._half: checkpoint.Half | None = None  # a load that failed while it overwrote values
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
         self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
         self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
@@ -190,6 +191,7 @@ class Compiled:
     def optimizer_state(self) -> dict[str, Tensor]:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
+        checkpoint.check_whole(self)
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @together
@@ -201,6 +203,7 @@ class Compiled:
     @together
     def whole_state(self, slot: str, name: str) -> Tensor | None:
         """A parameter's optimizer state, whole; None where none is stored. Every rank must call it."""
+        checkpoint.check_whole(self)
         key = ("state", f"{slot}/{name}")
         return self._whole(key) if self.states and key in self.states[0].types else None
 
@@ -313,6 +316,7 @@ class Compiled:
                 "called inside of torch.autocast, which a compiled program does not ask for\n"
                 "  fix: enter it in the model's forward or in loss_fn, where it is captured, or give the plan a word of precision: zero3+bf16"
             )
+        checkpoint.check_whole(self)
         found = self.programs.find(batch, want, towards)
         if not found.built.adopted and (self.weights is not None or self._resume or not any(p.is_meta for p in self.model.parameters())):
             self._adopt(found.built)
@@ -322,7 +326,8 @@ class Compiled:
         return found
 
     def _written(self) -> None:
-        """Before state is read: what lies in files is whole, and what an optimizer of the user's has written into the module goes to the ranks."""
+        """Before state is read: it is of one checkpoint, what lies in files is whole, and what an optimizer of the user's has written into the module goes to the ranks."""
+        checkpoint.check_whole(self)
         check_disks(self.states, self.model)
         if self.states and self.optimizer is None:
             self._ready()

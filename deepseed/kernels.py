@@ -24,6 +24,7 @@ Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
 PRODUCTS = ("triton",)  # those that write matrix products and attention too
+ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -40,7 +41,7 @@ def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
         return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
-    if codegen != PYTHON and codegen not in BACK_ENDS:
+    if codegen not in (PYTHON, ROWS, *BACK_ENDS):
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
     if codegen == "triton" and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
@@ -55,13 +56,18 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     found = kernels(p, strides)
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
-        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, BACK_ENDS[codegen](new, cache_dir() / "kernels", tell), strict=True))
+        back_end = BACK_ENDS.get(codegen, _as_python)
+        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
     return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
 
 
 def traffic(codegen: str) -> Callable[[Program], Sequence[tuple[int, int]] | None]:
     """What the kernels that a back end writes for a fragment read and write, each; None where it does not say."""
     return {"triton": triton_files.traffic}.get(codegen, lambda fragment: None)
+
+
+def _as_python(wanted: Sequence[Kernel], _: Path, __: Callable[[str], object]) -> Sequence[Compiled]:
+    return [inductor.python(k) for k in wanted]
 
 
 def _seen(f: Compiled) -> Compiled:

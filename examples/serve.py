@@ -15,10 +15,9 @@ from typing import Any
 
 import uvicorn
 
-from deepseed.inference import Engine
+from deepseed.inference.engine import Engine
 from deepseed.serve.app import Server
 from deepseed.serve.bench import Http, Load, measure, table
-from deepseed.serve.constrained import ConstrainedEngine
 
 
 def tiny() -> tuple[Any, Any]:
@@ -53,10 +52,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args()
     if args.model:
-        engine: Engine = ConstrainedEngine(args.model)
+        engine: Engine = Engine(args.model)
     else:
         model, tokenizer = tiny()
-        engine = ConstrainedEngine(model, tokenizer=tokenizer)
+        engine = Engine(model, tokenizer=tokenizer)
     server = uvicorn.Server(uvicorn.Config(Server(engine, "demo").app, port=args.port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

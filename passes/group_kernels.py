@@ -25,7 +25,7 @@ _MOVES = (
     *MEMORIES,
 )  # fmt: skip
 OPTIMIZER = "optim."
-WIDENED = 1 << 25  # bytes of gradients that are widened for one call of an optimizer: all at once would hold them twice
+WIDENED = 1 << 21  # bytes of gradients that are widened for one call of an optimizer: they stay in the cache, and are never held twice
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepseed.inference.engine import Completion
+from deepseed.inference.outputs import Completion
 from deepseed.tiny import tiny_model
 
 VOCABULARY = 199

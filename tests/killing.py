@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseed.runtime import boxfile
 
-LASTING = ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (boxfile, ("_save",)), (json, ("dump",)))  # calls that make something last
+LASTING = ((os, ("fsync", "rename", "mkdir", "unlink", "rmdir")), (boxfile, ("_parts",)), (json, ("dump",)))  # calls that make something last
 
 
 def killed(save: Callable[[], Any], at: int) -> int | None:

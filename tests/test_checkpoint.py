@@ -44,9 +44,9 @@ from deepseed.check.shards import coordinates, shards
 from deepseed.ir.layout import Layout
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Type
-from deepseed.runtime import boxfile, crc
+from deepseed.runtime import boxfile, crc, saved
 from deepseed.runtime import folder as folders
-from deepseed.runtime.folder import CheckpointError, DamagedError
+from deepseed.runtime.folder import CheckpointError, DamagedError, HalfLoadedError
 from deepseed.runtime.saved import Entry, Reader, Want, boxes, read, share_out, write, write_metadata
 from deepseed.runtime.saved import shares as shares_of
 
@@ -465,6 +465,76 @@ def test_a_save_that_fails_leaves_the_former_one(tmp_path: Path, monkeypatch: py
     assert [p.name for p in tmp_path.iterdir()] == ["c"] and step.load(tmp_path / "c") == "former"
 
 
+# between the two passes ------------------------------------------------------------------------------------------------
+
+BETWEEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a bit": (lambda p: flip(p, 0.5), r"__1_0.distcp was changed while it was loaded: file \d+ of \d+ bytes, written at \S+ s when it was checked, file \d+ of"),
+    "torn": (lambda p: os.truncate(p, p.stat().st_size // 2), "__1_0.distcp (is torn: it ends|was changed)"),
+    "gone": (lambda p: p.unlink(), "__1_0.distcp cannot be read: No such file or directory"),
+    "another file": (lambda p: (shutil.copy2(p, p.with_suffix(".new")), os.rename(p.with_suffix(".new"), p)), "__1_0.distcp was changed while it was loaded"),
+}
+
+
+def failing(patch: pytest.MonkeyPatch, do: Callable[[Path], Any], here: Path) -> None:
+    """Of this folder a file is no more what it was, once all is checked."""
+    fill = saved.Reading.fill
+
+    def fails(reading: saved.Reading) -> None:
+        if reading.folder == here:
+            do(here / "__1_0.distcp")
+        fill(reading)
+
+    patch.setattr(saved.Reading, "fill", fails)
+
+
+@pytest.mark.parametrize("how", BETWEEN)
+def test_a_file_that_fails_after_it_was_checked_leaves_a_step_that_refuses_all_but_a_load(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, (path, losses, values) = used(), checkpoint_of("zero3+dp2")
+    shutil.copytree(path, tmp_path / "bad")
+    do, says = BETWEEN[how]
+    with monkeypatch.context() as patch:
+        failing(patch, do, tmp_path / "bad")
+        with pytest.raises(HalfLoadedError, match=says + r"(.|\n)*the step is half loaded, and neither runs nor saves\n  fix: load again"):
+            step.load(tmp_path / "bad")
+    uses: dict[str, Callable[[], Any]] = {
+        "run": lambda: step(batches()[0]), "loss": lambda: step.loss(batches()[0]), "save": lambda: step.save(tmp_path / "c"), "series": lambda: deepseed.Checkpoints(step, tmp_path / "d").save(),
+        "pretrained": lambda: step.save_pretrained(tmp_path / "e"), "values": step.state_dict, "state": step.optimizer_state,
+    }  # fmt: skip
+    for use in uses.values():
+        with pytest.raises(HalfLoadedError, match=r"the step is half loaded from .*/bad, which failed (.|\n)*fix: load again, this checkpoint or another one, with its optimizer state"):
+            use()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
+    step.load(path, optimizer=False)  # the optimizer's state is still half of it
+    with pytest.raises(HalfLoadedError):
+        step(batches()[0])
+    goes_on(step, path, losses, values, how)
+
+
+def test_a_series_goes_back_to_the_one_before_where_the_latest_fails_after_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = quiet("zero1+dp2")
+    checkpoints = deepseed.Checkpoints(step, tmp_path)
+    step(batches()[0])
+    checkpoints.save("first")
+    want = everything(step)
+    step(batches()[1])
+    checkpoints.save("second")
+    failing(monkeypatch, lambda p: flip(p, 0.5), tmp_path / "step2")
+    assert checkpoints.load() == "first" and step.steps == 1
+    same(everything(step), want)
+    assert re.search(r"step1 is loaded, the newest checkpoint that is whole\n  .*step2/__1_0.distcp was changed while it was loaded", capsys.readouterr().err)
+
+
+def test_values_are_read_into_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second copy of a rank's part; and who looks at a tensor's version sees that it was written."""
+    step, seen = used(), []
+    init = saved.Reading.__init__
+    monkeypatch.setattr(saved.Reading, "__init__", lambda self, folder, wants, *a: (seen.extend(wants), init(self, folder, wants, *a))[1])
+    stored = {t.data_ptr(): (t, t._version) for s in step.states for t in s.tensors.values()}
+    step.load(checkpoint_of("zero3+dp2")[0])
+    assert {w.name for w in seen} > {"model.mean", "model.up.weight", "optimizer.exp_avg/up.weight"} and {w.into.data_ptr() for w in seen} <= set(stored)
+    assert all(stored[w.into.data_ptr()][0]._version > stored[w.into.data_ptr()][1] for w in seen)
+
+
 # what does not fit ------------------------------------------------------------------------------------------------------
 
 
@@ -729,6 +799,9 @@ def test_a_rank_in_trouble_does_not_leave_the_others_waiting(tmp_path: Path) -> 
         "other values": "AgreementError: ranks disagree: the values of",
         "assign": r"assign=True\) would take the parameters out of the compiled step",
         "shape": "size mismatch for up.weight",
+        "half loaded": r"HalfLoadedError: rank 1: OSError: \[Errno 5\] Input/output error\n.*half loaded, and neither runs nor saves\n  fix: ",
+        "half run": "HalfLoadedError: the step is half loaded from",
+        "half saved": "HalfLoadedError: the step is half loaded from",
     }  # fmt: skip
     for rank, each in enumerate(got):
         for name, pattern in says.items():
@@ -778,6 +851,54 @@ def test_the_sum_is_that_of_zlib(linked: bool, monkeypatch: pytest.MonkeyPatch) 
     assert crc.crc32(data[crc.SMALL + 1 :], crc.crc32(data[: crc.SMALL + 1])) == zlib.crc32(data)
 
 
+@pytest.mark.parametrize("way", ["mapped", "read", "not there"])
+def test_the_sum_of_a_part_of_a_file(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the system's own pages; one that cannot be had is no signal."""
+    data = random.Random(0).randbytes(3 * 2**16 + 5)
+    (tmp_path / "f").write_bytes(data)
+    monkeypatch.setattr(crc, "WINDOW", 2**16)
+    if way == "not there":
+        monkeypatch.setattr(crc, "_populate", lambda: None)
+    with (tmp_path / "f").open("rb", buffering=0) as file:
+        for start, length in ((0, len(data)), (5000, 2**17), (2**16, 7), (len(data) - 1, 1)):
+            want = None if way == "not there" else zlib.crc32(data[start : start + length])
+            assert crc.crc32_of(file, start, length) == want
+        for start, length in ((1, len(data)), (len(data) + 2**16, 5)):
+            assert crc.crc32_of(file, start, length) is None
+        if way == "mapped":  # it becomes shorter when its size has been seen
+            mapped = crc.mmap.mmap
+            monkeypatch.setattr(crc.mmap, "mmap", lambda *a, **k: (mapped(*a, **k), os.truncate(tmp_path / "f", 10))[0])
+            assert crc.crc32_of(file, 0, len(data)) is None
+
+
+def test_of_boxes_that_begin_alike_one_header_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [torch.randn(3, 4), torch.randn(3, 4), torch.randn(4, 3), torch.randn(3, 4).int(), torch.randn(600, 1024), torch.randn(600, 1024)]
+    places, sums = boxfile.write_boxes(tmp_path / "f", items)
+    parsed, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (parsed.append(a), load(*a, **k))[1])
+    found = boxfile.check_boxes(tmp_path, {(p.relative_path, p.offset, p.length): True for p in places}, boxfile.Sums({"f": sums}))
+    assert [(h.sizes, h.dtype) for h in found.values()] == [(tuple(t.shape), t.dtype) for t in items] and len(parsed) in range(4, 7)  # two threads may parse the same
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_large_box_is_checked_in_both_ways(mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not mapped:
+        monkeypatch.setattr(crc, "_populate", lambda: None)
+    _, sums = boxfile.write_boxes(tmp_path / "f", [torch.randn(700, 1024)])
+    place, found = ("f", 0, sums["bytes"]), boxfile.Sums({"f": sums})
+    header = boxfile.check_boxes(tmp_path, {place: True}, found)[place]
+    assert (header.sizes, header.dtype) == ((700, 1024), torch.float32) and found.checked == 1
+    flip(tmp_path / "f", 0.7)
+    with pytest.raises(DamagedError, match="f is damaged: crc32"):
+        boxfile.check_boxes(tmp_path, {place: False}, found)
+    os.truncate(tmp_path / "f", 2**20)
+    with pytest.raises(DamagedError, match="f is torn: it ends"):
+        boxfile.check_boxes(tmp_path, {place: False}, found)
+    (tmp_path / "f").unlink()
+    with pytest.raises(DamagedError, match="f cannot be read: No such file or directory\n  nothing was loaded\n  fix: load another"):
+        boxfile.check_boxes(tmp_path, {place: False}, found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
 def test_a_piece_that_lies_as_in_the_file_is_read_straight_to_its_place(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No other is: a column, another dtype, two places."""
@@ -788,8 +909,14 @@ def test_a_piece_that_lies_as_in_the_file_is_read_straight_to_its_place(dtype: t
 
     def read(offset: int, length: int, *parts: boxfile.Part) -> int:
         buffers.clear()
-        boxfile.read_boxes(tmp_path, [("f", offset, length, parts)], boxfile.Sums({"f": sums}))
-        return len(buffers)
+        place = "f", offset, length
+        boxfile.read_boxes(tmp_path, {place: parts}, boxfile.Sums({"f": sums}))
+        found, one_pass = [part.into.clone() for part in parts], len(buffers)
+        for part in parts:
+            part.into.zero_()
+        boxfile.read_boxes(tmp_path, {place: parts}, boxfile.Sums({"f": sums}), boxfile.check_boxes(tmp_path, {place: True}, boxfile.Sums({"f": sums})))
+        assert len(buffers) == 2 * one_pass and all(torch.equal(part.into, t) for part, t in zip(parts, found, strict=True))
+        return one_pass
 
     into, one, column, other = torch.empty_like(whole), torch.zeros((), dtype=dtype), torch.zeros(700, 5, dtype=dtype), torch.empty(700, 1024, dtype=torch.complex128)
     assert read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), into)) == 0 and torch.equal(into, whole)
@@ -806,14 +933,26 @@ def test_a_piece_that_lies_as_in_the_file_is_read_straight_to_its_place(dtype: t
         read(0, lengths[0], boxfile.Part((0, 0), (700, 1024), into))
 
 
-def test_a_thread_that_is_not_the_main_one_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And takes no further one."""
-    items = [b"text", torch.randn(300, 1024), torch.tensor(1.0)]
+def test_a_box_is_what_torch_save_writes_for_its_shape(tmp_path: Path) -> None:
+    """Whatever the values; torch.load reads it."""
+    items = [torch.randn(3, 5), torch.ones(3, 5), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(7, 3).to(torch.bfloat16), torch.randn(4).to(torch.complex64), torch.tensor([True, False]), torch.randn(6, 4)[1:3], torch.randn(4, 6).t()]
+    places, _ = boxfile.write_boxes(tmp_path / "f", items)
+    content = (tmp_path / "f").read_bytes()
+    for item, place in zip(items, places, strict=True):
+        found = torch.load(io.BytesIO(content[place.offset : place.offset + place.length]), weights_only=True)
+        assert torch.equal(found, item) and (found.dtype, found.shape) == (item.dtype, item.shape)
+    assert places[-1].offset + places[-1].length == len(content)
+
+
+def test_a_thread_that_is_not_the_main_one_writes_the_same_file_and_yields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, urgent = [b"text", torch.randn(300, 1024), torch.tensor(1.0)], []
     monkeypatch.setattr(boxfile, "TURN", 2**18)
+    monkeypatch.setattr(os, "fsync", lambda _: urgent.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
     found = [boxfile.write_boxes(tmp_path / "f", items)[1]]
-    content, taken = (tmp_path / "f").read_bytes(), []
-    monkeypatch.setattr(boxfile.ThreadPoolExecutor, "submit", lambda *a: taken.append(a))
-    thread = threading.Thread(target=lambda: found.append(boxfile.write_boxes(tmp_path / "f", items)[1]))
+    content = (tmp_path / "f").read_bytes()
+    thread = threading.Thread(target=lambda: (found.append(boxfile.write_boxes(tmp_path / "f", items)[1]), os.fsync(0)))
     thread.start()
     thread.join()
-    assert found[0] == found[1] and content == (tmp_path / "f").read_bytes() and not taken
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert found[0] == found[1] and content == (tmp_path / "f").read_bytes()
+    assert urgent == [mine, 19, mine]

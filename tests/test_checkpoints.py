@@ -5,6 +5,7 @@ The 200 random kills are ``wide``; a seeded sample of them runs every time.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -35,6 +36,8 @@ import deepseed
 from deepseed import background
 from deepseed.checkpoint import Saving
 from deepseed.engine.data import Loader, Order
+from deepseed.importing.listing import listed
+from deepseed.runtime import hold
 from deepseed.runtime.folder import CheckpointError, DamagedError
 from deepseed.runtime.series import series
 
@@ -60,7 +63,7 @@ def trained(step: Any, steps: int) -> Any:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
 
 
 # what is killed ---------------------------------------------------------------------------------------------------------
@@ -345,6 +348,82 @@ def test_tags_are_names_of_folders(tag: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no name of a checkpoint\n  fix: "):
         deepseed.Checkpoints(begin(steps=1), tmp_path).save(tag=tag)
     assert not names(tmp_path)
+
+
+# one job to a folder ----------------------------------------------------------------------------------------------------
+
+HOLDS = """
+import sys, time, os, torch, deepseed
+from gloo.checkpoints import small, batch
+step = small("zero0", backend="simulate")
+step(batch(0))
+deepseed.Checkpoints(step, sys.argv[1], every=1).after_step()
+if sys.argv[2] == "forks" and os.fork() == 0:
+    print("forked", os.getpid(), flush=True)
+    time.sleep(60)
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+def other_job(folder: Path, how: str = "") -> subprocess.Popen[str]:
+    """Another process that has saved there and goes on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)]), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([sys.executable, "-W", "ignore", "-c", HOLDS, str(folder), how], stdout=subprocess.PIPE, text=True, env=environment)
+    assert job.stdout is not None
+    job.said = [job.stdout.readline() for _ in range(2 if how else 1)]  # type: ignore[attr-defined]
+    assert "holds\n" in job.said  # type: ignore[attr-defined]
+    return job
+
+
+def test_a_second_job_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hold, "PATIENCE", 0.1)
+    job = other_job(tmp_path, "forks")
+    child = int(next(line for line in job.said if "forked" in line).split()[1])  # type: ignore[attr-defined]
+    step, says = begin(1), rf"{tmp_path} is in use: process {job.pid} on {socket.gethostname()}, since \d.* saves there, and two jobs(.|\n)*fix: a folder of its own for each job"
+    try:
+        before, there = everything(step), names(tmp_path)
+        for use in (lambda: deepseed.Checkpoints(step, tmp_path).save(), lambda: deepseed.Checkpoints(step, tmp_path, every=5).load(), lambda: saves(step, tmp_path, asynchronous=True)):
+            with pytest.raises(CheckpointError, match=says):
+                use()
+        assert same(everything(step), before) and names(tmp_path) == there
+        deepseed.Checkpoints(step, tmp_path).load()  # only reads
+        assert step.steps == 1 and [f.state for f in listed(tmp_path, read=True)] == ["complete"]
+        step.load(tmp_path / "step1")
+    finally:
+        job.kill()
+        job.wait()
+    try:
+        assert alive(child)  # what the job has forked does not keep the lock
+        checkpoints = deepseed.Checkpoints(trained(step, 1), tmp_path, every=1)
+        checkpoints.load()
+        trained(step, 1)
+        checkpoints.after_step()
+        deepseed.Checkpoints(step, tmp_path).save(tag="again")  # one process as often as it likes
+        assert names(tmp_path) == ["again", "latest", "step1", "step2"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_killed_process_is_waited_for(tmp_path: Path) -> None:
+    job = other_job(tmp_path)
+    threading.Timer(0.5, job.kill).start()
+    began = time.monotonic()
+    deepseed.Checkpoints(begin(1), tmp_path, every=1).load()
+    assert 0.2 < time.monotonic() - began < hold.PATIENCE
+    job.wait()
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(hold.fcntl, "flock", none)
+    monkeypatch.setattr(hold, "_UNLOCKED", set())
+    step = begin(steps=1)
+    for n in range(2):
+        deepseed.Checkpoints(step, tmp_path / str(n)).save()
+    assert capsys.readouterr().err.count(f"the file system of {tmp_path / '0'} has no locks: take care that no second job saves there") == 1
 
 
 # a disk that is full ----------------------------------------------------------------------------------------------------

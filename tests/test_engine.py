@@ -38,6 +38,8 @@ from torch.nn import functional as F
 import deepseed
 from deepseed.build import CompileError
 from deepseed.config import ConfigError
+from deepseed.config.model import CODEGEN
+from deepseed.kernels import BACK_ENDS, PYTHON
 from deepseed.runtime.distributed import stop
 from deepseed.runtime.folder import CheckpointError
 
@@ -77,6 +79,22 @@ def test_counts_and_boundaries() -> None:
     assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) <= 1e-12 and apart(engine, theirs.model) <= 1e-12
     assert abs((engine.get_global_grad_norm() or 0.0) - theirs.norms[-1]) <= 1e-12 and engine.was_step_applied() and engine.skipped_steps == 0
     assert engine.gradient_clipping() == 0.2 and engine.zero_optimization() and engine.zero_optimization_stage() == 1
+
+
+def test_codegen_from_the_config() -> None:
+    assert [PYTHON, *BACK_ENDS, "auto"] == list(CODEGEN)
+    parts, model = rows(2), Net()
+    theirs, other = begin(config(), copy.deepcopy(model)), begin(config(compile={"deepcompile": True, "backend": "inductor"}), model)
+    for part in parts:
+        losses = []
+        for engine in (theirs, other):
+            losses.append(of(engine, part[0]))
+            engine.backward(losses[-1])
+            engine.step()
+        assert abs(float(losses[0].detach()) - float(losses[1].detach())) <= 1e-12
+    assert apart(other, theirs.module) <= 1e-12
+    held = [b for _, b in other.compiled.programs.cache._held.values()]
+    assert theirs.compiled.programs.subject.codegen == PYTHON and any("kernel_" in e.source for b in held for e in b.executables)
 
 
 def test_a_boundary_that_the_user_says() -> None:
@@ -402,7 +420,7 @@ def test_tags_and_the_latest_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     engine.save_checkpoint(tmp_path, tag="mine")
     passes(engine, rows(1, seed=3))
     engine.save_checkpoint(tmp_path, tag="hidden", save_latest=False)
-    assert (tmp_path / "latest").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == ["global_step1", "hidden", "latest", "mine"]
+    assert (tmp_path / "latest").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == [".lock", "global_step1", "hidden", "latest", "mine"]
     other = begin(config(), Net(1))
     assert other.load_checkpoint(tmp_path, tag="global_step1") == (str(tmp_path / "global_step1"), {"n": 1}) and other.global_steps == 1
     passes(other, rows(1, seed=2))

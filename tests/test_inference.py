@@ -78,6 +78,44 @@ def test_cancelled_and_late_requests(llama: Any) -> None:
     assert engine.scheduler.pool.free == engine.scheduler.pool.count and not engine._requests and not engine._of
 
 
+def test_nobody_waits_for_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a step computes and while it draws, requests come and go; the next step sees them."""
+    from threading import Event, Thread
+
+    from deepseed.inference import engine as where
+
+    all_of = prompts((5, 12, 8), 2)
+    want = generated(llama, all_of, 4)
+    for blocked, of in (("run", lambda e: (e.executable, "run")), ("draw", lambda e: (where, "sample"))):
+        engine = Engine(llama, block=4, max_length=128)
+        target, name = of(engine)
+        inside, go = Event(), Event()
+        whole = getattr(target, name)
+
+        def waits(*args: Any, inside: Any = inside, go: Any = go, whole: Any = whole) -> Any:
+            inside.set()
+            assert go.wait(30)
+            return whole(*args)
+
+        first, gone = engine.request(all_of[0], SamplingParams(4)), engine.request(all_of[1], SamplingParams(4))
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, waits)
+            got: list[Any] = []
+            thread = Thread(target=lambda engine=engine, got=got: got.append(engine.step()))
+            thread.start()
+            assert inside.wait(30)
+            engine.cancel(gone.request)
+            late = engine.request(all_of[2], SamplingParams(4))  # both returned, and the step is not over
+            assert thread.is_alive() and not engine.idle, blocked
+            go.set()
+            thread.join(30)
+        assert got, "the step failed"
+        while not engine.idle:
+            engine.step()
+        assert [first.token_ids, late.token_ids] == [want[0], want[2]] and gone.finish_reason == "cancelled" and len(gone.token_ids) <= 1
+        assert engine.scheduler.pool.free == engine.scheduler.pool.count and not engine._requests and not engine._of
+
+
 def test_n_outputs_of_one_prompt(llama: Any) -> None:
     """The prompt is computed once; outputs differ, and are those that the seed gives alone."""
     (prompt,) = prompts((21,), 3)
@@ -102,6 +140,22 @@ def test_logprobs_are_those_of_the_model(llama: Any) -> None:
         assert drawn.token == done.token_ids[n] and [t for t, _ in drawn.top] == best.indices.tolist()
         assert torch.allclose(torch.tensor([x for _, x in drawn.top]), best.values, atol=1e-4)  # float32, other order of sums
         assert drawn.logprob == pytest.approx(float(want[n, drawn.token]), abs=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"budget": 5, "block": 4}, {"budget": 64, "block": 4}, {"budget": 16, "block": 4, "cache": 14 * 4 * 2 * 2 * 2 * 16 * 4}])
+def test_logprobs_of_a_prompt_are_those_of_the_model(llama: Any, how: dict[str, Any]) -> None:
+    """In chunks, after a known prefix and after a preemption: each token once."""
+    all_of = [*prompts((24, 20, 9), 5), prompts((24,), 5)[0]]
+    engine = Engine(llama, max_length=56, **how)
+    for _ in range(2):
+        for prompt, done in zip(all_of, engine.generate(all_of, SamplingParams(28, prompt_logprobs=2, n=2)), strict=True):
+            with torch.no_grad():
+                want = torch.log_softmax(llama(torch.tensor([prompt])).logits[0], -1)
+            assert [d.token for d in done.prompt_logprobs] == prompt and done.prompt_logprobs[0].logprob is None
+            for n, drawn in enumerate(done.prompt_logprobs[1:]):
+                assert drawn.logprob == pytest.approx(float(want[n, prompt[n + 1]]), abs=1e-4)  # float32, other order of sums
+                assert [p for _, p in drawn.top] == pytest.approx(want[n].topk(2).values.tolist(), abs=1e-4)
+    assert "cache" not in how or engine.scheduler.preemptions > 0
 
 
 def test_a_text_ends_where_it_should(llama: Any) -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from inference_models import generated, ids, prompts, sealed, varied
 
+from deepseed.inference import native
 from deepseed.inference.capture import capture
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
@@ -18,6 +19,7 @@ MODELS = [
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
     "OPTForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM",
 ]  # fmt: skip
+ROUTED = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM")  # rows go to experts: no loop over rows
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -26,13 +28,19 @@ def test_greedy_equals_generate(name: str) -> None:
     model = varied(name)
     want = generated(model, prompts(), 64)
     assert len({t for tokens in want for t in tokens}) > 40, "the model says the same again and again: it would prove little"
-    engine = Engine(model, budget=24, block=4, sequences=4, cache="400kB")
-    with sealed(model):
-        assert ids(engine.generate(prompts(), max_tokens=64)) == want
-    assert engine.scheduler.pool.free == engine.scheduler.pool.count
-    code = engine.executable.module.code  # type: ignore[union-attr]
-    assert "bmm" not in code, "an expert's matrix is copied for each row"
-    assert code.count("attend(") == len(engine.executable.caches) == model.config.num_hidden_layers  # type: ignore[union-attr]
+    for codegen in ("auto", "python"):
+        engine: Any = Engine(model, budget=24, block=4, sequences=4, cache="400kB", codegen=codegen)
+        with sealed(model):
+            assert ids(engine.generate(prompts(), max_tokens=64)) == want
+        assert engine.scheduler.pool.free == engine.scheduler.pool.count
+        if codegen == "python":
+            code = engine.executable.module.code
+            assert "bmm" not in code, "an expert's matrix is copied for each row"
+            assert code.count("attend(") == len(engine.executable.caches) == model.config.num_hidden_layers
+        elif native.load() is not None:
+            routed = name in ROUTED
+            assert set(engine.executable.in_python) <= ({"step"} if routed else set()), "a group has no C++"
+            assert (engine.executable.whole is None) == routed, "a step of few rows is no function of its own"
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ A wrong block, a copy that was not made, a prefix that is not the same, a token 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from deepseed.inference.blocks import BlockPool
 from deepseed.inference.errors import InferenceError
-from deepseed.inference.scheduler import Running, Scheduler, Step
+from deepseed.inference.lookup import Lookup
+from deepseed.inference.scheduler import Draft, Piece, Running, Scheduler, Step
 
 
 def following(tokens: list[int], branch: int) -> int:
@@ -47,7 +50,7 @@ class Caches:
         self.size = size
         self.slots: list[tuple[int, int] | None] = [None] * (blocks * size)
 
-    def run(self, step: Step) -> list[tuple[Running, list[int]]]:
+    def run(self, step: Step) -> list[tuple[Piece, list[int]]]:
         old = [self.slots[source * self.size : (source + 1) * self.size] for source, _ in step.copies]
         for (_, target), held in zip(step.copies, old, strict=True):
             self.slots[target * self.size : (target + 1) * self.size] = held
@@ -57,27 +60,35 @@ class Caches:
                 slot = self._slot(piece.sequence, at)
                 assert slot not in written, "two tokens of a step in one slot"
                 written.add(slot)
-                self.slots[slot] = (piece.sequence.tokens[at], at)
+                self.slots[slot] = (piece.tokens[at - piece.begin], at)
         found = []
         for piece in step.pieces:
             held = [self.slots[self._slot(piece.sequence, at)] for at in range(piece.begin + piece.count)]
             assert [h[1] if h else None for h in held] == list(range(len(held))), "a slot of another position"
             if piece.wanted:
-                found.append((piece.sequence, [h[0] for h in held if h]))
+                found.append((piece, [h[0] for h in held if h]))
         return found
 
     def _slot(self, sequence: Running, at: int) -> int:
         return sequence.blocks[at // self.size] * self.size + at % self.size
 
 
-def serve(scheduler: Scheduler, requests: list[Asked]) -> list[list[list[int]]]:
-    """Run all to the end; the tokens of each branch of each request. Invariants are asserted on the way."""
+def serve(scheduler: Scheduler, requests: list[Asked], luck: Callable[[int], list[bool]] | None = None) -> list[list[list[int]]]:
+    """Run all to the end; the tokens of each branch of each request. Invariants are asserted on the way. ``luck``: for a draft of so many tokens, which are right."""
     pool = scheduler.pool
     caches = Caches(pool.count, pool.size)
     out: list[list[list[int]]] = [[[] for _ in range(r.n)] for r in requests]
     of: dict[Running, tuple[int, int]] = {}
     started: dict[int, list[Running]] = {}
     now = 0
+
+    def draft(sequence: Running, most: int) -> list[int]:
+        assert luck is not None
+        tokens = list(sequence.tokens)
+        for right in luck(most):
+            tokens.append((following(tokens, of[sequence][1]) + (not right)) % 5)
+        return tokens[len(sequence.tokens) :]
+
     limit = 50 + sum(r.arrives for r in requests) + 4 * sum((len(r.prompt) + r.new) * r.n for r in requests) ** 2
     while not scheduler.idle or any(r.arrives >= now for r in requests):
         for i, r in enumerate(requests):
@@ -89,7 +100,7 @@ def serve(scheduler: Scheduler, requests: list[Asked]) -> list[list[list[int]]]:
                     scheduler.finish(sequence)
         before = list(scheduler.running)
         decodes = [s for s in before if len(s.tokens) - s.computed == 1]
-        step = scheduler.schedule()
+        step = scheduler.schedule(draft if luck else None)
         pool.check()
         served = {p.sequence for p in step.pieces}
         assert step.tokens <= scheduler.budget and len(step.pieces) <= scheduler.sequences
@@ -101,8 +112,11 @@ def serve(scheduler: Scheduler, requests: list[Asked]) -> list[list[list[int]]]:
             assert min(before, key=lambda s: s.number) in scheduler.running, "the oldest was preempted"
         found = caches.run(step)
         scheduler.computed(step)
-        for sequence, tokens in found:
-            assert tokens == sequence.tokens
+        for piece, tokens in found:
+            sequence = piece.sequence
+            if not piece.draws:
+                continue
+            assert tokens == [*sequence.tokens, *piece.draft]
             branches = [sequence]
             while sequence.forks:
                 made = scheduler.fork(sequence)
@@ -112,9 +126,15 @@ def serve(scheduler: Scheduler, requests: list[Asked]) -> list[list[list[int]]]:
                 branches.append(made)
             for each in branches:
                 i, branch = of[each]
-                token = following(tokens, branch)
-                out[i][branch].append(token)
-                scheduler.append(each, token)
+                right = 0
+                for said in (*piece.draft, None):
+                    token = following(each.tokens, branch)
+                    out[i][branch].append(token)
+                    if not scheduler.append(each, token) or token != said:
+                        break
+                    right += 1
+                if piece.draft:
+                    scheduler.accept(each, right)
         pool.check()
         now += 1
         assert now < limit, "no end in sight"
@@ -140,6 +160,58 @@ def test_any_schedule_gives_the_tokens_of_the_plain_loop(requests: list[Asked], 
             assert tokens == whole
         else:
             assert all(t == w[: len(t)] for t, w in zip(tokens, whole, strict=True))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(asked, min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 24), st.integers(2, 24), st.integers(1, 6), st.one_of(st.none(), st.integers(2, 9)), st.booleans(), st.randoms(use_true_random=False)
+)  # fmt: skip
+def test_drafts_change_no_token(requests: list[Asked], size: int, spare: int, budget: int, sequences: int, chunk: int | None, prefix: bool, draw: Random) -> None:
+    """With forks, prefixes, preemptions and cancellations; drafts are right, wrong and half right."""
+    longest = max(len(r.prompt) + r.new for r in requests)
+    pool = BlockPool(-(-longest // size) + spare, size)
+    got = serve(Scheduler(pool, budget, sequences, chunk, prefix), requests, lambda most: [draw.random() < 0.7 for _ in range(draw.randint(0, most))])
+    for r, tokens in zip(requests, got, strict=True):
+        assert all(t == w[: len(t)] and (r.leaves is not None or len(t) == r.new) for t, w in zip(tokens, expected(r), strict=True))
+
+
+def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:
+    def steps(luck: Callable[[int], list[bool]] | None) -> int:
+        scheduler, n = Scheduler(BlockPool(32, 4), budget=32, sequences=4), 0
+        planned = scheduler.schedule
+
+        def counted(draft: Draft | None = None) -> Step:
+            nonlocal n
+            step = planned(draft)
+            n += bool(step.pieces)
+            return step
+
+        scheduler.schedule = counted  # type: ignore[method-assign]
+        serve(scheduler, [Asked((1, 2, 3), 41, 1, 0, None)], luck)
+        return n
+
+    assert steps(None) == 41
+    assert steps(lambda most: [False] * min(most, 4)) == 41
+    assert steps(lambda most: [True] * min(most, 4)) == 9  # one for the prompt and its token, then five tokens each
+
+
+def test_lookup_says_what_followed() -> None:
+    lookup = Lookup()
+    assert list(lookup.draft([1, 2, 3, 4], 3)) == []
+    assert list(lookup.draft([1, 2, 3, 4, 1, 2], 3)) == [3, 4, 1]
+    assert list(lookup.draft([1, 2, 3, 4, 1, 2, 9, 1, 2], 2)) == [9, 1], "the latest place"
+    assert list(lookup.draft([1, 2, 3, 4, 1, 2, 9, 1, 2, 3, 4, 1, 2], 1)) == [9], "the longest end that stood before"
+    assert list(Lookup().draft([7, 7, 7], 4)) == [7, 7, 7, 7]
+    assert list(Lookup().draft([5, 6, 5, 6, 5], 4)) == [6, 5, 6, 5], "what repeats goes on"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 6))
+def test_lookup_reads_on_where_it_was(tokens: list[int], most: int) -> None:
+    grows = Lookup()
+    for n in range(1, len(tokens) + 1):
+        got = list(grows.draft(tokens[:n], most))
+        assert got == list(Lookup().draft(tokens[:n], most)) and len(got) in (0, most)
 
 
 def test_an_equal_prompt_computes_only_its_end() -> None:

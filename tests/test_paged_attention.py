@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseed.inference import attention
+from deepseed.inference import attention, native
 from deepseed.inference.attention import Packing, attend
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.paged import reference
@@ -54,29 +54,41 @@ class Case:
 @settings(max_examples=150, deadline=None)
 @given(
     sequences, st.integers(1, 7), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(1, 8), st.sampled_from([0, 0, 1, 5, 16]),
-    st.sampled_from([0.0, 0.0, 2.0]), st.booleans(), st.sampled_from([1 << 24, 64]), st.sampled_from([4096, 0]),
+    st.sampled_from([0.0, 0.0, 2.0]), st.booleans(), st.sampled_from([1 << 24, 64]), st.sampled_from([4096, 0]), st.sampled_from([(32, 4), (0, 4), (0, 0)]),
 )  # fmt: skip
 def test_attention_is_the_references(
-    sizes: list[tuple[int, int]], block: int, kv: int, share: int, width: int, value_width: int, window: int, softcap: float, sinks: bool, largest: int, slack: int
+    sizes: list[tuple[int, int]], block: int, kv: int, share: int, width: int, value_width: int, window: int, softcap: float, sinks: bool, largest: int, slack: int, few: tuple[int, int]
 ) -> None:  # fmt: skip
     case = Case(sizes, block, kv, share, width, value_width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LARGEST", largest)
         patch.setattr(attention, "SLACK", slack)
+        patch.setattr(native, "FEW", few[0])
+        patch.setattr(native, "NEW", few[1])
         got, want = case.both(window, softcap, sinks)
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_dtypes_keep_a_wide_softmax(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [32, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_dtypes_keep_a_wide_softmax(dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FEW", few)
+    monkeypatch.setattr(native, "NEW", few)
     case, exact = (Case([(30, 1), (3, 9)], 4, 2, 2, 16, 16, d) for d in (dtype, torch.float64))
     (got, *_), (want, *_) = case.both(0, 0.0, False)[0], exact.both(0, 0.0, False)[1]
     assert got.dtype == dtype
-    assert (got.double() - want).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]  # bfloat16: 8 bits of operands of about 1, width 16
+    assert (got.double() - want).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.005}[dtype]  # bfloat16: 8 bits, float16: 11 of operands of about 1, width 16
 
 
-def test_many_sequences_are_few_groups() -> None:
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequence is few tokens: torch computes all."""
+    monkeypatch.setattr(native, "FEW", 0)
+    monkeypatch.setattr(native, "NEW", 0)
+
+
+def test_many_sequences_are_few_groups(grouped: None) -> None:
     """Decodes of 1 to 512 tokens: the groups grow with the logarithm, and no more than a third is padding."""
     lengths = list(range(1, 513))
     packing = Packing([[0] * -(-n // 16) for n in lengths], lengths, [1] * 512, 16, torch.zeros(512, dtype=torch.long), torch.device("cpu"))
@@ -86,7 +98,7 @@ def test_many_sequences_are_few_groups() -> None:
     assert packing.groups(0) is groups
 
 
-def test_a_window_gathers_what_it_sees() -> None:
+def test_a_window_gathers_what_it_sees(grouped: None) -> None:
     packing = Packing([list(range(100))], [1600], [1], 16, torch.zeros(1, dtype=torch.long), torch.device("cpu"))
     assert [g.table.numel() for g in packing.groups(32)] == [3] or [g.table.numel() for g in packing.groups(32)] == [2]
     assert [g.table.numel() for g in packing.groups(0)] == [100]

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from deepseed.inference.engine import Engine
 from deepseed.serve.app import Limits
-from deepseed.serve.constrained import ConstrainedEngine
 from deepseed.serve.protocol import ChatRequest, CompletionRequest
 from tests.serving import Running, model, running, tokenizer
 
@@ -30,7 +30,7 @@ ANYTHING = st.recursive(
 @pytest.fixture(scope="module")
 def up() -> Iterator[Running]:
     text = tokenizer()
-    with running(ConstrainedEngine(model(text, 64), tokenizer=text, block=4), Limits(queue=200, body=1 << 16, timeout=60)) as found:
+    with running(Engine(model(text, 64), tokenizer=text, block=4), Limits(queue=200, body=1 << 16, timeout=60)) as found:
         yield found
         found.settled()
 

@@ -13,6 +13,7 @@ from deepseed.config.fields import SUPPORTED, Count, Flag, Kind, Number, Says, S
 
 ALWAYS = mapped("always so: the passes put collectives into buckets and overlap them")
 NOTHING = mapped("no effect: nothing here needs it")
+CODEGEN = ("python", "inductor", "triton", "auto")  # words of codegen= in deepseed.compile
 REPORT = mapped("no effect on training: step.explain() counts this")
 
 
@@ -211,7 +212,7 @@ class CheckpointSection(Section):
 class Compile(Section):
     deepcompile: Annotated[Flag, mapped("always so: the whole step is compiled")] = False
     enabled: Annotated[Flag, mapped("always so: the whole step is compiled")] = False
-    backend: Annotated[Any, NOTHING] = None
+    backend: Annotated[Any, Says("mapped", of=lambda v: ("supported", "codegen= of deepseed.compile") if v in CODEGEN else NOTHING.about(v))] = None
     kwargs: Annotated[dict[str, Any] | None, NOTHING] = None
     free_activation: Annotated[Flag, mapped("always so: a value ends with its last use")] = False
     offload_activation: Annotated[Flag, mapped("offload(activations) in the plan")] = False

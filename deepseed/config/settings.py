@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseed.config.batch import Batch, check_without_ranks, triangle
 from deepseed.config.fields import AUTO, ConfigError, Section
-from deepseed.config.model import Config, OffloadOptimizer, OffloadParam
+from deepseed.config.model import CODEGEN, Config, OffloadOptimizer, OffloadParam
 from deepseed.config.verdicts import rejections
 
 
@@ -39,6 +39,7 @@ class Settings:
     drop_last: bool = False
     seed: int = 0
     asynchronous: bool = False  # checkpoints are written while training goes on
+    codegen: str = "python"
 
     @property
     def loop_plan(self) -> str:
@@ -65,7 +66,7 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
     return Settings(
         plan="+".join(words) or "zero0", batch=batch, clip_grad_norm=clipping_of(config) or None, optimizer=optimizer_choice(config), scheduler=scheduler_choice(config),
         loss_scaling=_scaling(config), drop_last=bool(config.dataloader_drop_last), seed=int(config.seed or 0),
-        asynchronous=bool((config.checkpoint.writer or {}).get("decoupled")),
+        asynchronous=bool((config.checkpoint.writer or {}).get("decoupled")), codegen=config.compile.backend if config.compile.backend in CODEGEN else "python",
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Engine:
         if optimizer is not None:
             optimizer.step = MethodType(_refused, optimizer)  # type: ignore[method-assign]
         if "+pp" in found.plan:
-            made = deepseed.compile(model, found.plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf"), loss_scale=scale, loss_fn=loss_fn, batch="local", seed=found.seed, weights=weights)
+            made = deepseed.compile(model, found.plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf"), loss_scale=scale, loss_fn=loss_fn, batch="local", seed=found.seed, weights=weights, codegen=found.codegen)
             assert isinstance(made, TrainStep)
             self._steps = made
             self.compiled: Any = made
@@ -67,6 +67,7 @@ class Engine:
             self.compiled = Trained(
                 model, found.loop_plan, optimizer=optimizer, clip_grad_norm=found.clip_grad_norm or float("inf") if optimizer is not None else None,
                 loss_scale=scale if optimizer is not None else None, batch="local", seed=found.seed, buckets=ragged or CONVENTION, weights=weights,
+                codegen=found.codegen,
             )  # fmt: skip
 
     # the loop -----------------------------------------------------------------------------------------------------------

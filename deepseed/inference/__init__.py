@@ -6,6 +6,7 @@
     capture     transformers' forward as one graph of a packed step, with one paged attention a layer
     attention   that op on this device; ``paged`` says what it means
     blocks, scheduler   which tokens the next step computes and where their keys and values lie; no tensors
+    lookup      drafts: tokens that may come next because they did before
     sampling, detokenize   from logits to tokens, from tokens to text
     engine, stream   requests in, text out
 """
@@ -16,14 +17,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseed.inference.engine import Completion as Completion
     from deepseed.inference.engine import Engine as Engine
-    from deepseed.inference.engine import Output as Output
-    from deepseed.inference.engine import Update as Update
     from deepseed.inference.errors import InferenceError as InferenceError
+    from deepseed.inference.outputs import Completion as Completion
+    from deepseed.inference.outputs import Output as Output
+    from deepseed.inference.outputs import Update as Update
     from deepseed.inference.sampling import SamplingParams as SamplingParams
 
-_WHERE = {"Completion": "engine", "Engine": "engine", "Output": "engine", "Update": "engine", "InferenceError": "errors", "SamplingParams": "sampling"}
+_WHERE = {"Completion": "outputs", "Engine": "engine", "Output": "outputs", "Update": "outputs", "InferenceError": "errors", "SamplingParams": "sampling"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deepseed.inference import gpu, native
 from deepseed.inference.paged import wide, write
 
 SLACK = 4096  # pairs of tokens that a group may compute in vain, beside a third of the others
@@ -34,6 +37,20 @@ class Group:
     real: Tensor | None  # of the padded rows, those that are tokens; None: all
 
 
+@dataclass(frozen=True)
+class Few:
+    """Sequences of few new tokens: ``table`` [n, longest] of pages, and of each its length, its new tokens, where these begin among the step's."""
+
+    table: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
+    news: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]
+
+    @cached_property
+    def pointers(self) -> tuple[int, int, int, int]:
+        return self.table.ctypes.data, self.lengths.ctypes.data, self.news.ctypes.data, self.rows.ctypes.data
+
+
 @dataclass
 class Packing:
     """What attention must know of a step: of each sequence its blocks, its length with the new tokens, and how many are new."""
@@ -45,6 +62,41 @@ class Packing:
     slots: Tensor
     device: torch.device
     _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages [S, longest], lengths [S] and where new tokens begin [S + 1], on the device."""
+        table = np.zeros((len(self.tables), max(map(len, self.tables))), dtype=np.int64)
+        for row, own in enumerate(self.tables):
+            table[row, : len(own)] = own
+        starts = np.concatenate([[0], np.cumsum(self.news)]).astype(np.int64)
+        each = (table, np.array(self.lengths, dtype=np.int64), starts)
+        made = [torch.from_numpy(x).to(self.device) for x in each]
+        return made[0], made[1], made[2]
+
+    def tiles(self, tokens: int) -> Tensor:
+        if tokens not in self._tiles:
+            self._tiles[tokens] = torch.from_numpy(gpu.tiles(list(self.news), tokens)).to(self.device)
+        return self._tiles[tokens]
+
+    @cached_property
+    def _most(self) -> int:
+        """New tokens of a sequence that the native kernel takes: in a step of few rows, any number."""
+        return native.FEW if sum(self.news) <= native.FEW else native.NEW
+
+    @cached_property
+    def few(self) -> Few | None:
+        """What the native kernel takes; the others are ``groups``."""
+        members = [n for n, new in enumerate(self.news) if new <= self._most] if self.device.type == "cpu" and native.load() is not None else []
+        if not members:
+            return None
+        lengths, news = np.array(self.lengths, dtype=np.int64)[members], np.array(self.news, dtype=np.int64)
+        tables = [self.tables[n] for n in members]
+        table = np.zeros((len(members), max(map(len, tables))), dtype=np.int64)
+        for row, own in enumerate(tables):
+            table[row, : len(own)] = own
+        return Few(table, lengths, news[members], (news.cumsum() - news)[members])
 
     def groups(self, window: int) -> tuple[Group, ...]:
         if window not in self._groups:
@@ -56,7 +108,8 @@ class Packing:
         sees = [self._sees(n, window) for n in range(len(self.news))]
         out: list[list[int]] = []
         real = longest = 0
-        for n in sorted(range(len(self.news)), key=lambda n: (-self.news[n], -sees[n])):
+        left = range(len(self.news)) if self.few is None else [n for n, new in enumerate(self.news) if new > self._most]
+        for n in sorted(left, key=lambda n: (-self.news[n], -sees[n])):
             own = self.news[n] * sees[n]
             if out:
                 first = out[-1][0]
@@ -106,11 +159,20 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, packing: Packing, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:  # fmt: skip
     """``deepseed::paged_attention``, with the step's packing in the place of its tables."""
-    write(k, v, keys, values, packing.slots)
-    groups = packing.groups(window)
-    if len(groups) == 1 and isinstance(groups[0].rows, slice) and groups[0].real is None:
+    if gpu.takes(q):
+        write(k, v, keys, values, packing.slots)
+        return gpu.attend(q, keys, values, packing, scale, window, softcap, sinks)
+    few, groups = packing.few, packing.groups(window)
+    if few is not None:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (write if few is None else native.write)(k, v, keys, values, packing.slots)
+    if few is not None:
+        out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
+        native.attend(q, keys, values, out, few, scale, window, softcap, sinks)
+    elif len(groups) == 1 and isinstance(groups[0].rows, slice) and groups[0].real is None:
         return _batch(q, keys, values, groups[0], scale, softcap, sinks)
-    out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
+    else:
+        out = q.new_empty(q.shape[0], q.shape[1], values.shape[3])
     for group in groups:
         part = _batch(q[group.rows], keys, values, group, scale, softcap, sinks)
         if group.real is not None:

@@ -10,13 +10,14 @@ import typer
 from deepseed.friendly import UsageError, friendly
 
 if TYPE_CHECKING:
-    from deepseed.inference.engine import Completion, Prompt
+    from deepseed.inference.engine import Prompt
+    from deepseed.inference.outputs import Completion
     from deepseed.inference.sampling import SamplingParams
 
 
 @friendly
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder that save_pretrained wrote")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder that save_pretrained wrote, or a GGUF file")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a text; may be given several times")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option("--prompt-ids", help="token ids joined by commas, as 5,17,3; may be given several times")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 32,
@@ -28,6 +29,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the model's end token")] = False,
     plan: Annotated[str, typer.Option("--plan", help="such as tp1")] = "tp1",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: the files']")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="a checkpoint of a training, under any plan, whose values the model takes")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a prompt, one a line: text, token_ids, finish_reason")] = False,
 ) -> None:
     """Complete one or more prompts, all at once."""
@@ -40,7 +42,7 @@ def generate(
     if not prompts:
         raise UsageError("nothing to complete\n  fix: --prompt TEXT, or --prompt-ids 5,17,3")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), ignore_eos=ignore_eos)
-    asked = (model, plan, dtype, prompts, params)
+    asked = (model, plan, dtype, weights, prompts, params)
     ranks = parse_plan(plan).mesh(None).ranks
     for done in on_ranks(_rank, ranks, *asked)[0] if ranks > 1 and not launched() else _complete(*asked):
         if as_json:
@@ -49,10 +51,10 @@ def generate(
             typer.echo(done.text or ",".join(map(str, done.token_ids)))
 
 
-def _complete(model: str, plan: str, dtype: str | None, prompts: list[Prompt], params: SamplingParams) -> list[Completion]:
+def _complete(model: str, plan: str, dtype: str | None, weights: str | None, prompts: list[Prompt], params: SamplingParams) -> list[Completion]:
     from deepseed.inference.engine import Engine
 
-    return Engine(model, plan, dtype).generate(prompts, params)
+    return Engine(model, plan, dtype, weights=weights).generate(prompts, params)
 
 
 def _rank(*asked: Any) -> list[Completion]:

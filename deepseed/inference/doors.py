@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseed.inference.engine import Completion, Engine, Prompt
+from deepseed.inference.engine import Engine, Prompt
 from deepseed.inference.errors import InferenceError
+from deepseed.inference.outputs import Completion
 from deepseed.inference.sampling import SamplingParams
 
 _ACCEPTED = {"replace_with_kernel_inject", "kernel_inject", "enable_cuda_graph", "max_out_tokens", "max_tokens", "min_out_tokens", "checkpoint", "zero", "triangular_masking", "return_tuple", "injection_policy", "replace_method"}  # what DeepSpeed needs to be told, and a compiler does not

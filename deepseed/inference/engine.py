@@ -5,28 +5,35 @@
         print(done.text)
 
 A request goes in by ``add``; each ``step`` computes one packed step of whoever is there and returns what is new; ``cancel`` ends one. ``generate`` is the
-loop over ``step``; ``deepseed.inference.stream`` runs it in a thread. A request of ``n`` outputs computes its prompt once.
+loop over ``step``; ``deepseed.inference.stream`` runs it in a thread. A request of ``n`` outputs computes its prompt once. Neither ``add`` nor ``cancel``
+waits for a step under way: it sees them when it is done.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import RLock
+from itertools import count
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from deepseed.inference import native
 from deepseed.inference.blocks import BlockPool
 from deepseed.inference.capture import Layer, capture, look
 from deepseed.inference.detokenize import TextOf
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.executable import Executable
+from deepseed.inference.lookup import Lookup
 from deepseed.inference.model import loaded, room
-from deepseed.inference.sampling import Drawn, Row, SamplingParams, fresh_seed, sample
-from deepseed.inference.scheduler import Running, Scheduler
+from deepseed.inference.outputs import Completion, Counts, Output, Update
+from deepseed.inference.quantize import Report, quantized
+from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, fresh_seed, sample, scored
+from deepseed.inference.scheduler import Piece, Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
 from deepseed.plan import parse_plan
 
@@ -34,56 +41,6 @@ if TYPE_CHECKING:
     from deepseed.inference.split import SplitExecutable
 
 Prompt = str | Sequence[int]
-
-
-@dataclass
-class Output:
-    """One continuation, growing. ``finish_reason``: "stop", "length", "cancelled", or None while it runs."""
-
-    index: int
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    logprobs: list[Drawn] = field(default_factory=list)
-
-
-@dataclass
-class Completion:
-    """A request with its outputs. ``text``, ``token_ids`` and ``finish_reason`` are the first output's."""
-
-    request: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[Output]
-    cached_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.outputs[0].token_ids
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.outputs[0].finish_reason
-
-    @property
-    def finished(self) -> bool:
-        return all(o.finish_reason is not None for o in self.outputs)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a step gave one output of one request."""
-
-    request: str
-    index: int
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None
-    logprobs: tuple[Drawn, ...] = ()
 
 
 @dataclass(eq=False)
@@ -95,6 +52,8 @@ class _Branch:
     sequence: Running
     seed: int
     text: TextOf | None
+    lookup: Lookup = field(default_factory=Lookup)
+    follower: Follower | None = None
 
 
 @dataclass(eq=False)
@@ -102,24 +61,35 @@ class _Request:
     completion: Completion
     params: SamplingParams
     ends: frozenset[int]
+    followers: list[Follower]
     branches: list[_Branch] = field(default_factory=list)
+    ended: bool = False
 
 
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
-    ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once."""
+    ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once. ``weights``: a checkpoint of a training,
+    under any plan, whose values the model takes. ``codegen``: "python" runs the captured graph as it is, "auto" in C++ where there is a compiler.
+    ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it.
+    ``quantize``: "int8" or "fp8", the matrices of products in eight bits; ``quantized`` says what that lost."""
 
     def __init__(
         self, model: nn.Module | str | os.PathLike[str], plan: str = "tp1", dtype: str | torch.dtype | None = None, *, tokenizer: Any = None,
         cache: int | str | None = None, block: int = 16, budget: int = 512, sequences: int = 64, chunk: int | None = None, prefix: bool = True,
-        max_length: int | None = None, device: str | torch.device | None = None,
+        max_length: int | None = None, device: str | torch.device | None = None, codegen: str = "auto", weights: str | os.PathLike[str] | None = None,
+        speculative: str | None = None, draft: int = 8, quantize: str | None = None,
     ) -> None:  # fmt: skip
+        if speculative not in (None, "lookup") or draft < 1:
+            raise InferenceError(f"speculative={speculative!r}, draft={draft}\n  fix: speculative='lookup' and a draft of at least 1 token, or speculative=None")
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
         ranks = _ranks(plan)
-        found = loaded(model, dtype, tokenizer, device, split=ranks > 1)
+        if quantize is not None and ranks > 1:
+            raise InferenceError(f"quantize={quantize!r} with plan {plan!r}: weights in eight bits are not split over ranks\n  fix: plan tp1 (a server may have several replicas, dp2), or no quantize")
+        found = loaded(model, dtype, tokenizer, device, split=ranks > 1, weights=weights)
         self.model, self.tokenizer = found.model, found.tokenizer
-        self.config: Any = found.model.config
+        config: Any = found.model.config
+        self.config: Any = config
         layers = look(found.model)
         if max_length is not None and max_length > found.longest:
             raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
@@ -130,20 +100,30 @@ class Engine:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
-        if ranks == 1:
-            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
+        self.quantized: Report | None = None
+        if quantize is not None or (ranks == 1 and (codegen == "python" or found.device.type != "cpu" or native.load() is None)):
+            captured, state = capture(found.model), found.state
+            if quantize is not None:
+                captured, state, self.quantized = quantized(captured, state, quantize)
+            self.executable = Executable(captured, state, blocks, block, found.dtype, found.device, own=found.own)
+            if self.quantized is not None and found.own:
+                for e in self.quantized.errors:  # nobody reads the whole ones any more
+                    found.state[e.name].data = found.state[e.name].data.new_empty(0)
         else:
             from deepseed.inference.split import SplitExecutable
 
-            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights)
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen)
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
+        self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))
+        self.drafts = draft if speculative else 0  # tokens of a draft
+        self.counts = Counts()
         self._requests: dict[str, _Request] = {}
         self._of: dict[Running, _Branch] = {}
-        self._count = 0
-        self._lock = RLock()
-        self.steps = 0
-        self.computed_tokens = 0
+        self._names = count(1)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._lock = Lock()  # held by a step from its beginning to its end
+        self.notify: Callable[[], None] = lambda: None  # called when there may be something to compute
 
     # requests ---------------------------------------------------------------------------------------------------------
 
@@ -168,8 +148,8 @@ class Engine:
         done: list[Completion] = []
         try:
             for prompt, one in zip(prompts, params, strict=True):
-                names.append(self.add(prompt, one))
-                done.append(self._requests[names[-1]].completion)
+                done.append(self.request(prompt, one))
+                names.append(done[-1].request)
             while not all(c.finished for c in done):
                 self.step()
         finally:
@@ -179,64 +159,76 @@ class Engine:
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, request: str | None = None) -> str:
         """A new request, by its name. Raises InferenceError where it can never be served."""
+        return self.request(prompt, params, request).request
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, request: str | None = None) -> Completion:
+        """``add``, with what grows as the steps go on."""
         params = params or SamplingParams()
-        with self._lock:
-            self._count += 1
-            name = request or f"request-{self._count}"
-            if name in self._requests:
-                raise InferenceError(f"a request is called {name!r} already\n  fix: another name, or none")
-            text, ids = self._tokens(prompt)
-            if params.stops and self.tokenizer is None:
-                raise InferenceError("stop strings need a tokenizer, and the model has none\n  fix: Engine(..., tokenizer=), or stop_token_ids")
-            if len(ids) >= self.max_length:
-                raise InferenceError(f"a prompt of {len(ids)} tokens leaves no room in {self.max_length}\n  fix: a shorter prompt, or Engine(max_length=) where the model's positions allow it")
-            most = min(len(ids) + params.max_tokens, self.max_length)
-            sequence = self.scheduler.add(ids, most, params.n - 1)
-            ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
-            made = _Request(Completion(name, text, ids, [Output(i) for i in range(params.n)]), params, ends)
-            seed = fresh_seed() if params.seed is None else params.seed
-            self._requests[name] = made
-            self._branch(made, 0, sequence, seed)
-            return name
+        text, ids = self._tokens(prompt)
+        if params.stops and self.tokenizer is None:
+            raise InferenceError("stop strings need a tokenizer, and the model has none\n  fix: Engine(..., tokenizer=), or stop_token_ids")
+        if len(ids) >= self.max_length:
+            raise InferenceError(f"a prompt of {len(ids)} tokens leaves no room in {self.max_length}\n  fix: a shorter prompt, or Engine(max_length=) where the model's positions allow it")
+        most = min(len(ids) + params.max_tokens, self.max_length)
+        self.scheduler.check(ids, most)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
+        followers = [params.form.follow(self.tokenizer, self.ends, self.vocabulary) for _ in range(params.n)] if params.form is not None else []
+        made = _Request(Completion(request or f"request-{next(self._names)}", text, ids, [Output(i) for i in range(params.n)]), params, ends, followers)
+        if params.prompt_logprobs is not None:
+            made.completion.prompt_logprobs.append(Drawn(ids[0]))
+        name = made.completion.request
+        if self._requests.setdefault(name, made) is not made:
+            raise InferenceError(f"a request is called {name!r} already\n  fix: another name, or none")
+        self._do(lambda: self._begin(made, most))
+        return made.completion
 
     def cancel(self, request: str) -> None:
         """The request leaves, its blocks come back; what it has so far stays in its Completion. Nothing happens where it has ended."""
-        with self._lock:
-            found = self._requests.pop(request, None)
-            if found is None:
-                return
-            for branch in found.branches:
-                self.scheduler.finish(branch.sequence)
-                self._of.pop(branch.sequence, None)
-            for output in found.completion.outputs:
-                output.finish_reason = output.finish_reason or "cancelled"
+        found = self._requests.pop(request, None)
+        if found is not None:
+            self._do(lambda: self._end(found))
 
     def step(self) -> list[Update]:
         """Compute one step; what is new, in the order of the step."""
         with self._lock:
-            step = self.scheduler.schedule()
-        if not step.pieces:
-            return []
-        logits = self.executable.run(step)
-        with self._lock:
-            self.steps += 1
-            self.computed_tokens += step.tokens
-            self.scheduler.computed(step)
-            branches, rows = list[_Branch](), list[int]()
-            for row, piece in enumerate(p for p in step.pieces if p.wanted):
-                for branch in self._continuing(piece.sequence):
-                    branches.append(branch)
-                    rows.append(row)
-            if not branches:
-                return []
-            if rows != list(range(logits.shape[0])):
-                logits = logits[rows]
-            drawn = sample(logits, [self._row(b) for b in branches])
-            return [self._take(b, d) for b, d in zip(branches, drawn, strict=True)]
+            self._read()
+            out = self._step()
+        self._read_if_free()
+        return out
 
     @property
     def idle(self) -> bool:
-        return self.scheduler.idle
+        return not self._inbox and self.scheduler.idle
+
+    def usage(self) -> Mapping[str, float]:
+        """Sequences that run and wait, the share of the cache that is held, preemptions so far."""
+        return self.scheduler.usage()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return min(self.max_length, self.scheduler.pool.count * self.scheduler.pool.size)
+
+    @property
+    def sequences(self) -> int:
+        """Of one step, at most."""
+        return self.scheduler.sequences
+
+    @property
+    def room(self) -> str:
+        return f"{self.scheduler.pool.count} blocks of {self.scheduler.pool.size} tokens"
+
+    def beat(self) -> None:
+        """To be called now and then while nothing is asked for: other ranks wait for a step, and not for ever."""
+        self.executable.beat()
+
+    @property
+    def steps(self) -> int:
+        return self.counts.steps
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.counts.computed_tokens
 
     # helpers ----------------------------------------------------------------------------------------------------------
 
@@ -246,43 +238,135 @@ class Engine:
                 raise InferenceError("a prompt is a text, and the model has no tokenizer\n  fix: token ids, or Engine(..., tokenizer=)")
             return prompt, [int(t) for t in self.tokenizer(prompt)["input_ids"]]
         ids = [int(t) for t in prompt]
-        size = int(getattr(self.config.get_text_config(), "vocab_size", 0)) or None
-        wrong = [t for t in ids if t < 0 or (size and t >= size)]
+        wrong = [t for t in ids if t < 0 or t >= (self.vocabulary or t + 1)]
         if wrong:
-            raise InferenceError(f"token {wrong[0]} is outside the vocabulary of {size}")
+            raise InferenceError(f"token {wrong[0]} is outside the vocabulary of {self.vocabulary}")
         return None, ids
+
+    def _step(self) -> list[Update]:
+        step = self.scheduler.schedule(self._draft if self.drafts else None)
+        if not step.pieces:
+            return []
+        logits = self.executable.run(step)
+        self.counts.steps += 1
+        self.counts.computed_tokens += step.tokens
+        self.scheduler.computed(step)
+        self._read()
+        turns, rows, at = list[tuple[_Branch, Piece]](), list[int](), 0
+        for piece in step.pieces:
+            own = self._of.get(piece.sequence)
+            at += piece.wanted
+            if own is None:
+                continue  # cancelled while the step ran
+            if piece.wanted > piece.draws:
+                self._score(own.request, logits[at - piece.wanted : at], piece)
+            for branch in self._continuing(own) if piece.draws else ():
+                turns.append((branch, piece))
+                rows.extend(range(at - piece.draws, at))
+        if not turns:
+            return []
+        if rows != list(range(logits.shape[0])):
+            logits = logits[rows]
+        drawn = iter(sample(logits, [self._row(b, p.draft[:n]) for b, p in turns for n in range(p.draws)]))
+        return [self._take(b, p, [next(drawn) for _ in range(p.draws)]) for b, p in turns]
+
+    def _do(self, what: Callable[[], None]) -> None:
+        """Now, or where a step is under way, by that step."""
+        self._inbox.append(what)
+        self.notify()
+        self._read_if_free()
+
+    def _read_if_free(self) -> None:
+        if self._inbox and self._lock.acquire(blocking=False):
+            try:
+                self._read()
+            finally:
+                self._lock.release()
+
+    def _read(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _begin(self, request: _Request, most: int) -> None:
+        params, completion = request.params, request.completion
+        if not request.ended:
+            sequence = self.scheduler.add(completion.prompt_token_ids, most, params.n - 1, params.prompt_logprobs is not None)
+            self._branch(request, 0, sequence, fresh_seed() if params.seed is None else params.seed)
+
+    def _end(self, request: _Request) -> None:
+        request.ended = True
+        for branch in request.branches:
+            self.scheduler.finish(branch.sequence)
+            self._of.pop(branch.sequence, None)
+        for output in request.completion.outputs:
+            output.finish_reason = output.finish_reason or "cancelled"
 
     def _branch(self, request: _Request, index: int, sequence: Running, seed: int) -> _Branch:
         text = TextOf(self.tokenizer, request.completion.prompt_token_ids, request.params.stops) if self.tokenizer is not None else None
         made = _Branch(request, request.completion.outputs[index], sequence, (seed + index * 0xD1B54A32D192ED03) & ((1 << 64) - 1), text)
+        if request.followers:
+            made.follower = request.followers[index]
         request.branches.append(made)
         self._of[sequence] = made
         return made
 
-    def _continuing(self, sequence: Running) -> list[_Branch]:
-        """The branches that take a token from the sequence's logits: its own, and those that begin here."""
-        own = self._of.get(sequence)
-        if own is None:
-            return []  # cancelled while the step ran
+    def _continuing(self, own: _Branch) -> list[_Branch]:
+        """The branches that take a token from a sequence's logits: its own, and those that begin here."""
         if own.output.index == 0 and not own.output.token_ids:
-            own.request.completion.cached_tokens = sequence.reused
+            own.request.completion.cached_tokens = own.sequence.reused
         out = [own]
-        while sequence.forks:
-            out.append(self._branch(own.request, len(own.request.branches), self.scheduler.fork(sequence), own.seed))
+        while own.sequence.forks:
+            out.append(self._branch(own.request, len(own.request.branches), self.scheduler.fork(own.sequence), own.seed))
         return out
 
-    def _row(self, branch: _Branch) -> Row:
-        output, params = branch.output.token_ids, branch.request.params
-        early = len(output) < params.min_tokens
-        return Row(params, branch.seed, branch.request.completion.prompt_token_ids, output, tuple(branch.request.ends) if early else ())
+    def _draft(self, sequence: Running, most: int) -> Sequence[int]:
+        return self._of[sequence].lookup.draft(sequence.tokens, min(most, self.drafts))
 
-    def _take(self, branch: _Branch, drawn: Drawn) -> Update:
-        request, output, token = branch.request, branch.output, drawn.token
+    def _score(self, request: _Request, logits: torch.Tensor, piece: Piece) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of the piece."""
+        prompt, found = request.completion.prompt_token_ids, request.completion.prompt_logprobs
+        first = piece.begin + piece.count - piece.wanted + 1
+        said = prompt[first : first + piece.wanted]
+        found += scored(logits[: len(said)], said, [request.params.prompt_logprobs] * len(said))
+
+    def _row(self, branch: _Branch, draft: Sequence[int]) -> Row:
+        """How the token after the output, and after ``draft``, is wanted."""
+        params, output = branch.request.params, [*branch.output.token_ids, *draft] if draft else branch.output.token_ids
+        early = len(output) < params.min_tokens
+        allowed = branch.follower.allowed(output) if branch.follower is not None else None
+        return Row(params, branch.seed, branch.request.completion.prompt_token_ids, output, tuple(branch.request.ends) if early else (), allowed)
+
+    def _take(self, branch: _Branch, piece: Piece, drawn: Sequence[Drawn]) -> Update:
+        """Tokens as far as the draft before them was right, and no further than the end."""
+        request, output = branch.request, branch.output
+        right = next((n for n, said in enumerate(piece.draft) if said != drawn[n].token), len(piece.draft))
+        taken, text = list[Drawn](), ""
+        for each in drawn[: right + 1]:
+            taken.append(each)
+            text += self._add(branch, each.token)
+            if output.finish_reason is not None:
+                break
+        if piece.draft:
+            self.scheduler.accept(branch.sequence, right)
+            self.counts.drafts += 1
+            self.counts.drafted_tokens += len(piece.draft)
+            self.counts.accepted_tokens += len(taken) - 1
+        if output.finish_reason is not None:
+            text += branch.text.end() if branch.text is not None else ""
+            del self._of[branch.sequence]
+            if request.completion.finished and self._requests.get(request.completion.request) is request:
+                self._requests.pop(request.completion.request, None)
+        if branch.text is not None:
+            output.text = branch.text.text
+        logprobs = tuple(taken) if request.params.logprobs is not None else ()
+        output.logprobs += logprobs
+        return Update(request.completion.request, output.index, tuple(d.token for d in taken), text, output.finish_reason, logprobs)
+
+    def _add(self, branch: _Branch, token: int) -> str:
+        """One more token of the output; the text that it adds."""
+        request, output, piece = branch.request, branch.output, ""
         ended = token in request.ends
-        piece = ""
         output.token_ids.append(token)
-        if request.params.logprobs is not None:
-            output.logprobs.append(drawn)
         if branch.text is not None and not ended:
             piece = branch.text.add(token)
             ended = branch.text.stopped and len(output.token_ids) >= request.params.min_tokens
@@ -291,15 +375,7 @@ class Engine:
             self.scheduler.finish(branch.sequence)
         elif not self.scheduler.append(branch.sequence, token):
             output.finish_reason = "length"
-        if output.finish_reason is not None:
-            if branch.text is not None:
-                piece += branch.text.end()
-            del self._of[branch.sequence]
-            if request.completion.finished:
-                del self._requests[request.completion.request]
-        if branch.text is not None:
-            output.text = branch.text.text
-        return Update(request.completion.request, output.index, (token,), piece, output.finish_reason, (drawn,) if request.params.logprobs is not None else ())
+        return piece
 
 
 def bytes_of_token(layers: Sequence[Layer], dtype: torch.dtype) -> int:

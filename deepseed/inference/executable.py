@@ -62,6 +62,9 @@ class Executable:
     def follow(self) -> None:
         """Run the steps of the rank that leads until it ``release``s the others."""
 
+    def beat(self) -> None:
+        """Nothing to compute for now: ranks that wait for a step go on waiting."""
+
     def release(self) -> None:
         """No more steps for now."""
 

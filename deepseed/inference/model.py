@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,26 @@ class Loaded:
     device: torch.device
     longest: int
     own: bool = False  # whether it was loaded here
-    weights: Path | None = None  # where the values are that ``model``, on the meta device, lacks
+    weights: Path | None = None  # safetensors files with the values that ``model``, on the meta device, lacks
+    checkpoint: Path | None = None  # a training's, with the same
 
 
-def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype | None, tokenizer: Any, device: str | torch.device | None, split: bool = False) -> Loaded:
-    """``split``: of a folder each rank reads its part later, from ``weights``."""
-    kind, weights = _dtype(dtype), None
+def loaded(
+    model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype | None, tokenizer: Any, device: str | torch.device | None, split: bool = False, weights: str | os.PathLike[str] | None = None
+) -> Loaded:
+    """``split``: each rank reads its part later. ``weights``: a checkpoint of a training, which has the values."""
+    kind, files, trained = _dtype(dtype), None, None if weights is None else _checkpoint(Path(weights))
     if isinstance(model, nn.Module):
         module = model if kind is None else model.to(kind)
     else:
-        path = Path(model)
-        if not (path / "config.json").exists():
-            raise InferenceError(f"{path} is no folder with a config.json\n  fix: the folder that save_pretrained wrote")
-        module = _shape_of_folder(path, kind) if split else _from_folder(path, kind)
-        weights = path if split else None
+        path, gguf = _folder(Path(model))
+        later = split and not gguf
+        module = _shape_of_folder(path, kind) if later or trained else _from_folder(path, kind, gguf)
+        files = path if later and trained is None else None
         if tokenizer is None:
-            tokenizer = _tokenizer(path)
+            tokenizer = tokenizer_of(path, gguf)
+    if trained is not None and not split:
+        module, trained = _with_values(module, trained), None
     if getattr(module, "config", None) is None:
         raise InferenceError(f"{type(module).__name__} has no config: it is no model of transformers\n  fix: a causal language model, such as AutoModelForCausalLM gives")
     if getattr(module.config, "is_encoder_decoder", False):
@@ -56,7 +61,7 @@ def loaded(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype |
     text: Any = module.config
     config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
-    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, not isinstance(model, nn.Module), weights)
+    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, not isinstance(model, nn.Module), files, trained)
 
 
 def room(asked: int | None, a_block: int, useful: int) -> int:
@@ -72,12 +77,57 @@ def _dtype(said: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[said]
 
 
-def _from_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
-    """transformers maps the files and reads them tensor by tensor."""
+def _folder(path: Path) -> tuple[Path, str]:
+    """Where the model is, and the name of its GGUF file, if it is one."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path.parent, path.name
+    if (path / "config.json").exists():
+        return path, ""
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        what = f"{len(found)} GGUF files" if found else "no folder with a config.json or a GGUF file"
+        raise InferenceError(f"{path} is {what}\n  fix: the folder that save_pretrained wrote, or one .gguf file" if not found else f"{path} has {what}\n  fix: the path of one of them")
+    return path, found[0].name
+
+
+def _checkpoint(path: Path) -> Path:
+    if not (path / "manifest.json").exists() or not (path / ".metadata").exists():
+        raise InferenceError(f"weights={path} is no checkpoint of a training\n  fix: the folder that step.save wrote; of safetensors files the folder is the model: Engine({str(path)!r})")
+    return path
+
+
+def _with_values(model: nn.Module, checkpoint: Path) -> nn.Module:
+    """The model with a checkpoint's values, whatever plan wrote it."""
+    from deepseed.api import Module
+
+    if any(p.is_meta for p in model.parameters()):
+        model = _filled(model)
+    Module(model, "tp1", backend="simulate", quiet=True).load(checkpoint, optimizer=False, cast=True)
+    return model
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    """Room for parameters; buffers have their values."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                module._parameters[name] = made.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+    return model
+
+
+def _from_folder(path: Path, dtype: torch.dtype | None, gguf: str = "") -> nn.Module:
+    """transformers maps the files and reads them tensor by tensor; what a GGUF file packs becomes float."""
     from transformers import AutoModelForCausalLM
 
-    made: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    made: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or (torch.float32 if gguf else "auto"), local_files_only=True, **_gguf(gguf))
     return made
+
+
+def _gguf(name: str) -> dict[str, str]:
+    if name and find_spec("gguf") is None:
+        raise InferenceError(f"{name} is read by the package gguf, which is not installed\n  fix: pip install gguf")
+    return {"gguf_file": name} if name else {}
 
 
 def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -92,10 +142,10 @@ def _shape_of_folder(path: Path, dtype: torch.dtype | None) -> nn.Module:
     return shape
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_of(path: Path, gguf: str = "") -> Any:
     """None where the folder has none."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not gguf and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, **_gguf(gguf))

@@ -16,12 +16,12 @@ from deepseed.inference.scheduler import Step
 
 @dataclass(frozen=True)
 class Plain:
-    """Of each sequence its blocks, length and number of new tokens, and whether the logits of the last are wanted; all new tokens; blocks to copy before."""
+    """Of each sequence its blocks, length, number of new tokens, and of how many of these, the last ones, the logits are wanted; all new tokens; blocks to copy before."""
 
     tables: Sequence[Sequence[int]]
     lengths: Sequence[int]
     news: Sequence[int]
-    wanted: Sequence[bool]
+    wanted: Sequence[int]
     ids: Sequence[int]
     copies: Sequence[Sequence[int]]
 
@@ -31,7 +31,7 @@ class Plain:
         ends = [p.begin + p.count for p in step.pieces]
         return cls(
             [p.sequence.blocks[: -(-end // size)] for p, end in zip(step.pieces, ends, strict=True)], ends, [p.count for p in step.pieces], [p.wanted for p in step.pieces],
-            [t for p in step.pieces for t in p.sequence.tokens[p.begin : p.begin + p.count]], step.copies,
+            [t for p in step.pieces for t in p.tokens], step.copies,
         )  # fmt: skip
 
     def text(self) -> str:
@@ -64,6 +64,8 @@ def pack(step: Plain, size: int, device: torch.device) -> Packed:
     ends = np.cumsum(news)
     positions = np.arange(ends[-1]) + np.repeat(lengths - ends, news)
     held = np.concatenate([np.array(t, dtype=np.int64)[np.arange(n - new, n) // size] for t, n, new in zip(step.tables, step.lengths, step.news, strict=True)])
-    each = (np.array(step.ids, dtype=np.int64), positions, (ends - 1)[np.array(step.wanted, dtype=bool)], held * size + positions % size)
+    wanted = np.array(step.wanted)
+    last = np.arange(wanted.sum()) + np.repeat(ends - np.cumsum(wanted), wanted)
+    each = (np.array(step.ids, dtype=np.int64), positions, last, held * size + positions % size)
     ids, at, last, slots = (torch.from_numpy(x).to(device) for x in each)
     return Packed(ids, at, last, Packing(step.tables, step.lengths, step.news, size, slots, device))

@@ -10,8 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseed.inference.errors import InferenceError
@@ -19,9 +22,23 @@ from deepseed.inference.errors import InferenceError
 _WORD = (1 << 64) - 1
 
 
+class Follower(Protocol):
+    """One output's way through a form."""
+
+    def allowed(self, output: Sequence[int]) -> NDArray[np.bool_]:
+        """Which tokens of the vocabulary may come after ``output``, which mostly is what it was before and some more."""
+
+
+class Form(Protocol):
+    """What outputs must look like: a grammar, say. ``ends``: tokens that say all is said."""
+
+    def follow(self, tokenizer: Any, ends: frozenset[int], vocabulary: int) -> Follower: ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 leave all tokens; ``logprobs``: of how many most likely tokens, beside the chosen one."""
+    """``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 leave all tokens; ``logprobs``: of how many most likely tokens, beside the chosen one;
+    ``prompt_logprobs``: the same of the prompt's tokens after the first. ``form``: which tokens may come."""
 
     max_tokens: int = 16
     temperature: float = 0.0
@@ -38,7 +55,9 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = field(default_factory=dict)
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         bounds = (
@@ -46,7 +65,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"), ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("n", self.n >= 1, "at least 1"), ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"from 0 to max_tokens = {self.max_tokens}"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"), ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"), ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "at least 0"),
         )  # fmt: skip
         for name, fine, range_ in bounds:
             if not fine:
@@ -68,6 +87,7 @@ class Row:
     prompt: Sequence[int]
     output: Sequence[int]
     forbidden: Sequence[int] = ()  # tokens that may not come yet
+    allowed: NDArray[np.bool_] | None = None  # [vocabulary]: those that may; None: all
 
 
 @dataclass(frozen=True)
@@ -92,15 +112,22 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
         numbers = torch.tensor([number(rows[n].seed, len(rows[n].output)) for n in drawn], dtype=torch.float64, device=logits.device)
         tokens[drawn] = _pick(chance, numbers)
     chosen = tokens.tolist()
-    asked = {n: k for n, row in enumerate(rows) if (k := row.params.logprobs) is not None}
+    return scored(raw, chosen, [row.params.logprobs for row in rows])
+
+
+def scored(logits: Tensor, tokens: Sequence[int], tops: Sequence[int | None]) -> list[Drawn]:
+    """``tokens``, one a row, with their log-probabilities and those of the ``tops`` most likely ones where that is not None."""
+    asked = {n: k for n, k in enumerate(tops) if k is not None}
+    out = [Drawn(t) for t in tokens]
     if not asked:
-        return [Drawn(t) for t in chosen]
+        return out
     picked = list(asked)
-    logs = torch.log_softmax(raw[picked].float(), -1)
-    best, where = logs.topk(min(max(asked.values()), logs.shape[1]), -1) if max(asked.values()) else (logs[:, :0], logs[:, :0].long())
-    out = [Drawn(t) for t in chosen]
+    logs = torch.log_softmax(logits[picked].float() if len(picked) < len(tokens) else logits.float(), -1)
+    own = logs.gather(1, torch.tensor([[tokens[n]] for n in picked], device=logs.device))[:, 0].tolist()
+    most = min(max(asked.values()), logs.shape[1])
+    best, where = (x.tolist() for x in logs.topk(most, -1)) if most else ([[]] * len(picked), [[]] * len(picked))
     for i, n in enumerate(picked):
-        out[n] = Drawn(chosen[n], float(logs[i, chosen[n]]), tuple(zip(where[i, : asked[n]].tolist(), best[i, : asked[n]].tolist(), strict=True)))
+        out[n] = Drawn(tokens[n], own[i], tuple(zip(where[i][: asked[n]], best[i][: asked[n]], strict=True)))
     return out
 
 
@@ -110,7 +137,7 @@ def adjusted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     for n, row in enumerate(rows):
         p = row.params
         penal = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        if not penal and not p.logit_bias and not row.forbidden:
+        if not penal and not p.logit_bias and not row.forbidden and row.allowed is None:
             continue
         if not copied:
             logits, copied = logits.clone(), True
@@ -127,6 +154,8 @@ def adjusted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             logits[n, token] += bias
         if row.forbidden:
             logits[n, torch.tensor(list(row.forbidden), device=logits.device)] = -torch.inf
+        if row.allowed is not None:
+            logits[n].masked_fill_(torch.from_numpy(~row.allowed).to(logits.device), -torch.inf)
     return logits
 
 

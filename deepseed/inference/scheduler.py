@@ -4,12 +4,15 @@ A step takes at most ``budget`` tokens of at most ``sequences`` sequences. Those
 goes to prompts in the order of arrival, in chunks. Where blocks run out the youngest sequence gives its up and waits, to be computed again from its
 tokens; the oldest never does, so it ends and the next is the oldest. ``schedule`` plans a step, ``computed`` says that it has run, ``append`` adds what was sampled; a sequence
 that is cancelled leaves at once, and a step under way no longer counts for it.
+
+What is left of the budget after that may go to drafts: tokens that a sequence will perhaps say next, computed behind its last one. They take a room that nobody else wants, and
+``accept`` keeps those that were right; the others were never there.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -32,16 +35,26 @@ class Running:
     ended: bool = False
     reused: int = 0  # tokens of the prompt that the cache had already
     preempted: int = 0
+    scored: int | None = None  # positions of the prompt whose logits were given; None: nobody wants them
+
+
+Draft = Callable[[Running, int], Sequence[int]]  # at most so many tokens that may come next
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``count`` tokens of a sequence from ``begin`` on; ``wanted``: the logits of the last are."""
+    """``count`` tokens of a sequence from ``begin`` on, the last of them from ``draft``; the logits of the last ``wanted`` are. ``draws``: how many of those give a token of the output."""
 
     sequence: Running
     begin: int
     count: int
-    wanted: bool
+    wanted: int
+    draws: int = 0
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.begin : self.begin + self.count - len(self.draft)] + list(self.draft)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Scheduler:
         self.chunk = min(chunk or budget, budget)  # of one prompt in one step
         self.waiting: list[Running] = []
         self.running: list[Running] = []
+        self.preemptions = 0
         self._numbers = count()
         self._copies: dict[int, int] = {}  # to: from
 
@@ -71,20 +85,24 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, tokens: Sequence[int], most: int, forks: int = 0) -> Running:
-        """A sequence that ends at ``most`` tokens at the latest, with ``forks`` copies that continue on their own."""
+    def check(self, tokens: Sequence[int], most: int) -> None:
+        """InferenceError where such a sequence can never be computed."""
         if not tokens:
             raise InferenceError("an empty prompt has no last token to continue\n  fix: begin with the tokenizer's bos token")
         room = self.pool.count * self.pool.size
         if most > room:
             raise InferenceError(f"a sequence of {most} tokens does not fit into a cache of {room} ({self.pool.count} blocks of {self.pool.size})\n  fix: fewer max_tokens, or a larger cache")
-        made = Running(next(self._numbers), list(tokens), len(tokens), most, forks)
+
+    def add(self, tokens: Sequence[int], most: int, forks: int = 0, scored: bool = False) -> Running:
+        """A sequence that ends at ``most`` tokens at the latest, with ``forks`` copies that continue on their own. ``scored``: the logits of its prompt are wanted too."""
+        self.check(tokens, most)
+        made = Running(next(self._numbers), list(tokens), len(tokens), most, forks, scored=0 if scored else None)
         for _ in range(forks):
             next(self._numbers)  # theirs
         self.waiting.append(made)
         return made
 
-    def schedule(self) -> Step:
+    def schedule(self, draft: Draft | None = None) -> Step:
         """The next step; without pieces where nothing waits."""
         left, pieces = self.budget, list[Piece]()
         chosen: set[Running] = set()
@@ -126,6 +144,8 @@ class Scheduler:
             self.running.append(sequence)
             pieces.append(self._piece(sequence, n))
             left -= n
+        if draft is not None and left and not short:
+            pieces = self._drafted(pieces, draft, left)
         return Step(tuple(pieces), tuple((old, new) for new, old in self._copies.items()))
 
     def computed(self, step: Step) -> None:
@@ -134,9 +154,22 @@ class Scheduler:
             sequence = piece.sequence
             if sequence.ended or sequence not in self.running:
                 continue
-            sequence.computed = piece.begin + piece.count
+            sequence.computed = piece.begin + piece.count - len(piece.draft)
+            if sequence.scored is not None:
+                sequence.scored = max(sequence.scored, min(sequence.computed, sequence.prompt))
             if self.prefix:
                 self._learn(sequence)
+
+    def accept(self, sequence: Running, right: int) -> None:
+        """Of the draft behind its last piece the first ``right`` tokens are its own now, by ``append``; the room of the others goes back."""
+        if sequence.ended or sequence not in self.running:
+            return
+        sequence.computed += right
+        need = -(-sequence.computed // self.pool.size)
+        self.pool.drop(sequence.blocks[need:])
+        del sequence.blocks[need:]
+        if self.prefix:
+            self._learn(sequence)
 
     def append(self, sequence: Running, token: int) -> bool:
         """A token that was sampled; False where the sequence has its length now, and ends."""
@@ -165,10 +198,27 @@ class Scheduler:
             (self.running if sequence in self.running else self.waiting).remove(sequence)
 
     def usage(self) -> Mapping[str, float]:
-        return {"running": len(self.running), "waiting": len(self.waiting), "cache": 1 - self.pool.free / self.pool.count}
+        return {"running": len(self.running), "waiting": len(self.waiting), "cache": 1 - self.pool.free / self.pool.count, "preemptions": self.preemptions}
 
     def _piece(self, sequence: Running, n: int) -> Piece:
-        return Piece(sequence, sequence.computed, n, sequence.computed + n == len(sequence.tokens))
+        begin, end = sequence.computed, sequence.computed + n
+        draws = int(end == len(sequence.tokens))
+        wanted = end - max(begin, sequence.scored) if sequence.scored is not None and sequence.scored < min(end, sequence.prompt - 1) else draws
+        return Piece(sequence, begin, n, wanted, draws)
+
+    def _drafted(self, pieces: list[Piece], draft: Draft, left: int) -> list[Piece]:
+        """Decodes with what may follow them, one after another as long as there is room; nobody gives anything up for it."""
+        out: list[Piece] = []
+        for piece in pieces:
+            sequence = piece.sequence
+            most = min(left, self.chunk - 1, sequence.most - len(sequence.tokens) - 1) if piece.draws and piece.count == 1 and not sequence.forks else 0
+            said = tuple(draft(sequence, most)) if most > 0 else ()
+            while said and not self._provide(sequence, 1 + len(said)):
+                said = said[: len(said) // 2]
+            left -= len(said)
+            n = 1 + len(said)
+            out.append(Piece(sequence, piece.begin, n, n, n, said) if said else piece)
+        return out
 
     def _provide(self, sequence: Running, n: int, spare: int = 0) -> bool:
         """Blocks for ``n`` more tokens, its own where it will write; all or nothing, and nothing where fewer than ``spare`` would be left."""
@@ -192,7 +242,8 @@ class Scheduler:
 
     def _reuse(self, sequence: Running) -> None:
         """Blocks of its prefix that are known."""
-        found = self.pool.find(sequence.tokens) if self.prefix else []
+        unscored = sequence.scored is not None and sequence.scored < sequence.prompt - 1
+        found = self.pool.find(sequence.tokens) if self.prefix and not unscored else []
         for block in found:
             self.pool.hold(block)
         sequence.blocks, sequence.digests = found, []
@@ -213,6 +264,7 @@ class Scheduler:
     def _preempt(self, sequence: Running) -> None:
         self._release(sequence)
         sequence.preempted += 1
+        self.preemptions += 1
         self.running.remove(sequence)
         insort(self.waiting, sequence, key=lambda r: r.number)
 

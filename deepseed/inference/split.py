@@ -9,7 +9,7 @@ source for all sizes. A rank's caches have the kv heads that arrive there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -18,17 +18,32 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deepseed import pipeline
 from deepseed.api import Module
 from deepseed.capture import capture
+from deepseed.codegen import cpp_files
+from deepseed.codegen.cpp_files import general
+from deepseed.codegen.cpp_native import TEMPLATES
+from deepseed.codegen.cpp_ops import LIBRARY
+from deepseed.codegen.cpp_step import Lies, step
+from deepseed.codegen.expressions import DTYPES, CodegenError
+from deepseed.codegen.kernels import kernels
+from deepseed.inference import native
 from deepseed.inference.attention import Packing, attend
 from deepseed.inference.capture import PAGELESS, PackedStep, Recorder, complete, hooked, look
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
+from deepseed.ir.fragment import groups
+from deepseed.kernels import ROWS
+from deepseed.logs import say
 from deepseed.programs import Found
+from deepseed.rules.strides import contiguous, laid_out
 from deepseed.runtime.executable import Executable as Source
+from deepseed.runtime.executable import cache_dir
 
 T = TypeVar("T")
+BEAT = "beat"  # in the place of a step: there is none, wait on
 TRIED = (11, 7)  # tokens and wanted rows of the capture that is looked through for numbers
 FIRST = 503  # of the primes that stand for them
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
@@ -37,18 +52,57 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 class SplitExecutable:
     """A step on the ranks of a plan, those that this process hosts."""
 
-    def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None) -> None:
+    def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto") -> None:
+        """``codegen``: "cpp", "python", or "auto", which is the first on a CPU with a compiler."""
         self.size, self.layers = size, look(model)
-        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True)
+        device = next(p.device for p in model.parameters())
+        self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
+        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=self.codegen)
+        if checkpoint is not None:
+            self._step.load(checkpoint, optimizer=False, cast=True)
         with packed(model):
             sizes = stand_ins(str(capture(model, example(*TRIED), want="forward").program))
             self._found = self._step._find(example(*sizes), "forward")
         built = self._found.built
         self._given: list[list[Tensor]] = []
         self.device = self._step.host.device
-        self._sources = [Source(any_size(e.source, sizes), f"{built.program.name}-packed", e.inputs, e.outputs) for e in built.executables]
+        self.whole: native.FewRows | None = None
+        self.launches = 0  # functions that a step runs
+        self.in_python: dict[str, str] = {}  # kernels that have no C++, and why
+        self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
         self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
         complete(model, sum(op.target == "paged_attention" for op in built.program.ops), len(self.layers))
+
+    def _of_any_size(self, e: Source, coordinate: Any, sizes: tuple[int, int]) -> Source:
+        """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
+        text, calls = any_size(e.source, sizes), dict[str, Any]()
+        if self.codegen == ROWS:
+            free = dict(zip(sizes, "TL", strict=True))
+            local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
+            strides, views = laid_out(local)
+            self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
+            found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
+            lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
+            made, why = cpp_files.functions(lying, free)
+            self.in_python.update(why)
+            parts = [LIBRARY, *(f.text for f in made.values())]
+            try:
+                whole = step(local, Lies(strides, views, found, made, {k.name: each for k, each in lying.items()}), free, native.FEW)
+                parts[1:1], parts[len(parts) :] = [TEMPLATES], [whole.text]
+            except CodegenError as error:
+                whole, self.in_python["step"] = None, str(error)
+            loaded: Any = None
+            try:
+                loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+            except CodegenError as error:  # what the compiler refuses runs as Python
+                say(str(error))
+                made, whole = {}, None
+            calls = {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
+            text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
+            if whole is not None and len(self._step.host.coordinates) == 1:
+                output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
+                self.whole = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
+        return Source(text, f"{self.program.name}-packed", e.inputs, e.outputs, calls, self.codegen)
 
     @property
     def program(self) -> Any:
@@ -73,6 +127,9 @@ class SplitExecutable:
         if not self._given:  # stored tensors and constants, which stay
             self._given = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))  # of any size
         inputs = [[batch[i.key] if i.role == "batch" else x for i, x in zip(s.inputs, given, strict=True)] for s, given in zip(self._sources, self._given, strict=True)]
+        if self.whole is not None and self.whole.takes(made) and self.ranks[0].caches:
+            plain.copy([x for pair in self.ranks[0].caches.values() for x in pair], self.device)
+            return self.whole.run(inputs[0], self.ranks[0].caches, made)
         results = self._step.host.run([r.around(s, plain, made) for r, s in zip(self.ranks, self._sources, strict=True)], inputs)
         (output,) = (o for o in self.program.outputs if o.role == "output")
         type_ = self.program.types[output.ref.name]
@@ -91,7 +148,12 @@ class SplitExecutable:
 
     def follow(self) -> None:
         while text := self._step.host.decide(str):
-            self._run(Plain.parse(text))
+            if text != BEAT:
+                self._run(Plain.parse(text))
+
+    def beat(self) -> None:
+        if self._real:
+            self._step.host.decide(lambda: BEAT)
 
     def release(self) -> None:
         if self._real:
@@ -168,17 +230,22 @@ def stand_ins(text: str) -> tuple[int, int]:
     return next(primes), next(primes)
 
 
+def dense(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides where they leave no gaps and repeat nothing, else row-major."""
+    n = 1
+    for size, stride in sorted(((size, stride) for size, stride in zip(shape, strides, strict=True) if size > 1), key=lambda each: each[1]):
+        if stride != n:
+            return contiguous(shape)
+        n *= size
+    return tuple(strides)
+
+
 def any_size(source: str, sizes: tuple[int, int]) -> str:
     """The source of a step of ``sizes``, tokens and wanted rows, for any."""
-
-    def general(found: re.Match[str]) -> str:
-        n = int(found[0])
-        name, k = next(((name, n // size) for name, size in zip("TL", sizes, strict=True) if n and n % size == 0), ("", n))
-        return f"{name} * {k}" if name and k > 1 else name or str(n)
 
     names = [m[1] for key in ("ids", "last") if (m := re.search(rf"^\s+(\w+),  # batch {key}:", source, re.M))]
     if len(names) != 2 or any(re.search(rf"\b{word}\b", source) for word in "TL"):
         raise InferenceError("the step's source does not show its tokens and wanted rows\n  fix: a plan of one rank")
-    lines = [_NUMBER.sub(general, line) for line in source.splitlines()]
+    lines = [general(line, dict(zip(sizes, "TL", strict=True))) for line in source.splitlines()]
     lines.insert(lines.index("    inputs.clear()"), f"    T, L = {names[0]}.shape[0], {names[1]}.shape[0]")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,8 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 
-from deepseed.inference.engine import Engine, Prompt, Update
+from deepseed.inference.engine import Engine, Prompt
+from deepseed.inference.outputs import Update
 from deepseed.inference.sampling import SamplingParams
 
 

@@ -66,7 +66,7 @@ class Runtime(Messages, Memories):
         n = self.mesh.size(axis)
         if n == 1:
             return done(x)
-        return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), lambda y: join(y, put))
+        return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), _Join(put))
 
     def all_reduce_start(self, x: Tensor, axis: str, reduce: str = "sum") -> Handle:
         if self.mesh.size(axis) == 1:
@@ -131,6 +131,11 @@ class Runtime(Messages, Memories):
     def wait(self, handle: Handle) -> Tensor:
         return handle.finish(handle.complete())
 
+    def wait_into(self, handle: Handle, out: Tensor) -> Tensor:
+        """``wait``, with the result in the memory of ``out``."""
+        found = handle.complete()
+        return handle.finish.into(found, out) if isinstance(handle.finish, _Join | _Unpack) else out.copy_(handle.finish(found))
+
     def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
         return block(x, self.mesh.size(axis), self.position(axis), take)
@@ -146,6 +151,17 @@ class Runtime(Messages, Memories):
     def share(self, x: Tensor, axis: str) -> Tensor:
         """What this rank adds to the mean over the axis of what each computed of its own rows."""
         return x / self.mesh.size(axis)
+
+
+@dataclass(frozen=True)
+class _Join:
+    put: Place
+
+    def __call__(self, blocks: Tensor) -> Tensor:
+        return join(blocks, self.put)
+
+    def into(self, blocks: Tensor, out: Tensor) -> Tensor:
+        return join_into(blocks, self.put, out)
 
 
 class _Once:
@@ -171,6 +187,11 @@ class _Unpack:
     shape: tuple[int, ...]
     put: Place | None = None
     mine: tuple[int, int, Place] | None = None  # an uneven cut: ranks, this rank, where
+
+    def into(self, packed: Tensor, out: Tensor) -> Tensor:
+        if self.put is None or self.mine is not None:
+            return out.copy_(self(packed))
+        return join_into(packed.narrow(-1, self.at, self.size).view(self.shape), self.put, out)
 
     def __call__(self, packed: Tensor) -> Tensor:
         part = packed.narrow(-1, self.at, self.size).view(self.shape)
@@ -276,6 +297,16 @@ def join(blocks: Tensor, put: Place) -> Tensor:
         parts = seen.reshape(*shape[:dim], outer, n, each, rest, *shape[dim + 1 :]).unbind(dim + 1)
         whole = torch.cat([part.narrow(dim + 1, 0, len(chunk(of, n, k))) for k, part in enumerate(parts)], dim + 1)
     return whole.reshape(*shape[:dim], outer * of * rest, *shape[dim + 1 :])
+
+
+def join_into(blocks: Tensor, put: Place, out: Tensor) -> Tensor:
+    """``join`` in the memory of ``out``: one copy, where the parts are even."""
+    if len(put) > 2:
+        return out.copy_(join(blocks, put))
+    (n, *shape), dim, outer = blocks.shape, put[0], put[1]
+    seen = blocks.reshape(n, *shape[:dim], outer, shape[dim] // max(outer, 1), *shape[dim + 1 :]).movedim(0, dim + 1)
+    out.unflatten(dim, (outer, n, shape[dim] // max(outer, 1))).copy_(seen)
+    return out
 
 
 def no_pages(*_: object, **__: object) -> Tensor:

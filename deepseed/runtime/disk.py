@@ -1,18 +1,17 @@
 """State in files, one a tensor and rank: memory-mapped, so that the host's memory holds what is in use and the system reads and writes the rest.
 
-A file has its whole size before anything is written (a full disk is found when it is made), and is deleted with the process: what lasts is
-a checkpoint. Behind each step threads take a checksum of every file, beside whatever the process does next; before the next one they are
-compared, and a file of another size is found before it is read. Where the process itself has written a tensor since (a checkpoint, the
-user), which its version tells, the checksum is taken anew.
+A file has its whole size before anything is written (a full disk is found when it is made), and no name from then on: nobody else can write, cut or remove it, and
+the system frees it with the process, however that ends. What lasts is a checkpoint. Behind each step threads take a checksum of every file, beside whatever the process
+does next; before the next one they are compared. Where the process itself has written a tensor since (a checkpoint, the user), which its version tells, the checksum
+is taken anew.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
+import uuid
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,29 +25,28 @@ Key = tuple[str, str]  # role, key
 
 
 class DiskError(RuntimeError):
-    """A file of offloaded state that cannot be made, is torn, or holds other values than were written: names it."""
+    """A file of offloaded state that cannot be made, or holds other values than were written: names what is in it."""
 
 
 @dataclass
 class _File:
-    path: Path
     tensor: Tensor
     sum: Future[int] | None = None  # of what the latest step has left
     mark: Hashable = None  # the tensor's version then
 
 
 class Disk:
-    """One rank's files, in a folder of its own below ``folder``. ``roles``: what is stored there. Raises DiskError where there can be none."""
+    """One rank's files below ``folder``. ``roles``: what is stored there. Raises DiskError where there can be none."""
 
     def __init__(self, folder: str | os.PathLike[str], rank: int, roles: frozenset[str]) -> None:
-        self.folder, self.roles = Path(folder) / f"rank{rank}-{os.getpid()}-{id(self):x}", roles
+        self.folder, self.roles = Path(folder), roles
         self._files: dict[Key, _File] = {}
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskError(f"{self.folder}: no folder for offloaded state can be made: {error.strerror}\n  fix: disk= a folder that this process may write") from error
         self._threads = ThreadPoolExecutor(THREADS, f"disk of rank {rank}")
-        finalize(self, _leave, self._threads, self.folder)
+        finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
 
     def tensor(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on a file, zeros at first; the one that there is, if there is one. Raises DiskError where it does not fit."""
@@ -58,17 +56,18 @@ class Disk:
         numel = torch.Size(shape).numel()
         if not numel:
             return torch.empty(shape, dtype=dtype)
-        path = self.folder / f"{len(self._files):04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', '-'.join(key))[:100]}.bin"
         try:
-            _reserve(path, numel * dtype.itemsize)
+            descriptor = _reserved(self.folder, numel * dtype.itemsize)
         except OSError as error:
-            path.unlink(missing_ok=True)
             raise DiskError(
-                f"{path}: {numel * dtype.itemsize} bytes of {key[0]} {key[1]!r} cannot be stored: {error.strerror}\n"
-                "  fix: disk= a folder with room for the state of each rank, or leave params out of offload(..)"
+                f"{self.folder}: {numel * dtype.itemsize} bytes of {key[0]} {key[1]!r} cannot be stored: {error.strerror}\n"
+                "  fix: disk= a folder of one's own with room for the state of each rank, or leave params out of offload(..)"
             ) from error
-        made = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
-        self._files[key] = _File(path, made)
+        try:
+            made = torch.from_file(f"/dev/fd/{descriptor}", shared=True, size=numel, dtype=dtype).view(shape)
+        finally:
+            os.close(descriptor)  # the mapping keeps the file
+        self._files[key] = _File(made)
         return made
 
     def seal(self, mark: Callable[[Key], Hashable]) -> None:
@@ -80,10 +79,6 @@ class Disk:
         """Before a step: every file holds what the latest step has left, or the process itself has written since. Raises DiskError."""
         now: dict[Key, Future[int]] = {}
         for key, file in self._files.items():
-            want, have = file.tensor.nbytes, file.path.stat().st_size if file.path.exists() else None
-            if have != want:
-                what = "is gone" if have is None else f"is torn: {want} bytes were written, {have} are there"
-                raise DiskError(f"{file.path}, which holds {key[0]} {key[1]!r}, {what}\n  fix: start again from the last checkpoint")
             if file.sum is not None and file.mark == (file.tensor._version, mark(key)):
                 file.sum.result()
                 now[key] = self._threads.submit(_checksum, file.tensor)
@@ -92,13 +87,9 @@ class Disk:
             assert file.sum is not None
             if found.result() != file.sum.result():
                 raise DiskError(
-                    f"{file.path}, which holds {key[0]} {key[1]!r}, is damaged: crc32 {file.sum.result():08x} was written, {found.result():08x} is there\n"
-                    "  fix: start again from the last checkpoint"
+                    f"the file of {key[0]} {key[1]!r} in {self.folder} is damaged: crc32 {file.sum.result():08x} was written, {found.result():08x} is there\n"
+                    "  fix: load the last checkpoint (step.load)"
                 )
-
-    @property
-    def paths(self) -> Mapping[Key, Path]:
-        return {key: file.path for key, file in self._files.items()}
 
 
 def disk_of(folder: str, what: Collection[str], rank: int) -> Disk | None:
@@ -107,20 +98,22 @@ def disk_of(folder: str, what: Collection[str], rank: int) -> Disk | None:
     return Disk(folder, rank, frozenset(role for role, word in roles.items() if word in what)) if folder else None
 
 
-def _reserve(path: Path, nbytes: int) -> None:
-    """A file of ``nbytes`` zeros that has its blocks. Raises OSError."""
-    with path.open("xb") as file:
+def _reserved(folder: Path, nbytes: int) -> int:
+    """A descriptor of a file of ``nbytes`` zeros that has its blocks and no name. Raises OSError."""
+    path = folder / f"deepseed-{uuid.uuid4().hex}.bin"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        path.unlink()
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            os.posix_fallocate(descriptor, 0, nbytes)
         else:
             for at in range(0, nbytes, 2**24):
-                file.write(bytes(min(2**24, nbytes - at)))
+                os.write(descriptor, bytes(min(2**24, nbytes - at)))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _checksum(t: Tensor) -> int:
     return zlib.crc32(t.detach().view(-1).view(torch.uint8).numpy().data)
-
-
-def _leave(threads: ThreadPoolExecutor, folder: Path) -> None:
-    threads.shutdown(wait=True, cancel_futures=True)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -170,7 +170,7 @@ class DistributedRuntime(Runtime):
         else:
             out = torch.empty_like(x)
         if not x.numel():
-            return lambda: out.sum(0, dtype=out.dtype) if by_blocks else out
+            return lambda: _added(out) if by_blocks else out
         self._number += 1
         what = f"{kind} over {axis}, number {self._number}"
         sent, received = _plain(x), _plain(out)
@@ -192,7 +192,7 @@ class DistributedRuntime(Runtime):
             self.world.wait(work, what)
             nonlocal sent  # kept until the exchange is over
             del sent
-            return out.sum(0, dtype=out.dtype) if by_blocks else out
+            return _added(out) if by_blocks else out
 
         return complete
 
@@ -242,6 +242,11 @@ def _named(new: str, old: str) -> Callable[..., dist.Work]:
     """A collective by its name since torch 2.13, else by the one before."""
     found: Callable[..., dist.Work] = getattr(dist, new, None) or getattr(dist, old)
     return found
+
+
+def _added(blocks: Tensor) -> Tensor:
+    """Their sum; of two the one addition, which takes a fraction of the time of a reduction, and is rounded alike."""
+    return torch.add(blocks[0], blocks[1]) if len(blocks) == 2 else blocks.sum(0, dtype=blocks.dtype)
 
 
 def _plain(x: Tensor) -> Tensor:

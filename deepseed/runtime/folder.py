@@ -3,7 +3,7 @@
     aside(dir)      dir.tmp-1f0c…   files are written here
     publish(...)    manifest.json, fsync, then   dir -> dir.old-1f0c…,  dir.tmp-1f0c… -> dir,  and the old one is deleted
 
-``manifest.json`` comes last and holds size and sha256 of every file, and its own: a folder without it is not whole. A process
+``manifest.json`` comes last and holds size and checksums of every file (crc32 of each box, or the sha256), and its own: a folder without it is not whole. A process
 that ends between the two renames leaves no ``dir`` but two whole folders beside it; ``find`` then takes the new one.
 """
 
@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepseed.runtime.crc import crc32
+
 MANIFEST = "manifest.json"
 _OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json(\.tmp)?")
 LEFT = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{8}")  # what a save leaves beside a folder where it is cut off
@@ -31,6 +33,10 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """A checkpoint that is partial, torn, damaged, or not there: another one may load."""
+
+
+class HalfLoadedError(DamagedError):
+    """A checkpoint that was whole when it was checked, and failed while its values were read: some tensors are overwritten, others are not."""
 
 
 def aside(target: Path, by: str = "step.save", ours: re.Pattern[str] = _OURS, carry: bool = False) -> Path:
@@ -157,9 +163,24 @@ def faults(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable
             out.append(f"{path} is missing: {want['bytes']} bytes were written")
         elif (size := path.stat().st_size) != want["bytes"]:
             out.append(f"{path} is torn: {want['bytes']} bytes were written, {size} are there")
-        elif not sizes and (got := digest(path)["sha256"]) != want["sha256"]:
-            out.append(f"{path} is damaged: sha256 {want['sha256']} was written, {got} is there")
+        elif not sizes and (wrong := _damage(path, want)):
+            out.append(f"{path} is damaged: {wrong}")
     return out
+
+
+def _damage(path: Path, want: Mapping[str, Any]) -> str:
+    if "boxes" not in want:
+        got = digest(path)["sha256"]
+        return f"sha256 {want['sha256']} was written, {got} is there" if got != want["sha256"] else ""
+    at, wrong = 0, []
+    with path.open("rb") as file:
+        for length, crc in want["boxes"]:
+            found, left = 0, length
+            while left and (piece := file.read(min(left, 2**20))):
+                found, left = crc32(piece, found), left - len(piece)
+            wrong += [f"crc32 {crc:08x} was written, {found:08x} is there, in bytes {at} to {at + length}"] if found != crc else []
+            at += length
+    return "; ".join([*wrong[:3], *([f"and {len(wrong) - 3} boxes more"] if wrong[3:] else [])])
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:

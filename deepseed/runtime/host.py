@@ -23,7 +23,7 @@ from deepseed.ops import torch_dtype
 from deepseed.runtime import agree, board, channels, environment
 from deepseed.runtime.arena import Arena
 from deepseed.runtime.board import Board
-from deepseed.runtime.boxfile import Sums, read_boxes
+from deepseed.runtime.boxfile import Sums, check_boxes
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.distributed import DistributedRuntime, start, world
 from deepseed.runtime.errors import AgreementError
@@ -385,7 +385,7 @@ def check_rest(host: Host, folder: Path, sums: Sums, checked: int) -> None:
     """Read the boxes that no rank has read, by turns, to check them. Raises DamagedError."""
     hosted = {host.mesh.rank(c) for c in host.coordinates}
     mine = [key for n, key in enumerate(sums.left(checked)) if n % host.mesh.ranks in hosted]
-    read_boxes(folder, [(*key, sums.boxes[key][1], ()) for key in mine], sums)
+    check_boxes(folder, {(*key, sums.boxes[key][1]): False for key in mine}, sums)
 
 
 def launched() -> bool:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.checkpoint import metadata as metadata_records
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -41,7 +42,7 @@ from deepseed.runtime.box import Box as Box
 from deepseed.runtime.box import Ints as Ints
 from deepseed.runtime.box import common as common
 from deepseed.runtime.box import cut as cut
-from deepseed.runtime.boxfile import Part, Sums, read_boxes, text, write_boxes
+from deepseed.runtime.boxfile import Header, Part, Place, Sums, check_boxes, read_boxes, text, write_boxes
 from deepseed.runtime.folder import CheckpointError, writing
 from deepseed.runtime.state import position
 
@@ -238,19 +239,40 @@ class _Records(pickle.Unpickler):
                 raise CheckpointError(f"{self.path} would change the classes that read it: it was made to do harm, and was not read\n  fix: load only checkpoints that you trust")
 
 
+class Reading:
+    """Wanted parts of a folder's tensors, in two passes: ``check`` overwrites nothing, ``fill`` does. Nobody else is asked: every rank reads for itself the boxes
+    that meet its parts, and compares their checksums where ``sums`` knows them."""
+
+    def __init__(self, folder: Path, wants: Sequence[Want], mesh: Mesh, sums: Sums | None = None) -> None:
+        self.folder, self.sums, self._wants = folder, sums or Sums({}), wants
+        self._reader = Reader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, True)
+        self._headers: Mapping[Place, Header] = {}
+        self._parts: dict[Place, list[Part]] = {}
+        for want in wants:
+            for index, part in _parts(want, metadata, mesh):
+                at = self._reader.storage_data[index]
+                self._parts.setdefault((at.relative_path, at.offset, at.length), []).append(part)
+
+    def check(self) -> None:
+        self._headers = check_boxes(self.folder, dict.fromkeys(self._parts, True), self.sums)
+
+    def fill(self) -> None:
+        try:
+            read_boxes(self.folder, self._parts, self.sums, self._headers)
+        finally:
+            increment_version([want.into for want in self._wants])  # of which a read into memory knows nothing
+
+    def texts(self, names: Sequence[str]) -> dict[str, bytes]:
+        return {name: text(self.folder, self._reader.storage_data[MetadataIndex(name)], self.sums) for name in names}
+
+
 def read(folder: Path, wants: Sequence[Want], mesh: Mesh, texts: Sequence[str] = (), sums: Sums | None = None) -> dict[str, bytes]:
-    """Fill the wanted parts; the ``texts`` by name. Nobody else is asked: every rank reads for itself the boxes that meet its parts, each once, and
-    checks them where ``sums`` knows them."""
-    reader, sums = Reader(folder), sums or Sums({})
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, True)
-    places: dict[tuple[str, int, int], list[Part]] = {}
-    for want in wants:
-        for index, part in _parts(want, metadata, mesh):
-            at = reader.storage_data[index]
-            places.setdefault((at.relative_path, at.offset, at.length), []).append(part)
-    read_boxes(folder, [(*at, parts) for at, parts in places.items()], sums)
-    return {name: text(folder, reader.storage_data[MetadataIndex(name)], sums) for name in texts}
+    """Fill the wanted parts, in one pass; the ``texts`` by name."""
+    reading = Reading(folder, wants, mesh, sums)
+    reading.fill()
+    return reading.texts(texts)
 
 
 def _parts(want: Want, metadata: Metadata, mesh: Mesh) -> Iterator[tuple[MetadataIndex, Part]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
-from deepseed.inference.engine import Output
+from deepseed.inference.outputs import Output
 from deepseed.inference.sampling import Drawn
 
 Token = Callable[[int], str]
@@ -28,10 +28,11 @@ class Answer:
     def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self.head, "object": self.chunk_object, "choices": list(choices), **more}
 
-    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
+    def choice(self, index: int, output: Output, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any]:
+        """``prompt``: its tokens, where their log-probabilities are wanted."""
         raise NotImplementedError
 
-    def first(self, index: int, echo: str) -> dict[str, Any] | None:
+    def first(self, index: int, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any] | None:
         """What a stream says of a choice before its first token."""
         raise NotImplementedError
 
@@ -46,13 +47,13 @@ class CompletionAnswer(Answer):
         super().__init__(model, token, logprobs)
         self._offsets: dict[int, int] = {}
 
-    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
-        self._offsets[index] = len(echo)
-        return self.piece(index, echo + output.text, output.logprobs, output.finish_reason)
+    def choice(self, index: int, output: Output, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any]:
+        self._offsets[index] = 0 if prompt else len(echo)
+        return self.piece(index, echo + output.text, [*prompt, *output.logprobs], output.finish_reason)
 
-    def first(self, index: int, echo: str) -> dict[str, Any] | None:
-        self._offsets[index] = len(echo)
-        return self.piece(index, echo, (), None) if echo else None
+    def first(self, index: int, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any] | None:
+        self._offsets[index] = 0 if prompt else len(echo)
+        return self.piece(index, echo, prompt, None) if echo else None
 
     def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": self._logprobs(index, drawn) if self.logprobs else None, "finish_reason": finish_reason}
@@ -63,18 +64,27 @@ class CompletionAnswer(Answer):
             offsets.append(at)
             at += len(token)
         self._offsets[index] = at
-        top = [{self.token(d.token): _finite(d.logprob)} | {self.token(t): _finite(p) for t, p in d.top} for d in drawn]
-        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": top, "text_offset": offsets}
+        return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": [self._top(d) for d in drawn], "text_offset": offsets}
+
+
+    def _top(self, drawn: Drawn) -> dict[str, float | None] | None:
+        """Of tokens that read alike the likeliest."""
+        if drawn.logprob is None:
+            return None
+        out = dict[str, float | None]()
+        for token, logprob in ((drawn.token, drawn.logprob), *drawn.top):
+            out.setdefault(self.token(token), _finite(logprob))
+        return out
 
 
 class ChatAnswer(Answer):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, output: Output, echo: str) -> dict[str, Any]:
+    def choice(self, index: int, output: Output, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any]:
         message = {"role": "assistant", "content": output.text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._logprobs(output.logprobs), "finish_reason": output.finish_reason}
 
-    def first(self, index: int, echo: str) -> dict[str, Any] | None:
+    def first(self, index: int, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any] | None:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from deepseed.inference.engine import Engine
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
 from deepseed.serve.errors import ClientGone, ServeError
 from deepseed.serve.metrics import Metrics
 from deepseed.serve.protocol import ChatRequest, CompletionRequest
+from deepseed.serve.replicas import Replicas
+from deepseed.serve.served import Served
 from deepseed.serve.text import Prepared, Texts
 from deepseed.serve.worker import Tickets, Worker
 
@@ -52,16 +53,20 @@ class Limits:
 class Server:
     """One engine behind one application. ``died`` is called in the engine's thread when it has failed."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits | None = None, api_key: str | None = None, died: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, engine: Served, name: str, limits: Limits | None = None, api_key: str | None = None, died: Callable[[BaseException], None] | None = None) -> None:
         self.limits, self.key = limits or Limits(), api_key
         self.metrics = Metrics(name)
         self.texts = Texts(engine, name)
         self.worker = Worker(engine, self.metrics, died)
         self.text_thread = ThreadPoolExecutor(1, "deepseed-text")  # one: tokenizers keep state
-        self.capacity = engine.scheduler.sequences + self.limits.queue
+        self.engine = engine
         self.taken = 0  # outputs of requests that are there
         self.created = int(time.time())
         self.app: Any = _application(self)
+
+    @property
+    def capacity(self) -> int:
+        return self.engine.sequences + self.limits.queue
 
     def close(self) -> None:
         self.worker.close()
@@ -149,19 +154,25 @@ class Endpoint:
         async for _ in tickets:
             pass
         n = prepared.asked.outputs
-        outputs = [(i * n + o.index, o, prepared.echoes[i]) for i, c in enumerate(tickets.completions) for o in c.outputs]
-        count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, _ in outputs), tickets.cached)
+        outputs = [(i * n + o.index, o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
+        count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, *_ in outputs), tickets.cached)
         await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count))
 
     async def _stream(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         n, asked = prepared.asked.outputs, prepared.asked
         more: dict[str, Any] = {"usage": None} if asked.usage_at_end else {}
         await reply.begin()
-        firsts = [first for i, echo in enumerate(prepared.echoes) for k in range(n) if (first := answer.first(i * n + k, echo)) is not None]
-        await reply.events([answer.chunk([first], **more) for first in firsts])
-        completion = 0
+        completion, met = 0, set[int]()
+
+        def begin(i: int) -> list[dict[str, Any]]:
+            met.add(i)
+            return [first for k in range(n) if (first := answer.first(i * n + k, prepared.echoes[i], tickets.completions[i].prompt_logprobs)) is not None]
+
+        if asked.prompt_top is None:  # else with the first token, when they are known
+            await reply.events([answer.chunk([first], **more) for i in range(len(prepared.prompts)) for first in begin(i)])
         async for items in tickets:
             completion += sum(len(u.token_ids) for _, u in items)
+            await reply.events([answer.chunk([first], **more) for i, _ in items if i not in met for first in begin(i)])
             told = [(i * n + u.index, u.text, u.logprobs, u.finish_reason) for i, u in items if u.text or u.finish_reason or u.logprobs]
             await reply.events([answer.chunk([answer.piece(*each)], **more) for each in told])
         if asked.usage_at_end:
@@ -289,10 +300,10 @@ def _application(server: Server) -> Any:
             raise ServeError(404, f"the model {name[:200]!r} does not exist; this server has {server.texts.name!r}", param="model", code="model_not_found")
         return server.card()
 
-    async def health() -> dict[str, str]:
+    async def health() -> dict[str, Any]:
         if not server.worker.alive:
             raise ServeError(503, "the engine has stopped", kind="server_error")
-        return {"status": "ok"}
+        return {"status": "ok", **({"replicas": len(several.living), "of": len(several.all)} if isinstance(several := server.engine, Replicas) else {})}
 
     async def metrics() -> Any:
         return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -17,7 +17,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure.")
 @friendly
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder that save_pretrained wrote, with its tokenizer")],
-    plan: Annotated[str, typer.Option("--plan", help="such as tp1")] = "tp1",
+    plan: Annotated[str, typer.Option("--plan", help="such as tp1; dp2: two replicas, each on ranks of its own in dp2+tp2")] = "tp1",
     host: Annotated[str, typer.Option(help="0.0.0.0: every interface")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8000,
     name: Annotated[str | None, typer.Option("--served-model-name", help="what requests call the model  [default: the folder's name]")] = None,
@@ -31,6 +31,9 @@ def serve(
     budget: Annotated[int, typer.Option(min=1, help="tokens of a step")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="outputs of a step")] = 64,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens of prompt and output together")] = None,
+    speculative: Annotated[bool, typer.Option("--speculative", help="try tokens that followed the same words before; no output changes")] = False,
+    draft: Annotated[int, typer.Option(min=1, help="of how many tokens at a time")] = 8,
+    quantize: Annotated[str | None, typer.Option(help="int8 or fp8: the matrices of products in eight bits")] = None,
     log_level: Annotated[str, typer.Option(help="of uvicorn: debug, info, warning, error")] = "warning",
 ) -> None:
     """Serve a model as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models; /health, /metrics and a page at /."""
@@ -46,7 +49,7 @@ def serve(
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {log_level!r} is unknown\n  fix: debug, info, warning or error")
-    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length}
+    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length, "speculative": "lookup" if speculative else None, "draft": draft, "quantize": quantize}
     limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "drain": drain, "log_level": log_level}
     raise typer.Exit(ranks.serve(ranks.Asked(model, plan, dtype, engine, name or Path(model).resolve().name, host, port, limits)))
 

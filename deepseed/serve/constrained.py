@@ -1,21 +1,21 @@
 """Outputs that follow a JSON schema, a regex, a list of choices or a grammar, by llguidance (optional: ``pip install deepseed[constrained]``).
 
-The request carries its grammar in its sampling parameters. Before each draw, the tokens with which no text of the grammar goes on are forbidden; the
-model's end token is allowed where the text is complete. An output that ends by its length is the beginning of a text of the grammar.
+The request carries its grammar in its sampling parameters. In each draw only those tokens may come with which some text of the grammar goes on; the
+model's end token may where the text is complete. An output that ends by its length is the beginning of a text of the grammar.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy
+from numpy.typing import NDArray
 
-from deepseed.inference.engine import Engine
-from deepseed.inference.sampling import Row, SamplingParams
+from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.errors import ServeError
 from deepseed.serve.protocol import Asked
 
@@ -23,8 +23,13 @@ COMPACT = {"whitespace_flexible": False}  # else a model may go on with spaces b
 
 
 @dataclass(frozen=True)
-class ConstrainedParams(SamplingParams):
-    grammar: str = ""
+class Grammar:
+    """A form of outputs, as llguidance writes it."""
+
+    text: str
+
+    def follow(self, tokenizer: Any, ends: frozenset[int], vocabulary: int) -> Followed:
+        return Followed(self.text, compiled_tokenizer(tokenizer, ends), ends, vocabulary)
 
 
 def grammar_of(asked: Asked) -> str | None:
@@ -68,44 +73,32 @@ def constrained(params: SamplingParams, grammar: str, tokenizer: Any, ends: froz
     wrong = _library("response_format").LLMatcher.validate_grammar(grammar, compiled_tokenizer(tokenizer, ends))
     if wrong and not wrong.startswith("WARNING"):
         raise ServeError(400, f"the form of the output cannot be compiled: {wrong}"[:500], param="response_format")
-    return ConstrainedParams(**{f.name: getattr(params, f.name) for f in fields(params)}, grammar=grammar)
+    return replace(params, form=Grammar(grammar))
 
 
-class ConstrainedEngine(Engine):
-    """An engine that follows the grammars of its requests."""
-
-    def _row(self, branch: Any) -> Row:
-        row = super()._row(branch)
-        if not isinstance(row.params, ConstrainedParams):
-            return row
-        found = _FOLLOWED.get(branch)
-        if found is None:
-            found = _FOLLOWED[branch] = _Followed(row.params.grammar, compiled_tokenizer(self.tokenizer, self.ends), self.ends, int(self.config.get_text_config().vocab_size))
-        row.forbidden = found.forbidden(row.output)
-        return row
-
-
-class _Followed:
+class Followed:
     """How far one output has come in its grammar."""
 
     def __init__(self, grammar: str, tokenizer: Any, ends: frozenset[int], vocabulary: int) -> None:
         self.matcher = _library("response_format").LLMatcher(tokenizer, grammar, log_level=0)
-        self.ends, self.vocabulary, self.read = ends, vocabulary, 0
+        self.ends, self.vocabulary, self.read = ends, vocabulary, list[int]()
 
-    def forbidden(self, output: Any) -> list[int]:
-        new = list(output[self.read :])
-        self.read += len(new)
-        allowed = numpy.zeros(self.vocabulary, dtype=bool)
-        if self.matcher.consume_tokens(new) and not self.matcher.is_stopped() and not self.matcher.is_error():
+    def allowed(self, output: Sequence[int]) -> NDArray[numpy.bool_]:
+        same = next((n for n, (a, b) in enumerate(zip(self.read, output, strict=False)) if a != b), min(len(self.read), len(output)))
+        if same < len(self.read):  # a draft was wrong
+            self.matcher.rollback(len(self.read) - same)
+        self.read, new = self.read[:same], list(output[same:])
+        may = numpy.zeros(self.vocabulary, dtype=bool)
+        taken = self.matcher.try_consume_tokens(new) if new else 0
+        self.read += new[:taken]
+        if taken == len(new) and not self.matcher.is_stopped() and not self.matcher.is_error():
             bits = numpy.unpackbits(numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8), bitorder="little")[: self.vocabulary]
-            allowed[: len(bits)] = bits
-        if not allowed.any():
-            allowed[[e for e in self.ends if e < self.vocabulary]] = True
-        out: list[int] = numpy.flatnonzero(~allowed).tolist()
-        return out
+            may[: len(bits)] = bits
+        if not may.any():
+            may[[e for e in self.ends if e < self.vocabulary]] = True
+        return may
 
 
-_FOLLOWED: WeakKeyDictionary[Any, _Followed] = WeakKeyDictionary()
 _TOKENIZERS: dict[tuple[int, frozenset[int]], tuple[Any, Any]] = {}  # by the id of a tokenizer, which is kept so that the id stays its own
 _LOCK = Lock()
 

@@ -34,7 +34,8 @@ class Metrics:
         self.began = monotonic()
         self.running = self.waiting = 0
         self.cache = 0.0
-        self.prompt_tokens = self.generation_tokens = self.prefix_queries = self.prefix_hits = self.steps = 0
+        self.prompt_tokens = self.generation_tokens = self.prefix_queries = self.prefix_hits = self.steps = self.preemptions = 0
+        self.drafts = self.drafted = self.accepted = 0
         self.success: Counter[str] = Counter()
         self.refused: Counter[int] = Counter()  # by status
         self.aborted = 0
@@ -64,6 +65,10 @@ class Metrics:
         one("generation_tokens_total", "counter", "Tokens of outputs.", self.generation_tokens)
         one("prefix_cache_queries_total", "counter", "Tokens of prompts that were looked for in the cache.", self.prefix_queries)
         one("prefix_cache_hits_total", "counter", "Tokens of prompts that the cache had.", self.prefix_hits)
+        one("num_preemptions_total", "counter", "Sequences that gave up their blocks to an older one.", self.preemptions)
+        one("spec_decode_num_drafts_total", "counter", "Drafts that steps tried.", self.drafts)
+        one("spec_decode_num_draft_tokens_total", "counter", "Tokens of drafts.", self.drafted)
+        one("spec_decode_num_accepted_tokens_total", "counter", "Tokens of drafts that were right.", self.accepted)
         say("request_success_total", "counter", "Outputs that ended, by reason.", [f'request_success_total{{{self.labels},finished_reason="{r}"}} {self.success[r]}' for r in ("stop", "length")] + [f'request_success_total{{{self.labels},finished_reason="abort"}} {self.aborted}'])
         histogram("time_to_first_token_seconds", "From arrival to the first token.", self.first)
         histogram("inter_token_latency_seconds", "Between two tokens of an output.", self.between)
@@ -78,5 +83,5 @@ class Metrics:
         """What the page shows. ``time`` is the server's clock, so that rates are differences of two answers."""
         return {
             "time": monotonic(), "uptime": monotonic() - self.began, "running": self.running, "waiting": self.waiting, "cache": self.cache, "steps": self.steps, "prompt_tokens": self.prompt_tokens,
-            "generation_tokens": self.generation_tokens, "prefix_hits": self.prefix_hits, "finished": self.success.total(), "aborted": self.aborted, "refused": self.refused.total(),
+            "generation_tokens": self.generation_tokens, "prefix_hits": self.prefix_hits, "preemptions": self.preemptions, "finished": self.success.total(), "aborted": self.aborted, "refused": self.refused.total(),
         }  # fmt: skip

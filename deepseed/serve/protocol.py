@@ -94,6 +94,11 @@ class Asked(Strict):
         raise NotImplementedError
 
     @property
+    def prompt_top(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
+
+    @property
     def usage_at_end(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -103,7 +108,7 @@ class Asked(Strict):
             max_tokens=most, temperature=_temperature(self.temperature), top_k=max(self.top_k or 0, 0), top_p=_or(self.top_p, 1.0), min_p=self.min_p or 0.0,
             repetition_penalty=_or(self.repetition_penalty, 1.0), presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
             seed=self.seed, n=self.outputs, stop=self.stop or (), stop_token_ids=_tokens(self.stop_token_ids or (), vocabulary, "stop_token_ids"), ignore_eos=bool(self.ignore_eos),
-            min_tokens=self.min_tokens or 0, logprobs=self.top, logit_bias=_bias(self.logit_bias or {}, vocabulary),
+            min_tokens=self.min_tokens or 0, logprobs=self.top, prompt_logprobs=self.prompt_top, logit_bias=_bias(self.logit_bias or {}, vocabulary),
         )  # fmt: skip
 
 
@@ -118,13 +123,15 @@ class CompletionRequest(Asked):
     def top(self) -> int | None:
         return self.logprobs
 
+    @property
+    def prompt_top(self) -> int | None:
+        return self.logprobs if self.echo else None
+
     def check(self) -> None:
         if self.suffix:
             raise ServeError(400, "suffix: this server continues prompts, it does not fill between two texts; leave it out", param="suffix")
         if self.best_of is not None and self.best_of != self.outputs:
             raise ServeError(400, f"best_of={self.best_of} and n={self.outputs}: outputs are not ranked here; leave best_of out", param="best_of")
-        if self.echo and self.logprobs is not None:
-            raise ServeError(400, "echo with logprobs: log-probabilities of the prompt are not computed; leave one of the two out", param="logprobs")
 
 
 class Part(Strict):

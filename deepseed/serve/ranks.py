@@ -1,15 +1,18 @@
-"""A server whose engine lies on several ranks of this machine: the first one listens and schedules, the others follow its steps.
+"""The processes of a server. One engine on several ranks of this machine: the first one listens and schedules, the others follow its steps.
 
 Where the environment says nothing of ranks they are started here, one process each; under a launcher each process calls ``serve_rank`` itself. After a signal
-the first rank drains and releases the others, which leave signals to it. A rank that dies ends all, and the message names it.
+the first rank drains and releases the others, which leave signals to it. A rank that dies ends all, and the message names it. Several replicas (``dp``): this
+process listens and computes nothing, and each replica has processes of its own (``replicas``).
 """
 
 from __future__ import annotations
 
+import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deepseed.inference.errors import InferenceError
 from deepseed.inference.split import SplitExecutable
 from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
@@ -33,7 +36,10 @@ class Asked:
 
 def serve(asked: Asked) -> int:
     """The exit code."""
-    ranks = parse_plan(asked.plan).mesh(None).ranks
+    sizes = dict(parse_plan(asked.plan).mesh(None).sizes)
+    replicas, ranks = sizes.pop("dp", 1), sizes.get("tp", 1)
+    if replicas > 1 and set(sizes) <= {"tp"}:
+        return _replicas(replicas, replace(asked, plan=f"tp{ranks}"))
     if ranks > 1 and not launched():
         return _start(ranks, asked)
     if ranks == 1:
@@ -49,10 +55,10 @@ def serve(asked: Asked) -> int:
 
 def serve_rank(asked: Asked) -> int:
     """This process's part: to listen, or to follow."""
-    from deepseed.serve.constrained import ConstrainedEngine
+    from deepseed.inference.engine import Engine
     from deepseed.serve.run import run
 
-    engine = ConstrainedEngine(asked.model, asked.plan, asked.dtype, **asked.engine)
+    engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
     split = engine.executable
     if not isinstance(split, SplitExecutable):
         return run(engine, asked.name, asked.host, asked.port, **asked.limits)
@@ -67,6 +73,56 @@ def serve_rank(asked: Asked) -> int:
             raise RankError(0, "the engine has failed: see the message above")
         split.release()
         return code
+
+
+def _replicas(number: int, asked: Asked) -> int:
+    """This process listens, and each replica computes in processes of its own."""
+    from pathlib import Path
+
+    from deepseed.inference.model import tokenizer_of
+    from deepseed.serve.replicas import Replicas, Started
+    from deepseed.serve.run import run
+
+    if launched():
+        raise InferenceError(f"{number} replicas start their own processes, and a launcher has started this one already\n  fix: deepseed serve without a launcher, or a plan without dp")
+    started = Started(number, _replica, asked)
+    try:
+        several = Replicas(started.ready(), tokenizer_of(Path(asked.model)))
+        try:
+            return run(several, asked.name, asked.host, asked.port, **asked.limits)
+        finally:
+            several.close()
+    finally:
+        started.end()
+
+
+def _replica(asked: Asked, address: str, key: bytes, number: int) -> None:
+    """One replica's first process. Signals from a terminal are for the server, which lets go of the replica when it is done."""
+    os.setsid()
+    for ignored in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ignored, signal.SIG_IGN)
+    given = (asked, address, key, number)
+    if (ranks := parse_plan(asked.plan).mesh(None).ranks) > 1:
+        on_ranks(_replica_rank, ranks, *given)
+    else:
+        _replica_rank(*given)
+
+
+def _replica_rank(asked: Asked, address: str, key: bytes, number: int) -> None:
+    from deepseed.inference.engine import Engine
+    from deepseed.serve.replicas import answer
+
+    if parse_plan(asked.plan).mesh(None).ranks > 1:
+        from deepseed.runtime.distributed import start
+
+        start()
+    engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
+    with engine.executable.together():
+        if engine.executable.leads:
+            answer(engine, address, key, number)
+            engine.executable.release()
+        else:
+            engine.executable.follow()
 
 
 def _start(number: int, asked: Asked) -> int:

@@ -10,12 +10,12 @@ import typer
 import uvicorn
 
 from deepseed.friendly import UsageError
-from deepseed.inference.engine import Engine
 from deepseed.serve.app import Limits, Server
+from deepseed.serve.served import Served
 
 
 def run(
-    engine: Engine, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, drain: float = 60.0,
+    engine: Served, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, drain: float = 60.0,
     log_level: str = "warning",
 ) -> int:  # fmt: skip
     """0 after a signal, 1 where the engine has failed."""
@@ -35,7 +35,7 @@ def run(
 
     before = {number: signal.signal(number, ends) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn passes on to these what it got
     where = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.scheduler.pool.count} blocks of {engine.scheduler.pool.size} tokens")
+    typer.echo(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.room}")
     try:
         uv.run(sockets=[listening])
     finally:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.constrained import constrained, grammar_of
 from deepseed.serve.errors import ServeError
 from deepseed.serve.protocol import Asked, ChatRequest, CompletionRequest, Message, read
+from deepseed.serve.served import Served
 
 DEFAULT_COMPLETION = 16  # tokens, as OpenAI has it; a chat goes on to the end of the context
 
@@ -36,13 +36,11 @@ class Prepared:
 class Texts:
     """A model's tokenizer, template and limits."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Served, name: str) -> None:
         if engine.tokenizer is None:
             raise InferenceError("a server needs the model's tokenizer, and the folder has none\n  fix: tokenizer.save_pretrained(folder)")
         self.tokenizer, self.name, self.ends = engine.tokenizer, name, engine.ends
-        self.vocabulary = int(engine.config.get_text_config().vocab_size)
-        pool = engine.scheduler.pool
-        self.longest = min(engine.max_length, pool.count * pool.size)
+        self.vocabulary, self.longest = engine.vocabulary, engine.longest
         self.token = lru_cache(1 << 16)(self._token)
         widest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.most_characters = self.longest * max(widest, 16)

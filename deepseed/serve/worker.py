@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from types import TracebackType
 
-from deepseed.inference.engine import Completion, Engine, Update
 from deepseed.inference.errors import InferenceError
+from deepseed.inference.outputs import Completion, Update
 from deepseed.inference.sampling import SamplingParams
-from deepseed.inference.split import SplitExecutable
 from deepseed.runtime.distributed import TIMEOUT
 from deepseed.serve.errors import ServeError
 from deepseed.serve.metrics import Metrics
+from deepseed.serve.served import Served
 
 BEAT = TIMEOUT / 4
 
@@ -71,13 +71,13 @@ class Tickets:
 class Worker:
     """``died`` is called in the thread when the engine has failed, with every request told."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, engine: Served, metrics: Metrics, died: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.metrics, self._died = engine, metrics, died
         self.error: BaseException | None = None
-        self._several = isinstance(engine.executable, SplitExecutable)
         self._inbox: deque[tuple[Callable[[Tickets], None], Tickets]] = deque()
         self._wake = threading.Event()
         self._closed = False
+        engine.notify = self._wake.set
         self._of: dict[str, tuple[Tickets, int]] = {}
         self._there: set[Tickets] = set()
         self._thread = threading.Thread(target=self._run, name="deepseed-engine", daemon=True)
@@ -105,13 +105,12 @@ class Worker:
     # in the thread ----------------------------------------------------------------------------------------------------
 
     def begin(self, tickets: Tickets) -> None:
-        names: list[str] = []
         self._there.add(tickets)
         try:
             for n, (prompt, params) in enumerate(zip(tickets.prompts, tickets.params, strict=True)):
-                names.append(self.engine.add(prompt, params))
-                self._of[names[-1]] = (tickets, n)
-                tickets.completions.append(self.engine._requests[names[-1]].completion)
+                made = self.engine.request(prompt, params)
+                self._of[made.request] = (tickets, n)
+                tickets.completions.append(made)
         except InferenceError as error:
             self.end(tickets)
             _call(tickets, _refuse, tickets, ServeError(400, str(error)))
@@ -142,8 +141,8 @@ class Worker:
                     raise RuntimeError("the server has ended")
                 if self.engine.idle:
                     self._look()
-                    if not self._wake.wait(BEAT) and self._several:
-                        self.engine.add([0], SamplingParams(max_tokens=1))  # the other ranks wait for a step, and not for ever
+                    if not self._wake.wait(BEAT):
+                        self.engine.beat()
                     continue
                 updates = self.engine.step()
                 self._look()
@@ -160,9 +159,9 @@ class Worker:
                 self._died(error)
 
     def _look(self) -> None:
-        usage = self.engine.scheduler.usage()
-        self.metrics.running, self.metrics.waiting, self.metrics.cache = int(usage["running"]), int(usage["waiting"]), usage["cache"]
-        self.metrics.steps = self.engine.steps
+        m, usage, counts = self.metrics, self.engine.usage(), self.engine.counts
+        m.running, m.waiting, m.cache, m.preemptions = int(usage["running"]), int(usage["waiting"]), usage["cache"], int(usage["preemptions"])
+        m.steps, m.drafts, m.drafted, m.accepted = counts.steps, counts.drafts, counts.drafted_tokens, counts.accepted_tokens
 
     def _hand(self, updates: Sequence[Update]) -> None:
         now = monotonic()
@@ -172,6 +171,12 @@ class Worker:
             if found is None:
                 continue
             tickets, n = found
+            if update.error:
+                _call(tickets, _refuse, tickets, ServeError(500, update.error, kind="server_error"))
+                self.metrics.aborted += sum(o.finish_reason is None for o in tickets.completions[n].outputs)
+                del self._of[update.request]
+                self.end(tickets)
+                continue
             ready.setdefault(tickets, []).append((n, update))
             self._count(tickets, n, update, now)
         loops: dict[asyncio.AbstractEventLoop, list[tuple[Tickets, list[tuple[int, Update]]]]] = {}

@@ -24,32 +24,37 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
-RANKED = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
-          "deepseed-zero0", "deepseed-zero1", "deepseed-zero2", "deepseed-zero3", "deepseed-zero0:inductor", "deepseed-zero1:inductor", "deepseed-zero3:inductor")  # fmt: skip
-SINGLE = ("eager", "deepseed-single", "deepseed-single:inductor")  # behind the colon: codegen=
-OFFLOAD = ("fsdp2-offload", "deepspeed-zero2-offload", "deepspeed-zero3-offload", "deepseed-zero2+offload(optimizer)", "deepseed-zero3+offload(optimizer)",
+RANKED = (
+    "ddp", "ddp+compile", "ddp-zero1", "ddp-zero1+compile", "fsdp2-zero2", "fsdp2-zero2+compile", "fsdp2-zero3", "fsdp2-zero3+compile", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
+    *(f"deepseed-zero{stage}{codegen}" for stage in range(4) for codegen in ("", ":inductor")),
+)  # fmt: skip
+SINGLE = ("eager", "eager+compile", "deepseed-single", "deepseed-single:inductor")  # behind the colon: codegen=
+OFFLOAD = ("fsdp2-zero3+offload", "deepspeed-zero2+offload", "deepspeed-zero3+offload", "deepseed-zero2+offload(optimizer)", "deepseed-zero3+offload(optimizer)",
            "deepseed-zero3+offload(optimizer,params)")  # fmt: skip
-EXTRA = ("deepspeed-zero0", "torch-compile", "deepspeed-zero2-offload-cpuadam", *OFFLOAD)  # by name only
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
-CLIP = 1.0
+EXTRA = ("deepspeed-zero0", "deepspeed-zero2+offload+cpuadam", *OFFLOAD)  # by name only
+CHILD = Path(__file__).with_name("engines.py")
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--engines", nargs="+", choices=[*RANKED, *SINGLE, *EXTRA], default=None, help="default: all that are installed")
+    p.add_argument("--engines", nargs="+", default=None, metavar="ENGINE", help=f"default: all that are installed of {', '.join([*RANKED, *SINGLE])}; by name only: {', '.join(EXTRA)}; other plans as deepseed-PLAN:CODEGEN")
     p.add_argument("--offload", action="store_true", help="the engines that keep the optimizer's state on the host, and each without that")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     p.add_argument("--steps", type=int, default=10, help="measured steps a round")
     p.add_argument("--warmup", type=int, default=3, help="steps before them, the first one included")
-    p.add_argument("--batch", type=int, default=4, help="sequences a rank")
+    p.add_argument("--model", choices=("llama", "gpt2"), default="llama")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what each engine does for bf16: tests/bench/engines.py")
+    p.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
+    p.add_argument("--batch", type=int, default=4, help="sequences of a microbatch and rank")
     p.add_argument("--seq", type=int, default=128)
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--hidden", type=int, default=256)
@@ -57,11 +62,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=1, help="torch threads a process")
     p.add_argument("--fused", action="store_true", help="fused AdamW for the peers (DeepSeed's update is fused by itself)")
     p.add_argument("--malloc", action="store_true", help="glibc keeps freed memory, for every engine (DeepSeed sets this by itself)")
-    p.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a loss between engines")
+    p.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a loss between engines; in bf16 0.02 is added")
     p.add_argument("--timeout", type=float, default=600, help="seconds for one turn")
     p.add_argument("--deepspeed-python", default=sys.executable, help="interpreter that has DeepSpeed")
     p.add_argument("--json", default="out/bench_training.json", help="where the figures go")
-    p.add_argument("--child", default=None, help=argparse.SUPPRESS)
     return p.parse_args()
 
 
@@ -70,16 +74,18 @@ def arguments() -> argparse.Namespace:
 
 def installed(a: argparse.Namespace) -> list[str]:
     """The default engines that can run here; says what is left out."""
-    has = {name: importable(python, code) for name, python, code in (
-        ("deepspeed", a.deepspeed_python, "import deepspeed"),
-        ("deepseed", sys.executable, "import deepseed; deepseed.compile"),
-    )}  # fmt: skip
-    for name in [n for n, ok in has.items() if not ok]:
-        print(f"left out: {name} (not importable)", file=sys.stderr)
-    engines = ("ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3", "deepseed-zero2", "deepseed-zero3", *OFFLOAD) if a.offload else (*RANKED, *SINGLE)
-    return [e for e in engines if has.get(e.split("-")[0], True)]
+    engines = ("ddp", "fsdp2-zero3", "deepspeed-zero2", "deepspeed-zero3", "deepseed-zero2", "deepseed-zero3", *OFFLOAD) if a.offload else (*RANKED, *SINGLE)
+    return [e for e in engines if installed_engine(a, e)]
 
 
+def installed_engine(a: argparse.Namespace, engine: str) -> bool:
+    ok = not engine.startswith("deepspeed") or importable(a.deepspeed_python, "import deepspeed")
+    if not ok:
+        print(f"left out: {engine} (not importable)", file=sys.stderr)
+    return ok
+
+
+@cache
 def importable(python: str, code: str) -> bool:
     return subprocess.run([python, "-c", code], capture_output=True, env=environment(), check=False).returncode == 0
 
@@ -90,16 +96,16 @@ def environment(**more: str) -> dict[str, str]:
 
 def turn(a: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
     """Run one engine once; one record a rank. Raises RuntimeError with the end of stderr when a rank fails."""
-    ranks = 1 if engine in SINGLE or engine == "torch-compile" else a.ranks
+    ranks = 1 if engine in SINGLE else a.ranks
     python = a.deepspeed_python if engine.startswith("deepspeed-") else sys.executable
     with tempfile.TemporaryDirectory() as folder:
         procs, logs = [], [Path(folder, f"log{r}") for r in range(ranks)]
         for r in range(ranks):
-            env = environment(OMP_NUM_THREADS=str(a.threads), **(MALLOC if a.malloc else {}))
+            env = environment(OMP_NUM_THREADS=str(a.threads), BENCH_SETTINGS=json.dumps(vars(a)), **(MALLOC if a.malloc else {}))
             if ranks > 1:  # as a launcher sets it; the group itself meets in a file, so that no port can be taken
                 env |= {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
             with logs[r].open("w") as log:
-                procs.append(subprocess.Popen([python, *sys.argv, "--child", f"{engine}|{r}|{ranks}|{folder}"], env=env, stdout=log, stderr=log))
+                procs.append(subprocess.Popen([python, str(CHILD), engine, str(r), str(ranks), folder], env=env, stdout=log, stderr=log))
         deadline = perf_counter() + a.timeout
         try:
             while any(p.poll() is None for p in procs) and not any(p.poll() for p in procs) and perf_counter() < deadline:
@@ -130,7 +136,7 @@ def summary(a: argparse.Namespace, engine: str, turns: list[list[dict[str, Any]]
         return [[mean(step) for step in zip(*(r[key] for r in records), strict=True)] for records in turns]
 
     cpu, wall = over_ranks("cpu"), over_ranks("wall")
-    tokens = a.ranks * a.batch * a.seq
+    tokens = a.ranks * a.batch * a.seq * a.accumulation
     return {
         "engine": engine,
         "ranks": ranks,
@@ -191,173 +197,19 @@ def parent(a: argparse.Namespace) -> int:
     results = [summary(a, e, turns[e]) for e in engines if e not in failed]
     if not results:
         return 1
-    wrong = disagreement(results, a.tolerance)
-    settings = {k: v for k, v in vars(a).items() if k not in ("child", "json", "deepspeed_python", "engines")}
+    wrong = disagreement(results, a.tolerance + (0.02 if a.dtype == "bf16" else 0))
+    settings = {k: v for k, v in vars(a).items() if k not in ("json", "deepspeed_python", "engines")}
     machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **turns[results[0]["engine"]][0][0]["versions"]}
     target = Path(a.json)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"settings": settings, "machine": machine, "results": results, "failed": failed, "disagree": wrong}, indent=1) + "\n")
     print(table(results))
-    print(f"\n{results[0]['parameters'] / 1e6:.2f} M parameters, {a.ranks} x {a.batch} x {a.seq} tokens a step, float32, {a.rounds} rounds of {a.steps} steps"
+    print(f"\n{results[0]['parameters'] / 1e6:.2f} M parameters, {a.ranks} x {a.accumulation} x {a.batch} x {a.seq} tokens a step, {a.dtype}, {a.rounds} rounds of {a.steps} steps"
           f"; ratio: CPU to the first engine with as many ranks\nfigures: {target}")  # fmt: skip
     for line in [*wrong, *(f"failed: {x.splitlines()[0]}" for x in failed.values())]:
         print(line)
     return 1 if wrong or failed else 0
 
 
-# a child: one engine on one rank ------------------------------------------------------------------------------------
-
-
-def child(a: argparse.Namespace, engine: str, rank: int, world: int, folder: Path) -> None:
-    import torch
-    import torch.distributed as dist
-    import transformers
-
-    torch.set_num_threads(a.threads)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    config = transformers.LlamaConfig(vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 8 // 3 // 32 * 32, num_hidden_layers=a.layers,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max(a.seq, 128), use_cache=False)  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    batches = [{"input_ids": x, "labels": x} for x in tokens(torch, a, [rank] if world > 1 else range(a.ranks))]
-    rss_model = peak_rss()
-
-    began = perf_counter()
-    step = ENGINES[engine.split("-")[0]](a, engine, model)
-    setup = perf_counter() - began
-    losses, cpu, wall = [], [], []
-    for i in range(a.warmup + a.steps):
-        if world > 1:
-            dist.barrier()
-        c, w = process_time(), perf_counter()
-        losses.append(float(step(batches[i % len(batches)])))
-        cpu.append(process_time() - c)
-        wall.append(perf_counter() - w)
-    record = {"setup": setup, "first": wall[0], "cpu": cpu[a.warmup :], "wall": wall[a.warmup :], "losses": losses, "rss": peak_rss(), "rss_model": rss_model,
-              "parameters": parameters, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}  # fmt: skip
-    if world > 1:
-        dist.barrier()
-    (folder / f"rank{rank}.json").write_text(json.dumps(record))
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def tokens(torch: Any, a: argparse.Namespace, ranks: Iterable[int]) -> list[Any]:
-    """Four batches of token ids [len(ranks) * batch, seq]; a rank's stream depends on its number only."""
-    streams = []
-    for r in ranks:
-        g = torch.Generator().manual_seed(1000 + r)
-        streams.append([torch.randint(0, a.vocab, (a.batch, a.seq), generator=g) for _ in range(4)])
-    return [torch.cat(parts) for parts in zip(*streams, strict=True)]
-
-
-def peak_rss() -> float:
-    """Peak resident memory of this process, MB (2^20 bytes)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
-Step = Callable[[dict[str, Any]], Any]
-
-
-def loop(a: argparse.Namespace, model: Any, trained: Any) -> Step:
-    """PyTorch's own training loop around ``trained``, which wraps ``model`` or is it."""
-    import torch
-
-    optimizer = torch.optim.AdamW(trained.parameters(), fused=a.fused or None, **ADAMW)
-
-    def step(batch: dict[str, Any]) -> Any:
-        loss = trained(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-def eager(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    return loop(a, model, model)
-
-
-def torch_compile(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    import torch
-
-    return loop(a, model, torch.compile(model))
-
-
-def ddp(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    import torch
-
-    return loop(a, model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
-
-
-def fsdp2(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
-    mesh = init_device_mesh("cpu", (a.ranks,))
-    policy = CPUOffloadPolicy(pin_memory=False) if engine.endswith("-offload") else OffloadPolicy()
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
-    return loop(a, model, model)
-
-
-def deepspeed(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    import logging
-
-    import deepspeed
-    import torch
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes a minute and training does not use it
-    stage, *words = engine.removeprefix("deepspeed-zero").split("-")
-    if "cpuadam" in words:  # its own C++ kernel: compiled on first use, which takes minutes
-        optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), adamw_mode=True, **ADAMW)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=a.fused or None, **ADAMW)
-    zero = {"stage": int(stage), **({"offload_optimizer": {"device": "cpu"}} if "offload" in words else {})}
-    config = {"train_micro_batch_size_per_gpu": a.batch, "gradient_clipping": CLIP, "steps_per_print": 10**9,
-              "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
-    trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=config)
-
-    def step(batch: dict[str, Any]) -> Any:
-        loss = trained(**batch).loss
-        trained.backward(loss)
-        trained.step()
-        return loss.detach()
-
-    return step
-
-
-def deepseed(a: argparse.Namespace, engine: str, model: Any) -> Step:
-    import torch
-
-    import deepseed
-
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    plan, _, codegen = engine.removeprefix("deepseed-").replace("single", "").partition(":")
-    compiled: Step = deepseed.compile(model, plan=plan, optimizer=optimizer, clip_grad_norm=CLIP, batch="local", codegen=codegen or "python")
-    return compiled
-
-
-ENGINES: dict[str, Callable[[argparse.Namespace, str, Any], Step]] = {
-    "eager": eager, "torch": torch_compile, "ddp": ddp, "fsdp2": fsdp2, "deepspeed": deepspeed, "deepseed": deepseed,
-}  # fmt: skip
-
-
 if __name__ == "__main__":
-    given = arguments()
-    if given.child:
-        name, at, of, where = given.child.split("|", 3)
-        child(given, name, int(at), int(of), Path(where))
-    else:
-        sys.exit(parent(given))
+    sys.exit(parent(arguments()))

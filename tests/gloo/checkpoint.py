@@ -160,6 +160,17 @@ def troubles(folder: str) -> dict[str, Any]:
     out["unchanged"] = all(torch.equal(t, before[n]) for n, t in everything(step).items())
     step.load(folder)
     out["former"] = all(torch.equal(t, kept[n]) for n, t in everything(step).items())
+    fill = saved.Reading.fill
+    if rank == 1:
+        def fails(_: saved.Reading) -> None:
+            raise OSError(5, "Input/output error")
+
+        saved.Reading.fill = fails  # type: ignore[method-assign]
+    tried("half loaded", lambda: step.load(folder))
+    saved.Reading.fill = fill  # type: ignore[method-assign]
+    tried("half run", lambda: step(data[1]))
+    tried("half saved", lambda: step.save(f"{folder}x"))
+    step.load(folder)
     out["goes on"] = [float(step(batch)) for batch in data[1:3]]
     other = made("zero1", seed=9, backend="simulate", world_size=1)
     values = {name: t.detach().clone() for name, t in other.model.state_dict().items()}

@@ -109,7 +109,7 @@ def troubles(folder: str) -> dict[str, Any]:
         else:
             tried(mode, checkpoints.after_step)
         Saving.write = write  # type: ignore[method-assign]
-        out[f"{mode}, left"] = sorted(os.listdir(checkpoints.dir)) == ["latest", where.name]
+        out[f"{mode}, left"] = sorted(os.listdir(checkpoints.dir)) == [".lock", "latest", where.name]
         before = everything(step)
         checkpoints.save()
         checkpoints.wait()

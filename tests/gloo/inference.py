@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
 import torch
 
 from deepseed.inference.engine import Engine
@@ -20,3 +27,41 @@ def completed(folder: str, plan: str, prompts: list[list[int]], tokens: int) -> 
         return [c.token_ids for c in done], [[o.token_ids for o in c.outputs] for c in drawn], [len(pair[0]) for pair in engine.executable.ranks[0].caches.values()]  # type: ignore[union-attr]
     finally:
         stop()
+
+
+def from_checkpoint(folder: str, checkpoint: str, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], int]:
+    """Greedy tokens, and the bytes of parameters that the rank holds."""
+    torch.set_num_threads(1)
+    start("gloo")
+    try:
+        engine = Engine(folder, "tp2", block=4, max_length=128, weights=checkpoint)
+        done = engine.generate(prompts, max_tokens=tokens, ignore_eos=True)
+        (state,) = engine.executable._step.states  # type: ignore[union-attr]
+        return [c.token_ids for c in done], sum(x.numel() * x.element_size() for (role, _), x in state.tensors.items() if role == "param")
+    finally:
+        stop()
+
+
+def dies(folder: str, environment: dict[str, str]) -> None:
+    """Rank 1 is killed at its fifth step; what rank 0 says goes to ``0.err``."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    rank = int(environment["RANK"])
+    with open(os.path.join(folder, f"{rank}.err"), "w") as err:
+        sys.stderr = err
+        start("gloo")
+        engine = Engine(folder, "tp2", block=4, max_length=128)
+        steps, run = itertools.count(), engine.executable._run  # type: ignore[union-attr]
+
+        def counted(plain: Any) -> Any:
+            if rank == 1 and next(steps) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return run(plain)
+
+        engine.executable._run = counted  # type: ignore[union-attr,method-assign]
+        try:
+            engine.generate([[5, 17, 3]], max_tokens=40, ignore_eos=True)
+        except BaseException:
+            traceback.print_exc()
+            err.flush()
+            os._exit(1)

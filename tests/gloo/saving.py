@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 import time
-import tracemalloc
 import warnings
 from collections.abc import Callable
 from ctypes import CDLL
@@ -46,18 +45,16 @@ def lying(step: TrainStep) -> dict[str, Any]:
 
 
 class Took:
-    """Wall clock of all ranks together; this rank's CPU seconds, and its memory beyond what it had: resident at the most, and allocated at the most
-    (``count``: by PyTorch's allocator, and by Python)."""
+    """Wall clock of all ranks together; this rank's CPU seconds, and its resident memory at the most beyond what it had."""
 
-    def __init__(self, do: Callable[[], Any], count: bool = False) -> None:
+    def __init__(self, do: Callable[[], Any]) -> None:
         gc.collect()
         CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         before = _resident("VmRSS")
         dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
-        self.counted = _counted(do) if count else do() and 0
-        self.own = time.perf_counter() - wall
+        do()
         self.cpu = time.process_time() - cpu
         dist.barrier()
         self.wall = time.perf_counter() - wall
@@ -75,20 +72,6 @@ def _resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
 
 
-def _counted(do: Callable[[], Any]) -> int:
-    tracemalloc.start()
-    with warnings.catch_warnings(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        warnings.simplefilter("ignore")
-        do()
-    python = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    alive = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most + python
-
-
 def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "", cold: bool = False, checksum: bool = True) -> dict[str, Any]:
     """``{"save": {"ours": [Took…], "dcp": […]}, "load": …}`` as plain numbers, and how many bytes this rank stores."""
     torch.set_num_threads(1)
@@ -100,7 +83,7 @@ def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "", co
     values, rank = lying(step), dist.get_rank()
     want = {name: t.clone() for name, t in step.states[0].tensors.items()}
     out: dict[str, Any] = {what: {who: [] for who in ("ours", "dcp")} for what in ("save", "load")}
-    for n in range(rounds + 1):  # the last one is counted, not timed
+    for n in range(rounds):
         names = {who: f"{folder}/{who}-{n}" for who in ("ours", "dcp")}
         do: dict[str, dict[str, Callable[[], Any]]] = {
             "save": {"ours": lambda names=names: step.save(names["ours"]), "dcp": lambda names=names: dcp.save(values, storage_writer=dcp.FileSystemWriter(names["dcp"], sync_files=True))},
@@ -113,8 +96,8 @@ def by_turns(plan: str, size: int, rounds: int, folder: str, trace: str = "", co
                         t.zero_()
                     if cold and rank == 0:
                         _forget(Path(names[who]))
-                took = _profiled(do[what][who], f"{trace}/{what}-{rank}") if trace and who == "ours" and n == 1 else Took(do[what][who], n == rounds)
-                out[what][who].append((took.wall, took.cpu, took.resident, took.counted, took.own))
+                took = _profiled(do[what][who], f"{trace}/{what}-{rank}") if trace and who == "ours" and n == 1 else Took(do[what][who])
+                out[what][who].append((took.wall, took.cpu, took.resident))
                 wrong = [name for name, t in step.states[0].tensors.items() if not torch.equal(t, want[name])]
                 assert not wrong, f"{what} by {who}: {wrong[0]} differs"
         dist.barrier()

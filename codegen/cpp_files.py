@@ -1,0 +1,134 @@
+"""C++ sources as libraries: compiled once, kept in a folder by content (source, flags, processor), loaded by address.
+
+``callables`` makes functions of tensors, of any number of rows, of fragments; one that has no C++ runs as Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseed import ops
+from deepseed.codegen.cpp import Function, Shape, source
+from deepseed.codegen.expressions import DTYPES, CodegenError
+from deepseed.codegen.inductor import compiler, processor
+from deepseed.codegen.kernels import Kernel
+
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+_NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
+Code = Callable[..., Sequence[Tensor]]
+
+
+def library(text: str, folder: Path) -> ctypes.CDLL:
+    """Raises CodegenError where the compiler fails."""
+    name = compiler()
+    if not name:
+        raise CodegenError("no C++ compiler\n  fix: install g++ or clang++, or set CXX")
+    digest = hashlib.sha256("\0".join([text, *FLAGS, name, processor()]).encode()).hexdigest()[:16]
+    path = folder / f"cpp-{digest}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
+        own = given.with_suffix(f".{os.getpid()}.cpp")
+        own.write_text(text)
+        done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
+        own.replace(given)
+        if done.returncode:
+            raise CodegenError(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
+        fresh.replace(path)  # at once: other ranks may compile the same
+    return ctypes.CDLL(str(path))
+
+
+Wanted = Mapping[Kernel, Sequence[Shape]]  # kernels, and how the outputs of each lie
+
+
+def functions(wanted: Wanted, free: Mapping[int, str]) -> tuple[dict[str, Function], dict[str, str]]:
+    """Each kernel's C++, by name, and why some have none."""
+    out, why = dict[str, Function](), dict[str, str]()
+    for k, lying in wanted.items():
+        try:
+            out[k.name] = source(k.fragment, k.name, k.strides, lying, free)
+        except CodegenError as error:
+            why[k.name] = str(error)
+    return out, why
+
+
+def callables(wanted: Wanted, made: Mapping[str, Function], loaded: Any, free: Mapping[int, str]) -> dict[str, Code]:
+    """What computes each kernel, by name; ``loaded``: the library that has the functions ``made``."""
+    return {k.name: _Rows(k, made[k.name], lying, getattr(loaded, k.name)) if k.name in made else _python(k, free) for k, lying in wanted.items()}
+
+
+class _Rows:
+    """A compiled fragment on tensors."""
+
+    def __init__(self, k: Kernel, f: Function, lying: Sequence[Shape], function: Any) -> None:
+        self.function, self.free, self.rows = function, f.free, f.rows
+        types = [k.fragment.types[o.ref.name] for o in k.fragment.outputs]
+        self.strides, self.inputs = k.strides, [i.type.shape for i in k.fragment.inputs]
+        self.outputs = [(t.shape, s, getattr(torch, DTYPES[t.dtype].removeprefix("torch."))) for t, s in zip(types, lying, strict=True)]
+        function.argtypes = [ctypes.c_int64, ctypes.c_int, *[ctypes.c_void_p] * (len(self.strides) + len(types))]
+        function.restype = None
+        self.known: dict[int, tuple[list[Shape], list[tuple[Shape, Shape, Any]]]] = {}
+
+    def __call__(self, *xs: Tensor) -> list[Tensor]:
+        n = 1
+        if self.rows is not None:
+            i, d, k = self.rows
+            n = xs[i].shape[d] // k
+        strides, outputs = self.known.get(n) or self._of(n)
+        read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, strides, strict=True)]
+        out = [torch.empty_strided(shape, s, dtype=dtype) for shape, s, dtype in outputs]
+        self.function(n, torch.get_num_threads(), *[x.data_ptr() for x in read], *[x.data_ptr() for x in out])
+        return out
+
+    def _of(self, n: int) -> tuple[list[Shape], list[tuple[Shape, Shape, Any]]]:
+        """How tensors of ``n`` rows lie."""
+        def at(sizes: Shape) -> Shape:
+            return tuple(size // self.free * n if self.free and size and size % self.free == 0 else size for size in sizes)
+
+        if len(self.known) > 1 << 12:
+            self.known.clear()
+        self.known[n] = [at(s) for s in self.strides], [(at(shape), at(s), dtype) for shape, s, dtype in self.outputs]
+        return self.known[n]
+
+
+def _lying(x: Tensor, strides: Shape) -> Tensor:
+    """The same elements where the kernel looks for them."""
+    if all(n == 1 or have == want for n, have, want in zip(x.shape, x.stride(), strides, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
+def _python(k: Kernel, free: Mapping[int, str]) -> Code:
+    """The fragment's Python, of any size."""
+    sizes = {s: (n, d, i.type.shape[d] // s) for s in free for n, i in enumerate(k.fragment.inputs) for d, size in enumerate(i.type.shape) if size and size % s == 0}
+    text = general(k.source, {s: free[s] for s in sizes})
+    head, _, rest = text.partition("\n")
+    names = [i.strip() for i in head[head.index("(") + 1 : head.rindex(")")].split(",")]
+    lines = [f"    {free[s]} = {names[n]}.shape[{d}] // {k_}" for s, (n, d, k_) in sizes.items()]
+    scope: dict[str, Any] = {"torch": torch, "ops": ops}
+    exec(compile("\n".join([head, *lines, rest]), f"<{k.name}>", "exec"), scope)
+    code: Code = scope[k.name]
+    return code
+
+
+def general(text: str, free: Mapping[int, str]) -> str:
+    """A source of stand-in sizes for any: multiples of one are multiples of its name."""
+
+    def named(found: re.Match[str]) -> str:
+        n = int(found[0])
+        name, k = next(((name, n // size) for size, name in free.items() if n and n % size == 0), ("", n))
+        return f"{name} * {k}" if name and k > 1 else name or str(n)
+
+    return _NUMBER.sub(named, text)
+
+

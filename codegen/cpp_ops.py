@@ -1,0 +1,216 @@
+"""One pointwise op as one C++ expression. 16-bit floats are computed in float; the formulas are those of PyTorch's kernels.
+
+``LIBRARY`` is what expressions call, written so that a compiler vectorizes loops over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from deepseed.codegen.expressions import CodegenError
+from deepseed.ir.program import FLOATS, Op, Program, Ref
+
+TYPES = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool"}  # in memory
+_WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "bf16": 5, "f32": 6, "f64": 7}
+
+LIBRARY = r"""
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+struct bfloat { uint16_t bits; };
+struct half { _Float16 value; };
+template <class T> static inline T up(T x) { return x; }
+static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+static inline float up(half x) { return float(x.value); }
+template <class S> struct down { template <class T> static S of(T x) { return S(x); } };
+template <> struct down<half> { static half of(float x) { return half{_Float16(x)}; } };
+template <> struct down<bfloat> {
+    static bfloat of(float x) {  // to the nearest, ties to even
+        uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        return bfloat{uint16_t(x != x ? 0x7fc0 : rounded)};
+    }
+};
+
+static inline double exp_(double x) { return std::exp(x); }
+static inline float exp_(float x) {
+    float bounded = x > 88.72f ? 88.72f : x;
+    bounded = bounded < -87.33f ? -87.33f : bounded;
+    float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    float half_power = __builtin_bit_cast(float, (int32_t(n) / 2 + 127) << 23), rest = __builtin_bit_cast(float, (int32_t(n) - int32_t(n) / 2 + 127) << 23);
+    p = p * half_power * rest;
+    p = x > 88.72f ? std::numeric_limits<float>::infinity() : p;
+    p = x < -87.33f ? 0.0f : p;
+    return x != x ? x : p;
+}
+template <class T> static inline T sigmoid(T x) { return T(1) / (T(1) + exp_(-x)); }
+static inline double tanh_(double x) { return std::tanh(x); }
+static inline float tanh_(float x) {
+    float y = x < 0 ? -x : x, e = exp_(-2.0f * y), z = x * x;
+    float near = x * (1.0f + z * (-0.3333333333f + z * (0.1333333333f + z * (-0.0539682540f + z * 0.0218694885f)))), far = (1.0f - e) / (1.0f + e);
+    return y < 0.0625f ? near : x < 0 ? -far : far;
+}
+template <class T> static inline T most(T a, T b) { return a > b || a != a ? a : b; }
+template <class T> static inline T least(T a, T b) { return a < b || a != a ? a : b; }
+template <class T> static inline T sign(T x) { return T(x > 0) - T(x < 0); }
+"""
+
+
+def computed(dtype: str) -> str:
+    """The dtype in which values of ``dtype`` are computed."""
+    return "f32" if dtype in ("f16", "bf16") else dtype
+
+
+def type_of(dtype: str) -> str:
+    return TYPES[computed(dtype)]
+
+
+def literal(value: object, dtype: str) -> str:
+    if not isinstance(value, bool | int | float):
+        raise CodegenError(f"{value!r} is no number")
+    if dtype == "bool":
+        return "true" if value else "false"
+    if dtype not in FLOATS:
+        return f"{TYPES[dtype]}({int(value)})"
+    kind = type_of(dtype)
+    value = float(value)
+    if math.isnan(value):
+        return f"std::numeric_limits<{kind}>::quiet_NaN()"
+    return f"{'-' if value < 0 else ''}std::numeric_limits<{kind}>::infinity()" if math.isinf(value) else f"{kind}({value!r})"
+
+
+def converted(text: str, have: str, want: str) -> str:
+    """``have`` and ``want``: dtypes of values as they are computed."""
+    if have == want:
+        return text
+    return f"({text} != 0)" if want == "bool" else f"{TYPES[want]}({text})"
+
+
+_TEMPLATES = {
+    "mul.Tensor": "{0} * {1}", "mul.Scalar": "{0} * {1}", "div.Tensor": "{0} / {1}", "div.Scalar": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
+    "log1p": "std::log1p({0})", "expm1": "std::expm1({0})", "sqrt": "std::sqrt({0})", "rsqrt": "{1t}(1) / std::sqrt({0})", "sin": "std::sin({0})", "cos": "std::cos({0})", "abs": "std::abs({0})",
+    "erf": "std::erf({0})", "floor": "std::floor({0})", "ceil": "std::ceil({0})", "reciprocal": "{1t}(1) / {0}", "square": "{0} * {0}", "sigmoid": "sigmoid({0})", "tanh": "tanh_({0})",
+    "relu": "({0} <= 0 ? {1t}(0) : {0})", "silu": "{0} * sigmoid({0})", "clone": "{0}", "alias": "{0}", "detach": "{0}", "positive": "{0}", "where.self": "({0} ? {1} : {2})",
+    "masked_fill.Scalar": "({1} ? {2} : {0})", "masked_fill.Tensor": "({1} ? {2} : {0})", "maximum": "most({0}, {1})", "minimum": "least({0}, {1})", "sign": "sign({0})",
+    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "{0} + {2} * ({1} - {0})", "pow.Tensor_Tensor": "std::pow({0}, {1})",
+    "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "round": "std::nearbyint({0})",
+}  # fmt: skip
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}"}
+_CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
+_FLOAT_ONLY = ("div.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "reciprocal", "sigmoid", "tanh", "silu", "softplus", "gelu", "lerp")
+
+
+def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
+    """The op on its operands, texts of values as they are computed. Raises CodegenError."""
+    name = op.target.removeprefix("aten.")
+    base, _, overload = name.partition(".")
+    dtype = computed(op.type.dtype)
+    compares = base in _COMPARE and overload in ("Scalar", "Tensor")
+    boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
+    within = "bool" if name.startswith("logical") else _common(p, op) if compares or boolean else dtype
+    if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and dtype not in FLOATS):
+        raise _unknown(op)
+    given = iter(operands)
+    texts = []
+    for n, a in enumerate(op.args):
+        want = "bool" if _CONDITIONS.get(name) == n else within
+        if isinstance(a, Ref):
+            texts.append(f"({converted(next(given), computed(p.types[a.name].dtype), want)})")
+        elif a is None or isinstance(a, str):
+            texts.append("")
+        else:
+            texts.append(literal(a, want))
+    if compares:
+        return f"{texts[0]} {_COMPARE[base]} {texts[1]}"
+    if boolean:
+        return _BOOLEAN[name].format(*texts)
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name](texts, op)
+    if name not in _TEMPLATES or (name == "softplus" and len(op.args) > 1):
+        raise _unknown(op)
+    return _TEMPLATES[name].replace("{1t}", type_of(dtype)).format(*texts)
+
+
+def _common(p: Program, op: Op) -> str:
+    """The dtype in which operands are compared."""
+    found = ("bool", 0)
+    for a in op.args:
+        if isinstance(a, Ref):
+            t = p.types[a.name]
+            found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
+        elif isinstance(a, float) and found[0] not in FLOATS:
+            found = ("f32", 0)
+    return computed(found[0])
+
+
+def _unknown(op: Op) -> CodegenError:
+    return CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {op.type.dtype}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+
+
+Write = Callable[[Sequence[str], Op], str]
+
+
+def _number(op: Op, name: str, default: float = 1) -> float:
+    value = op.kw(name, default)
+    assert isinstance(value, int | float)
+    return value
+
+
+def _added(sign: str) -> Write:
+    def write(x: Sequence[str], op: Op) -> str:
+        alpha = _number(op, "alpha")
+        if op.type.dtype == "bool":
+            return f"{x[0]} || {x[1]}"
+        return f"{x[0]} {sign} {x[1]}" if alpha == 1 else f"{x[0]} {sign} {literal(alpha, computed(op.type.dtype))} * {x[1]}"
+
+    return write
+
+
+def _rsub(x: Sequence[str], op: Op) -> str:
+    return f"{x[1]} - {x[0]}" if len(op.args) == 2 and op.kw("alpha", 1) == 1 else f"{x[1]} - {literal(op.args[2] if len(op.args) > 2 else op.kw('alpha'), computed(op.type.dtype))} * {x[0]}"
+
+
+def _power(x: Sequence[str], op: Op) -> str:
+    n, one = op.args[1], literal(1, computed(op.type.dtype))
+    known = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", 4: "({0} * {0}) * ({0} * {0})", 0.5: "std::sqrt({0})", -0.5: "{1} / std::sqrt({0})", -1: "{1} / {0}", -2: "{1} / ({0} * {0})"}
+    if isinstance(n, int | float) and n in known and (op.type.dtype in FLOATS or n >= 1):
+        return known[n].format(x[0], one)
+    if op.type.dtype in FLOATS:
+        return f"std::pow({x[0]}, {x[1]})"
+    raise _unknown(op)
+
+
+def _clamp(x: Sequence[str], op: Op) -> str:
+    bounds = [*op.args[1:], None, None][:2]
+    text, dtype = x[0], computed(op.type.dtype)
+    for bound, better in ((op.kw("min", bounds[0]), "<"), (op.kw("max", bounds[1]), ">")):
+        if bound is not None:
+            if isinstance(bound, Ref):
+                raise _unknown(op)
+            text = f"({text} {better} {literal(bound, dtype)} ? {literal(bound, dtype)} : {text})"
+    return text
+
+
+def _gelu(x: Sequence[str], op: Op) -> str:
+    y, kind = x[0], type_of(op.type.dtype)
+    if op.kw("approximate", "none") == "tanh":
+        return f"{kind}(0.5) * {y} * ({kind}(1) + tanh_({kind}({math.sqrt(2 / math.pi)!r}) * ({y} + {kind}(0.044715) * {y} * {y} * {y})))"
+    return f"{kind}(0.5) * {y} * ({kind}(1) + std::erf({y} * {kind}({math.sqrt(0.5)!r})))"
+
+
+def _multiplied(sign: str) -> Write:
+    def write(x: Sequence[str], op: Op) -> str:
+        return f"{x[0]} + {literal(_number(op, 'value'), computed(op.type.dtype))} * ({x[1]} {sign} {x[2]})"
+
+    return write
+
+
+_FUNCTIONS: Mapping[str, Write] = {
+    "add.Tensor": _added("+"), "add.Scalar": _added("+"), "sub.Tensor": _added("-"), "sub.Scalar": _added("-"), "rsub.Scalar": _rsub, "rsub.Tensor": _rsub,
+    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
+}  # fmt: skip

@@ -1,0 +1,257 @@
+"""A whole packed step of few rows as one C++ function: what is between two decoded tokens costs no Python.
+
+    step(T, L, threads, in, caches, arena, out, slots, table, lengths, news, rows, sequences, longest, pages, size)
+
+One line an op: groups are calls of their functions (deepseed.codegen.cpp), products, gathers and attention of the templates (deepseed.codegen.cpp_native), views cost
+nothing. Values lie in one arena at places that are fixed when the source is written, for at most ``most`` rows: a value's place is free again after its last use.
+An op without C++ is refused: CodegenError, and the step stays Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from deepseed.codegen.cpp import Function, Shape, source
+from deepseed.codegen.cpp_ops import TYPES, computed
+from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.kernels import Kernel
+from deepseed.ir.fragment import Group, fragment, groups
+from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
+
+ALIGNED = 64  # bytes
+HEAD = 'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {'
+
+
+@dataclass(frozen=True)
+class Step:
+    """``arena``: bytes; ``calls``: functions that a step runs."""
+
+    text: str
+    arena: int
+    calls: int
+
+
+@dataclass
+class Lies:
+    """How the values of a localized program lie (deepseed.rules.strides)."""
+
+    strides: Mapping[str, Shape]
+    views: Sequence[bool]
+    kernels: Mapping[str, Kernel]  # by mark
+    functions: Mapping[str, Function]  # by name
+    outputs: Mapping[str, Sequence[Shape]]  # of each kernel, by name
+
+
+def step(p: Program, lies: Lies, free: Mapping[int, str], most: int) -> Step:
+    return _Step(p, lies, free, most).written()
+
+
+@dataclass
+class _Step:
+    p: Program
+    lies: Lies
+    free: Mapping[int, str]
+    most: int
+    lines: list[str] = field(default_factory=list)
+    alone: dict[str, str] = field(default_factory=dict)  # functions of single ops, by text
+    holes: list[tuple[int, int]] = field(default_factory=list)  # free places, in order: begin, end
+    top: int = 0
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.at: dict[str, str] = {i.name: f"(char *)in[{n}]" for n, i in enumerate(self.p.inputs)}  # where a value begins
+        self.block: dict[str, tuple[int, int, str]] = {}  # of the arena: begin, end, the value that was made there
+        self.left: dict[str, int] = {}  # uses of a block's value and its views
+        (output,) = (o for o in self.p.outputs if o.role == "output")
+        self.returned = output.ref.name
+        views = {op.name: op.refs[0].name for op, view in zip(self.p.ops, self.lies.views, strict=True) if view}
+        while self.returned in views:
+            self.returned = views[self.returned]
+        if self.returned not in self.p.producers or self._lying(output.ref.name) != _contiguous(self.p.types[output.ref.name].local(self.p.mesh)):
+            raise CodegenError(f"%{output.ref.name}: a result that is no new tensor")
+
+    def written(self) -> Step:
+        p, grouped = self.p, {g.first: g for g in groups(self.p)}
+        n = 0
+        while n < len(p.ops):
+            op = p.ops[n]
+            if n in grouped:
+                g = grouped[n]
+                k = self.lies.kernels[g.kernel]
+                if k.name not in self.lies.functions or any(tuple(s) != self._lying(v) for v, s in zip(g.makes, self.lies.outputs[k.name], strict=True)):
+                    raise CodegenError(f"{k.name} has no C++, or what it makes does not lie as it is read")
+                self._make(g.makes)
+                self._call(k.name, self.lies.functions[k.name], g.reads, g.makes)
+                self._used([r.name for each in p.ops[g.first : g.last] for r in each.refs if r.name in g.reads], g.makes)
+                n = g.last
+                continue
+            self._op(n, op)
+            self._used([r.name for r in op.refs], op.results)
+            n += 1
+        head = [*self.alone.values(), HEAD]
+        return Step("\n".join([*head, *(f"    {line}" for line in self.lines), "}"]) + "\n", self.top, self.calls)
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def _op(self, n: int, op: Op) -> None:
+        p = self.p
+        if self.lies.views[n]:
+            base = op.refs[0].name
+            offset = self.lies.strides[base][self._int(op, "dim")] * self._int(op, "start") if op.target == "slice" else 0
+            self.at[op.name] = self.at[base] + (f" + {self._number(offset)} * {ITEMSIZE[op.type.dtype]}" if offset else "")
+            if base in self.block:
+                self.block[op.name] = self.block[base]
+            return
+        self._make(op.results)
+        kind = f"{TYPES[computed(op.type.dtype)]}, {TYPES[op.type.dtype]}"
+        y, x = self._pointer(op.name), [self._pointer(r.name) for r in op.refs]
+        if op.target in ("aten.mm", "aten.addmm"):
+            a, w = (r.name for r in op.refs[-2:])
+            (rows, width), outputs = p.types[a].local(p.mesh), op.type.local(p.mesh)[1]
+            lying = self._lying(w)
+            if self._lying(a) != (width, 1) or lying not in ((1, width), (outputs, 1)) or (op.target == "aten.addmm" and (op.kwargs or p.types[op.refs[0].name].shape != (outputs,))):
+                raise CodegenError(f"%{op.name}: operands of a product that lie otherwise")
+            self._line(f"product{'' if lying == (1, width) else '_flat'}<{kind}>({x[-2]}, {x[-1]}, {y}, {self._number(rows)}, {width}, {outputs}, threads);", op)
+            if op.target == "aten.addmm":
+                self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[0]}, {self._number(rows)}, {outputs});", op)
+        elif op.target == "embedding" and len(op.args) == 2 and p.types[op.refs[1].name].dtype == "i64":
+            self._gather(op, y, op.refs[0].name, op.refs[1].name, p.types[op.refs[0].name].local(p.mesh)[1:])
+        elif op.target == "aten.index.Tensor" and self._picks_rows(op):
+            table, ids = op.refs[0].name, op.refs[1].name
+            _, dims = op.args
+            assert isinstance(dims, tuple)
+            self._gather(op, y, table, ids, p.types[table].local(p.mesh)[len(dims) :])
+        elif op.target == "paged_attention":
+            self._attend(op, y, x, kind)
+        else:
+            g = Group(op.name, n, n + 1, tuple(dict.fromkeys(r.name for r in op.refs)), op.results)
+            self._alone(op, g)
+
+    def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
+        if self._lying(table)[-len(width) - 1 :] != (prod(width), *_contiguous(width)) or self._lying(ids) != _contiguous(self._shape(ids)):
+            raise CodegenError(f"%{op.name}: a table that lies otherwise")
+        self._line(f"gather<{TYPES[op.type.dtype]}>({self._pointer(table)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)});", op)
+
+    def _picks_rows(self, op: Op) -> bool:
+        """Whether one list of rows is picked from a tensor of one such dimension, those before it having one element."""
+        if len(op.args) != 2 or len(op.refs) != 2 or not isinstance(op.args[1], tuple):
+            return False
+        *before, ids = op.args[1]
+        shape = self._shape(op.refs[0].name)
+        return isinstance(ids, Ref) and all(b is None for b in before) and prod(shape[: len(before)]) == 1 and self.p.types[ids.name].dtype == "i64" and len(self._shape(ids.name)) == 1
+
+    def _attend(self, op: Op, y: str, operands: Sequence[str], kind: str) -> None:
+        shapes = [self._shape(r.name) for r in op.refs[:3]]
+        if any(self.p.types[r.name].dtype != op.type.dtype for r in op.refs):
+            raise CodegenError(f"%{op.name}: attention in several dtypes")
+        x, places = list(operands), list[tuple[int, int]]()
+        for n, (r, shape) in enumerate(zip(op.refs[:3], shapes, strict=True)):
+            if self._lying(r.name) != _contiguous(shape):
+                begin, end = self._place(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
+                places.append((begin, end))
+                laid = f"({TYPES[op.type.dtype]} *)(arena + {begin})"
+                self._line(f"lay<{TYPES[op.type.dtype]}>({x[n]}, {laid}, {', '.join(map(self._number, (*shape, *self._lying(r.name))))});", op)
+                x[n] = laid
+        layer, storage = self._int(op, "layer"), TYPES[op.type.dtype]
+        (tokens, heads, width), (_, held, _), (_, _, value_width) = shapes
+        keys, values = (f"({storage} *)caches[{2 * layer + i}]" for i in (0, 1))
+        for name, cache, wide in ((x[1], keys, width), (x[2], values, value_width)):
+            self._line(f"put<{storage}>({name}, {cache}, slots, {self._number(tokens)}, {held}, pages * size, {wide});", op)
+        self.calls -= 1
+        sinks = x[3] if len(x) > 3 else f"(const {storage} *)nullptr"
+        said = f"{op.kw('scale')!r}, {self._int(op, 'window')}, {op.kw('softcap')!r}"
+        for place in places:
+            self._free(*place)
+        self._line(f"attend<{kind}>({x[0]}, {keys}, {values}, {y}, {sinks}, table, lengths, news, rows, sequences, longest, {held}, {heads // held}, pages, size, {width}, {value_width}, {said}, threads);", op)
+
+    def _alone(self, op: Op, g: Group) -> None:
+        """An op outside of groups, such as a copy."""
+        part = fragment(self.p, g)
+        strides = [self.lies.strides[r] for r in g.reads]
+        text = f"{part}{strides}{[self._lying(r) for r in g.makes]}"
+        name = self.alone.get(text, "")
+        known = source(part, f"alone_{len(self.alone)}", strides, [self._lying(r) for r in g.makes], self.free)
+        if not name:
+            self.alone[text] = known.text
+        self._call(f"alone_{list(self.alone).index(text)}", known, g.reads, g.makes)
+
+    def _call(self, name: str, f: Function, reads: Sequence[str], makes: Sequence[str]) -> None:
+        rows = self.free[f.free] if f.free else "1"
+        pointers = [f"({kind})({self.at[v]})" for kind, v in zip(f.pointers, [*reads, *makes], strict=True)]
+        self.lines.append(f"{name}({', '.join([rows, 'threads', *pointers])});")
+        self.calls += 1
+
+    # places -----------------------------------------------------------------------------------------------------------
+
+    def _make(self, values: Sequence[str]) -> None:
+        for value in values:
+            if value == self.returned:
+                self.at[value] = "(char *)out"
+                continue
+            size = prod(n // s * self.most if (s := next((s for s in self.free if n and n % s == 0), 0)) else n for n in self._shape(value)) * ITEMSIZE[self.p.types[value].dtype]
+            begin, end = self._place(size)
+            self.at[value] = f"arena + {begin}"
+            self.block[value] = (begin, end, value)
+
+    def _place(self, size: int) -> tuple[int, int]:
+        size = -(-max(size, 1) // ALIGNED) * ALIGNED
+        hole = next(((a, b) for a, b in self.holes if b - a >= size), None)
+        begin = self.top if hole is None else hole[0]
+        if hole is None:
+            self.top += size
+        else:
+            self.holes.remove(hole)
+            self.holes += [(begin + size, hole[1])] if hole[1] - begin > size else []
+        return begin, begin + size
+
+    def _used(self, reads: Sequence[str], makes: Sequence[str]) -> None:
+        """Uses are counted for a block and all its views together: the last one frees it."""
+        for value in makes:
+            if value in self.block:
+                base = self.block[value][2]
+                self.left[base] = self.left.get(base, 0) + sum(isinstance(u, Op) for u in self.p.uses[value])
+        for value in reads:
+            if value in self.block:
+                self.left[self.block[value][2]] -= 1
+        for value in dict.fromkeys([*reads, *makes]):
+            if value in self.block and self.left[self.block[value][2]] == 0:
+                begin, end, base = self.block[value]
+                self.left[base] = -1
+                self._free(begin, end)
+
+    def _free(self, begin: int, end: int) -> None:
+        joined: list[tuple[int, int]] = []
+        for a, b in sorted([*self.holes, (begin, end)]):
+            if joined and joined[-1][1] == a:
+                joined[-1] = (joined[-1][0], b)
+            else:
+                joined.append((a, b))
+        self.holes = joined
+
+    def _line(self, text: str, op: Op) -> None:
+        self.lines.append(text + (f"  // {op.path}" if op.path else ""))
+        self.calls += 1
+
+    def _shape(self, value: str) -> Shape:
+        return self.p.types[value].local(self.p.mesh)
+
+    def _lying(self, value: str) -> Shape:
+        return self.lies.strides[value]
+
+    def _pointer(self, value: str) -> str:
+        return f"({TYPES[self.p.types[value].dtype]} *)({self.at[value]})"
+
+    def _number(self, n: int) -> str:
+        name, k = next(((name, n // s) for s, name in self.free.items() if n and n % s == 0), ("", n))
+        return f"{name} * {k}" if name and k > 1 else name or str(n)
+
+    def _int(self, op: Op, key: str) -> int:
+        value = op.kw(key, 0)
+        assert isinstance(value, int)
+        return value
+
+
+def _contiguous(shape: Sequence[int]) -> Shape:
+    return tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
