@@ -1,25 +1,91 @@
-"""Blocks by trial: each kernel of a fragment with the candidates of the model, the fastest is kept.
+"""Blocks by trial: each kernel of a fragment with the candidates of the model, the fastest is kept; and what PyTorch itself does for the ops, where that is faster.
 
-What times a source is given: on a device, the median of several launches. Numbers do not depend on the choice but for the order of sums.
+What times is given: on a device, the median of several launches. What was found is kept in a folder by fragment and device, so that ranks that share it run the same code,
+as does a later process. Numbers do not depend on the choice but for the order of sums.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from deepseed.codegen.block_sizes import Blocks, candidates
+from deepseed.codegen.expressions import DTYPES
+from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.triton import launched, source
-from deepseed.ir.program import Program
+from deepseed.ir.program import FLOATS, Program
+
+GAIN = 0.98  # of the time so far: less is noise
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``blocks``: for ``source``, by kernel; ``library``: the Python function is faster than the kernels."""
+
+    blocks: tuple[tuple[str, Blocks], ...] = ()
+    library: bool = False
 
 
 def tuned(fragment: Program, seconds: Callable[[str], float]) -> tuple[tuple[str, Blocks], ...]:
     """The blocks for ``source``, one kernel after another; those of the model where nothing is faster by more than the noise of 2 percent."""
+    return _tuned(fragment, seconds)[0]
+
+
+def choice(k: Kernel, folder: Path, device: str, seconds: Callable[[str], float], library: Callable[[], float]) -> Choice:
+    """What is fastest for a kernel on ``device``. ``seconds``: of a source; ``library``: of the Python function. Timed once a folder."""
+    path = folder / f"{k.name}-{hashlib.sha256(f'{source(k.fragment)}{k.strides}{device}'.encode()).hexdigest()[:16]}.blocks.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            blocks, best = _tuned(k.fragment, seconds)
+            path.write_text(json.dumps({"blocks": [(name, asdict(b)) for name, b in blocks], "library": library() < GAIN * best}))
+    found = json.loads(path.read_text())
+    return Choice(tuple([(name, Blocks(**b)) for name, b in found["blocks"]]), found["library"])
+
+
+def operands(k: Kernel, device: torch.device) -> list[Tensor]:
+    """Numbers of the types and strides that a kernel is made for."""
+    out = []
+    for i, strides in zip(k.fragment.inputs, k.strides, strict=True):
+        x = torch.empty_strided(i.type.shape, strides, dtype=getattr(torch, DTYPES[i.type.dtype].removeprefix("torch.")), device=device)
+        out.append(x.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else x.zero_())
+    return out
+
+
+def on_device(f: Callable[..., object], given: list[Tensor]) -> float:
+    """Median seconds of a call on the CUDA device that has its operands; the first calls compile and warm up."""
+    event: Any = torch.cuda.Event
+    for _ in range(3):
+        f(*given)
+    times: list[float] = []
+    for _ in range(REPEATS):
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        f(*given)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def _tuned(fragment: Program, seconds: Callable[[str], float]) -> tuple[tuple[tuple[str, Blocks], ...], float]:
     chosen: dict[str, Blocks] = {}
     best = seconds(source(fragment))
     for launch in launched(fragment):
         for candidate in candidates(launch.blocks)[1:] if launch.free else ():
             tried = {**chosen, launch.kernel: candidate}
             took = seconds(source(fragment, tuple(tried.items())))
-            if took < 0.98 * best:
+            if took < GAIN * best:
                 best, chosen = took, tried
-    return tuple(chosen.items())
+    return tuple(chosen.items()), best

@@ -188,7 +188,7 @@ class _Attention:
             full = (self.b, self.h, self.s, self.t)
             shape = (1,) * (4 - len(self.type["mask"].shape)) + self.type["mask"].shape
             steps = [0 if n == 1 and m > 1 else 1 for n, m in zip(shape, full, strict=True)]
-            return tuple(keep * _contiguous(shape)[n] for n, keep in enumerate(steps))
+            return tuple(keep * in_order(shape)[n] for n, keep in enumerate(steps))
         heads = self.h // self.group if word in ("k", "v", "dk", "dv") else self.h
         length, features = self.t if word in ("k", "v", "dk", "dv") else self.s, self.d if word in ("q", "k", "dq", "dk") else self.e
         return (length * heads * features, features, heads * features, 1)
@@ -267,7 +267,8 @@ def _block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def in_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose rows lie in order."""
     out, n = [], 1
     for size in reversed(shape):
         out.append(n)

@@ -12,13 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from deepseed.codegen.autotune import choice, on_device, operands
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import python
-from deepseed.codegen.kernels import Kernel
+from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
+from deepseed.codegen.triton_attention import in_order
 from deepseed.ir.program import Program
+
+Launch = Callable[..., Sequence[Tensor]]
 
 
 def missing(device: str) -> str:
@@ -30,9 +35,16 @@ def missing(device: str) -> str:
     return ""
 
 
-def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Callable[..., Sequence[Tensor]]]:
-    """Each kernel as a callable."""
-    return [_loaded(k, folder, tell) for k in wanted]
+def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Launch]:
+    """Each kernel as a callable; on a device with the blocks that are fastest there (deepseed.codegen.autotune)."""
+    return [_compiled(k, folder, tell) for k in wanted]
+
+
+def of_fragment(fragment: Program, folder: Path, tell: Callable[[str], object] = print, strides: Sequence[tuple[int, ...]] | None = None) -> Launch:
+    """A fragment as a callable on its inputs, for who has one without a step; ``strides``: of the inputs where rows do not lie in order."""
+    lying = tuple(strides) if strides is not None else tuple([in_order(i.type.shape) for i in fragment.inputs])
+    name = f"fragment_{hashlib.sha256(f'{fragment}{lying}'.encode()).hexdigest()[:8]}"
+    return _compiled(Kernel(name, fragment, lying, function(fragment, name)), folder, tell)
 
 
 def traffic(fragment: Program) -> list[tuple[int, int]] | None:
@@ -40,16 +52,30 @@ def traffic(fragment: Program) -> list[tuple[int, int]] | None:
     return [(each.bytes_read, each.bytes_written) for each in launched(fragment)] if can_emit(fragment) else None
 
 
-def _loaded(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Callable[..., Sequence[Tensor]]:
+def _compiled(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Launch:
     try:
         text = source(k.fragment)
     except CodegenError as error:
         tell(f"{k.name} runs as plain Python: {str(error).splitlines()[0]}")
         return python(k)
-    return launch_of(k.name, text, folder)
+    if not torch.cuda.is_available():
+        return launch_of(k.name, text, folder)
+    given = operands(k, torch.device("cuda", torch.cuda.current_device()))
+    best = choice(k, folder, torch.cuda.get_device_name(), lambda text: _seconds(text, k.name, folder, given), lambda: on_device(python(k), given))
+    return python(k) if best.library else launch_of(k.name, source(k.fragment, best.blocks), folder)
 
 
-def launch_of(name: str, text: str, folder: Path) -> Callable[..., Sequence[Tensor]]:
+def _seconds(text: str, name: str, folder: Path, given: list[Tensor]) -> float:
+    """Of a source that may ask for more registers or shared memory than the device has."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return on_device(launch_of(name, text, folder), given)
+    except OutOfResources:
+        return float("inf")
+
+
+def launch_of(name: str, text: str, folder: Path) -> Launch:
     """``launch`` of a source, which Triton reads from a file."""
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.triton.py"
     if not path.exists():
@@ -60,5 +86,5 @@ def launch_of(name: str, text: str, folder: Path) -> Callable[..., Sequence[Tens
     found: Any = importlib.util.spec_from_file_location(f"deepseed.generated.{name}", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    launch: Callable[..., Sequence[Tensor]] = module.launch
+    launch: Launch = module.launch
     return launch

@@ -25,6 +25,7 @@ from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.ops import evaluate
 from deepseed.passes.fuse import fuse
+from deepseed.passes.fuse_products import fuse_products
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.localize import localize
 from deepseed.rules.strides import laid_out
@@ -265,3 +266,50 @@ def same_bits(p: Program, plan: tuple[Mesh, int], seed: int) -> None:
         assert all(torch.equal(torch.nan_to_num(whole[name]), torch.nan_to_num(grouped[name])) for name in whole)
     for a, b in zip(run(before if apart else after, inputs, False), run(after, inputs, True), strict=True):
         assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+# matrix products ------------------------------------------------------------------------------------------------------
+
+PRODUCTS = """program p mesh() facts(explicit, lowered, placed)
+%x : f32[6, 8] batch "x"
+%w : f32[8, 10] param "w"
+%b : f32[10] param "b"
+%h = aten.mm(%x, %w) : f32[6, 10] {phase="forward"}
+%o = aten.exp(%x) : f32[6, 8] {phase="forward"}
+%r = reshape(%h) : f32[2, 3, 10] {phase="forward"}
+BETWEEN%a = aten.add.Tensor(%r, %b) : f32[2, 3, 10] {phase="forward"}
+%y = aten.gelu(%a) : f32[2, 3, 10] {phase="forward"}
+AFTERreturn %y output "y"
+return %o output "o"
+return %LAST output "last"
+"""
+
+
+def with_products(between: str = "", after: str = "", last: str = "y") -> Program:
+    p = verify(parse(PRODUCTS.replace("BETWEEN", between).replace("AFTER", after).replace("LAST", last)))
+    return verify(fuse_products(fuse(p)))
+
+
+def mark(p: Program, name: str) -> str:
+    return p.producers[name].kernel
+
+
+def test_a_product_joins_the_group_behind_it() -> None:
+    p = with_products()
+    assert mark(p, "h") == mark(p, "r") == mark(p, "a") == mark(p, "y") == "y"
+    (g,) = groups(p)
+    assert g.reads == ("x", "w", "b") and g.makes == ("y",)
+    assert [op.name for op in p.ops].index("o") < g.first  # what stood in between
+
+
+def test_a_product_that_is_read_later_is_made_by_the_group_too() -> None:
+    """The reshape has another reader: the group has one of its own."""
+    p = with_products(after='%z = permute(%r, dims=[1, 0, 2]) : f32[3, 2, 10] {phase="forward"}\n', last="z")
+    assert mark(p, "h") == "y" and mark(p, "r") == ""
+    g = next(g for g in groups(p) if g.kernel == "y")
+    assert set(g.makes) == {"h", "y"} and [op.name for op in p.ops].index("r") >= g.last
+
+
+def test_a_product_that_is_read_before_the_group_stays_alone() -> None:
+    p = with_products(between='%n = permute(%h, dims=[1, 0]) : f32[10, 6] {phase="forward"}\n%m = aten.mm(%w, %n) : f32[8, 6] {phase="forward"}\n', last="m")
+    assert mark(p, "h") == "h" and mark(p, "m") == "m" and mark(p, "y") == "y"

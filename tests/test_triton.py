@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +19,14 @@ from triton_fragments import fragments, random_inputs, reference, resized, retyp
 from triton_worker import Interpreter
 
 from deepseed.codegen import block_sizes as block_sizes_module
-from deepseed.codegen.autotune import tuned
+from deepseed.codegen.autotune import choice, operands, tuned
 from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
 from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.triton import can_emit, launched, launches, source
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
+from deepseed.rules.strides import contiguous
 
 installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
 NAMES = sorted(fragments())
@@ -278,6 +284,43 @@ def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
     inputs = random_inputs(p)
     got, _ = interpreter.run(source(p, chosen), inputs)
     assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, inputs), strict=True))
+
+
+@installed
+def test_what_was_tuned_is_kept(tmp_path: Path) -> None:
+    """By fragment and device: a later call times nothing. Where the ops themselves are faster, that is what is kept."""
+    p = parse(fragments()["gpt2_3"])
+    k = Kernel("k", p, tuple([contiguous(i.type.shape) for i in p.inputs]), function(p, "k"))
+    timed: list[str] = []
+
+    def seconds(text: str) -> float:
+        timed.append(text)
+        return float(re.findall(r"kernel_0\[.*num_warps=(\d+)", text)[0])
+
+    first = choice(k, tmp_path, "card", seconds, lambda: 100.0)
+    assert first.blocks and not first.library and len(timed) > 1
+    assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: pytest.fail("it was timed before")) == first
+    assert choice(k, tmp_path, "another card", seconds, lambda: 1e-3).library
+    for x, i in zip(operands(k, torch.device("cpu")), p.inputs, strict=True):
+        assert x.shape == i.type.shape and x.is_contiguous()
+
+
+@installed
+def test_a_fragment_alone_is_a_function(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from triton_fragments import fragments, parse, random_inputs, reference
+from deepseed.codegen.triton_files import of_fragment
+p = parse(fragments()["gpt2_3"])
+given = random_inputs(p)
+for a, b in zip(of_fragment(p, Path({str(tmp_path)!r}))(*given), reference(p, given), strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.glob("*.triton.py"))
 
 
 @installed
