@@ -17,6 +17,7 @@ from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.fuse import fuse, leaves_apart
 from deepseed.passes.fuse_products import fuse_products
+from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
 
@@ -44,7 +45,8 @@ def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> 
     p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)))
     if not kernels:
         return p
-    return fuse_products(fuse(p)) if products else fuse(p)
+    p = fuse(remade(p))
+    return fuse_products(p) if products else p
 
 
 # groups -------------------------------------------------------------------------------------------------------------
@@ -260,6 +262,8 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     it is no other parameter's gradient too."""
     g = scaling.refs[0].name
     made = p.producers.get(g)
+    while made is not None and made.target == "reshape" and len(p.uses[made.refs[0].name]) == 1:  # another view of memory that nothing else reads
+        made = p.producers.get(made.refs[0].name)
     if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum", "cast"):
         return False
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])

@@ -94,7 +94,7 @@ def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
     if flat is None or x.device.type != "cpu" or x.is_complex():
         out: Tensor = torch.linalg.vector_norm(x, dtype=dtype).square()
         return out
-    blocks = [torch.dot(wide, wide) for block in flat.split(BLOCK) for wide in (block.to(dtype),)]
+    blocks = [torch.dot(wide, wide) for at in range(0, len(flat), BLOCK) for wide in (flat[at : at + BLOCK].to(dtype),)]
     return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum()
 
 

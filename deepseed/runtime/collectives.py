@@ -305,7 +305,7 @@ def join_into(blocks: Tensor, put: Place, out: Tensor) -> Tensor:
         return out.copy_(join(blocks, put))
     (n, *shape), dim, outer = blocks.shape, put[0], put[1]
     seen = blocks.reshape(n, *shape[:dim], outer, shape[dim] // max(outer, 1), *shape[dim + 1 :]).movedim(0, dim + 1)
-    out.unflatten(dim, (outer, n, shape[dim] // max(outer, 1))).copy_(seen)
+    torch.unflatten(out, dim, (outer, n, shape[dim] // max(outer, 1))).copy_(seen)
     return out
 
 

@@ -1,0 +1,102 @@
+"""What kernels make again rather than read: helper of ``group_kernels`` for back ends that compile groups.
+
+A pointwise value that the forward stores for the backward is made there again where that takes fewer bytes: of what is narrower, or is there anyway, and of rows. The kernel that made it
+writes less, the one that reads it reads less, and less is held in between. And the sum of rows in each of which one element was put is what was put there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref
+from deepseed.passes.fuse import POINT, kind_of
+
+LONGEST = 6  # ops that are done again for one value
+FEW = 64  # times fewer elements than the value: rows, which cost nothing to keep
+_VIEWS = ("reshape", "expand")
+
+
+def remade(p: Program) -> Program:
+    """Make in the backward what it reads of the forward and can have for fewer bytes.
+
+    before: %x32 = cast(%x) : f32[8, 64]               after: %x32 = cast(%x) : f32[8, 64]
+            %y = aten.sub.Tensor(%x32, %m) : f32[8, 64]       %y = aten.sub.Tensor(%x32, %m) : f32[8, 64]
+            ..                                                ..
+            %e = aten.exp(%y) : f32[8, 64]                    %x32.again = cast(%x) : f32[8, 64]
+                                                              %y.again = aten.sub.Tensor(%x32.again, %m) : f32[8, 64]
+                                                              %e = aten.exp(%y.again) : f32[8, 64]
+    """
+    p = _sums_of_picks(p)
+    at = {r: n for n, op in enumerate(p.ops) for r in op.results}
+    last = {name: max((at[u.results[0]] if isinstance(u, Op) else len(p.ops) for u in uses), default=-1) for name, uses in p.uses.items()}
+    out, again = Builder(p), dict[str, str]()
+    for op in p.ops:
+        for name in dict.fromkeys(ref.name for ref in op.refs):
+            if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
+                for each in (each for each in chain if each.name not in again):
+                    again[each.name] = out.fresh(f"{each.name}.again")
+                    out.emit(replace(each, results=(again[each.name],), phase=op.phase, origin="").map_refs(lambda ref: Ref(again.get(ref.name, ref.name))))
+        out.emit(op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name))) if op.phase == "backward" else op)
+    return out.program()
+
+
+def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str, int]) -> list[Op]:
+    """The forward's ops that make a value again, in order; none where that does not pay, or cannot be done."""
+    made = p.producers.get(name)
+    if made is None or made.phase != "forward" or (made.part, made.stage) != (reader.part, reader.stage):
+        return []
+    if any(not isinstance(u, Op) or (u.phase != "forward" and (u.target in _VIEWS or not kind_of(u, p))) for u in p.uses[name]):
+        return []  # it is there in any case
+    size, whole = _elements(p, name), _bytes(p, name)
+    chain: dict[str, Op] = {}
+    leaves: set[str] = set()
+    todo = [name]
+    while todo:
+        value = todo.pop()
+        op = p.producers.get(value)
+        if op is not None and value not in chain and op.phase == "forward" and (op.part, op.stage) == (made.part, made.stage) and len(chain) < LONGEST and _again(p, op, size, name):
+            chain[value] = op
+            todo += [ref.name for ref in op.refs]
+        elif value not in chain:
+            leaves.add(value)
+    large = [leaf for leaf in leaves if _elements(p, leaf) * FEW > size]
+    extra = sum(_bytes(p, leaf) for leaf in large if leaf in at and last[leaf] < last[name])
+    if not any(kind_of(op, p) == POINT for op in chain.values()) or len(large) > 1 or extra >= whole:
+        return []
+    return sorted(chain.values(), key=lambda op: at[op.name])
+
+
+def _again(p: Program, op: Op, size: int, name: str) -> bool:
+    """Whether an op is done again: pointwise or a view, of the value's size, and not itself narrower than what is wanted."""
+    if op.target not in _VIEWS and (kind_of(op, p) != POINT or not op.refs):
+        return False
+    return _elements(p, op.name) == size and (op.name == name or _bytes(p, op.name) >= _bytes(p, name))
+
+
+def _elements(p: Program, name: str) -> int:
+    return p.types[name].local_bytes(p.mesh) // ITEMSIZE[p.types[name].dtype]
+
+
+def _bytes(p: Program, name: str) -> int:
+    return p.types[name].local_bytes(p.mesh)
+
+
+def _sums_of_picks(p: Program) -> Program:
+    """before: %z = full(value=0.0) : f32[8, 16]                        after: %z = full(value=0.0) : f32[8, 16]
+               %u = scatter_add(%z, %i, %v, dim=1) : f32[8, 16]                %u = scatter_add(%z, %i, %v, dim=1) : f32[8, 16]
+               %s = sum(%u, dims=[1], keepdim=true) : f32[8, 1]                ..of %s: %v"""
+    out, instead = Builder(p), dict[str, str]()
+    returned = {o.ref.name for o in p.outputs}
+    for op in p.ops:
+        put = p.producers.get(op.refs[0].name) if op.target == "sum" and op.name not in returned else None
+        if put is not None and put.target == "scatter_add" and _one_of_each_row(p, op, put):
+            instead[op.name] = put.refs[2].name
+        else:
+            out.emit(op.map_refs(lambda ref: Ref(instead.get(ref.name, ref.name))))
+    return out.program()
+
+
+def _one_of_each_row(p: Program, total: Op, put: Op) -> bool:
+    zeros = p.producers.get(put.refs[0].name)
+    whole = put.kw("start") is None and put.kw("start.mb") is None and total.kw("keepdim") and total.kw("dims") == (put.kw("dim"),)
+    return bool(whole) and zeros is not None and zeros.target == "full" and zeros.kw("value") == 0 and p.types[put.refs[2].name] == total.type and kind_of(put, p) != ""

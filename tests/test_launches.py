@@ -1,0 +1,70 @@
+"""How many kernels a step launches, counted: a block of a Llama beside eager PyTorch's ops, and the update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deepseed
+from deepseed import kernels as back_ends
+from deepseed.codegen import inductor
+from deepseed.explain_kernels import explain_kernels
+from deepseed.ir.program import Program
+
+transformers = pytest.importorskip("transformers")
+
+
+class Counted(TorchDispatchMode):
+    """Ops that make or change numbers: what only views or allocates is left out."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not views and func.overloadpacket.__name__ not in ("empty", "empty_strided", "empty_like", "detach", "_unsafe_view", "_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
+
+
+def llama(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    ids = torch.randint(0, 64, (2, 16))
+    return transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def eager(layers: int, plan: str) -> int:
+    model, batch = llama(layers)
+    with Counted() as counted, torch.autocast("cpu", torch.bfloat16, enabled=plan == "bf16"):
+        model(**batch).loss.backward()
+    return counted.n
+
+
+def program(layers: int, plan: str, optimizer: Any) -> Program:
+    model, batch = llama(layers)
+    step = deepseed.compile(model, plan, optimizer=optimizer(model.parameters()), example_batch=batch, codegen="functions")
+    return step.passes[-1].program
+
+
+@pytest.mark.parametrize("plan", ["fp32", "bf16"])
+def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of one block: two layers less one, so that embedding, head and update fall out."""
+    monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
+    programs = [program(layers, plan, lambda p: torch.optim.SGD(p, lr=0.1)) for layers in (1, 2)]
+    one, two = (explain_kernels(p, p).launches for p in programs)
+    casts = 9 * (plan == "bf16")  # of gradients, in the update
+    of_eager = eager(2, plan) - eager(1, plan)
+    assert (two - one - casts) / of_eager <= 0.4, (one, two, of_eager)
+
+
+def test_the_update_is_one_kernel_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parameters of a plan in float32 by one call, clipping included; 16-bit gradients as many as their widened copies fill the cache."""
+    monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
+    for plan, bound in (("zero0", 1), ("zero1+dp2", 2), ("zero3+dp2", 2), ("zero2+dp2+bf16", 2)):
+        model, batch = llama(2)
+        step = deepseed.compile(model, plan, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), clip_grad_norm=1.0, example_batch=batch, codegen="functions", backend="simulate")
+        source = step.programs.current().executables[0].source
+        assert 1 <= source.count("torch._fused_adamw_(") <= bound, plan
+        assert "grad_scale=" in source and "_foreach_mul_" not in source

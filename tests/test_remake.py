@@ -1,0 +1,91 @@
+"""remake: what the backward makes again rather than read, and that the numbers stay, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from deepseed.ir.program import Program
+from deepseed.ir.text import parse
+from deepseed.ir.verify import verify
+from deepseed.ops import evaluate
+from deepseed.passes.remake import remade
+
+HEAD = "program p mesh() facts(explicit, lowered, placed)\n"
+
+SOFTMAX = """
+%h : bf16[8, 16] batch "h"
+%w : bf16[16, 64] param "w"
+%g : f32[8, 1] batch "g"
+%x = aten.mm(%h, %w) : bf16[8, 64] {phase="forward"}
+%c = cast(%x) : f32[8, 64] {phase="forward"}
+%m = amax(%c, dims=[1], keepdim=true) : f32[8, 1] {phase="forward"}
+%y = aten.sub.Tensor(%c, %m) : f32[8, 64] {phase="forward"}
+%e = aten.exp(%y) : f32[8, 64] {phase="forward"}
+%s = sum(%e, dims=[1], keepdim=true) : f32[8, 1] {phase="forward"}
+%b = aten.exp(%y) : f32[8, 64] {phase="backward"}
+%d = aten.mul.Tensor(%b, %g) : f32[8, 64] {phase="backward"}
+return %s output "s"
+return %d output "d"
+"""
+
+
+def done(text: str) -> tuple[Program, Program]:
+    p = verify(parse(HEAD + text.strip()))
+    return p, verify(remade(p))
+
+
+def same(p: Program, q: Program, *xs: torch.Tensor) -> None:
+    given = dict(zip((i.name for i in p.inputs), xs, strict=True))
+    a, b = evaluate(p, given), evaluate(q, given)
+    assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def test_a_wide_value_is_made_again_of_the_narrow_one_and_rows() -> None:
+    p, q = done(SOFTMAX)
+    assert [(op.name, [r.name for r in op.refs]) for op in q.ops if op.phase == "backward"] == [
+        ("c.again", ["x"]), ("y.again", ["c.again", "m"]), ("b", ["y.again"]), ("d", ["b", "g"]),
+    ]  # fmt: skip
+    assert not any(ref.name in ("c", "y") for op in q.ops if op.phase == "backward" for ref in op.refs)
+    torch.manual_seed(0)
+    same(p, q, torch.randn(8, 16).bfloat16(), torch.randn(16, 64).bfloat16(), torch.randn(8, 1))
+
+
+def test_what_is_no_narrower_is_read_as_it_is() -> None:
+    p, q = done(SOFTMAX.replace("bf16", "f32"))
+    assert p.ops == q.ops
+
+
+def test_what_is_there_anyway_costs_nothing() -> None:
+    text = SOFTMAX.replace("bf16", "f32").replace("%d = aten.mul.Tensor(%b, %g)", "%k = aten.mul.Tensor(%b, %x) : f32[8, 64] {phase=\"backward\"}\n%d = aten.mul.Tensor(%k, %g)")
+    p, q = done(text)
+    assert [op.name for op in q.ops if op.phase == "backward"][:2] == ["c.again", "y.again"]
+    torch.manual_seed(0)
+    same(p, q, torch.randn(8, 16), torch.randn(16, 64), torch.randn(8, 1))
+
+
+def test_what_no_kernel_reads_is_there_in_any_case() -> None:
+    text = SOFTMAX + 'return %y output "y"\n'
+    p, q = done(text)
+    assert p.ops == q.ops
+    p, q = done(SOFTMAX.replace("return %s", '%t = permute(%y, dims=[1, 0]) : f32[64, 8] {phase="backward"}\n%k = aten.mm(%y, %t) : f32[8, 8] {phase="backward"}\nreturn %k output "k"\nreturn %s'))
+    assert p.ops == q.ops
+
+
+PICK = """
+%i : i64[8, 1] batch "i"
+%v : f32[8, 1] batch "v"
+%z = full(value={value}) : f32[8, 64] {{phase="backward"}}
+%u = scatter_add(%z, %i, %v, dim=1) : f32[8, 64] {{phase="backward"}}
+%s = sum(%u, dims=[1], keepdim=true) : f32[8, 1] {{phase="backward"}}
+%d = aten.sub.Tensor(%u, %s) : f32[8, 64] {{phase="backward"}}
+return %d output "d"
+"""
+
+
+def test_a_row_with_one_element_sums_up_to_it() -> None:
+    p, q = done(PICK.format(value="0.0"))
+    assert [op.name for op in q.ops] == ["z", "u", "d"] and [r.name for r in q.ops[-1].refs] == ["u", "v"]
+    torch.manual_seed(0)
+    same(p, q, torch.randint(0, 64, (8, 1)), torch.randn(8, 1))
+    p, q = done(PICK.format(value="1.0"))
+    assert p.ops == q.ops
