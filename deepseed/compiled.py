@@ -20,7 +20,7 @@ from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
 from deepseed.capture.gradients import LossScale
-from deepseed.capture.options import Optimizers, listed
+from deepseed.capture.options import Optimizers, listed, read_options
 from deepseed.capture.state import STARTED
 from deepseed.differentiable import leave
 from deepseed.explain import Explanation, explain
@@ -368,7 +368,7 @@ class Compiled:
             self._firsts(self._looked[built.digest])
         others: dict[tuple[str, str], Tensor] = {("batch", k): t for k, t in found.batch.items()}
         others |= {("constant", k): t for k, t in built.constants.items()}
-        others |= {("hyper", k): torch.tensor(read(), dtype=torch.float64) for k, read in built.captured.hyper.items()}
+        others |= {("hyper", k): torch.tensor(value, dtype=torch.float64) for k, value in read_options(built.captured.hyper).items()}
         part = self.host.coordinates[0].get("dp", 0) if OWN_ROWS in built.program.facts else 0  # whose draws are its own, as its rows are
         others["rng", "rng"] = torch.tensor([self.seed + part * APART, self.steps], dtype=torch.int64)
         self._ready()

@@ -98,6 +98,8 @@ class Pass:
         """The model's outputs by key: whole, or this rank's rows."""
         self.kept = Kept.of(self.built, self.host, given) if self.checks else None
         results = self.host.run([h.forward for h in self.halves], given)
+        if self.kept is not None:
+            self.kept.ran()
         return {key: t for (role, key), t in self.built.returned(self.host, results, EARLY).items() if role == "output"}
 
     def backward(self, tangents: Mapping[str, Tensor], towards: Sequence[str]) -> list[Tensor | None]:
@@ -109,7 +111,11 @@ class Pass:
             mine = [list(each) for each in given]
             results = self.host.run([h.backward for h in self.halves], given)
             if self.kept is not None and any(self.host.everyone(not finite(t for each in results for t in each))):
-                self.kept.report("backward: a gradient is not finite", self.overflows, mine)
+                try:
+                    self.kept.report("backward: a gradient is not finite", self.overflows, mine)
+                finally:
+                    self.kept.put_back()
+                    self.host.settle(self.model, self.states, [(o.role, o.key) for o in self.built.program.outputs if o.role == "buffer"])
             parts = self.built.parts(results, GRADIENTS)
             if self.pend is not None:
                 waiting = [o.key for o in self.built.program.outputs if o.role == "pending"]

@@ -11,7 +11,8 @@ import csv
 import importlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from deepseed.config import Config, ConfigError
 
+PROBE = ".deepseed"
 Event = tuple[str, Any, int]
 
 
@@ -69,6 +71,15 @@ def _write(writers: Sequence[Writer], waiting: list[Event]) -> None:
         writer.write_events(events)
 
 
+@contextmanager
+def _writing(path: Path, key: str) -> Iterator[None]:
+    """Raises ConfigError where the system refuses a file of a monitor."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f'"{key}": {path} cannot be written: {error.strerror or error}\n  fix: "output_path": a folder that this process may write, or "enabled": false') from error
+
+
 def folder_of(section: Any) -> Path:
     return Path(str(section.output_path), str(section.job_name))
 
@@ -78,12 +89,15 @@ class Csv:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._begun = folder, set[str]()
-        folder.mkdir(parents=True, exist_ok=True)
+        with _writing(folder, "csv_monitor"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PROBE).touch()
+            (folder / PROBE).unlink()
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         for name, value, samples in events:
             path = self.folder / (name.replace("/", "_").replace(" ", "_") + ".csv")
-            with path.open("a", newline="") as file:
+            with _writing(path, "csv_monitor"), path.open("a", newline="") as file:
                 rows = csv.writer(file)
                 if path.name not in self._begun and not file.tell():
                     rows.writerow(["step", name.rpartition("/")[2]])
@@ -94,7 +108,8 @@ class Csv:
 class TensorBoard:
     def __init__(self, folder: Path) -> None:
         required("tensorboard", "tensorboard")
-        self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(log_dir=os.fspath(folder))
+        with _writing(folder, "tensorboard"):
+            self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(log_dir=os.fspath(folder))
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         for name, value, samples in events:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -88,12 +88,25 @@ class Kept:
     built: Built
     host: Host
     given: Given
+    stored: list[tuple[Tensor, Tensor]]  # what it writes, and the copy
+    versions: list[int] = field(default_factory=list)  # of that, behind the run
 
     @staticmethod
     def of(built: Built, host: Host, given: Given, all_written: bool = False) -> Kept:
         """Before the run. Buffers that it writes are copied; with ``all_written`` parameters and state too, where it may write them."""
         written = {(o.role, o.key) for o in built.program.outputs if o.role in STORED and (all_written or o.role == "buffer")}
-        return Kept(built, host, [_copied(e, mine, written) for e, mine in zip(built.executables, given, strict=True)])
+        kept = [_copied(e, mine, written) for e, mine in zip(built.executables, given, strict=True)]
+        return Kept(built, host, kept, [(t, copy) for mine, copies in zip(given, kept, strict=True) for t, copy in zip(mine, copies, strict=True) if t is not copy])
+
+    def ran(self) -> None:
+        """Behind the run."""
+        self.versions = [t._version for t, _ in self.stored]
+
+    def put_back(self) -> None:
+        """The buffers are what they were before the run, where nothing has written them since."""
+        for (t, before), version in zip(self.stored, self.versions, strict=True):
+            if t._version == version:
+                t.copy_(before)
 
     def find(self, tangents: Given = ()) -> NonFinite | None:
         """Run again and look. Every rank must call it."""

@@ -17,6 +17,7 @@ import torch
 
 from deepseed.accelerator import get_accelerator
 from deepseed.capture.options import listed
+from deepseed.config import ConfigError
 from deepseed.logs import rank, say
 
 
@@ -24,13 +25,15 @@ class Progress:
     """``every``: steps between two prints. ``samples``: of one step, over all ranks. The running mean leaves out the steps before the first print, in which things are compiled."""
 
     def __init__(self, every: int, samples: int) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"Progress(every={every!r})\n  fix: a number of steps, 1 or more")
         self.every, self.samples, self.steps = every, samples, 0
         self._at, self._since, self._seconds, self._counted = perf_counter(), 0, 0.0, 0
         self._first = True
 
     def __call__(self, step: Any, loss: torch.Tensor | None = None) -> None:
-        """A step of ``step`` is done, whose loss this was."""
-        if self.counted(self.steps + 1):
+        """A step of ``step`` is done, whose loss this was: by the step's own count, so that one that was loaded goes on in it; a module's are counted here."""
+        if self.counted(step.steps if step.whole else self.steps + 1):
             self.tell(self.steps, step.skipped, step.optimizer, None if loss is None else float(loss))
 
     def counted(self, number: int) -> bool:

@@ -114,7 +114,11 @@ def killed_at_random(folder: Path, told: Path, victim: str, asynchronous: bool, 
     try:
         wait_for(lambda: not alive(pids[0]) or not alive(pids[1]) or (latest.exists() and latest.read_text() != former))
         assert alive(pids[0]) and alive(pids[1]), Path(f"{told}.0.err").read_text() + Path(f"{told}.1.err").read_text()
-        time.sleep(rng.uniform(0, 0.06))
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 0.06))
+        else:  # in a save, however long one takes to begin
+            wait_for(lambda: any(".tmp-" in name for name in os.listdir(folder)))
+            time.sleep(rng.uniform(0, 0.01))
         first = {"rank 0": pids[:1], "rank 1": pids[1:], "both ranks": pids, "the launcher": [launcher.pid]}[victim]
         for process in first:
             os.kill(process, signal.SIGKILL)

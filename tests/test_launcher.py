@@ -192,6 +192,8 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_ends_all(tmp_path: Path) 
     assert f"deepseed: rank 0 has waited 2 s, and gives up after 4 (DEEPSEED_TIMEOUT)\n{places}" in done.stderr, "in good time before it gives up"
     last = done.stderr[done.stderr.rindex("deepseed: rank 0 (local") :]
     assert "RankError: rank 1 did not come to a collective" in last and last.endswith(places), last
+    others = done.stderr[: done.stderr.index("deepseed: rank 0 (local")].splitlines()
+    assert sum("RankError" in line or "did not come to a collective" in line for line in others) == 1 and not any("Traceback" in line or "gloo" in line.split(" (")[0] for line in others), done.stderr
     assert "runpy" not in last and "launcher/rank.py" not in last, "in what it was caused by either"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 import deepseed
 from deepseed.api import TrainStep
+from deepseed.config import ConfigError
 from deepseed.logs import at_step, fail, say, warn
 
 
@@ -59,3 +61,32 @@ def test_what_a_step_says_carries_its_number_and_progress_its_loss(capsys: pytes
     headline, speed = (r for r in said if "step=" in r["message"])
     assert headline["message"] == f"step=2, skipped=0, lr=[0.1], mom=[0], loss={second:.6g}" and headline["loss"] == second
     assert speed["message"].startswith("epoch=0/micro_step=2/global_step=2, RunningAvgSamplesPerSec=") and speed["samples_per_second"] > 0
+
+
+def test_progress_goes_on_in_the_count_of_a_step_that_was_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def begin() -> TrainStep:
+        model = torch.nn.Linear(4, 1)
+        step = deepseed.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda m, batch: m(batch["x"]).square().mean())
+        assert isinstance(step, TrainStep)
+        return step
+
+    first, second = begin(), begin()
+    for _ in range(3):
+        first({"x": torch.ones(4, 4)})
+    first.save(tmp_path / "c")
+    second.load(tmp_path / "c")
+    progress = deepseed.Progress(every=4, samples=4)
+    capsys.readouterr()
+    for _ in range(2):
+        progress(second, second({"x": torch.ones(4, 4)}))
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines() if "lr=" in line] == ["deepseed: step=4"] and progress.steps == 5
+    module = deepseed.compile(torch.nn.Linear(4, 1))
+    progress = deepseed.Progress(every=1, samples=4)
+    for _ in range(2):  # its steps are the user's, and forwards are not steps
+        module(torch.ones(1, 4)), module(torch.ones(1, 4))
+        module.skipped = 0  # type: ignore[union-attr]
+        progress(module)
+    assert progress.steps == 2 and module.steps == 4
+    for every in (0, -1, 2.5, True):
+        with pytest.raises(ConfigError, match=r"Progress\(every=.*\)\n  fix: a number of steps, 1 or more"):
+            deepseed.Progress(every=every, samples=4)  # type: ignore[arg-type]

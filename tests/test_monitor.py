@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,27 @@ def test_wandb_offline_has_the_values(tmp_path: Path, monkeypatch: pytest.Monkey
     run.log({"last": 1}, step=12)
     assert run.summary["Train/Samples/train_loss"] == losses[1]
     wandb.finish()
+
+
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_a_folder_of_a_monitor_that_cannot_be_written(when: str, tmp_path: Path) -> None:
+    config = {"enabled": True, "output_path": str(tmp_path / "out"), "job_name": "job"}
+    says = rf'"csv_monitor": {tmp_path}/out/job.* cannot be written: Not a directory\n  fix: "output_path": a folder that this process may write'
+    if when == "at the start":
+        (tmp_path / "out").touch()
+        with pytest.raises(ConfigError, match=says):
+            trained(1, csv_monitor=config)
+        return
+    engine, *_ = trained(1, csv_monitor=config)
+    engine.monitor.flush()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").touch()
+    engine.monitor.add([("Train/Samples/lr", 1.0, 4)])
+    with pytest.raises(ConfigError, match=says):
+        engine.monitor.flush()
+
+
+def test_a_negative_number_of_steps_to_print_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"steps_per_print is -1\n  fix: a number of steps; 0 or null prints nothing"):
+        trained(1, steps_per_print=-1)
+    trained(1, steps_per_print=0)

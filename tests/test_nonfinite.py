@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gloo.nonfinite import CASES, Log, Net, Root, all_cases, case, loss, zeros_f
 
 import deepseed
 from deepseed.api import Module, TrainStep
+from deepseed.capture.errors import CaptureError
 from deepseed.nonfinite import NonFinite, NonFiniteError
 
 PLANS = [("zero0", 1), ("zero3", 2), ("tp2", 2), ("zero2+mb2", 2), ("pp2+mb2", 2)]
@@ -182,3 +184,69 @@ def test_real_ranks_say_the_same_as_the_simulation() -> None:
         for plan in plans for given in CASES
     ]  # fmt: skip
     assert simulated == first and all(len(each) == 3 for each in first)
+
+
+# what a step that is refused leaves ----------------------------------------------------------------------------------------
+
+
+def normed(plan: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 2), torch.nn.BatchNorm1d(2)).double()
+    optimizer = {} if options.pop("module", False) else {"optimizer": torch.optim.AdamW(model.parameters(), lr=0.01)}
+    return deepseed.compile(model, plan, loss_fn=lambda m, x: m(x).square().mean(), backend="simulate", **optimizer, **options)
+
+
+def held(step: Any) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in {**step.state_dict(), **step.optimizer_state()}.items() if name not in ("loss_scale", "good_steps", "skipped_steps")}
+
+
+@pytest.mark.parametrize("plan", ["zero3+dp2", "zero2+dp2+mb2", *(pytest.param(plan, marks=pytest.mark.wide) for plan in ("zero0", "zero1+tp2", "pp2+mb2"))])
+@pytest.mark.parametrize("options", [{"check_finite": True}, {"loss_scale": deepseed.LossScale(4.0)}, pytest.param({"loss_scale": 4.0}, marks=pytest.mark.wide)], ids=["checked", "scaled", "by a number"])
+def test_running_statistics_of_a_step_that_is_refused_are_as_before(plan: str, options: dict[str, Any]) -> None:
+    """And the next step is what it would have been without it, its number aside."""
+    good = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    bad = good.clone()
+    bad[3, 2] = math.inf
+    step, other = normed(plan, **options), normed(plan, **options)
+    step(good), other(good)
+    before = held(step)
+    assert any("running_mean" in name and t.any() for name, t in before.items())
+    refused: Any = pytest.raises(NonFiniteError) if "check_finite" in options else nullcontext()
+    with refused:
+        step(bad)
+    assert step.skipped == 1 and not [name for name, t in held(step).items() if not torch.equal(t, before[name])]
+    step(good), other(good)
+    after, want = held(step), held(other)
+    assert not [name for name in want if not torch.equal(after[name], want[name])] and any(not torch.equal(after[name], before[name]) for name in after if "running_var" in name)
+
+
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2"])
+def test_so_are_those_of_a_backward_that_is_refused(plan: str) -> None:
+    module = normed(plan, module=True, check_finite=True)
+    good = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    module(good).sum().backward()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(NonFiniteError):
+        (module(good * 2).sum() * math.inf).backward()
+    now = module.state_dict()
+    assert not [name for name, t in before.items() if not torch.equal(now[name], t)]
+    lost = module(good * 2).sum() * math.inf
+    module(good * 3)  # a later forward has written them: they are its own
+    now = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(NonFiniteError):
+        lost.backward()
+    assert not [name for name, t in module.state_dict().items() if not torch.equal(now[name], t)]
+
+
+def test_a_rate_that_is_no_number_is_refused_before_the_step() -> None:
+    step = normed("zero3+dp2")
+    x = torch.ones(8, 6, dtype=torch.float64)
+    step(x)
+    before = held(step)
+    for wrong in (math.nan, math.inf):
+        step.optimizer.param_groups[0]["lr"] = wrong
+        with pytest.raises(CaptureError, match=rf"lr of the optimizer's group 0 is {wrong}: nothing was computed with it(.|\n)*fix: a number; look at what sets it"):
+            step(x)
+    assert not [name for name, t in held(step).items() if not torch.equal(t, before[name])] and step.steps == 1
+    step.optimizer.param_groups[0]["lr"] = 0.01
+    step(x)

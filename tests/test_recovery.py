@@ -182,6 +182,7 @@ def kill(job: Job, ranks: int, kills: int, seed: int) -> int:
 def check(job: Job, undisturbed: Job, kills: int) -> int:
     """The job has gone on as if nothing had happened; the most steps that one loss has cost."""
     assert job.stderr().count("was killed by SIGKILL") == kills
+    assert "Work::exception" not in job.stderr() and "frame #" not in job.stderr(), "those that are left have nothing of their own to say"
     assert f"deepseed: restart {kills} of " in job.stderr() and f"deepseed: restart {kills + 1} of" not in job.stderr()
     curve = job.curve()
     assert curve == undisturbed.curve(), "bitwise, steps that were done twice among them"

@@ -24,7 +24,7 @@ _F32, _BOOL = Type("f32", ()), Type("bool", ())
 class LossScale:
     """By what the loss is multiplied before the backward, so that small gradients are not zeros in 16 bits.
 
-    After a step with a gradient that is not finite, parameters and optimizer state stay as they were and the scale is divided by
+    After a step with a gradient that is not finite, parameters, buffers and optimizer state stay as they were and the scale is divided by
     ``factor``, but not below ``minimum``; after ``window`` good steps in a row it is multiplied by ``factor``. ``hysteresis``: how many
     such steps there must be since the scale last grew before it falls. ``window=0``: the scale never changes, steps are skipped all the same.
     Names and defaults are DeepSpeed's, but for ``hysteresis`` (2 there; 1 is what ``torch.amp.GradScaler`` does)."""
@@ -72,6 +72,15 @@ class Ready:
         e.phase, e.base = "update", f"{name}.grad"
         g = e.cast(self.narrow[name], dtype)
         out = g if self.factor is None else e.one("aten.mul.Tensor", (g, e.cast(self.factor, dtype)), e.type(g))
+        e.base = ""
+        return out
+
+    def unless_skipped(self, e: Emitter, new: Ref, old: Ref, name: str) -> Ref:
+        """What forward has written into, where the step is not one that changes nothing."""
+        if self.overflow is None:
+            return new
+        e.phase, e.base = "update", f"{name}.kept"
+        out = e.one("aten.where.self", (self.overflow, old, new), e.type(new))
         e.base = ""
         return out
 

@@ -5,8 +5,9 @@ Groups are counted over all optimizers of the step: with ``[muon, adamw]`` and o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +90,16 @@ def has_rate(group: Mapping[str, Any]) -> bool:
     """Whether the group's ``lr`` is a number, which the program then takes as an input."""
     lr = group.get("lr")
     return is_number(lr) or (isinstance(lr, Tensor) and lr.numel() == 1)
+
+
+def read_options(hyper: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """What a step reads of its optimizers' groups: ``{"lr/0": 0.001}``. Raises CaptureError where one is no finite number: it would be in every parameter."""
+    out = {key: read() for key, read in hyper.items()}
+    for key, value in out.items():
+        if not isfinite(value):
+            option, _, group = key.partition("/")
+            raise CaptureError(f"{option} of the optimizer's group {group} is {value}: nothing was computed with it", fix=f"a number; look at what sets it, such as a scheduler: param_groups[{group}][{option!r}]")
+    return out
 
 
 def with_numbers(group: Mapping[str, Any], values: Mapping[Number, Any]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def capture(
     updated = {o.key for o in outputs if o.role == "param"}
     for (role, key), v in named.items():  # what forward wrote into; a parameter is updated from there
         if isinstance(v, Ref) and (role == "buffer" or (role == "param" and key not in updated)) and v != refs[role, key]:
-            outputs.append(Output(v, role, key))
+            outputs.append(Output(final.unless_skipped(e, v, refs[role, key], key), role, key))
     whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
     ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}

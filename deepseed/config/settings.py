@@ -55,6 +55,8 @@ def settings(config: Config, world_size: int | None = None) -> Settings:
         raise ConfigError("\n".join(f"{v.key} is not supported: {v.note}" for v in found))
     if auto := _autos(config, ""):
         raise ConfigError(f'{", ".join(auto)}: "auto" is filled in by the HF Trainer\n  fix: a number, or train with deepseed.hf.DeepSeedTrainer')
+    if (prints := _int(config.steps_per_print)) is not None and prints < 0:
+        raise ConfigError(f"steps_per_print is {prints}\n  fix: a number of steps; 0 or null prints nothing")
     words, ranks = _ranks(config, world_size)
     rows = _int(config.train_batch_size), _int(config.train_micro_batch_size_per_gpu), _int(config.gradient_accumulation_steps)
     batch = triangle(*rows, ranks) if ranks is not None else None

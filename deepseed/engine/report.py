@@ -36,7 +36,7 @@ class Report:
     def __init__(self, config: Config, rank: int, samples: int) -> None:
         self.config, self.rank = config, rank
         self.monitor = Monitor(config, rank == 0)
-        self.every = int(config.steps_per_print or 0)
+        self.every = int(config.steps_per_print or 0)  # 0: never
         self.progress = Progress(self.every or FLUSH, samples)
         self.times = bool(config.wall_clock_breakdown)
         self._spent: dict[str, float] = {}  # milliseconds of this step

@@ -70,6 +70,9 @@ def main(words: Sequence[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if type(error).__name__ == "RankError":  # another rank's fault, who says where
+            print(f"rank {os.environ['RANK']}: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr, flush=True)
+            sys.exit(1)
         print(own_frames("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
         sys.exit(1)
 

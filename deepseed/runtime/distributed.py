@@ -255,7 +255,12 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _succeeded(work: dist.Work) -> bool:
-    return work.exception() is None
+    """Whether a collective that has completed did what it should: to wait for it then raises its error, or returns at once."""
+    try:
+        work.wait(_SLICE)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def start(backend: str | None = None, timeout: float = TIMEOUT) -> torch.device:
