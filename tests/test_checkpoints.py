@@ -362,10 +362,9 @@ from gloo.checkpoints import small, batch
 step = small("zero0", backend="simulate")
 step(batch(0))
 deepseed.Checkpoints(step, sys.argv[1], every=1).after_step()
-if sys.argv[2] == "forks" and os.fork() == 0:
-    print("forked", os.getpid(), flush=True)
-    time.sleep(60)
-print("holds", flush=True)
+child = os.fork() if sys.argv[2] == "forks" else os.getpid()
+if child:
+    print("holds", child, flush=True)
 time.sleep(60)
 """
 
@@ -375,15 +374,16 @@ def other_job(folder: Path, how: str = "") -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)]), "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([sys.executable, "-W", "ignore", "-c", HOLDS, str(folder), how], stdout=subprocess.PIPE, text=True, env=environment)
     assert job.stdout is not None
-    job.said = [job.stdout.readline() for _ in range(2 if how else 1)]  # type: ignore[attr-defined]
-    assert "holds\n" in job.said  # type: ignore[attr-defined]
+    said, _, child = job.stdout.readline().partition(" ")
+    assert said == "holds"
+    job.child = int(child)  # type: ignore[attr-defined]
     return job
 
 
 def test_a_second_job_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hold, "PATIENCE", 0.1)
     job = other_job(tmp_path, "forks")
-    child = int(next(line for line in job.said if "forked" in line).split()[1])  # type: ignore[attr-defined]
+    child = job.child  # type: ignore[attr-defined]
     step, says = begin(1), rf"{tmp_path} is in use: process {job.pid} on {socket.gethostname()}, since \d.* saves there, and two jobs(.|\n)*fix: a folder of its own for each job"
     try:
         before, there = everything(step), names(tmp_path)
