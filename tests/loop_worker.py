@@ -59,7 +59,7 @@ class Alive(TorchDispatchMode):
             else:
                 self.bytes[written.untyped_storage()._cdata] //= len(written)
                 self.blocks.add(written.untyped_storage()._cdata)
-        if str(func).startswith("aten.sum") and given[0] in self.blocks:
+        if str(func).startswith(("aten.sum", "aten.add")) and given[0] in self.blocks:
             self.bytes[given[0]] = 0  # its sum is here
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:

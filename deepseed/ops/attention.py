@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-SHORT = 128  # keys and queries up to which the CPU's backward of 16 bits takes longer than that of float32 with its casts
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -55,9 +54,6 @@ def sdpa_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = k.shape[1]
-    if q.device.type == "cpu" and q.dtype.itemsize == 2 and max(q.shape[2], k.shape[2]) <= SHORT:
-        dq, dk, dv = sdpa_backward(g.float(), q.float(), k.float(), v.float(), mask, out.float(), lse, causal, scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     kernel = _kernel(q, k, v, mask, causal)
     if kernel == "cpu":

@@ -19,7 +19,6 @@ from deepseed.ops.rng import Index, indices
 _aten = torch.ops.aten
 
 Ints = tuple[int, ...] | list[int]
-BLOCK = 1 << 20  # elements that are widened at once: they stay in the cache
 
 _RESIZED = """
 upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
@@ -89,20 +88,9 @@ def sum(x: Tensor, dims: Ints, keepdim: bool, dtype: torch.dtype) -> Tensor:
 
 
 def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Over all elements, added up in ``dtype``; no squared copy is made, and no wider one but of a block at a time."""
-    flat = _flat(x)
-    if flat is None or x.device.type != "cpu" or x.is_complex():
-        out: Tensor = torch.linalg.vector_norm(x, dtype=dtype).square()
-        return out
-    blocks = [torch.dot(wide, wide) for at in range(0, len(flat), BLOCK) for wide in (flat[at : at + BLOCK].to(dtype),)]
-    return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum()
-
-
-def _flat(x: Tensor) -> Tensor | None:
-    """The elements in the order in which they lie, where none is in between; there may be none of them."""
-    if x.is_contiguous() and x.numel():
-        return x.view(-1)
-    return x.mT.reshape(-1) if x.dim() == 2 and x.numel() and x.mT.is_contiguous() else None
+    """Over all elements, added up in ``dtype``; no squared copy is made."""
+    out: Tensor = torch.linalg.vector_norm(x, dtype=dtype).square()
+    return out
 
 
 def amax(x: Tensor, dims: Ints, keepdim: bool) -> Tensor:

@@ -243,7 +243,7 @@ def offloaded(stage: int) -> None:
     assert passes(plain, parts) == passes(away, parts)
     hosted = [key for (role, key), t in away.compiled.states[0].types.items() if role == "state" and t.host]
     assert {"exp_avg/up.weight", "exp_avg_sq/up.weight"} <= set(hosted), hosted
-    assert apart(plain, away) <= 1e-15
+    assert apart(plain, away) <= 1e-12  # up.bias lies before a batch norm: its gradient is rounding, 1e-17, which Adam divides by its eps of 1e-8
 
 
 def resumed(stage: int, folder: Path) -> None:
