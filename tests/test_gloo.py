@@ -34,6 +34,7 @@ def test_two_ranks_are_eager_in_float64_and_run_the_simulations_program() -> Non
     equal(2, TWO)
 
 
+@pytest.mark.wide
 def test_three_ranks_hold_uneven_parts() -> None:
     equal(3, THREE)
 

@@ -284,7 +284,7 @@ def test_messages_on_gloo_are_the_simulation(tmp_path: Path, ranks: int) -> None
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("die", "rank 2 died"), ("raise", "rank 2 failed: ValueError: a page of the data is missing"), ("sleep", "rank 2 did not come to a message")],
+    [("die", "rank 2 died"), ("raise", "rank 2 failed: ValueError: a page of the data is missing"), pytest.param("sleep", "rank 2 did not come to a message", marks=pytest.mark.wide)],
 )
 def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: str, says: str) -> None:
     done = launch(f"pipeline.{kind}", tmp_path, 4, seconds=pipeline.AWAY / 2)  # the rest is killed, and has no exit code of its own
@@ -303,7 +303,7 @@ def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: 
     "cases",
     [
         [Case("1f1b", 2, 4), Case("zb", 2, 3, tilt=0.5), Case("interleaved", 2, 4, chunks=2)],
-        [Case("1f1b", 4, 8), Case("gpipe", 4, 4, tilt=0.5), Case("interleaved", 4, 8, chunks=2), Case("zb", 4, 8)],
+        pytest.param([Case("1f1b", 4, 8), Case("gpipe", 4, 4, tilt=0.5), Case("interleaved", 4, 8, chunks=2), Case("zb", 4, 8)], marks=pytest.mark.wide),
     ],
     ids=["2", "4"],
 )

@@ -17,7 +17,7 @@ def ranks_of(schedule: str, m: int) -> list[dict[str, Any]]:
     return counted(f"hf:LlamaForCausalLM(vocab_size=1024,num_hidden_layers=4,intermediate_size=512,batch_size={2 * m})", f"pp2+mb{m}+{schedule}", 2)
 
 
-@pytest.mark.parametrize(("schedule", "m"), [("1f1b", 4), ("gpipe", 4), *(pytest.param(s, m, marks=wide) for s in ("1f1b", "gpipe") for m in (8, 16))])
+@pytest.mark.parametrize(("schedule", "m"), [("1f1b", 4), pytest.param("gpipe", 4, marks=wide), *(pytest.param(s, m, marks=wide) for s in ("1f1b", "gpipe") for m in (8, 16))])
 def test_the_peak_is_the_predicted_one(schedule: str, m: int) -> None:
     for n, rank in enumerate(ranks_of(schedule, m)):
         agrees(rank, n)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -53,6 +53,7 @@ def test_no_schedule_and_no_draft_change_a_token(kind: str, request: pytest.Fixt
 
     @EXAMPLES
     @given(requests)
+    @example([((5, 6, 7) * 6, 18, SamplingParams(30, ignore_eos=True), 0, None)] * 3)  # more than the first engine has blocks for
     def same(asked: Any) -> None:
         alone = [plain.generate([list(p)[:cut]], how)[0] for p, cut, how, *_ in asked]
         for engine in engines:

@@ -248,12 +248,12 @@ def test_empty_outputs_need_no_kernel(interpreter: Interpreter) -> None:
 
 def test_what_cannot_be_written_names_the_op() -> None:
     p = fragment("""
-        %i0 : f32[4, 4] batch "i0"
-        %a = aten.mm(%i0, %i0) : f32[4, 4]
+        %i0 : f32[2, 4, 4] batch "i0"
+        %a = aten.bmm(%i0, %i0) : f32[2, 4, 4]
         return %a output "a"
     """)
     assert not can_emit(p)
-    with pytest.raises(CodegenError, match=r"%a = aten.mm on f32.*\n  fix"):
+    with pytest.raises(CodegenError, match=r"%a = aten.bmm on f32.*\n  fix"):
         source(p)
 
 
