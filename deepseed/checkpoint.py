@@ -238,10 +238,9 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     checked = everywhere(host, what, lambda: staged.append(stage()) or sums.checked)  # type: ignore[func-returns-value]
     everywhere(host, what, lambda: check_rest(host, folder, sums, reduce(or_, checked)))
     reads, reading, texts = staged[0]  # it is whole and fits on every rank: from here on values are overwritten
-    step._half = Half(folder, compare or (step._half is not None and step._half.slots))
+    before, step._half = step._half, Half(folder, compare or (step._half is not None and step._half.slots))
     everywhere(host, what, lambda: _filled(reading))
-    if compare or not step._half.slots:
-        step._half = None
+    step._half = before if before is not None and before.slots and not compare else None  # state that an earlier load has left half loaded still is
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
             each.state.clear()
@@ -298,19 +297,26 @@ def resume(step: Compiled) -> None:
         later = waiting.slots and step.waits_for_state()  # an update that is compiled when the first gradients are there
         if later and not waiting.model:
             return
-        waiting = replace(waiting, slots=waiting.slots and not later)
+        waiting, what = replace(waiting, slots=waiting.slots and not later), f"resuming from {waiting.folder}"
         staged: list[_Reads] = []
-        everywhere(step.host, f"resuming from {waiting.folder}", lambda: staged.append(_resumed(step, waiting)))  # noqa: B023
+        everywhere(step.host, what, lambda: _unchanged(step, waiting))  # noqa: B023
+        everywhere(step.host, what, lambda: staged.append(_resumed(step, waiting)))  # noqa: B023
         staged[0].commit()
         step._resume = [*([replace(step._resume[0], model={})] if later else []), *step._resume[1:]]
         if waiting.model:
             step.host.settle(step.model, step.states)
 
 
-def _resumed(step: Compiled, waiting: Resume) -> _Reads:
+def _unchanged(step: Compiled, waiting: Resume) -> None:
+    """Whether the folder is as ``load`` has seen it. Raises CheckpointError, and DamagedError where a file that has no checksums of boxes is another by now."""
     manifest = _opened(waiting.folder)[1]
     if checksum(manifest) != waiting.checksum:
         raise CheckpointError(f"{waiting.folder} is another checkpoint than step.load was given: it was saved over since\n  fix: call step.load again")
+    check_files(step.host, waiting.folder, manifest["files"])
+
+
+def _resumed(step: Compiled, waiting: Resume) -> _Reads:
+    manifest = _opened(waiting.folder)[1]
     reads = _Reads(step, waiting.saved, waiting.cast)
     reads.model(waiting.model)
     if waiting.slots:

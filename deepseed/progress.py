@@ -34,7 +34,7 @@ class Progress:
     def __call__(self, step: Any, loss: torch.Tensor | None = None) -> None:
         """A step of ``step`` is done, whose loss this was: by the step's own count, so that one that was loaded goes on in it; a module's are counted here."""
         if self.counted(step.steps if step.whole else self.steps + 1):
-            self.tell(self.steps, step.skipped, step.optimizer, None if loss is None else float(loss))
+            self.tell(self.steps, getattr(step, "skipped", 0), step.optimizer, None if loss is None else float(loss))
 
     def counted(self, number: int) -> bool:
         """Step ``number`` is done: whether it is one to print at."""

@@ -505,9 +505,33 @@ def test_a_file_that_fails_after_it_was_checked_leaves_a_step_that_refuses_all_b
             use()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
     step.load(path, optimizer=False)  # the optimizer's state is still half of it
-    with pytest.raises(HalfLoadedError):
+    with pytest.raises(HalfLoadedError, match=r"half loaded from .*/bad, which failed"):
         step(batches()[0])
     goes_on(step, path, losses, values, how)
+
+
+def test_a_file_without_sums_of_its_boxes_that_changes_before_the_first_batch_is_seen(tmp_path: Path) -> None:
+    """As earlier versions wrote them: one sha256 a file."""
+    path = tmp_path / "c"
+    shutil.copytree(checkpoint_of("zero3+dp2")[0], path)
+    manifest = {k: v for k, v in json.loads((path / "manifest.json").read_text()).items() if k != "checksum"}
+    manifest["files"] = {name: folders.digest(path / name) for name in manifest["files"]}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": folders.checksum(manifest)}))
+    step = quiet("zero3+dp2", seed=7)
+    step.load(path)
+    for name in ("__1_0.distcp", ".metadata"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)}"):
+            step(batches()[0])
+        (path / name).write_bytes(whole)
+    step(batches()[0])
+
+
+def test_values_are_not_read_into_elements_that_share_memory(tmp_path: Path) -> None:
+    wide = torch.ones(1, dtype=torch.float64).expand(8)
+    with pytest.raises(CheckpointError, match=r"w is an expanded tensor(.|\n)*fix: .contiguous"):
+        Want("w", (8,), Layout(()), {}, wide)
 
 
 def test_a_series_goes_back_to_the_one_before_where_the_latest_fails_after_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -409,6 +409,29 @@ def test_a_second_job_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path,
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_lock_is_had_though_nothing_can_be_written_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's file, or a full disk: a second job is refused all the same."""
+    opened = os.open
+
+    def theirs(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and str(path).endswith(hold.LOCK):
+            raise PermissionError(errno.EACCES, "not yours", str(path))
+        return opened(path, flags, *mode)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name, change in (("open", theirs), ("pwrite", full)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / hold.LOCK).touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(hold.os, name, change)
+            hold.hold(tmp_path / name)
+            hold.hold(tmp_path / name)
+        with (tmp_path / name / hold.LOCK).open() as other, pytest.raises(BlockingIOError):
+            hold.fcntl.flock(other, hold.fcntl.LOCK_EX | hold.fcntl.LOCK_NB)
+
+
 def test_a_killed_process_is_waited_for(tmp_path: Path) -> None:
     job = other_job(tmp_path)
     threading.Timer(0.5, job.kill).start()

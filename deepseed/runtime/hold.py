@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from deepseed.logs import warn
@@ -33,14 +34,18 @@ def hold(dir: Path) -> None:
         dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and _number(os.stat(path)) in _HELD:
             return
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # another user's, in a folder of both
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # who cannot write there cannot save there: saving says so
         return
     try:
         if _locked(descriptor, path):
             _HELD[_number(os.fstat(descriptor))] = descriptor
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
+            with suppress(OSError):  # a full disk, or another user's file: the lock is had, it only does not say whose
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
             return
     except BaseException:
         os.close(descriptor)

@@ -178,6 +178,10 @@ class Want:
     coordinate: Mapping[str, int]
     into: Tensor
 
+    def __post_init__(self) -> None:
+        if any(size > 1 and stride == 0 for size, stride in zip(self.into.shape, self.into.stride(), strict=True)):
+            raise CheckpointError(f"{self.name} is an expanded tensor: several of its elements are one in memory, and values cannot be read into it\n  fix: .contiguous() or .clone() where it is made")
+
 
 class Reader(FileSystemReader):
     """The index of a folder, and the bytes of what it names."""
