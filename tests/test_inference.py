@@ -183,7 +183,7 @@ def test_a_text_ends_where_it_should(llama: Any) -> None:
     [
         (lambda e: e.generate("text"), "no tokenizer"), (lambda e: e.generate([[VOCABULARY]]), f"token {VOCABULARY} is outside the vocabulary"), (lambda e: e.generate([[]]), "empty prompt"),
         (lambda e: e.generate([[1] * 128]), "a prompt of 128 tokens leaves no room in 128"), (lambda e: e.generate([[1]], max_tokens=0), "max_tokens=0"),
-        (lambda e: e.generate([[1]], stop="x"), "stop strings need a tokenizer"), (lambda e: e.generate([[1], [2]], [SamplingParams()]), "2 prompts, but 1 params"),
+        (lambda e: e.generate([[1]], stop="x"), "stop strings need a tokenizer"), (lambda e: e.generate([[1]], logit_bias={-1: 1.0}), "token -1 of stop_token_ids or logit_bias is outside"), (lambda e: e.generate([[1], [2]], [SamplingParams()]), "2 prompts, but 1 params"),
     ],
 )  # fmt: skip
 def test_requests_that_cannot_be_served(llama: Any, call: Any, says: str) -> None:
@@ -231,6 +231,8 @@ def test_deepspeeds_doors(llama: Any) -> None:
     assert deepseed.pipeline(llama)([prompt], max_new_tokens=8)[0].token_ids == want
     with pytest.raises(InferenceError, match="does not know wrong"):
         deepseed.init_inference(llama, wrong=1)
+    with pytest.raises(InferenceError, match=r"checkpoint=(.|\n)*fix: .*weights="):
+        deepseed.init_inference(llama, checkpoint="weights.json")
 
 
 def test_streams_end_and_leave(llama: Any) -> None:

@@ -75,6 +75,19 @@ def test_what_bypasses_the_hook_is_refused(name: str) -> None:
         capture(varied(name, positions=False))
 
 
+@pytest.mark.parametrize("codegen", ["auto", "python"])
+def test_positions_of_one_sequence_do_not_decide_for_another(codegen: str) -> None:
+    """Frequencies that a forward switches at a length, by the largest position that it is given."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
+    model = Phi3ForCausalLM(Phi3Config(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128, original_max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=2, rope_scaling=rope))  # type: ignore[no-untyped-call]
+    for _ in range(2):
+        with pytest.raises(InferenceError, match=r"asks for the largest of all positions(.|\n)*fix: serve a model"):
+            Engine(model, codegen=codegen)
+        model.generate(torch.tensor([[5, 17, 3]]), max_new_tokens=2)
+
+
 def test_a_layer_that_attends_by_itself_is_counted(llama: Any) -> None:
     """One layer of two bypasses the table of attention functions, and still remembers."""
     attention = llama.model.layers[1].self_attn

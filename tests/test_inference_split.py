@@ -85,6 +85,7 @@ def test_forks_copy_blocks_on_every_rank(llama: Any) -> None:
 
 def test_numbers_of_tokens_are_found_in_a_source() -> None:
     assert stand_ins("f32[1006, 509, 7]") == (521, 523)
+    assert stand_ins("f32[1005, 7]") == (509, 521)  # of which one of two ranks has 503
     source = "    (\n        i_503,  # batch ids: i64[503]\n        l,  # batch last: i64[509]\n    ) = inputs\n    inputs.clear()\n    x = y.reshape((1, 1006, 509, 64, -1, 0.503))\n"
     assert any_size(source, (503, 509)).splitlines()[4:] == ["    T, L = i_503.shape[0], l.shape[0]", "    inputs.clear()", "    x = y.reshape((1, T * 2, L, 64, -1, 0.503))"]
 

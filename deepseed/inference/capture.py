@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache, DynamicLayer
 
 from deepseed.capture.switches import switched
@@ -32,6 +33,7 @@ NAME = "deepseed_paged"
 INPUTS = ("ids", "positions", "blocks", "slots", "context", "starts", "last")
 PAGELESS: list[tuple[Tensor, Tensor]] = []  # the op without its caches: for a program, whose runtime has them
 _TOKENS, _SEQUENCES, _BLOCK = 12, 3, 4  # sizes of the example step
+_LARGEST = {torch.ops.aten.max, torch.ops.aten.amax}
 _HARMLESS = ("position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that attention may get and not read
 
 
@@ -152,13 +154,31 @@ def look(model: nn.Module) -> tuple[Layer, ...]:
     recorder = Recorder({}, None)
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-    with hooked(model), torch.no_grad(), _refused(model), fake:
+    with hooked(model), torch.no_grad(), _refused(model), fake, _Positions(model) as watched:
         empty = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in values.items()}  # all on one device, be the model on meta
         step = PackedStep(model, recorder, lambda **said: torch.func.functional_call(model, empty, (), said))
         ids, positions, *_, last = (torch.empty(x.shape, dtype=x.dtype) for x in _example(torch.device("cpu")))
+        watched.storage = positions.untyped_storage()._cdata
         step(ids, positions, last, None)
     complete(model, len(recorder.layers), recorder.remembered)
     return tuple(recorder.layers)
+
+
+class _Positions(TorchDispatchMode):
+    """Refuses a forward that asks for the largest position of a step: its tokens are of many sequences, and what one gets would depend on the others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.storage = model, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _LARGEST and args[0].untyped_storage()._cdata == self.storage:
+            name = type(self.model).__name__
+            raise InferenceError(
+                f"{name} cannot be served: its forward asks for the largest of all positions ({func}), which in a step of many sequences is another one's\n"
+                f"  fix: serve a model whose positions are each token's own (rope without lengths that it switches at), or use {name}.generate()"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.outputs import Completion
 from deepseed.inference.sampling import SamplingParams
 
-_ACCEPTED = {"replace_with_kernel_inject", "kernel_inject", "enable_cuda_graph", "max_out_tokens", "max_tokens", "min_out_tokens", "checkpoint", "zero", "triangular_masking", "return_tuple", "injection_policy", "replace_method"}  # what DeepSpeed needs to be told, and a compiler does not
+_ACCEPTED = {"replace_with_kernel_inject", "kernel_inject", "enable_cuda_graph", "max_out_tokens", "max_tokens", "min_out_tokens", "zero", "triangular_masking", "return_tuple", "injection_policy", "replace_method"}  # what DeepSpeed needs to be told, and a compiler does not
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 
@@ -32,6 +32,8 @@ def init_inference(model: nn.Module | str, config: Mapping[str, Any] | None = No
     size = max(int(size), int(said.pop("mp_size", 1)))
     dtype = said.pop("dtype", None)
     engine = {name: said.pop(name) for name in ("cache", "block", "budget", "sequences", "chunk", "prefix", "max_length", "tokenizer", "device", "weights", "codegen") if name in said}
+    if said.pop("checkpoint", None) is not None:
+        raise InferenceError("init_inference(checkpoint=): a model gets its values before, or from weights=\n  fix: from_pretrained, or weights= for a checkpoint of DeepSeed")
     unknown = sorted(set(said) - _ACCEPTED)
     if unknown:
         raise InferenceError(f"init_inference does not know {', '.join(unknown)}\n  fix: leave it out; the engine's own are cache, block, budget, sequences, chunk, prefix, max_length")

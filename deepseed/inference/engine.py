@@ -167,6 +167,9 @@ class Engine:
         text, ids = self._tokens(prompt)
         if params.stops and self.tokenizer is None:
             raise InferenceError("stop strings need a tokenizer, and the model has none\n  fix: Engine(..., tokenizer=), or stop_token_ids")
+        outside = [t for t in (*params.stop_token_ids, *(params.logit_bias or {})) if not 0 <= t < (self.vocabulary or t + 1)]
+        if outside:
+            raise InferenceError(f"token {outside[0]} of stop_token_ids or logit_bias is outside the vocabulary of {self.vocabulary}\n  fix: ids from 0 to {self.vocabulary - 1}")
         if len(ids) >= self.max_length:
             raise InferenceError(f"a prompt of {len(ids)} tokens leaves no room in {self.max_length}\n  fix: a shorter prompt, or Engine(max_length=) where the model's positions allow it")
         most = min(len(ids) + params.max_tokens, self.max_length)

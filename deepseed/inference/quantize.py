@@ -26,6 +26,7 @@ from deepseed.inference.errors import InferenceError
 
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 FEW = 32  # rows for which torch's kernel is the fastest
+VECTOR = 16  # elements of a row that torch's kernel of int8 takes at a time
 AT_A_TIME = 1 << 18  # elements of a matrix that are whole at a time
 _ATEN = torch.ops.aten
 # op: (argument that is the matrix, of the input, of the bias; dimension of the matrix that is the output's channels)
@@ -127,7 +128,7 @@ def whole(weight: Tensor, scale: Tensor) -> Tensor:
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    if rows.shape[0] <= FEW and x.device.type == "cpu":
+    if rows.shape[0] <= FEW and x.device.type == "cpu" and rows.shape[1] % VECTOR == 0:  # torch's kernel reads past rows of other widths
         out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.bfloat16())
     else:
         out = _in_parts(rows.float(), weight, lambda part: part.float()).mul_(scale.bfloat16()).bfloat16()

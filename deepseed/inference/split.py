@@ -45,6 +45,7 @@ from deepseed.runtime.executable import cache_dir
 T = TypeVar("T")
 BEAT = "beat"  # in the place of a step: there is none, wait on
 TRIED = (11, 7)  # tokens and wanted rows of the capture that is looked through for numbers
+MOST_RANKS = 64  # that split one dimension
 FIRST = 503  # of the primes that stand for them
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
@@ -226,8 +227,9 @@ def example(tokens: int, wanted: int) -> dict[str, Tensor]:
 
 
 def stand_ins(text: str) -> tuple[int, int]:
-    """Two primes that divide no number of a program, which has neither of them for a size."""
-    numbers = {n for n in map(int, _NUMBER.findall(text)) if n >= FIRST}
+    """Two primes that divide no number of a program, nor a part of one: neither is a size there, whole or on a rank."""
+    whole = {n for n in map(int, _NUMBER.findall(text)) if n >= FIRST}
+    numbers = {part for n in whole for ranks in range(1, MOST_RANKS + 1) for part in (n // ranks, -(-n // ranks)) if part >= FIRST}
     primes = (p for p in count(FIRST) if all(p % d for d in range(2, int(p**0.5) + 1)) and all(n % p for n in numbers))
     return next(primes), next(primes)
 
