@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.pointwise import Write as Write
+from deepseed.codegen.pointwise import added, number, rsub
+from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool"}  # in memory
@@ -58,11 +61,6 @@ template <class T> static inline T most(T a, T b) { return a > b || a != a ? a :
 template <class T> static inline T least(T a, T b) { return a < b || a != a ? a : b; }
 template <class T> static inline T sign(T x) { return T(x > 0) - T(x < 0); }
 """
-
-
-def computed(dtype: str) -> str:
-    """The dtype in which values of ``dtype`` are computed."""
-    return "f32" if dtype in ("f16", "bf16") else dtype
 
 
 def type_of(dtype: str) -> str:
@@ -152,29 +150,6 @@ def _unknown(op: Op) -> CodegenError:
     return CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {op.type.dtype}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
 
 
-Write = Callable[[Sequence[str], Op], str]
-
-
-def _number(op: Op, name: str, default: float = 1) -> float:
-    value = op.kw(name, default)
-    assert isinstance(value, int | float)
-    return value
-
-
-def _added(sign: str) -> Write:
-    def write(x: Sequence[str], op: Op) -> str:
-        alpha = _number(op, "alpha")
-        if op.type.dtype == "bool":
-            return f"{x[0]} || {x[1]}"
-        return f"{x[0]} {sign} {x[1]}" if alpha == 1 else f"{x[0]} {sign} {literal(alpha, computed(op.type.dtype))} * {x[1]}"
-
-    return write
-
-
-def _rsub(x: Sequence[str], op: Op) -> str:
-    return f"{x[1]} - {x[0]}" if len(op.args) == 2 and op.kw("alpha", 1) == 1 else f"{x[1]} - {literal(op.args[2] if len(op.args) > 2 else op.kw('alpha'), computed(op.type.dtype))} * {x[0]}"
-
-
 def _power(x: Sequence[str], op: Op) -> str:
     n, one = op.args[1], literal(1, computed(op.type.dtype))
     known = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", 4: "({0} * {0}) * ({0} * {0})", 0.5: "std::sqrt({0})", -0.5: "{1} / std::sqrt({0})", -1: "{1} / {0}", -2: "{1} / ({0} * {0})"}
@@ -205,12 +180,12 @@ def _gelu(x: Sequence[str], op: Op) -> str:
 
 def _multiplied(sign: str) -> Write:
     def write(x: Sequence[str], op: Op) -> str:
-        return f"{x[0]} + {literal(_number(op, 'value'), computed(op.type.dtype))} * ({x[1]} {sign} {x[2]})"
+        return f"{x[0]} + {literal(number(op, 'value'), computed(op.type.dtype))} * ({x[1]} {sign} {x[2]})"
 
     return write
 
 
 _FUNCTIONS: Mapping[str, Write] = {
-    "add.Tensor": _added("+"), "add.Scalar": _added("+"), "sub.Tensor": _added("-"), "sub.Scalar": _added("-"), "rsub.Scalar": _rsub, "rsub.Tensor": _rsub,
+    "add.Tensor": added("+", "||", literal), "add.Scalar": added("+", "||", literal), "sub.Tensor": added("-", "||", literal), "sub.Scalar": added("-", "||", literal), "rsub.Scalar": rsub(literal), "rsub.Tensor": rsub(literal),
     "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.pointwise import Write as Write
+from deepseed.codegen.pointwise import added, number, rsub
+from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {
@@ -65,11 +68,6 @@ class Register:
     level: int = 0
 
 
-def computed(dtype: str) -> str:
-    """The dtype in which registers hold values of ``dtype``."""
-    return "f32" if dtype in ("f16", "bf16") else dtype
-
-
 def literal(value: object, dtype: str) -> str:
     if isinstance(value, bool) or dtype == "bool":
         return str(bool(value))
@@ -101,8 +99,6 @@ def common(p: Program, op: Op) -> str:
             found = ("f32", 0)
     return computed(found[0])
 
-
-Write = Callable[[Sequence[str], Op], str]
 
 _TEMPLATES = {
     "mul.Tensor": "{0} * {1}", "mul.Scalar": "{0} * {1}", "div.Tensor": "{0} / {1}", "div.Scalar": "{0} / {1}", "neg": "-{0}", "exp": "tl.exp({0})",
@@ -164,27 +160,6 @@ def supported(op: Op) -> bool:
     return op.target.startswith("aten.") and known and all(t.dtype in TYPES for t in op.types)
 
 
-def _keyword(op: Op, name: str, default: float = 1) -> float:
-    value = op.kw(name, default)
-    assert isinstance(value, int | float)
-    return value
-
-
-def _added(sign: str) -> Write:
-    def write(x: Sequence[str], op: Op) -> str:
-        alpha = _keyword(op, "alpha")
-        if op.type.dtype == "bool":
-            return f"{x[0]} | {x[1]}"
-        return f"{x[0]} {sign} {x[1]}" if alpha == 1 else f"{x[0]} {sign} {literal(alpha, computed(op.type.dtype))} * {x[1]}"
-
-    return write
-
-
-def _rsub(x: Sequence[str], op: Op) -> str:
-    alpha = op.args[2] if len(op.args) > 2 else _keyword(op, "alpha")
-    return f"{x[1]} - {x[0]}" if alpha == 1 else f"{x[1]} - {literal(alpha, computed(op.type.dtype))} * {x[0]}"
-
-
 def _power(x: Sequence[str], op: Op) -> str:
     n = op.args[1]
     known = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", 1: "{0}", -1: "1.0 / {0}", -2: "1.0 / ({0} * {0})", 4: "({0} * {0}) * ({0} * {0})"}
@@ -238,14 +213,14 @@ def _lerp(x: Sequence[str], op: Op) -> str:
 
 def _multiplied(sign: str) -> Write:
     def write(x: Sequence[str], op: Op) -> str:
-        value = _keyword(op, "value")
+        value = number(op, "value")
         return f"{x[0]} + " + ("" if value == 1 else f"{literal(value, computed(op.type.dtype))} * ") + f"({x[1]} {sign} {x[2]})"
 
     return write
 
 
 _FUNCTIONS: Mapping[str, Write] = {
-    "add.Tensor": _added("+"), "add.Scalar": _added("+"), "sub.Tensor": _added("-"), "sub.Scalar": _added("-"), "rsub.Scalar": _rsub,
+    "add.Tensor": added("+", "|", literal), "add.Scalar": added("+", "|", literal), "sub.Tensor": added("-", "|", literal), "sub.Scalar": added("-", "|", literal), "rsub.Scalar": rsub(literal),
     "pow.Tensor_Scalar": _power, "pow.Scalar": _exponential, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp,
     "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

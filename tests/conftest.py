@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -45,6 +46,29 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def text() -> Any:
+    """A tokenizer for a tiny model that is served."""
+    from tests.serving import tokenizer
+
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def weights(text: Any) -> Any:
+    from tests.serving import model
+
+    return model(text)
+
+
+@pytest.fixture(scope="module")
+def plain(text: Any, weights: Any) -> Any:
+    """An engine of the same model that no server uses."""
+    from deepseed.inference.engine import Engine
+
+    return Engine(weights, tokenizer=text, block=4)
 
 
 @pytest.fixture

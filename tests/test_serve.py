@@ -26,25 +26,9 @@ from deepseed.inference.engine import Engine
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.app import Limits
 from tests import chromium
-from tests.serving import Running, model, running, tokenizer
+from tests.serving import Running, running
 
 PROMPT = "once upon a time"
-
-
-@pytest.fixture(scope="module")
-def text() -> Any:
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def weights(text: Any) -> Any:
-    return model(text)
-
-
-@pytest.fixture(scope="module")
-def plain(text: Any, weights: Any) -> Engine:
-    """An engine of the same model that no server uses."""
-    return Engine(weights, tokenizer=text, block=4)
 
 
 @pytest.fixture(scope="module")

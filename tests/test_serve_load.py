@@ -26,21 +26,11 @@ pytest.importorskip("uvicorn")
 from deepseed.inference.engine import Engine
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.app import Limits
-from tests.serving import Running, model, running, tokenizer
+from tests.serving import Running, running
 from tests.test_serve import _stream, slow
 
 SECONDS = float(os.environ.get("DEEPSEED_LOAD_SECONDS", "120"))
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def text() -> Any:
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def weights(text: Any) -> Any:
-    return model(text)
 
 
 @pytest.fixture(scope="module")

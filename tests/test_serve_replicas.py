@@ -24,25 +24,10 @@ from deepseed.inference.engine import Engine
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.app import Limits
 from deepseed.serve.replicas import Card, Prefixes, Replicas, answer
-from tests.serving import model, running, tokenizer
+from tests.serving import running
 from tests.test_serve import children, slow, started
 
 PROMPT = "once upon a time"
-
-
-@pytest.fixture(scope="module")
-def text() -> Any:
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def weights(text: Any) -> Any:
-    return model(text)
-
-
-@pytest.fixture(scope="module")
-def plain(text: Any, weights: Any) -> Engine:
-    return Engine(weights, tokenizer=text, block=4)
 
 
 @contextmanager
