@@ -1,8 +1,8 @@
 """Tokens per CPU second of one thread: transformers' generate, DeepSeed and, where they are importable, CTranslate2 and vLLM. Prints the table of docs/inference.md.
 
-    python tests/bench/bench_inference.py MODEL [--rounds 3] [--tokens 32] [--only ours,hf]
+    python tests/bench/bench_inference.py MODEL [--rounds 3] [--tokens 32] [--only ours,hf] [--vllm-python PATH]
 
-MODEL is a folder that save_pretrained wrote. Each measurement is a process of its own, the engines take turns, the best of the rounds counts: other load on
+MODEL is a folder that save_pretrained wrote; vLLM wants other versions of its libraries than ours, so its interpreter can be another one. Each measurement is a process of its own, the engines take turns, the best of the rounds counts: other load on
 the machine only takes away. Also: requests one by one against 16 at a time, time to the first token with and without a known prefix, the share of a step
 that is not the model, and how much is launched for a decoded token.
 """
@@ -156,18 +156,18 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--tokens", type=int, default=32)
     asked.add_argument("--only", default="")
+    asked.add_argument("--vllm-python", default=sys.executable, help="interpreter that has vLLM")
     asked.add_argument("--worker", default="")
     given = asked.parse_args()
     if given.worker:
         print(json.dumps(ENGINES[given.worker](given.model, given.tokens)))
         return
-    from importlib.util import find_spec
-
-    names = [n for n in ENGINES if (not given.only or n in given.only.split(",")) and (n not in NEEDS or find_spec(NEEDS[n]))]
+    pythons = {n: given.vllm_python if n == "vllm" else sys.executable for n in ENGINES}
+    names = [n for n in ENGINES if (not given.only or n in given.only.split(",")) and (n not in NEEDS or importable(pythons[n], NEEDS[n]))]
     best: dict[str, dict[str, float]] = {n: {} for n in names}
     for _ in range(given.rounds):
         for n in names:
-            done = subprocess.run([sys.executable, __file__, given.model, "--worker", n, "--tokens", str(given.tokens)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+            done = subprocess.run([pythons[n], __file__, given.model, "--worker", n, "--tokens", str(given.tokens)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
             if done.returncode:
                 print(f"{NAMES[n]} failed: {done.stderr[-300:]}", file=sys.stderr)
                 continue
@@ -176,6 +176,13 @@ def main() -> None:
                 best[n][key] = better(best[n].get(key, x), x)
             print(n, {k: round(v, 3) for k, v in best[n].items()}, file=sys.stderr)
     report(best)
+
+
+def importable(python: str, module: str) -> bool:
+    found = subprocess.run([python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"], check=False).returncode == 0
+    if not found:
+        print(f"left out: {module} (not importable by {python})", file=sys.stderr)
+    return found
 
 
 def report(best: dict[str, dict[str, float]]) -> None:
