@@ -81,6 +81,9 @@ def _writing(path: Path, key: str) -> Iterator[None]:
 
 
 def folder_of(section: Any) -> Path:
+    """Raises ConfigError for a name that leads out of ``output_path``."""
+    if ".." in Path(str(section.job_name)).parts or Path(str(section.job_name)).is_absolute():
+        raise ConfigError(f'"job_name" is "{section.job_name}", which is not within "output_path", "{section.output_path}"\n  fix: a name, and the folder in "output_path"')
     return Path(str(section.output_path), str(section.job_name))
 
 

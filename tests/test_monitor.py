@@ -158,3 +158,8 @@ def test_a_negative_number_of_steps_to_print_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"steps_per_print is -1\n  fix: a number of steps; 0 or null prints nothing"):
         trained(1, steps_per_print=-1)
     trained(1, steps_per_print=0)
+
+
+def test_files_of_a_monitor_stay_in_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'"job_name" is "\.\./out", which is not within'):
+        trained(1, csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "../out"})

@@ -58,7 +58,8 @@ class Section(BaseModel):
 
 def _count(value: Any) -> Any:
     """``5e8`` and ``"5e8"`` are the whole number 500000000."""
-    if isinstance(value, bool) or value is None or value == AUTO:
+    _no_flag(value)
+    if value is None or value == AUTO:
         return value
     try:
         number = float(value)
@@ -68,12 +69,19 @@ def _count(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
+    _no_flag(value)
     if isinstance(value, str) and value != AUTO:
         try:
             return float(value)
         except ValueError:
             return value
     return value
+
+
+def _no_flag(value: Any) -> None:
+    """To Python ``true`` is 1: nobody who writes it means that."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
 
 
 Auto = Literal["auto"]

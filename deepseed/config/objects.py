@@ -84,6 +84,9 @@ def clipping_of(config: Config) -> float:
     """``gradient_clipping``, or ``max_grad_norm`` among the optimizer's options, as files of old have it."""
     said = config.optimizer.params.get("max_grad_norm") if config.optimizer is not None else None
     clip = float(config.gradient_clipping)
+    for key, value in (("gradient_clipping", clip), ("optimizer.params.max_grad_norm", float(said or 0.0))):
+        if not value >= 0:
+            raise ConfigError(f"{key} is {value:g}\n  fix: a norm above 0; 0 clips nothing")
     if said is None:
         return clip
     if "gradient_clipping" in config.model_fields_set and float(said) != clip:

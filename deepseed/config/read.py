@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def read(source: Source) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{name}: " + "\n".join(_line(e, raw) for e in error.errors())) from None
+        raise ConfigError(f"{name}: " + "\n".join(_lines(error.errors(), raw))) from None
 
 
 def raw_config(source: Source) -> tuple[dict[str, Any], str]:
@@ -77,20 +77,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _line(error: Any, raw: Mapping[str, Any]) -> str:
-    """One finding of pydantic in our words. Members of a union are left out of its place."""
-    path = [str(part) for part in error["loc"]]
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(path)!r}{suggestion(path)}"
-    keys: list[str] = []
-    at: Any = raw
-    for part in path:
-        if not isinstance(at, Mapping) or part not in at:
-            break
-        keys.append(part)
-        at = at[part]
-    said = json.dumps(at, default=str)
-    return f"{'.'.join(keys) or 'config'} is {said if len(said) < 80 else said[:77] + '...'}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+def _lines(errors: Iterable[Any], raw: Mapping[str, Any]) -> list[str]:
+    """Findings of pydantic in our words, a line a key: what each member of a union says stands behind one another."""
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        path = [str(part) for part in error["loc"]]
+        if error["type"] == "extra_forbidden":
+            found[f"unknown key {'.'.join(path)!r}{suggestion(path)}"] = []
+            continue
+        keys: list[str] = []
+        at: Any = raw
+        for part in path:
+            if not isinstance(at, Mapping) or part not in at:
+                break
+            keys.append(part)
+            at = at[part]
+        said, message = json.dumps(at, default=str), error["msg"].removeprefix("Value error, ")
+        found.setdefault(f"{'.'.join(keys) or 'config'} is {said if len(said) < 80 else said[:77] + '...'}: ", []).append(f"{message[:1].lower()}{message[1:]}")
+    return [place + "; or ".join(messages) for place, messages in found.items()]
 
 
 def suggestion(path: list[str]) -> str:
