@@ -7,7 +7,8 @@
     python tests/bench/bench_peers.py --report                             # nothing is run: the tables and the chart of what was measured
 
 The engines of a class live at the same time and take turns (turns.py). Each class of a selection is a line of --keep, so that a run that was stopped goes on where it was: remove a line to measure it anew.
-Peers have torch's fused AdamW. What is compiled, ours and theirs, is kept in a folder beside --keep, one an engine, whose first start is a cold one; how long that took stays there, later starts are warm.
+Peers have torch's fused AdamW. What is compiled, ours and theirs, is kept in a folder beside --keep, one an engine, where a first start is a cold one, followed by a warm one; how long it took stays there. `--rounds 0` fills
+it beforehand.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--only", nargs="+", choices=SELECTIONS, default=None, metavar="SELECTION", help=f"of {', '.join(SELECTIONS)}")
     p.add_argument("--classes", nargs="+", choices=list(CLASSES), default=list(CLASSES), metavar="CLASS", help="engines that keep the same on a rank")
     p.add_argument("--engines", nargs="+", default=None, metavar="ENGINE", help="default: all")
-    p.add_argument("--rounds", type=int, default=7, help="turns of each engine: measured steps, two a turn for the smallest model with one microbatch")
+    p.add_argument("--rounds", type=int, default=7, help="turns of each engine: measured steps, two a turn for the smallest model with one microbatch; 0: compile, beside other work, and measure nothing")
     p.add_argument("--bound", action="store_true", help="instead of the comparison, profile the best eager peer of zero1 in float32")
     p.add_argument("--quick", action="store_true", help="one turn of the smallest model, few engines; kept apart, and not written into the docs")
     p.add_argument("--report", action="store_true", help="run nothing")
@@ -84,7 +85,12 @@ def run(a: argparse.Namespace, keep: Path) -> None:
     folder, began = keep.parent.resolve() / "peers-compiled", perf_counter()
     for n, (selection, group, engines) in enumerate(todo):
         print(f"{n + 1}/{len(todo)} {selection}, {group}, {(perf_counter() - began) / 60:.1f} minutes so far", file=sys.stderr, flush=True)
-        found = alternate(settings(selection, a), engines, folder / selection.replace(" ", "-"))
+        given, where = settings(selection, a), folder / selection.replace(" ", "-")
+        if not a.rounds:
+            for engine in engines:
+                alternate(given, [engine], where)
+            continue
+        found = alternate(given, engines, where)
         with keep.open("a") as file:
             file.write(json.dumps({"selection": selection, "class": group, "load": os.getloadavg()[2], "engines": found}) + "\n")
     print(f"{(perf_counter() - began) / 60:.1f} minutes", file=sys.stderr)
@@ -179,7 +185,7 @@ def section(selection: str, found: Figures, given: argparse.Namespace) -> list[s
         ours = shares(found, group)
         for e in (e for e in engines if e in found):
             f = found[e]
-            first = ", ".join("-" if x is None else f"{x:.1f}" for x in (f["cold_s"], f["warm_s"]))
+            first = ", ".join("-" if x is None else f"{x:.1f}" for x in (f["cold_s"], f["first_s"]))
             share = ", ".join(f"{ours[e][k]:.2f}" for k in ("eager", "compiled") if k in ours[e]) if e in ours else ""
             sixteen = "" if wide else f" {SIXTEEN[e.split('-')[0].split('+')[0]]} |"
             lines.append(f"| {group} | {named(e, f['codegen'])} |{sixteen} {f['cpu_s']:.4f} | {min(f['cpu_s_steps']):.3f}-{max(f['cpu_s_steps']):.3f} | {f['tokens_per_s']:.0f} | {f['peak_rss_mb']:.0f} | {first} | {share} |")
@@ -254,7 +260,7 @@ def main() -> None:
         (bound if a.bound else run)(a, keep)
     if a.quick:
         print(report(keep, a))
-    else:
+    elif a.rounds:
         write(keep, a)
     wrong = [f"{s}: losses differ by {spread(found):.1e}, {TOLERANCE[s.split()[-2]]:.0e} is allowed" for s, found in gathered(keep, a).items() if spread(found) > TOLERANCE[s.split()[-2]]]
     failed = failures(keep)

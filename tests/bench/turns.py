@@ -28,7 +28,7 @@ CHILD = Path(__file__).with_name("engines.py")
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 AWAKE = 0.01  # of a core: an engine that takes more while it should sleep is told of
 Rank = dict[str, Any]  # what one rank measured: setup, first, cpu, wall, losses, rss, rss_model, parameters, versions, idle
-Record = dict[str, Any]  # of one engine: "ranks", "cold" (first step with empty caches, seconds) and, where that was this one, "was_cold"; or "failed" with what it said last
+Record = dict[str, Any]  # of one engine: "ranks" and "cold" (seconds of a first step with empty caches, where known); or "failed" with what it said last
 
 
 class Failed(RuntimeError):
@@ -129,16 +129,18 @@ class Running:
 
     def warm_up(self, steps: int) -> None:
         self.ranks = [{**said, "cpu": [], "wall": [], "losses": []} for said in self._answers()]
-        self.step(False)
-        if self.was_cold and self.cold_file:
-            self.cold_file.parent.mkdir(parents=True, exist_ok=True)
-            self.cold_file.write_text(json.dumps(first(self.ranks)))
-        for _ in range(steps - 1):
+        for _ in range(steps):
             self.step(False)
 
     def record(self) -> Record:
         cold = json.loads(self.cold_file.read_text()) if self.cold_file else None
-        return {"ranks": self.ranks, "cold": cold, "was_cold": self.was_cold}
+        return {"ranks": self.ranks, "cold": cold}
+
+    def note_cold(self, known: bool) -> None:
+        """Everything is compiled. ``known``: whether how long it took is worth noting."""
+        if self.cold_file:
+            self.cold_file.parent.mkdir(parents=True, exist_ok=True)
+            self.cold_file.write_text(json.dumps(first(self.ranks) if known else None))
 
     def leave(self) -> None:
         """What happens after the last measurement is no failure."""
@@ -185,7 +187,8 @@ class Running:
 
 
 def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None = None, after: Callable[[Running], Any] | None = None) -> dict[str, Record]:
-    """Each engine's record. One that fails says so and the others go on. ``kept``: where folders of compiled code are; ``after``: what else is asked of an engine at the end, its record's "after"."""
+    """Each engine's record. One that fails says so and the others go on. ``kept``: where folders of compiled code are; an engine that has none there is started twice, first cold, then warm.
+    ``after``: what else is asked of an engine at the end, its record's "after". Without turns (``rounds`` 0) engines compile and leave."""
     found: dict[str, Record] = {}
     alive: dict[str, Running] = {}
 
@@ -199,11 +202,19 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None =
                 alive.pop(engine).leave()
 
     def start(engine: str) -> None:
+        where = [Path(folder, f"{len(alive) + len(found)}{word}") for word in ("cold", "")]
         began = perf_counter()
-        alive[engine] = Running(a, engine, Path(folder, str(len(alive) + len(found))), kept / engine if kept else None)
-        alive[engine].warm_up(a.warmup)
-        cold = ", caches empty" if alive[engine].was_cold else ""
-        print(f"  {engine}: started and warm in {perf_counter() - began:.1f} s, first step {first(alive[engine].ranks):.1f} s{cold}", file=sys.stderr, flush=True)
+        running = alive[engine] = Running(a, engine, where[0], kept / engine if kept else None)
+        if running.was_cold:
+            running.warm_up(min(a.warmup, 2))
+            running.note_cold(a.rounds > 0)
+            print(f"  {engine}: first step {first(running.ranks):.1f} s, caches empty", file=sys.stderr, flush=True)
+            if not a.rounds:
+                return
+            running.leave()
+            running = alive[engine] = Running(a, engine, where[1], kept / engine if kept else None)
+        running.warm_up(a.warmup)
+        print(f"  {engine}: first step {first(running.ranks):.1f} s, {perf_counter() - began:.1f} s until warm", file=sys.stderr, flush=True)
 
     def turn(engine: str) -> None:
         for _ in range(a.steps):
@@ -223,12 +234,12 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None =
             for number in range(a.rounds):
                 for engine in list(alive) if number % 2 == 0 else list(alive)[::-1]:
                     go(turn, engine)
-            for engine in list(alive):
+            for engine in list(alive) if a.rounds else ():
                 go(end, engine)
         finally:
             for running in alive.values():
                 running.leave()
-    return {e: found[e] for e in engines}
+    return {e: found[e] for e in engines if e in found}
 
 
 def first(ranks: Iterable[Rank]) -> float:
@@ -254,7 +265,7 @@ def summary(a: argparse.Namespace, engine: str, record: Record) -> dict[str, Any
         "setup_s": max(r["setup"] for r in ranks),
         "first_step_s": max(r["first"] for r in ranks),
         "cold_s": record["cold"],
-        "warm_s": None if record["was_cold"] or record["cold"] is None else first(ranks),
+        "first_s": first(ranks),
         "peak_rss_mb": max(r["rss"] for r in ranks),
         "rss_over_model_mb": max(r["rss"] - r["rss_model"] for r in ranks),
         "idle": max(r["idle"] for r in ranks),
