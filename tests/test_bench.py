@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
@@ -20,14 +21,15 @@ TINY = {"model": "llama", "dtype": "fp32", "hidden": 32, "layers": 1, "vocab": 6
 
 
 def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    found = turns.alternate(Namespace(**TINY), ["ddp", "nosuch", "deepseed-zero1"], tmp_path / "kept", after=lambda engine: engine.ask("parts"))
-    assert found["nosuch"]["failed"].startswith("nosuch: rank 0 left with 1\n") and "KeyError: 'nosuch'" in found["nosuch"]["failed"]
+    found = turns.alternate(Namespace(**TINY), ["ddp", "nosuch", "deepseed-zero1"], lambda engine: tmp_path / engine, after=lambda engine: engine.ask("parts"))
+    assert re.match(r"nosuch: rank [01] left with 1\n", found["nosuch"]["failed"]) and "KeyError: 'nosuch'" in found["nosuch"]["failed"]
     one, other = (turns.summary(Namespace(**TINY), e, found[e]) for e in ("ddp", "deepseed-zero1"))
     for s in (one, other):
         assert len(s["cpu_s_steps"]) == 4 and len(s["losses"]) == 6 and s["ranks"] == 2 and s["peak_rss_mb"] > 100
-        assert s["cold_s"] > 0 and s["first_s"] > 0
+        assert s["first_s"] > 0
         assert s["idle"] < 0.05
     assert max(abs(x - y) for x, y in zip(one["losses"], other["losses"], strict=True)) < 1e-5  # float32
+    assert one["cold_s"] is None and other["cold_s"] > 0
     assert (one["codegen"], other["codegen"]) == (None, "python")
     parts = found["ddp"]["after"][0]
     assert 0 < parts["products"] < parts["cpu"] and 0 < parts["gloo"] < parts["cpu"]
@@ -35,9 +37,9 @@ def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_pa
 
 def test_compiled_beforehand_no_cold_step_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = Namespace(**TINY | {"ranks": 1, "rounds": 0})
-    assert turns.alternate(a, ["eager"], tmp_path) == {} and "caches empty" in capsys.readouterr().err
+    assert turns.alternate(a, ["deepseed-single"], lambda engine: tmp_path) == {} and "caches empty" in capsys.readouterr().err
     a.rounds = 1
-    found = turns.alternate(a, ["eager"], tmp_path)["eager"]
+    found = turns.alternate(a, ["deepseed-single"], lambda engine: tmp_path)["deepseed-single"]
     assert found["cold"] is None and "caches empty" not in capsys.readouterr().err
 
 
@@ -112,9 +114,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     keep, asked = tmp_path / "peers.jsonl", []
     name, big = "Llama 7M bf16 x1", "GPT-2 60M fp32 x4"
     keep.write_text(json.dumps({"selection": name, "class": "zero0", "engines": {}}) + "\n" + json.dumps({"selection": name, "engine": "ddp", "cpu": 1.0, "parts": {}}) + "\n")
-    monkeypatch.setattr(bench_peers, "alternate", lambda given, engines, kept: asked.append((given.hidden, given.dtype, given.accumulation, tuple(engines), kept.name)) or {})
+    monkeypatch.setattr(bench_peers, "alternate", lambda given, engines, kept: asked.append((given.hidden, given.dtype, given.accumulation, tuple(engines), kept(engines[0]).relative_to(tmp_path.resolve()).as_posix())) or {})
     a = Namespace(only=[name, big], classes=["zero0", "zero1"], engines=["ddp", "deepseed-zero0", "deepseed-zero1:inductor"], rounds=7, deepspeed_python=sys.executable)
     bench_peers.run(a, keep)
-    assert asked == [(256, "bf16", 1, ("deepseed-zero1:inductor",), "Llama-7M-bf16-x1"), (768, "fp32", 4, ("ddp", "deepseed-zero0"), "GPT-2-60M-fp32-x4")]
+    assert asked == [(256, "bf16", 1, ("deepseed-zero1:inductor",), "peers-compiled/Llama-7M-bf16-x1/deepseed-zero1:inductor"), (768, "fp32", 4, ("ddp", "deepseed-zero0"), "peers-compiled/GPT-2-60M-fp32/ddp+compile")]
     bench_peers.run(a, keep)
     assert len(asked) == 2

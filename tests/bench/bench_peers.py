@@ -7,8 +7,7 @@
     python tests/bench/bench_peers.py --report                             # nothing is run: the tables and the chart of what was measured
 
 The engines of a class live at the same time and take turns (turns.py). Each class of a selection is a line of --keep, so that a run that was stopped goes on where it was: remove a line to measure it anew.
-Peers have torch's fused AdamW. What is compiled, ours and theirs, is kept in a folder beside --keep, one an engine, where a first start is a cold one, followed by a warm one; how long it took stays there. `--rounds 0` fills
-it beforehand.
+Peers have torch's fused AdamW. What is compiled, ours and theirs, is kept in a folder beside --keep, where a first start is a cold one, followed by a warm one; how long it took stays there. `--rounds 0` fills it beforehand.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--only", nargs="+", choices=SELECTIONS, default=None, metavar="SELECTION", help=f"of {', '.join(SELECTIONS)}")
     p.add_argument("--classes", nargs="+", choices=list(CLASSES), default=list(CLASSES), metavar="CLASS", help="engines that keep the same on a rank")
     p.add_argument("--engines", nargs="+", default=None, metavar="ENGINE", help="default: all")
-    p.add_argument("--rounds", type=int, default=7, help="turns of each engine: measured steps, two a turn for the smallest model with one microbatch; 0: compile, beside other work, and measure nothing")
+    p.add_argument("--rounds", type=int, default=7, help="turns of each engine, of one step, for the smallest model with one microbatch two; at most 5 of the longest steps; 0: compile, beside other work, and measure nothing")
     p.add_argument("--bound", action="store_true", help="instead of the comparison, profile the best eager peer of zero1 in float32")
     p.add_argument("--quick", action="store_true", help="one turn of the smallest model, few engines; kept apart, and not written into the docs")
     p.add_argument("--report", action="store_true", help="run nothing")
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 def settings(selection: str, a: argparse.Namespace) -> argparse.Namespace:
     """Those of bench_training for one selection."""
     size, dtype, n = selection.rsplit(" ", 2)
-    given = argparse.Namespace(ranks=2, rounds=a.rounds, steps=2 if (size, n) == ("Llama 7M", "x1") else 1, warmup=3 if n == "x1" else 2, seq=128, vocab=8192, threads=1, fused=True, malloc=False,
+    given = argparse.Namespace(ranks=2, rounds=a.rounds if "7M" in size or n == "x1" else min(a.rounds, 5), steps=2 if (size, n) == ("Llama 7M", "x1") else 1, warmup=3 if n == "x1" else 2, seq=128, vocab=8192, threads=1, fused=True, malloc=False,
                                timeout=900, dtype=dtype, accumulation=int(n[1:]), deepspeed_python=a.deepspeed_python)  # fmt: skip
     vars(given).update(SIZES[size])
     return given
@@ -79,13 +79,20 @@ def classes(selection: str, a: argparse.Namespace) -> dict[str, list[str]]:
     return {c: there for c, engines in found.items() if (there := [e for e in engines if installed(a, e)])}
 
 
+def home(folder: Path, selection: str, engine: str) -> Path:
+    """Where an engine's compiled code is kept. Peers compile a microbatch's forward and backward, whatever their optimizer and accumulation; DeepSeed compiles the step."""
+    if engine.startswith("deepseed"):
+        return folder / selection.replace(" ", "-") / engine
+    return folder / selection.rsplit(" ", 1)[0].replace(" ", "-") / f"{engine.split('-')[0].removesuffix('+compile')}+compile"
+
+
 def run(a: argparse.Namespace, keep: Path) -> None:
     done = {(line["selection"], line["class"]) for line in lines_of(keep) if "class" in line}
     todo = [(s, c, engines) for s in a.only or SELECTIONS for c, engines in classes(s, a).items() if (s, c) not in done]
     folder, began = keep.parent.resolve() / "peers-compiled", perf_counter()
     for n, (selection, group, engines) in enumerate(todo):
         print(f"{n + 1}/{len(todo)} {selection}, {group}, {(perf_counter() - began) / 60:.1f} minutes so far", file=sys.stderr, flush=True)
-        given, where = settings(selection, a), folder / selection.replace(" ", "-")
+        given, where = settings(selection, a), partial(home, folder, selection)
         if not a.rounds:
             for engine in engines:
                 alternate(given, [engine], where)
@@ -221,10 +228,9 @@ def chart(keep: Path, a: argparse.Namespace, target: Path) -> None:
             engine = CLASSES[group][len(PEERS[group])] + codegen
             values = [shares(found, group).get(engine, {}).get("eager", 0.0) for found in all_found.values()]
             axis.barh([y + (n - 0.5) * 0.38 for y in range(len(values))], values, 0.36, label=f"DeepSeed, {name}", color=("#4878a8", "#e0903a")[n])
-        for y, found in enumerate(all_found.values()):
-            eager, compiled = (best(found, [e for e in PEERS[group] if e.endswith("+compile") == after]) for after in (False, True))
-            if eager and compiled:
-                axis.scatter([eager[1] / compiled[1]], [y], marker="D", s=22, color="#333", zorder=3, label=None if y else "best compiled peer")
+        peers = [[best(found, [e for e in PEERS[group] if e.endswith("+compile") == after]) for after in (False, True)] for found in all_found.values()]
+        diamonds = [(eager[1] / compiled[1], y) for y, (eager, compiled) in enumerate(peers) if eager and compiled]
+        axis.scatter([x for x, _ in diamonds], [y for _, y in diamonds], marker="D", s=22, color="#333", zorder=3, label="best compiled peer")
         axis.axvline(1.0, color="#999", lw=1)
         axis.axvline(GOALS[group], color="#c33", lw=1, ls="--")
         axis.set_title(group, fontsize=9)

@@ -40,6 +40,10 @@ def alone(engine: str) -> bool:
     return engine.startswith(("eager", "deepseed-single"))
 
 
+def compiles(engine: str) -> bool:
+    return engine.startswith("deepseed") or engine.endswith("+compile")
+
+
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **more}
 
@@ -86,7 +90,7 @@ class Running:
         self.engine, self.timeout = engine, a.timeout
         folder.mkdir()
         world = 1 if alone(engine) else a.ranks
-        self.cold_file = kept / "cold.json" if kept else None
+        self.cold_file, self.what = kept / "cold.json" if kept else None, f"{engine} x{a.accumulation}"
         self.was_cold = bool(self.cold_file and not self.cold_file.exists())
         env = {}
         if kept:
@@ -133,14 +137,14 @@ class Running:
             self.step(False)
 
     def record(self) -> Record:
-        cold = json.loads(self.cold_file.read_text()) if self.cold_file else None
-        return {"ranks": self.ranks, "cold": cold}
+        cold = json.loads(self.cold_file.read_text()) if self.cold_file else {}
+        return {"ranks": self.ranks, "cold": cold.get(self.what)}
 
     def note_cold(self, known: bool) -> None:
         """Everything is compiled. ``known``: whether how long it took is worth noting."""
         if self.cold_file:
             self.cold_file.parent.mkdir(parents=True, exist_ok=True)
-            self.cold_file.write_text(json.dumps(first(self.ranks) if known else None))
+            self.cold_file.write_text(json.dumps({self.what: first(self.ranks)} if known else {}))
 
     def leave(self) -> None:
         """What happens after the last measurement is no failure."""
@@ -172,22 +176,25 @@ class Running:
 
     def _status(self, pid: int, patience: float) -> int | None:
         deadline = perf_counter() + patience
-        while pid not in self.left and perf_counter() < deadline:
+        while pid not in self.left:
             status = self.mother.order({"wait": pid})
             if status is not None:
                 self.left[pid] = status
+            elif perf_counter() > deadline:
+                return None
             else:
                 sleep(0.02)
-        return self.left.get(pid)
+        return self.left[pid]
 
     def _failed(self, r: int) -> Failed:
+        r = next((k for k, pid in enumerate(self.pids) if (self._status(pid, 0) or 0) < 0), r)  # what a signal ended is the cause of what others say
         status = self._status(self.pids[r], 2)
         cause = f"rank {r} was not done after {self.timeout:g} s" if status is None else f"rank {r} left with {status}"
         return Failed(f"{self.engine}: {cause}\n" + "\n".join(self.logs[r].read_text(errors="replace").splitlines()[-15:]))
 
 
-def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None = None, after: Callable[[Running], Any] | None = None) -> dict[str, Record]:
-    """Each engine's record. One that fails says so and the others go on. ``kept``: where folders of compiled code are; an engine that has none there is started twice, first cold, then warm.
+def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Callable[[str], Path] | None = None, after: Callable[[Running], Any] | None = None) -> dict[str, Record]:
+    """Each engine's record. One that fails says so and the others go on. ``kept``: the folder of what an engine compiles; one that compiles and finds nothing there is started twice, cold, then warm.
     ``after``: what else is asked of an engine at the end, its record's "after". Without turns (``rounds`` 0) engines compile and leave."""
     found: dict[str, Record] = {}
     alive: dict[str, Running] = {}
@@ -204,7 +211,8 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None =
     def start(engine: str) -> None:
         where = [Path(folder, f"{len(alive) + len(found)}{word}") for word in ("cold", "")]
         began = perf_counter()
-        running = alive[engine] = Running(a, engine, where[0], kept / engine if kept else None)
+        home = kept(engine) if kept and compiles(engine) else None
+        running = alive[engine] = Running(a, engine, where[0], home)
         if running.was_cold:
             running.warm_up(min(a.warmup, 2))
             running.note_cold(a.rounds > 0)
@@ -212,7 +220,7 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Path | None =
             if not a.rounds:
                 return
             running.leave()
-            running = alive[engine] = Running(a, engine, where[1], kept / engine if kept else None)
+            running = alive[engine] = Running(a, engine, where[1], home)
         running.warm_up(a.warmup)
         print(f"  {engine}: first step {first(running.ranks):.1f} s, {perf_counter() - began:.1f} s until warm", file=sys.stderr, flush=True)
 
