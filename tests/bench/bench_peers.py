@@ -80,10 +80,8 @@ def classes(selection: str, a: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def home(folder: Path, selection: str, engine: str) -> Path:
-    """Where an engine's compiled code is kept. Peers compile a microbatch's forward and backward, whatever their optimizer and accumulation; DeepSeed compiles the step."""
-    if engine.startswith("deepseed"):
-        return folder / selection.replace(" ", "-") / engine
-    return folder / selection.rsplit(" ", 1)[0].replace(" ", "-") / f"{engine.split('-')[0].removesuffix('+compile')}+compile"
+    """Where an engine's compiled code is kept. Peers compile a microbatch, however many there are; DeepSeed compiles the step."""
+    return folder / (selection if engine.startswith("deepseed") else selection.rsplit(" ", 1)[0]).replace(" ", "-") / engine
 
 
 def run(a: argparse.Namespace, keep: Path) -> None:
