@@ -58,7 +58,7 @@ def test_turns_alternate_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None
 
     class Fake(turns.Running):
         def __init__(self, a: Namespace, engine: str, *_: Any) -> None:
-            self.engine, self.was_cold, self.cold_file, self.left = engine, False, None, []
+            self.engine, self.was_cold, self.cold_file, self.what = engine, False, None, engine
             self.ranks = [{"setup": 0.0, "idle": 0.0, "losses": [], "cpu": [], "wall": []}]
 
         def _answers(self) -> list[Any]:

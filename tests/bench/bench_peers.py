@@ -249,7 +249,8 @@ def write(keep: Path, a: argparse.Namespace, docs: Path = DOCS) -> None:
         raise SystemExit(f"{page} has no {BEGIN} .. {END}\n  fix: put both lines where the table belongs")
     head, rest = text.split(BEGIN)
     page.write_text(f"{head}{BEGIN}\n{report(keep, a)}\n{END}{rest.split(END)[1]}")
-    chart(keep, a, docs / "img" / "peers.svg")
+    if gathered(keep, a):
+        chart(keep, a, docs / "img" / "peers.svg")
 
 
 def main() -> None:

@@ -187,7 +187,7 @@ class Running:
         return self.left[pid]
 
     def _failed(self, r: int) -> Failed:
-        r = next((k for k, pid in enumerate(self.pids) if (self._status(pid, 0) or 0) < 0), r)  # what a signal ended is the cause of what others say
+        r = next((k for k, pid in enumerate(self.pids) if (self._status(pid, 0.2) or 0) < 0), r)  # what a signal ended is the cause of what others say
         status = self._status(self.pids[r], 2)
         cause = f"rank {r} was not done after {self.timeout:g} s" if status is None else f"rank {r} left with {status}"
         return Failed(f"{self.engine}: {cause}\n" + "\n".join(self.logs[r].read_text(errors="replace").splitlines()[-15:]))
