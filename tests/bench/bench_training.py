@@ -5,12 +5,12 @@
     python tests/bench/bench_training.py --deepspeed-python PATH           # an interpreter that has DeepSpeed
     python tests/bench/bench_training.py --offload --fused                 # ZeRO-Offload, FSDP2's CPU offload, and what each costs over none
 
-Engines take turns, round after round, each in fresh processes, so that drift of a shared machine falls on all alike. All
+Engines live at the same time and take turns (turns.py), so that drift of a shared machine falls on all alike. All
 start from the same weights, see the same tokens, use AdamW with the same settings and clip the gradient norm at 1.0, so in
 float32 their losses must agree: the run fails when they do not. The single-process engines see the ranks' batches put
 together: the same global batch, the same losses.
 
-The figure to compare is process CPU seconds a step and rank (median over steps and rounds): it repeats on a machine that
+The figure to compare is process CPU seconds a step and rank (median over steps): it repeats on a machine that
 other work shares, wall time does not. Compiling is in `setup` and `first step`, never in a step. Python 3.11, torch,
 transformers; CPU and gloo. This process itself imports neither, so that children do not inherit its peak memory.
 """
@@ -21,15 +21,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
 from typing import Any
+
+from turns import Record, alternate, installed, summary
 
 RANKED = (
     "ddp", "ddp+compile", "ddp-zero1", "ddp-zero1+compile", "fsdp2-zero2", "fsdp2-zero2+compile", "fsdp2-zero3", "fsdp2-zero3+compile", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3",
@@ -39,8 +36,6 @@ SINGLE = ("eager", "eager+compile", "deepseed-single", "deepseed-single:inductor
 OFFLOAD = ("fsdp2-zero3+offload", "deepspeed-zero2+offload", "deepspeed-zero3+offload", "deepseed-zero2+offload(optimizer)", "deepseed-zero3+offload(optimizer)",
            "deepseed-zero3+offload(optimizer,params)")  # fmt: skip
 EXTRA = ("deepspeed-zero0", "deepspeed-zero2+offload+cpuadam", *OFFLOAD)  # by name only
-CHILD = Path(__file__).with_name("engines.py")
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 def arguments() -> argparse.Namespace:
@@ -48,9 +43,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--engines", nargs="+", default=None, metavar="ENGINE", help=f"default: all that are installed of {', '.join([*RANKED, *SINGLE])}; by name only: {', '.join(EXTRA)}; other plans as deepseed-PLAN:CODEGEN")
     p.add_argument("--offload", action="store_true", help="the engines that keep the optimizer's state on the host, and each without that")
     p.add_argument("--ranks", type=int, default=2)
-    p.add_argument("--rounds", type=int, default=3, help="turns of each engine")
-    p.add_argument("--steps", type=int, default=10, help="measured steps a round")
+    p.add_argument("--rounds", type=int, default=15, help="turns of each engine")
+    p.add_argument("--steps", type=int, default=2, help="measured steps a turn")
     p.add_argument("--warmup", type=int, default=3, help="steps before them, the first one included")
+    p.add_argument("--together", type=int, default=6, help="engines that are alive at the same time and take turns")
     p.add_argument("--model", choices=("llama", "gpt2"), default="llama")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what each engine does for bf16: tests/bench/engines.py")
     p.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
@@ -63,94 +59,16 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--fused", action="store_true", help="fused AdamW for the peers (DeepSeed's update is fused by itself)")
     p.add_argument("--malloc", action="store_true", help="glibc keeps freed memory, for every engine (DeepSeed sets this by itself)")
     p.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a loss between engines; in bf16 0.02 is added")
-    p.add_argument("--timeout", type=float, default=600, help="seconds for one turn")
+    p.add_argument("--timeout", type=float, default=600, help="seconds for one answer: setting up, a first step, a step")
     p.add_argument("--deepspeed-python", default=sys.executable, help="interpreter that has DeepSpeed")
     p.add_argument("--json", default="out/bench_training.json", help="where the figures go")
     return p.parse_args()
 
 
-# the parent: starts engines in turn, gathers, prints -----------------------------------------------------------------
-
-
-def installed(a: argparse.Namespace) -> list[str]:
+def chosen(a: argparse.Namespace) -> list[str]:
     """The default engines that can run here; says what is left out."""
     engines = ("ddp", "fsdp2-zero3", "deepspeed-zero2", "deepspeed-zero3", "deepseed-zero2", "deepseed-zero3", *OFFLOAD) if a.offload else (*RANKED, *SINGLE)
-    return [e for e in engines if installed_engine(a, e)]
-
-
-def installed_engine(a: argparse.Namespace, engine: str) -> bool:
-    ok = not engine.startswith("deepspeed") or importable(a.deepspeed_python, "import deepspeed")
-    if not ok:
-        print(f"left out: {engine} (not importable)", file=sys.stderr)
-    return ok
-
-
-@cache
-def importable(python: str, code: str) -> bool:
-    return subprocess.run([python, "-c", code], capture_output=True, env=environment(), check=False).returncode == 0
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **more}
-
-
-def turn(a: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
-    """Run one engine once; one record a rank. Raises RuntimeError with the end of stderr when a rank fails."""
-    ranks = 1 if engine in SINGLE else a.ranks
-    python = a.deepspeed_python if engine.startswith("deepspeed-") else sys.executable
-    with tempfile.TemporaryDirectory() as folder:
-        procs, logs = [], [Path(folder, f"log{r}") for r in range(ranks)]
-        for r in range(ranks):
-            env = environment(OMP_NUM_THREADS=str(a.threads), BENCH_SETTINGS=json.dumps(vars(a)), **(MALLOC if a.malloc else {}))
-            if ranks > 1:  # as a launcher sets it; the group itself meets in a file, so that no port can be taken
-                env |= {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-            with logs[r].open("w") as log:
-                procs.append(subprocess.Popen([python, str(CHILD), engine, str(r), str(ranks), folder], env=env, stdout=log, stderr=log))
-        deadline = perf_counter() + a.timeout
-        try:
-            while any(p.poll() is None for p in procs) and not any(p.poll() for p in procs) and perf_counter() < deadline:
-                for p in procs:
-                    try:
-                        p.wait(timeout=0.2)
-                    except subprocess.TimeoutExpired:
-                        break
-        finally:
-            late = [r for r, p in enumerate(procs) if p.poll() is None]
-            for p in procs:
-                if p.poll() is None:
-                    p.kill()
-                p.wait()
-        bad = next((r for r, p in enumerate(procs) if p.returncode not in (0, -9)), None)
-        if bad is not None or late:
-            which = bad if bad is not None else late[0]
-            cause = f"rank {which} left with {procs[which].returncode}" if bad is not None else f"rank {which} was not done after {a.timeout:g} s"
-            raise RuntimeError(f"{engine}: {cause}\n" + "\n".join(logs[which].read_text().splitlines()[-15:]))
-        return [json.loads(Path(folder, f"rank{r}.json").read_text()) for r in range(ranks)]
-
-
-def summary(a: argparse.Namespace, engine: str, turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over all measured steps of all rounds; a step's figure is the mean over its ranks (losses too)."""
-    ranks = len(turns[0])
-
-    def over_ranks(key: str) -> list[list[float]]:
-        return [[mean(step) for step in zip(*(r[key] for r in records), strict=True)] for records in turns]
-
-    cpu, wall = over_ranks("cpu"), over_ranks("wall")
-    tokens = a.ranks * a.batch * a.seq * a.accumulation
-    return {
-        "engine": engine,
-        "ranks": ranks,
-        "cpu_s": median(x for t in cpu for x in t),
-        "cpu_s_rounds": [median(t) for t in cpu],
-        "wall_s": median(x for t in wall for x in t),
-        "tokens_per_s": tokens / median(x for t in wall for x in t),
-        "setup_s": median(max(r["setup"] for r in t) for t in turns),
-        "first_step_s": median(max(r["first"] for r in t) for t in turns),
-        "peak_rss_mb": median(max(r["rss"] for r in t) for t in turns),
-        "rss_over_model_mb": median(max(r["rss"] - r["rss_model"] for r in t) for t in turns),
-        "losses": over_ranks("losses")[0],
-        "parameters": turns[0][0]["parameters"],
-    }
+    return [e for e in engines if installed(a, e)]
 
 
 def disagreement(results: Iterable[dict[str, Any]], tolerance: float) -> list[str]:
@@ -171,7 +89,7 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = [head]
     for r in results:
         base = next((x["cpu_s"] for x in results if x["ranks"] == r["ranks"]), r["cpu_s"])  # the first engine of its kind
-        rows.append((r["engine"], str(r["ranks"]), f"{r['cpu_s']:.4f}", f"{min(r['cpu_s_rounds']):.3f}-{max(r['cpu_s_rounds']):.3f}", f"{r['cpu_s'] / base:.2f}",
+        rows.append((r["engine"], str(r["ranks"]), f"{r['cpu_s']:.4f}", f"{min(r['cpu_s_steps']):.3f}-{max(r['cpu_s_steps']):.3f}", f"{r['cpu_s'] / base:.2f}",
                      f"{r['wall_s']:.4f}", f"{r['tokens_per_s']:.0f}", f"{r['setup_s']:.1f}", f"{r['first_step_s']:.2f}", f"{r['peak_rss_mb']:.0f}",
                      f"{r['rss_over_model_mb']:.0f}", f"{r['losses'][-1]:.6f}", f"{r['loss_diff']:.0e}"))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -179,32 +97,23 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def parent(a: argparse.Namespace) -> int:
-    engines = a.engines or installed(a)
-    turns: dict[str, list[list[dict[str, Any]]]] = {e: [] for e in engines}
-    failed: dict[str, str] = {}
-    for i in range(a.rounds):
-        for engine in engines if i % 2 == 0 else reversed(engines):
-            if engine in failed:
-                continue
-            began = perf_counter()
-            try:
-                turns[engine].append(turn(a, engine))
-                print(f"round {i + 1}/{a.rounds} {engine}: {perf_counter() - began:.1f} s", file=sys.stderr)
-            except RuntimeError as error:
-                failed[engine] = str(error)
-                print(f"round {i + 1}/{a.rounds} failed: {error}", file=sys.stderr)
-    results = [summary(a, e, turns[e]) for e in engines if e not in failed]
+def main(a: argparse.Namespace) -> int:
+    engines = a.engines or chosen(a)
+    found: dict[str, Record] = {}
+    for n in range(0, len(engines), a.together):
+        found |= alternate(a, engines[n : n + a.together])
+    failed = {e: found[e]["failed"] for e in engines if "failed" in found[e]}
+    results = [summary(a, e, found[e]) for e in engines if e not in failed]
     if not results:
         return 1
     wrong = disagreement(results, a.tolerance + (0.02 if a.dtype == "bf16" else 0))
     settings = {k: v for k, v in vars(a).items() if k not in ("json", "deepspeed_python", "engines")}
-    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **turns[results[0]["engine"]][0][0]["versions"]}
+    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **results[0]["versions"]}
     target = Path(a.json)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"settings": settings, "machine": machine, "results": results, "failed": failed, "disagree": wrong}, indent=1) + "\n")
     print(table(results))
-    print(f"\n{results[0]['parameters'] / 1e6:.2f} M parameters, {a.ranks} x {a.accumulation} x {a.batch} x {a.seq} tokens a step, {a.dtype}, {a.rounds} rounds of {a.steps} steps"
+    print(f"\n{results[0]['parameters'] / 1e6:.2f} M parameters, {a.ranks} x {a.accumulation} x {a.batch} x {a.seq} tokens a step, {a.dtype}, {a.rounds} turns of {a.steps} steps"
           f"; ratio: CPU to the first engine with as many ranks\nfigures: {target}")  # fmt: skip
     for line in [*wrong, *(f"failed: {x.splitlines()[0]}" for x in failed.values())]:
         print(line)
@@ -212,4 +121,4 @@ def parent(a: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(parent(arguments()))
+    sys.exit(main(arguments()))

@@ -1,4 +1,4 @@
-"""One engine on one rank, for bench_training.py, which starts this file with its settings as JSON: trains, and writes what it measured.
+"""One engine on one rank, for turns.py: sets up, and then does a step each time it is asked for one, and says what it measured.
 
 An engine is a word and what it is to do besides, behind ``+``: ``ddp``, ``ddp+compile``, ``fsdp2-zero2+offload``, ``deepseed-zero1:inductor``. What 16 bits mean to each: DDP and eager PyTorch
 have ``torch.autocast`` (weights are cast for each forward, gradients are float32); FSDP2 casts its shards and gathers and reduces 16 bits, DeepSpeed trains a bf16 copy beside a float32 one, as
@@ -8,14 +8,20 @@ DeepSeed's plan word ``bf16`` does.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import gc
+import importlib
 import json
 import os
+import socket
 import sys
+import traceback
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any
+from time import perf_counter, process_time, thread_time
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -27,7 +33,8 @@ Batch = dict[str, Any]
 Step = Callable[[list[Batch]], Any]  # of the microbatches of a step: their mean loss
 
 
-def main(a: Namespace, engine: str, rank: int, world: int, folder: Path) -> None:
+def main(a: Namespace, engine: str, rank: int, world: int, folder: Path, words: TextIO, answers: TextIO) -> None:
+    """The engine's words come from ``words``: ``step``, ``parts``; each is answered with a line."""
     torch.set_num_threads(a.threads)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -35,25 +42,63 @@ def main(a: Namespace, engine: str, rank: int, world: int, folder: Path) -> None
     parameters = sum(p.numel() for p in model.parameters())
     batches = tokens(a, [rank] if world > 1 else range(a.ranks))
     rss_model = peak_rss()
-
     began = perf_counter()
     step = ENGINES[engine.split("-")[0].split("+")[0]](a, engine, model)
-    setup = perf_counter() - began
-    losses, cpu, wall = [], [], []
-    for i in range(a.warmup + a.steps):
+    at, slept, awake = 0, 0.0, 0.0
+
+    def train() -> float:
+        nonlocal at
+        loss = float(step([batches[(at * a.accumulation + k) % len(batches)] for k in range(a.accumulation)]))
+        at += 1
+        return loss
+
+    def measured() -> dict[str, Any]:
         if world > 1:
             dist.barrier()
         c, w = process_time(), perf_counter()
-        losses.append(float(step([batches[(i * a.accumulation + k) % len(batches)] for k in range(a.accumulation)])))
-        cpu.append(process_time() - c)
-        wall.append(perf_counter() - w)
-    record = {"setup": setup, "first": wall[0], "cpu": cpu[a.warmup :], "wall": wall[a.warmup :], "losses": losses, "rss": peak_rss(), "rss_model": rss_model,
-              "parameters": parameters, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}  # fmt: skip
-    if world > 1:
-        dist.barrier()
-    (folder / f"rank{rank}.json").write_text(json.dumps(record))
-    if world > 1:
-        dist.destroy_process_group()
+        loss = train()
+        return {"cpu": process_time() - c, "wall": perf_counter() - w, "loss": loss, "rss": peak_rss(), "idle": awake / slept if slept else 0.0}
+
+    def say(what: Any) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    say({"setup": perf_counter() - began, "rss_model": rss_model, "parameters": parameters, "codegen": getattr(step, "codegen", None),
+         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})  # fmt: skip
+    c, w = process_time(), perf_counter()
+    for word in words:
+        slept, awake = slept + perf_counter() - w, awake + process_time() - c
+        say(measured() if word.strip() == "step" else parts(train))
+        c, w = process_time(), perf_counter()
+
+
+def parts(train: Callable[[], float], steps: int = 5) -> dict[str, float]:
+    """CPU seconds a step: in all, and of gloo's own threads; then, in steps in which each op's is taken, of matrix products and of attention."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            began = thread_time()
+            result = op(*args, **(kwargs or {}))
+            took[op.overloadpacket.__name__] += thread_time() - began
+            return result
+
+    took: Counter[str] = Counter()
+    before, c = threads(), process_time()
+    for _ in range(steps):
+        train()
+    cpu, after = process_time() - c, threads()
+    gloo = sum(t - before.get(at, ("", 0.0))[1] for at, (name, t) in after.items() if "gloo" in name)
+    with Ops():
+        for _ in range(steps):
+            train()
+    products = sum(took[op] for op in ("mm", "addmm", "bmm", "baddbmm"))
+    attention = sum(t for op, t in took.items() if "attention" in op)
+    return {"cpu": cpu / steps, "gloo": gloo / steps, "products": products / steps, "attention": attention / steps}
+
+
+def threads() -> dict[str, tuple[str, float]]:
+    """Name and CPU seconds of each thread of this process (Linux)."""
+    return {at.name: ((at / "comm").read_text().strip(), int((at / "schedstat").read_text().split()[0]) / 1e9) for at in Path("/proc/self/task").iterdir()}
 
 
 def llama(a: Namespace) -> Any:
@@ -191,6 +236,7 @@ def deepseed(a: Namespace, engine: str, model: Any) -> Step:
     def step(batches: list[Batch]) -> Any:
         return compiled({key: torch.cat([b[key] for b in batches]) for key in batches[0]} if len(batches) > 1 else batches[0])
 
+    step.codegen = compiled.programs.subject.codegen  # type: ignore[attr-defined]  # what ``auto`` means here
     return step
 
 
@@ -198,7 +244,52 @@ MODELS: dict[str, Callable[[Namespace], Any]] = {"llama": llama, "gpt2": gpt2}
 ENGINES: dict[str, Callable[[Namespace, str, Any], Step]] = {"eager": eager, "ddp": ddp, "fsdp2": fsdp2, "deepspeed": deepspeed, "deepseed": deepseed}
 
 
+# processes ----------------------------------------------------------------------------------------------------------
+
+
+def mother(family: str) -> NoReturn:
+    """Imports once what a family of engines needs, and forks a rank for each order that comes through the socket on stdin: ``{"fork": ...}`` with the rank's own socket and its log, answered with its
+    process id; ``{"wait": pid}``, answered with its exit status, or null while it lives. Linux and macOS."""
+    for model in ("LlamaForCausalLM", "GPT2LMHeadModel"):
+        getattr(transformers, model)
+    if family in ("deepspeed", "deepseed"):
+        importlib.import_module(family)
+    gc.freeze()
+    orders = socket.socket(fileno=0)
+    while True:
+        message, handles, _, _ = socket.recv_fds(orders, 1 << 16, 2)
+        if not message:
+            os._exit(0)
+        order = json.loads(message)
+        if "wait" in order:
+            pid, status = os.waitpid(order["wait"], os.WNOHANG)
+            orders.send(json.dumps(os.waitstatus_to_exitcode(status) if pid else None).encode())
+            continue
+        pid = os.fork()
+        if not pid:
+            orders.close()
+            born(order["fork"], *handles)
+        for handle in handles:
+            os.close(handle)
+        orders.send(json.dumps(pid).encode())
+
+
+def born(order: dict[str, Any], talk: int, log: int) -> NoReturn:
+    status = 1
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        faulthandler.enable()
+        os.environ.update(order["environment"])
+        with open(talk, closefd=False) as words, open(talk, "w") as answers:
+            main(Namespace(**order["settings"]), order["engine"], order["rank"], order["world"], Path(order["folder"]), words, answers)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # what an engine does on leaving is nobody's measurement
+
+
 if __name__ == "__main__":
-    given = json.loads(os.environ["BENCH_SETTINGS"])
-    name, at, of, where = sys.argv[1:]
-    main(Namespace(**given), name, int(at), int(of), Path(where))
+    mother(sys.argv[1])
