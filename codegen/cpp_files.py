@@ -8,23 +8,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseed import ops
+from deepseed.codegen import any_rows
 from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
-from deepseed.codegen.inductor import compiler, processor
+from deepseed.codegen.inductor import compiler, processor, python
 from deepseed.codegen.kernels import Kernel
 
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
-_NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
 
@@ -64,7 +63,7 @@ def functions(wanted: Wanted, free: Mapping[int, str]) -> tuple[dict[str, Functi
 
 def callables(wanted: Wanted, made: Mapping[str, Function], loaded: Any, free: Mapping[int, str]) -> dict[str, Code]:
     """What computes each kernel, by name; ``loaded``: the library that has the functions ``made``."""
-    return {k.name: _Rows(k, made[k.name], lying, getattr(loaded, k.name)) if k.name in made else _python(k, free) for k, lying in wanted.items()}
+    return {k.name: _Rows(k, made[k.name], lying, getattr(loaded, k.name)) if k.name in made else python(replace(k, source=any_rows.function(k, free))) for k, lying in wanted.items()}
 
 
 class _Rows:
@@ -106,29 +105,3 @@ def _lying(x: Tensor, strides: Shape) -> Tensor:
     if all(n == 1 or have == want for n, have, want in zip(x.shape, x.stride(), strides, strict=True)):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-
-
-def _python(k: Kernel, free: Mapping[int, str]) -> Code:
-    """The fragment's Python, of any size."""
-    sizes = {s: (n, d, i.type.shape[d] // s) for s in free for n, i in enumerate(k.fragment.inputs) for d, size in enumerate(i.type.shape) if size and size % s == 0}
-    text = general(k.source, {s: free[s] for s in sizes})
-    head, _, rest = text.partition("\n")
-    names = [i.strip() for i in head[head.index("(") + 1 : head.rindex(")")].split(",")]
-    lines = [f"    {free[s]} = {names[n]}.shape[{d}] // {k_}" for s, (n, d, k_) in sizes.items()]
-    scope: dict[str, Any] = {"torch": torch, "ops": ops}
-    exec(compile("\n".join([head, *lines, rest]), f"<{k.name}>", "exec"), scope)
-    code: Code = scope[k.name]
-    return code
-
-
-def general(text: str, free: Mapping[int, str]) -> str:
-    """A source of stand-in sizes for any: multiples of one are multiples of its name."""
-
-    def named(found: re.Match[str]) -> str:
-        n = int(found[0])
-        name, k = next(((name, n // size) for size, name in free.items() if n and n % size == 0), ("", n))
-        return f"{name} * {k}" if name and k > 1 else name or str(n)
-
-    return _NUMBER.sub(named, text)
-
-

@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from deepseed.codegen import triton_attention as attention
+from deepseed.codegen.any_rows import NONE, Free
 from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.triton_writer import Launch, Writer
@@ -19,21 +20,24 @@ from deepseed.ir.program import Program
 
 
 @lru_cache(maxsize=4096)
-def source(fragment: Program, chosen: tuple[tuple[str, Blocks], ...] = ()) -> str:
-    """The file of a fragment. ``chosen``: blocks of kernels, by name, that are not the model's. Raises CodegenError, naming the op, where it cannot be written."""
-    return _written(fragment, chosen)[0]
+def source(fragment: Program, chosen: tuple[tuple[str, Blocks], ...] = (), free: Free = NONE) -> str:
+    """The file of a fragment. ``chosen``: blocks of kernels, by name, that are not the model's. ``free``: sizes that stand for any (deepseed.codegen.any_rows).
+    Raises CodegenError, naming the op, where it cannot be written."""
+    return _written(fragment, chosen, free)[0]
 
 
 @lru_cache(maxsize=4096)
-def launched(fragment: Program) -> tuple[Launch, ...]:
+def launched(fragment: Program, free: Free = NONE) -> tuple[Launch, ...]:
     """What a call of ``launch`` runs, with the model's blocks."""
-    return _written(fragment, ())[1]
+    return _written(fragment, (), free)[1]
 
 
-def _written(fragment: Program, chosen: tuple[tuple[str, Blocks], ...]) -> tuple[str, tuple[Launch, ...]]:
-    if attention.of(fragment) is not None:
+def _written(fragment: Program, chosen: tuple[tuple[str, Blocks], ...], free: Free) -> tuple[str, tuple[Launch, ...]]:
+    if (op := attention.of(fragment)) is not None:
+        if free:
+            raise CodegenError(f"%{op.name} = {op.target} of any number of rows: no Triton kernel for it\n  fix: leave it out of the group, the python back end runs it")
         return attention.written(fragment, dict(chosen))
-    writer = Writer(fragment, dict(chosen))
+    writer = Writer(fragment, dict(chosen), free)
     return writer.file(), tuple(writer.launched)
 
 
@@ -46,6 +50,6 @@ def can_emit(fragment: Program) -> bool:
     return True
 
 
-def launches(fragment: Program) -> int:
+def launches(fragment: Program, free: Free = NONE) -> int:
     """Kernels that a call of ``launch`` runs."""
-    return len(launched(fragment))
+    return len(launched(fragment, free))

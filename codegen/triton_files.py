@@ -9,19 +9,24 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepseed.codegen import any_rows
+from deepseed.codegen.any_rows import Free
 from deepseed.codegen.autotune import choice, on_device, operands
+from deepseed.codegen.block_sizes import Blocks, power, product_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
 from deepseed.codegen.triton_attention import in_order
-from deepseed.ir.program import Program
+from deepseed.codegen.triton_products import PRODUCT
+from deepseed.ir.program import ITEMSIZE, Op, Program
 
 Launch = Callable[..., Sequence[Tensor]]
 
@@ -50,6 +55,42 @@ def of_fragment(fragment: Program, folder: Path, tell: Callable[[str], object] =
 def traffic(fragment: Program) -> list[tuple[int, int]] | None:
     """Bytes that each kernel of a fragment reads and writes; None where it runs as its Python function."""
     return [(each.bytes_read, each.bytes_written) for each in launched(fragment)] if can_emit(fragment) else None
+
+
+def of_any_rows(wanted: Sequence[Kernel], free: Free, folder: Path) -> tuple[dict[str, Launch], dict[str, str]]:
+    """Each kernel, by name, for any of the sizes that ``free`` stands for; those that no kernel computes run as Python, and why."""
+    out, why = dict[str, Launch](), dict[str, str]()
+    for k in wanted:
+        try:
+            out[k.name] = _AnyRows(k, free, folder)
+        except CodegenError as error:
+            out[k.name], why[k.name] = python(replace(k, source=any_rows.function(k, dict(free)))), str(error)
+    return out, why
+
+
+class _AnyRows:
+    """A fragment's kernels for any number of rows; a product's blocks are chosen by how many there are, of a few kinds."""
+
+    MOST = 1 << 10  # rows that get blocks of their own
+
+    def __init__(self, k: Kernel, free: Free, folder: Path) -> None:
+        self.k, self.free, self.folder = k, free, folder
+        self.product: Op | None = next((op for op in k.fragment.ops if op.target == PRODUCT), None)
+        self.read = [i.name for i in k.fragment.inputs].index(self.product.refs[0].name) if self.product is not None else None
+        self.made: dict[Blocks | None, Launch] = {}
+        self._of(self.MOST)
+
+    def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
+        return self._of(1 if self.read is None else xs[self.read].shape[0])(*xs)
+
+    def _of(self, rows: int) -> Launch:
+        blocks = None
+        if self.product is not None:
+            (_, k), (_, n) = (self.k.fragment.types[r.name].shape for r in self.product.refs)
+            blocks = product_sizes(min(power(rows), self.MOST), n, k, ITEMSIZE[self.product.type.dtype])
+        if blocks not in self.made:
+            self.made[blocks] = launch_of(self.k.name, source(self.k.fragment, () if blocks is None else (("kernel_0", blocks),), self.free), self.folder)
+        return self.made[blocks]
 
 
 def _compiled(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Launch:

@@ -28,7 +28,7 @@ class Kernel(Reductions):
     def write(self) -> list[str]:
         plan, b = self.plan, self.plan.blocks
         one = self.scopes[0].lines
-        wide = ".to(tl.int64)" if self.sizes["x"] * self.sizes["r"] * prod(v.size for v in plan.unrolled) >= 1 << 31 else ""
+        wide = ".to(tl.int64)" if self._most(self.sizes["x"]) * self._most(self.sizes["r"]) * prod(v.size for v in plan.unrolled) >= 1 << 31 else ""
         if plan.partial:
             one.append(f"pid = tl.program_id(0){wide}")
             accumulators = self._accumulators()
@@ -180,7 +180,7 @@ class Kernel(Reductions):
             missing = [v for v in group if v not in used]
             if len(missing) == len(group):
                 zero = "tl.zeros([1, 1], tl.int32)" if self.plan.rows else "0"
-                if axis == "x" and self.sizes["x"] > (self.plan.blocks.rows if self.plan.partial else self.plan.blocks.x):
+                if axis == "x" and self._several("x"):
                     out.append(f"({self.first} == {zero})")
                 if axis == "r" and self.columns:
                     out.append(f"({self.first_r} == {zero})")
@@ -224,10 +224,10 @@ class Kernel(Reductions):
             place = f"{program} * {numel} + {place}" if numel > 1 else program
             self._emit_store(f"o_{word(value)}", place, Register(text, computed(op.type.dtype)), axes, 0, ())
 
-    def grid(self) -> tuple[int, ...]:
+    def grid(self) -> tuple[str, ...]:
         """Programs along x, and along r where there are any."""
         b = self.plan.blocks
-        return (-(-self.sizes["x"] // (b.rows or b.x)), *((-(-self.sizes["r"] // b.r),) if self.columns else ()))
+        return (self._blocks(self.sizes["x"], b.rows or b.x), *((self._blocks(self.sizes["r"], b.r),) if self.columns else ()))
 
     def programs(self, value: str) -> int:
         """How many parts of a partial result there are."""

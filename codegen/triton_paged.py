@@ -1,10 +1,12 @@
 """Readable Triton source of paged attention, for decodes and chunks of prompts alike.
 
     source(Attention(shares=3, width=64, ..)) -> a Python file:   @triton.jit def paged(..): ..      def launch(q, keys, values, table, lengths, starts, tiles, sinks) -> (out,)
+    writes(Attention(shares=3, width=64, ..)) -> another:         @triton.jit def put(..): ..        def launch(k, v, keys, values, slots) -> ()
 
 A program computes a tile: some new tokens of one sequence, with all query heads of one kv head, as the rows of its products. It walks over the pages that
 the tile sees and keeps a running maximum and sum (online softmax). ``tiles`` [n, 2]: sequence, and its first new token in the tile, counted from its own.
-What deepseed.inference.paged says of shapes holds here.
+What deepseed.inference.paged says of shapes holds here. New keys and values
+are in their pages before: ``put`` copies some tokens of one kv head a program.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 POINTERS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 ROWS = 16  # of a product, at least
 TILE = 64  # rows that a tile may have
+PUT = 16  # tokens that a program puts into pages
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ ROWS: tl.constexpr = tl.constexpr({rows})
 
 
 @triton.jit
-def paged(q, keys, values, table, lengths, starts, tiles, sinks, out, held, pages, longest):
+def paged(q, q_s0, q_s1, q_s2, keys, values, table, lengths, starts, tiles, sinks, out, held, pages, longest):
     sequence = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
     head = tl.program_id(1).to(tl.int64)
@@ -77,7 +80,7 @@ def paged(q, keys, values, table, lengths, starts, tiles, sinks, out, held, page
     where = (begin + token) * (held * {a.shares}) + head * {a.shares} + share
     d = tl.arange(0, {wide})
     v = tl.arange(0, {value_wide})
-    query = tl.load(q + where[:, None] * {a.width} + d[None, :], mask=real[:, None] & (d < {a.width})[None, :], other=0.0)
+    query = tl.load(q + (begin + token)[:, None] * q_s0 + (head * {a.shares} + share)[:, None] * q_s1 + d[None, :] * q_s2, mask=real[:, None] & (d < {a.width})[None, :], other=0.0)
     most = {most}
     total = {total}
     made = tl.zeros([ROWS, {value_wide}], tl.float32)
@@ -103,12 +106,49 @@ def paged(q, keys, values, table, lengths, starts, tiles, sinks, out, held, page
 
 
 KERNELS = {{  # types of the parameters, block sizes, warps
-    "paged": ({{"q": "{pointer}", "keys": "{pointer}", "values": "{pointer}", "table": "*i64", "lengths": "*i64", "starts": "*i64", "tiles": "*i64", "sinks": "{pointer}", "out": "{pointer}", "held": "i32", "pages": "i32", "longest": "i32"}}, {warps}),
+    "paged": ({{"q": "{pointer}", "q_s0": "i64", "q_s1": "i64", "q_s2": 1, "keys": "{pointer}", "values": "{pointer}", "table": "*i64", "lengths": "*i64", "starts": "*i64", "tiles": "*i64", "sinks": "{pointer}", "out": "{pointer}", "held": "i32", "pages": "i32", "longest": "i32"}}, {warps}),
 }}
 
 
 def launch(q, keys, values, table, lengths, starts, tiles, sinks):
     out = torch.empty(q.shape[0], q.shape[1], {a.value_width}, dtype=q.dtype, device=q.device)
-    paged[(tiles.shape[0], keys.shape[0])](q, keys, values, table, lengths, starts, tiles, sinks, out, keys.shape[0], keys.shape[1], table.shape[1], num_warps={warps})
+    paged[(tiles.shape[0], keys.shape[0])](q, q.stride(0), q.stride(1), q.stride(2), keys, values, table, lengths, starts, tiles, sinks, out, keys.shape[0], keys.shape[1], table.shape[1], num_warps={warps})
     return (out,)
+'''
+
+
+def writes(a: Attention) -> str:
+    """The file that puts new keys and values into their pages."""
+    pointer = f"*{POINTERS[a.dtype]}"
+    wide, value_wide = (max(16, 1 << (n - 1).bit_length()) for n in (a.width, a.value_width))
+    parts = []
+    for x, to, axis, size, block in (("k", "keys", "d", a.width, wide), ("v", "values", "e", a.value_width, value_wide)):
+        mask = "there[:, None]" + (f" & ({axis} < {size})[None, :]" if size != block else "")
+        parts.append(f"""    {axis} = tl.arange(0, {block})
+    {x}_ = tl.load({x} + at[:, None] * {x}_s0 + head * {x}_s1 + {axis}[None, :] * {x}_s2, mask={mask}, other=0.0)
+    tl.store({to} + (head * room + slot)[:, None] * {size} + {axis}[None, :], {x}_, mask={mask})""")
+    body = "\n".join(parts)
+    return f'''"""Generated, see deepseed/codegen/triton_paged.py: {a}."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def put(k, k_s0, k_s1, k_s2, v, v_s0, v_s1, v_s2, keys, values, slots, room, tokens):
+    at = tl.program_id(0).to(tl.int64) * {PUT} + tl.arange(0, {PUT})
+    head = tl.program_id(1).to(tl.int64)
+    there = at < tokens
+    slot = tl.load(slots + at, mask=there, other=0)
+{body}
+
+
+KERNELS = {{  # types of the parameters, block sizes, warps
+    "put": ({{"k": "{pointer}", "k_s0": "i64", "k_s1": "i64", "k_s2": 1, "v": "{pointer}", "v_s0": "i64", "v_s1": "i64", "v_s2": 1, "keys": "{pointer}", "values": "{pointer}", "slots": "*i64", "room": "i32", "tokens": "i32"}}, 4),
+}}
+
+
+def launch(k, v, keys, values, slots):
+    put[(triton.cdiv(k.shape[0], {PUT}), k.shape[1])](k, k.stride(0), k.stride(1), k.stride(2), v, v.stride(0), v.stride(1), v.stride(2), keys, values, slots, keys.shape[1] * keys.shape[2], k.shape[0], num_warps=4)
+    return ()
 '''

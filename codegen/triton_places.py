@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
+from deepseed.codegen.any_rows import MOST, NONE, Free, stands_for
 from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var
 from deepseed.codegen.spaces import Indices, Space
@@ -47,8 +48,9 @@ class Scope:
 class Places:
     """The kernel under construction. ``memory``: the values that lie in memory, and whether in row-major order for certain."""
 
-    def __init__(self, p: Program, plan: Plan, memory: Mapping[str, bool], name: str) -> None:
-        self.p, self.plan, self.memory, self.name = p, plan, memory, name
+    def __init__(self, p: Program, plan: Plan, memory: Mapping[str, bool], name: str, free: Free = NONE) -> None:
+        """``free``: deepseed.codegen.any_rows."""
+        self.p, self.plan, self.memory, self.name, self.free = p, plan, memory, name, dict(free)
         self.scopes = [Scope()]
         self.known: dict[object, Register] = {}
         self.level = {"x": 0, "r": 0}
@@ -63,13 +65,28 @@ class Places:
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks
         self.looped = plan.rows and bool(plan.row) and b.reduced and b.r < self.sizes["r"]
-        self.columns = plan.rows and not b.reduced and b.r < self.sizes["r"]  # programs along r
+        self.columns = plan.rows and not b.reduced and self._several("r")  # programs along r
         self.masks = {"x": self.sizes["x"] > 1 or b.x > 1, "r": self.sizes["r"] % b.r != 0}
         self.bound: dict[Var, Index] = {}
         self.first = "tl.program_id(0)"  # 0 in the program that stores what is the same in all
         self.first_r = "tl.program_id(1)"
         self.strides: dict[str, int] = {}  # parameters that are strides whatever the layout, and what they are where rows lie in order
         self.views: Mapping[str, tuple[str, int]] = {}  # values that lie in a buffer of several, and where
+
+    def _several(self, axis: str) -> bool:
+        """Whether an axis may have more than one block."""
+        b = self.plan.blocks
+        block = b.r if axis == "r" else b.rows if self.plan.partial else b.x
+        return self.sizes[axis] > block or bool(stands_for(self.sizes[axis], self.free)[0])
+
+    def _blocks(self, size: int, block: int) -> str:
+        """How many there are."""
+        return f"({size} + {block - 1}) // {block}" if stands_for(size, self.free)[0] else str(-(-size // block))
+
+    def _most(self, size: int) -> int:
+        """A size, or what it may be."""
+        name, k = stands_for(size, self.free)
+        return k * MOST if name else size
 
     def _count(self, value: str, bytes_read: int) -> None:
         self.loaded[value] = self.loaded.get(value, 0) + bytes_read

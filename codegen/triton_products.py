@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
+from deepseed.codegen.any_rows import NONE, Free, stands_for
 from deepseed.codegen.block_sizes import Blocks, product_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
@@ -38,20 +40,23 @@ def plan_of(p: Program, product: Op, space: Space, targets: Sequence[str], chose
 class Product(Kernel):
     """``product``: the op, which ``p`` has as a leaf."""
 
-    def __init__(self, p: Program, product: Op, plan: Plan, memory: Mapping[str, bool], name: str) -> None:
-        super().__init__(p, plan, memory, name)
+    def __init__(self, p: Program, product: Op, plan: Plan, memory: Mapping[str, bool], name: str, free: Free = NONE) -> None:
+        super().__init__(p, plan, memory, name, free)
         self.product = product
         self.columns, self.looped = True, False
         self.masks = {axis: self.sizes[axis] % block != 0 for axis, block in (("x", plan.blocks.x), ("r", plan.blocks.r))}
         self.first, self.first_r = "pid_x", "pid_r"
 
-    def grid(self) -> tuple[int, ...]:
-        return (-(-self.sizes["x"] // self.plan.blocks.x) * -(-self.sizes["r"] // self.plan.blocks.r),)
+    def grid(self) -> tuple[str, ...]:
+        down, across = self._blocks(self.sizes["x"], self.plan.blocks.x), -(-self.sizes["r"] // self.plan.blocks.r)
+        return (str(int(down) * across) if down.isdigit() else f"{down} * {across}",)
 
     def write(self) -> list[str]:
         lines, b = self.scopes[0].lines, self.plan.blocks
-        down, across = -(-self.sizes["x"] // b.x), -(-self.sizes["r"] // b.r)
-        if down > 1 and across > 1:
+        down, across = self._blocks(self.sizes["x"], b.x), -(-self.sizes["r"] // b.r)
+        if stands_for(self.sizes["r"], self.free)[0] or stands_for(self.p.types[self.product.refs[0].name].shape[1], self.free)[0]:
+            raise CodegenError(f"%{self.product.name} = {self.product.target} has any number of columns, or contracts any number\n  fix: leave it out of the group, the python back end runs it")
+        if down != "1" and across > 1:
             lines += [
                 "pid = tl.program_id(0)", f"first_x = pid // {GROUP * across} * {GROUP}", f"high = min({down} - first_x, {GROUP})",
                 f"pid_x = first_x + pid % {GROUP * across} % high", f"pid_r = pid % {GROUP * across} // high",
@@ -75,7 +80,7 @@ class Product(Kernel):
             self.strides |= {f"{value}_s0": t.shape[1], f"{value}_s1": 1}
         self._call({"product"})
         tail = k % blocks.k != 0
-        wide = [".to(tl.int64)" if self.p.types[v].numel >= 1 << 31 else "" for v in (a, b)]
+        wide = [".to(tl.int64)" if prod(map(self._most, self.p.types[v].shape)) >= 1 << 31 else "" for v in (a, b)]
         lines += [
             "k = tl.arange(0, KB)", f"left = {a} + x{wide[0]} * {a}_s0 + k[None, :] * {a}_s1", f"right = {b} + k[:, None] * {b}_s0 + r{wide[1]} * {b}_s1",
             f"acc = tl.zeros([XB, RB], {TYPES[computed(self.product.type.dtype)]})", f"for first in range(0, {k}, KB):",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from deepseed.codegen.any_rows import NONE, Free, general, heads, stands_for
 from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.index_maps import Refine
 from deepseed.codegen.lookups import numbered, without_lookups
 from deepseed.codegen.many_tensors import HELPERS, Part, alike_parts, write_many
-from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, space_of
+from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, reduced_dims, space_of
 from deepseed.codegen.triton_kernel import Kernel
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, supported
 from deepseed.codegen.triton_plans import Plans
@@ -38,6 +40,7 @@ class Launch:
 class Writer(Plans):
     fragment: Program
     chosen: Mapping[str, Blocks]
+    free: Free = NONE
     launched: list[Launch] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -50,7 +53,12 @@ class Writer(Plans):
             known = op.target in (*_MOVES, *LEAVES, *REDUCTIONS, "scatter_add", PRODUCT) or supported(op)
             if not known or any(t.dtype not in TYPES for t in (*op.types, *(self.fragment.types[r.name] for r in op.refs))):
                 raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {', '.join(t.dtype for t in op.types)}: no Triton expression for it\n  fix: leave it out of the group, the python back end runs it")
+        self.names = dict(self.free)  # of what may have any size
         self.p = without_lookups(numbered(self.fragment))
+        self.heads = [f"{name} = {text}" for name, text in heads(self.p, self.names).items()]
+        for op in self.p.ops if self.free else ():
+            if op.target in ("bernoulli", "uniform") or (op.target in REDUCTIONS and any(stands_for(self.p.types[op.refs[0].name].shape[d], self.names)[0] for d in reduced_dims(self.p, op))):
+                raise CodegenError(f"%{op.name} = {op.target} depends on how many rows there are\n  fix: leave it out of the group, the python back end runs it")
         self.memory = {i.name: False for i in self.p.inputs}  # values in memory, and whether their layout is known
 
     def file(self) -> str:
@@ -63,15 +71,15 @@ class Writer(Plans):
         if products := [op for op in self.p.ops if op.target == PRODUCT]:
             pending = self._product(products, pending)
         while pending:
-            parts = alike_parts(self.p, self.memory, pending, self._closure)
+            parts = alike_parts(self.p, self.memory, pending, self._closure) if not self.free else []
             pending = self._many(parts, pending) if parts else self._kernel(pending)
-        lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton.py.", "", *format_program(self.fragment).splitlines()]).replace('"""', "'''") + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
+        lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton.py.", "", *general(format_program(self.fragment), self.names).splitlines()]).replace('"""', "'''") + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
         order = [f for f in LIBRARY if f in self.called]
         lines[-2:-2] = ["from functools import cache", ""] if "many" in self.called else []
         lines += [f"\n\n{LIBRARY[f]}" for f in order] + ([f"\n\n{HELPERS}"] if "many" in self.called else [])
         lines += [f"\n\n{k}" for k in self.kernels]
         lines += ["", "", "KERNELS = {  # types of the parameters, block sizes, warps", *(f"    {line}" for line in self.signatures), "}"]
-        lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self._allocated(outputs) + self.calls)]
+        lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self.heads + [general(c, self.names) for c in self._allocated(outputs) + self.calls])]
         returned = [f"o_{o.ref.name}" if o.ref.name not in {i.name for i in self.p.inputs} else o.ref.name for o in self.p.outputs]
         return "\n".join([*lines, f"    return {listed(returned)}"]) + "\n"
 
@@ -97,7 +105,7 @@ class Writer(Plans):
                     targets = [self._first_blocked(space, closure, plan)]
                     closure, split = self._closure(targets), {}
                     continue
-                kernel = Kernel(self.p, plan, self.memory, f"kernel_{len(self.kernels)}")
+                kernel = Kernel(self.p, plan, self.memory, f"kernel_{len(self.kernels)}", self.free)
                 kernel.views = self.views
                 body = kernel.write()
                 break
@@ -118,7 +126,7 @@ class Writer(Plans):
                 space = space_of(self.p, op.name, self._closure(pending), pending, split)
                 if any(t not in space.index or not self._covered(space, t) for t in pending):
                     raise CodegenError(f"%{pending[0]} is not made of %{op.name} = {op.target} element by element\n  fix: leave it out of the group, the python back end runs it")
-                kernel = Product(self.p, op, plan_of(self.p, op, space, pending, self.chosen.get("kernel_0")), self.memory, "kernel_0")
+                kernel = Product(self.p, op, plan_of(self.p, op, space, pending, self.chosen.get("kernel_0")), self.memory, "kernel_0", self.free)
                 body = kernel.write()
                 break
             except Refine as asked:
@@ -163,6 +171,10 @@ class Writer(Plans):
 
     def _finish(self, kernel: Kernel, body: Sequence[str]) -> None:
         plan, b = kernel.plan, kernel.plan.blocks
+        if plan.partial and self.free:
+            raise CodegenError(f"%{plan.partial[0]}: a sum over any number of rows\n  fix: leave it out of the group, the python back end runs it")
+        body = [general(line, self.names) for line in body]
+        any_sizes = [name for name in self.names.values() if any(re.search(rf"\b{name}\b", line) for line in body)]
         written = sum(self.p.types[t].numel * ITEMSIZE[self._stored(t)] for t in plan.targets)
         written += sum(kernel.programs(v) * self.p.types[v].numel * ITEMSIZE[_accumulated(self.p.types[v].dtype)] for v in plan.partial)
         self.launched.append(Launch(kernel.name, b, True, kernel.loaded_bytes, written))
@@ -190,11 +202,14 @@ class Writer(Plans):
         types = {value: self.p.types[value].dtype for value in kernel.read if value in self.p.types} | {value: self._stored(value) for value in plan.targets}
         types |= {base: self.p.types[value].dtype for value, (base, _) in self.views.items() if value in self.p.types}
         types |= {value: _accumulated(self.p.types[value].dtype) for value in plan.partial}
-        described = [f'"{parameter}": {kernel.strides[parameter]}' if parameter in kernel.strides else _described(parameter, types) for parameter in parameters]
+        parameters += any_sizes
+        arguments += any_sizes
+        described = [f'"{parameter}": "i32"' if parameter in any_sizes else f'"{parameter}": {kernel.strides[parameter]}' if parameter in kernel.strides else _described(parameter, types) for parameter in parameters]
         sizes = {"XB": b.x, "RB": b.r, **({"KB": b.k} if b.k else {})}
         self.signatures.append(f'"{name}": ({{{", ".join([*described, *(f"{chr(34)}{k}{chr(34)}: {n}" for k, n in sizes.items())])}}}, {b.warps}),')
         signature = ", ".join([*parameters, *(f"{k}: tl.constexpr" for k in sizes)])
-        self.kernels.append("\n".join(["@triton.jit", f"def {name}({signature}):", *(f"    {line}" for line in body)]))
+        head = f"@triton.jit(do_not_specialize={any_sizes})".replace("'", '"') if any_sizes else "@triton.jit"
+        self.kernels.append("\n".join([head, f"def {name}({signature}):", *(f"    {line}" for line in body)]))
         returned = {o.ref.name for o in self.p.outputs}
         device = f"device={self.p.inputs[0].name}.device"
         for value in plan.targets:
@@ -206,7 +221,7 @@ class Writer(Plans):
             self.calls.append(f"o_{value}_parts = torch.empty({listed((n, *t.shape))}, dtype={DTYPES[dtype]}, {device})")
             self._replace(value, n, dtype)
         given = [*arguments, *(f"{k}={n}" for k, n in sizes.items()), f"num_warps={b.warps}"]
-        self.calls.append(f"{name}[{listed(kernel.grid())}]({', '.join(given)})")
+        self.calls.append(f"{name}[{listed(list(kernel.grid()))}]({', '.join(given)})")
         for value in plan.targets:
             self.memory[value] = True
 

@@ -23,8 +23,9 @@ from deepseed.runtime.executable import cache_dir
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
-PRODUCTS = ("triton",)  # those that write matrix products and attention too
 ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
+TRITON_ROWS = "triton_rows"  # the same
+PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and attention too
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -41,9 +42,9 @@ def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
         return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
-    if codegen not in (PYTHON, ROWS, *BACK_ENDS):
+    if codegen not in (PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
-    if codegen == "triton" and (why := triton_files.missing(device.type)):
+    if codegen in PRODUCTS and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
     return codegen
 

@@ -14,9 +14,9 @@ import torch
 from test_paged_attention import Case
 from triton_worker import Interpreter
 
-from deepseed.codegen.triton_paged import Attention, source
+from deepseed.codegen.triton_paged import Attention, source, writes
 from deepseed.inference.attention import Packing
-from deepseed.inference.paged import reference
+from deepseed.inference.paged import reference, write
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
 DECODES, CHUNKS, MIXED = [(0, 1), (5, 1), (70, 1), (129, 1)], [(0, 9), (6, 20), (60, 7)], [(3, 1), (0, 33), (66, 1), (17, 2)]
@@ -52,6 +52,19 @@ def test_the_kernel_is_the_reference(
     assert (got.double() - want).abs().max() < 2e-6  # float32, sums of up to 130 terms of about 1
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(16, 16), (24, 5)])
+def test_new_keys_and_values_go_into_their_pages(interpreter: Interpreter, width: int, value_width: int) -> None:
+    """As ``write`` has it; of views, whose heads lie anyhow."""
+    torch.manual_seed(0)
+    k, v = torch.randn(3, 37, width).transpose(0, 1), torch.randn(37, value_width, 3).transpose(1, 2)
+    keys, values = torch.zeros(3, 6, 8, width), torch.zeros(3, 6, 8, value_width)
+    slots = torch.randperm(48)[:37]
+    write(k, v, keys, values, slots)
+    kind, got = Attention(2, width, value_width, 8, 0.3), [torch.zeros_like(keys), torch.zeros_like(values)]
+    held, traffic = interpreter.run(writes(kind).replace("return ()", "return keys, values"), [k, v, *got, slots])
+    assert traffic.launches == 1 and torch.equal(held[0], keys) and torch.equal(held[1], values)
+
+
 def test_tiles_cover_each_new_token_once() -> None:
     packing = Packing([[0]] * 4, [9, 5, 1, 33], [9, 1, 1, 16], 64, torch.zeros(27, dtype=torch.long), torch.device("cpu"))
     found = [(int(s), int(first) + n) for s, first in packing.tiles(4) for n in range(4) if int(first) + n < packing.news[int(s)]]
@@ -64,9 +77,10 @@ def test_it_compiles_for_gpus(tmp_path: Path, target: str) -> None:
     code = f"""
 from pathlib import Path
 from deepseed.codegen.ahead_of_time import compiled
-from deepseed.codegen.triton_paged import Attention, source
+from deepseed.codegen.triton_paged import Attention, source, writes
 for kind, tokens in ((Attention(4, 128, 128, 16, 0.1, dtype="bf16"), 1), (Attention(4, 128, 128, 16, 0.1, dtype="bf16"), 16), (Attention(3, 64, 64, 16, 0.1, 128, 30.0, True, "f16"), 1), (Attention(1, 192, 128, 16, 0.1, dtype="bf16"), 16)):
     (made,) = compiled(source(kind, tokens), {target!r}, Path({str(tmp_path)!r}))
+    assert not any(c.spilled for c in compiled(writes(kind), {target!r}, Path({str(tmp_path)!r})))
     text = made.assembly.read_text()
     print(made.spilled, made.shared, any(word in text for word in ("mma.sync", "wgmma", "v_mfma")))
 """

@@ -1,6 +1,6 @@
 """A process in which Triton kernels are interpreted: it reads (source, inputs) and writes (outputs, what was read and written).
 
-The interpreter is chosen when triton is imported, so it needs a process of its own. Tensors travel as pickles on the two pipes.
+The interpreter is chosen when triton is imported, so it needs a process of its own. Its casts to bfloat16 are made to round as a device's do. Tensors travel as pickles on the two pipes.
 """
 
 from __future__ import annotations
@@ -60,6 +60,17 @@ def main() -> None:
     import triton  # noqa: F401
     from triton.runtime import interpreter
 
+    convert = interpreter._convert_float
+
+    def nearest(x: Any, old: Any, new: Any, mode: Any) -> Any:
+        """float32 to bfloat16 as devices do it, to the nearest, ties to even; the interpreter cuts off."""
+        if (str(old), str(new)) != ("fp32", "bf16"):
+            return convert(x, old, new, mode)
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(bits & 0x7FFFFFFF > 0x7F800000, (bits >> 16) | 0x40, rounded).astype(np.uint16).reshape(x.shape)
+
+    interpreter._convert_float = nearest
     builder = interpreter.InterpreterBuilder
     load, store, grid = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
     reads: list[tuple[Any, Any]] = []  # addresses and bytes of each, of this program

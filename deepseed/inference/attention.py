@@ -160,8 +160,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """``deepseed::paged_attention``, with the step's packing in the place of its tables."""
     if gpu.takes(q):
-        write(k, v, keys, values, packing.slots)
-        return gpu.attend(q, keys, values, packing, scale, window, softcap, sinks)
+        return gpu.attend(q, k, v, keys, values, packing, scale, window, softcap, sinks)
     few, groups = packing.few, packing.groups(window)
     if few is not None:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deepseed.inference import native
+from deepseed.inference import gpu, native
 from deepseed.inference.blocks import BlockPool
 from deepseed.inference.capture import Layer, capture, look
 from deepseed.inference.detokenize import TextOf
@@ -69,7 +69,8 @@ class _Request:
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
     ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once. ``weights``: a checkpoint of a training,
-    under any plan, whose values the model takes. ``codegen``: "python" runs the captured graph as it is, "auto" in C++ where there is a compiler.
+    under any plan, whose values the model takes. ``codegen``: "python" runs the captured graph as it is, "auto" in C++ where there is a compiler,
+    "triton" as Triton kernels, attention and its pages too.
     ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it.
     ``quantize``: "int8" or "fp8", the matrices of products in eight bits; ``quantized`` says what that lost."""
 
@@ -86,7 +87,11 @@ class Engine:
         ranks = _ranks(plan)
         if quantize is not None and ranks > 1:
             raise InferenceError(f"quantize={quantize!r} with plan {plan!r}: weights in eight bits are not split over ranks\n  fix: plan tp1 (a server may have several replicas, dp2), or no quantize")
+        if codegen == "triton" and quantize is not None:
+            raise InferenceError(f"quantize={quantize!r} with codegen='triton': weights in eight bits have no emitted kernel\n  fix: codegen='auto', or no quantize")
         found = loaded(model, dtype, tokenizer, device, split=ranks > 1, weights=weights)
+        if codegen == "triton" and found.dtype not in gpu.DTYPES:
+            raise InferenceError(f"a model in {found.dtype} with codegen='triton': no emitted kernel of attention\n  fix: dtype='float32' or 'bfloat16', or another codegen")
         self.model, self.tokenizer = found.model, found.tokenizer
         config: Any = found.model.config
         self.config: Any = config
@@ -101,7 +106,7 @@ class Engine:
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
         self.quantized: Report | None = None
-        if quantize is not None or (ranks == 1 and (codegen == "python" or found.device.type != "cpu" or native.load() is None)):
+        if quantize is not None or (ranks == 1 and codegen != "triton" and (codegen == "python" or found.device.type != "cpu" or native.load() is None)):
             captured, state = capture(found.model), found.state
             if quantize is not None:
                 captured, state, self.quantized = quantized(captured, state, quantize)

@@ -9,7 +9,7 @@ source for all sizes. A rank's caches have the kv heads that arrive there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -21,21 +21,23 @@ from torch import Tensor, nn
 from deepseed import pipeline
 from deepseed.api import Module
 from deepseed.capture import capture
-from deepseed.codegen import cpp_files
-from deepseed.codegen.cpp_files import general
+from deepseed.codegen import cpp_files, triton_files
+from deepseed.codegen.any_rows import general
 from deepseed.codegen.cpp_native import TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.cpp_step import Lies, side_by_side, step
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.kernels import kernels
-from deepseed.inference import native
+from deepseed.codegen.triton import launches
+from deepseed.inference import gpu, native
 from deepseed.inference.attention import Packing, attend
 from deepseed.inference.capture import PAGELESS, PackedStep, Recorder, complete, hooked, look
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
-from deepseed.kernels import ROWS
+from deepseed.ir.program import Program
+from deepseed.kernels import ROWS, TRITON_ROWS
 from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
@@ -54,11 +56,11 @@ class SplitExecutable:
     """A step on the ranks of a plan, those that this process hosts."""
 
     def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto") -> None:
-        """``codegen``: "cpp", "python", or "auto", which is the first on a CPU with a compiler."""
+        """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler."""
         self.size, self.layers = size, look(model)
         device = next(p.device for p in model.parameters())
         self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
-        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=self.codegen)
+        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=TRITON_ROWS if codegen == "triton" else self.codegen)
         if checkpoint is not None:
             self._step.load(checkpoint, optimizer=False, cast=True)
         with packed(model):
@@ -69,43 +71,58 @@ class SplitExecutable:
         self.device = self._step.host.device
         self.whole: native.FewRows | None = None
         self.launches = 0  # functions that a step runs
-        self.in_python: dict[str, str] = {}  # kernels that have no C++, and why
+        self.emitted = 0  # of these, emitted Triton kernels
+        self.in_python: dict[str, str] = {}  # kernels that have no C++ or Triton, and why
         self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
-        self.ranks = [Pages(blocks, size, self.device) for _ in self._sources]
+        self.ranks = [Pages(blocks, size, self.device, self.codegen == "triton") for _ in self._sources]
         complete(model, sum(op.target == "paged_attention" for op in built.program.ops), len(self.layers))
 
     def _of_any_size(self, e: Source, coordinate: Any, sizes: tuple[int, int]) -> Source:
         """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
         text, calls = any_size(e.source, sizes), dict[str, Any]()
-        if self.codegen == ROWS:
-            free = dict(zip(sizes, "TL", strict=True))
+        if self.codegen in (ROWS, "triton"):
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
-            local = side_by_side(local)
-            strides, views = laid_out(local)
-            self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
-            found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
-            lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
-            made, why = cpp_files.functions(lying, free)
-            self.in_python.update(why)
-            parts = [LIBRARY, *(f.text for f in made.values())]
-            try:
-                whole = step(local, Lies(strides, views, found, made, {k.name: each for k, each in lying.items()}), free, native.FEW)
-                parts = [parts[0], TEMPLATES, *parts[1:], whole.text]
-                self.launches = whole.calls
-            except CodegenError as error:
-                whole, self.in_python["step"] = None, str(error)
-            loaded: Any = None
-            try:
-                loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
-            except CodegenError as error:  # what the compiler refuses runs as Python
-                say(str(error))
-                made, whole = {}, None
-            calls = {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
+            calls = (self._in_cpp if self.codegen == ROWS else self._in_triton)(local, dict(zip(sizes, "TL", strict=True)))
+        if "product" in calls:
             text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
-            if whole is not None and len(self._step.host.coordinates) == 1:
-                output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
-                self.whole = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
         return Source(text, f"{self.program.name}-packed", e.inputs, e.outputs, calls, self.codegen)
+
+    def _in_cpp(self, local: Program, free: Mapping[int, str]) -> dict[str, Any]:
+        local = side_by_side(local)
+        strides, views = laid_out(local)
+        self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
+        found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
+        lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
+        made, why = cpp_files.functions(lying, free)
+        self.in_python.update(why)
+        parts = [LIBRARY, *(f.text for f in made.values())]
+        try:
+            whole = step(local, Lies(strides, views, found, made, {k.name: each for k, each in lying.items()}), free, native.FEW)
+            parts = [parts[0], TEMPLATES, *parts[1:], whole.text]
+            self.launches = whole.calls
+        except CodegenError as error:
+            whole, self.in_python["step"] = None, str(error)
+        loaded: Any = None
+        try:
+            loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+        except CodegenError as error:  # what the compiler refuses runs as Python
+            say(str(error))
+            made, whole = {}, None
+        if whole is not None and len(self._step.host.coordinates) == 1:
+            output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
+            self.whole = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
+        return {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
+
+    def _in_triton(self, local: Program, free: Mapping[int, str]) -> dict[str, Any]:
+        """Groups, and what a layer does with its pages: two kernels."""
+        strides, views = laid_out(local)
+        found, any_number = kernels(local, strides), tuple(free.items())
+        calls, why = triton_files.of_any_rows(list(dict.fromkeys(found.values())), any_number, cache_dir() / "kernels")
+        self.in_python.update(why)
+        self.emitted = sum(launches(k.fragment, any_number) for k in found.values() if k.name not in why) + gpu.KERNELS * sum(op.target == "paged_attention" for op in local.ops)
+        self.launches = self.emitted + sum(k.name in why for k in found.values())
+        self.launches += sum(not view and not op.kernel and op.target != "paged_attention" for op, view in zip(local.ops, views, strict=True))
+        return calls
 
     @property
     def program(self) -> Any:
@@ -174,6 +191,7 @@ class Pages:
     blocks: int
     size: int
     device: torch.device
+    emitted: bool = False  # attention is Triton's, be there a GPU or its interpreter
 
     def __post_init__(self) -> None:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
@@ -191,6 +209,8 @@ class Pages:
             if layer not in self.caches:
                 self.caches[layer] = (self._cache(k), self._cache(v))
             packing: Packing = made.packing
+            if self.emitted:
+                return gpu.attend(q, k, v, *self.caches[layer], packing, scale, window, softcap, sinks)
             return attend(q, k.contiguous(), v.contiguous(), *self.caches[layer], packing, scale, window, softcap, sinks)
 
         def run(rt: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
