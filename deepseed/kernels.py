@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from deepseed.codegen import inductor, triton_files
+from deepseed.codegen import cpp_files, inductor, triton_files
 from deepseed.codegen.kernels import Kernel, kernels
 from deepseed.ir.program import Program
 from deepseed.rules.strides import laid_out
@@ -22,7 +22,7 @@ from deepseed.runtime.executable import cache_dir
 
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
-BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
+BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
 PRODUCTS = ("triton",)  # those that write matrix products and attention too
 ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
