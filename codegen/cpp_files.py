@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python
 from deepseed.codegen.kernels import Kernel
 
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
+FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
@@ -62,7 +64,11 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
             once(tell, f"{k.name} runs as plain Python: {error}")
     if not made:
         return [python(k) for k in wanted]
-    loaded = library(cpp_nests.LIBRARY + "\n".join(f.text for f in made.values()), folder)
+    try:
+        loaded = library(cpp_nests.LIBRARY + "\n".join(f.text for f in made.values()), folder)
+    except CodegenError as error:
+        once(tell, f"kernels run as plain Python: {error}")
+        return [python(k) for k in wanted]
     return [_Fixed(k, made[k.name], getattr(loaded, k.name)) if k.name in made else python(k) for k in wanted]
 
 
@@ -70,18 +76,20 @@ class _Fixed:
     """A compiled fragment of fixed shapes on tensors."""
 
     def __init__(self, k: Kernel, f: cpp_nests.Function, function: Any) -> None:
+        self.python = python(k)
         self.name, self.function, self.strides, self.outputs = k.name, function, k.strides, f.outputs
-        types = k.fragment.types
-        self.makes = [(types[value].shape, strides, _dtype(types[value].dtype)) for value, strides in f.makes]
-        self.shapes = [types[o.ref.name].shape for o in k.fragment.outputs]
-        self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s) in zip(f.outputs, f.makes, strict=True))
+        self.makes = [(shape, strides, _dtype(dtype)) for shape, strides, dtype in f.makes]
+        self.shapes = [k.fragment.types[o.ref.name].shape for o in k.fragment.outputs]
+        self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s, _) in zip(f.outputs, f.makes, strict=True))
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * (len(k.strides) + len(self.makes))]
         function.restype = ctypes.c_int
 
-    def __call__(self, *xs: Tensor) -> list[Tensor]:
-        read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, self.strides, strict=True)]
-        if any(x is None for x in read):
-            return self.python(*xs)
+    def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
+        read = []
+        for x, s in zip(xs, self.strides, strict=True):
+            if x.stride() != s and (x := _lying(x, s)) is None:  # type: ignore[assignment]
+                return self.python(*xs)
+            read.append(x)
         made = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.makes]
         if self.function(torch.get_num_threads(), *[x.data_ptr() for x in read], *[x.data_ptr() for x in made]):
             raise IndexError(f"{self.name}: an index is out of range\n  fix: labels and ids must be below the size of what they pick from")
@@ -147,10 +155,12 @@ class _Rows:
         return self.known[n]
 
 
-def _lying(x: Tensor, strides: Shape) -> Tensor:
-    """The same elements where the kernel looks for them."""
+def _lying(x: Tensor, strides: Shape) -> Tensor | None:
+    """The same elements where the kernel looks for them; None where it takes several for one."""
     if all(n == 1 or have == want for n, have, want in zip(x.shape, x.stride(), strides, strict=True)):
         return x
+    if any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True)):
+        return None
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 

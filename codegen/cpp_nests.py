@@ -18,6 +18,7 @@ from deepseed.codegen.cpp_ops import TYPES, computed, converted, type_of
 from deepseed.codegen.cpp_points import Bound, Points, Register, Strides, accumulator, variables
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Index, Refine, Var, flat, of
+from deepseed.codegen.lookups import numbered
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, add, ops_of, space_of
 from deepseed.ir.program import Op, Program
 from deepseed.rules.strides import Lying, contiguous
@@ -50,16 +51,16 @@ static inline int32_t drawn_lane(uint64_t key, uint64_t element) { return int32_
 
 @dataclass(frozen=True)
 class Function:
-    """``makes``: values that it writes, with their strides; ``outputs``: of each output the number of one of these or of an input, with strides and offset in its memory. ``pointers``: their C types."""
+    """``makes``: what it writes, each with shape, strides and dtype; ``outputs``: whether an output lies in an input's memory, the number of that or of what is written, strides and offset in there."""
 
     text: str
-    makes: tuple[tuple[str, Strides], ...]
+    makes: tuple[tuple[Strides, Strides, str], ...]
     outputs: tuple[tuple[bool, int, Strides, int], ...]
 
 
 def source(p: Program, name: str, strides: Sequence[Strides]) -> Function:
     """``strides``: of the inputs. Raises CodegenError."""
-    return _Writer(p, name, strides).function()
+    return _Writer(numbered(p), name, strides).function()
 
 
 class _Writer:
@@ -105,7 +106,7 @@ class _Writer:
         given = [f"{TYPES[p.types[value].dtype]} *__restrict {value}" for value in makes]
         head = f'extern "C" int {self.name}({", ".join(["int threads", *inputs, *given])}) {{'
         lines = [head, "    int wrong = 0;", *(f"    {line}" for line in (*self.own.values(), *body)), "    return wrong;", "}"]
-        return Function("\n".join(lines) + "\n", tuple(makes.items()), tuple(outputs))
+        return Function("\n".join(lines) + "\n", tuple([(p.types[value].shape, strides, p.types[value].dtype) for value, strides in makes.items()]), tuple(outputs))
 
     # nests ------------------------------------------------------------------------------------------------------------
 

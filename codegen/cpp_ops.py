@@ -40,12 +40,11 @@ static inline double exp_(double x) { return std::exp(x); }
 static inline float exp_(float x) {
     float bounded = x > 88.72f ? 88.72f : x;
     bounded = bounded < -87.33f ? -87.33f : bounded;
-    float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // the low bits of ``shifted`` are n
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    float half_power = __builtin_bit_cast(float, (int32_t(n) / 2 + 127) << 23), rest = __builtin_bit_cast(float, (int32_t(n) - int32_t(n) / 2 + 127) << 23);
-    p = p * half_power * rest;
+    p = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, shifted) << 23));
     p = x > 88.72f ? std::numeric_limits<float>::infinity() : p;
     p = x < -87.33f ? 0.0f : p;
     return x != x ? x : p;
