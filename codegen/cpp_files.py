@@ -69,10 +69,10 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
         return [python(k) for k in wanted]
-    return [_Fixed(k, made[k.name], getattr(loaded, k.name)) if k.name in made else python(k) for k in wanted]
+    return [Fixed(k, made[k.name], getattr(loaded, k.name)) if k.name in made else python(k) for k in wanted]
 
 
-class _Fixed:
+class Fixed:
     """A compiled fragment of fixed shapes on tensors."""
 
     def __init__(self, k: Kernel, f: cpp_nests.Function, function: Any) -> None:
@@ -85,11 +85,10 @@ class _Fixed:
         function.restype = ctypes.c_int
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
-        read = []
-        for x, s in zip(xs, self.strides, strict=True):
-            if x.stride() != s and (x := _lying(x, s)) is None:  # type: ignore[assignment]
-                return self.python(*xs)
-            read.append(x)
+        try:
+            read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, self.strides, strict=True)]
+        except RuntimeError:  # it takes several elements for one
+            return self.python(*xs)
         made = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.makes]
         if self.function(torch.get_num_threads(), *[x.data_ptr() for x in read], *[x.data_ptr() for x in made]):
             raise IndexError(f"{self.name}: an index is out of range\n  fix: labels and ids must be below the size of what they pick from")
@@ -155,12 +154,10 @@ class _Rows:
         return self.known[n]
 
 
-def _lying(x: Tensor, strides: Shape) -> Tensor | None:
-    """The same elements where the kernel looks for them; None where it takes several for one."""
+def _lying(x: Tensor, strides: Shape) -> Tensor:
+    """The same elements where the kernel looks for them."""
     if all(n == 1 or have == want for n, have, want in zip(x.shape, x.stride(), strides, strict=True)):
         return x
-    if any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True)):
-        return None
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 

@@ -358,7 +358,7 @@ class _Nest(Points):
 
     def _reduce(self, now: Sequence[Op], keep: Sequence[str]) -> None:
         """One pass along the row."""
-        names: list[tuple[Op, Bound, str, str, str]] = []
+        names: list[tuple[Op, dict[Var, Index], str, str, str]] = []
         outer = len(self.scopes) - 1
         for op in now:
             kind, start = accumulator(op)

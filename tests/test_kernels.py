@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import deepseed
 from deepseed import build
 from deepseed import kernels as back_ends
 from deepseed.api import TrainStep
-from deepseed.codegen import inductor
+from deepseed.codegen import cpp_files, inductor
 from deepseed.codegen.kernels import Kernel, kernels
 from deepseed.explain_kernels import explain_kernels
 from deepseed.ir.text import parse
@@ -164,8 +164,26 @@ def test_steps_of_kernels_compute_what_steps_of_ops_do(plan: str, monkeypatch: p
         torch.testing.assert_close(others[key], t, rtol=0.0, atol=1e-12)
 
 
+@COMPILER
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2"])
+def test_steps_of_cpp_compute_what_steps_of_ops_do(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> Sequence[back_ends.Compiled]:
+        made.extend(codes := cpp_files.compiled(wanted, folder, tell))
+        return codes
+
+    monkeypatch.setitem(back_ends.BACK_ENDS, "cpp", compiled)
+    losses, values, _ = trained(plan, "python")
+    again, others, _ = trained(plan, "cpp")
+    assert len(made) > 5 and all(isinstance(code, cpp_files.Fixed) for code in made)
+    assert losses == pytest.approx(again, rel=1e-13)
+    for key, t in values.items():
+        torch.testing.assert_close(others[key], t, rtol=0.0, atol=1e-12)
+
+
 def test_a_word_that_means_no_back_end() -> None:
-    with pytest.raises(ValueError, match="fix: one of python, inductor, triton, auto"):
+    with pytest.raises(ValueError, match="fix: one of python, cpp, inductor, triton, auto"):
         trained("zero0", "indoctor")
 
 

@@ -71,7 +71,7 @@ def test_what_views_read_later_is_there_anyway() -> None:
     text = SOFTMAX.replace("bf16", "f32").replace("%c = cast(%x) : f32[8, 64]", "%x8 = reshape(%x) : f32[2, 4, 64] {phase=\"forward\"}\n%c = reshape(%x8) : f32[8, 64]")
     text = text.replace("%d = aten.mul.Tensor(%b, %g)", "%l = reshape(%x8) : f32[8, 64] {phase=\"backward\"}\n%k = aten.mul.Tensor(%b, %l) : f32[8, 64] {phase=\"backward\"}\n%d = aten.mul.Tensor(%k, %g)")
     stored = '%t = permute(%h, dims=[1, 0]) : f32[16, 8] {phase="forward"}\n%n = aten.mm(%t, %y) : f32[16, 64] {phase="forward"}\n%b = '
-    p, q = done(text.replace("%b = ", stored) + 'return %n output "n"\n')
+    _, q = done(text.replace("%b = ", stored) + 'return %n output "n"\n')
     assert "y.again" in [op.name for op in q.ops if op.phase == "backward"]
 
 
