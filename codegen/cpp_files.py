@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,21 @@ class Fixed:
         self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s, _) in zip(f.outputs, f.makes, strict=True))
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * (len(k.strides) + len(self.makes))]
         function.restype = ctypes.c_int
+        self.reused, self.into = f.reused, dict[int, int]()
+
+    def reusing(self, into: Mapping[int, int]) -> Fixed:
+        """The same, where results are written into operands' memory: by the result's number, the operand's."""
+        assert all((i, m) in self.reused for m, i in into.items())
+        out = copy(self)
+        out.into = dict(into)
+        return out
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
         try:
             read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, self.strides, strict=True)]
         except RuntimeError:  # it takes several elements for one
             return self.python(*xs)
-        made = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.makes]
+        made = [torch.empty_strided(shape, strides, dtype=dtype) if n not in self.into else read[self.into[n]].as_strided(shape, strides) for n, (shape, strides, dtype) in enumerate(self.makes)]
         if self.function(torch.get_num_threads(), *[x.data_ptr() for x in read], *[x.data_ptr() for x in made]):
             raise IndexError(f"{self.name}: an index is out of range\n  fix: labels and ids must be below the size of what they pick from")
         if self.plain:

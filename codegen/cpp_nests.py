@@ -51,11 +51,13 @@ static inline int32_t drawn_lane(uint64_t key, uint64_t element) { return int32_
 
 @dataclass(frozen=True)
 class Function:
-    """``makes``: what it writes, each with shape, strides and dtype; ``outputs``: whether an output lies in an input's memory, the number of that or of what is written, strides and offset in there."""
+    """``makes``: what it writes, each with shape, strides and dtype; ``outputs``: whether an output lies in an input's memory, the number of that or of what is written, strides and offset in there;
+    ``reused``: inputs in whose memory a result may be written, if nothing else reads it: (input, number of the result)."""
 
     text: str
     makes: tuple[tuple[Strides, Strides, str], ...]
     outputs: tuple[tuple[bool, int, Strides, int], ...]
+    reused: tuple[tuple[int, int], ...] = ()
 
 
 def source(p: Program, name: str, strides: Sequence[Strides]) -> Function:
@@ -87,7 +89,6 @@ class _Writer:
             raise CodegenError(f"an operand of {name} reaches beyond {LARGEST} elements")
         self.memory: dict[str, Strides] = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}
         self.own: dict[str, str] = {}  # what lies in memory of the function's own, with its declaration
-        self.seen: dict[str, None] = {}
 
     def function(self) -> Function:
         p, makes, outputs = self.p, dict[str, Strides](), list[tuple[bool, int, Strides, int]]()
@@ -97,16 +98,27 @@ class _Writer:
                 makes[base] = self.strides[base]
             outputs.append((base in self.inputs, self.inputs[base] if base in self.inputs else list(makes).index(base), strides, offset))
         self.makes = makes
-        pending, body = list(makes), list[str]()
+        pending, body, nests = list(makes), list[str](), list[_Nest]()
         while pending:
             nest, lines = self.nest(pending)
             body += lines
+            nests.append(nest)
             pending = [t for t in pending if t not in nest.stored]
         inputs = [f"const {TYPES[i.type.dtype]} *__restrict {i.name}" for i in p.inputs]
         given = [f"{TYPES[p.types[value].dtype]} *__restrict {value}" for value in makes]
         head = f'extern "C" int {self.name}({", ".join(["int threads", *inputs, *given])}) {{'
         lines = [head, "    int wrong = 0;", *(f"    {line}" for line in (*self.own.values(), *body)), "    return wrong;", "}"]
-        return Function("\n".join(lines) + "\n", tuple([(p.types[value].shape, strides, p.types[value].dtype) for value, strides in makes.items()]), tuple(outputs))
+        reused = [(n, m) for m, value in enumerate(makes) for i, n in self.inputs.items() if self.alike(i, value) and all(nest.over(i, value) if value in nest.stored else i not in nest.reads for nest in nests)]
+        return Function("\n".join(lines) + "\n", tuple([(p.types[value].shape, strides, p.types[value].dtype) for value, strides in makes.items()]), tuple(outputs), tuple(reused))
+
+    def alike(self, a: str, b: str) -> bool:
+        """Whether two values fill the same memory."""
+        t, u = self.p.types[a], self.p.types[b]
+        return (t.dtype, t.numel) == (u.dtype, u.numel) and not self.shown(a)
+
+    def shown(self, a: str) -> bool:
+        """Whether an output is a view of an input."""
+        return any(self.views.get(o.ref.name, (o.ref.name,))[0] == a for o in self.p.outputs)
 
     # nests ------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +251,7 @@ class _Nest(Points):
             self.x, self.r = self._by_stride()
         self.kept: dict[str, str] = {}  # made by an earlier pass -> the array along the row
         self.done: set[tuple[str, Indices]] = set()  # targets that an earlier pass stored
+        self.writes: dict[str, list[tuple[str, int]]] = {}  # as ``reads``
 
     def _stride(self, v: Var) -> int:
         """How far apart two neighbours lie in what is stored, or read first."""
@@ -256,6 +269,12 @@ class _Nest(Points):
         """Where nothing is reduced: as the result lies."""
         order = sorted([*self.x, *self.r], key=self._stride, reverse=True)
         return order[:-1], order[-1:]
+
+    def over(self, read: str, value: str) -> bool:
+        """Whether each element of what is read is read at one point, before ``value`` is written there."""
+        writes, reads = self.writes.get(value, []), self.reads.get(read, [])
+        points = prod(v.size for v in (*self.x, *self.r))
+        return points == self.p.types[value].numel and len(writes) == 1 and all(place == writes[0][0] and n < writes[0][1] for place, n in reads)
 
     # source -----------------------------------------------------------------------------------------------------------
 
@@ -456,6 +475,7 @@ class _Nest(Points):
     def _put(self, value: str, index: Indices, r: Register) -> None:
         self.done.add((value, index))
         place, level = self._address(value, index)
+        self.writes.setdefault(value, []).append((place, self.count))
         dtype = self.p.types[value].dtype
         text = r.name if value in self.own else f"down<{TYPES[dtype]}>::of({r.name})"
         self.scopes[max(level, r.level, self._row_level(value))].lines.append(f"{value}[{place}] = {text};")

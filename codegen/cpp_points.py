@@ -51,7 +51,7 @@ class Points:
         self.where: tuple[str, ...] = ()  # conditions under which what is made now is used
         self.numbers: dict[str, Register] = {}  # that indices and conditions are made of
         self.count = 0
-        self.seen: dict[str, None] = {}  # what was read from memory
+        self.reads: dict[str, list[tuple[str, int]]] = {}  # what was read from memory: where, and as which of all values
 
     # scopes -----------------------------------------------------------------------------------------------------------
 
@@ -116,8 +116,8 @@ class Points:
         return self.place(out)
 
     def load(self, value: str, index: Indices) -> Register:
-        self.seen[value] = None
         place, level = self.address(value, index)
+        self.reads.setdefault(value, []).append((place, self.count))
         dtype = computed(self.p.types[value].dtype)
         text = f"up({value}[{place}])"
         if self.where:
@@ -260,7 +260,6 @@ class Points:
 
     def drawn(self, op: Op, index: Indices) -> Register:
         rng, dtype = op.refs[0].name, computed(op.type.dtype)
-        self.seen[rng] = None
         if self.memory.get(rng) != (1,):
             raise CodegenError(f"%{op.name}: a seed that is made here, or lies otherwise")
         p = op.kw("p", 0.5)

@@ -70,8 +70,12 @@ def test_groups_of_real_programs_compute_what_their_functions_do(dtype: str, tmp
     for k, code in zip(found, codes, strict=True):
         xs = lying(k, random_inputs(k.fragment))
         before = [x.clone() for x in xs]
-        assert apart(code(*xs), inductor.python(k)(*xs)) < LEAST[dtype], k.name
+        got = code(*xs)
+        assert apart(got, inductor.python(k)(*xs)) < LEAST[dtype], k.name
         assert all(torch.equal(a, b) for a, b in zip(xs, before, strict=True)), k.name
+        assert isinstance(code, cpp_files.Fixed)
+        for i, m in code.reused:  # in an operand's memory: the same bits
+            assert all(map(torch.equal, code.reusing({m: i})(*lying(k, xs)), got)), (k.name, i, m)
 
 
 def test_16_bits_are_computed_in_32_and_rounded_where_they_are_stored(tmp_path: Path) -> None:
@@ -191,6 +195,53 @@ return %w output "w"
     assert torch.equal(y, x * b) and torch.equal(t, y.t()) and torch.equal(w, x.reshape(2, 3, 10)[:, 1:])
     assert t.data_ptr() == y.data_ptr() and w.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert torch.equal(code(x.contiguous(), b)[0], y) and torch.equal(code(x, b.contiguous())[0], y)
+
+
+def test_a_result_may_lie_in_the_memory_of_what_is_read_at_the_same_point(tmp_path: Path) -> None:
+    """Not where a later pass, another nest or another point reads it again."""
+    softmax = kernel_of("""%x : f64[6, 10] batch "x"
+%b : f64[10] batch "b"
+%e = aten.exp(%x) : f64[6, 10]
+%s = sum(%e, dims=[1], keepdim=true) : f64[6, 1]
+%y = aten.div.Tensor(%e, %s) : f64[6, 10]
+%z = aten.mul.Tensor(%y, %b) : f64[6, 10]
+return %z output "z"
+""")
+    code, x, b = compiled(softmax, tmp_path), torch.randn(6, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    assert code.reused == ((0, 0),)
+    (want,), given = code(x, b), x.clone()
+    (got,) = code.reusing({0: 0})(given, b)
+    assert torch.equal(got, want) and got.data_ptr() == given.data_ptr() and not torch.equal(given, x)
+    turned = """%x : f64[8, 8] batch "x"
+%t = permute(%x, dims=[1, 0]) : f64[8, 8]
+%y = aten.add.Tensor(%x, %t) : f64[8, 8]
+return %y output "y"
+"""
+    later = """%x : f64[6, 10] batch "x"
+%b : f64[6, 10] batch "b"
+%y = aten.neg(%b) : f64[6, 10]
+%z = aten.add.Tensor(%x, %b) : f64[6, 10]
+return %y output "y"
+return %z output "z"
+"""
+    k = kernel_of(later)
+    assert cpp_nests.source(k.fragment, k.name, k.strides).reused == ((1, 0), (0, 1), (1, 1))  # not the first result over %x, which is read behind it
+    shown = """%x : f64[6, 10] batch "x"
+%y = aten.neg(%x) : f64[6, 10]
+%v = reshape(%x) : f64[60]
+return %y output "y"
+return %v output "v"
+"""
+    rolled = """%x : f64[6, 10] batch "x"
+%a = slice(%x, dim=1, start=0, step=1) : f64[6, 5]
+%b = slice(%x, dim=1, start=5, step=1) : f64[6, 5]
+%y = cat([%b, %a], dim=1) : f64[6, 10]
+%z = aten.neg(%y) : f64[6, 10]
+return %z output "z"
+"""
+    for text in (turned, shown, rolled):
+        k = kernel_of(text)
+        assert not cpp_nests.source(k.fragment, k.name, k.strides).reused, text
 
 
 REFUSED = {
