@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.codegen import any_rows
+from deepseed.codegen import any_rows, cpp_nests
 from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
-from deepseed.codegen.inductor import compiler, processor, python
+from deepseed.codegen.inductor import compiler, once, processor, python
 from deepseed.codegen.kernels import Kernel
 
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
+FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+_NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
 
@@ -45,6 +50,64 @@ def library(text: str, folder: Path) -> ctypes.CDLL:
             raise CodegenError(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
         fresh.replace(path)  # at once: other ranks may compile the same
     return ctypes.CDLL(str(path))
+
+
+def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
+    """Each kernel of fixed shapes as a callable, all in one library; what has no C++ runs as Python."""
+    if not compiler():
+        once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
+        return [python(k) for k in wanted]
+    made = dict[str, cpp_nests.Function]()
+    for k in wanted:
+        try:
+            made[k.name] = cpp_nests.source(k.fragment, k.name, k.strides)
+        except CodegenError as error:
+            once(tell, f"{k.name} runs as plain Python: {error}")
+    if not made:
+        return [python(k) for k in wanted]
+    try:
+        loaded = library(cpp_nests.LIBRARY + "\n".join(f.text for f in made.values()), folder)
+    except CodegenError as error:
+        once(tell, f"kernels run as plain Python: {error}")
+        return [python(k) for k in wanted]
+    return [Fixed(k, made[k.name], getattr(loaded, k.name)) if k.name in made else python(k) for k in wanted]
+
+
+class Fixed:
+    """A compiled fragment of fixed shapes on tensors."""
+
+    def __init__(self, k: Kernel, f: cpp_nests.Function, function: Any) -> None:
+        self.python = python(k)
+        self.name, self.function, self.strides, self.outputs = k.name, function, k.strides, f.outputs
+        self.makes = [(shape, strides, _dtype(dtype)) for shape, strides, dtype in f.makes]
+        self.shapes = [k.fragment.types[o.ref.name].shape for o in k.fragment.outputs]
+        self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s, _) in zip(f.outputs, f.makes, strict=True))
+        function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * (len(k.strides) + len(self.makes))]
+        function.restype = ctypes.c_int
+        self.reused, self.into = f.reused, dict[int, int]()
+
+    def reusing(self, into: Mapping[int, int]) -> Fixed:
+        """The same, where results are written into operands' memory: by the result's number, the operand's."""
+        assert all((i, m) in self.reused for m, i in into.items())
+        out = copy(self)
+        out.into = dict(into)
+        return out
+
+    def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
+        try:
+            read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, self.strides, strict=True)]
+        except RuntimeError:  # it takes several elements for one
+            return self.python(*xs)
+        made = [torch.empty_strided(shape, strides, dtype=dtype) if n not in self.into else read[self.into[n]].as_strided(shape, strides) for n, (shape, strides, dtype) in enumerate(self.makes)]
+        if self.function(torch.get_num_threads(), *[x.data_ptr() for x in read], *[x.data_ptr() for x in made]):
+            raise IndexError(f"{self.name}: an index is out of range\n  fix: labels and ids must be below the size of what they pick from")
+        if self.plain:
+            return made
+        return [(read if given else made)[n].as_strided(shape, strides, (read if given else made)[n].storage_offset() + offset) for (given, n, strides, offset), shape in zip(self.outputs, self.shapes, strict=True)]
+
+
+def _dtype(name: str) -> Any:
+    return getattr(torch, DTYPES[name].removeprefix("torch."))
 
 
 Wanted = Mapping[Kernel, Sequence[Shape]]  # kernels, and how the outputs of each lie

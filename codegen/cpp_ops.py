@@ -40,12 +40,11 @@ static inline double exp_(double x) { return std::exp(x); }
 static inline float exp_(float x) {
     float bounded = x > 88.72f ? 88.72f : x;
     bounded = bounded < -87.33f ? -87.33f : bounded;
-    float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // the low bits of ``shifted`` are n
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    float half_power = __builtin_bit_cast(float, (int32_t(n) / 2 + 127) << 23), rest = __builtin_bit_cast(float, (int32_t(n) - int32_t(n) / 2 + 127) << 23);
-    p = p * half_power * rest;
+    p = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, shifted) << 23));
     p = x > 88.72f ? std::numeric_limits<float>::infinity() : p;
     p = x < -87.33f ? 0.0f : p;
     return x != x ? x : p;
@@ -95,7 +94,8 @@ _TEMPLATES = {
     "relu": "({0} <= 0 ? {1t}(0) : {0})", "silu": "{0} * sigmoid({0})", "clone": "{0}", "alias": "{0}", "detach": "{0}", "positive": "{0}", "where.self": "({0} ? {1} : {2})",
     "masked_fill.Scalar": "({1} ? {2} : {0})", "masked_fill.Tensor": "({1} ? {2} : {0})", "maximum": "most({0}, {1})", "minimum": "least({0}, {1})", "sign": "sign({0})",
     "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "{0} + {2} * ({1} - {0})", "pow.Tensor_Tensor": "std::pow({0}, {1})",
-    "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "round": "std::nearbyint({0})",
+    "silu_backward": "{0} * sigmoid({1}) * ({1t}(1) + {1} * ({1t}(1) - sigmoid({1})))", "tanh_backward": "{0} * ({1t}(1) - {1} * {1})", "sigmoid_backward": "{0} * ({1t}(1) - {1}) * {1}",
+    "threshold_backward": "({1} <= {2} ? {1t}(0) : {0})", "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "round": "std::nearbyint({0})",
 }  # fmt: skip
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}"}
@@ -111,7 +111,7 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     compares = base in _COMPARE and overload in ("Scalar", "Tensor")
     boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
     within = "bool" if name.startswith("logical") else _common(p, op) if compares or boolean else dtype
-    if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and dtype not in FLOATS):
+    if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and not boolean and dtype not in FLOATS):
         raise _unknown(op)
     given = iter(operands)
     texts = []
@@ -178,6 +178,28 @@ def _gelu(x: Sequence[str], op: Op) -> str:
     return f"{kind}(0.5) * {y} * ({kind}(1) + std::erf({y} * {kind}({math.sqrt(0.5)!r})))"
 
 
+def _gelu_backward(x: Sequence[str], op: Op) -> str:
+    g, y, kind = x[0], x[1], type_of(op.type.dtype)
+    if op.kw("approximate", "none") == "tanh":
+        c = math.sqrt(2 / math.pi)
+        t = f"tanh_({kind}({c!r}) * ({y} + {kind}(0.044715) * {y} * {y} * {y}))"
+        return f"{g} * ({kind}(0.5) * ({kind}(1) + {t}) + {kind}(0.5) * {y} * ({kind}(1) - {t} * {t}) * {kind}({c!r}) * ({kind}(1) + {kind}({3 * 0.044715!r}) * {y} * {y}))"
+    return f"{g} * ({kind}(0.5) * ({kind}(1) + std::erf({y} * {kind}({math.sqrt(0.5)!r}))) + {y} * exp_({kind}(-0.5) * {y} * {y}) * {kind}({1 / math.sqrt(2 * math.pi)!r}))"
+
+
+def _lerp(x: Sequence[str], op: Op) -> str:
+    weight = op.args[2]
+    assert isinstance(weight, int | float)
+    return f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})" if abs(weight) < 0.5 else f"{x[1]} - ({x[1]} - {x[0]}) * {literal(1 - weight, computed(op.type.dtype))}"
+
+
+def _exponential(x: Sequence[str], op: Op) -> str:
+    base = op.args[0]
+    if not isinstance(base, int | float) or base <= 0 or op.type.dtype not in FLOATS:
+        raise _unknown(op)
+    return f"exp_({x[1]} * {literal(math.log(base), computed(op.type.dtype))})"
+
+
 def _multiplied(sign: str) -> Write:
     def write(x: Sequence[str], op: Op) -> str:
         return f"{x[0]} + {literal(number(op, 'value'), computed(op.type.dtype))} * ({x[1]} {sign} {x[2]})"
@@ -187,5 +209,5 @@ def _multiplied(sign: str) -> Write:
 
 _FUNCTIONS: Mapping[str, Write] = {
     "add.Tensor": added("+", "||", literal), "add.Scalar": added("+", "||", literal), "sub.Tensor": added("-", "||", literal), "sub.Scalar": added("-", "||", literal), "rsub.Scalar": rsub(literal), "rsub.Tensor": rsub(literal),
-    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
+    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp, "pow.Scalar": _exponential, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

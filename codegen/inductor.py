@@ -40,7 +40,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     """Each kernel as a callable, compiled now where the folder has none."""
     functions = [python(k) for k in wanted]
     if not compiler():
-        _once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
+        once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
         return functions
     specs = [spec(k) for k in wanted]
     paths = [write(folder, k.name, each, k.source) for k, each in zip(wanted, specs, strict=True)]
@@ -48,7 +48,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
         _compile_all(missing, folder, tell)
     for path in paths:
         if _failed(path).exists():
-            _once(tell, f"Inductor fails, so that {path.stem} runs as plain Python: {_failed(path).read_text()[:300]}")
+            once(tell, f"Inductor fails, so that {path.stem} runs as plain Python: {_failed(path).read_text()[:300]}")
     return [_Loaded(path, folder, f, k) if path.exists() else f for path, f, k in zip(paths, functions, wanted, strict=True)]
 
 
@@ -241,7 +241,7 @@ def processor() -> str:
 _told: set[str] = set()
 
 
-def _once(tell: Callable[[str], object], text: str) -> None:
+def once(tell: Callable[[str], object], text: str) -> None:
     if text not in _told:
         _told.add(text)
         tell(text)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from deepseed.codegen import inductor, triton_files
+from deepseed.codegen import cpp_files, inductor, triton_files
+from deepseed.codegen.donation import Donation
 from deepseed.codegen.kernels import Kernel, kernels
+from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
 from deepseed.rules.strides import laid_out
 from deepseed.runtime.arena import Arena
@@ -22,8 +24,8 @@ from deepseed.runtime.executable import cache_dir
 
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
-BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
-ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
+BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
+CPP = ROWS = "cpp"  # of a packed step: deepseed.inference.split compiles groups for any number of rows
 TRITON_ROWS = "triton_rows"  # the same
 PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and attention too
 PYTHON = "python"  # no groups: one line an op
@@ -59,7 +61,36 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     if new:
         back_end = BACK_ENDS.get(codegen, _as_python)
         known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
-    return Kernels(codegen, {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()})
+    names, calls = {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()}
+    if codegen == CPP and not counted:
+        for mark, into in _overwritten(p, {mark: f.reused for mark, name in names.items() if isinstance(f := calls[name], cpp_files.Fixed)}).items():
+            f = calls[names[mark]]
+            assert isinstance(f, cpp_files.Fixed)
+            names[mark] += "".join(f"_over{i}" for i in into.values())
+            calls[names[mark]] = f.reusing(into)
+    return Kernels(codegen, names, calls)
+
+
+def _overwritten(p: Program, reusable: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, dict[int, int]]:
+    """By mark, of the results that can be written into an operand's memory (pairs of operand and result) those that are: the group is the last that reads it, and it was made where
+    the group runs, in memory of its own."""
+    donation, out = Donation(p), dict[str, dict[int, int]]()
+    for g in groups(p):
+        into: dict[int, int] = {}
+        memories = [donation.memory(value) for value in g.reads]
+        for i, m in reusable.get(g.kernel, ()):
+            (root, *others) = memories[i]
+            made = p.producers.get(root)
+            if m in into or i in into.values() or others or made is None or donation.roots[root] or sum(root in memory for memory in memories) > 1:
+                continue
+            own = made.target.startswith("aten.") or bool(made.kernel)
+            here = (made.part, made.stage) == (p.ops[g.first].part, p.ops[g.first].stage)
+            whole = p.types[root].local_bytes(p.mesh) == p.types[g.reads[i]].local_bytes(p.mesh)
+            if own and here and whole and g.first <= donation.last_use[root] < g.last:
+                into[m] = i
+        if into:
+            out[g.kernel] = into
+    return out
 
 
 def traffic(codegen: str) -> Callable[[Program], Sequence[tuple[int, int]] | None]:

@@ -1,7 +1,7 @@
 """What kernels make again rather than read: helper of ``group_kernels`` for back ends that compile groups.
 
-A pointwise value that the forward stores for the backward is made there again where that takes fewer bytes: of what is narrower, or is there anyway, and of rows. The kernel that made it
-writes less, the one that reads it reads less, and less is held in between. And the sum of rows in each of which one element was put is what was put there.
+A pointwise value that the forward stores for the backward is made there again where that takes no more bytes: of what is narrower, as wide, or there anyway, and of rows. The kernel that made it
+writes less, and no more is held in between. And the sum of rows in each of which one element was put is what was put there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref
 from deepseed.passes.fuse import POINT, kind_of
+from deepseed.rules.strides import laid_out
 
 LONGEST = 6  # ops that are done again for one value
 FEW = 64  # times fewer elements than the value: rows, which cost nothing to keep
@@ -17,7 +18,7 @@ _VIEWS = ("reshape", "expand")
 
 
 def remade(p: Program) -> Program:
-    """Make in the backward what it reads of the forward and can have for fewer bytes.
+    """Make in the backward what it reads of the forward and can have for as many bytes or fewer.
 
     before: %x32 = cast(%x) : f32[8, 64]               after: %x32 = cast(%x) : f32[8, 64]
             %y = aten.sub.Tensor(%x32, %m) : f32[8, 64]       %y = aten.sub.Tensor(%x32, %m) : f32[8, 64]
@@ -28,7 +29,7 @@ def remade(p: Program) -> Program:
     """
     p = _sums_of_picks(p)
     at = {r: n for n, op in enumerate(p.ops) for r in op.results}
-    last = {name: max((at[u.results[0]] if isinstance(u, Op) else len(p.ops) for u in uses), default=-1) for name, uses in p.uses.items()}
+    last = _last_readers(p, at)
     out, again = Builder(p), dict[str, str]()
     for op in p.ops:
         for name in dict.fromkeys(ref.name for ref in op.refs):
@@ -38,6 +39,16 @@ def remade(p: Program) -> Program:
                     out.emit(replace(each, results=(again[each.name],), phase=op.phase, origin="").map_refs(lambda ref: Ref(again.get(ref.name, ref.name))))
         out.emit(op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name))) if op.phase == "backward" else op)
     return out.program()
+
+
+def _last_readers(p: Program, at: dict[str, int]) -> dict[str, int]:
+    """Value -> position of the last op that reads its memory, through views too."""
+    last = {name: max((at[u.results[0]] if isinstance(u, Op) else len(p.ops) for u in uses), default=-1) for name, uses in p.uses.items()}
+    _, views = laid_out(p)
+    for op, view in zip(reversed(p.ops), reversed(views), strict=True):
+        if view:
+            last[op.refs[0].name] = max(last[op.refs[0].name], last[op.name])
+    return last
 
 
 def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str, int]) -> list[Op]:
@@ -61,7 +72,8 @@ def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str
             leaves.add(value)
     large = [leaf for leaf in leaves if _elements(p, leaf) * FEW > size]
     extra = sum(_bytes(p, leaf) for leaf in large if leaf in at and last[leaf] < last[name])
-    if not any(kind_of(op, p) == POINT for op in chain.values()) or len(large) > 1 or extra >= whole:
+    stored = any(u.phase == "forward" and not kind_of(u, p) for u in p.uses[name] if isinstance(u, Op))  # whoever reads it in the backward
+    if not any(kind_of(op, p) == POINT for op in chain.values()) or len(large) > 1 or extra > whole or (extra == whole and stored):
         return []
     return sorted(chain.values(), key=lambda op: at[op.name])
 

@@ -28,7 +28,7 @@ def losses(model: str, plan: str, codegen: str) -> list[float]:
     return [float(step({"input_ids": ids, "labels": ids})) for _ in range(3)]
 
 
-@pytest.mark.parametrize("codegen", ["functions", pytest.param("inductor", marks=[pytest.mark.wide, pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")])])
+@pytest.mark.parametrize("codegen", ["functions", pytest.param("cpp", marks=pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")), pytest.param("inductor", marks=[pytest.mark.wide, pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")])])
 @pytest.mark.parametrize("plan", ["zero0", "zero1+dp2+bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_kernels_train_as_ops_do(model: str, plan: str, codegen: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import deepseed
 from deepseed import build
 from deepseed import kernels as back_ends
 from deepseed.api import TrainStep
-from deepseed.codegen import inductor
+from deepseed.codegen import cpp_files, inductor
 from deepseed.codegen.kernels import Kernel, kernels
 from deepseed.explain_kernels import explain_kernels
 from deepseed.ir.text import parse
@@ -164,8 +164,58 @@ def test_steps_of_kernels_compute_what_steps_of_ops_do(plan: str, monkeypatch: p
         torch.testing.assert_close(others[key], t, rtol=0.0, atol=1e-12)
 
 
+@COMPILER
+@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2"])
+def test_steps_of_cpp_compute_what_steps_of_ops_do(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> Sequence[back_ends.Compiled]:
+        made.extend(codes := cpp_files.compiled(wanted, folder, tell))
+        return codes
+
+    monkeypatch.setitem(back_ends.BACK_ENDS, "cpp", compiled)
+    losses, values, _ = trained(plan, "python")
+    again, others, _ = trained(plan, "cpp")
+    assert len(made) > 5 and all(isinstance(code, cpp_files.Fixed) for code in made)
+    assert losses == pytest.approx(again, rel=1e-13)
+    for key, t in values.items():
+        torch.testing.assert_close(others[key], t, rtol=0.0, atol=1e-12)
+
+
+OVER = """program p mesh() facts(explicit, lowered, placed)
+%x : f32[8, 16] batch "x"
+%w : f32[16, 16] param "w"
+%a = aten.mm(%x, %w) : f32[8, 16] {phase="forward"}
+%b = aten.exp(%a) : f32[8, 16] {phase="forward"}
+%c = aten.neg(%b) : f32[8, 16] {phase="forward"}
+%d = aten.mm(%c, %w) : f32[8, 16] {phase="forward"}
+return %d output "d"
+"""
+
+
+@COMPILER
+def test_a_kernel_writes_over_what_nothing_reads_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(back_ends, "cache_dir", lambda: tmp_path)
+
+    def names(text: str, counted: bool = False) -> list[str]:
+        p = localize(fuse(parse(text)), {})
+        return list(back_ends.made(p, "cpp", {}, counted, print).names.values())
+
+    (name,) = names(OVER)
+    assert name.endswith("_over0")
+    later = OVER.replace("return %d", "%e = aten.mm(%a, %w) : f32[8, 16] {phase=\"forward\"}\nreturn %e output \"e\"\nreturn %d")
+    view = OVER.replace("return %d", "%v = permute(%a, dims=[1, 0]) : f32[16, 8] {phase=\"forward\"}\n%e = aten.mm(%v, %c) : f32[16, 16] {phase=\"forward\"}\nreturn %e output \"e\"\nreturn %d")
+    given = OVER.replace("aten.exp(%a)", "aten.exp(%x)")
+    returned = OVER + 'return %a output "a"\n'
+    half = OVER.replace("%a = aten.mm(%x, %w) : f32[8, 16]", "%f = aten.mm(%x, %w) : f32[8, 16] {phase=\"forward\"}\n%a = slice(%f, dim=0, start=0, step=1) : f32[4, 16]")
+    half = half.replace("f32[8, 16] {phase=\"forward\"}\n%c", "f32[4, 16] {phase=\"forward\"}\n%c").replace("aten.neg(%b) : f32[8", "aten.neg(%b) : f32[4").replace("aten.mm(%c, %w) : f32[8", "aten.mm(%c, %w) : f32[4")
+    for text in (later, view, given, returned, half):
+        assert not any("_over" in name for name in names(text)), text
+    assert not any("_over" in name for name in names(OVER, True))  # what an arena counts is made where it is said to be
+
+
 def test_a_word_that_means_no_back_end() -> None:
-    with pytest.raises(ValueError, match="fix: one of python, inductor, triton, auto"):
+    with pytest.raises(ValueError, match="fix: one of python, cpp, inductor, triton, auto"):
         trained("zero0", "indoctor")
 
 

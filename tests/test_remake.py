@@ -7,7 +7,9 @@ import torch
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
+from deepseed.memory import memory
 from deepseed.ops import evaluate
+from deepseed.passes.fuse import fuse
 from deepseed.passes.remake import remade
 
 HEAD = "program p mesh() facts(explicit, lowered, placed)\n"
@@ -50,9 +52,27 @@ def test_a_wide_value_is_made_again_of_the_narrow_one_and_rows() -> None:
     same(p, q, torch.randn(8, 16).bfloat16(), torch.randn(16, 64).bfloat16(), torch.randn(8, 1))
 
 
-def test_what_is_no_narrower_is_read_as_it_is() -> None:
+def test_what_is_as_wide_is_kept_in_the_place_of_what_is_made_of_it() -> None:
+    """The kernel of the forward stores nothing that wide, and no more is held."""
     p, q = done(SOFTMAX.replace("bf16", "f32"))
+    assert [op.name for op in q.ops if op.phase == "backward"][:2] == ["c.again", "y.again"]
+    assert memory(fuse(q)).peak_bytes <= memory(fuse(p)).peak_bytes + 8 * 4  # %m of each row
+    torch.manual_seed(0)
+    same(p, q, torch.randn(8, 16), torch.randn(16, 64), torch.randn(8, 1))
+
+
+def test_what_the_forward_stores_in_any_case_is_not_made_of_what_is_as_wide() -> None:
+    stored = '%t = permute(%h, dims=[1, 0]) : f32[16, 8] {phase="forward"}\n%k = aten.mm(%t, %y) : f32[16, 64] {phase="forward"}\nreturn %k output "k"\nreturn %s'
+    p, q = done(SOFTMAX.replace("bf16", "f32").replace("return %s", stored))
     assert p.ops == q.ops
+
+
+def test_what_views_read_later_is_there_anyway() -> None:
+    text = SOFTMAX.replace("bf16", "f32").replace("%c = cast(%x) : f32[8, 64]", "%x8 = reshape(%x) : f32[2, 4, 64] {phase=\"forward\"}\n%c = reshape(%x8) : f32[8, 64]")
+    text = text.replace("%d = aten.mul.Tensor(%b, %g)", "%l = reshape(%x8) : f32[8, 64] {phase=\"backward\"}\n%k = aten.mul.Tensor(%b, %l) : f32[8, 64] {phase=\"backward\"}\n%d = aten.mul.Tensor(%k, %g)")
+    stored = '%t = permute(%h, dims=[1, 0]) : f32[16, 8] {phase="forward"}\n%n = aten.mm(%t, %y) : f32[16, 64] {phase="forward"}\n%b = '
+    _, q = done(text.replace("%b = ", stored) + 'return %n output "n"\n')
+    assert "y.again" in [op.name for op in q.ops if op.phase == "backward"]
 
 
 def test_what_is_there_anyway_costs_nothing() -> None:

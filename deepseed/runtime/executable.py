@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,4 +120,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False  # another C library
     large = 2**31 - 1
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what compiling has left, first
     return bool(mallopt(-1, large)) & bool(mallopt(-3, large))

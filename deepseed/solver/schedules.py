@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from deepseed.ir.messages import Item, Message, Place, home, instructions_at, queues, receives, runs_once, within_once
 from deepseed.ir.schedule import Instruction, Schedule, format_instruction, kind_of, loop_of, order_of
+
+if TYPE_CHECKING:
+    import networkx as nx  # 11 MB of a rank's memory, for checks of pipelines alone
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb")
 Step = tuple[str, int, int]  # kind, chunk (0 .. v - 1, the how manieth stage of the rank), microbatch
@@ -166,6 +168,8 @@ def _check_complete(schedule: Schedule, parts: Collection[Place]) -> None:
 def graph(schedule: Schedule, messages: Mapping[str, Message]) -> nx.DiGraph:
     """Which instruction waits for which: an edge, labelled ``why``, from the one that must end to the one that waits: the lane's order, the parts of a
     microbatch on one stage, and the messages."""
+    import networkx as nx
+
     out = nx.DiGraph()
     for program in schedule.lanes:
         out.add_nodes_from(program)
@@ -194,6 +198,8 @@ def _pairs(schedule: Schedule, message: Message) -> Iterator[tuple[Instruction, 
 
 
 def _check_deadlock(schedule: Schedule, messages: Mapping[str, Message]) -> None:
+    import networkx as nx
+
     waits = graph(schedule, messages)
     if nx.is_directed_acyclic_graph(waits):
         return
