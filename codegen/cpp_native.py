@@ -1,7 +1,7 @@
 """C++ for a packed step on a CPU: products of few rows, cache writes, attention of few new tokens; with the vectors that the compiler's target has. Stands behind LIBRARY.
 
-``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16;
-16 bits are computed in float. deepseed.inference.native calls them.
+``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16, and ``int8_<dtype>`` and
+``fp8_<dtype>``, products with weights in eight bits that have a scale an output; 16 bits are computed in float. deepseed.inference.native calls them.
 """
 
 TEMPLATES = r"""
@@ -9,6 +9,9 @@ TEMPLATES = r"""
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, REGISTERS = 32;
@@ -26,13 +29,30 @@ template <> struct Vector<double> { typedef double type __attribute__((vector_si
 template <class C> using V = typename Vector<C>::type;
 template <class C> constexpr int LANES = BYTES / int(sizeof(C));
 
+struct e4m3 { int8_t bits; };
+// Sign, exponent and mantissa of an e4m3 lie in a half as they are, whose exponents begin 8 lower: a scale of fp8 is 256 times as large
+static inline float up(e4m3 x) { return float(__builtin_bit_cast(_Float16, int16_t((x.bits << 7) & -0x4001))); }
+
 template <class C, class S> static inline V<C> load(const S *p) {
-    if constexpr (sizeof(S) == sizeof(C)) {
-        V<C> v;
+    V<C> v;
+    if constexpr (sizeof(S) == 1 && sizeof(C) == 4 && BYTES > 16) {  // what a compiler makes of a conversion of vectors is five times as slow
+#if defined(__AVX512F__)
+        __m128i n = _mm_loadu_si128((const __m128i *)p);
+        if constexpr (std::is_same_v<S, e4m3>) return (V<C>)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(n), 7), _mm256_set1_epi16(-0x4001)));
+        else return (V<C>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(n));
+#elif defined(__AVX2__) && defined(__F16C__)
+        __m128i n = _mm_loadl_epi64((const __m128i *)p);
+        if constexpr (std::is_same_v<S, e4m3>) return (V<C>)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(n), 7), _mm_set1_epi16(-0x4001)));
+        else return (V<C>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(n));
+#endif
+    }
+    if constexpr (sizeof(S) == 1) {
+        for (int i = 0; i < LANES<C>; ++i) v[i] = C(up(p[i]));
+        return v;
+    } else if constexpr (sizeof(S) == sizeof(C)) {
         __builtin_memcpy(&v, p, BYTES);
         return v;
     } else {  // 16 bits
-        V<C> v;
         if constexpr (std::is_same_v<S, bfloat>) {
             typedef uint16_t narrow __attribute__((vector_size(BYTES / 2)));
             typedef uint32_t wide __attribute__((vector_size(BYTES)));
@@ -62,9 +82,9 @@ static inline C halved(const void *v) {
 }
 template <class C> static inline C sum(V<C> v) { return halved<C, LANES<C>>(&v); }
 
-// y[R, N] = x[R, width] . w[N, width], all sums in registers
-template <class C, class S, int R, int N>
-static inline void tile(const S *x, const S *w, S *y, int64_t width, int64_t stride) {
+// y[R, N] = x[R, width] . w[N, width], all sums in registers; of weights in eight bits each output has a scale
+template <class C, class S, class W, int R, int N>
+static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t width, int64_t stride) {
     V<C> sums[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) sums[r][n] = V<C>{};
@@ -73,7 +93,7 @@ static inline void tile(const S *x, const S *w, S *y, int64_t width, int64_t str
         V<C> a[N];
         for (int n = 0; n < N; ++n) {
             a[n] = load<C>(w + n * width + k);
-            __builtin_prefetch(w + n * width + k + AHEAD / int(sizeof(S)), 0, 3);
+            __builtin_prefetch(w + n * width + k + AHEAD / int(sizeof(W)), 0, 3);
         }
         for (int r = 0; r < R; ++r) {
             V<C> b = load<C>(x + r * width + k);
@@ -84,32 +104,33 @@ static inline void tile(const S *x, const S *w, S *y, int64_t width, int64_t str
         for (int n = 0; n < N; ++n) {
             C total = sum<C>(sums[r][n]);
             for (int64_t i = k; i < width; ++i) total += up(x[r * width + i]) * up(w[n * width + i]);
+            if constexpr (sizeof(W) == 1) total *= scale[n];
             y[r * stride + n] = down<S>::of(total);
         }
 }
 
 constexpr int columns(int rows) { return std::max(1, std::min(8, (REGISTERS - 2) / (rows + 1))); }
 
-template <class C, class S, int R, int N>
-static inline void rows_of(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t stride) {
+template <class C, class S, class W, int R, int N>
+static inline void rows_of(const S *x, const W *w, const C *scale, S *y, int64_t rows, int64_t width, int64_t stride) {
     int64_t r = 0;
-    for (; r + R <= rows; r += R) tile<C, S, R, N>(x + r * width, w, y + r * stride, width, stride);
+    for (; r + R <= rows; r += R) tile<C, S, W, R, N>(x + r * width, w, scale, y + r * stride, width, stride);
     if constexpr (R > 1)
-        if (r < rows) rows_of<C, S, R / 2, N>(x + r * width, w, y + r * stride, rows - r, width, stride);
+        if (r < rows) rows_of<C, S, W, R / 2, N>(x + r * width, w, scale, y + r * stride, rows - r, width, stride);
 }
 
 // outputs begin .. end of one product; the weights of a few outputs stay near while all rows meet them
-template <class C, class S, int R>
-static void product_of(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int64_t begin, int64_t end) {
+template <class C, class S, class W, int R>
+static void product_of(const S *x, const W *w, const C *scale, S *y, int64_t rows, int64_t width, int64_t outputs, int64_t begin, int64_t end) {
     constexpr int N = columns(R);
     int64_t o = begin;
-    for (; o + N <= end; o += N) rows_of<C, S, R, N>(x, w + o * width, y + o, rows, width, outputs);
-    for (; o < end; ++o) rows_of<C, S, R, 1>(x, w + o * width, y + o, rows, width, outputs);
+    for (; o + N <= end; o += N) rows_of<C, S, W, R, N>(x, w + o * width, scale + o, y + o, rows, width, outputs);
+    for (; o < end; ++o) rows_of<C, S, W, R, 1>(x, w + o * width, scale + o, y + o, rows, width, outputs);
 }
 
 // Several products of the same rows; a thread has a part of all outputs together
-template <class C, class S>
-static void products(const S *x, int count, const S *const *w, S *const *y, const int64_t *outputs, int64_t rows, int64_t width, int threads) {
+template <class C, class S, class W>
+static void products(const S *x, int count, const W *const *w, const C *const *scales, S *const *y, const int64_t *outputs, int64_t rows, int64_t width, int threads) {
     int64_t all = 0;
     for (int i = 0; i < count; ++i) all += outputs[i];
     #pragma omp parallel for num_threads(threads) if (threads > 1 && all * width > (1 << 15))
@@ -118,17 +139,30 @@ static void products(const S *x, int count, const S *const *w, S *const *y, cons
         for (int i = 0; i < count; first += outputs[i++]) {
             int64_t a = std::max<int64_t>(0, begin - first), b = std::min(outputs[i], end - first);
             if (a >= b) continue;
-            if (ROWS == 8 && rows >= 5) product_of<C, S, ROWS>(x, w[i], y[i], rows, width, outputs[i], a, b);
-            else if (rows >= 3) product_of<C, S, 4>(x, w[i], y[i], rows, width, outputs[i], a, b);
-            else if (rows == 2) product_of<C, S, 2>(x, w[i], y[i], rows, width, outputs[i], a, b);
-            else product_of<C, S, 1>(x, w[i], y[i], rows, width, outputs[i], a, b);
+            if (ROWS == 8 && rows >= 5) product_of<C, S, W, ROWS>(x, w[i], scales[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows >= 3) product_of<C, S, W, 4>(x, w[i], scales[i], y[i], rows, width, outputs[i], a, b);
+            else if (rows == 2) product_of<C, S, W, 2>(x, w[i], scales[i], y[i], rows, width, outputs[i], a, b);
+            else product_of<C, S, W, 1>(x, w[i], scales[i], y[i], rows, width, outputs[i], a, b);
         }
     }
 }
 
-template <class C, class S>
-static void product(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
-    products<C, S>(x, 1, &w, &y, &outputs, rows, width, threads);
+template <class C, class S, class W>
+static void product(const S *x, const W *w, const C *scale, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
+    products<C, S, W>(x, 1, &w, &scale, &y, &outputs, rows, width, threads);
+}
+
+// What weights in eight bits say, made whole
+template <class C, class S, class W>
+static void widen(const W *w, const C *scale, S *y, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < width; ++k) y[r * width + k] = down<S>::of(C(up(w[r * width + k])) * scale[r]);
+}
+
+// The rows of a table in eight bits that ids say
+template <class C, class S, class W>
+static void gather_eight(const W *table, const C *scale, const int64_t *ids, S *y, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) widen<C, S, W>(table + ids[r] * width, scale + ids[r], y + r * width, 1, width);
 }
 
 // The same with w[width, N] as it lies; N outputs are `V` vectors
@@ -304,8 +338,13 @@ static void put(const S *x, S *cache, const int64_t *slots, int64_t tokens, int6
 """
 
 EXPORTS = r"""
+#define EIGHT(S, C, W, NAME) \
+    extern "C" void NAME(const S *x, const W *w, const C *scale, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product<C, S, W>(x, w, scale, y, rows, width, outputs, threads); } \
+    extern "C" void widen_##NAME(const W *w, const C *scale, S *y, int64_t rows, int64_t width) { widen<C, S, W>(w, scale, y, rows, width); }
 #define EACH(S, C, NAME) \
-    extern "C" void product_##NAME(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product<C, S>(x, w, y, rows, width, outputs, threads); } \
+    extern "C" void product_##NAME(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product<C, S, S>(x, w, nullptr, y, rows, width, outputs, threads); } \
+    EIGHT(S, C, int8_t, int8_##NAME) \
+    EIGHT(S, C, e4m3, fp8_##NAME) \
     extern "C" void flat_##NAME(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) { product_flat<C, S>(x, w, y, rows, width, outputs, threads); } \
     extern "C" void put_##NAME(const S *x, S *cache, const int64_t *slots, int64_t tokens, int64_t held, int64_t room, int64_t width) { put<S>(x, cache, slots, tokens, held, room, width); } \
     extern "C" void attend_##NAME(const S *q, const S *keys, const S *values, S *out, const S *sinks, const int64_t *table, const int64_t *lengths, const int64_t *news, const int64_t *rows, \

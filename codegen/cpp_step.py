@@ -21,6 +21,7 @@ from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 
 ALIGNED = 64  # bytes
+EIGHT = {"int8": "int8_t", "fp8": "e4m3"}  # weights in eight bits, as they are stored
 HEAD = (
     'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
     "const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {"
@@ -62,7 +63,7 @@ def side_by_side(p: Program) -> Program:
     first: dict[str, str] = {}
     follow: dict[str, list[Op]] = {}
     for op in p.ops:
-        if op.target == "aten.mm" and not op.kernel and op.refs[1].name in stored | early:
+        if op.target in ("aten.mm", "eight_bits.mm") and not op.kernel and all(r.name in stored | early for r in op.refs[1:]):
             lead = first.setdefault(op.refs[0].name, op.name)
             if lead != op.name:
                 follow.setdefault(lead, []).append(op)
@@ -95,7 +96,7 @@ class _Step:
     holes: list[tuple[int, int]] = field(default_factory=list)  # free places, in order: begin, end
     top: int = 0
     calls: int = 0
-    joined: tuple[str, int, list[tuple[str, str, int]]] = field(default_factory=lambda: ("", 0, []))  # the last products: their operand, how many lines there were, weights, results and sizes
+    joined: tuple[tuple[str, str], int, list[tuple[str, str, str, str]]] = field(default_factory=lambda: (("", ""), 0, []))  # the last products: their operand and how weights are stored, how many lines there were, weights, scales, results and sizes
 
     def __post_init__(self) -> None:
         self.at: dict[str, str] = {i.name: f"(char *)in[{n}]" for n, i in enumerate(self.p.inputs)}  # where a value begins
@@ -150,12 +151,24 @@ class _Step:
             lying = self._lying(w)
             if self._lying(a) != (width, 1) or lying not in ((1, width), (outputs, 1)) or (op.target == "aten.addmm" and (op.kwargs or p.types[op.refs[0].name].shape != (outputs,))):
                 raise CodegenError(f"%{op.name}: operands of a product that lie otherwise")
-            if lying == (1, width) and op.target == "aten.mm":
-                self._product(op, kind, x, y, rows, width, outputs)
+            if lying == (1, width):
+                self._product(op, x[-2], x[-1], "nullptr", y, TYPES[op.type.dtype], rows, width, outputs)
             else:
-                self._line(f"product{'' if lying == (1, width) else '_flat'}<{kind}>({x[-2]}, {x[-1]}, {y}, {self._number(rows)}, {width}, {outputs}, threads);", op)
+                self._line(f"product_flat<{kind}>({x[-2]}, {x[-1]}, {y}, {self._number(rows)}, {width}, {outputs}, threads);", op)
             if op.target == "aten.addmm":
                 self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[0]}, {self._number(rows)}, {outputs});", op)
+        elif op.target == "eight_bits.mm":
+            (rows, width), outputs, stored = self._shape(op.refs[0].name), self._shape(op.name)[1], EIGHT[str(op.kw("kind"))]
+            if self._lying(op.refs[0].name) != (width, 1):
+                raise CodegenError(f"%{op.name}: operands of a product that lie otherwise")
+            self._product(op, x[0], f"({stored} *)({self.at[op.refs[1].name]})", x[2], y, stored, rows, width, outputs)
+            if len(x) > 3:
+                self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[3]}, {self._number(rows)}, {outputs});", op)
+        elif op.target == "eight_bits.rows":
+            ids, width, stored = op.refs[2].name, self._shape(op.refs[0].name)[1], EIGHT[str(op.kw("kind"))]
+            if self._lying(ids) != _contiguous(self._shape(ids)):
+                raise CodegenError(f"%{op.name}: ids that lie otherwise")
+            self._line(f"gather_eight<{kind}, {stored}>(({stored} *)({self.at[op.refs[0].name]}), {x[1]}, {x[2]}, {y}, {self._number(prod(self._shape(ids)))}, {width});", op)
         elif op.target == "embedding" and len(op.args) == 2 and p.types[op.refs[1].name].dtype == "i64":
             self._gather(op, y, op.refs[0].name, op.refs[1].name, p.types[op.refs[0].name].local(p.mesh)[1:])
         elif op.target == "aten.index.Tensor" and self._picks_rows(op):
@@ -169,18 +182,21 @@ class _Step:
             g = Group(op.name, n, n + 1, tuple(dict.fromkeys(r.name for r in op.refs)), op.results)
             self._alone(op, g)
 
-    def _product(self, op: Op, kind: str, x: Sequence[str], y: str, rows: int, width: int, outputs: int) -> None:
-        """Joined to the line before, where that multiplies the same operand."""
-        if self.joined and self.joined[0] == x[0] and self.joined[1] == len(self.lines):
+    def _product(self, op: Op, x: str, w: str, scale: str, y: str, stored: str, rows: int, width: int, outputs: int) -> None:
+        """Joined to the line before, where that multiplies the same operand by weights that are ``stored`` alike."""
+        if self.joined[:2] == ((x, stored), len(self.lines)):
             self.lines.pop()
             self.calls -= 1
         else:
-            self.joined = (x[0], 0, [])
-        each = [*self.joined[2], (x[1], y, outputs)]
-        ws, ys, ns = (", ".join(str(e[i]) for e in each) for i in range(3))
-        storage = TYPES[op.type.dtype]
-        self._line(f"{{ const {storage} *w[] = {{{ws}}}; {storage} *y[] = {{{ys}}}; const int64_t o[] = {{{ns}}}; products<{kind}>({x[0]}, {len(each)}, w, y, o, {self._number(rows)}, {width}, threads); }}", op)
-        self.joined = (x[0], len(self.lines), each)
+            self.joined = (("", ""), 0, [])
+        each = [*self.joined[2], (w, scale, y, str(outputs))]
+        ws, scales, ys, ns = (", ".join(e[i] for e in each) for i in range(4))
+        wide, storage = TYPES[computed(op.type.dtype)], TYPES[op.type.dtype]
+        self._line(
+            f"{{ const {stored} *w[] = {{{ws}}}; const {wide} *s[] = {{{scales}}}; {storage} *y[] = {{{ys}}}; const int64_t o[] = {{{ns}}}; "
+            f"products<{wide}, {storage}, {stored}>({x}, {len(each)}, w, s, y, o, {self._number(rows)}, {width}, threads); }}", op,
+        )  # fmt: skip
+        self.joined = ((x, stored), len(self.lines), each)
 
     def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
         if self._lying(table)[-len(width) - 1 :] != (prod(width), *_contiguous(width)) or self._lying(ids) != _contiguous(self._shape(ids)):

@@ -31,7 +31,7 @@ from deepseed.inference.executable import Executable
 from deepseed.inference.lookup import Lookup
 from deepseed.inference.model import loaded, room
 from deepseed.inference.outputs import Completion, Counts, Output, Update
-from deepseed.inference.quantize import Report, quantized
+from deepseed.inference.quantize import Report
 from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, fresh_seed, sample, scored
 from deepseed.inference.scheduler import Piece, Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
@@ -85,8 +85,6 @@ class Engine:
         if block < 1:
             raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
         ranks = _ranks(plan)
-        if quantize is not None and ranks > 1:
-            raise InferenceError(f"quantize={quantize!r} with plan {plan!r}: weights in eight bits are not split over ranks\n  fix: plan tp1 (a server may have several replicas, dp2), or no quantize")
         if codegen == "triton" and quantize is not None:
             raise InferenceError(f"quantize={quantize!r} with codegen='triton': weights in eight bits have no emitted kernel\n  fix: codegen='auto', or no quantize")
         found = loaded(model, dtype, tokenizer, device, split=ranks > 1, weights=weights)
@@ -106,18 +104,13 @@ class Engine:
         self.plan = parse_plan(plan)
         self.executable: Executable | SplitExecutable
         self.quantized: Report | None = None
-        if quantize is not None or (ranks == 1 and codegen != "triton" and (codegen == "python" or found.device.type != "cpu" or native.load() is None)):
-            captured, state = capture(found.model), found.state
-            if quantize is not None:
-                captured, state, self.quantized = quantized(captured, state, quantize)
-            self.executable = Executable(captured, state, blocks, block, found.dtype, found.device, own=found.own)
-            if self.quantized is not None and found.own:
-                for e in self.quantized.errors:  # nobody reads the whole ones any more
-                    found.state[e.name].data = found.state[e.name].data.new_empty(0)
+        if quantize is None and ranks == 1 and codegen != "triton" and (codegen == "python" or found.device.type != "cpu" or native.load() is None):
+            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
         else:
             from deepseed.inference.split import SplitExecutable
 
-            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen)
+            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen, quantize=quantize, own=found.own)
+            self.quantized = self.executable.quantized
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FEW = 32  # rows of a product, at most; beyond, blocked products win
 NEW = 4  # tokens that a sequence brings, at most; beyond, products of matrices win
+EIGHT = ("int8", "fp8")  # weights in eight bits
 _POINTER, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -44,6 +45,8 @@ class Native:
             return out
 
         self.products = each("product", [_POINTER] * 3 + [_LONG] * 3 + [_INT])
+        self.eights = {kind: each(kind, [_POINTER] * 4 + [_LONG] * 3 + [_INT]) for kind in EIGHT}
+        self.widens = {kind: each(f"widen_{kind}", [_POINTER] * 3 + [_LONG] * 2) for kind in EIGHT}
         self.flats = each("flat", [_POINTER] * 3 + [_LONG] * 3 + [_INT])
         self.puts = each("put", [_POINTER] * 3 + [_LONG] * 4)
         self.attends = each("attend", [_POINTER] * 9 + [_LONG] * 8 + [_DOUBLE, _LONG, _DOUBLE, _INT])
@@ -76,6 +79,26 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 def biased(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """The same with a bias [out]."""
     return torch.addmm(bias, x, w) if x.shape[0] > FEW or load() is None else product(x, w).add_(bias)
+
+
+def product_of_eight(x: Tensor, w: Tensor, scale: Tensor, kind: str) -> Tensor | None:
+    """x [rows, width] @ w [outputs, width].t(), weights in eight bits with a scale an output; None where rows are many or there is no compiler."""
+    native, (rows, width), outputs = load(), x.shape, w.shape[0]
+    if native is None or not 0 < rows <= FEW or x.dtype not in _DTYPES or x.device.type != "cpu":
+        return None
+    x, y = x.contiguous(), torch.empty(rows, outputs, dtype=x.dtype)
+    native.eights[kind][x.dtype](x.data_ptr(), w.data_ptr(), scale.data_ptr(), y.data_ptr(), rows, width, outputs, torch.get_num_threads())
+    return y
+
+
+def widened(w: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor | None:
+    """What weights in eight bits say; None without a compiler."""
+    native = load()
+    if native is None or dtype not in _DTYPES or w.device.type != "cpu":
+        return None
+    y = torch.empty(w.shape, dtype=dtype)
+    native.widens[kind][dtype](w.data_ptr(), scale.data_ptr(), y.data_ptr(), *w.shape)
+    return y
 
 
 class FewRows:

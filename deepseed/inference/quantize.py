@@ -1,37 +1,39 @@
-"""Weights in eight bits: each matrix that products read becomes whole numbers (or 8-bit floats) and one scale an output channel. Activations stay as they are.
+"""Weights in eight bits: each matrix that products read becomes whole numbers (or 8-bit floats) and one scale an output channel. Activations stay as they are, sums are float32.
 
-    captured, state, report = quantized(captured, state, "int8")
+    p, stored = in_eight_bits(p, "int8")         # a rank's program that reads them
+    given, errors = stored.read(host, given)     # what it is called with
 
-A pass over the captured forward. Which weights: those of two dimensions that products read, and nothing but products and lookups (a tied table is both), all with the same dimension
-for channels.
-No name of a module is looked at. ``int8`` is symmetric, round(w / s) with s = max|w| / 127; ``fp8`` is float8_e4m3fn of w / s with s = max|w| / 448.
+A pass over a localized program. Which weights: those of two dimensions that products read, and nothing but products and lookups (a tied table is both), all with the same dimension
+for channels. No name of a module is looked at. ``int8`` is symmetric, round(w / s) with s = max|w| / 127; ``fp8`` is float8_e4m3fn of w / s with s = max|w| / 448. A rank makes its own part
+of a matrix; where the ranks share an output channel they agree on its largest weight, so the parts are those of the whole matrix in eight bits.
 
-The product of int8 has torch's own kernel for CPUs, which takes bfloat16 activations: on any path a row's activations are rounded to bfloat16, sums are float32, and the result is
-rounded once more. fp8 has no such kernel: its matrix is made whole again a few channels at a time, in the activations' own precision.
+    before: %w : f32[96, 64@tp] param     %w.t = permute(%w, dims=[1, 0])     %y = aten.mm(%x, %w.t)
+    after:  %w : i8[96, 64@tp] param      %w.scale : f32[96] param            %y = eight_bits.mm(%x, %w, %w.scale, kind="int8")
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from deepseed.inference.capture import CapturedForward
+from deepseed.codegen.cpp_ops import computed
+from deepseed.codegen.python import generate
+from deepseed.inference import native
 from deepseed.inference.errors import InferenceError
+from deepseed.ir.layout import Layout, Partial, Split
+from deepseed.ir.program import FLOATS, Input, Op, Output, Program, Ref, Type
+from deepseed.runtime.executable import Executable
 
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-FEW = 32  # rows for which torch's kernel is the fastest
-VECTOR = 16  # elements of a row that torch's kernel of int8 takes at a time
 AT_A_TIME = 1 << 18  # elements of a matrix that are whole at a time
-_ATEN = torch.ops.aten
-# op: (argument that is the matrix, of the input, of the bias; dimension of the matrix that is the output's channels)
-_PRODUCTS: dict[Any, tuple[int, int, int | None, int]] = {_ATEN.linear.default: (1, 0, 2, 0), _ATEN.mm.default: (1, 0, None, 1), _ATEN.addmm.default: (2, 1, 0, 1)}
-_LOOKUP = _ATEN.embedding.default
+MM, ROWS = "eight_bits.mm", "eight_bits.rows"
+SUBNORMAL = 256.0  # an e4m3's bits, read as those of a float16, say a number so many times as small: its scale makes up for it
+# op: (argument that is the matrix, of the input, of the bias)
+_PRODUCTS: dict[str, tuple[int, int, int | None]] = {"aten.mm": (1, 0, None), "aten.addmm": (2, 1, 0)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Error:
 
 @dataclass(frozen=True)
 class Report:
+    """``errors``: of what this process's ranks hold of each matrix."""
+
     kind: str
     errors: tuple[Error, ...]
     relative: float  # of all matrices together
@@ -72,121 +76,207 @@ class Report:
         return "\n".join([f"{e.relative:8.3%} {e.largest:8.3%}  {e.name} {list(e.shape)}" for e in self.errors] + [str(self)])
 
 
-def quantized(captured: CapturedForward, state: Mapping[str, Tensor], kind: str) -> tuple[CapturedForward, dict[str, Tensor], Report]:
-    """The same forward on the same weights in eight bits. ``state`` itself stays."""
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in eight bits: ``source`` is the stored one, of which ``part`` (None: all of it) is read; ``channels``: the dimension of the output's channels."""
+
+    name: str
+    source: Input
+    part: Op | None
+    type: Type
+    channels: int
+
+
+@dataclass
+class Lost:
+    """Sums over the parts of a matrix."""
+
+    error: float = 0.0
+    norm: float = 0.0
+    most_off: float = 0.0
+    most: float = 0.0
+    before: int = 0
+    after: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def in_eight_bits(p: Program, kind: str) -> tuple[Program, tuple[Matrix, ...]]:
+    """A rank's program that reads its matrices in eight bits, and which: they stand behind its other inputs, each before its scale. Raises InferenceError where there is none."""
     if kind not in KINDS:
         raise InferenceError(f"quantize={kind!r} is unknown\n  fix: one of {', '.join(KINDS)}")
-    graph = copy.deepcopy(captured.graph.graph)
-    inputs = dict(zip(captured.names, (n for n in graph.nodes if n.op == "placeholder"), strict=False))
-    alike: dict[int, list[str]] = {}  # names of one tensor
-    for name in captured.names:
-        if name in state:
-            alike.setdefault(id(state[name]), []).append(name)
-    made, scales, errors = dict(state), dict[str, Tensor](), list[Error]()
-    for names in alike.values():
-        nodes = [inputs[n] for n in names]
-        channels = _channels(nodes)
-        if channels is None or state[names[0]].dim() != 2:
-            continue
-        weight = state[names[0]].detach().movedim(channels, 0).contiguous()
-        whole, scale = eight_bits(weight, kind)
-        errors.append(_error(names[0], weight, whole, scale))
-        for name, node in zip(names, nodes, strict=True):
-            made[name], scales[f"{name}.scale"] = whole, scale
-            with graph.inserting_after(node):
-                given = graph.placeholder(f"{node.name}_scale")
-            given.meta = {"val": None}
-            for user in list(node.users):
-                with graph.inserting_before(user):
-                    new = graph.call_function(*_kernel(kind, user, node, given))
-                new.meta = dict(user.meta)
-                user.replace_all_uses_with(new)
-                graph.erase_node(user)
-    if not errors:
+    matrices = [m for i in p.inputs for m in _matrices(p, i)]
+    if not matrices:
         raise InferenceError("no weight is read by products alone, so none can be stored in eight bits\n  fix: leave quantize out")
-    names_now = tuple(n for name in captured.names for n in ((name, f"{name}.scale") if f"{name}.scale" in scales else (name,)))
-    kept = {id(x): x for n, x in made.items() if n in captured.names and f"{n}.scale" not in scales}
-    lost = sum((e.relative * float(state[e.name].detach().float().norm())) ** 2 for e in errors)
-    all_of = sum(float(state[e.name].detach().float().norm()) ** 2 for e in errors)
-    report = Report(kind, tuple(errors), (lost / all_of) ** 0.5 if all_of else 0.0, sum(x.numel() * x.element_size() for x in kept.values()))
-    return replace(captured, graph=torch.fx.GraphModule(torch.nn.Module(), graph), names=names_now), made | scales, report
+    of = {m.part.name if m.part is not None else m.source.name: m for m in matrices}
+    gone = {m.part.name for m in matrices if m.part is not None}
+    laid = {op.name: op.refs[0].name for op in p.ops if op.target == "permute" and op.refs[0].name in of}
+    ops = list[Op]()
+    for op in p.ops:
+        if op.name in gone or op.name in laid:
+            continue
+        if op.target in _PRODUCTS and (name := _named(op.args[_PRODUCTS[op.target][0]], laid)) in of:
+            _, x, bias = _PRODUCTS[op.target]
+            op = replace(op, target=MM, args=(op.args[x], *_given(of[name]), *((op.args[bias],) if bias is not None else ())), kwargs=(("kind", kind),))
+        elif op.target == "embedding" and (name := _named(op.args[0], laid)) in of:
+            op = replace(op, target=ROWS, args=(*_given(of[name]), op.args[1]), kwargs=(("kind", kind), ("dtype", op.type.dtype)))
+        ops.append(op)
+    kept = [i for i in p.inputs if i not in {m.source for m in matrices}]
+    new = [each for m in matrices for each in (Input(m.name, _stored(m, "i8"), "param", m.name), Input(f"{m.name}.scale", _scale(m), "param", f"{m.name}.scale"))]
+    return replace(p, inputs=(*kept, *new), ops=tuple(ops)), tuple(matrices)
 
 
-def eight_bits(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """[channels, width] -> the same in eight bits, and [channels] scales in the weight's precision. What they mean: ``whole``."""
+def made(host: Any, programs: Sequence[Program], matrices: Sequence[Sequence[Matrix]], given: Sequence[Sequence[Tensor]], kind: str) -> tuple[list[list[Tensor]], Report]:
+    """What the programs of the hosted ranks are called with. ``given``: what those of whole matrices were called with."""
+    steps = [Executable(generate(_largest(p, each)), f"{p.name}-largest") for p, each in zip(programs, matrices, strict=True)]
+    read = [[x for i, x in zip(p.inputs, xs, strict=True) if i in {m.source for m in each}] for p, each, xs in zip(programs, matrices, given, strict=True)]
+    found = host.run(steps, read)
+    out, lost, kept = list[list[Tensor]](), dict[str, Lost](), 0
+    for p, each, xs, parts in zip(programs, matrices, given, found, strict=True):
+        sources = {m.source for m in each}
+        out.append([x for i, x in zip(p.inputs, xs, strict=True) if i not in sources])
+        kept += sum(x.numel() * x.element_size() for i, x in zip(p.inputs, xs, strict=True) if i not in sources and i.role in ("param", "buffer"))
+        stored, made_of = {i: x for i, x in zip(p.inputs, xs, strict=True)}, iter(parts)
+        for m in each:
+            weight = (stored[m.source] if m.part is None else next(made_of)).detach().movedim(m.channels, 0)
+            most = next(made_of)
+            whole_numbers, scale = eight_bits(weight, kind, most)
+            out[-1] += [whole_numbers.view(torch.int8), scale]
+            _count(lost.setdefault(m.source.key, Lost()), weight, whole_numbers, scale, kind)
+    errors = tuple(Error(n, e.shapes[0], (e.error / (e.norm or 1)) ** 0.5, e.most_off / (e.most or 1), e.before, e.after) for n, e in lost.items())
+    total = sum(e.norm for e in lost.values())
+    return out, Report(kind, errors, (sum(e.error for e in lost.values()) / total) ** 0.5 if total else 0.0, kept)
+
+
+def eight_bits(weight: Tensor, kind: str, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[channels, width] -> the same in eight bits, and [channels] scales as the C++ products take them. ``most``: the largest of each channel. What they mean: ``whole``."""
     dtype, top = KINDS[kind]
-    wide = weight.float()
-    scale = (wide.abs().amax(1) / top).to(weight.dtype).float()
+    wide = weight if weight.dtype is torch.float64 else weight.float()
+    scale = (wide.abs().amax(1) if most is None else most).to(wide.dtype) / top
     scale = torch.where(scale == 0, 1.0, scale)
     scaled = wide / scale[:, None]
-    return (scaled.round().clamp(-127, 127) if dtype is torch.int8 else scaled.clamp(-top, top)).to(dtype), scale.to(weight.dtype)
+    stored = (scaled.round_().clamp_(-127, 127) if dtype is torch.int8 else scaled.clamp_(-top, top)).to(dtype).contiguous()
+    return stored, scale * SUBNORMAL if kind == "fp8" else scale
 
 
-def whole(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.to(scale.dtype) * scale[:, None]
+def whole(weight: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """In the scale's precision. ``weight``: also as int8 that has an 8-bit float's bits."""
+    return (_from_fp8(weight, scale.dtype) if kind == "fp8" else weight.to(scale.dtype)).mul_(scale[:, None])
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    if rows.shape[0] <= FEW and x.device.type == "cpu" and rows.shape[1] % VECTOR == 0:  # torch's kernel reads past rows of other widths
-        out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.bfloat16())
-    else:
-        out = _in_parts(rows.float(), weight, lambda part: part.float()).mul_(scale.bfloat16()).bfloat16()
-    out = out.to(x.dtype).view(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
+def mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, kind: str = "int8") -> Tensor:
+    """x [rows, width] times weight [channels, width]: in C++ where rows are few, else a few channels are made whole at a time."""
+    out = native.product_of_eight(x, weight, scale, kind)
+    if out is None:
+        channels, width = weight.shape
+        out = x.new_empty(x.shape[0], channels)
+        each = max(1, AT_A_TIME // max(width, 1))
+        for begin in range(0, channels, each):
+            part = slice(begin, begin + each)
+            out[:, part] = torch.mm(x, _widened(weight[part], scale[part], kind, x.dtype).t())
+    return out if bias is None else out.add_(bias)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = _in_parts(x.reshape(-1, x.shape[-1]), weight, lambda part: _from_fp8(part, x.dtype)).mul_(scale * 256).view(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
-
-
-def int8_rows(weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+def rows(weight: Tensor, scale: Tensor, ids: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """``embedding`` of a table in eight bits."""
-    return F.embedding(ids, weight).to(scale.dtype) * F.embedding(ids, scale[:, None])
+    flat = ids.reshape(-1)
+    return whole(weight.index_select(0, flat), scale.index_select(0, flat), kind).to(dtype).view(*ids.shape, -1)
 
 
-def fp8_rows(weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    rows: Tensor = F.embedding(ids, weight.view(torch.int8)).view(weight.dtype)
-    return rows.to(scale.dtype) * F.embedding(ids, scale[:, None])
+def _widened(weight: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    fast = native.widened(weight, scale, kind, dtype)
+    return whole(weight, scale, kind).to(dtype) if fast is None else fast
 
 
-def _kernel(kind: str, user: torch.fx.Node, weight: torch.fx.Node, scale: torch.fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    if user.target is _LOOKUP:
-        return (int8_rows if kind == "int8" else fp8_rows), (weight, scale, user.args[1])
-    _, x, bias, _ = _PRODUCTS[user.target]
-    return (int8_linear if kind == "int8" else fp8_linear), (user.args[x], weight, scale, user.args[bias] if bias is not None and bias < len(user.args) else None)
+def _matrices(p: Program, i: Input) -> list[Matrix]:
+    """The parts of a stored tensor that are read, each in eight bits; none where not all can be."""
+    if i.role != "param" or len(i.type.shape) != 2 or i.type.dtype not in FLOATS:
+        return []
+    found, channels, multiplied = list[Matrix](), set[int](), False
+    parts = [(i.name, None, i.type), *((u.name, u, u.type) for u in p.uses[i.name] if isinstance(u, Op) and u.target == "shard")]
+    for name, part, type_ in parts:
+        users = [u for u in p.uses[name] if part is not None or not (isinstance(u, Op) and u.target == "shard")]
+        for user in users:
+            dims = _channels(p, name, user)
+            if dims is None:
+                return []
+            channels |= dims
+            multiplied |= isinstance(user, Op) and user.target != "embedding"
+        if users:
+            found.append(Matrix(name, i, part, type_, 0))
+    return [replace(m, channels=next(iter(channels))) for m in found] if len(channels) == 1 and multiplied else []
 
 
-def _in_parts(x: Tensor, weight: Tensor, made_whole: Callable[[Tensor], Tensor]) -> Tensor:
-    channels, width = weight.shape
-    out = x.new_empty(x.shape[0], channels)
-    each = max(1, AT_A_TIME // width)
-    for begin in range(0, channels, each):
-        out[:, begin : begin + each] = x @ made_whole(weight[begin : begin + each]).t()
-    return out
+def _channels(p: Program, name: str, user: object) -> set[int] | None:
+    """The dimension of the output's channels, of a use that eight bits serve; None for another use."""
+    if not isinstance(user, Op) or user.kernel:
+        return None
+    if user.target == "permute" and user.kw("dims") == (1, 0):
+        reads = [_channels(p, user.name, u) for u in p.uses[user.name]]
+        return {1 - d for r in reads for d in r} if all(r == {1} for r in reads) else None  # type: ignore[union-attr]
+    at, dims = (_PRODUCTS[user.target][0], {1}) if user.target in _PRODUCTS else (0, {0})
+    alone = [n for n, a in enumerate(user.args) if a == Ref(name)] == [at] and sum(r.name == name for r in user.refs) == 1
+    fits = user.target in _PRODUCTS or (user.target == "embedding" and len(user.args) == 2)
+    return dims if fits and alone and not user.kwargs else None
+
+
+def _named(a: object, laid: Mapping[str, str]) -> str:
+    return laid.get(a.name, a.name) if isinstance(a, Ref) else ""
+
+
+def _given(m: Matrix) -> tuple[Ref, Ref]:
+    return Ref(m.name), Ref(f"{m.name}.scale")
+
+
+def _stored(m: Matrix, dtype: str) -> Type:
+    """[channels, width]."""
+    shape, layout = m.type.shape, m.type.layout
+    if m.channels == 0:
+        return replace(m.type, dtype=dtype)
+    turned = tuple((axis, replace(e, dim=1 - e.dim) if isinstance(e, Split) else e) for axis, e in layout.elements)
+    return replace(m.type, dtype=dtype, shape=shape[::-1], layout=Layout(turned))
+
+
+def _scale(m: Matrix) -> Type:
+    t = _stored(m, computed(m.type.dtype))
+    return replace(t, shape=t.shape[:1], layout=Layout(tuple((axis, e) for axis, e in t.layout.elements if isinstance(e, Split) and e.dim == 0)))
+
+
+def _largest(p: Program, matrices: Sequence[Matrix]) -> Program:
+    """From the stored tensors each matrix and the largest of each of its channels, over all ranks that share it."""
+    ops, outputs = list[Op](), list[Output]()
+    for m in matrices:
+        if m.part is not None:
+            ops.append(m.part)
+        name, t = m.name, m.type
+        ops.append(Op((f"{name}.abs",), "aten.abs", (Ref(name),), (t,)))
+        scale = replace(_scale(m), dtype=t.dtype)
+        shared = [axis for axis, e in t.layout.elements if isinstance(e, Split) and e.dim != m.channels]
+        layout = scale.layout
+        for axis in shared:
+            layout = layout.with_(axis, Partial("max"))
+        ops.append(Op((f"{name}.most",), "amax", (Ref(f"{name}.abs"),), (replace(scale, layout=layout),), (("dims", (1 - m.channels,)),)))
+        most = f"{name}.most"
+        for axis in shared:
+            layout = layout.with_(axis, None)
+            ops.append(Op((f"{most}.start",), "all_reduce.start", (Ref(most),), (replace(scale, layout=layout),), (("axis", axis),)))
+            ops.append(Op((f"{most}.{axis}",), "wait", (Ref(f"{most}.start"),), (replace(scale, layout=layout),)))
+            most = f"{most}.{axis}"
+        outputs += [Output(Ref(n), "output", n) for n in ((name, most) if m.part is not None else (most,))]
+    return Program("largest", p.mesh, tuple(i for i in p.inputs if i in {m.source for m in matrices}), tuple(ops), tuple(outputs))
+
+
+def _count(lost: Lost, weight: Tensor, stored: Tensor, scale: Tensor, kind: str) -> None:
+    wide = weight.to(scale.dtype)
+    off = whole(stored, scale, kind).sub_(wide)
+    lost.error += float(off.norm()) ** 2
+    lost.norm += float(wide.norm()) ** 2
+    lost.most_off, lost.most = (max(a, float(x.abs().max()) if x.numel() else 0.0) for a, x in ((lost.most_off, off), (lost.most, wide)))
+    lost.before += weight.numel() * weight.element_size()
+    lost.after += stored.numel() + scale.numel() * scale.element_size()
+    lost.shapes.append(tuple(weight.shape))
 
 
 def _from_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x / 256, by bits: sign, exponent and mantissa of an e4m3 lie in a float16 as they are, whose exponents begin 8 lower. Ten times faster than torch's own conversion."""
     bits: Tensor = (x.view(torch.int8).to(torch.int16) << 7).bitwise_and_(-0x4001)
     return bits.view(torch.float16).to(dtype)
-
-
-def _channels(nodes: list[torch.fx.Node]) -> int | None:
-    """The dimension of the output's channels, where some product reads the matrix and nothing but products and lookups does, each as its matrix alone."""
-    users = [(node, user) for node in nodes for user in node.users]
-    dims = set[int]()
-    for node, user in users:
-        at, dim = (0, 0) if user.target is _LOOKUP else (_PRODUCTS[user.target][0], _PRODUCTS[user.target][3]) if user.target in _PRODUCTS else (None, 0)
-        if at is None or [n for n, a in enumerate(user.args) if a is node] != [at] or user.kwargs:
-            return None
-        dims.add(dim)
-    return dims.pop() if len(dims) == 1 and any(u.target is not _LOOKUP for _, u in users) else None
-
-
-def _error(name: str, weight: Tensor, stored: Tensor, scale: Tensor) -> Error:
-    lost = weight.float() - whole(stored, scale.float())
-    norm, largest = float(weight.float().norm()) or 1.0, float(weight.abs().max()) or 1.0
-    before, after = weight.numel() * weight.element_size(), stored.numel() + scale.numel() * scale.element_size()
-    return Error(name, tuple(weight.shape), float(lost.norm()) / norm, float(lost.abs().max()) / largest, before, after)

@@ -23,17 +23,20 @@ from deepseed.api import Module
 from deepseed.capture import capture
 from deepseed.codegen import cpp_files, triton_files
 from deepseed.codegen.any_rows import general
+from deepseed.codegen.cpp import Shape
 from deepseed.codegen.cpp_native import TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.cpp_step import Lies, side_by_side, step
 from deepseed.codegen.expressions import DTYPES, CodegenError
-from deepseed.codegen.kernels import kernels
+from deepseed.codegen.kernels import Kernel, kernels
+from deepseed.codegen.python import generate
 from deepseed.codegen.triton import launches
 from deepseed.inference import gpu, native
 from deepseed.inference.attention import Packing, attend
 from deepseed.inference.capture import PAGELESS, PackedStep, Recorder, complete, hooked, look
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
+from deepseed.inference.quantize import Report, in_eight_bits, made, mm, rows
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
@@ -49,14 +52,18 @@ BEAT = "beat"  # in the place of a step: there is none, wait on
 TRIED = (11, 7)  # tokens and wanted rows of the capture that is looked through for numbers
 MOST_RANKS = 64  # that split one dimension
 FIRST = 503  # of the primes that stand for them
+CALLED = [("torch.mm", "product", native.product), ("torch.addmm", "biased", native.biased), ("torch.ops.eight_bits.mm.default", "eight_bits_mm", mm), ("torch.ops.eight_bits.rows.default", "eight_bits_rows", rows)]
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 
 class SplitExecutable:
     """A step on the ranks of a plan, those that this process hosts."""
 
-    def __init__(self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto") -> None:
-        """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler."""
+    def __init__(
+        self, model: nn.Module, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto",
+        quantize: str | None = None, own: bool = False,
+    ) -> None:  # fmt: skip
+        """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler. ``own``: nobody else reads the model's weights, which may go once they are in eight bits."""
         self.size, self.layers = size, look(model)
         device = next(p.device for p in model.parameters())
         self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
@@ -68,30 +75,46 @@ class SplitExecutable:
             self._found = self._step._find(example(*sizes), "forward")
         built = self._found.built
         self._given: list[list[Tensor]] = []
+        self.quantized: Report | None = None
         self.device = self._step.host.device
         self.whole: native.FewRows | None = None
         self.launches = 0  # functions that a step runs
         self.emitted = 0  # of these, emitted Triton kernels
         self.in_python: dict[str, str] = {}  # kernels that have no C++ or Triton, and why
-        self._sources = [self._of_any_size(e, c, sizes) for e, c in zip(built.executables, self._step.host.coordinates, strict=True)]
+        locals_: list[Program] = [pipeline.run(self.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in self._step.host.coordinates]
+        if quantize is not None:
+            locals_ = self._in_eight_bits(locals_, quantize, own, example(*sizes))
+        self._sources = [self._of_any_size(p, sizes) for p in locals_]
         self.ranks = [Pages(blocks, size, self.device, self.codegen == "triton") for _ in self._sources]
         complete(model, sum(op.target == "paged_attention" for op in built.program.ops), len(self.layers))
 
-    def _of_any_size(self, e: Source, coordinate: Any, sizes: tuple[int, int]) -> Source:
-        """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
-        text, calls = any_size(e.source, sizes), dict[str, Any]()
-        if self.codegen in (ROWS, "triton"):
-            local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
-            calls = (self._in_cpp if self.codegen == ROWS else self._in_triton)(local, dict(zip(sizes, "TL", strict=True)))
-        if "product" in calls:
-            text = text.replace("torch.mm(", "product(").replace("torch.addmm(", "biased(")
-        return Source(text, f"{self.program.name}-packed", e.inputs, e.outputs, calls, self.codegen)
+    def _in_eight_bits(self, programs: Sequence[Program], kind: str, own: bool, batch: dict[str, Tensor]) -> list[Program]:
+        """The hosted ranks' programs on weights in eight bits, which are made here."""
+        done = [in_eight_bits(p, kind) for p in programs]
+        given = self._step._given(Found(self._found.built, {k: batch[k] for k in self._found.batch}, True))
+        self._given, self.quantized = made(self._step.host, programs, [matrices for _, matrices in done], given, kind)
+        for state, (_, matrices) in zip(self._step.states, done, strict=True):
+            for key in {("param", m.source.key) for m in matrices} if own else ():
+                state.tensors[key].data = state.tensors[key].data.new_empty(0)  # nobody reads the whole ones any more
+        return [p for p, _ in done]
 
-    def _in_cpp(self, local: Program, free: Mapping[int, str]) -> dict[str, Any]:
-        local = side_by_side(local)
-        strides, views = laid_out(local)
+    def _of_any_size(self, local: Program, sizes: tuple[int, int]) -> Source:
+        """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
+        calls, names = dict[str, Any](), dict[str, str]()
+        if self.codegen in (ROWS, "triton"):
+            local = side_by_side(local) if self.codegen == ROWS else local
+            strides, views = laid_out(local)
+            found, free = kernels(local, strides), dict(zip(sizes, "TL", strict=True))
+            names = {mark: k.name for mark, k in found.items()}
+            calls = (self._in_cpp if self.codegen == ROWS else self._in_triton)(local, strides, views, found, free)
+        text = any_size(generate(local, kernels=names), sizes)
+        for op, name, function in CALLED if self.codegen == ROWS else CALLED[-2:]:
+            text, calls = text.replace(f"{op}(", f"{name}("), {**calls, name: function}
+        return Source(text, f"{self.program.name}-packed", local.inputs, local.outputs, calls, self.codegen)
+
+    def _in_cpp(self, local: Program, strides: Mapping[str, Shape], views: Sequence[bool], found: Mapping[str, Kernel], free: Mapping[int, str]) -> dict[str, Any]:
         self.launches = sum(not view and not op.kernel for op, view in zip(local.ops, views, strict=True)) + len(list(groups(local)))
-        found, makes = kernels(local, strides), {g.kernel: g.makes for g in groups(local)}
+        makes = {g.kernel: g.makes for g in groups(local)}
         lying = {k: [dense(local.types[v].local(local.mesh), strides[v]) for v in makes[mark]] for mark, k in found.items()}
         made, why = cpp_files.functions(lying, free)
         self.in_python.update(why)
@@ -111,12 +134,11 @@ class SplitExecutable:
         if whole is not None and len(self._step.host.coordinates) == 1:
             output = next(local.types[o.ref.name] for o in local.outputs if o.role == "output")
             self.whole = native.FewRows(loaded.step, whole.arena, output.shape[1:], getattr(torch, DTYPES[output.dtype].removeprefix("torch.")))
-        return {**cpp_files.callables(lying, made, loaded, free), "product": native.product, "biased": native.biased}
+        return {**cpp_files.callables(lying, made, loaded, free)}
 
-    def _in_triton(self, local: Program, free: Mapping[int, str]) -> dict[str, Any]:
+    def _in_triton(self, local: Program, strides: Mapping[str, Shape], views: Sequence[bool], found: Mapping[str, Kernel], free: Mapping[int, str]) -> dict[str, Any]:
         """Groups, and what a layer does with its pages: two kernels."""
-        strides, views = laid_out(local)
-        found, any_number = kernels(local, strides), tuple(free.items())
+        any_number = tuple(free.items())
         calls, why = triton_files.of_any_rows(list(dict.fromkeys(found.values())), any_number, cache_dir() / "kernels")
         self.in_python.update(why)
         self.emitted = sum(launches(k.fragment, any_number) for k in found.values() if k.name not in why) + gpu.KERNELS * sum(op.target == "paged_attention" for op in local.ops)

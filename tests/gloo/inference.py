@@ -42,6 +42,19 @@ def from_checkpoint(folder: str, checkpoint: str, prompts: list[list[int]], toke
         stop()
 
 
+def in_eight_bits(folder: str, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], int, int]:
+    """Greedy tokens, the bytes of whole matrices that the rank still holds, and of those in eight bits."""
+    torch.set_num_threads(1)
+    start("gloo")
+    try:
+        engine: Any = Engine(folder, "tp2", block=4, max_length=128, quantize="int8")
+        done = engine.generate(prompts, max_tokens=tokens, ignore_eos=True)
+        (state,), (given,) = engine.executable._step.states, engine.executable._given
+        return [c.token_ids for c in done], sum(x.numel() * x.element_size() for x in state.tensors.values() if x.dim() > 1), sum(x.numel() for x in given if x.dtype is torch.int8)
+    finally:
+        stop()
+
+
 def dies(folder: str, environment: dict[str, str]) -> None:
     """Rank 1 is killed at its fifth step; what rank 0 says goes to ``0.err``."""
     os.environ.update(environment)
