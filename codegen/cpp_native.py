@@ -1,7 +1,7 @@
 """C++ for a packed step on a CPU: products of few rows, cache writes, attention of few new tokens; with the vectors that the compiler's target has. Stands behind LIBRARY.
 
 ``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16, and ``int8_<dtype>`` and
-``fp8_<dtype>``, products with weights in eight bits that have a scale an output; 16 bits are computed in float. deepseed.inference.native calls them.
+``fp8_<dtype>``, products with weights in eight bits that have a scale for each GROUP of an output; 16 bits are computed in float. deepseed.inference.native calls them.
 """
 
 TEMPLATES = r"""
@@ -82,7 +82,10 @@ static inline C halved(const void *v) {
 }
 template <class C> static inline C sum(V<C> v) { return halved<C, LANES<C>>(&v); }
 
-// y[R, N] = x[R, width] . w[N, width], all sums in registers; of weights in eight bits each output has a scale
+constexpr int GROUP = 32;  // weights in eight bits along the width that have a scale together
+static inline int64_t groups_of(int64_t width) { return (width + GROUP - 1) / GROUP; }
+
+// y[R, N] = x[R, width] . w[N, width], all sums in registers; scale[N, groups] of weights in eight bits
 template <class C, class S, class W, int R, int N>
 static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t width, int64_t stride) {
     V<C> sums[R][N];
@@ -93,6 +96,7 @@ static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t wi
         V<C> a[N];
         for (int n = 0; n < N; ++n) {
             a[n] = load<C>(w + n * width + k);
+            if constexpr (sizeof(W) == 1) a[n] *= scale[n * groups_of(width) + k / GROUP] - V<C>{};
             __builtin_prefetch(w + n * width + k + AHEAD / int(sizeof(W)), 0, 3);
         }
         for (int r = 0; r < R; ++r) {
@@ -103,8 +107,11 @@ static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t wi
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
             C total = sum<C>(sums[r][n]);
-            for (int64_t i = k; i < width; ++i) total += up(x[r * width + i]) * up(w[n * width + i]);
-            if constexpr (sizeof(W) == 1) total *= scale[n];
+            for (int64_t i = k; i < width; ++i) {
+                C weight = up(w[n * width + i]);
+                if constexpr (sizeof(W) == 1) weight *= scale[n * groups_of(width) + i / GROUP];
+                total += up(x[r * width + i]) * weight;
+            }
             y[r * stride + n] = down<S>::of(total);
         }
 }
@@ -124,8 +131,8 @@ template <class C, class S, class W, int R>
 static void product_of(const S *x, const W *w, const C *scale, S *y, int64_t rows, int64_t width, int64_t outputs, int64_t begin, int64_t end) {
     constexpr int N = columns(R);
     int64_t o = begin;
-    for (; o + N <= end; o += N) rows_of<C, S, W, R, N>(x, w + o * width, scale + o, y + o, rows, width, outputs);
-    for (; o < end; ++o) rows_of<C, S, W, R, 1>(x, w + o * width, scale + o, y + o, rows, width, outputs);
+    for (; o + N <= end; o += N) rows_of<C, S, W, R, N>(x, w + o * width, scale + o * groups_of(width), y + o, rows, width, outputs);
+    for (; o < end; ++o) rows_of<C, S, W, R, 1>(x, w + o * width, scale + o * groups_of(width), y + o, rows, width, outputs);
 }
 
 // Several products of the same rows; a thread has a part of all outputs together
@@ -156,13 +163,13 @@ static void product(const S *x, const W *w, const C *scale, S *y, int64_t rows, 
 template <class C, class S, class W>
 static void widen(const W *w, const C *scale, S *y, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < width; ++k) y[r * width + k] = down<S>::of(C(up(w[r * width + k])) * scale[r]);
+        for (int64_t k = 0; k < width; ++k) y[r * width + k] = down<S>::of(C(up(w[r * width + k])) * scale[r * groups_of(width) + k / GROUP]);
 }
 
 // The rows of a table in eight bits that ids say
 template <class C, class S, class W>
 static void gather_eight(const W *table, const C *scale, const int64_t *ids, S *y, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) widen<C, S, W>(table + ids[r] * width, scale + ids[r], y + r * width, 1, width);
+    for (int64_t r = 0; r < rows; ++r) widen<C, S, W>(table + ids[r] * width, scale + ids[r] * groups_of(width), y + r * width, 1, width);
 }
 
 // The same with w[width, N] as it lies; N outputs are `V` vectors

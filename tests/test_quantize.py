@@ -22,13 +22,14 @@ DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torc
 
 
 def test_int8_is_off_by_half_a_step_at_most() -> None:
-    w = torch.randn(33, 70, dtype=torch.float64) * torch.logspace(-3, 3, 33, dtype=torch.float64)[:, None]
+    w = torch.randn(33, 70, dtype=torch.float64) * torch.logspace(-3, 3, 33, dtype=torch.float64)[:, None] * torch.logspace(-2, 2, 70, dtype=torch.float64)
     w[5] = 0
     q, scale = eight_bits(w, "int8")
-    assert q.dtype is torch.int8 and int(q.abs().max()) == 127 and scale.shape == (33,)
-    assert ((whole(q, scale, "int8") - w).abs() <= scale[:, None] * (0.5 + 1e-12)).all()
+    assert q.dtype is torch.int8 and int(q.abs().max()) == 127 and scale.shape == (33, 3)
+    each = scale.repeat_interleave(32, 1)[:, :70]
+    assert ((whole(q, scale, "int8") - w).abs() <= each * (0.5 + 1e-12)).all()
     q, scale = eight_bits(w, "fp8")
-    assert ((whole(q, scale, "fp8") - w).abs() <= w.abs() * 2**-4 + scale[:, None] * 2**-18).all()  # three bits of mantissa; below 2^-6 steps of 2^-9, of a scale 256 times as large
+    assert ((whole(q, scale, "fp8") - w).abs() <= w.abs() * 2**-4 + scale.repeat_interleave(32, 1)[:, :70] * 2**-18).all()  # three bits of mantissa; below 2^-6 steps of 2^-9, of a scale 256 times as large
 
 
 def test_every_fp8_number_is_read_as_it_is() -> None:
@@ -36,7 +37,7 @@ def test_every_fp8_number_is_read_as_it_is() -> None:
     said = bits.view(torch.float8_e4m3fn)
     good = ~said.float().isnan()
     assert torch.equal((quantize._from_fp8(said, torch.float32) * 256)[good], said.float()[good])
-    fast = native.widened(said.view(torch.int8)[None], torch.tensor([256.0]), "fp8", torch.float32)
+    fast = native.widened(said.view(torch.int8)[None], torch.full((1, 8), 256.0), "fp8", torch.float32)
     assert fast is None or torch.equal(fast[0, good], said.float()[good])
 
 

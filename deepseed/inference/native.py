@@ -82,7 +82,7 @@ def biased(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 
 def product_of_eight(x: Tensor, w: Tensor, scale: Tensor, kind: str) -> Tensor | None:
-    """x [rows, width] @ w [outputs, width].t(), weights in eight bits with a scale an output; None where rows are many or there is no compiler."""
+    """x [rows, width] @ w [outputs, width].t(), weights in eight bits with scale [outputs, groups]; None where rows are many or there is no compiler."""
     native, (rows, width), outputs = load(), x.shape, w.shape[0]
     if native is None or not 0 < rows <= FEW or x.dtype not in _DTYPES or x.device.type != "cpu":
         return None

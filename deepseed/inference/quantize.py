@@ -1,14 +1,14 @@
-"""Weights in eight bits: each matrix that products read becomes whole numbers (or 8-bit floats) and one scale an output channel. Activations stay as they are, sums are float32.
+"""Weights in eight bits: each matrix that products read becomes whole numbers (or 8-bit floats) and one scale for each 32 along an output channel. Activations stay as they are, sums are float32.
 
     p, stored = in_eight_bits(p, "int8")         # a rank's program that reads them
     given, errors = stored.read(host, given)     # what it is called with
 
 A pass over a localized program. Which weights: those of two dimensions that products read, and nothing but products and lookups (a tied table is both), all with the same dimension
-for channels. No name of a module is looked at. ``int8`` is symmetric, round(w / s) with s = max|w| / 127; ``fp8`` is float8_e4m3fn of w / s with s = max|w| / 448. A rank makes its own part
-of a matrix; where the ranks share an output channel they agree on its largest weight, so the parts are those of the whole matrix in eight bits.
+for channels. No name of a module is looked at. ``int8`` is symmetric, round(w / s) with s = max|w| / 127 over the group; ``fp8`` is float8_e4m3fn of w / s with s = max|w| / 448. A rank makes
+its own part of a matrix, whose groups begin where it begins: where that is a multiple of 32 the parts are those of the whole matrix in eight bits.
 
     before: %w : f32[96, 64@tp] param     %w.t = permute(%w, dims=[1, 0])     %y = aten.mm(%x, %w.t)
-    after:  %w : i8[96, 64@tp] param      %w.scale : f32[96] param            %y = eight_bits.mm(%x, %w, %w.scale, kind="int8")
+    after:  %w : i8[96, 64@tp] param      %w.scale : f32[96, 1] param         %y = eight_bits.mm(%x, %w, %w.scale, kind="int8")
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from deepseed.codegen.cpp_ops import computed
 from deepseed.codegen.python import generate
 from deepseed.inference import native
 from deepseed.inference.errors import InferenceError
-from deepseed.ir.layout import Layout, Partial, Split
+from deepseed.ir.layout import Layout, Split
 from deepseed.ir.program import FLOATS, Input, Op, Output, Program, Ref, Type
 from deepseed.runtime.executable import Executable
 
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+GROUP = 32  # as codegen.cpp_native has it
 AT_A_TIME = 1 << 18  # elements of a matrix that are whole at a time
 MM, ROWS = "eight_bits.mm", "eight_bits.rows"
 SUBNORMAL = 256.0  # an e4m3's bits, read as those of a float16, say a number so many times as small: its scale makes up for it
@@ -121,15 +122,14 @@ def in_eight_bits(p: Program, kind: str) -> tuple[Program, tuple[Matrix, ...]]:
             op = replace(op, target=ROWS, args=(*_given(of[name]), op.args[1]), kwargs=(("kind", kind), ("dtype", op.type.dtype)))
         ops.append(op)
     kept = [i for i in p.inputs if i not in {m.source for m in matrices}]
-    new = [each for m in matrices for each in (Input(m.name, _stored(m, "i8"), "param", m.name), Input(f"{m.name}.scale", _scale(m), "param", f"{m.name}.scale"))]
+    new = [each for m in matrices for each in (Input(m.name, _stored(m, "i8"), "param", m.name), Input(f"{m.name}.scale", _scale(p, m), "param", f"{m.name}.scale"))]
     return replace(p, inputs=(*kept, *new), ops=tuple(ops)), tuple(matrices)
 
 
 def made(host: Any, programs: Sequence[Program], matrices: Sequence[Sequence[Matrix]], given: Sequence[Sequence[Tensor]], kind: str) -> tuple[list[list[Tensor]], Report]:
     """What the programs of the hosted ranks are called with. ``given``: what those of whole matrices were called with."""
-    steps = [Executable(generate(_largest(p, each)), f"{p.name}-largest") for p, each in zip(programs, matrices, strict=True)]
-    read = [[x for i, x in zip(p.inputs, xs, strict=True) if i in {m.source for m in each}] for p, each, xs in zip(programs, matrices, given, strict=True)]
-    found = host.run(steps, read)
+    steps = [Executable(generate(_parts(p, each)), f"{p.name}-parts") for p, each in zip(programs, matrices, strict=True)]
+    found = host.run(steps, [[x for i, x in zip(p.inputs, xs, strict=True) if i in {m.source for m in each if m.part is not None}] for p, each, xs in zip(programs, matrices, given, strict=True)])
     out, lost, kept = list[list[Tensor]](), dict[str, Lost](), 0
     for p, each, xs, parts in zip(programs, matrices, given, found, strict=True):
         sources = {m.source for m in each}
@@ -138,8 +138,7 @@ def made(host: Any, programs: Sequence[Program], matrices: Sequence[Sequence[Mat
         stored, made_of = {i: x for i, x in zip(p.inputs, xs, strict=True)}, iter(parts)
         for m in each:
             weight = (stored[m.source] if m.part is None else next(made_of)).detach().movedim(m.channels, 0)
-            most = next(made_of)
-            whole_numbers, scale = eight_bits(weight, kind, most)
+            whole_numbers, scale = eight_bits(weight, kind)
             out[-1] += [whole_numbers.view(torch.int8), scale]
             _count(lost.setdefault(m.source.key, Lost()), weight, whole_numbers, scale, kind)
     errors = tuple(Error(n, e.shapes[0], (e.error / (e.norm or 1)) ** 0.5, e.most_off / (e.most or 1), e.before, e.after) for n, e in lost.items())
@@ -147,20 +146,23 @@ def made(host: Any, programs: Sequence[Program], matrices: Sequence[Sequence[Mat
     return out, Report(kind, errors, (sum(e.error for e in lost.values()) / total) ** 0.5 if total else 0.0, kept)
 
 
-def eight_bits(weight: Tensor, kind: str, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[channels, width] -> the same in eight bits, and [channels] scales as the C++ products take them. ``most``: the largest of each channel. What they mean: ``whole``."""
+def eight_bits(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """[channels, width] -> the same in eight bits, and scales [channels, groups of 32 along the width] as the C++ products take them. What they mean: ``whole``."""
     dtype, top = KINDS[kind]
     wide = weight if weight.dtype is torch.float64 else weight.float()
-    scale = (wide.abs().amax(1) if most is None else most).to(wide.dtype) / top
+    short = -wide.shape[1] % GROUP
+    groups = torch.nn.functional.pad(wide, (0, short)).view(wide.shape[0], -1, GROUP)
+    scale = groups.abs().amax(2) / top
     scale = torch.where(scale == 0, 1.0, scale)
-    scaled = wide / scale[:, None]
+    scaled = (groups / scale[..., None]).flatten(1)[:, : wide.shape[1]]
     stored = (scaled.round_().clamp_(-127, 127) if dtype is torch.int8 else scaled.clamp_(-top, top)).to(dtype).contiguous()
     return stored, scale * SUBNORMAL if kind == "fp8" else scale
 
 
 def whole(weight: Tensor, scale: Tensor, kind: str) -> Tensor:
     """In the scale's precision. ``weight``: also as int8 that has an 8-bit float's bits."""
-    return (_from_fp8(weight, scale.dtype) if kind == "fp8" else weight.to(scale.dtype)).mul_(scale[:, None])
+    each = scale.repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+    return (_from_fp8(weight, scale.dtype) if kind == "fp8" else weight.to(scale.dtype)).mul_(each)
 
 
 def mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, kind: str = "int8") -> Tensor:
@@ -236,33 +238,17 @@ def _stored(m: Matrix, dtype: str) -> Type:
     return replace(m.type, dtype=dtype, shape=shape[::-1], layout=Layout(turned))
 
 
-def _scale(m: Matrix) -> Type:
-    t = _stored(m, computed(m.type.dtype))
-    return replace(t, shape=t.shape[:1], layout=Layout(tuple((axis, e) for axis, e in t.layout.elements if isinstance(e, Split) and e.dim == 0)))
+def _scale(p: Program, m: Matrix) -> Type:
+    """[channels, groups], of what the rank has."""
+    channels, width = _stored(m, "i8").local(p.mesh)
+    return Type(computed(m.type.dtype), (channels, -(-width // GROUP)))
 
 
-def _largest(p: Program, matrices: Sequence[Matrix]) -> Program:
-    """From the stored tensors each matrix and the largest of each of its channels, over all ranks that share it."""
-    ops, outputs = list[Op](), list[Output]()
-    for m in matrices:
-        if m.part is not None:
-            ops.append(m.part)
-        name, t = m.name, m.type
-        ops.append(Op((f"{name}.abs",), "aten.abs", (Ref(name),), (t,)))
-        scale = replace(_scale(m), dtype=t.dtype)
-        shared = [axis for axis, e in t.layout.elements if isinstance(e, Split) and e.dim != m.channels]
-        layout = scale.layout
-        for axis in shared:
-            layout = layout.with_(axis, Partial("max"))
-        ops.append(Op((f"{name}.most",), "amax", (Ref(f"{name}.abs"),), (replace(scale, layout=layout),), (("dims", (1 - m.channels,)),)))
-        most = f"{name}.most"
-        for axis in shared:
-            layout = layout.with_(axis, None)
-            ops.append(Op((f"{most}.start",), "all_reduce.start", (Ref(most),), (replace(scale, layout=layout),), (("axis", axis),)))
-            ops.append(Op((f"{most}.{axis}",), "wait", (Ref(f"{most}.start"),), (replace(scale, layout=layout),)))
-            most = f"{most}.{axis}"
-        outputs += [Output(Ref(n), "output", n) for n in ((name, most) if m.part is not None else (most,))]
-    return Program("largest", p.mesh, tuple(i for i in p.inputs if i in {m.source for m in matrices}), tuple(ops), tuple(outputs))
+def _parts(p: Program, matrices: Sequence[Matrix]) -> Program:
+    """From the stored tensors the parts that are read."""
+    cut = [m for m in matrices if m.part is not None]
+    inputs = tuple(i for i in p.inputs if i in {m.source for m in cut})
+    return Program("parts", p.mesh, inputs, tuple(m.part for m in cut if m.part is not None), tuple(Output(Ref(m.name), "output", m.name) for m in cut))
 
 
 def _count(lost: Lost, weight: Tensor, stored: Tensor, scale: Tensor, kind: str) -> None:
