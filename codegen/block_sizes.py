@@ -59,7 +59,8 @@ def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
     while max(x, r) > 32 and -(-m // x) * -(-n // r) < PROGRAMS // 2:
         x, r = (x // 2, r) if x >= r else (x, r // 2)
     x, r = max(16, min(x, power(m))), max(16, min(r, power(n)))
-    return Blocks(x, r, max(1, min(8, x * r // 2048)), k=max(16, min(128 // bytes_each, power(k))))
+    warps = min(8, x * r // 2048) if bytes_each < 4 else max(2, min(8, x * r // 1024))  # without matrix units a thread holds whole rows of the operands
+    return Blocks(x, r, max(1, warps), k=max(16, min(128 // bytes_each, power(k))))
 
 
 def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, kernel: str) -> Blocks:
