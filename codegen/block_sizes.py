@@ -59,15 +59,24 @@ def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
     while max(x, r) > 32 and -(-m // x) * -(-n // r) < PROGRAMS // 2:
         x, r = (x // 2, r) if x >= r else (x, r // 2)
     x, r = max(16, min(x, power(m))), max(16, min(r, power(n)))
-    return Blocks(x, r, max(1, min(8, x * r // 2048)), k=max(16, min(128 // bytes_each, power(k))))
+    warps = min(8, x * r // 2048) if bytes_each < 4 else max(2, min(8, x * r // 1024))  # without matrix units a thread holds whole rows of the operands
+    return Blocks(x, r, max(1, warps), k=max(16, min(128 // bytes_each, power(k))))
 
 
-def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, backward: bool) -> Blocks:
-    """Queries (x) and keys (r) of a block: a head's features are whole, so that few rows of long ones fit."""
-    room = max(1, (features * bytes_each) // 256)
-    x, r = (64, 64 // room if bytes_each >= 4 else 64) if backward else (128, 64)
-    x, r = max(16, x // room), max(16, r // room)
-    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), 8 if features > 64 and (bytes_each >= 4 or x * r >= 4096) else 4)
+def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, kernel: str) -> Blocks:
+    """Queries (x) and keys (r) of a block, whose features are whole: as many as leave all that a thread holds in registers on sm_80, sm_90 and gfx942 for heads of
+    up to 128. Without matrix units (float32 on NVIDIA) a thread holds whole rows of the operands: eight warps share a small block."""
+    room = max(1, features // 128)
+    if kernel == "attend":
+        x, r = (128 // room, 64 // room) if bytes_each < 4 else (64 // room, 32 // room)
+    elif bytes_each < 4:
+        x, r = 64 // room, 32 // room
+    else:
+        x, r = (32, 32) if features <= 64 else (16, 16) if kernel == "for_keys" or room > 1 else (32, 16)
+    if bytes_each > 4:
+        x, r = x // 2, r // 2
+    warps = 8 if bytes_each >= 4 or (kernel == "attend" and features > 64 and x * r >= 4096) else 4
+    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), warps)
 
 
 def chunk_size(elements: int) -> int:

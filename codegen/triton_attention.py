@@ -160,7 +160,7 @@ class _Attention:
         self._kernel("for_queries", (*read, "lse", "inner_"), tuple(dq), body, "SB", self.s, self.h, self._bytes(*read) + 2 * rows, self._bytes_of(dq, self.dtype))
 
     def _kernel(self, name: str, read: tuple[str, ...], made: tuple[str, ...], body: list[str], block: str, length: int, heads: int, bytes_read: int, bytes_written: int) -> None:
-        blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], self.op.target != "sdpa")
+        blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], name)
         sizes = {k: n for k, n in {"SB": blocks.x, "TB": blocks.r, "DB": _block(self.d), "EB": _block(self.e)}.items() if any(k in line for line in body)}
         types, arguments = dict[str, object](), []
         for value in (*read, *made):

@@ -53,7 +53,7 @@ def norms(names: tuple[str, ...], width: int) -> str:
 
 
 TEMPLATES = """from test_triton_templates import attention, product
-found = [(f"{{p.ops[0].target}} {{d}}", p) for d in {dtypes!r} for p in (product(4096, 4096, {n}, d, "gelu"), *attention(1, 32, 4, 2048, 2048, 128, 128, "none", True, d))]"""
+found = [(f"{{p.ops[0].target}} {{d}}", p) for d in {dtypes!r} for p in (product(4096, 4096, {n}, d, "gelu"), *attention(1, 32, 4, 2048, 2048, 128, 128, "none", True, d), *attention(1, 64, 1, 2048, 2048, 64, 64, "none", True, d))]"""
 MODEL = """from test_triton_models import ODD, fragments_of
 found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
 
@@ -71,12 +71,9 @@ def test_every_kernel_of_a_training_program_compiles(tmp_path: Path, target: str
 @pytest.mark.wide
 @pytest.mark.parametrize("target", sorted(SHARED))
 def test_templates_of_real_sizes_do_not_spill(tmp_path: Path, target: str) -> None:
-    """bfloat16 on tensor cores; float32 without them, as exact as PyTorch's default. What spills: attention in float32 (332
-    bytes a thread in for_keys for sm_90), whose heads of 128 features fill the registers, and its backward in bfloat16 on gfx942 (384)."""
+    """bfloat16 on tensor cores; float32 without them, as exact as PyTorch's default. Heads of 128 features, and of 64."""
     made = compile_all(tmp_path, target, TEMPLATES.format(dtypes=("bf16", "f32"), n=14336))
-    spilling = {(c["fragment"], c["kernel"]): c["spilled"] for c in made if c["spilled"]}
-    assert all(name in ("sdpa f32", "sdpa_backward f32") or (name, target) == ("sdpa_backward bf16", "gfx942") for name, _ in spilling), spilling
-    assert all(n <= 512 for n in spilling.values()), spilling
+    assert not [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]]
     cores = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}[target]
     assert all(cores in Path(c["assembly"]).read_text() for c in made if c["fragment"].endswith("bf16") and c["kernel"] != "inner")
 

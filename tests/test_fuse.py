@@ -17,6 +17,7 @@ from deepseed import pipeline
 from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import kernels
 from deepseed.codegen.python import generate
+from deepseed.codegen.triton import launches
 from deepseed.ir.contract import PassError
 from deepseed.ir.fragment import fragment, groups
 from deepseed.ir.mesh import Mesh
@@ -308,6 +309,24 @@ def test_a_product_that_is_read_later_is_made_by_the_group_too() -> None:
     assert mark(p, "h") == "y" and mark(p, "r") == ""
     g = next(g for g in groups(p) if g.kernel == "y")
     assert set(g.makes) == {"h", "y"} and [op.name for op in p.ops].index("r") >= g.last
+
+
+def test_casts_that_stand_side_by_side_are_one_kernel_over_many_tensors() -> None:
+    """What casts to something else, or stands behind that, does not join."""
+    text = """program p mesh() facts(explicit, lowered, placed)
+%a : f32[6, 8] param "a"
+%b : f32[8] param "b"
+%c : f32[3, 2] param "c"
+%d : f32[7] param "d"
+%a.n = cast(%a) : bf16[6, 8] {phase="forward"}
+%b.n = cast(%b) : bf16[8] {phase="forward"}
+%d.w = cast(%d) : f64[7] {phase="forward"}
+%c.n = cast(%c) : bf16[3, 2] {phase="forward"}
+""" + "".join(f'return %{v} output "{v}"\n' for v in ("a.n", "b.n", "d.w", "c.n"))
+    p = verify(fuse_products(fuse(verify(parse(text)))))
+    (g,) = groups(p)
+    assert g.makes == ("a.n", "b.n") and g.reads == ("a", "b")
+    assert launches(fragment(p, g)) == 1
 
 
 def test_a_product_that_is_read_before_the_group_stays_alone() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepseed
+from deepseed import build
 from deepseed import kernels as back_ends
 from deepseed.codegen import inductor
 from deepseed.explain_kernels import explain_kernels
@@ -48,15 +49,18 @@ def program(layers: int, plan: str, optimizer: Any) -> Program:
     return step.passes[-1].program
 
 
-@pytest.mark.parametrize("plan", ["fp32", "bf16"])
-def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of one block: two layers less one, so that embedding, head and update fall out."""
+@pytest.mark.parametrize(("plan", "codegen", "most"), [("fp32", "functions", 0.36), ("bf16", "functions", 0.42), ("fp32", "triton", 0.36), ("bf16", "triton", 0.29)])
+def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, codegen: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of one block, the update's casts and its share of the update too: two layers less one, so that embedding and head fall out. Kernels that Triton
+    writes are counted one by one, three of attention's backward too; casts that stand side by side are one there, and one each without it: 56 of eager's 135 in bfloat16."""
+    if codegen == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(build, "PRODUCTS", ("functions",))
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
     programs = [program(layers, plan, lambda p: torch.optim.SGD(p, lr=0.1)) for layers in (1, 2)]
-    one, two = (explain_kernels(p, p).launches for p in programs)
-    casts = 9 * (plan == "bf16")  # of gradients, in the update
+    one, two = (explain_kernels(p, p, back_ends.traffic(codegen)).launches for p in programs)
     of_eager = eager(2, plan) - eager(1, plan)
-    assert (two - one - casts) / of_eager <= 0.4, (one, two, of_eager)
+    assert (two - one) / of_eager <= most, (one, two, of_eager)
 
 
 def test_the_update_is_one_kernel_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
