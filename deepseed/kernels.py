@@ -24,7 +24,7 @@ Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"inductor": inductor.compiled, "triton": triton_files.compiled}
 PRODUCTS = ("triton",)  # those that write matrix products and attention too
-ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
+ROWS = "cpp"  # of a packed step: groups are marked and run as Python, until deepseed.inference.executable compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
 
 
