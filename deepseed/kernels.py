@@ -25,7 +25,7 @@ from deepseed.runtime.executable import cache_dir
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
-CPP = ROWS = "cpp"  # of a packed step: deepseed.inference.split compiles groups for any number of rows
+CPP = ROWS = "cpp"  # of a packed step: deepseed.inference.executable compiles groups for any number of rows
 TRITON_ROWS = "triton_rows"  # the same
 PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and attention too
 PYTHON = "python"  # no groups: one line an op

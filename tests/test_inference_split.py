@@ -17,8 +17,8 @@ from inference_models import generated, ids, prompts, varied
 
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
+from deepseed.inference.executable import any_size, stand_ins
 from deepseed.inference.sampling import SamplingParams
-from deepseed.inference.split import any_size, stand_ins
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def test_any_plan_says_what_generate_says(name: str, plan: str, heads: int) -> N
     want = generated(model, prompts(), 24)
     engine = Engine(model, plan, budget=24, block=4, sequences=4, max_length=128, cache="400kB")
     assert ids(engine.generate(prompts(), max_tokens=24)) == want
-    assert [len(r.caches[0][0]) for r in engine.executable.ranks] == [heads] * int(plan[2:])  # type: ignore[union-attr]
+    assert [len(r.caches[0][0]) for r in engine.executable.ranks] == [heads] * int(plan[2:])
 
 
 def test_no_rank_has_a_whole_weight(llama: Any) -> None:
     """Heads, widths and vocabulary are split, and a layer sends two sums of the hidden state."""
     engine = Engine(llama, "tp2", block=4, max_length=128)
-    program = engine.executable.program  # type: ignore[union-attr]
+    program = engine.executable.program
     whole = [i.key for i in program.inputs if i.role == "param" and len(i.type.shape) > 1 and i.type.local_bytes(program.mesh) > 0.6 * i.type.nbytes]
     assert not whole
     sent = [op for op in program.ops if op.target == "all_reduce.start" and op.path.startswith("model.layers.")]
@@ -84,8 +84,8 @@ def test_forks_copy_blocks_on_every_rank(llama: Any) -> None:
 
 
 def test_numbers_of_tokens_are_found_in_a_source() -> None:
-    assert stand_ins("f32[1006, 509, 7]") == (521, 523)
-    assert stand_ins("f32[1005, 7]") == (509, 521)  # of which one of two ranks has 503
+    assert stand_ins({1006, 509, 7}) == (521, 523)
+    assert stand_ins({1005, 7}) == (509, 521)  # of which one of two ranks has 503
     source = "    (\n        i_503,  # batch ids: i64[503]\n        l,  # batch last: i64[509]\n    ) = inputs\n    inputs.clear()\n    x = y.reshape((1, 1006, 509, 64, -1, 0.503))\n"
     assert any_size(source, (503, 509)).splitlines()[4:] == ["    T, L = i_503.shape[0], l.shape[0]", "    inputs.clear()", "    x = y.reshape((1, T * 2, L, 64, -1, 0.503))"]
 

@@ -24,7 +24,8 @@ import deepseed
 from deepseed.inference import native
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
-from deepseed.inference.sampling import SamplingParams
+from deepseed.inference.model import moved
+from deepseed.inference.sampling import SamplingParams, probabilities
 
 
 def trained(folder: Path) -> Any:
@@ -117,3 +118,37 @@ def test_a_dead_rank_ends_all_with_its_name(tmp_path: Path) -> None:
             process.join(90)
     assert processes[1].exitcode == -9 and processes[0].exitcode == 1
     assert "RankError: rank 1 died" in (tmp_path / "0.err").read_text()
+
+
+def test_the_callers_model_stays_as_it_is(tmp_path: Path) -> None:
+    """Another dtype is a copy's, and what no checkpoint holds, such as rotary frequencies, is as precise as from_pretrained leaves it."""
+    from transformers import AutoModelForCausalLM
+
+    model = varied("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    before = {n: (x, x.detach().clone()) for n, x in (*model.named_parameters(), *model.named_buffers())}
+    engine = Engine(model, dtype="bf16", max_length=128)
+    assert all(x is before[n][0] and torch.equal(x, before[n][1]) for n, x in (*model.named_parameters(), *model.named_buffers())) and engine.model is not model
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    want = {n: x for n, x in (*theirs.named_parameters(), *theirs.named_buffers())}
+    got = dict((*engine.model.named_parameters(), *engine.model.named_buffers()))
+    assert got.keys() == want.keys() and all(x.dtype is want[n].dtype and torch.equal(x, want[n]) for n, x in got.items())
+    assert got["model.rotary_emb.inv_freq"].dtype is torch.float32 and moved(model, torch.float32) is model
+    tied = varied("LlamaForCausalLM")
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    copied: Any = moved(tied, torch.bfloat16)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("said", [{"block": 0}, {"chunk": -1}, {"max_length": -1}, {"budget": 0}, {"sequences": 0}])
+def test_numbers_that_cannot_be(said: dict[str, Any]) -> None:
+    ((name, value),) = said.items()
+    with pytest.raises(InferenceError, match=rf"^{name}={value}\n  fix: at least 1"):
+        Engine(varied("LlamaForCausalLM"), **said)
+
+
+def test_the_coldest_temperature_is_greedy() -> None:
+    logits = torch.randn(2, 9)
+    for temperature in (1e-40, 1e-300, 1e-3):
+        chance = probabilities(logits, [SamplingParams(temperature=temperature)] * 2)
+        assert torch.equal(chance.argmax(-1), logits.argmax(-1)) and bool((chance.sum(-1) == 1).all())

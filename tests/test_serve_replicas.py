@@ -31,35 +31,38 @@ PROMPT = "once upon a time"
 
 
 @contextmanager
-def together(text: Any, engines: list[Engine], folder: Path) -> Iterator[Replicas]:
-    """Replicas whose processes are threads of this one."""
+def together(text: Any, engines: list[Engine], folder: Path, spare: Engine | None = None) -> Iterator[Replicas]:
+    """Replicas whose processes are threads of this one; ``spare`` takes the place of one that has ended."""
     address, key = str(folder / "s"), secrets.token_bytes(8)
-    found: list[Any] = []
 
     def end(engine: Engine, n: int) -> None:
         with suppress(ZeroDivisionError):
             answer(engine, address, key, n)
 
     with Listener(address, "AF_UNIX", authkey=key) as listener:
-        threads = [threading.Thread(target=end, args=(e, n)) for n, e in enumerate(engines)]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
+
+        def begin(engine: Engine, n: int) -> Any:
+            threads.append(threading.Thread(target=end, args=(engine, n)))
+            threads[-1].start()
             connection = listener.accept()
-            found.append((connection, connection.recv()))
-    made = Replicas(found, text)
-    try:
-        yield made
-    finally:
-        made.close()
-        for thread in threads:
-            thread.join(30)
-            assert not thread.is_alive()
+            return connection, connection.recv()
+
+        found = [begin(e, n) for n, e in enumerate(engines)]
+        made = Replicas(found, text, None if spare is None else lambda n: begin(spare, n))
+        try:
+            yield made
+        finally:
+            made.close()
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive()
 
 
 def test_requests_go_where_their_beginning_is(text: Any, weights: Any, plain: Engine, tmp_path: Path) -> None:
     engines = [Engine(weights, tokenizer=text, block=4, sequences=2) for _ in range(2)]
     with together(text, engines, tmp_path) as several, running(several, Limits(timeout=60)) as up:
-        assert up.server.capacity == 2 + 2 + 256 and json.loads(up.send("GET", "/health")[2]) == {"status": "ok", "replicas": 2, "of": 2}
+        assert up.server.capacity == 2 + 2 + 256 and json.loads(up.send("GET", "/health")[2]) == {"status": "ok", "replicas": 2, "of": 2, "started_again": 0}
 
         def ask(prompt: list[int], **more: Any) -> Any:
             status, _, data = up.send("POST", "/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True, **more})
@@ -121,7 +124,7 @@ def test_a_lost_replica_takes_only_its_own(text: Any, weights: Any, plain: Engin
         assert "replica 1 of 2 has ended" in answers[1][1]["error"]["message"] and "ZeroDivisionError" in answers[1][1]["error"]["message"] and lost.lost
         status, _, data = up.send("POST", "/v1/completions", asked)
         assert status == 200 and json.loads(data)["choices"][0]["text"] == plain.generate(PROMPT, max_tokens=120, ignore_eos=True)[0].text
-        assert json.loads(up.send("GET", "/health")[2]) == {"status": "ok", "replicas": 1, "of": 2}
+        assert json.loads(up.send("GET", "/health")[2]) == {"status": "ok", "replicas": 1, "of": 2, "started_again": 0}
         engines[0].step = lambda: 1 / 0  # type: ignore[assignment,return-value]
         status, error = up.error("/v1/completions", asked)
         assert status == 500 and "replica 0 of 2" in error["message"]
@@ -129,6 +132,28 @@ def test_a_lost_replica_takes_only_its_own(text: Any, weights: Any, plain: Engin
         while up.send("GET", "/health")[0] != 503:
             assert time.monotonic() < until
             time.sleep(0.01)
+
+
+def test_a_lost_replica_is_started_again(text: Any, weights: Any, plain: Engine, tmp_path: Path) -> None:
+    """What it has counted stays counted, and it gets requests as before."""
+    first, second, spare = (Engine(weights, tokenizer=text, block=4) for _ in range(3))
+    with together(text, [first, second], tmp_path, spare) as several, running(several, Limits(timeout=60)) as up:
+        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        want = plain.generate(PROMPT, max_tokens=12, ignore_eos=True)[0].text
+        assert json.loads(up.send("POST", "/v1/completions", asked)[2])["choices"][0]["text"] == want
+        steps = first.counts.steps
+        first.step = lambda: 1 / 0  # type: ignore[assignment,return-value]
+        assert up.error("/v1/completions", asked)[0] == 500
+        until = time.monotonic() + 20
+        while (health := json.loads(up.send("GET", "/health")[2]))["replicas"] < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert health == {"status": "ok", "replicas": 2, "of": 2, "started_again": 1} and several.counts.steps >= steps > 0
+        assert 'deepseed:replicas_started_again{model_name="tiny",engine="0"} 1' in up.send("GET", "/metrics")[2].decode()
+        for n in range(4):  # of no known beginning: to the one that had the fewest requests
+            status, _, data = up.send("POST", "/v1/completions", asked | {"prompt": [n + 5] * 9})
+            assert status == 200, data
+        assert spare.counts.steps > 0 and json.loads(up.send("POST", "/v1/completions", asked)[2])["choices"][0]["text"] == want
 
 
 @pytest.mark.wide
@@ -150,16 +175,18 @@ def test_processes_of_replicas(plan: str, text: Any, weights: Any, plain: Engine
             assert status == 200 and json.loads(data)["choices"][0]["text"] == want
         os.kill(leaf[0][1] if leaf[0] else replicas[0], signal.SIGKILL)
         until = time.monotonic() + 120
-        while json.loads(up.send("GET", "/health")[2])["replicas"] == 2:
+        while (health := json.loads(up.send("GET", "/health")[2]))["replicas"] < 2 or not health["started_again"]:
             status, _, data = up.send("POST", "/v1/completions", asked)
             assert status == 200 or "replica 0 of 2 has ended" in json.loads(data)["error"]["message"]
             assert time.monotonic() < until
             time.sleep(0.2)
         status, _, data = up.send("POST", "/v1/completions", asked)
         assert status == 200 and json.loads(data)["choices"][0]["text"] == want
+        new = children(process.pid)
+        assert len(new) == 2 and replicas[1] in new and replicas[0] not in new and b"deepseed:replicas_started_again" in up.send("GET", "/metrics")[2]
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
-        assert not any(Path(f"/proc/{p}").exists() for p in (*replicas, *leaf[0], *leaf[1]))
+        assert not any(Path(f"/proc/{p}").exists() for p in (*replicas, *new, *leaf[0], *leaf[1]))
     finally:
         process.kill()
         process.wait()

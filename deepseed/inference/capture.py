@@ -1,12 +1,9 @@
-"""The forward of an unmodified model, captured once as one program of a packed step.
-
-    captured = capture(model)            # model: a causal language model of transformers
-    captured.graph                       # torch.fx, aten ops and one deepseed::paged_attention an attention layer
+"""The forward of an unmodified model on a packed step, as it is traced.
 
 Three doors of transformers are used, and no line of a model: its table of attention functions, its table of mask functions, and the cache
-object that a forward takes. The first becomes the paged op, the second tells which tokens a layer sees (``masks``), the third hands keys and
+object that a forward takes. The first becomes the op ``paged_attention``, the second tells which tokens a layer sees (``masks``), the third hands keys and
 values through and counts the layers that wanted to remember something. Where that count is not the number of paged ops some layer
-remembers or attends by itself and would be silently wrong: refused. Numbers of tokens and of sequences are dynamic; nothing is decomposed.
+remembers or attends by itself and would be silently wrong: refused.
 """
 
 from __future__ import annotations
@@ -20,19 +17,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, DynamicLayer
 
 from deepseed.capture.switches import switched
-from deepseed.inference import paged  # noqa: F401  # registers the op
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.masks import Wanted, wanted
 
 NAME = "deepseed_paged"
-INPUTS = ("ids", "positions", "blocks", "slots", "context", "starts", "last")
-PAGELESS: list[tuple[Tensor, Tensor]] = []  # the op without its caches: for a program, whose runtime has them
-_TOKENS, _SEQUENCES, _BLOCK = 12, 3, 4  # sizes of the example step
+TOKENS, WANTED = 12, 2  # of the step that a forward is looked at with
 _LARGEST = {torch.ops.aten.max, torch.ops.aten.amax}
 _HARMLESS = ("position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that attention may get and not read
 
@@ -48,21 +42,18 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class CapturedForward:
-    """``graph`` takes ``names`` in order, then INPUTS, then keys and values of each layer in turn; returns logits [sequences, vocabulary]."""
+class Looked:
+    """What a forward showed: its attention layers, and the numbers among its sizes and arguments."""
 
-    graph: torch.fx.GraphModule
-    names: tuple[str, ...]  # parameters, buffers and constants, as the model calls them
-    constants: dict[str, Tensor]
     layers: tuple[Layer, ...]
+    numbers: frozenset[int]
 
 
 @dataclass
 class Recorder:
-    """What a forward did while it was traced."""
+    """What a forward did while it was traced. ``attends``: whether the paged op is traced, or the forward only looked at."""
 
-    step: dict[str, Tensor]
-    caches: list[tuple[Tensor, Tensor]] | None  # None: only look
+    attends: bool = False
     layers: list[Layer] = field(default_factory=list)
     remembered: int = 0
 
@@ -99,16 +90,11 @@ def attention(
     batch, heads, tokens, width = query.shape
     n = len(r.layers)
     r.layers.append(Layer(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), attention_mask.window))
-    if r.caches is None:
+    if not r.attends:
         return query.new_zeros(batch, tokens, heads, value.shape[3]), None
-    if r.caches is not PAGELESS and n >= len(r.caches):
-        raise InferenceError(f"{where}: more attention layers than when the model was looked at ({len(r.caches)})")
     flat = [x.transpose(1, 2).reshape(batch * tokens, x.shape[1], x.shape[3]) for x in (query, key, value)]
-    s, scale, cap = r.step, float(width**-0.5 if scaling is None else scaling), float(softcap or 0.0)
-    if r.caches is PAGELESS:
-        out = torch.ops.deepseed.paged(*flat, s_aux, n, scale, attention_mask.window, cap)
-    else:
-        out = torch.ops.deepseed.paged_attention(*flat, *r.caches[n], s["blocks"], s["slots"], s["context"], s["starts"], scale, attention_mask.window, cap, s_aux)
+    scale = float(width**-0.5 if scaling is None else scaling)
+    out = torch.ops.deepseed.paged(*flat, s_aux, n, scale, attention_mask.window, float(softcap or 0.0))
     return out.view(batch, tokens, heads, -1), None
 
 
@@ -127,9 +113,8 @@ class PackedStep:
                 f"  fix: serve a causal language model whose forward does, or use {type(model).__name__}.generate()"
             )
 
-    def __call__(self, ids: Tensor, positions: Tensor, last: Tensor, caches: list[tuple[Tensor, Tensor]] | None, **tables: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         r = self._recorder
-        r.step, r.caches = tables, caches
         r.layers, r.remembered = [], 0
         through = type("Through", (_Through,), {"recorder": r})
         asked: dict[str, Any] = {self._cache: Cache(layer_class_to_replicate=through), **({"logits_to_keep": last} if self._keeps else {})}
@@ -138,38 +123,28 @@ class PackedStep:
         return logits[0] if self._keeps else logits[0].index_select(0, last)
 
 
-class _Exported(nn.Module):
-    """What torch.export traces."""
-
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
-        super().__init__()
-        self.model, self._step = model, PackedStep(model, recorder, model)
-
-    def forward(self, ids: Tensor, positions: Tensor, blocks: Tensor, slots: Tensor, context: Tensor, starts: Tensor, last: Tensor, caches: list[tuple[Tensor, Tensor]] | None) -> Tensor:
-        return self._step(ids, positions, last, caches, blocks=blocks, slots=slots, context=context, starts=starts)
-
-
-def look(model: nn.Module) -> tuple[Layer, ...]:
-    """The attention layers of a model that can be served, in the order in which they run. Raises InferenceError."""
-    recorder = Recorder({}, None)
+def look(model: nn.Module) -> Looked:
+    """The forward of a model that can be served, run once without values; it reads none, so the model may be on the meta device. Raises InferenceError."""
+    recorder = Recorder()
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-    with hooked(model), torch.no_grad(), _refused(model), fake, _Positions(model) as watched:
+    with hooked(model), untouched(model), torch.no_grad(), _refused(model), fake, _Watch(model) as watched:
         empty = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in values.items()}  # all on one device, be the model on meta
         step = PackedStep(model, recorder, lambda **said: torch.func.functional_call(model, empty, (), said))
-        ids, positions, *_, last = (torch.empty(x.shape, dtype=x.dtype) for x in _example(torch.device("cpu")))
+        ids, positions, last = torch.empty(TOKENS, dtype=torch.long), torch.empty(TOKENS, dtype=torch.long), torch.empty(WANTED, dtype=torch.long)
         watched.storage = positions.untyped_storage()._cdata
-        step(ids, positions, last, None)
+        step(ids, positions, last)
     complete(model, len(recorder.layers), recorder.remembered)
-    return tuple(recorder.layers)
+    return Looked(tuple(recorder.layers), frozenset(watched.numbers))
 
 
-class _Positions(TorchDispatchMode):
-    """Refuses a forward that asks for the largest position of a step: its tokens are of many sequences, and what one gets would depend on the others."""
+class _Watch(TorchDispatchMode):
+    """Collects numbers; refuses a forward that asks for the largest position of a step: its tokens are of many sequences, and what one gets would depend on the others."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.storage = model, 0
+        self.numbers: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in _LARGEST and args[0].untyped_storage()._cdata == self.storage:
@@ -178,7 +153,25 @@ class _Positions(TorchDispatchMode):
                 f"{name} cannot be served: its forward asks for the largest of all positions ({func}), which in a step of many sequences is another one's\n"
                 f"  fix: serve a model whose positions are each token's own (rope without lengths that it switches at), or use {name}.generate()"
             )
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            self.numbers.update([x] if type(x) is int else x.shape if isinstance(x, Tensor) else ())
+        return out
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """What a forward puts into its modules goes again: it ran on no values."""
+    before = [(m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, own, tables in before:
+            for name, table in tables.items():
+                own[name].clear()
+                own[name].update(table)
+            module.__dict__.clear()
+            module.__dict__.update(own)
 
 
 @contextmanager
@@ -189,37 +182,6 @@ def _refused(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise InferenceError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {error}\n  fix: see whether its forward reads sizes or values of tensors in Python") from error
-
-
-def capture(model: nn.Module) -> CapturedForward:
-    """Reads no value of a parameter: the model may be on the meta device. Raises InferenceError, naming what the model lacks."""
-    layers = look(model)
-    recorder = Recorder({}, None)
-    step = _Exported(model, recorder)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    caches = [tuple(torch.empty(la.heads, 7, _BLOCK, w, dtype=dtype, device=device) for w in (la.width, la.value_width)) for la in layers]
-    tokens, sequences, longest, pool = Dim("tokens", min=2), Dim("sequences", min=2), Dim("longest", min=2), Dim("pool", min=2)
-    free = {
-        "ids": {0: tokens}, "positions": {0: tokens}, "blocks": {0: sequences, 1: longest}, "slots": {0: tokens},
-        "context": {0: sequences}, "starts": {0: sequences + 1}, "last": {0: Dim("wanted", min=2)},
-        "caches": [({1: pool}, {1: pool}) for _ in layers],
-    }  # fmt: skip
-    with hooked(model), torch.no_grad(), _refused(model):
-        exported = torch.export.export(step, (*_example(device), caches), dynamic_shapes=free, strict=False)
-    graph = exported.graph_module
-    complete(model, sum(n.target is torch.ops.deepseed.paged_attention.default for n in graph.graph.nodes), recorder.remembered)
-    signature = exported.graph_signature
-    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    changed = {b for b in signature.buffers_to_mutate.values()}
-    if changed:
-        raise InferenceError(f"{type(model).__name__} writes into its buffers as it runs: {', '.join(sorted(changed))}\n  fix: serve a model that remembers in its cache only")
-    names = []
-    for node in graph.graph.nodes:
-        if node.op == "placeholder" and node.name in lifted:
-            names.append(lifted[node.name].removeprefix("model."))
-    constants = {n.removeprefix("model."): t for n, t in exported.constants.items() if isinstance(t, Tensor)}
-    return CapturedForward(graph, tuple(names), constants, layers)
 
 
 def complete(model: nn.Module, ops: int, remembered: int) -> None:
@@ -252,12 +214,3 @@ def hooked(model: nn.Module) -> Iterator[None]:
         for config, old in before:
             config._attn_implementation_internal = old
         model.train(training)
-
-
-def _example(device: torch.device) -> list[Tensor]:
-    """A step that mixes: 3 sequences, 12 tokens."""
-    each = [
-        torch.zeros(_TOKENS), torch.arange(_TOKENS), torch.zeros(_SEQUENCES, 5), torch.arange(_TOKENS),
-        torch.full((_SEQUENCES,), 4), torch.arange(0, _TOKENS + 1, 4), torch.tensor([3, 11]),
-    ]  # fmt: skip
-    return [x.long().to(device) for x in each]

@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from deepseed.inference import gpu, native
+from deepseed.inference import gpu
 from deepseed.inference.blocks import BlockPool
-from deepseed.inference.capture import Layer, capture, look
+from deepseed.inference.capture import Layer, look
 from deepseed.inference.detokenize import TextOf
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.executable import Executable
@@ -36,9 +36,6 @@ from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, fr
 from deepseed.inference.scheduler import Piece, Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
 from deepseed.plan import parse_plan
-
-if TYPE_CHECKING:
-    from deepseed.inference.split import SplitExecutable
 
 Prompt = str | Sequence[int]
 
@@ -69,7 +66,7 @@ class _Request:
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
     ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once. ``weights``: a checkpoint of a training,
-    under any plan, whose values the model takes. ``codegen``: "python" runs the captured graph as it is, "auto" in C++ where there is a compiler,
+    under any plan, whose values the model takes. ``codegen``: "python" runs the program as readable Python, "auto" in C++ where there is a compiler,
     "triton" as Triton kernels, attention and its pages too.
     ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it.
     ``quantize``: "int8" or "fp8", the matrices of products in eight bits; ``quantized`` says what that lost."""
@@ -82,8 +79,9 @@ class Engine:
     ) -> None:  # fmt: skip
         if speculative not in (None, "lookup") or draft < 1:
             raise InferenceError(f"speculative={speculative!r}, draft={draft}\n  fix: speculative='lookup' and a draft of at least 1 token, or speculative=None")
-        if block < 1:
-            raise InferenceError(f"block={block}\n  fix: at least 1 token a block, such as 16")
+        for name, value in (("block", block), ("budget", budget), ("sequences", sequences), ("chunk", chunk), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise InferenceError(f"{name}={value}\n  fix: at least 1{', or None' if name in ('chunk', 'max_length') else ''}")
         ranks = _ranks(plan)
         if codegen == "triton" and quantize is not None:
             raise InferenceError(f"quantize={quantize!r} with codegen='triton': weights in eight bits have no emitted kernel\n  fix: codegen='auto', or no quantize")
@@ -93,24 +91,17 @@ class Engine:
         self.model, self.tokenizer = found.model, found.tokenizer
         config: Any = found.model.config
         self.config: Any = config
-        layers = look(found.model)
+        looked = look(found.model)
         if max_length is not None and max_length > found.longest:
             raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
         self.max_length: int = max_length or found.longest
-        a_block = block * bytes_of_token(layers, found.dtype)
+        a_block = block * bytes_of_token(looked.layers, found.dtype)
         blocks = room(parse_bytes(str(cache)) if cache is not None else None, a_block, -(-self.max_length // block) * sequences)
         if blocks < 1:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
-        self.executable: Executable | SplitExecutable
-        self.quantized: Report | None = None
-        if quantize is None and ranks == 1 and codegen != "triton" and (codegen == "python" or found.device.type != "cpu" or native.load() is None):
-            self.executable = Executable(capture(found.model), found.state, blocks, block, found.dtype, found.device, own=found.own)
-        else:
-            from deepseed.inference.split import SplitExecutable
-
-            self.executable = SplitExecutable(found.model, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen, quantize=quantize, own=found.own)
-            self.quantized = self.executable.quantized
+        self.executable = Executable(found.model, looked, plan, blocks, block, weights=found.weights, checkpoint=found.checkpoint, codegen=codegen, quantize=quantize, own=found.own)
+        self.quantized: Report | None = self.executable.quantized
         self.scheduler = Scheduler(BlockPool(blocks, block), budget, sequences, chunk, prefix)
         self.ends = _ends(found.model)
         self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))

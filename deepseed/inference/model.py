@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +39,7 @@ def loaded(
     """``split``: each rank reads its part later. ``weights``: a checkpoint of a training, which has the values."""
     kind, files, trained = _dtype(dtype), None, None if weights is None else _checkpoint(Path(weights))
     if isinstance(model, nn.Module):
-        module = model if kind is None else model.to(kind)
+        module = moved(model, kind, device)
     else:
         path, gguf = _folder(Path(model))
         later = split and not gguf
@@ -52,8 +53,7 @@ def loaded(
         raise InferenceError(f"{type(module).__name__} has no config: it is no model of transformers\n  fix: a causal language model, such as AutoModelForCausalLM gives")
     if getattr(module.config, "is_encoder_decoder", False):
         raise InferenceError(f"{type(module).__name__} is an encoder and a decoder; only decoders are served\n  fix: a causal language model")
-    module = module.to(torch.device(device)) if device is not None else module
-    module.eval()
+    module = module.to(torch.device(device)) if device is not None and module is not model else module
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     if first is None:
         raise InferenceError(f"{type(module).__name__} has no parameters")
@@ -61,7 +61,24 @@ def loaded(
     text: Any = module.config
     config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
-    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, not isinstance(model, nn.Module), files, trained)
+    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, module is not model, files, trained)
+
+
+def moved(model: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None = None) -> nn.Module:
+    """The model with parameters and stored buffers in ``dtype``, as ``from_pretrained(dtype=)`` has them: buffers that no checkpoint holds, such as rotary frequencies, stay as they are, and so does what the
+    model says must stay float32. A copy where anything changes: the caller's model stays untouched."""
+    stays = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else ())]
+    state = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict(keep_vars=True)}}
+    cast = {n: dtype for n, x in state.items() if dtype is not None and x.is_floating_point() and x.dtype is not dtype and not set(stays) & set(n.split("."))}
+    place = None if device is None else torch.device(device)
+    if not cast and all(place in (None, x.device) for x in (*model.parameters(), *model.buffers())):
+        return model
+    known: dict[int, Any] = {}
+    for name, x in state.items():
+        new = x.detach().to(device=place, dtype=cast.get(name, x.dtype))
+        known[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+    copied = deepcopy(model, known)
+    return copied if place is None else copied.to(place)
 
 
 def room(asked: int | None, a_block: int, useful: int) -> int:

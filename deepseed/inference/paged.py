@@ -1,9 +1,8 @@
-"""``deepseed::paged_attention``: new keys and values go into the pages of a cache, and queries attend to their own sequence's pages.
+"""Attention over pages: new keys and values go into the pages of a cache, and queries attend to their own sequence's pages.
 
-The op that a captured program holds once an attention layer. It writes into its caches and stays opaque: made functional it would copy
-a layer's whole cache in each step. A step is packed: T tokens of S sequences, one after another, no padding; a sequence may bring one
-token (a decode) or many (a chunk of its prompt). Capture needs the op's type; ``reference`` below says what it means, one sequence and one
-query at a time; back ends bind it to something faster (``deepseed.inference.attention``).
+A program has it as the op ``paged_attention``, once an attention layer; the runtime has the caches. A step is packed: T tokens of S sequences, one after another, no padding; a
+sequence may bring one token (a decode) or many (a chunk of its prompt). ``reference`` says what it means, one sequence and one query at a time; what runs is faster
+(``deepseed.inference.attention``).
 
     q [T, heads, width]  k [T, kv heads, width]  v [T, kv heads, value width]
     keys [kv heads, blocks, block, width]  values [kv heads, blocks, block, value width]
@@ -15,19 +14,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-@torch.library.custom_op("deepseed::paged_attention", mutates_args=("keys", "values"))
-def paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, slots: Tensor, context: Tensor, starts: Tensor,
-    scale: float, window: int, softcap: float, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return reference(q, k, v, keys, values, blocks, slots, context, starts, scale, window, softcap, sinks)
-
-
-@paged_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
 def reference(

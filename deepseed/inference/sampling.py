@@ -164,7 +164,7 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     def column(field: str) -> Tensor:
         return torch.tensor([getattr(p, field) for p in params], dtype=logits.dtype, device=logits.device)[:, None]
 
-    logits = logits / column("temperature")
+    logits = (logits - logits.amax(-1, keepdim=True)) / column("temperature").clamp_min(torch.finfo(logits.dtype).tiny)  # the likeliest stays 0, however cold
     if any(p.top_k for p in params):
         width = logits.shape[1]
         ks = [min(p.top_k, width) or width for p in params]

@@ -303,10 +303,11 @@ def _application(server: Server) -> Any:
     async def health() -> dict[str, Any]:
         if not server.worker.alive:
             raise ServeError(503, "the engine has stopped", kind="server_error")
-        return {"status": "ok", **({"replicas": len(several.living), "of": len(several.all)} if isinstance(several := server.engine, Replicas) else {})}
+        return {"status": "ok", **({"replicas": len(several.living), "of": len(several.all), "started_again": several.starts} if isinstance(several := server.engine, Replicas) else {})}
 
     async def metrics() -> Any:
-        return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        several = [("replicas", len(e.living)), ("replicas_of", len(e.all)), ("replicas_started_again", e.starts)] if isinstance(e := server.engine, Replicas) else []
+        return PlainTextResponse(server.metrics.text(several), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status() -> dict[str, Any]:
         return {"model": server.texts.name, "capacity": server.capacity, "taken": server.taken, **server.metrics.status()}

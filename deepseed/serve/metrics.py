@@ -45,8 +45,8 @@ class Metrics:
         self.prompt_lengths = Histogram(TOKENS)
         self.output_lengths = Histogram(TOKENS)
 
-    def text(self) -> str:
-        """The exposition format, version 0.0.4."""
+    def text(self, several: Sequence[tuple[str, int]] = ()) -> str:
+        """The exposition format, version 0.0.4. ``several``: gauges of replicas."""
         out: list[str] = []
 
         def say(name: str, kind: str, help_: str, lines: Sequence[str]) -> None:
@@ -77,6 +77,8 @@ class Metrics:
         histogram("request_generation_tokens", "Tokens of an output.", self.output_lengths)
         out.extend(("# HELP deepseed:requests_refused_total Requests answered by an error, by status.", "# TYPE deepseed:requests_refused_total counter"))
         out.extend(f'deepseed:requests_refused_total{{{self.labels},status="{status}"}} {count}' for status, count in sorted(self.refused.items()))
+        for name, value in several:
+            out.extend((f"# TYPE deepseed:{name} gauge", f"deepseed:{name}{{{self.labels}}} {value}"))
         return "\n".join(out) + "\n"
 
     def status(self) -> dict[str, float]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseed.inference.errors import InferenceError
-from deepseed.inference.split import SplitExecutable
 from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
 from deepseed.runtime.errors import RankError
@@ -60,7 +59,7 @@ def serve_rank(asked: Asked) -> int:
 
     engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
     split = engine.executable
-    if not isinstance(split, SplitExecutable):
+    if parse_plan(asked.plan).mesh(None).ranks == 1:
         return run(engine, asked.name, asked.host, asked.port, **asked.limits)
     with split.together():
         if not split.leads:
@@ -80,14 +79,15 @@ def _replicas(number: int, asked: Asked) -> int:
     from pathlib import Path
 
     from deepseed.inference.model import tokenizer_of
-    from deepseed.serve.replicas import Replicas, Started
+    from deepseed.serve.processes import Started
+    from deepseed.serve.replicas import Replicas
     from deepseed.serve.run import run
 
     if launched():
         raise InferenceError(f"{number} replicas start their own processes, and a launcher has started this one already\n  fix: deepseed serve without a launcher, or a plan without dp")
     started = Started(number, _replica, asked)
     try:
-        several = Replicas(started.ready(), tokenizer_of(Path(asked.model)))
+        several = Replicas(started.ready(), tokenizer_of(Path(asked.model)), started.again)
         try:
             return run(several, asked.name, asked.host, asked.port, **asked.limits)
         finally:

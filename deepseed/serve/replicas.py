@@ -2,7 +2,7 @@
 
 ``Replicas`` looks like one engine to the worker. A request goes to the replica that has most of its beginning in its cache, as far as is known here of what was sent there, unless that
 one is full and another is not; else to the one with the fewest outputs under way. A replica that ends takes its requests along, each told which replica and why; the others go on, and
-new requests go to them. When none is left the server fails as with one engine. Nothing starts a replica again: that is for whoever starts the server.
+new requests go to them. It is started again, up to ``MOST_STARTS`` times, and gets requests once it has said that it is ready. When none is left the server fails as with one engine.
 
 The leading rank of a replica connects to a socket of this process, says what it is, and then ``answer``s: requests and cancellations come, updates go. It ends when its connection does,
 so that no process outlives the server.
@@ -11,29 +11,26 @@ so that no process outlives the server.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
-import tempfile
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import count
-from multiprocessing.connection import Client, Connection, Listener
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from queue import Empty, Queue
-from time import monotonic
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.outputs import Completion, Counts, Output, Update
 from deepseed.inference.sampling import Drawn, SamplingParams
+from deepseed.logs import warn
 from deepseed.runtime.distributed import TIMEOUT
 
 BEAT = TIMEOUT / 4
+MOST_STARTS = 3  # of a replica that has ended, again: one that ends so often has a reason
+Found = tuple[Connection, "Card"]  # a leading rank that has said what it is
 
 
 @dataclass(frozen=True)
@@ -139,14 +136,15 @@ class Replica:
     load: int = 0  # outputs under way
     sent: int = 0  # requests so far
     lost: str = ""  # why it has ended
+    starts: int = 0  # after the first
     usage: Mapping[str, float] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
 
 class Replicas:
-    """``connections``: from leading ranks that have said their Card."""
+    """``found``: leading ranks that have said their Card. ``again`` starts the replica of a number once more, waits until it is ready, and raises where it does not become so; None: nothing does."""
 
-    def __init__(self, found: Sequence[tuple[Connection, Card]], tokenizer: Any) -> None:
+    def __init__(self, found: Sequence[Found], tokenizer: Any, again: Callable[[int], Found] | None = None) -> None:
         self.tokenizer = tokenizer
         self.all = [Replica(card, connection, Prefixes(card)) for connection, card in sorted(found, key=lambda f: f[1].number)]
         cards = [r.card for r in self.all]
@@ -155,9 +153,12 @@ class Replicas:
         self.notify: Callable[[], None] = lambda: None
         self._where: dict[str, tuple[Replica, Completion]] = {}
         self._names = count(1)
-        self._news: deque[tuple[Replica, News | BaseException]] = deque()
+        self._news: deque[tuple[Replica, News | Found | BaseException]] = deque()
+        self._again, self._closed = again, False
+        self.starts = 0  # of replicas that had ended
+        self._before = Counts()  # of those
         for replica in self.all:
-            threading.Thread(target=self._listen, args=(replica,), name=f"deepseed-replica-{replica.card.number}", daemon=True).start()
+            self._thread(self._listen, replica)
 
     @property
     def living(self) -> list[Replica]:
@@ -211,6 +212,9 @@ class Replicas:
             if isinstance(news, BaseException):
                 out += self._lose(replica, news)
                 continue
+            if isinstance(news, tuple):
+                self._replace(replica, news)
+                continue
             replica.usage, replica.counts = news.usage, news.counts
             for name, (cached, logprobs) in news.firsts.items():
                 if name in self._where:
@@ -228,7 +232,7 @@ class Replicas:
 
     @property
     def counts(self) -> Counts:
-        return Counts(*(sum(getattr(r.counts, f.name) for r in self.all) for f in fields(Counts)))
+        return _sum([self._before, *(r.counts for r in self.all)])
 
     def _route(self, prompt: Sequence[int]) -> Replica:
         living = self.living
@@ -258,7 +262,34 @@ class Replicas:
         mine = [name for name, (where, _) in self._where.items() if where is replica]
         for name in mine:
             self._forget(name)
+        if self._again is not None and replica.starts < MOST_STARTS and self.living and not self._closed:
+            self._thread(self._start, replica)
         return [Update(name, 0, (), "", "error", error=message) for name in mine]
+
+    def _start(self, replica: Replica) -> None:
+        """In a thread: the replica once more."""
+        assert self._again is not None
+        warn(f"replica {replica.card.number} of {len(self.all)} has ended ({replica.lost}); it is started again")
+        try:
+            news: Found | BaseException = self._again(replica.card.number)
+        except (InferenceError, OSError) as error:
+            warn(f"replica {replica.card.number} of {len(self.all)} is not started again: {error}")
+            return
+        self._news.append((replica, news))
+        self.notify()
+
+    def _replace(self, old: Replica, found: Found) -> None:
+        connection, card = found
+        if self._closed:
+            connection.close()
+            return
+        self._before, self.starts = _sum([self._before, old.counts]), self.starts + 1
+        new = Replica(card, connection, Prefixes(card), sent=old.sent, starts=old.starts + 1)
+        self.all[self.all.index(old)] = new
+        self._thread(self._listen, new)
+
+    def _thread(self, run: Callable[[Replica], None], replica: Replica) -> None:
+        threading.Thread(target=run, args=(replica,), name=f"deepseed-replica-{replica.card.number}", daemon=True).start()
 
     def _forget(self, request: str) -> None:
         replica, made = self._where.pop(request)
@@ -280,58 +311,12 @@ class Replicas:
 
     def close(self) -> None:
         """They see that nobody is there any more, and end."""
+        self._closed = True
         for replica in self.all:
             if not replica.lost:
                 with socket.socket(fileno=os.dup(replica.connection.fileno())) as made:
                     made.shutdown(socket.SHUT_RDWR)  # closing alone would wait for the thread that reads
 
 
-class Started:
-    """Processes of replicas, from their start until they have ended."""
-
-    def __init__(self, number: int, target: Callable[..., None], *given: Any) -> None:
-        """``target(*given, address, key, number)`` runs in each."""
-        import multiprocessing
-
-        self._folder = tempfile.TemporaryDirectory(prefix="deepseed-")
-        address, key = str(Path(self._folder.name) / "replicas"), secrets.token_bytes(32)
-        self._listener = Listener(address, "AF_UNIX", backlog=number, authkey=key)
-        context = multiprocessing.get_context("spawn")
-        self.processes: list[SpawnProcess] = [context.Process(target=target, args=(*given, address, key, n), name=f"replica {n}") for n in range(number)]
-        for process in self.processes:
-            process.start()
-
-    def ready(self) -> list[tuple[Connection, Card]]:
-        """Once all have said what they are. Raises InferenceError where one ends before."""
-        came: Queue[tuple[Connection, Card]] = Queue()
-
-        def accept() -> None:
-            for _ in self.processes:
-                try:
-                    connection: Any = self._listener.accept()
-                    came.put((connection, connection.recv()))
-                except (OSError, EOFError):
-                    return  # closed, or it ended while it said who it is
-
-        threading.Thread(target=accept, daemon=True).start()
-        out: list[tuple[Connection, Card]] = []
-        while len(out) < len(self.processes):
-            try:
-                out.append(came.get(timeout=0.2))
-            except Empty:
-                for n, process in enumerate(self.processes):
-                    if process.exitcode is not None:
-                        self.end(5)
-                        raise InferenceError(f"replica {n} of {len(self.processes)} ended with exit code {process.exitcode} before it was ready\n  fix: see what it said above") from None
-        return out
-
-    def end(self, seconds: float = 30.0) -> None:
-        """Wait for them, whose connections are closed, and kill who stays."""
-        until = monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, until - monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        self._listener.close()
-        self._folder.cleanup()
+def _sum(counts: Sequence[Counts]) -> Counts:
+    return Counts(*(sum(getattr(c, f.name) for c in counts) for f in fields(Counts)))

@@ -24,7 +24,7 @@ def completed(folder: str, plan: str, prompts: list[list[int]], tokens: int) -> 
         engine = Engine(folder, plan, block=4, budget=16, max_length=128, cache="400kB")
         done = engine.generate(prompts, max_tokens=tokens)
         drawn = engine.generate(prompts[:1], SamplingParams(4, temperature=1.0, n=2))
-        return [c.token_ids for c in done], [[o.token_ids for o in c.outputs] for c in drawn], [len(pair[0]) for pair in engine.executable.ranks[0].caches.values()]  # type: ignore[union-attr]
+        return [c.token_ids for c in done], [[o.token_ids for o in c.outputs] for c in drawn], [len(pair[0]) for pair in engine.executable.ranks[0].caches.values()]
     finally:
         stop()
 
@@ -36,7 +36,7 @@ def from_checkpoint(folder: str, checkpoint: str, prompts: list[list[int]], toke
     try:
         engine = Engine(folder, "tp2", block=4, max_length=128, weights=checkpoint)
         done = engine.generate(prompts, max_tokens=tokens, ignore_eos=True)
-        (state,) = engine.executable._step.states  # type: ignore[union-attr]
+        (state,) = engine.executable._step.states
         return [c.token_ids for c in done], sum(x.numel() * x.element_size() for (role, _), x in state.tensors.items() if role == "param")
     finally:
         stop()
@@ -64,14 +64,14 @@ def dies(folder: str, environment: dict[str, str]) -> None:
         sys.stderr = err
         start("gloo")
         engine = Engine(folder, "tp2", block=4, max_length=128)
-        steps, run = itertools.count(), engine.executable._run  # type: ignore[union-attr]
+        steps, run = itertools.count(), engine.executable._run
 
         def counted(plain: Any) -> Any:
             if rank == 1 and next(steps) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             return run(plain)
 
-        engine.executable._run = counted  # type: ignore[union-attr,method-assign]
+        engine.executable._run = counted  # type: ignore[method-assign]
         try:
             engine.generate([[5, 17, 3]], max_tokens=40, ignore_eos=True)
         except BaseException:
