@@ -26,7 +26,8 @@ Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
 PRODUCTS = ("triton",)  # those that write matrix products and attention too
-CPP = ROWS = "cpp"  # of a packed step: deepseed.inference.split compiles groups for any number of rows
+CPP = "cpp"
+ROWS = "rows"  # of a packed step: groups are marked and run as Python, until deepseed.inference.split compiles them for any number of rows
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -42,11 +43,13 @@ class Kernels:
 def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
-        return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
+        return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
     if codegen not in (PYTHON, ROWS, *BACK_ENDS):
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
     if codegen == "triton" and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
+    if codegen == CPP and device.type not in ("cpu", "meta"):
+        raise ValueError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
     return codegen
 
 

@@ -35,7 +35,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.packing import Packed, Plain, pack
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
-from deepseed.kernels import ROWS
+from deepseed.kernels import CPP, ROWS
 from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
@@ -57,8 +57,8 @@ class SplitExecutable:
         """``codegen``: "cpp", "python", or "auto", which is the first on a CPU with a compiler."""
         self.size, self.layers = size, look(model)
         device = next(p.device for p in model.parameters())
-        self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
-        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=self.codegen)
+        self.codegen = codegen if codegen != "auto" else CPP if device.type in ("cpu", "meta") and native.load() is not None else "python"
+        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=ROWS if self.codegen == CPP else self.codegen)
         if checkpoint is not None:
             self._step.load(checkpoint, optimizer=False, cast=True)
         with packed(model):
@@ -77,7 +77,7 @@ class SplitExecutable:
     def _of_any_size(self, e: Source, coordinate: Any, sizes: tuple[int, int]) -> Source:
         """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
         text, calls = any_size(e.source, sizes), dict[str, Any]()
-        if self.codegen == ROWS:
+        if self.codegen == CPP:
             free = dict(zip(sizes, "TL", strict=True))
             local = pipeline.run(self.program, {"localize": {"coordinate": coordinate}}, pipeline.EACH_RANK, check=False)[-1].program
             local = side_by_side(local)
