@@ -84,6 +84,7 @@ class Fixed:
         self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s, _) in zip(f.outputs, f.makes, strict=True))
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * (len(k.strides) + len(self.makes))]
         function.restype = ctypes.c_int
+        self.given = [i.type.shape for i in k.fragment.inputs]
         self.reused, self.into = f.reused, dict[int, int]()
 
     def reusing(self, into: Mapping[int, int]) -> Fixed:
@@ -94,6 +95,8 @@ class Fixed:
         return out
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
+        if [x.shape for x in xs] != self.given:
+            raise ValueError(f"{self.name} was compiled for {[list(s) for s in self.given]} and is given {[list(x.shape) for x in xs]}\n  fix: report it, a program runs on the shapes that it was made for")
         try:
             read = [x if x.stride() == s else _lying(x, s) for x, s in zip(xs, self.strides, strict=True)]
         except RuntimeError:  # it takes several elements for one

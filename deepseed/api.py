@@ -74,8 +74,9 @@ def compile(
     ``$DEEPSEED_DEVICE_MEMORY``): an op that asks for more fails, and ``counted_peak_bytes`` says what was needed.
     check_finite: after a step or backward whose loss or gradients are not finite, raise NonFiniteError naming the first node that made such a value, and
     change nothing (default: ``$DEEPSEED_NAN``). It reads the loss of each step; a step that is fine costs nothing else.
-    codegen: what computes groups of ops that need no memory in between: ``"python"`` (one torch call an op), ``"inductor"`` (compiled C++, which
-    is kept in the cache folder), ``"triton"`` (kernels for a GPU), or ``"auto"``, the one that is there.
+    codegen: what computes groups of ops that need no memory in between: ``"python"`` (one torch call an op), ``"cpp"`` (C++ for a CPU, one library
+    a program, compiled in seconds and kept in the cache folder), ``"inductor"`` (C++ by torch's Inductor, in minutes), ``"triton"`` (kernels for a GPU), or ``"auto"``: on a CPU with a
+    compiler ``"cpp"``, else ``"python"``.
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
     """

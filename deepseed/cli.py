@@ -142,7 +142,7 @@ def explain(
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
-    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, inductor or triton")] = "inductor",
+    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor or triton")] = "inductor",
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
@@ -204,7 +204,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
-    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, inductor or auto")] = "python",
+    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, cpp, inductor or auto")] = "python",
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""

@@ -25,7 +25,8 @@ from deepseed.runtime.executable import cache_dir
 Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
-CPP = ROWS = "cpp"  # of a packed step: deepseed.inference.executable compiles groups for any number of rows
+CPP = "cpp"
+ROWS = "rows"  # of a packed step: groups are marked and run as Python, until deepseed.inference.executable compiles them for any number of rows
 TRITON_ROWS = "triton_rows"  # the same
 PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and attention too
 PYTHON = "python"  # no groups: one line an op
@@ -43,11 +44,13 @@ class Kernels:
 def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
-        return "inductor" if device.type == "cpu" and inductor.compiler() else PYTHON
+        return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
     if codegen not in (PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
         raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
     if codegen in PRODUCTS and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
+    if codegen == CPP and device.type not in ("cpu", "meta"):
+        raise ValueError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
     return codegen
 
 

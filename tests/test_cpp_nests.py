@@ -135,6 +135,12 @@ def test_an_index_out_of_range_is_said(tmp_path: Path) -> None:
             code(torch.randn(37, 5, dtype=torch.float64), i)
 
 
+def test_other_shapes_are_refused(tmp_path: Path) -> None:
+    k = kernel_of(CROSS.format(t="f64", n=5))
+    with pytest.raises(ValueError, match=r"compiled for \[\[37, 5\], \[37, 1\]\] and is given \[\[2, 5\]"):
+        compiled(k, tmp_path)(torch.randn(2, 5, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.int64))
+
+
 def test_sums_across_rows_do_not_depend_on_threads(tmp_path: Path) -> None:
     k = kernel_of('''%x : f32[7, 300, 40] batch "x"
 %y : f32[7, 300, 40] batch "y"

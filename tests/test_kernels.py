@@ -217,6 +217,15 @@ def test_a_kernel_writes_over_what_nothing_reads_later(monkeypatch: pytest.Monke
 def test_a_word_that_means_no_back_end() -> None:
     with pytest.raises(ValueError, match="fix: one of python, cpp, inductor, triton, auto"):
         trained("zero0", "indoctor")
+    with pytest.raises(ValueError, match="on cuda:0\n  fix: codegen='triton'"):
+        back_ends.resolve("cpp", torch.device("cuda:0"))
+
+
+def test_auto_means_cpp_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "compiler", lambda: "g++")
+    assert [back_ends.resolve("auto", torch.device(d)) for d in ("cpu", "cuda")] == ["cpp", "python"]
+    monkeypatch.setattr(inductor, "compiler", lambda: "")
+    assert back_ends.resolve("auto", torch.device("cpu")) == "python"
 
 
 def test_a_kernel_keeps_to_itself_what_it_does_not_return() -> None:

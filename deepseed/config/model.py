@@ -13,7 +13,7 @@ from deepseed.config.fields import SUPPORTED, Count, Flag, Kind, Number, Says, S
 
 ALWAYS = mapped("always so: the passes put collectives into buckets and overlap them")
 NOTHING = mapped("no effect: nothing here needs it")
-CODEGEN = ("python", "inductor", "triton", "auto")  # words of codegen= in deepseed.compile
+CODEGEN = ("python", "cpp", "inductor", "triton", "auto")  # words of codegen= in deepseed.compile
 REPORT = mapped("no effect on training: step.explain() counts this")
 
 

@@ -39,7 +39,7 @@ from deepseed.inference.quantize import Report, in_eight_bits, made, mm, rows
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
-from deepseed.kernels import ROWS, TRITON_ROWS
+from deepseed.kernels import CPP, ROWS, TRITON_ROWS
 from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
@@ -63,8 +63,8 @@ class Executable:
         """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler. ``own``: nobody else reads the model's weights, which may go once they are in eight bits."""
         self.size = size
         device = next(p.device for p in model.parameters())
-        self.codegen = codegen if codegen != "auto" else ROWS if device.type in ("cpu", "meta") and native.load() is not None else "python"
-        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen=TRITON_ROWS if codegen == "triton" else self.codegen)
+        self.codegen = codegen if codegen != "auto" else CPP if device.type in ("cpu", "meta") and native.load() is not None else "python"
+        self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen={CPP: ROWS, "triton": TRITON_ROWS}.get(self.codegen, self.codegen))
         if checkpoint is not None:
             self._step.load(checkpoint, optimizer=False, cast=True)
         with packed(model):
@@ -98,14 +98,14 @@ class Executable:
     def _of_any_size(self, local: Program, sizes: tuple[int, int]) -> Source:
         """A rank's step for any numbers of tokens and wanted rows, with its kernels and products."""
         calls, names = dict[str, Any](), dict[str, str]()
-        if self.codegen in (ROWS, "triton"):
-            local = side_by_side(local) if self.codegen == ROWS else local
+        if self.codegen in (CPP, "triton"):
+            local = side_by_side(local) if self.codegen == CPP else local
             strides, views = laid_out(local)
             found, free = kernels(local, strides), dict(zip(sizes, "TL", strict=True))
             names = {mark: k.name for mark, k in found.items()}
-            calls = (self._in_cpp if self.codegen == ROWS else self._in_triton)(local, strides, views, found, free)
+            calls = (self._in_cpp if self.codegen == CPP else self._in_triton)(local, strides, views, found, free)
         text = any_size(generate(local, kernels=names), sizes)
-        for op, name, function in CALLED if self.codegen == ROWS else CALLED[-2:]:
+        for op, name, function in CALLED if self.codegen == CPP else CALLED[-2:]:
             text, calls = text.replace(f"{op}(", f"{name}("), {**calls, name: function}
         return Source(text, f"{self.program.name}-packed", local.inputs, local.outputs, calls, self.codegen)
 
