@@ -26,7 +26,8 @@ def general(text: str, free: Mapping[int, str]) -> str:
     def named(found: re.Match[str]) -> str:
         n = int(found[0])
         name, k = stands_for(n, free)
-        return f"{name} * {k}" if name and k > 1 else name or str(n)
+        several = f"({name} * {k})" if text[: found.start()].rstrip().endswith(("/", "%")) else f"{name} * {k}"
+        return several if name and k > 1 else name or str(n)
 
     return _NUMBER.sub(named, text)
 

@@ -26,8 +26,14 @@ def lengths(sizes, device):
     return torch.tensor(sizes, dtype=torch.int64, device=device)
 
 
+@lru_cache(maxsize=256)
+def table(pointers, device):
+    """Copied to the device once: tensors of a training stay where they are."""
+    return torch.tensor(pointers, dtype=torch.int64, device=device)
+
+
 def addresses(tensors, device):
-    return torch.tensor([x.data_ptr() for row in tensors for x in row], dtype=torch.int64, device=device)
+    return table(tuple(x.data_ptr() for row in tensors for x in row), device)
 
 
 def aligned(tensors):

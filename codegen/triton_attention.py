@@ -21,6 +21,7 @@ from deepseed.codegen.triton_writer import POINTERS, Launch
 from deepseed.ir.program import FLOATS, ITEMSIZE, Op, Program, Ref
 from deepseed.ir.text import format_program
 
+GRID = 65535  # programs along the second axis that a device takes
 ATTENTION = ("sdpa", "sdpa_backward")
 
 
@@ -57,8 +58,8 @@ class _Attention:
         self.b, self.h, self.s, self.d = q.shape
         self.t, self.e, self.group = k.shape[2], v.shape[3], self.h // k.shape[1]
         self.dtype, self.wide = q.dtype, computed(q.dtype)
-        if self.dtype not in FLOATS or {k.dtype, v.dtype} != {self.dtype} or max(self.d, self.e) > 256 or 0 in (*q.shape, *k.shape, *v.shape):
-            raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, nothing empty\n  fix: leave it out of the group, the python back end runs it")
+        if self.dtype not in FLOATS or {k.dtype, v.dtype} != {self.dtype} or max(self.d, self.e) > 256 or self.b * self.h > GRID or 0 in (*q.shape, *k.shape, *v.shape):
+            raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, {GRID} heads of all rows, nothing empty\n  fix: leave it out of the group, the python back end runs it")
 
     @cached_property
     def scale(self) -> str:

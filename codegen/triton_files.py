@@ -99,9 +99,13 @@ def _compiled(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Launch:
     except CodegenError as error:
         tell(f"{k.name} runs as plain Python: {str(error).splitlines()[0]}")
         return python(k)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not any(each.free for each in launched(k.fragment)):  # nothing to choose, and many tensors would be made for it
         return launch_of(k.name, text, folder)
-    given = operands(k, torch.device("cuda", torch.cuda.current_device()))
+    try:
+        given = operands(k, torch.device("cuda", torch.cuda.current_device()))
+    except torch.OutOfMemoryError:
+        tell(f"{k.name} runs with blocks that were not tried: no memory for its operands beside the model")
+        return launch_of(k.name, text, folder)
     best = choice(k, folder, torch.cuda.get_device_name(), lambda text: _seconds(text, k.name, folder, given), lambda: on_device(python(k), given))
     return python(k) if best.library else launch_of(k.name, source(k.fragment, best.blocks), folder)
 
@@ -128,4 +132,14 @@ def launch_of(name: str, text: str, folder: Path) -> Launch:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     launch: Launch = module.launch
-    return launch
+    return launch if torch.cuda.device_count() < 2 else _guarded(launch)
+
+
+def _guarded(launch: Launch) -> Launch:
+    """On the device that has the operands: Triton launches on the current one."""
+
+    def call(*xs: Tensor) -> Sequence[Tensor]:
+        with torch.cuda.device(xs[0].device):
+            return launch(*xs)
+
+    return call

@@ -92,6 +92,37 @@ return %b output "b"
     assert "T = i0.shape[0]" in text and "torch.empty((T, 24)" in text and "x_in = x < T" in text and "503" not in text
     assert '@triton.jit(do_not_specialize=["T"])' in text and '"T": "i32"' in text
     assert general("x.reshape((1, 1006, 509, 64, -1, 0.503))", dict(FREE)) == "x.reshape((1, T * 2, L, 64, -1, 0.503))"
+    assert general("x // 1006 % 2012 + 503 * 4", dict(FREE)) == "x // (T * 2) % (T * 4) + T * 4"
+
+
+GROUPS = {
+    "residual": "%a = aten.mm(%i0, %i1) : f32[503, 24] {}\n%b = aten.add.Tensor(%a, %i2) : f32[503, 24] {}\nreturn %b output \"b\"\n",
+    "norm": "%s = sum(%i2, dims=[1], keepdim=true) : f32[503, 1] {}\n%b = aten.sub.Tensor(%i2, %s) : f32[503, 24] {}\nreturn %b output \"b\"\nreturn %s output \"s\"\n",
+    "rope": "%r = reshape(%i2) : f32[1, 503, 3, 8] {}\n%p = permute(%r, dims=[0, 2, 1, 3]) : f32[1, 3, 503, 8] {}\n%x = slice(%p, dim=3, start=0, step=1) : f32[1, 3, 503, 4] {}\n"
+            "%y = slice(%p, dim=3, start=4, step=1) : f32[1, 3, 503, 4] {}\n%n = aten.neg(%y) : f32[1, 3, 503, 4] {}\n%c = cat([%n, %x], dim=3) : f32[1, 3, 503, 8] {}\nreturn %c output \"c\"\n",
+    "turned": "%t = permute(%i2, dims=[1, 0]) : f32[24, 503] {}\n%e = aten.exp(%t) : f32[24, 503] {}\n%m = aten.mul.Tensor(%e, %i3) : f32[24, 503] {}\nreturn %m output \"m\"\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_one_source_is_right_for_few_rows_and_for_many(name: str) -> None:
+    """More than the stand-in's number, so that no block holds all by chance; rows that lie anyhow."""
+    import torch
+    from triton_fragments import reference
+    from triton_worker import Interpreter
+
+    inputs = 'program kernel mesh() facts()\n%i0 : f32[503, 40] batch "i0"\n%i1 : f32[40, 24] batch "i1"\n%i2 : f32[503, 24] batch "i2"\n%i3 : f32[24, 1] batch "i3"\n'
+    interpreter, text = Interpreter(), source(parse(inputs + GROUPS[name]), (), FREE)
+    try:
+        for rows in (1, 2, 40, 1300):
+            p = parse((inputs + GROUPS[name]).replace("503", str(rows)))
+            given = [torch.randn(*reversed(i.type.shape), generator=torch.Generator().manual_seed(n)).t() if n == 2 else torch.randn(i.type.shape) for n, i in enumerate(p.inputs)]
+            got, traffic = interpreter.run(text, given)
+            assert traffic.launches == 1
+            for a, b in zip(got, reference(p, given), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32 sums of 40 in another order
+    finally:
+        interpreter.close()
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from triton_fragments import fragments, random_inputs, reference, resized, retyp
 from triton_worker import Interpreter
 
 from deepseed.codegen import block_sizes as block_sizes_module
+from deepseed.codegen import triton_files
 from deepseed.codegen.autotune import choice, operands, tuned
 from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.triton import can_emit, launched, launches, source
+from deepseed.codegen.triton_files import launch_of
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.rules.strides import contiguous
@@ -423,3 +425,53 @@ def test_the_statistics_of_a_long_row_are_read_in_one_pass(interpreter: Interpre
     got, traffic = interpreter.run(source(p), [x])
     assert traffic.read == {0: x.nbytes} and traffic.launches == 1
     assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, [x]), strict=True))
+
+
+@installed
+def test_a_kernel_runs_on_the_device_of_its_operands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several devices a launch is guarded; with one it is the launch itself."""
+    inside: list[object] = []
+
+    class Device:
+        def __init__(self, device: object) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            inside.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            inside.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    text = "def launch(x):\n    return (x + 1,)\n"
+    x = torch.ones(2)
+    for devices, want in ((1, []), (2, [x.device, None])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
+        (y,) = launch_of("one", text, tmp_path)(x)
+        assert torch.equal(y, x + 1) and inside == want
+
+
+@installed
+def test_kernels_without_a_choice_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel over all parameters has no blocks to try, and its operands would be a second model; where memory ends, the model's blocks are taken."""
+    casts = fragment("""
+        %i0 : f32[5, 6] batch "i0"
+        %i1 : f32[7] batch "i1"
+        %a = cast(%i0) : bf16[5, 6]
+        %b = cast(%i1) : bf16[7]
+        return %a output "a"
+        return %b output "b"
+    """)
+    many, one = (Kernel("k", p, tuple([contiguous(i.type.shape) for i in p.inputs]), function(p, "k")) for p in (casts, parse(fragments()["gpt2_3"])))
+
+    def none(*_: object) -> list[Tensor]:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_files, "operands", none)
+    said: list[str] = []
+    triton_files.compiled([many], tmp_path, said.append)
+    assert not said and launches(casts) == 1
+    triton_files.compiled([one], tmp_path, said.append)
+    assert len(said) == 1 and "no memory" in said[0]

@@ -92,6 +92,13 @@ def test_products_that_no_kernel_makes_are_refused() -> None:
             source(p)
 
 
+def test_more_heads_than_a_grid_has_are_refused() -> None:
+    """Of its second axis; they run as Python."""
+    for p in attention(2049, 32, 1, 16, 16, 16, 16, "none", True, "bf16"):
+        with pytest.raises(CodegenError, match=r"65535 heads(.|\n)*fix"):
+            source(p)
+
+
 # attention ------------------------------------------------------------------------------------------------------------
 
 

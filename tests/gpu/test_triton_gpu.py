@@ -77,6 +77,17 @@ def test_attention(cuda: torch.device, folder: Path, dtype: str, mask: str, caus
         assert float((mine.cpu().double() - theirs).abs().max()) <= 8 * WITHIN[dtype] * most
 
 
+def test_a_served_model_says_the_same(cuda: torch.device) -> None:
+    """Prompts in chunks beside decodes, through emitted kernels and as the captured graph."""
+    from inference_models import ids, prompts, varied
+
+    from deepseed.inference.engine import Engine
+
+    model = varied("LlamaForCausalLM").to(cuda)
+    said = [ids(Engine(model, codegen=codegen, block=4, max_length=128, budget=24, sequences=4).generate(prompts((5, 30, 9)), max_tokens=16)) for codegen in ("python", "triton")]
+    assert said[0] == said[1]
+
+
 # speed ----------------------------------------------------------------------------------------------------------------
 
 
