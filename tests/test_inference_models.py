@@ -37,7 +37,7 @@ def test_greedy_equals_generate(name: str) -> None:
         assert engine.scheduler.pool.free == engine.scheduler.pool.count
         if codegen == "python":
             code = engine.executable._sources[0].source
-            assert "bmm" not in code, "an expert's matrix is copied for each row"
+            assert "torch.bmm(" not in code, "an expert's matrix is copied for each row"
             assert code.count("paged_attention(") == len(engine.executable.ranks[0].caches) == model.config.num_hidden_layers
         elif native.load() is not None:
             routed = name in ROUTED
@@ -110,5 +110,5 @@ def test_a_layer_that_attends_by_itself_is_counted(llama: Any) -> None:
 def test_looking_leaves_no_mark(llama: Any) -> None:
     before = {n: dict(m.__dict__) for n, m in llama.named_modules()}
     looked = look(llama)
-    assert len(looked.layers) == 2 and {64, 96} <= looked.numbers and llama.config._attn_implementation != "deepseed_paged"
+    assert len(looked.layers) == 2 and {64, 128, 199} <= looked.numbers and llama.config._attn_implementation != "deepseed_paged"
     assert {n: dict(m.__dict__) for n, m in llama.named_modules()} == before

@@ -1,4 +1,4 @@
-"""What the engine needs of a model: the module, its values by name, its tokenizer, how long it may grow."""
+"""What the engine needs of a model: the module, its tokenizer, how long it may grow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deepseed.inference.errors import InferenceError
 from deepseed.on_meta import meta
@@ -24,7 +24,6 @@ UNKNOWN_LENGTH = 2048
 class Loaded:
     model: nn.Module
     tokenizer: Any
-    state: dict[str, Tensor]
     dtype: torch.dtype
     device: torch.device
     longest: int
@@ -57,11 +56,10 @@ def loaded(
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     if first is None:
         raise InferenceError(f"{type(module).__name__} has no parameters")
-    state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
     text: Any = module.config
     config = text.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNKNOWN_LENGTH)
-    return Loaded(module, tokenizer, state, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, module is not model, files, trained)
+    return Loaded(module, tokenizer, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, module is not model, files, trained)
 
 
 def moved(model: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None = None) -> nn.Module:
