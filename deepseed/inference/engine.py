@@ -244,7 +244,7 @@ class Engine:
         self.counts.computed_tokens += step.tokens
         self.scheduler.computed(step)
         self._read()
-        turns, rows, at = list[tuple[_Branch, Piece]](), list[int](), 0
+        turns, wanted, rows, at, lost = list[tuple[_Branch, Piece]](), list[Row](), list[int](), 0, list[Update]()
         for piece in step.pieces:
             own = self._of.get(piece.sequence)
             at += piece.wanted
@@ -253,14 +253,19 @@ class Engine:
             if piece.wanted > piece.draws:
                 self._score(own.request, logits[at - piece.wanted : at], piece)
             for branch in self._continuing(own) if piece.draws else ():
+                try:
+                    wanted += [self._row(branch, piece.draft[:n]) for n in range(piece.draws)]
+                except InferenceError as error:
+                    lost.append(self._lose(branch, str(error)))
+                    continue
                 turns.append((branch, piece))
                 rows.extend(range(at - piece.draws, at))
         if not turns:
-            return []
+            return lost
         if rows != list(range(logits.shape[0])):
             logits = logits[rows]
-        drawn = iter(sample(logits, [self._row(b, p.draft[:n]) for b, p in turns for n in range(p.draws)]))
-        return [self._take(b, p, [next(drawn) for _ in range(p.draws)]) for b, p in turns]
+        drawn = iter(sample(logits, wanted))
+        return lost + [self._take(b, p, [next(drawn) for _ in range(p.draws)]) for b, p in turns]
 
     def _do(self, what: Callable[[], None]) -> None:
         """Now, or where a step is under way, by that step."""
@@ -353,6 +358,16 @@ class Engine:
         logprobs = tuple(taken) if request.params.logprobs is not None else ()
         output.logprobs += logprobs
         return Update(request.completion.request, output.index, tuple(d.token for d in taken), text, output.finish_reason, logprobs)
+
+    def _lose(self, branch: _Branch, why: str) -> Update:
+        """Its form cannot say what comes next."""
+        request, output = branch.request, branch.output
+        output.finish_reason = "error"
+        self.scheduler.finish(branch.sequence)
+        del self._of[branch.sequence]
+        if request.completion.finished and self._requests.get(request.completion.request) is request:
+            self._requests.pop(request.completion.request, None)
+        return Update(request.completion.request, output.index, (), "", "error", error=why, refused=True)
 
     def _add(self, branch: _Branch, token: int) -> str:
         """One more token of the output; the text that it adds."""

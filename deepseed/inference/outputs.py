@@ -9,7 +9,7 @@ from deepseed.inference.sampling import Drawn
 
 @dataclass
 class Output:
-    """One continuation, growing. ``finish_reason``: "stop", "length", "cancelled", or None while it runs."""
+    """One continuation, growing. ``finish_reason``: "stop", "length", "cancelled", "error" (its form cannot be followed on), or None while it runs."""
 
     index: int
     token_ids: list[int] = field(default_factory=list)
@@ -57,6 +57,7 @@ class Update:
     finish_reason: str | None
     logprobs: tuple[Drawn, ...] = ()
     error: str = ""  # why the request ended before its time
+    refused: bool = False  # by a fault of the request's own
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Follower(Protocol):
     """One output's way through a form."""
 
     def allowed(self, output: Sequence[int]) -> NDArray[np.bool_]:
-        """Which tokens of the vocabulary may come after ``output``, which mostly is what it was before and some more."""
+        """Which tokens of the vocabulary may come after ``output``, which mostly is what it was before and some more. InferenceError where that cannot be said: the output ends by it."""
 
 
 class Form(Protocol):
@@ -133,7 +133,7 @@ def scored(logits: Tensor, tokens: Sequence[int], tops: Sequence[int | None]) ->
 
 def adjusted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Penalties, biases and what may not come yet, on the rows that have some; ``logits`` stays as it is."""
-    copied = False
+    copied, biases = False, dict[int, tuple[Tensor, Tensor]]()  # by the request's parameters
     for n, row in enumerate(rows):
         p = row.params
         penal = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
@@ -150,8 +150,11 @@ def adjusted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             said = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
             logits[n, said] -= p.frequency_penalty * times + p.presence_penalty
-        for token, bias in p.logit_bias.items():
-            logits[n, token] += bias
+        if p.logit_bias:
+            if id(p) not in biases:
+                biases[id(p)] = (torch.tensor(list(p.logit_bias), device=logits.device), torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device))
+            where, bias = biases[id(p)]
+            logits[n, where] += bias
         if row.forbidden:
             logits[n, torch.tensor(list(row.forbidden), device=logits.device)] = -torch.inf
         if row.allowed is not None:

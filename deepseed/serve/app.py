@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
 from deepseed.serve.errors import ClientGone, ServeError
 from deepseed.serve.metrics import Metrics
@@ -40,6 +41,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOG = logging.getLogger("deepseed.serve")
 PAGE = Path(__file__).with_name("status.html")
+COMPILING = 10.0  # seconds for the form of an output
 LAST_WORD = 1.0  # seconds for an error at the end of a stream that nobody may be reading
 
 
@@ -59,6 +61,7 @@ class Server:
         self.texts = Texts(engine, name)
         self.worker = Worker(engine, self.metrics, died)
         self.text_thread = ThreadPoolExecutor(1, "deepseed-text")  # one: tokenizers keep state
+        self.form_threads = ThreadPoolExecutor(2, "deepseed-form")
         self.engine = engine
         self.taken = 0  # outputs of requests that are there
         self.created = int(time.time())
@@ -70,7 +73,8 @@ class Server:
 
     def close(self) -> None:
         self.worker.close()
-        self.text_thread.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.text_thread, self.form_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def card(self) -> dict[str, Any]:
         return {"id": self.texts.name, "object": "model", "created": self.created, "owned_by": "deepseed", "max_model_len": self.texts.longest, "vocab_size": self.texts.vocabulary}
@@ -146,9 +150,18 @@ class Endpoint:
         prepared: Prepared = await asyncio.get_running_loop().run_in_executor(server.text_thread, server.texts.prepare, self.kind, body)
         place.take(prepared.outputs)
         answer = self.answer(server.texts.name, server.texts.token, prepared.asked.top is not None)
-        with server.worker.open(prepared.prompts, prepared.params) as tickets:
+        params = await self._formed(prepared) if prepared.grammar is not None else prepared.params
+        with server.worker.open(prepared.prompts, params) as tickets:
             await tickets.accepted
             await (self._stream if prepared.asked.stream else self._whole)(prepared, tickets, answer, reply)
+
+    async def _formed(self, prepared: Prepared) -> list[SamplingParams]:
+        server = self.server
+        try:
+            async with asyncio.timeout(COMPILING):
+                return await asyncio.get_running_loop().run_in_executor(server.form_threads, server.texts.formed, prepared)
+        except TimeoutError:
+            raise ServeError(400, f"the form of the output is not compiled within {COMPILING:g} s", code="form_too_large") from None
 
     async def _whole(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         async for _ in tickets:

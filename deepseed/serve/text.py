@@ -27,6 +27,7 @@ class Prepared:
     prompts: list[list[int]]
     params: list[SamplingParams]  # one a prompt
     echoes: list[str]  # what each answer begins with
+    grammar: str | None  # that outputs must follow, not compiled yet
 
     @property
     def outputs(self) -> int:
@@ -63,11 +64,15 @@ class Texts:
         grammar = grammar_of(asked)
         try:
             params = [asked.sampling(most, self.vocabulary) for most in each]
-            if grammar is not None:
-                params = [constrained(p, grammar, self.tokenizer, self.ends) for p in params]
         except InferenceError as error:
             raise ServeError(400, str(error)) from None
-        return Prepared(asked, prompts, params, echoes)
+        return Prepared(asked, prompts, params, echoes, grammar)
+
+    def formed(self, prepared: Prepared) -> list[SamplingParams]:
+        """Its parameters with the grammar compiled, which may take seconds."""
+        assert prepared.grammar is not None
+        param = "structured_outputs" if prepared.asked.structured_outputs is not None else "response_format"
+        return constrained(prepared.params, prepared.grammar, self.tokenizer, self.ends, self.vocabulary, param)
 
     def _token(self, token: int) -> str:
         text: str = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)

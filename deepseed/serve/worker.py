@@ -172,7 +172,7 @@ class Worker:
                 continue
             tickets, n = found
             if update.error:
-                _call(tickets, _refuse, tickets, ServeError(500, update.error, kind="server_error"))
+                _call(tickets, _refuse, tickets, ServeError(400, update.error) if update.refused else ServeError(500, update.error, kind="server_error"))
                 self.metrics.aborted += sum(o.finish_reason is None for o in tickets.completions[n].outputs)
                 del self._of[update.request]
                 self.end(tickets)
