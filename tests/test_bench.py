@@ -38,6 +38,7 @@ def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_pa
 def test_compiled_beforehand_no_cold_step_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = Namespace(**TINY | {"ranks": 1, "rounds": 0})
     assert turns.alternate(a, ["deepseed-single"], lambda engine: tmp_path) == {} and "caches empty" in capsys.readouterr().err
+    assert turns.alternate(a, ["deepseed-single"], lambda engine: tmp_path) == {} and capsys.readouterr().err == ""
     a.rounds = 1
     found = turns.alternate(a, ["deepseed-single"], lambda engine: tmp_path)["deepseed-single"]
     assert found["cold"] is None and "caches empty" not in capsys.readouterr().err

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,19 @@ def test_inputs_say_what_does_not_fit() -> None:
         state.inputs(p, {})
     with pytest.raises(StateError, match=r"batch 'x': float64\[3, 8\] for an input of f64\[8, 8\]"):
         state.inputs(p, {**full, "x": torch.zeros(3, 8, dtype=torch.float64)})
+
+
+def test_freed_memory_is_kept_from_the_end_of_a_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, what a matrix library takes for good would lie among freed values of the first step, and later ones would not fit."""
+    from deepseed.runtime import executable
+
+    seen: list[str] = []
+    monkeypatch.setattr(executable, "keep_freed_memory", lambda: seen.append("kept"))
+    step = executable.Executable("def step(rt, inputs):\n    note('step')\n    return ()\n", "kept", kernels={"note": seen.append})
+    rt: Any = Namespace(arena=None)
+    step(rt, [])
+    assert seen == ["step", "kept"]
+    halves = executable.Executable("def forward(rt, inputs):\n    note('forward')\n    return (), ()\ndef backward(rt, kept, tangents):\n    note('backward')\n    return ()\n", "kept2", kernels={"note": seen.append}).halves()
+    halves.forward(rt, [])
+    halves.backward(rt, [])
+    assert seen == ["step", "kept", "forward", "backward", "kept"]

@@ -32,7 +32,6 @@ class Executable:
     def __init__(
         self, source: str, name: str = "step", inputs: Sequence[Input] = (), outputs: Sequence[Output] = (), kernels: Mapping[str, Callable[..., Any]] | None = None, codegen: str = ""
     ) -> None:
-        keep_freed_memory()
         self.source, self.inputs, self.outputs = source, inputs, outputs
         self._loaded = _load(source, name, kernels or {}, codegen)
         self.path = self._loaded.path
@@ -41,7 +40,9 @@ class Executable:
         counted = rt.arena.step(inputs, [i.type.host for i in self.inputs]) if rt.arena is not None else nullcontext()
         with torch.no_grad(), counted:
             step: Callable[[Any, list[Tensor]], tuple[Tensor, ...]] = self._loaded.names["step"]
-            return step(rt, inputs)
+            out = step(rt, inputs)
+        keep_freed_memory()
+        return out
 
     def halves(self) -> Halves:
         """One run of a program with tangents, in two calls."""
@@ -67,6 +68,7 @@ class Halves:
         kept, self._kept = self._kept, None
         with torch.no_grad(), self._counted(rt, tangents, [i.type.host for i in self.inputs if i.role == "tangent"]):
             out: tuple[Tensor, ...] = self._names["backward"](rt, kept, tangents)
+        keep_freed_memory()
         return out
 
     def _counted(self, rt: Runtime, given: Sequence[Tensor], host: Sequence[bool]) -> AbstractContextManager[None]:
@@ -111,6 +113,7 @@ def _load(source: str, name: str, kernels: Mapping[str, Callable[..., Any]], cod
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory instead of giving it back and faulting it in again: 10-17% of a CPU step.
 
+    After a first step: what libraries take there for good, as room to pack matrices, would lie among values that are freed, and later ones of their size would no longer fit there.
     Once a process; True where it took effect. mallopt(3): M_TRIM_THRESHOLD = -1, M_MMAP_THRESHOLD = -3.
     """
     if not sys.platform.startswith("linux"):

@@ -212,6 +212,8 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Callable[[str
         where = [Path(folder, f"{len(alive) + len(found)}{word}") for word in ("cold", "")]
         began = perf_counter()
         home = kept(engine) if kept and compiles(engine) else None
+        if not a.rounds and (home is None or (home / "cold.json").exists()):
+            return
         running = alive[engine] = Running(a, engine, where[0], home)
         if running.was_cold:
             running.warm_up(min(a.warmup, 2))
