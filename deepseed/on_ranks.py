@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +18,7 @@ from deepseed.runtime.errors import RankError
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *given: Any) -> list[Any]:
-    """What ``function(*given)`` returns in each of ``ranks`` processes, which find the launcher's environment; it leaves the process group itself. A mistake of the
+    """What ``function(*given)`` returns in each of ``ranks`` processes, which find the launcher's environment and end with this one; it leaves the process group itself. A mistake of the
     user's (an error of this package's) is said once, not by every rank. Call it from a script's ``if __name__ == "__main__":``. Raises RankError with what the first failing rank said.
     """
     config = LaunchConfig(
@@ -23,7 +28,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *given: Any) -> list[Any]
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
     try:
-        got: dict[int, Any] = elastic_launch(config, _one)(function, given)
+        got: dict[int, Any] = elastic_launch(config, _one)(function, given, os.getpid())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RankError(rank, f"rank {rank} of {ranks} failed: {failure.message}") from None
@@ -40,9 +45,10 @@ class _Mistake(str):
     """What a rank cannot do: returned, so that no launcher's log is in the way."""
 
 
-def _one(function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+def _one(function: Callable[..., Any], given: tuple[Any, ...], parent: int) -> Any:
     from deepseed.runtime.distributed import stop
 
+    end_with(parent)
     try:
         return function(*given)
     except (ValueError, RuntimeError) as error:
@@ -51,3 +57,19 @@ def _one(function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
         return _Mistake(f"{type(error).__name__}: {error}")
     finally:
         stop()
+
+
+def end_with(parent: int) -> None:
+    """Let this process end when its parent does, however that ends: by the kernel on Linux, else by looking."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # before that
+            os._exit(1)
+        return
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=look, name="deepseed-parent", daemon=True).start()

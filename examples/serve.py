@@ -14,11 +14,10 @@ import pydoc_data.topics
 import threading
 from typing import Any
 
-import uvicorn
-
 from deepseed.inference.engine import Engine
 from deepseed.serve.app import Server
 from deepseed.serve.bench import Http, Load, measure, table
+from deepseed.serve.run import Serving
 
 QUESTION = "Name three things that a compiler does."
 
@@ -67,7 +66,7 @@ def main() -> None:
     else:
         model, tokenizer = tiny()
         engine = Engine(model, tokenizer=tokenizer)
-    server = uvicorn.Server(uvicorn.Config(Server(engine, "demo").app, port=args.port, log_level="warning"))
+    server = Serving(Server(engine, "demo"), port=args.port, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():

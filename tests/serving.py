@@ -42,8 +42,8 @@ def model(text: Any, positions: int = 256) -> Any:
 class Running:
     """A server that listens; ``engine`` is its own, and free blocks are counted there."""
 
-    def __init__(self, server: Any, port: int) -> None:
-        self.server, self.port = server, port
+    def __init__(self, server: Any, port: int, uv: Any, thread: threading.Thread) -> None:
+        self.server, self.port, self.uv, self.thread = server, port, uv, thread
         self.engine = server.worker.engine
         self.url = f"http://127.0.0.1:{port}"
 
@@ -77,20 +77,18 @@ class Running:
 
 
 @contextmanager
-def running(engine: Any, limits: Any = None, api_key: str | None = None) -> Iterator[Running]:
-    import uvicorn
-
+def running(engine: Any, limits: Any = None, api_key: str | None = None, drain: float = 5.0) -> Iterator[Running]:
     from deepseed.serve.app import Server
-    from deepseed.serve.run import _listen
+    from deepseed.serve.run import Serving, _listen
 
     listening = _listen("127.0.0.1", 0)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # else the kernel takes megabytes that nobody reads
     server = Server(engine, "tiny", limits, api_key)
-    uv = uvicorn.Server(uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=5))
+    uv = Serving(server, drain, log_level="error")
     thread = threading.Thread(target=uv.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Running(server, listening.getsockname()[1])
+        yield Running(server, listening.getsockname()[1], uv, thread)
     finally:
         uv.should_exit = True
         thread.join(30)

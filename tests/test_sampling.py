@@ -112,6 +112,12 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop(text: str, prompt: st
     assert said.stopped == bool(ends)
 
 
+def test_a_stop_string_counts_from_where_it_may() -> None:
+    said = TextOf(Bytes(), [], ["ab", "cde"])
+    pieces = [said.add(token, n >= 6) for n, token in enumerate(b"xabcdeabcdefab")]
+    assert "".join(pieces) == said.text == "xabcde" and said.stopped  # "cde" is whole within the sixth, "ab" after it
+
+
 def test_broken_bytes_do_not_hold_the_text_back_for_ever() -> None:
     said = TextOf(Bytes(), [])
     out = "".join(said.add(0xFF) for _ in range(40))

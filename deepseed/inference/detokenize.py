@@ -24,8 +24,8 @@ class TextOf:
         self.text = ""
         self.stopped = False
 
-    def add(self, token: int) -> str:
-        """The new piece of text, often empty."""
+    def add(self, token: int, stops: bool = True) -> str:
+        """The new piece of text, often empty. ``stops``: whether a stop string that it completes counts."""
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -35,7 +35,7 @@ class TextOf:
         new = window[len(self._said) :]
         self._begin, self._read = self._read, len(self._tokens)
         self._said = self._decode(self._tokens[self._begin : self._read])
-        return self._release(new)
+        return self._release(new, stops)
 
     def end(self) -> str:
         """What was held back, at the end."""
@@ -50,9 +50,9 @@ class TextOf:
             piece += rest
         return piece
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, stops: bool = True) -> str:
         pending = self._pending + new
-        found = [(at, s) for s in self._stops if (at := pending.find(s)) >= 0]
+        found = [(at, s) for s in self._stops if (at := pending.find(s)) >= 0] if stops else []
         if found:
             piece, self._pending, self.stopped = pending[: min(found)[0]], "", True
         else:

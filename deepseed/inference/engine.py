@@ -375,8 +375,8 @@ class Engine:
         ended = token in request.ends
         output.token_ids.append(token)
         if branch.text is not None and not ended:
-            piece = branch.text.add(token)
-            ended = branch.text.stopped and len(output.token_ids) >= request.params.min_tokens
+            piece = branch.text.add(token, len(output.token_ids) >= request.params.min_tokens)
+            ended = branch.text.stopped
         if ended:
             output.finish_reason = "stop"
             self.scheduler.finish(branch.sequence)

@@ -3,7 +3,9 @@
     cli           the commands: serve, bench serve
     app           routes, keys, limits, errors; nothing here waits for the engine but by ``await``
     protocol      what a request may say, and what it asks of the engine
+    connection    one connection: mistakes in HTTP itself, beginnings that do not come
     text          from a request to token ids: templates, limits of the context
+    tokens        the bytes of a token, and where it begins in a text
     answers       OpenAI's objects, whole or in chunks
     worker        the one thread that runs the engine
     constrained   outputs that follow a JSON schema, a regex, a list of choices or a grammar

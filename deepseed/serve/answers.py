@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
 from deepseed.inference.outputs import Output
 from deepseed.inference.sampling import Drawn
-
-Token = Callable[[int], str]
+from deepseed.serve.tokens import Place, Tokens
 
 
 class Answer:
@@ -18,8 +17,8 @@ class Answer:
 
     prefix, whole_object, chunk_object = "", "", ""
 
-    def __init__(self, model: str, token: Token, logprobs: bool) -> None:
-        self.token, self.logprobs = token, logprobs
+    def __init__(self, model: str, tokens: Tokens, logprobs: bool) -> None:
+        self.tokens, self.logprobs = tokens, logprobs
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -43,29 +42,25 @@ class Answer:
 class CompletionAnswer(Answer):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, token: Token, logprobs: bool) -> None:
-        super().__init__(model, token, logprobs)
-        self._offsets: dict[int, int] = {}
+    def __init__(self, model: str, tokens: Tokens, logprobs: bool) -> None:
+        super().__init__(model, tokens, logprobs)
+        self._places: dict[int, Place] = {}  # of each choice
 
     def choice(self, index: int, output: Output, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any]:
-        self._offsets[index] = 0 if prompt else len(echo)
+        self._places[index] = Place(self.tokens, 0 if prompt else len(echo), echo)
         return self.piece(index, echo + output.text, [*prompt, *output.logprobs], output.finish_reason)
 
     def first(self, index: int, echo: str, prompt: Sequence[Drawn]) -> dict[str, Any] | None:
-        self._offsets[index] = 0 if prompt else len(echo)
+        self._places[index] = Place(self.tokens, 0 if prompt else len(echo), echo)
         return self.piece(index, echo, prompt, None) if echo else None
 
     def piece(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": self._logprobs(index, drawn) if self.logprobs else None, "finish_reason": finish_reason}
 
     def _logprobs(self, index: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        tokens, offsets, at = [self.token(d.token) for d in drawn], [], self._offsets.get(index, 0)
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
-        self._offsets[index] = at
+        place = self._places.setdefault(index, Place(self.tokens))
+        tokens, offsets = [self.tokens.text(d.token) for d in drawn], [place.add(d.token) for d in drawn]
         return {"tokens": tokens, "token_logprobs": [_finite(d.logprob) for d in drawn], "top_logprobs": [self._top(d) for d in drawn], "text_offset": offsets}
-
 
     def _top(self, drawn: Drawn) -> dict[str, float | None] | None:
         """Of tokens that read alike the likeliest."""
@@ -73,7 +68,7 @@ class CompletionAnswer(Answer):
             return None
         out = dict[str, float | None]()
         for token, logprob in ((drawn.token, drawn.logprob), *drawn.top):
-            out.setdefault(self.token(token), _finite(logprob))
+            out.setdefault(self.tokens.text(token), _finite(logprob))
         return out
 
 
@@ -96,8 +91,7 @@ class ChatAnswer(Answer):
         return {"content": [{**self._one(d.token, d.logprob), "top_logprobs": [self._one(t, p) for t, p in d.top]} for d in drawn], "refusal": None}
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.token(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        return {"token": self.tokens.text(token), "logprob": _finite(logprob), "bytes": list(self.tokens.raw(token))}
 
 
 def _finite(logprob: float | None) -> float | None:

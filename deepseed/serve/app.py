@@ -1,7 +1,8 @@
 """Routes, keys, limits, errors. Every error is an OpenAI error object; nothing here waits but by ``await``.
 
-A request takes a place before its body is read, and 429 is the answer where none is free. Its time runs from there: reading, waiting, computing and
-sending share it. Whoever leaves takes the request along, and its blocks come back after the step under way.
+429 is the answer where no place is free, before the body is read and after. A request holds its places from then until the engine is done with it, read or not; what
+clients have not read is bounded in bytes, all together, and who has left the most is cut off. Reading, waiting, computing and sending share a request's time. Whoever
+leaves takes the request along, and its blocks come back after the step under way.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from starlette.routing import Route
 
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
+from deepseed.serve.connection import TRANSPORT
 from deepseed.serve.errors import ClientGone, ServeError
 from deepseed.serve.metrics import Metrics
 from deepseed.serve.protocol import ChatRequest, CompletionRequest
@@ -42,6 +44,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 LOG = logging.getLogger("deepseed.serve")
 PAGE = Path(__file__).with_name("status.html")
 COMPILING = 10.0  # seconds for the form of an output
+BODIES = 32  # of the largest size, that may be under way
 LAST_WORD = 1.0  # seconds for an error at the end of a stream that nobody may be reading
 
 
@@ -50,6 +53,8 @@ class Limits:
     queue: int = 256  # outputs beyond those that one step computes
     body: int = 4 << 20  # bytes
     timeout: float = 600.0  # seconds
+    body_timeout: float = 30.0  # seconds for a body to come, and for its headers
+    unread: int = 64 << 20  # bytes of answers that clients have not taken, all together
 
 
 class Server:
@@ -63,7 +68,11 @@ class Server:
         self.text_thread = ThreadPoolExecutor(1, "deepseed-text")  # one: tokenizers keep state
         self.form_threads = ThreadPoolExecutor(2, "deepseed-form")
         self.engine = engine
-        self.taken = 0  # outputs of requests that are there
+        self.taken = 0  # outputs of requests that are prepared, computed or wait
+        self.receiving = 0  # bytes of bodies that have not come whole
+        self.unread = Unread(self.limits.unread)
+        self._timers: set[asyncio.Timeout] = set()
+        self._over = False
         self.created = int(time.time())
         self.app: Any = _application(self)
 
@@ -93,9 +102,30 @@ class Server:
         finally:
             made.take(0)
 
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        """The time of a request: 408 where it is over, 503 where the server's is."""
+        try:
+            async with asyncio.timeout(0 if self._over else seconds) as timer:
+                self._timers.add(timer)
+                try:
+                    yield
+                finally:
+                    self._timers.discard(timer)
+        except TimeoutError:
+            if self._over:
+                raise ServeError(503, "the server has ended, and this request with it; ask again", kind="server_error", code="shutting_down") from None
+            raise ServeError(408, f"the request took longer than {seconds:g} s, the server's limit", kind="timeout_error", code="timeout") from None
+
+    def cut(self) -> None:
+        """The end of a drain: requests that are still there are told so."""
+        self._over = True
+        for timer in list(self._timers):
+            timer.reschedule(0)
+
     def full(self, wanted: int) -> ServeError:
         return ServeError(
-            429, f"{self.taken} outputs are being computed or wait, of at most {self.capacity}, and {wanted} more were asked for; try again later", kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1
+            429, f"{self.taken} outputs are being prepared or computed, or wait, of at most {self.capacity}, and {wanted} more were asked for; try again later", kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1
         )  # fmt: skip
 
 
@@ -116,6 +146,27 @@ class Place:
         self.held = wanted
 
 
+class Unread:
+    """Bytes of answers that lie here, by whose they are; in the event loop alone."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.total = most, 0
+        self._of: dict[Reply, int] = {}
+
+    def add(self, reply: Reply, size: int) -> None:
+        if reply.cut:
+            return
+        self._of[reply] = self._of.get(reply, 0) + size
+        self.total += size
+        while self.total > self.most:
+            worst = max(self._of, key=self._of.__getitem__)
+            self.forget(worst)
+            worst.abort()
+
+    def forget(self, reply: Reply) -> None:
+        self.total -= self._of.pop(reply, 0)
+
+
 class Endpoint:
     """A POST route, from its first byte to its last."""
 
@@ -123,18 +174,18 @@ class Endpoint:
         self.server, self.kind, self.answer = server, kind, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
         server = self.server
+        reply = Reply(send, scope.get(TRANSPORT))
         try:
-            with server.place() as place:
-                try:
-                    async with asyncio.timeout(server.limits.timeout):
-                        body = await _read(scope, receive, server.limits.body)
-                        await _while_there(receive, self._serve(body, place, reply))
-                except TimeoutError:
-                    raise ServeError(408, f"the request took longer than {server.limits.timeout:g} s, the server's limit", kind="timeout_error", code="timeout") from None
+            async with server.within(server.limits.timeout):
+                if server.taken >= server.capacity:
+                    raise server.full(1)
+                body = await _read(scope, receive, server)
+                reply.read = True
+                with server.place() as place:
+                    await _while_there(receive, self._serve(body, place, reply))
         except ClientGone:
-            return
+            reply.abort()
         except ServeError as error:
             server.metrics.refused[error.status] += 1
             await reply.error(error)
@@ -142,6 +193,8 @@ class Endpoint:
             LOG.exception("a request failed")
             server.metrics.refused[500] += 1
             await reply.error(ServeError(500, f"{type(error).__name__}: an error of the server's", kind="server_error"))
+        finally:
+            server.unread.forget(reply)
 
     async def _serve(self, body: bytes, place: Place, reply: Reply) -> None:
         server = self.server
@@ -149,9 +202,9 @@ class Endpoint:
             raise ServeError(500, "the engine has stopped", kind="server_error")
         prepared: Prepared = await asyncio.get_running_loop().run_in_executor(server.text_thread, server.texts.prepare, self.kind, body)
         place.take(prepared.outputs)
-        answer = self.answer(server.texts.name, server.texts.token, prepared.asked.top is not None)
+        answer = self.answer(server.texts.name, server.texts.tokens, prepared.asked.top is not None)
         params = await self._formed(prepared) if prepared.grammar is not None else prepared.params
-        with server.worker.open(prepared.prompts, params) as tickets:
+        with server.worker.open(prepared.prompts, params, lambda size: server.unread.add(reply, size), lambda: place.take(0)) as tickets:
             await tickets.accepted
             await (self._stream if prepared.asked.stream else self._whole)(prepared, tickets, answer, reply)
 
@@ -169,7 +222,8 @@ class Endpoint:
         n = prepared.asked.outputs
         outputs = [(i * n + o.index, o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
         count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, *_ in outputs), tickets.cached)
-        await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count))
+        self.server.unread.forget(reply)
+        await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count), lies=lambda size: self.server.unread.add(reply, size))
 
     async def _stream(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         n, asked = prepared.asked.outputs, prepared.asked
@@ -196,19 +250,25 @@ class Endpoint:
 class Reply:
     """The way back: one JSON object, or events and then, where it must be, an error among them."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.begun = self.ended = False
+    def __init__(self, send: Send, transport: asyncio.Transport | None = None) -> None:
+        self._send, self._transport = send, transport
+        self.begun = self.ended = self.streams = self.cut = False
+        self.read = False  # the whole of the request's body
 
-    async def json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+    async def json(self, status: int, body: Any, headers: dict[str, str] | None = None, lies: Callable[[int], None] | None = None) -> None:
+        """``lies`` is told how many bytes wait here for the client."""
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         named = {"content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
-        self.begun = self.ended = True
+        self.begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in named.items()]})
-        await self._send({"type": "http.response.body", "body": content})
+        if lies is not None:
+            lies(len(content))
+        await self._send({"type": "http.response.body", "body": content, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})  # waits until the client has taken most of it
+        self.ended = True
 
     async def begin(self) -> None:
-        self.begun = True
+        self.begun = self.streams = True
         await self._send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]})
 
     async def events(self, objects: list[dict[str, Any]]) -> None:
@@ -217,22 +277,31 @@ class Reply:
             await self._send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
 
     async def end(self) -> None:
-        self.ended = True
         await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        self.ended = True
 
     async def error(self, error: ServeError) -> None:
-        if not self.begun:
-            await self.json(error.status, error.body(), error.headers)
-        elif not self.ended:
-            try:
-                async with asyncio.timeout(LAST_WORD):
+        try:
+            async with asyncio.timeout(LAST_WORD):
+                if not self.begun:
+                    await self.json(error.status, error.body(), error.headers | ({} if self.read else {"connection": "close"}))
+                elif self.streams and not self.ended:
                     await self.events([error.body()])
                     await self.end()
-            except TimeoutError:
-                pass
+        except TimeoutError:
+            pass
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the connection where the answer is not whole, and forget what it has not taken."""
+        if not self.ended:
+            self.cut = True
+            if self._transport is not None:
+                self._transport.abort()
 
 
-async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
+async def _read(scope: Scope, receive: Receive, server: Server) -> bytes:
+    most, seconds = server.limits.body, server.limits.body_timeout
     headers = {k.lower(): v for k, v in scope["headers"]}
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json":  # also what keeps pages of other sites from posting here
@@ -242,16 +311,26 @@ async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
     if said.isdigit() and int(said[:20]) > most:
         raise too_large
     parts, size = list[bytes](), 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        size += len(message.get("body", b""))
-        if size > most:
-            raise too_large
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                size += len(part)
+                server.receiving += len(part)
+                if size > most:
+                    raise too_large
+                if server.receiving > BODIES * most:
+                    raise ServeError(429, f"bodies of {server.receiving} bytes are being received; try again later", kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
+                parts.append(part)
+                if not message.get("more_body"):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise ServeError(408, f"the body has not come within {seconds:g} s: {size} bytes of it have", kind="timeout_error", code="timeout") from None
+    finally:
+        server.receiving -= size
 
 
 async def _while_there(receive: Receive, work: Any) -> None:
@@ -339,9 +418,9 @@ def _application(server: Server) -> Any:
         return server.refuse(made)
 
     for path, get in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/health", health), ("/status.json", status)):
-        app.add_api_route(path, get, methods=["GET"])
+        app.add_api_route(path, get, methods=["GET", "HEAD"])
     for path, get in (("/metrics", metrics), ("/", page)):
-        app.add_api_route(path, get, methods=["GET"], response_class=PlainTextResponse if path == "/metrics" else HTMLResponse)
+        app.add_api_route(path, get, methods=["GET", "HEAD"], response_class=PlainTextResponse if path == "/metrics" else HTMLResponse)
     app.add_exception_handler(ServeError, serve_error)
     app.add_exception_handler(HTTPException, http_error)
     described: Any = app

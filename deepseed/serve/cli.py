@@ -25,6 +25,8 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="outputs that may wait; beyond them the answer is 429")] = 256,
     max_body: Annotated[str, typer.Option(help="bytes of a request")] = "4MiB",
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds of a request, from its first byte to the last of the answer")] = 600.0,
+    body_timeout: Annotated[float, typer.Option(min=0.001, help="of these, for the request itself to come")] = 30.0,
+    max_unread: Annotated[str, typer.Option(help="bytes of answers that clients have not read, all together; beyond them who has left the most is cut off")] = "64MiB",
     drain: Annotated[float, typer.Option(min=0, help="seconds that requests have to end after SIGTERM")] = 60.0,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: the files']")] = None,
     cache: Annotated[str | None, typer.Option(help="bytes for keys and values, as 2GiB")] = None,
@@ -50,7 +52,7 @@ def serve(
     if log_level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {log_level!r} is unknown\n  fix: debug, info, warning or error")
     engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length, "speculative": "lookup" if speculative else None, "draft": draft, "quantize": quantize}
-    limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "drain": drain, "log_level": log_level}
+    limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "body_timeout": body_timeout, "unread": parse_bytes(max_unread), "drain": drain, "log_level": log_level}
     raise typer.Exit(ranks.serve(ranks.Asked(model, plan, dtype, engine, name or Path(model).resolve().name, host, port, limits)))
 
 

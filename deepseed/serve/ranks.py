@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from deepseed.inference.errors import InferenceError
-from deepseed.on_ranks import on_ranks
+from deepseed.on_ranks import end_with, on_ranks
 from deepseed.plan import parse_plan
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.host import launched
@@ -65,13 +68,29 @@ def serve_rank(asked: Asked) -> int:
         if not split.leads:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-            split.follow()
+            with _ending():
+                split.follow()
             return 0
-        code = run(engine, asked.name, asked.host, asked.port, **asked.limits)
-        if code:
-            raise RankError(0, "the engine has failed: see the message above")
+        with _ending():
+            if code := run(engine, asked.name, asked.host, asked.port, **asked.limits):
+                _end(code)
         split.release()
         return code
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """A rank that hears of another's end ends at once: whoever listens has told the clients, and there is nobody to wait for."""
+    try:
+        yield
+    except RankError:
+        _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _replicas(number: int, asked: Asked) -> int:
@@ -99,6 +118,7 @@ def _replicas(number: int, asked: Asked) -> int:
 def _replica(asked: Asked, address: str, key: bytes, number: int) -> None:
     """One replica's first process. Signals from a terminal are for the server, which lets go of the replica when it is done."""
     os.setsid()
+    end_with(os.getppid())
     for ignored in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
     given = (asked, address, key, number)
@@ -119,10 +139,12 @@ def _replica_rank(asked: Asked, address: str, key: bytes, number: int) -> None:
     engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
     with engine.executable.together():
         if engine.executable.leads:
-            answer(engine, address, key, number)
+            with _ending():
+                answer(engine, address, key, number)
             engine.executable.release()
         else:
-            engine.executable.follow()
+            with _ending():
+                engine.executable.follow()
 
 
 def _start(number: int, asked: Asked) -> int:

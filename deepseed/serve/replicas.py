@@ -15,6 +15,7 @@ import socket
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import count
@@ -27,10 +28,12 @@ from deepseed.inference.outputs import Completion, Counts, Output, Update
 from deepseed.inference.sampling import Drawn, SamplingParams
 from deepseed.logs import warn
 from deepseed.runtime.distributed import TIMEOUT
+from deepseed.serve.errors import Lost, cause
 
 BEAT = TIMEOUT / 4
 MOST_STARTS = 3  # of a replica that has ended, again: one that ends so often has a reason
 Found = tuple[Connection, "Card"]  # a leading rank that has said what it is
+SOON = 0.005  # seconds until it is looked whether a form is compiled
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,36 @@ def answer(engine: Engine, address: str, key: bytes, number: int) -> None:
     """The leading rank's part, until the other side is gone."""
     with Client(address, "AF_UNIX", authkey=key) as other:
         other.send(Card.of(engine, number))
+
+        def begin(name: str, prompt: list[int], params: SamplingParams) -> None:
+            try:
+                there[name] = engine.request(prompt, params, name)
+            except InferenceError as error:
+                other.send(News([Update(name, 0, (), "", "error", error=str(error), refused=True)], {}, engine.usage(), engine.counts))
+
         there: dict[str, Completion] = {}
+        compiling: dict[str, tuple[Future[Any], list[int], SamplingParams]] = {}
+        beside = ThreadPoolExecutor(1, "deepseed-form")
         try:
             while True:
-                if engine.idle and not other.poll(BEAT):
+                if engine.idle and not other.poll(SOON if compiling else BEAT) and not compiling:
                     engine.beat()
                     continue
                 while other.poll():
                     name, asked = other.recv()
                     if asked is None:
+                        compiling.pop(name, None)
                         there.pop(name, None)
                         engine.cancel(name)
                         continue
-                    try:
-                        prompt, params = asked
-                        there[name] = engine.request(prompt, params, name)
-                    except InferenceError as error:
-                        other.send(News([Update(name, 0, (), "", "error", error=str(error))], {}, engine.usage(), engine.counts))
+                    prompt, params = asked
+                    if params.form is None:
+                        begin(name, prompt, params)
+                    else:
+                        compiling[name] = beside.submit(params.form.follow, engine.tokenizer, engine.ends, engine.vocabulary), prompt, params
+                for name in [n for n, (done, *_) in compiling.items() if done.done()]:
+                    _, prompt, params = compiling.pop(name)
+                    begin(name, prompt, params)
                 updates = engine.step()
                 firsts = {u.request: (c.cached_tokens, c.prompt_logprobs) for u in updates if u.index == 0 and len((c := there[u.request]).outputs[0].token_ids) == len(u.token_ids)}
                 other.send(News(updates, firsts, engine.usage(), engine.counts))
@@ -94,7 +110,7 @@ def answer(engine: Engine, address: str, key: bytes, number: int) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         except BaseException as error:
-            other.send(error if isinstance(error, RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}"))
+            other.send(Lost(cause(error)))
             raise
 
 
@@ -205,7 +221,7 @@ class Replicas:
                 found[0].connection.send((request, None))
 
     def step(self) -> list[Update]:
-        """What has come by now. Raises RuntimeError where no replica is left."""
+        """What has come by now. Raises Lost where no replica is left."""
         out: list[Update] = []
         while self._news:
             replica, news = self._news.popleft()
@@ -222,7 +238,7 @@ class Replicas:
                     made.cached_tokens, made.prompt_logprobs = cached, logprobs
             out += [u for u in news.updates if u.request in self._where and self._grow(u)]
         if not self.living and not out:
-            raise RuntimeError(self._nobody())
+            raise Lost(self._nobody())
         return out
 
     def usage(self) -> Mapping[str, float]:
@@ -237,7 +253,7 @@ class Replicas:
     def _route(self, prompt: Sequence[int]) -> Replica:
         living = self.living
         if not living:
-            raise RuntimeError(self._nobody())
+            raise Lost(self._nobody())
         least = min(living, key=lambda r: (r.load, r.sent))
         known = [(r.prefixes.known(prompt), r) for r in living]
         most, best = max(known, key=lambda k: (k[0], -k[1].load))
@@ -257,7 +273,7 @@ class Replicas:
         return True
 
     def _lose(self, replica: Replica, why: BaseException) -> list[Update]:
-        replica.lost = f"{type(why).__name__}: {why}" if str(why) else "its process has ended"
+        replica.lost = str(why) or "its process has ended"
         message = f"replica {replica.card.number} of {len(self.all)} has ended ({replica.lost}), and this request with it; ask again"
         mine = [name for name, (where, _) in self._where.items() if where is replica]
         for name in mine:
@@ -303,7 +319,7 @@ class Replicas:
             try:
                 news = replica.connection.recv()
             except (EOFError, OSError):
-                news = RuntimeError()
+                news = Lost()
             self._news.append((replica, news))
             self.notify()
             if isinstance(news, BaseException):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import signal
 import socket
 from typing import Any
@@ -10,13 +12,30 @@ import typer
 import uvicorn
 
 from deepseed.friendly import UsageError
-from deepseed.serve.app import Limits, Server
+from deepseed.serve.app import LAST_WORD, Limits, Server
+from deepseed.serve.connection import within
 from deepseed.serve.served import Served
 
 
+class Serving(uvicorn.Server):
+    """Over a socket; at the end ``drain`` seconds for requests that are there, which then are told that it is over."""
+
+    def __init__(self, server: Server, drain: float = 60.0, **more: Any) -> None:
+        config: Any = uvicorn.Config(server.app, http=within(server.limits.body_timeout), timeout_graceful_shutdown=math.ceil(drain + 2 * LAST_WORD), server_header=False, **more)
+        super().__init__(config)
+        self._server, self._drain = server, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._drain, self._server.cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
 def run(
-    engine: Served, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, drain: float = 60.0,
-    log_level: str = "warning",
+    engine: Served, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, body_timeout: float = 30.0,
+    unread: int = 64 << 20, drain: float = 60.0, log_level: str = "warning",
 ) -> int:  # fmt: skip
     """0 after a signal, 1 where the engine has failed."""
     listening = _listen(host, port)
@@ -27,8 +46,7 @@ def run(
         failed.append(error)
         uv.should_exit = True
 
-    server = Server(engine, name, Limits(queue, body, timeout), api_key, died)
-    uv = uvicorn.Server(uvicorn.Config(server.app, log_level=log_level, access_log=log_level == "debug", timeout_graceful_shutdown=int(drain), server_header=False))
+    uv = Serving(Server(engine, name, Limits(queue, body, timeout, body_timeout, unread), api_key, died), drain, log_level=log_level, access_log=log_level == "debug")
 
     def ends(number: int, frame: Any) -> None:
         uv.should_exit = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from deepseed.inference.errors import InferenceError
@@ -17,6 +16,7 @@ from deepseed.serve.constrained import constrained, grammar_of
 from deepseed.serve.errors import ServeError
 from deepseed.serve.protocol import Asked, ChatRequest, CompletionRequest, Message, read
 from deepseed.serve.served import Served
+from deepseed.serve.tokens import Tokens
 
 DEFAULT_COMPLETION = 16  # tokens, as OpenAI has it; a chat goes on to the end of the context
 
@@ -42,7 +42,7 @@ class Texts:
             raise InferenceError("a server needs the model's tokenizer, and the folder has none\n  fix: tokenizer.save_pretrained(folder)")
         self.tokenizer, self.name, self.ends = engine.tokenizer, name, engine.ends
         self.vocabulary, self.longest = engine.vocabulary, engine.longest
-        self.token = lru_cache(1 << 16)(self._token)
+        self.tokens = Tokens(self.tokenizer)
         widest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.most_characters = self.longest * max(widest, 16)
 
@@ -73,10 +73,6 @@ class Texts:
         assert prepared.grammar is not None
         param = "structured_outputs" if prepared.asked.structured_outputs is not None else "response_format"
         return constrained(prepared.params, prepared.grammar, self.tokenizer, self.ends, self.vocabulary, param)
-
-    def _token(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
 
     def _room(self, prompt: Sequence[int], said: int | None, most: int) -> int:
         left = self.longest - len(prompt)

@@ -20,7 +20,7 @@ from deepseed.inference.errors import InferenceError
 from deepseed.inference.outputs import Completion, Update
 from deepseed.inference.sampling import SamplingParams
 from deepseed.runtime.distributed import TIMEOUT
-from deepseed.serve.errors import ServeError
+from deepseed.serve.errors import ServeError, cause
 from deepseed.serve.metrics import Metrics
 from deepseed.serve.served import Served
 
@@ -30,12 +30,14 @@ BEAT = TIMEOUT / 4
 class Tickets:
     """The prompts of one HTTP request, on their way. Made and read in the event loop."""
 
-    def __init__(self, worker: Worker, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
-        self.worker, self.prompts, self.params = worker, prompts, params
+    def __init__(self, worker: Worker, prompts: Sequence[list[int]], params: Sequence[SamplingParams], lies: Callable[[int], None], done: Callable[[], None]) -> None:
+        """``lies`` is told of bytes that come here, or go from here, and ``done`` once when nothing more is computed; both in the event loop."""
+        self.worker, self.prompts, self.params, self.lies, self.done = worker, prompts, params, lies, done
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[list[tuple[int, Update]] | BaseException] = asyncio.Queue()
         self.accepted: asyncio.Future[None] = self.loop.create_future()
         self.arrived = monotonic()
+        self.coming = sum(p.n for p in params)  # outputs that have not ended
         # the thread's own
         self.completions: list[Completion] = []
         self.left = sum(p.n for p in params)
@@ -64,6 +66,7 @@ class Tickets:
             item = await self.queue.get()
             if isinstance(item, BaseException):
                 raise item
+            self.lies(-_size(item))
             left -= sum(u.finish_reason is not None for _, u in item)
             yield item
 
@@ -87,8 +90,8 @@ class Worker:
     def alive(self) -> bool:
         return self.error is None and self._thread.is_alive()
 
-    def open(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Tickets:
-        return Tickets(self, prompts, params)
+    def open(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], lies: Callable[[int], None] = lambda _: None, done: Callable[[], None] = lambda: None) -> Tickets:
+        return Tickets(self, prompts, params, lies, done)
 
     def send(self, what: Callable[[Tickets], None], tickets: Tickets) -> None:
         self._inbox.append((what, tickets))
@@ -207,12 +210,21 @@ class Worker:
 
 
 def _stopped(error: BaseException) -> ServeError:
-    return ServeError(500, f"the engine has stopped: {type(error).__name__}: {error}"[:500], kind="server_error")
+    return ServeError(500, f"the engine has stopped: {cause(error)}"[:500], kind="server_error")
 
 
 def _deliver(many: list[tuple[Tickets, list[tuple[int, Update]]]]) -> None:
     for tickets, items in many:
         tickets.queue.put_nowait(items)
+        tickets.lies(_size(items))
+        tickets.coming -= sum(u.finish_reason is not None for _, u in items)
+        if not tickets.coming:
+            tickets.done()
+
+
+def _size(items: Sequence[tuple[int, Update]]) -> int:
+    """Bytes, about: of tokens, and of their log-probabilities."""
+    return sum(400 + len(u.text) + 40 * len(u.token_ids) + sum(200 + 160 * len(d.top) for d in u.logprobs) for _, u in items)
 
 
 def _accept(tickets: Tickets) -> None:
@@ -224,6 +236,7 @@ def _refuse(tickets: Tickets, error: BaseException) -> None:
     if not tickets.accepted.done():
         tickets.accepted.set_exception(error)
     tickets.queue.put_nowait(error)
+    tickets.done()
 
 
 def _call(tickets: Tickets, what: Callable[..., None], *args: object) -> None:
