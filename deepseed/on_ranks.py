@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -60,16 +58,14 @@ def _one(function: Callable[..., Any], given: tuple[Any, ...], parent: int) -> A
 
 
 def end_with(parent: int) -> None:
-    """Let this process end when its parent does, however that ends: by the kernel on Linux, else by looking."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # before that
-            os._exit(1)
-        return
+    """Let this process end when its parent does, however that ends. (What Linux offers, PR_SET_PDEATHSIG, looks at the parent's thread: a replica that a thread has started again would end with it.)"""
 
     def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+        try:
+            select.select([os.pidfd_open(parent)], [], [])  # Linux's own: readable once the process has ended
+        except (OSError, AttributeError):
+            while os.getppid() == parent:
+                time.sleep(1.0)
         os._exit(1)
 
     threading.Thread(target=look, name="deepseed-parent", daemon=True).start()

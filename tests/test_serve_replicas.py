@@ -177,7 +177,7 @@ def test_processes_of_replicas(plan: str, text: Any, weights: Any, plain: Engine
         until = time.monotonic() + 120
         while (health := json.loads(up.send("GET", "/health")[2]))["replicas"] < 2 or not health["started_again"]:
             status, _, data = up.send("POST", "/v1/completions", asked)
-            assert status == 200 or "replica 0 of 2 has ended" in json.loads(data)["error"]["message"]
+            assert status == 200 or "replica 0 of 2 has ended" in json.loads(data)["error"]["message"], data
             assert time.monotonic() < until
             time.sleep(0.2)
         status, _, data = up.send("POST", "/v1/completions", asked)
