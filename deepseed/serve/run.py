@@ -13,8 +13,9 @@ import typer
 import uvicorn
 
 from deepseed.friendly import UsageError
-from deepseed.serve.app import LAST_WORD, Limits, Server
+from deepseed.serve.app import Limits, Server
 from deepseed.serve.connection import within
+from deepseed.serve.reply import LAST_WORD
 from deepseed.serve.served import Served
 
 
@@ -27,6 +28,7 @@ class Serving(uvicorn.Server):
         self._server, self._drain = server, drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._server.draining = True
         timer = asyncio.get_running_loop().call_later(self._drain, self._server.cut)
         try:
             await super().shutdown(sockets)
