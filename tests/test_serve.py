@@ -202,6 +202,15 @@ def test_characters_of_several_tokens(client: Any, text: Any) -> None:
     assert [bytes(t.bytes) for t in chat] == ["日".encode()[:1]] * 2
 
 
+def test_a_prompt_alone(client: Any, text: Any) -> None:
+    ids = text(PROMPT)["input_ids"]
+    asked = dict(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, n=2)
+    got = client.completions.create(**asked)
+    assert [(c.text, len(c.logprobs.tokens), c.finish_reason) for c in got.choices] == [(PROMPT, len(ids), "length")] * 2 and got.usage.completion_tokens == 0
+    chunks = [c for chunk in client.completions.create(**asked, stream=True) for c in chunk.choices if c.index == 1]
+    assert "".join(c.text for c in chunks) == PROMPT and sum(len(c.logprobs.tokens) for c in chunks) == len(ids) and chunks[-1].finish_reason == "length"
+
+
 def test_models_health_and_metrics(client: Any, up: Running) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").max_model_len == 256
     assert json.loads(up.send("GET", "/health")[2]) == {"status": "ok"}
@@ -574,7 +583,7 @@ def children(process: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds ranks in /proc")
 def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> None:
     want = plain.generate(PROMPT, max_tokens=12)[0].text
-    for end in ("a signal", "a lost rank", "a signal"):
+    for end in ("a signal", "a lost rank", "a lost parent", "a signal"):
         process, up = started(folder, "--plan", "tp2")
         try:
             status, _, data = up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12, "temperature": 0})
@@ -584,11 +593,21 @@ def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> N
             if end == "a signal":
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(120) == 0
-            else:
+            elif end == "a lost rank":
                 os.kill(ranks[1], signal.SIGKILL)
-                up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12})
+                began = time.monotonic()
+                status, error = up.error("/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12})
+                assert (status, error["message"]) == (500, "the engine has stopped: rank 1 has ended")
                 assert process.wait(120) != 0 and "rank 1" in process.stdout.read()  # type: ignore[union-attr]
-            assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+                print(f"ended after {time.monotonic() - began:.1f} s")
+                assert time.monotonic() - began < 25  # 30 s where a launcher waits for who does not listen
+            else:
+                process.kill()
+                process.wait()
+            until = time.monotonic() + 5
+            while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+                assert time.monotonic() < until
+                time.sleep(0.05)
         finally:
             process.kill()
             process.wait()

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from deepseed.inference.outputs import Output
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
 from deepseed.serve.connection import TRANSPORT
@@ -201,8 +202,8 @@ class Endpoint:
     async def _whole(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         async for _ in tickets:
             pass
-        n = prepared.asked.outputs
-        outputs = [(i * n + o.index, o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
+        n, alone = prepared.asked.outputs, prepared.asked.prompt_alone
+        outputs = [(i * n + o.index, Output(o.index, finish_reason="length") if alone else o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
         count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, *_ in outputs), tickets.cached)
         self.server.unread.forget(reply)
         await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count), lies=lambda size: self.server.unread.add(reply, size))
@@ -220,6 +221,8 @@ class Endpoint:
         if asked.prompt_top is None:  # else with the first token, when they are known
             await reply.events([answer.chunk([first], **more) for i in range(len(prepared.prompts)) for first in begin(i)])
         async for items in tickets:
+            if asked.prompt_alone:
+                items = [(i, replace(u, token_ids=(), text="", finish_reason="length", logprobs=())) for i, u in items]
             completion += sum(len(u.token_ids) for _, u in items)
             await reply.events([answer.chunk([first], **more) for i, _ in items if i not in met for first in begin(i)])
             told = [(i * n + u.index, u.text, u.logprobs, u.finish_reason) for i, u in items if u.text or u.finish_reason or u.logprobs]

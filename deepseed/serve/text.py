@@ -54,7 +54,7 @@ class Texts:
         if isinstance(asked, CompletionRequest):
             prompts = self._prompts(asked.prompt)
             echoes = [self.tokenizer.decode(p, skip_special_tokens=True) if asked.echo else "" for p in prompts] if not isinstance(asked.prompt, str) else [asked.prompt if asked.echo else ""]
-            most = asked.max_tokens or DEFAULT_COMPLETION
+            most = asked.max_tokens or (1 if asked.prompt_alone else DEFAULT_COMPLETION)  # a step gives a token, which then is left out
             each = [self._room(p, asked.max_tokens, most) for p in prompts]
         else:
             assert isinstance(asked, ChatRequest)
