@@ -79,9 +79,9 @@ class Running:
 @contextmanager
 def running(engine: Any, limits: Any = None, api_key: str | None = None, drain: float = 5.0) -> Iterator[Running]:
     from deepseed.serve.app import Server
-    from deepseed.serve.run import Serving, _listen
+    from deepseed.serve.run import Serving, bound
 
-    listening = _listen("127.0.0.1", 0)
+    listening = bound("127.0.0.1", 0)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # else the kernel takes megabytes that nobody reads
     server = Server(engine, "tiny", limits, api_key)
     uv = Serving(server, drain, log_level="error")

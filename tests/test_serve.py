@@ -116,6 +116,14 @@ def test_chat_goes_through_the_template(client: Any, plain: Engine) -> None:
     assert endless.usage.total_tokens == 256 and endless.choices[0].finish_reason == "length"
 
 
+def test_tools_that_the_template_does_not_know_are_refused(up: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up.server.texts.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tools = {"tools": [{"type": "function", "function": {"name": "look"}}]}
+    status, error = up.error("/v1/chat/completions", CHAT | tools)
+    assert (status, error["param"]) == (400, "tools") and "no place for them" in error["message"]
+    assert up.send("POST", "/v1/chat/completions", CHAT | tools | {"tool_choice": "none"})[0] == 200
+
+
 def test_stop_strings_end_the_text_before_them(client: Any, plain: Engine) -> None:
     whole = plain.generate(PROMPT, max_tokens=30)[0].text
     stop = whole[10:13]
@@ -194,6 +202,15 @@ def test_characters_of_several_tokens(client: Any, text: Any) -> None:
     assert [bytes(t.bytes) for t in chat] == ["日".encode()[:1]] * 2
 
 
+def test_a_prompt_alone(client: Any, text: Any) -> None:
+    ids = text(PROMPT)["input_ids"]
+    asked = dict(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, n=2)
+    got = client.completions.create(**asked)
+    assert [(c.text, len(c.logprobs.tokens), c.finish_reason) for c in got.choices] == [(PROMPT, len(ids), "length")] * 2 and got.usage.completion_tokens == 0
+    chunks = [c for chunk in client.completions.create(**asked, stream=True) for c in chunk.choices if c.index == 1]
+    assert "".join(c.text for c in chunks) == PROMPT and sum(len(c.logprobs.tokens) for c in chunks) == len(ids) and chunks[-1].finish_reason == "length"
+
+
 def test_models_health_and_metrics(client: Any, up: Running) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").max_model_len == 256
     assert json.loads(up.send("GET", "/health")[2]) == {"status": "ok"}
@@ -204,6 +221,13 @@ def test_models_health_and_metrics(client: Any, up: Running) -> None:
     assert grown["vllm:prompt_tokens_total"] == 3 and grown["vllm:generation_tokens_total"] == 4
     assert grown["vllm:time_to_first_token_seconds_count"] == 1 and grown["vllm:inter_token_latency_seconds_count"] == 3 and grown["vllm:e2e_request_latency_seconds_count"] == 1
     assert grown['vllm:request_success_total:length'] == 1
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert grown[f"vllm:request_{name}_time_seconds_count"] == 1 and grown[f"vllm:request_{name}_time_seconds_sum"] > 0
+    assert grown["vllm:request_inference_time_seconds_sum"] == pytest.approx(grown["vllm:request_prefill_time_seconds_sum"] + grown["vllm:request_decode_time_seconds_sum"])
+    assert grown["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(grown["vllm:request_queue_time_seconds_sum"] + grown["vllm:request_inference_time_seconds_sum"])
+    assert grown["vllm:request_time_per_output_token_seconds_sum"] == pytest.approx(grown["vllm:request_decode_time_seconds_sum"] / 3)
+    assert grown["vllm:iteration_tokens_total_count"] == 4 and grown["vllm:iteration_tokens_total_sum"] == 3 + 3
+    assert grown["vllm:request_max_num_generation_tokens_count"] == 1 and grown["vllm:request_max_num_generation_tokens_sum"] == 4
     assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"} <= set(after)
 
 
@@ -249,6 +273,7 @@ def test_a_bad_parameter_is_named(up: Running, change: dict[str, Any], status: i
         ({"messages": []}, "at least 1"), ({"messages": [{"role": "king", "content": "a"}]}, "messages"), ({"messages": [{"role": "tool", "content": "a"}]}, "a tool without a call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"), ({"top_logprobs": 2}, "logprobs: true"), ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "ab " * 200}]}, "context"), ({"messages": [{"role": "user", "content": "a" * 9000}]}, "context"), ({"max_completion_tokens": 3}, "one of the two"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function is missing"), ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools"), ({"tools": [{"type": "function", "function": {"name": "a", "x": 1}}]}, "unknown"),
     ],
 )  # fmt: skip
 def test_a_bad_chat_is_refused(up: Running, change: dict[str, Any], says: str) -> None:
@@ -433,7 +458,7 @@ def test_the_page_needs_nothing_from_outside(up: Running) -> None:
     status, headers, data = up.send("GET", "/")
     assert status == 200 and headers["content-type"].startswith("text/html") and "default-src 'none'" in headers["content-security-policy"]
     assert not re.search(rb"(?:src|href)=|https?://", data)
-    named = set(re.findall(r"now\.(\w+)", data.decode()))
+    named = set(re.findall(r"\bnow\.(\w+)", data.decode()))
     assert named and named <= set(json.loads(up.send("GET", "/status.json")[2]))
 
 
@@ -441,11 +466,37 @@ def test_the_page_needs_nothing_from_outside(up: Running) -> None:
 def test_the_page_in_a_browser(up: Running) -> None:
     with chromium.browser() as page:
         page.open_url(up.url + "/")
-        before = up.server.metrics.success.total()
-        assert up.send("POST", "/v1/completions", GOOD)[0] == 200
-        shown = page.run("new Promise(done => { const look = () => document.getElementById('finished').textContent !== '–' && document.getElementById('rate').textContent !== '–' ? done(document.getElementById('finished').textContent) : setTimeout(look, 50); look() })")
-        assert int(shown.replace(",", "")) >= before and page.run("document.getElementById('model').textContent") == "tiny"
+        before, text = up.server.metrics.success.total(), lambda name: page.run(f"document.getElementById('{name}').textContent")
+        undo = slow(up.engine, 0.02)
+        stream, _ = _stream(up, {"model": "tiny", "prompt": [7] * 20, "max_tokens": 200, "n": 2, "stream": True, "ignore_eos": True})
+        try:
+            with stream:
+                wait(page, "parseFloat(document.getElementById('rate').textContent) > 0 && document.getElementById('running').textContent === '2'")
+                held, rate, top = up.server.metrics.cache, float(text("rate")), float(text("top").replace(",", ""))
+                assert 0 < rate < 2.5 / 0.02 and rate <= top and text("half") and text("model") == "tiny"  # two tokens a step of at least 20 ms
+                share = float(text("cache").rstrip(" %")) / 100
+                assert 0 < share <= up.server.metrics.cache + 0.0005 and held > 0 and abs(page.run("document.getElementById('meter').value") - share) < 0.0006
+                assert not page.run("document.body.classList.contains('old')")
+        finally:
+            undo()
+        wait(page, f"+document.getElementById('finished').textContent.replaceAll(',', '') >= {before}")
+        up.server.draining = True
+        try:
+            wait(page, "document.body.classList.contains('old')")
+            assert re.search(r"serves nobody new; figures as of \d\d:\d\d:\d\d$", text("state"))
+        finally:
+            up.server.draining = False
+        wait(page, "!document.body.classList.contains('old')")
         assert not page.console and all(r.startswith(up.url) for r in page.requests)
+        page.run("window.fetch = () => Promise.reject(new Error('gone'))")
+        wait(page, "document.body.classList.contains('old')")
+        assert re.match(r"the server does not answer; figures as of \d\d:", text("state"))
+        if folder := os.environ.get("DEEPSEED_SCREENSHOTS"):
+            page.screenshot(Path(folder) / "status.png")
+
+
+def wait(page: Any, true: str) -> None:
+    assert page.run(f"new Promise(done => {{ let n = 0; const look = () => ({true}) ? done(true) : ++n > 600 ? done(false) : setTimeout(look, 50); look() }})"), true
 
 
 def test_bench_serve_counts_what_it_sent(up: Running) -> None:
@@ -532,7 +583,7 @@ def children(process: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds ranks in /proc")
 def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> None:
     want = plain.generate(PROMPT, max_tokens=12)[0].text
-    for end in ("a signal", "a lost rank", "a signal"):
+    for end in ("a signal", "a lost rank", "a lost parent", "a signal"):
         process, up = started(folder, "--plan", "tp2")
         try:
             status, _, data = up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12, "temperature": 0})
@@ -542,11 +593,21 @@ def test_ranks_serve_together_and_end_together(folder: Path, plain: Engine) -> N
             if end == "a signal":
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(120) == 0
-            else:
+            elif end == "a lost rank":
                 os.kill(ranks[1], signal.SIGKILL)
-                up.send("POST", "/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12})
+                began = time.monotonic()
+                status, error = up.error("/v1/completions", {"model": folder.name, "prompt": PROMPT, "max_tokens": 12})
+                assert (status, error["message"]) == (500, "the engine has stopped: rank 1 has ended")
                 assert process.wait(120) != 0 and "rank 1" in process.stdout.read()  # type: ignore[union-attr]
-            assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+                print(f"ended after {time.monotonic() - began:.1f} s")
+                assert time.monotonic() - began < 25  # 30 s where a launcher waits for who does not listen
+            else:
+                process.kill()
+                process.wait()
+            until = time.monotonic() + 5
+            while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+                assert time.monotonic() < until
+                time.sleep(0.05)
         finally:
             process.kill()
             process.wait()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 import torch
@@ -239,6 +240,10 @@ class Engine:
         step = self.scheduler.schedule(self._draft if self.drafts else None)
         if not step.pieces:
             return []
+        now = monotonic()
+        for piece in step.pieces:
+            if (completion := self._of[piece.sequence].request.completion).scheduled is None:
+                completion.scheduled = now
         logits = self.executable.run(step)
         self.counts.steps += 1
         self.counts.computed_tokens += step.tokens

@@ -27,6 +27,7 @@ class Completion:
     prompt_token_ids: list[int]
     outputs: list[Output]
     cached_tokens: int = 0
+    scheduled: float | None = None  # by ``time.monotonic``: when its first step began
     prompt_logprobs: list[Drawn] = field(default_factory=list)  # where asked for; the first token has none
 
     @property

@@ -5,6 +5,7 @@
     protocol      what a request may say, and what it asks of the engine
     connection    one connection: mistakes in HTTP itself, beginnings that do not come
     text          from a request to token ids: templates, limits of the context
+    reply         the way back, and what lies unread
     tokens        the bytes of a token, and where it begins in a text
     answers       OpenAI's objects, whole or in chunks
     worker        the one thread that runs the engine

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from deepseed.inference.outputs import Output
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.answers import ChatAnswer, CompletionAnswer, usage
 from deepseed.serve.connection import TRANSPORT
@@ -33,19 +33,18 @@ from deepseed.serve.errors import ClientGone, ServeError
 from deepseed.serve.metrics import Metrics
 from deepseed.serve.protocol import ChatRequest, CompletionRequest
 from deepseed.serve.replicas import Replicas
+from deepseed.serve.reply import Reply, Send, Unread
 from deepseed.serve.served import Served
 from deepseed.serve.text import Prepared, Texts
 from deepseed.serve.worker import Tickets, Worker
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOG = logging.getLogger("deepseed.serve")
 PAGE = Path(__file__).with_name("status.html")
 COMPILING = 10.0  # seconds for the form of an output
 BODIES = 32  # of the largest size, that may be under way
-LAST_WORD = 1.0  # seconds for an error at the end of a stream that nobody may be reading
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,18 @@ class Server:
         self.receiving = 0  # bytes of bodies that have not come whole
         self.unread = Unread(self.limits.unread)
         self._timers: set[asyncio.Timeout] = set()
-        self._over = False
+        self.draining = self._over = False
         self.created = int(time.time())
         self.app: Any = _application(self)
 
     @property
     def capacity(self) -> int:
         return self.engine.sequences + self.limits.queue
+
+    @property
+    def ends(self) -> str | None:
+        """Why nobody new is served."""
+        return "the engine has stopped" if not self.worker.alive else "the server ends, and serves nobody new" if self.draining else None
 
     def close(self) -> None:
         self.worker.close()
@@ -146,27 +150,6 @@ class Place:
         self.held = wanted
 
 
-class Unread:
-    """Bytes of answers that lie here, by whose they are; in the event loop alone."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.total = most, 0
-        self._of: dict[Reply, int] = {}
-
-    def add(self, reply: Reply, size: int) -> None:
-        if reply.cut:
-            return
-        self._of[reply] = self._of.get(reply, 0) + size
-        self.total += size
-        while self.total > self.most:
-            worst = max(self._of, key=self._of.__getitem__)
-            self.forget(worst)
-            worst.abort()
-
-    def forget(self, reply: Reply) -> None:
-        self.total -= self._of.pop(reply, 0)
-
-
 class Endpoint:
     """A POST route, from its first byte to its last."""
 
@@ -219,8 +202,8 @@ class Endpoint:
     async def _whole(self, prepared: Prepared, tickets: Tickets, answer: CompletionAnswer | ChatAnswer, reply: Reply) -> None:
         async for _ in tickets:
             pass
-        n = prepared.asked.outputs
-        outputs = [(i * n + o.index, o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
+        n, alone = prepared.asked.outputs, prepared.asked.prompt_alone
+        outputs = [(i * n + o.index, Output(o.index, finish_reason="length") if alone else o, prepared.echoes[i], c.prompt_logprobs) for i, c in enumerate(tickets.completions) for o in c.outputs]
         count = usage(sum(map(len, prepared.prompts)), sum(len(o.token_ids) for _, o, *_ in outputs), tickets.cached)
         self.server.unread.forget(reply)
         await reply.json(200, answer.whole([answer.choice(*each) for each in outputs], count), lies=lambda size: self.server.unread.add(reply, size))
@@ -238,6 +221,8 @@ class Endpoint:
         if asked.prompt_top is None:  # else with the first token, when they are known
             await reply.events([answer.chunk([first], **more) for i in range(len(prepared.prompts)) for first in begin(i)])
         async for items in tickets:
+            if asked.prompt_alone:
+                items = [(i, replace(u, token_ids=(), text="", finish_reason="length", logprobs=())) for i, u in items]
             completion += sum(len(u.token_ids) for _, u in items)
             await reply.events([answer.chunk([first], **more) for i, _ in items if i not in met for first in begin(i)])
             told = [(i * n + u.index, u.text, u.logprobs, u.finish_reason) for i, u in items if u.text or u.finish_reason or u.logprobs]
@@ -245,59 +230,6 @@ class Endpoint:
         if asked.usage_at_end:
             await reply.events([answer.chunk([], usage=usage(sum(map(len, prepared.prompts)), completion, tickets.cached))])
         await reply.end()
-
-
-class Reply:
-    """The way back: one JSON object, or events and then, where it must be, an error among them."""
-
-    def __init__(self, send: Send, transport: asyncio.Transport | None = None) -> None:
-        self._send, self._transport = send, transport
-        self.begun = self.ended = self.streams = self.cut = False
-        self.read = False  # the whole of the request's body
-
-    async def json(self, status: int, body: Any, headers: dict[str, str] | None = None, lies: Callable[[int], None] | None = None) -> None:
-        """``lies`` is told how many bytes wait here for the client."""
-        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        named = {"content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
-        self.begun = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in named.items()]})
-        if lies is not None:
-            lies(len(content))
-        await self._send({"type": "http.response.body", "body": content, "more_body": True})
-        await self._send({"type": "http.response.body", "body": b""})  # waits until the client has taken most of it
-        self.ended = True
-
-    async def begin(self) -> None:
-        self.begun = self.streams = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]})
-
-    async def events(self, objects: list[dict[str, Any]]) -> None:
-        if objects:
-            text = "".join(f"data: {json.dumps(o, ensure_ascii=False, separators=(',', ':'))}\n\n" for o in objects)
-            await self._send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
-
-    async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-        self.ended = True
-
-    async def error(self, error: ServeError) -> None:
-        try:
-            async with asyncio.timeout(LAST_WORD):
-                if not self.begun:
-                    await self.json(error.status, error.body(), error.headers | ({} if self.read else {"connection": "close"}))
-                elif self.streams and not self.ended:
-                    await self.events([error.body()])
-                    await self.end()
-        except TimeoutError:
-            pass
-        self.abort()
-
-    def abort(self) -> None:
-        """Close the connection where the answer is not whole, and forget what it has not taken."""
-        if not self.ended:
-            self.cut = True
-            if self._transport is not None:
-                self._transport.abort()
 
 
 async def _read(scope: Scope, receive: Receive, server: Server) -> bytes:
@@ -355,7 +287,7 @@ async def _while_there(receive: Receive, work: Any) -> None:
 
 
 class Guard:
-    """The key, before anything else is read."""
+    """The key, before anything else is read; and HEAD is GET whose body the connection leaves out."""
 
     def __init__(self, app: Any, server: Server) -> None:
         self.app, self.server = app, server
@@ -369,7 +301,7 @@ class Guard:
                 error = ServeError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key")
                 self.server.metrics.refused[401] += 1
                 return await Reply(send).error(error)
-        await self.app(scope, receive, send)
+        await self.app({**scope, "method": "GET"} if scope["type"] == "http" and scope["method"] == "HEAD" else scope, receive, send)
 
 
 def _application(server: Server) -> Any:
@@ -402,7 +334,7 @@ def _application(server: Server) -> Any:
         return PlainTextResponse(server.metrics.text(several), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status() -> dict[str, Any]:
-        return {"model": server.texts.name, "capacity": server.capacity, "taken": server.taken, **server.metrics.status()}
+        return {"model": server.texts.name, "capacity": server.capacity, "taken": server.taken, "ends": server.ends, **server.metrics.status()}
 
     async def page() -> Any:
         return HTMLResponse(PAGE.read_text(), headers={"content-security-policy": "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"})
@@ -418,9 +350,9 @@ def _application(server: Server) -> Any:
         return server.refuse(made)
 
     for path, get in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/health", health), ("/status.json", status)):
-        app.add_api_route(path, get, methods=["GET", "HEAD"])
+        app.add_api_route(path, get, methods=["GET"])
     for path, get in (("/metrics", metrics), ("/", page)):
-        app.add_api_route(path, get, methods=["GET", "HEAD"], response_class=PlainTextResponse if path == "/metrics" else HTMLResponse)
+        app.add_api_route(path, get, methods=["GET"], response_class=PlainTextResponse if path == "/metrics" else HTMLResponse)
     app.add_exception_handler(ServeError, serve_error)
     app.add_exception_handler(HTTPException, http_error)
     described: Any = app

@@ -10,8 +10,10 @@ import asyncio
 import json
 import random
 import ssl
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -188,11 +190,12 @@ def report(sent: list[Sent], duration: float, load: Load, model: str) -> dict[st
     kept = [s for s in good if all({"ttft": s.ttft, "tpot": s.tpot, "e2el": s.latency}[what] * 1e3 <= limit for what, limit in load.goodput.items())]
     inputs, outputs = sum(s.prompt_len for s in good), sum(s.output_len for s in good)
     out: dict[str, Any] = {
-        "date": datetime.now().strftime("%Y%m%d-%H%M%S"), "endpoint_type": "openai", "backend": "openai", "model_id": model, "num_prompts": load.num_prompts,
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"), "endpoint_type": "openai", "backend": "openai", "model_id": model, "tokenizer_id": model, "num_prompts": load.num_prompts,
         "request_rate": load.request_rate if load.request_rate != float("inf") else "inf", "burstiness": 1.0, "max_concurrency": load.max_concurrency, "duration": duration,
         "completed": len(good), "failed": len(sent) - len(good), "total_input_tokens": inputs, "total_output_tokens": outputs, "request_throughput": len(good) / duration,
         "request_goodput": len(kept) / duration if load.goodput else None, "output_throughput": outputs / duration, "total_token_throughput": (inputs + outputs) / duration,
     }  # fmt: skip
+    out |= _peaks(good)
     series = {"ttft": [s.ttft for s in good], "tpot": [s.tpot for s in good if s.output_len > 1], "itl": [g for s in good for g in s.itl], "e2el": [s.latency for s in good]}
     for what, values in series.items():
         ms = numpy.array(values or [0.0]) * 1e3
@@ -202,6 +205,16 @@ def report(sent: list[Sent], duration: float, load: Load, model: str) -> dict[st
         "input_lens": [s.prompt_len for s in sent], "output_lens": [s.output_len for s in sent], "ttfts": [s.ttft for s in sent], "itls": [s.itl for s in sent],
         "start_times": [s.start_time for s in sent], "errors": [s.error for s in sent],
     }  # fmt: skip
+
+
+def _peaks(good: list[Sent]) -> dict[str, float]:
+    """Of the seconds since the first request: the most tokens that came in one, and the most requests that were under way in one."""
+    begin = min((s.start_time for s in good), default=0.0)
+    came, under = Counter[int](), Counter[int]()
+    for s in good:
+        came.update(int(s.start_time - begin + at) for at in accumulate((s.ttft, *s.itl)))
+        under.update(range(int(s.start_time - begin), int(s.start_time - begin + s.latency) + 1))
+    return {"max_output_tokens_per_s": float(max(came.values(), default=0)), "max_concurrent_requests": max(under.values(), default=0)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -33,14 +33,12 @@ def serve(
     budget: Annotated[int, typer.Option(min=1, help="tokens of a step")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="outputs of a step")] = 64,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens of prompt and output together")] = None,
-    speculative: Annotated[bool, typer.Option("--speculative", help="try tokens that followed the same words before; no output changes")] = False,
-    draft: Annotated[int, typer.Option(min=1, help="of how many tokens at a time")] = 8,
+    speculative: Annotated[bool, typer.Option("--speculative", help="try tokens that followed the same words before, beside the next one: fewer steps where a text repeats itself or its prompt, the same output")] = False,
+    draft: Annotated[int, typer.Option(min=1, help="with --speculative: at most so many tokens at a time")] = 8,
     quantize: Annotated[str | None, typer.Option(help="int8 or fp8: the matrices of products in eight bits")] = None,
     log_level: Annotated[str, typer.Option(help="of uvicorn: debug, info, warning, error")] = "warning",
 ) -> None:
     """Serve a model as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models; /health, /metrics and a page at /."""
-    from deepseed.ir.amounts import parse_bytes
-
     try:
         import_module("deepseed.serve.run")
     except ImportError as error:
@@ -51,8 +49,8 @@ def serve(
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {log_level!r} is unknown\n  fix: debug, info, warning or error")
-    engine = {"cache": cache, "budget": budget, "sequences": sequences, "max_length": max_length, "speculative": "lookup" if speculative else None, "draft": draft, "quantize": quantize}
-    limits = {"api_key": api_key, "queue": max_queue, "body": parse_bytes(max_body), "timeout": timeout, "body_timeout": body_timeout, "unread": parse_bytes(max_unread), "drain": drain, "log_level": log_level}
+    engine = {"cache": cache and _bytes("--cache", cache), "budget": budget, "sequences": sequences, "max_length": max_length, "speculative": "lookup" if speculative else None, "draft": draft, "quantize": quantize}
+    limits = {"api_key": api_key, "queue": max_queue, "body": _bytes("--max-body", max_body), "timeout": timeout, "body_timeout": body_timeout, "unread": _bytes("--max-unread", max_unread), "drain": drain, "log_level": log_level}
     raise typer.Exit(ranks.serve(ranks.Asked(model, plan, dtype, engine, name or Path(model).resolve().name, host, port, limits)))
 
 
@@ -78,11 +76,22 @@ def bench_serve(
     from deepseed.serve.bench import Load, measure, table
 
     load = Load(num_prompts, request_rate, max_concurrency, input_len, output_len, prefix_len, seed, goodput=_limits(goodput or []))
+    if out is not None:
+        out.open("a").close()  # better now than after the measurement
     found = measure(base_url, load, model, api_key, vocabulary)
     if out is not None:
         out.write_text(json.dumps(found, indent=1))
     typer.echo(json.dumps(found, indent=1) if as_json else table(found))
     raise typer.Exit(1 if found["failed"] else 0)
+
+
+def _bytes(option: str, said: str) -> int:
+    from deepseed.ir.amounts import parse_bytes
+
+    try:
+        return parse_bytes(said)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}\n  fix: such as {option} 64MiB") from None
 
 
 def _limits(said: list[str]) -> dict[str, float]:

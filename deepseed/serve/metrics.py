@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from time import monotonic
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+REQUESTS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)  # seconds of parts of one
+OF_A_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 
 
@@ -35,13 +37,17 @@ class Metrics:
         self.running = self.waiting = 0
         self.cache = 0.0
         self.prompt_tokens = self.generation_tokens = self.prefix_queries = self.prefix_hits = self.steps = self.preemptions = 0
-        self.drafts = self.drafted = self.accepted = 0
+        self.computed = self.drafts = self.drafted = self.accepted = 0
         self.success: Counter[str] = Counter()
         self.refused: Counter[int] = Counter()  # by status
         self.aborted = 0
         self.first = Histogram(SECONDS)
         self.between = Histogram(SECONDS)
         self.whole = Histogram(SECONDS)
+        self.queue, self.prefill, self.decode, self.inference = (Histogram(REQUESTS) for _ in range(4))
+        self.a_token = Histogram(SECONDS)
+        self.of_a_step = Histogram(OF_A_STEP)
+        self.longest = Histogram(TOKENS)
         self.prompt_lengths = Histogram(TOKENS)
         self.output_lengths = Histogram(TOKENS)
 
@@ -73,6 +79,13 @@ class Metrics:
         histogram("time_to_first_token_seconds", "From arrival to the first token.", self.first)
         histogram("inter_token_latency_seconds", "Between two tokens of an output.", self.between)
         histogram("e2e_request_latency_seconds", "From arrival to the last token.", self.whole)
+        histogram("request_queue_time_seconds", "From arrival to the first step.", self.queue)
+        histogram("request_prefill_time_seconds", "From the first step to the first token.", self.prefill)
+        histogram("request_decode_time_seconds", "From the first token to the last.", self.decode)
+        histogram("request_inference_time_seconds", "From the first step to the last token.", self.inference)
+        histogram("request_time_per_output_token_seconds", "From the first token to the last, over the tokens after the first.", self.a_token)
+        histogram("iteration_tokens_total", "Tokens that a step computed.", self.of_a_step)
+        histogram("request_max_num_generation_tokens", "Tokens of the longest output of a prompt.", self.longest)
         histogram("request_prompt_tokens", "Tokens of a prompt.", self.prompt_lengths)
         histogram("request_generation_tokens", "Tokens of an output.", self.output_lengths)
         out.extend(("# HELP deepseed:requests_refused_total Requests answered by an error, by status.", "# TYPE deepseed:requests_refused_total counter"))

@@ -99,6 +99,11 @@ class Asked(Strict):
         return None
 
     @property
+    def prompt_alone(self) -> bool:
+        """No output is wanted, but what is said of the prompt."""
+        return self.max_tokens == 0
+
+    @property
     def usage_at_end(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -114,6 +119,7 @@ class Asked(Strict):
 
 class CompletionRequest(Asked):
     prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_OUTPUTS)] | None = None
@@ -128,6 +134,8 @@ class CompletionRequest(Asked):
         return self.logprobs if self.echo else None
 
     def check(self) -> None:
+        if self.prompt_alone and not self.echo:
+            raise ServeError(400, "max_tokens: it should be greater than or equal to 1, or 0 with echo: true", param="max_tokens", code="invalid_value")
         if self.suffix:
             raise ServeError(400, "suffix: this server continues prompts, it does not fill between two texts; leave it out", param="suffix")
         if self.best_of is not None and self.best_of != self.outputs:
@@ -163,12 +171,24 @@ class Message(Strict):
     function_call: None = None
 
 
+class Function(Strict):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
 class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 

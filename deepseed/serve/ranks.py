@@ -20,6 +20,7 @@ from deepseed.on_ranks import end_with, on_ranks
 from deepseed.plan import parse_plan
 from deepseed.runtime.errors import RankError
 from deepseed.runtime.host import launched
+from deepseed.serve.run import bound
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ def serve(asked: Asked) -> int:
     """The exit code."""
     sizes = dict(parse_plan(asked.plan).mesh(None).sizes)
     replicas, ranks = sizes.pop("dp", 1), sizes.get("tp", 1)
-    if replicas > 1 and set(sizes) <= {"tp"}:
+    if other := [f"{axis}{n}" for axis, n in sizes.items() if axis != "tp"]:
+        raise InferenceError(f"plan {asked.plan!r} splits over {', '.join(other)}; a server has replicas (dp), each of them over tp alone\n  fix: a plan such as tp2, dp2 or dp2+tp2")
+    if replicas > 1:
         return _replicas(replicas, replace(asked, plan=f"tp{ranks}"))
     if ranks > 1 and not launched():
+        bound(asked.host, asked.port).close()  # better now than when the ranks are there
         return _start(ranks, asked)
     if ranks == 1:
         return serve_rank(asked)
@@ -60,10 +64,12 @@ def serve_rank(asked: Asked) -> int:
     from deepseed.inference.engine import Engine
     from deepseed.serve.run import run
 
+    listening = bound(asked.host, asked.port) if os.environ.get("RANK", "0") == "0" else None
     engine = Engine(asked.model, asked.plan, asked.dtype, **asked.engine)
     split = engine.executable
     if parse_plan(asked.plan).mesh(None).ranks == 1:
-        return run(engine, asked.name, asked.host, asked.port, **asked.limits)
+        assert listening is not None
+        return run(engine, asked.name, listening, **asked.limits)
     with split.together():
         if not split.leads:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,8 +77,9 @@ def serve_rank(asked: Asked) -> int:
             with _ending():
                 split.follow()
             return 0
+        assert listening is not None
         with _ending():
-            if code := run(engine, asked.name, asked.host, asked.port, **asked.limits):
+            if code := run(engine, asked.name, listening, **asked.limits):
                 _end(code)
         split.release()
         return code
@@ -104,11 +111,12 @@ def _replicas(number: int, asked: Asked) -> int:
 
     if launched():
         raise InferenceError(f"{number} replicas start their own processes, and a launcher has started this one already\n  fix: deepseed serve without a launcher, or a plan without dp")
+    listening = bound(asked.host, asked.port)
     started = Started(number, _replica, asked)
     try:
         several = Replicas(started.ready(), tokenizer_of(Path(asked.model)), started.again)
         try:
-            return run(several, asked.name, asked.host, asked.port, **asked.limits)
+            return run(several, asked.name, listening, **asked.limits)
         finally:
             several.close()
     finally:

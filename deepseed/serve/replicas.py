@@ -56,10 +56,11 @@ class Card:
 
 @dataclass(frozen=True)
 class News:
-    """What a step of a replica gave. ``firsts``: of requests whose first token came, how many tokens the cache had, and the log-probabilities of the prompt."""
+    """What a step of a replica gave. ``firsts``: of requests whose first token came, how many tokens the cache had, the log-probabilities of the prompt, and when they
+    were scheduled, by the clock that the processes of a machine share."""
 
     updates: Sequence[Update]
-    firsts: Mapping[str, tuple[int, list[Drawn]]]
+    firsts: Mapping[str, tuple[int, list[Drawn], float | None]]
     usage: Mapping[str, float]
     counts: Counts
 
@@ -99,7 +100,7 @@ def answer(engine: Engine, address: str, key: bytes, number: int) -> None:
                     _, prompt, params = compiling.pop(name)
                     begin(name, prompt, params)
                 updates = engine.step()
-                firsts = {u.request: (c.cached_tokens, c.prompt_logprobs) for u in updates if u.index == 0 and len((c := there[u.request]).outputs[0].token_ids) == len(u.token_ids)}
+                firsts = {u.request: (c.cached_tokens, c.prompt_logprobs, c.scheduled) for u in updates if u.index == 0 and len((c := there[u.request]).outputs[0].token_ids) == len(u.token_ids)}
                 other.send(News(updates, firsts, engine.usage(), engine.counts))
                 ended = set[str]()
                 for u in updates:
@@ -232,10 +233,10 @@ class Replicas:
                 self._replace(replica, news)
                 continue
             replica.usage, replica.counts = news.usage, news.counts
-            for name, (cached, logprobs) in news.firsts.items():
+            for name, (cached, logprobs, scheduled) in news.firsts.items():
                 if name in self._where:
                     made = self._where[name][1]
-                    made.cached_tokens, made.prompt_logprobs = cached, logprobs
+                    made.cached_tokens, made.prompt_logprobs, made.scheduled = cached, logprobs, scheduled
             out += [u for u in news.updates if u.request in self._where and self._grow(u)]
         if not self.living and not out:
             raise Lost(self._nobody())

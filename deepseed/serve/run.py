@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import signal
 import socket
@@ -12,8 +13,9 @@ import typer
 import uvicorn
 
 from deepseed.friendly import UsageError
-from deepseed.serve.app import LAST_WORD, Limits, Server
+from deepseed.serve.app import Limits, Server
 from deepseed.serve.connection import within
+from deepseed.serve.reply import LAST_WORD
 from deepseed.serve.served import Served
 
 
@@ -26,6 +28,7 @@ class Serving(uvicorn.Server):
         self._server, self._drain = server, drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._server.draining = True
         timer = asyncio.get_running_loop().call_later(self._drain, self._server.cut)
         try:
             await super().shutdown(sockets)
@@ -34,11 +37,10 @@ class Serving(uvicorn.Server):
 
 
 def run(
-    engine: Served, name: str, host: str, port: int, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, body_timeout: float = 30.0,
+    engine: Served, name: str, listening: socket.socket, *, api_key: str | None = None, queue: int = 256, body: int = 4 << 20, timeout: float = 600.0, body_timeout: float = 30.0,
     unread: int = 64 << 20, drain: float = 60.0, log_level: str = "warning",
 ) -> int:  # fmt: skip
-    """0 after a signal, 1 where the engine has failed."""
-    listening = _listen(host, port)
+    """0 after a signal, 1 where the engine has failed. ``listening``: a socket that ``bound`` has made, which is closed at the end."""
     failed: list[BaseException] = []
     uv: Any = None
 
@@ -52,8 +54,9 @@ def run(
         uv.should_exit = True
 
     before = {number: signal.signal(number, ends) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn passes on to these what it got
+    host, port, *_ = listening.getsockname()
     where = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {name} at http://{where}:{listening.getsockname()[1]}/v1, its page at /; {engine.room}")
+    typer.echo(f"serving {name} at http://{where}:{port}/v1, its page at /; {engine.room}")
     try:
         uv.run(sockets=[listening])
     finally:
@@ -65,13 +68,15 @@ def run(
     return 1 if failed else 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet: nobody connects to a server that is not ready."""
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
     except OSError as error:
         made.close()
-        raise UsageError(f"cannot listen at {host}:{port}: {error.strerror}\n  fix: another --port, or 0 for a free one") from None
-    made.listen(2048)
+        here = not isinstance(error, socket.gaierror) and error.errno != errno.EADDRNOTAVAIL
+        fix = "another --port, or 0 for a free one" if here else "a --host of this machine, such as 127.0.0.1, or 0.0.0.0 for every interface"
+        raise UsageError(f"cannot listen at {host}:{port}: {error.strerror}\n  fix: {fix}") from None
     return made

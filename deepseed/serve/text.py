@@ -54,7 +54,7 @@ class Texts:
         if isinstance(asked, CompletionRequest):
             prompts = self._prompts(asked.prompt)
             echoes = [self.tokenizer.decode(p, skip_special_tokens=True) if asked.echo else "" for p in prompts] if not isinstance(asked.prompt, str) else [asked.prompt if asked.echo else ""]
-            most = asked.max_tokens or DEFAULT_COMPLETION
+            most = asked.max_tokens or (1 if asked.prompt_alone else DEFAULT_COMPLETION)  # a step gives a token, which then is left out
             each = [self._room(p, asked.max_tokens, most) for p in prompts]
         else:
             assert isinstance(asked, ChatRequest)
@@ -111,11 +111,15 @@ class Texts:
         size = sum(len(m.content) if isinstance(m.content, str) else sum(len(p.text) for p in m.content or ()) for m in asked.messages)
         if size > self.most_characters:
             raise ServeError(400, f"the model's context is {self.longest} tokens; messages of {size} characters have more", param="messages", code="context_length_exceeded")
-        tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
+        tools = [t.model_dump(exclude_unset=True) for t in asked.tools or ()] if asked.tool_choice != "none" else []
+        messages = [_message(m) for m in asked.messages]
         try:
-            text = self.tokenizer.apply_chat_template([_message(m) for m in asked.messages], tools=tools, tokenize=False, add_generation_prompt=True)
+            text: str = self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+            ignored = bool(tools) and text == self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's: what it refuses, and what it trips over, lies in the messages
             raise ServeError(400, f"the model's chat template refuses these messages: {type(error).__name__}: {error}"[:500], param="messages") from None
+        if ignored:
+            raise ServeError(400, "tools: the model's chat template has no place for them, so the model would not hear of them; leave them out", param="tools", code="unsupported_parameter")
         return self._encode(text, False)
 
 

@@ -43,6 +43,7 @@ class Tickets:
         self.left = sum(p.n for p in params)
         self.gone = False
         self.last: dict[tuple[int, int], float] = {}
+        self.first: dict[tuple[int, int], float] = {}
 
     def __enter__(self) -> Tickets:
         self.worker.send(self.worker.begin, self)
@@ -164,6 +165,9 @@ class Worker:
     def _look(self) -> None:
         m, usage, counts = self.metrics, self.engine.usage(), self.engine.counts
         m.running, m.waiting, m.cache, m.preemptions = int(usage["running"]), int(usage["waiting"]), usage["cache"], int(usage["preemptions"])
+        for n in range(steps := counts.steps - m.steps):
+            m.of_a_step.add((counts.computed_tokens - m.computed + n) // steps)  # of several replicas: their mean
+        m.computed = counts.computed_tokens
         m.steps, m.drafts, m.drafted, m.accepted = counts.steps, counts.drafts, counts.drafted_tokens, counts.accepted_tokens
 
     def _hand(self, updates: Sequence[Update]) -> None:
@@ -197,6 +201,7 @@ class Worker:
         m.generation_tokens += len(update.token_ids)
         before = tickets.last.get(key)
         if before is None:
+            tickets.first[key] = now
             m.first.add(now - tickets.arrived)
             if update.index == 0:
                 m.prefix_hits += tickets.completions[n].cached_tokens
@@ -205,8 +210,18 @@ class Worker:
         tickets.last[key] = now
         if update.finish_reason is not None:
             m.success[update.finish_reason] += 1
+            made, first = tickets.completions[n], tickets.first[key]
+            length, scheduled = len(made.outputs[update.index].token_ids), made.scheduled or tickets.arrived
             m.whole.add(now - tickets.arrived)
-            m.output_lengths.add(len(tickets.completions[n].outputs[update.index].token_ids))
+            m.queue.add(scheduled - tickets.arrived)
+            m.prefill.add(first - scheduled)
+            m.decode.add(now - first)
+            m.inference.add(now - scheduled)
+            m.output_lengths.add(length)
+            if length > 1:
+                m.a_token.add((now - first) / (length - 1))
+            if made.finished and tickets.last.keys() >= {(n, o.index) for o in made.outputs}:
+                m.longest.add(max(len(o.token_ids) for o in made.outputs))
 
 
 def _stopped(error: BaseException) -> ServeError:

@@ -23,7 +23,7 @@ import uvicorn
 from deepseed.inference.engine import Engine
 from deepseed.inference.sampling import SamplingParams
 from deepseed.serve.app import Server
-from deepseed.serve.run import _listen
+from deepseed.serve.run import bound
 
 
 def clients(url: str, concurrency: int, tokens: int, seed: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     engine = Engine(args.model, dtype="fp32", cache="256MiB", prefix=False)
     server = Server(engine, "bench")
-    listening = _listen("127.0.0.1", 0)
+    listening = bound("127.0.0.1", 0)
     uv = uvicorn.Server(uvicorn.Config(server.app, log_level="error"))
     thread = threading.Thread(target=uv.run, kwargs={"sockets": [listening]})
     thread.start()
