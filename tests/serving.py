@@ -82,6 +82,7 @@ def running(engine: Any, limits: Any = None, api_key: str | None = None, drain: 
     from deepseed.serve.run import Serving, bound
 
     listening = bound("127.0.0.1", 0)
+    listening.listen(2048)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # else the kernel takes megabytes that nobody reads
     server = Server(engine, "tiny", limits, api_key)
     uv = Serving(server, drain, log_level="error")

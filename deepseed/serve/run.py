@@ -54,6 +54,7 @@ def run(
         uv.should_exit = True
 
     before = {number: signal.signal(number, ends) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn passes on to these what it got
+    listening.listen(2048)
     host, port, *_ = listening.getsockname()
     where = f"[{host}]" if ":" in host else host
     typer.echo(f"serving {name} at http://{where}:{port}/v1, its page at /; {engine.room}")

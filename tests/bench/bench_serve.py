@@ -51,6 +51,7 @@ def main() -> None:
     engine = Engine(args.model, dtype="fp32", cache="256MiB", prefix=False)
     server = Server(engine, "bench")
     listening = bound("127.0.0.1", 0)
+    listening.listen(2048)
     uv = uvicorn.Server(uvicorn.Config(server.app, log_level="error"))
     thread = threading.Thread(target=uv.run, kwargs={"sockets": [listening]})
     thread.start()
