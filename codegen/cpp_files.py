@@ -60,7 +60,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     made = dict[str, cpp_nests.Function]()
     for k in wanted:
         try:
-            made[k.name] = cpp_nests.source(k.fragment, k.name, k.strides)
+            made[k.name] = cpp_nests.source(k)
         except CodegenError as error:
             once(tell, f"{k.name} runs as plain Python: {error}")
     if not made:

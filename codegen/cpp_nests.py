@@ -19,10 +19,11 @@ from deepseed.codegen.cpp_ops import TYPES, computed, type_of
 from deepseed.codegen.cpp_points import Strides, variables
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Refine, Var
+from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.lookups import numbered
 from deepseed.codegen.spaces import REDUCTIONS, Space, add, ops_of, space_of
+from deepseed.ir.layout import contiguous
 from deepseed.ir.program import Op, Program
-from deepseed.rules.strides import Lying, contiguous
 
 LARGEST = 1 << 31  # elements that an operand may span
 
@@ -55,31 +56,28 @@ class Function:
     reused: tuple[tuple[int, int], ...] = ()
 
 
-def source(p: Program, name: str, strides: Sequence[Strides]) -> Function:
-    """``strides``: of the inputs. Raises CodegenError."""
-    return _Writer(numbered(p), name, strides).function()
+def source(k: Kernel) -> Function:
+    """Raises CodegenError."""
+    return _Writer(numbered(k.fragment), k.name, k.strides, k.lying).function()
 
 
 class _Writer:
-    def __init__(self, p: Program, name: str, strides: Sequence[Strides]) -> None:
+    def __init__(self, p: Program, name: str, strides: Sequence[Strides], lying: Sequence[tuple[Sequence[Strides], bool]]) -> None:
         self.p, self.name = p, name
         for value, t in p.types.items():
             if t.dtype not in TYPES:
                 raise CodegenError(f"%{value} is {t.dtype}: no C++ type for it")
             if not 0 < t.numel < LARGEST:
                 raise CodegenError(f"%{value} has {t.numel} elements: a loop has 1 to {LARGEST - 1}")
-        lying = Lying(p)
-        lying.strides.update(zip([i.name for i in p.inputs], strides, strict=True))
+        self.strides, self.inputs = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}, {i.name: n for n, i in enumerate(p.inputs)}
         self.views: dict[str, tuple[str, Strides, int]] = {}  # value -> what it is a view of, strides, offset
-        for op in p.ops:
-            view = lying.view(op) if op.refs else None
-            lying.strides.update((r, view if view is not None else lying.fresh(op, p.types[r].shape)) for r in op.results)
-            if view is not None:
+        for op, (made, view) in zip(p.ops, lying, strict=True):
+            self.strides.update(zip(op.results, made, strict=True))
+            if view:
                 base, _, offset = self.views.get(op.refs[0].name, (op.refs[0].name, (), 0))
                 if op.target == "slice":
-                    offset += lying.strides[op.refs[0].name][int(str(op.kw("dim", 0)))] * int(str(op.kw("start", 0)))
-                self.views[op.name] = (base, view, offset)
-        self.strides, self.inputs = lying.strides, {i.name: n for n, i in enumerate(p.inputs)}
+                    offset += self.strides[op.refs[0].name][int(str(op.kw("dim", 0)))] * int(str(op.kw("start", 0)))
+                self.views[op.name] = (base, made[0], offset)
         if any(sum((n - 1) * s for n, s in zip(i.type.shape, given, strict=True)) >= LARGEST for i, given in zip(p.inputs, strides, strict=True)):
             raise CodegenError(f"an operand of {name} reaches beyond {LARGEST} elements")
         self.memory: dict[str, Strides] = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}

@@ -18,6 +18,7 @@ from deepseed.codegen.cpp_ops import TYPES, computed
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
 from deepseed.ir.fragment import Group, fragment, groups
+from deepseed.ir.layout import contiguous
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 
 ALIGNED = 64  # bytes
@@ -107,7 +108,7 @@ class _Step:
         views = {op.name: op.refs[0].name for op, view in zip(self.p.ops, self.lies.views, strict=True) if view}
         while self.returned in views:
             self.returned = views[self.returned]
-        if self.returned not in self.p.producers or self._lying(output.ref.name) != _contiguous(self.p.types[output.ref.name].local(self.p.mesh)):
+        if self.returned not in self.p.producers or self._lying(output.ref.name) != contiguous(self.p.types[output.ref.name].local(self.p.mesh)):
             raise CodegenError(f"%{output.ref.name}: a result that is no new tensor")
 
     def written(self) -> Step:
@@ -166,7 +167,7 @@ class _Step:
                 self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[3]}, {self._number(rows)}, {outputs});", op)
         elif op.target == "eight_bits.rows":
             ids, width, stored = op.refs[2].name, self._shape(op.refs[0].name)[1], EIGHT[str(op.kw("kind"))]
-            if self._lying(ids) != _contiguous(self._shape(ids)):
+            if self._lying(ids) != contiguous(self._shape(ids)):
                 raise CodegenError(f"%{op.name}: ids that lie otherwise")
             self._line(f"gather_eight<{kind}, {stored}>(({stored} *)({self.at[op.refs[0].name]}), {x[1]}, {x[2]}, {y}, {self._number(prod(self._shape(ids)))}, {width});", op)
         elif op.target == "embedding" and len(op.args) == 2 and p.types[op.refs[1].name].dtype == "i64":
@@ -199,7 +200,7 @@ class _Step:
         self.joined = ((x, stored), len(self.lines), each)
 
     def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
-        if self._lying(table)[-len(width) - 1 :] != (prod(width), *_contiguous(width)) or self._lying(ids) != _contiguous(self._shape(ids)):
+        if self._lying(table)[-len(width) - 1 :] != (prod(width), *contiguous(width)) or self._lying(ids) != contiguous(self._shape(ids)):
             raise CodegenError(f"%{op.name}: a table that lies otherwise")
         self._line(f"gather<{TYPES[op.type.dtype]}>({self._pointer(table)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)});", op)
 
@@ -217,7 +218,7 @@ class _Step:
             raise CodegenError(f"%{op.name}: attention in several dtypes")
         x, places = list(operands), list[tuple[int, int]]()
         for n, (r, shape) in enumerate(zip(op.refs[:3], shapes, strict=True)):
-            if self._lying(r.name) != _contiguous(shape):
+            if self._lying(r.name) != contiguous(shape):
                 begin, end = self._place(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
                 places.append((begin, end))
                 laid = f"({TYPES[op.type.dtype]} *)(arena + {begin})"
@@ -320,7 +321,3 @@ class _Step:
         value = op.kw(key, 0)
         assert isinstance(value, int)
         return value
-
-
-def _contiguous(shape: Sequence[int]) -> Shape:
-    return tuple(prod(shape[d + 1 :]) for d in range(len(shape)))

@@ -28,16 +28,18 @@ WORDS = 4  # of a name
 
 @dataclass(frozen=True)
 class Kernel:
-    """One distinct fragment on operands that lie in one way (``strides``, by input); ``source``: its function, which returns a tuple."""
+    """One distinct fragment on operands that lie in one way (``strides``, by input); ``source``: its function, which returns a tuple. ``lying``: of each op, how its results lie and
+    whether they are views."""
 
     name: str
     fragment: Program
     strides: tuple[tuple[int, ...], ...]
     source: str
+    lying: tuple[tuple[tuple[tuple[int, ...], ...], bool], ...] = ()
 
 
-def kernels(p: Program, strides: Mapping[str, tuple[int, ...]]) -> dict[str, Kernel]:
-    """What computes each group of a localized program, by the group's mark. ``strides``: of the values that groups read."""
+def kernels(p: Program, strides: Mapping[str, tuple[int, ...]], views: Sequence[bool]) -> dict[str, Kernel]:
+    """What computes each group of a localized program, by the group's mark. ``strides``: of all values; ``views``: of each op, whether it makes one."""
     known: dict[str, Kernel] = {}
     out = {}
     for group in groups(p):
@@ -45,7 +47,7 @@ def kernels(p: Program, strides: Mapping[str, tuple[int, ...]]) -> dict[str, Ker
         text = f"{part}{lying}"
         if text not in known:
             name = f"kernel_{'_'.join(_words(part.ops))}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-            known[text] = Kernel(name, part, lying, function(part, name))
+            known[text] = Kernel(name, part, lying, function(part, name), tuple((tuple(strides[r] for r in p.ops[n].results), views[n]) for n in range(group.first, group.last)))
         out[group.kernel] = known[text]
     return out
 

@@ -70,7 +70,7 @@ def _steps(p: Program) -> Sequence[Program]:
 def _counted(p: Program, traffic: Traffic) -> Iterator[KernelCount]:
     strides, views = laid_out(p)
     free = {op.name: op for op, view in zip(p.ops, views, strict=True) if view and op.target in FREE}
-    names = kernels(p, strides)
+    names = kernels(p, strides, views)
     found: dict[str, list[Group]] = {}
     for g in groups(p):
         found.setdefault(names[g.kernel].name, []).append(g)

@@ -58,8 +58,7 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     """What computes the groups of a localized program. ``known``: by function name, what was made before, which grows; ``counted``: whether an arena counts memory."""
     if codegen == PYTHON:
         return Kernels()
-    strides, _ = laid_out(p)
-    found = kernels(p, strides)
+    found = kernels(p, *laid_out(p))
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
         back_end = BACK_ENDS.get(codegen, _as_python)

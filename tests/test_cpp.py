@@ -206,7 +206,7 @@ def test_an_engine_without_a_compiler(broken: str, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("transformers")
     from inference_models import generated, ids, prompts, varied
 
-    from deepseed.inference import split
+    from deepseed.inference import executable
     from deepseed.inference.engine import Engine
 
     def refuses(*_: Any) -> Any:
@@ -216,8 +216,8 @@ def test_an_engine_without_a_compiler(broken: str, monkeypatch: pytest.MonkeyPat
     if broken == "no compiler":
         monkeypatch.setattr(native, "load", lambda: None)
     else:
-        monkeypatch.setattr(split.cpp_files, "library", refuses)
-        monkeypatch.setattr(split, "say", said.append)
+        monkeypatch.setattr(executable.cpp_files, "library", refuses)
+        monkeypatch.setattr(executable, "say", said.append)
     model = varied("LlamaForCausalLM")
     want = generated(model, prompts((5, 9)), 8)
     assert ids(Engine(model, block=4, max_length=128).generate(prompts((5, 9)), max_tokens=8)) == want

@@ -31,7 +31,7 @@ def real(dtype: str) -> dict[str, Kernel]:
     found = {}
     for text in fragments().values():
         p = fuse(retyped(resized(text), dtype))
-        found.update({k.name: k for k in kernels(p, laid_out(p)[0]).values()})
+        found.update({k.name: k for k in kernels(p, *laid_out(p)).values()})
     return found
 
 
@@ -51,7 +51,9 @@ def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 def kernel_of(text: str, strides: Sequence[tuple[int, ...]] | None = None) -> Kernel:
     p = parse("program kernel mesh() facts()\n" + "".join(f"{line} {{}}\n" if " = " in line else f"{line}\n" for line in text.splitlines()))
-    return Kernel("kernel_here", p, tuple(strides or [contiguous(i.type.shape) for i in p.inputs]), function(p, "kernel_here"))
+    given = tuple(strides or [contiguous(i.type.shape) for i in p.inputs])
+    lying, views = laid_out(p, dict(zip([i.name for i in p.inputs], given, strict=True)))
+    return Kernel("kernel_here", p, given, function(p, "kernel_here"), tuple((tuple(lying[r] for r in op.results), view) for op, view in zip(p.ops, views, strict=True)))
 
 
 def compiled(k: Kernel, folder: Path) -> Any:
@@ -122,7 +124,7 @@ def test_rows_of_any_length(n: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     xs = [torch.randn(37, n, dtype=torch.float64) * 3, torch.randint(0, n, (37, 1))]
     assert apart(compiled(k, tmp_path)(*xs), inductor.python(k)(*xs)) < 1e-12
-    text = cpp_nests.source(k.fragment, k.name, k.strides).text
+    text = cpp_nests.source(k).text
     assert text.count("exp_(") == 1  # what took effort is kept along the row
 
 
@@ -231,7 +233,7 @@ return %y output "y"
 return %z output "z"
 """
     k = kernel_of(later)
-    assert cpp_nests.source(k.fragment, k.name, k.strides).reused == ((1, 0), (0, 1), (1, 1))  # not the first result over %x, which is read behind it
+    assert cpp_nests.source(k).reused == ((1, 0), (0, 1), (1, 1))  # not the first result over %x, which is read behind it
     shown = """%x : f64[6, 10] batch "x"
 %y = aten.neg(%x) : f64[6, 10]
 %v = reshape(%x) : f64[60]
@@ -247,7 +249,7 @@ return %z output "z"
 """
     for text in (turned, shown, rolled):
         k = kernel_of(text)
-        assert not cpp_nests.source(k.fragment, k.name, k.strides).reused, text
+        assert not cpp_nests.source(k).reused, text
 
 
 REFUSED = {
@@ -263,7 +265,7 @@ def test_what_has_no_cpp_is_refused_and_runs_as_python(case: str, tmp_path: Path
     text, why = REFUSED[case]
     k = kernel_of(text)
     with pytest.raises(CodegenError, match=why):
-        cpp_nests.source(k.fragment, k.name, k.strides)
+        cpp_nests.source(k)
     said: list[str] = []
     (code,) = cpp_files.compiled([replace(k, name=f"kernel_{case.replace(' ', '_')}", source=function(k.fragment, f"kernel_{case.replace(' ', '_')}"))], tmp_path, said.append)
     (want,) = inductor.python(k)(*(xs := random_inputs(k.fragment) if case != "c64" else [torch.randn(4, dtype=torch.complex64)]))

@@ -233,7 +233,7 @@ def run(p: Program, inputs: dict[str, torch.Tensor], grouped: bool) -> list[torc
     sources, states = [], [new_state(p, inputs, rank) for rank in range(p.mesh.ranks)]
     for rank in range(p.mesh.ranks):
         mine = localize(p, p.mesh.coordinate(rank))
-        found = kernels(mine, laid_out(mine)[0]) if grouped else {}
+        found = kernels(mine, *laid_out(mine)) if grouped else {}
         names = {mark: k.name for mark, k in found.items()}
         sources.append(Executable(generate(mine, kernels=names), kernels={k.name: python(k) for k in found.values()}, codegen="functions" if grouped else ""))
     returned = simulate(p.mesh, sources, [s.inputs(p, inputs) for s in states])

@@ -47,7 +47,7 @@ return %g output "g"
 
 def kernel() -> Kernel:
     p = localize(fuse(parse(PROGRAM)), {})
-    (k,) = set(kernels(p, laid_out(p)[0]).values())
+    (k,) = set(kernels(p, *laid_out(p)).values())
     return k
 
 

@@ -128,7 +128,9 @@ def test_a_form_that_fails_later_is_an_error(up: Running, text: Any, monkeypatch
     up.settled()
 
 
-def test_a_mask_that_takes_too_long_is_an_error(text: Any) -> None:
+def test_a_mask_that_takes_too_long_is_an_error(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constrained, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(constrained, "MOST_A_TOKEN", 0.0)
     followed = constrained.Grammar(str(constrained._library("x").LLMatcher.grammar_from_regex("a{200000}"))).follow(text, frozenset({text.eos_token_id}), len(text))
     with pytest.raises(InferenceError, match="too large"):
         followed.allowed([])

@@ -101,7 +101,7 @@ class Executable:
         if self.codegen in (CPP, "triton"):
             local = side_by_side(local) if self.codegen == CPP else local
             strides, views = laid_out(local)
-            found, free = kernels(local, strides), dict(zip(sizes, "TL", strict=True))
+            found, free = kernels(local, strides, views), dict(zip(sizes, "TL", strict=True))
             names = {mark: k.name for mark, k in found.items()}
             calls = (self._in_cpp if self.codegen == CPP else self._in_triton)(local, strides, views, found, free)
         text = any_size(generate(local, kernels=names), sizes)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 
 from deepseed.ir.mesh import Mesh
 
@@ -227,3 +228,8 @@ def _product(numbers: Iterator[int] | Sequence[int]) -> int:
     for n in numbers:
         out *= n
     return out
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor that lies row by row."""
+    return tuple(prod(max(n, 1) for n in shape[d + 1 :]) for d in range(len(shape)))

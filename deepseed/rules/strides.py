@@ -6,10 +6,11 @@ Whether ``reshape`` is a view is decided as PyTorch decides it, from strides, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from deepseed.ir.collective import MEMORIES, Place, Step, arrives, sent, step
+from deepseed.ir.layout import contiguous as contiguous
 from deepseed.ir.program import Op, Program
 from deepseed.rules.pointwise import POINTWISE
 
@@ -96,9 +97,10 @@ class Lying:
         return contiguous(shape) if s.take is None else _own(s.take, shape, self.p.mesh.size(s.axis))
 
 
-def laid_out(p: Program) -> tuple[dict[str, Strides], list[bool]]:
-    """The strides of every value on one rank as far as they can be told, and for each op whether it makes a view."""
+def laid_out(p: Program, given: Mapping[str, Strides] | None = None) -> tuple[dict[str, Strides], list[bool]]:
+    """The strides of every value on one rank as far as they can be told, and for each op whether it makes a view. ``given``: of inputs that are not contiguous."""
     lying, views = Lying(p), []
+    lying.strides.update(given or {})
     for op in p.ops:
         received = op.target == "wait" and p.producers[op.refs[0].name].target == "receive.start"
         view = None if received or not op.refs else lying.view(op)
@@ -114,14 +116,6 @@ def _own(take: Place, shape: tuple[int, ...], n: int) -> Strides | None:
     if not take.of or shape[take.dim] == block:
         return contiguous(shape)
     return None if take.outer > 1 else contiguous((*shape[: take.dim], block, *shape[take.dim + 1 :]))
-
-
-def contiguous(shape: Sequence[int]) -> Strides:
-    out, n = [], 1
-    for size in reversed(shape):
-        out.append(n)
-        n *= max(size, 1)
-    return tuple(reversed(out))
 
 
 def reshaped(shape: Sequence[int], strides: Strides, new: Sequence[int]) -> Strides | None:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ LOG = logging.getLogger("deepseed.serve")
 PAGE = Path(__file__).with_name("status.html")
 COMPILING = 10.0  # seconds for the form of an output
 BODIES = 32  # of the largest size, that may be under way
+LINGER = 2.0  # seconds in which the rest of a body that is too large is read and thrown away
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ async def _read(scope: Scope, receive: Receive, server: Server) -> bytes:
     said = headers.get(b"content-length", b"0")
     too_large = ServeError(413, f"a body of more than {most} bytes; this server reads at most that", code="request_too_large")
     if said.isdigit() and int(said[:20]) > most:
+        await _discard(receive)
         raise too_large
     parts, size = list[bytes](), 0
     try:
@@ -253,6 +255,7 @@ async def _read(scope: Scope, receive: Receive, server: Server) -> bytes:
                 size += len(part)
                 server.receiving += len(part)
                 if size > most:
+                    await _discard(receive)
                     raise too_large
                 if server.receiving > BODIES * most:
                     raise ServeError(429, f"bodies of {server.receiving} bytes are being received; try again later", kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
@@ -263,6 +266,14 @@ async def _read(scope: Scope, receive: Receive, server: Server) -> bytes:
         raise ServeError(408, f"the body has not come within {seconds:g} s: {size} bytes of it have", kind="timeout_error", code="timeout") from None
     finally:
         server.receiving -= size
+
+
+async def _discard(receive: Receive) -> None:
+    """What is still being sent, for a moment: many clients send all before they read an answer, and a connection that is closed meanwhile takes the answer with it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (message := await receive())["type"] != "http.disconnect" and message.get("more_body"):
+                pass
 
 
 async def _while_there(receive: Receive, work: Any) -> None:

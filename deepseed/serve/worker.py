@@ -186,6 +186,8 @@ class Worker:
                 continue
             ready.setdefault(tickets, []).append((n, update))
             self._count(tickets, n, update, now)
+            if tickets.completions[n].finished:  # read or not
+                self._of.pop(update.request, None)
         loops: dict[asyncio.AbstractEventLoop, list[tuple[Tickets, list[tuple[int, Update]]]]] = {}
         for tickets, items in ready.items():
             loops.setdefault(tickets.loop, []).append((tickets, items))
