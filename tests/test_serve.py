@@ -93,7 +93,7 @@ def test_a_stream_is_the_same_text(client: Any, plain: Engine, n: int) -> None:
 
 
 def test_the_wire_is_what_clients_expect(up: Running) -> None:
-    status, headers, data = up.send("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True})
+    status, headers, data = up.send("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "ignore_eos": True, "stream": True})
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
     events = data.decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""] and all(e.startswith("data: {") for e in events[:-2])

@@ -186,8 +186,9 @@ class Worker:
                 continue
             ready.setdefault(tickets, []).append((n, update))
             self._count(tickets, n, update, now)
-            if tickets.completions[n].finished:  # read or not
-                self._of.pop(update.request, None)
+        for update in updates:  # all that it has said is handed on, read or not
+            if (found := self._of.get(update.request)) is not None and found[0].completions[found[1]].finished:
+                del self._of[update.request]
         loops: dict[asyncio.AbstractEventLoop, list[tuple[Tickets, list[tuple[int, Update]]]]] = {}
         for tickets, items in ready.items():
             loops.setdefault(tickets.loop, []).append((tickets, items))
