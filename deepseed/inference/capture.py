@@ -135,7 +135,8 @@ def look(model: nn.Module) -> Looked:
         watched.storage = positions.untyped_storage()._cdata
         step(ids, positions, last)
     complete(model, len(recorder.layers), recorder.remembered)
-    return Looked(tuple(recorder.layers), frozenset(watched.numbers))
+    told = {n for number, layer in enumerate(recorder.layers) for n in (number, layer.window)}  # in the paged op, which was not run
+    return Looked(tuple(recorder.layers), frozenset(watched.numbers | told))
 
 
 class _Watch(TorchDispatchMode):
