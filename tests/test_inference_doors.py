@@ -70,7 +70,7 @@ def test_arrays_of_ids_are_prompts(llama: Any) -> None:
     ("given", "says"),
     [
         ([[1.7, 2.2]], "'1.7', a float, where token ids"), ([1.5], "'1.5', a float"), (torch.tensor([1.0]), r"an array torch.float32\[1\]"), (np.array([[0.5]]), r"an array float64\[1, 1\]"),
-        (torch.zeros(1, 1, 1, dtype=torch.long), r"an array torch.int64\[1, 1, 1\]"), (torch.tensor([True]), "an array torch.bool"), (7, "prompts are a int"), ([[1, "a"]], "'a', a str"), ([None], "a NoneType"),
+        (torch.zeros(1, 1, 1, dtype=torch.long), r"an array torch.int64\[1, 1, 1\]"), (torch.tensor([True]), "an array torch.bool"), (7, "prompts: '7', of type int"), ([[1, "a"]], "'a', a str"), ([None], "a NoneType"),
     ],
 )  # fmt: skip
 def test_what_is_no_prompt(given: Any, says: str) -> None:

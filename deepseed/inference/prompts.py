@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
@@ -22,9 +22,11 @@ def several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(given, str):
         return [given]
     listed: Any = _listed(given)
-    if not isinstance(listed, list | tuple):
-        raise InferenceError(f"prompts are a {type(given).__name__}{_FIX}")
-    return [listed] if listed and not isinstance(listed[0], str | list | tuple | Tensor | np.ndarray) else list(listed)
+    try:
+        listed = list(listed)
+    except TypeError:
+        raise InferenceError(f"prompts: {str(given)[:40]!r}, of type {type(given).__name__}{_FIX}") from None
+    return [listed] if listed and not isinstance(listed[0], Iterable) else listed
 
 
 def ids_of(prompt: Ids, vocabulary: int) -> list[int]:
