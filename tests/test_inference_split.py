@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from gloo import inference
 from gloo.launch import ranks
 from inference_models import generated, ids, prompts, varied
 
+from deepseed.inference.capture import look
 from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
-from deepseed.inference.executable import any_size, stand_ins
+from deepseed.inference.executable import Executable, any_size, stand_ins
 from deepseed.inference.sampling import SamplingParams
 
 
@@ -88,6 +90,32 @@ def test_numbers_of_tokens_are_found_in_a_source() -> None:
     assert stand_ins({1005, 7}) == (509, 521)  # of which one of two ranks has 503
     source = "    (\n        i_503,  # batch ids: i64[503]\n        l,  # batch last: i64[509]\n    ) = inputs\n    inputs.clear()\n    x = y.reshape((1, 1006, 509, 64, -1, 0.503))\n"
     assert any_size(source, (503, 509)).splitlines()[4:] == ["    T, L = i_503.shape[0], l.shape[0]", "    inputs.clear()", "    x = y.reshape((1, T * 2, L, 64, -1, 0.503))"]
+
+
+@pytest.mark.parametrize("window", [503, 2 * 509])
+def test_a_window_is_no_number_of_tokens(window: int) -> None:
+    model = varied("MistralForCausalLM", sliding_window=window, max_position_embeddings=2048)
+    engine = Engine(model, "tp2", block=4, max_length=128, codegen="python")
+    assert ids(engine.generate(prompts((9, 2)), max_tokens=8)) == generated(model, prompts((9, 2)), 8)
+    assert all(f"window={window}" in s.source for s in engine.executable._sources)
+
+
+def test_a_part_that_is_smaller_is_no_number_of_tokens() -> None:
+    """1513 columns on three ranks are 505, 505 and 503."""
+    assert 503 not in stand_ins({1513})
+    model = varied("LlamaForCausalLM", intermediate_size=1513, hidden_size=24, num_attention_heads=3, num_key_value_heads=3, head_dim=8)
+    engine = Engine(model, "tp3", block=4, max_length=128, codegen="python")
+    assert ids(engine.generate(prompts((9, 2)), max_tokens=8)) == generated(model, prompts((9, 2)), 8)
+
+
+def test_numbers_that_were_not_seen_before_choose_other_primes() -> None:
+    """A forward looked at without its numbers: the program shows those of what is stored and of attention."""
+    model = varied("MistralForCausalLM", sliding_window=503, intermediate_size=2 * 509, max_position_embeddings=2048)
+    looked = look(model)
+    assert {503, 1018} <= looked.numbers
+    made = Executable(model, replace(looked, numbers=frozenset()), "tp2", 32, 4, codegen="python")
+    assert all("window=503" in s.source for s in made._sources)
+    assert {503, 509}.isdisjoint(n for i in made.program.inputs if i.role == "batch" for n in i.type.shape)
 
 
 def test_plans_that_inference_does_not_have(llama: Any) -> None:

@@ -51,7 +51,13 @@ def test_a_checkpoint_of_a_training(tmp_path: Path) -> None:
     options: dict[str, Any] = dict(block=4, max_length=128, weights=tmp_path / "c")
     assert ids(Engine(tmp_path, **options).generate(prompts((5, 9)), max_tokens=12, ignore_eos=True)) == want
     assert ids(Engine(tmp_path, codegen="python", **options).generate(prompts((5, 9)), max_tokens=12, ignore_eos=True)) == want
-    assert ids(Engine(varied("LlamaForCausalLM"), **options).generate(prompts((5, 9)), max_tokens=12)) == want
+    given = varied("LlamaForCausalLM")
+    before = {n: x.clone() for n, x in given.state_dict().items()}
+    for plan in ("tp1", "tp2"):
+        assert ids(Engine(given, plan, **options).generate(prompts((5, 9)), max_tokens=12)) == want
+        assert all(torch.equal(before[n], x) for n, x in given.state_dict().items())
+    cast = Engine(given, dtype="float64", **options).model
+    assert {p.dtype for p in cast.parameters()} == {torch.float64} and all(torch.equal(before[n], x) for n, x in given.state_dict().items())
     assert ids(Engine(tmp_path, "tp2", **options).generate(prompts((5, 9)), max_tokens=12, ignore_eos=True)) == want
     got = ranks(2, inference.from_checkpoint, str(tmp_path), str(tmp_path / "c"), prompts((5, 9)), 12)
     assert [g[0] for g in got] == [want, want]

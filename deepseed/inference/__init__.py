@@ -4,7 +4,8 @@
     print(engine.generate("The capital of France is", max_tokens=16)[0].text)
 
     capture     transformers' forward as one graph of a packed step, with one paged attention a layer
-    split   the same as a program, placed and compiled: what runs, on one rank as on many; ``executable`` runs the graph as it is
+    executable   the same as a program, placed and compiled: what runs, on one rank as on many
+    prompts     what a caller gives as such
     attention, native, gpu   that op on this device; ``paged`` says what it means
     blocks, scheduler   which tokens the next step computes and where their keys and values lie; no tensors
     lookup      drafts: tokens that may come next because they did before

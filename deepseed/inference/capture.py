@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
 from deepseed.capture.switches import switched
@@ -27,6 +28,7 @@ from deepseed.inference.masks import Wanted, wanted
 
 NAME = "deepseed_paged"
 TOKENS, WANTED = 12, 2  # of the step that a forward is looked at with
+_STATE: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)  # of layers that keep a state: of convolutions, of a recurrence
 _LARGEST = {torch.ops.aten.max, torch.ops.aten.amax}
 _HARMLESS = ("position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that attention may get and not read
 
@@ -106,7 +108,7 @@ class PackedStep:
         known = inspect.signature(model.forward).parameters
         self._cache = next((n for n in ("cache", "past_key_values") if n in known), "")
         self._keeps = "logits_to_keep" in known
-        lacks = [what for what, missing in (("a key-value cache", not self._cache), ("position_ids", "position_ids" not in known)) if missing]
+        lacks = [what for what, missing in (("key-value cache", not self._cache), ("position_ids", "position_ids" not in known)) if missing]
         if lacks:
             raise InferenceError(
                 f"{type(model).__name__} cannot be served: its forward takes no {' and no '.join(lacks)}; the tokens of a packed step, of many sequences, would get wrong positions\n"
@@ -123,8 +125,27 @@ class PackedStep:
         return logits[0] if self._keeps else logits[0].index_select(0, last)
 
 
+def stateless(model: nn.Module) -> None:
+    """The cache that transformers makes for the model keeps keys and values alone. Raises InferenceError where a layer keeps a state, which the paged op does not."""
+    config: Any = getattr(model, "config", None)
+    if _STATE is None or config is None:
+        return
+    try:
+        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    except Exception:  # a model without such a cache, whose forward says the rest
+        return
+    states = [n for n, layer in enumerate(layers) if isinstance(layer, _STATE)]
+    if states:
+        name = type(model).__name__
+        raise InferenceError(
+            f"{name} cannot be served: {len(states)} of its {len(layers)} layers, number {states[0]} the first, keep a state in the cache ({type(layers[states[0]]).__name__}), not keys and values of each token\n"
+            f"  fix: serve a model whose layers all attend, or use {name}.generate()"
+        )
+
+
 def look(model: nn.Module) -> Looked:
     """The forward of a model that can be served, run once without values; it reads none, so the model may be on the meta device. Raises InferenceError."""
+    stateless(model)
     recorder = Recorder()
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
@@ -135,7 +156,8 @@ def look(model: nn.Module) -> Looked:
         watched.storage = positions.untyped_storage()._cdata
         step(ids, positions, last)
     complete(model, len(recorder.layers), recorder.remembered)
-    return Looked(tuple(recorder.layers), frozenset(watched.numbers))
+    told = {n for number, layer in enumerate(recorder.layers) for n in (number, layer.window)}  # in the paged op, which was not run
+    return Looked(tuple(recorder.layers), frozenset(watched.numbers | told))
 
 
 class _Watch(TorchDispatchMode):

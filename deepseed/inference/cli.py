@@ -10,8 +10,8 @@ import typer
 from deepseed.friendly import UsageError, friendly
 
 if TYPE_CHECKING:
-    from deepseed.inference.engine import Prompt
     from deepseed.inference.outputs import Completion
+    from deepseed.inference.prompts import Prompt
     from deepseed.inference.sampling import SamplingParams
 
 

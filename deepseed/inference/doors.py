@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseed.inference.engine import Engine, Prompt
+from deepseed.inference.engine import Engine
 from deepseed.inference.errors import InferenceError
 from deepseed.inference.outputs import Completion
-from deepseed.inference.sampling import SamplingParams
+from deepseed.inference.prompts import Prompt
+from deepseed.inference.sampling import SamplingParams, asked_for
 
 _ACCEPTED = {"replace_with_kernel_inject", "kernel_inject", "enable_cuda_graph", "max_out_tokens", "max_tokens", "min_out_tokens", "zero", "triangular_masking", "return_tuple", "injection_policy", "replace_method"}  # what DeepSpeed needs to be told, and a compiler does not
+_ENGINE = ("cache", "block", "budget", "sequences", "chunk", "prefix", "max_length", "tokenizer", "device", "weights", "codegen", "speculative", "draft", "quantize")
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 
@@ -31,12 +33,12 @@ def init_inference(model: nn.Module | str, config: Mapping[str, Any] | None = No
     size = parallel.get("tp_size", 1) if isinstance(parallel, Mapping) else getattr(parallel, "tp_size", 1)
     size = max(int(size), int(said.pop("mp_size", 1)))
     dtype = said.pop("dtype", None)
-    engine = {name: said.pop(name) for name in ("cache", "block", "budget", "sequences", "chunk", "prefix", "max_length", "tokenizer", "device", "weights", "codegen") if name in said}
+    engine = {name: said.pop(name) for name in _ENGINE if name in said}
     if said.pop("checkpoint", None) is not None:
         raise InferenceError("init_inference(checkpoint=): a model gets its values before, or from weights=\n  fix: from_pretrained, or weights= for a checkpoint of DeepSeed")
     unknown = sorted(set(said) - _ACCEPTED)
     if unknown:
-        raise InferenceError(f"init_inference does not know {', '.join(unknown)}\n  fix: leave it out; the engine's own are cache, block, budget, sequences, chunk, prefix, max_length")
+        raise InferenceError(f"init_inference does not know {', '.join(unknown)}\n  fix: leave it out; the engine's own are {', '.join(_ENGINE)}")
     return InferenceModel(Engine(model, f"tp{size}", dtype, **engine))
 
 
@@ -81,14 +83,11 @@ def _params(asked: Mapping[str, Any]) -> SamplingParams:
     """transformers' and MII's names: without ``do_sample`` greedy, as ``generate`` is; MII's names sample where a temperature is given."""
     out = {_RENAMED.get(name, name): value for name, value in asked.items() if name not in ("do_sample", "num_return_sequences", "pad_token_id", "use_cache", "eos_token_id")}
     out["n"] = asked.get("num_return_sequences", asked.get("n", 1))
-    if "eos_token_id" in asked and asked["eos_token_id"] is not None:
+    if "eos_token_id" in asked:  # in the place of the model's own; None: nothing ends a text
         ends = asked["eos_token_id"]
-        out["stop_token_ids"] = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    if asked.get("do_sample", "temperature" in asked) and not out.get("temperature"):
-        out["temperature"] = 1.0
-    elif not asked.get("do_sample", "temperature" in asked):
-        out["temperature"] = 0.0
-    unknown = sorted(set(out) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        raise InferenceError(f"generate does not know {', '.join(unknown)}\n  fix: one of {', '.join(SamplingParams.__dataclass_fields__)}")
-    return SamplingParams(**out)
+        out["stop_token_ids"] = (*out.get("stop_token_ids", ()), *(() if ends is None else map(int, ends) if isinstance(ends, list | tuple) else (int(ends),)))
+        out["ignore_eos"] = True
+    said = out.get("temperature")
+    sampled = asked.get("do_sample", said is not None)
+    out["temperature"] = (1.0 if said is None else said) if sampled else 0.0
+    return asked_for(out)

@@ -32,13 +32,14 @@ from deepseed.inference.executable import Executable
 from deepseed.inference.lookup import Lookup
 from deepseed.inference.model import loaded, room
 from deepseed.inference.outputs import Completion, Counts, Output, Update
+from deepseed.inference.prompts import Prompt, ids_of, several
 from deepseed.inference.quantize import Report
-from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, fresh_seed, sample, scored
+from deepseed.inference.sampling import Drawn, Follower, Row, SamplingParams, asked_for, fresh_seed, sample, scored
 from deepseed.inference.scheduler import Piece, Running, Scheduler
 from deepseed.ir.amounts import parse_bytes
 from deepseed.plan import parse_plan
 
-Prompt = str | Sequence[int]
+CODEGENS = ("auto", "cpp", "python", "triton")
 
 
 @dataclass(eq=False)
@@ -67,8 +68,8 @@ class _Request:
 class Engine:
     """``model``: a causal language model of transformers, or the folder of one. ``cache``: bytes for keys and values ("2GiB"). A step computes at most
     ``budget`` tokens of ``sequences`` sequences, of one prompt at most ``chunk``. ``prefix``: equal beginnings of prompts are computed once. ``weights``: a checkpoint of a training,
-    under any plan, whose values the model takes. ``codegen``: "python" runs the program as readable Python, "auto" in C++ where there is a compiler,
-    "triton" as Triton kernels, attention and its pages too.
+    under any plan, whose values a copy of the model takes. ``codegen``: "cpp" runs the program as C++, "python" as readable Python, "triton" as Triton kernels,
+    attention and its pages too; "auto" is the first on a CPU with a compiler, else the second.
     ``speculative="lookup"``: up to ``draft`` tokens that followed the same words before are tried beside the next one; no output changes by it.
     ``quantize``: "int8" or "fp8", the matrices of products in eight bits; ``quantized`` says what that lost."""
 
@@ -83,7 +84,9 @@ class Engine:
         for name, value in (("block", block), ("budget", budget), ("sequences", sequences), ("chunk", chunk), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise InferenceError(f"{name}={value}\n  fix: at least 1{', or None' if name in ('chunk', 'max_length') else ''}")
-        ranks = _ranks(plan)
+        if codegen not in CODEGENS:
+            raise InferenceError(f"codegen={codegen!r} is none of a step's\n  fix: one of {', '.join(CODEGENS)}")
+        ranks, memory = _ranks(plan), None if cache is None else _bytes(cache)
         if codegen == "triton" and quantize is not None:
             raise InferenceError(f"quantize={quantize!r} with codegen='triton': weights in eight bits have no emitted kernel\n  fix: codegen='auto', or no quantize")
         found = loaded(model, dtype, tokenizer, device, split=ranks > 1, weights=weights)
@@ -97,7 +100,7 @@ class Engine:
             raise InferenceError(f"max_length={max_length}, but the model has {found.longest} positions\n  fix: at most {found.longest}, or a config with more where its positions are computed")
         self.max_length: int = max_length or found.longest
         a_block = block * bytes_of_token(looked.layers, found.dtype)
-        blocks = room(parse_bytes(str(cache)) if cache is not None else None, a_block, -(-self.max_length // block) * sequences)
+        blocks = room(memory, a_block, -(-self.max_length // block) * sequences)
         if blocks < 1:
             raise InferenceError(f"cache={cache} has room for no block of {block} tokens, {a_block} bytes\n  fix: cache={a_block * 64} or more")
         self.plan = parse_plan(plan)
@@ -118,9 +121,9 @@ class Engine:
     # requests ---------------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **asked: Any) -> list[Completion]:
-        """Complete all prompts (texts or lists of token ids), in their order. ``asked`` are fields of SamplingParams."""
-        many: list[Prompt] = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)  # type: ignore[list-item,arg-type]
-        each = [params or SamplingParams(**asked)] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        """Complete all prompts (texts or token ids, see deepseed.inference.prompts), in their order. ``asked`` are fields of SamplingParams."""
+        many = several(prompts)
+        each = [params or asked_for(asked)] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if asked and params is not None:
             raise InferenceError(f"params and also {', '.join(asked)}\n  fix: one of the two")
         if len(each) != len(many):
@@ -230,11 +233,7 @@ class Engine:
             if self.tokenizer is None:
                 raise InferenceError("a prompt is a text, and the model has no tokenizer\n  fix: token ids, or Engine(..., tokenizer=)")
             return prompt, [int(t) for t in self.tokenizer(prompt)["input_ids"]]
-        ids = [int(t) for t in prompt]
-        wrong = [t for t in ids if t < 0 or t >= (self.vocabulary or t + 1)]
-        if wrong:
-            raise InferenceError(f"token {wrong[0]} is outside the vocabulary of {self.vocabulary}")
-        return None, ids
+        return None, ids_of(prompt, self.vocabulary)
 
     def _step(self) -> list[Update]:
         step = self.scheduler.schedule(self._draft if self.drafts else None)
@@ -395,6 +394,13 @@ def bytes_of_token(layers: Sequence[Layer], dtype: torch.dtype) -> int:
     return sum(la.heads * (la.width + la.value_width) for la in layers) * dtype.itemsize
 
 
+def _bytes(cache: int | str) -> int:
+    try:
+        return parse_bytes(str(cache))
+    except ValueError as error:
+        raise InferenceError(f"cache={cache!r}: {error}\n  fix: cache='2GiB', or None for as much as the sequences can use") from error
+
+
 def _ends(model: nn.Module) -> frozenset[int]:
     """Tokens after which the model has said all, from its generation config or its config."""
     for config in (getattr(model, "generation_config", None), model.config):
@@ -406,8 +412,10 @@ def _ends(model: nn.Module) -> frozenset[int]:
 
 def _ranks(plan: str) -> int:
     """Raises InferenceError where the plan has an axis that inference does not have."""
-    mesh = parse_plan(plan).mesh(None)
+    parsed = parse_plan(plan)
+    mesh = parsed.mesh(None)
     other = {axis: n for axis, n in mesh.sizes.items() if axis != "tp"}
     if other:
-        raise InferenceError(f"plan {plan!r} splits over {', '.join(f'{a}{n}' for a, n in other.items())}; inference splits over tp alone\n  fix: a plan such as tp2")
+        split = [f"zero{parsed.zero}" if axis == "dp" and parsed.dp is None and parsed.zero is not None else f"{axis}{n}" for axis, n in other.items()]
+        raise InferenceError(f"plan {plan!r} splits over {', '.join(split)}; inference splits over tp alone\n  fix: a plan such as tp2")
     return mesh.ranks

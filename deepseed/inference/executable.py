@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deepseed import pipeline
 from deepseed.api import Module
 from deepseed.codegen import cpp_files, triton_files
-from deepseed.codegen.any_rows import general
+from deepseed.codegen.any_rows import general, stands_for
 from deepseed.codegen.cpp import Shape
 from deepseed.codegen.cpp_native import TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
@@ -50,6 +50,7 @@ T = TypeVar("T")
 BEAT = "beat"  # in the place of a step: there is none, wait on
 MOST_RANKS = 64  # that split one dimension
 FIRST = 503  # of the primes that stand for them
+TRIES = 4  # of such primes
 CALLED = [("torch.mm", "product", native.product), ("torch.addmm", "biased", native.biased), ("torch.ops.eight_bits.mm.default", "eight_bits_mm", mm), ("torch.ops.eight_bits.rows.default", "eight_bits_rows", rows)]
 
 
@@ -60,16 +61,14 @@ class Executable:
         self, model: nn.Module, looked: Looked, plan: str, blocks: int, size: int, backend: str | None = None, weights: Any = None, checkpoint: Any = None, codegen: str = "auto",
         quantize: str | None = None, own: bool = False,
     ) -> None:  # fmt: skip
-        """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler. ``own``: nobody else reads the model's weights, which may go once they are in eight bits."""
+        """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler, else the second. ``own``: nobody else reads the model's weights, which may go once they are in eight bits."""
         self.size = size
         device = next(p.device for p in model.parameters())
         self.codegen = codegen if codegen != "auto" else CPP if device.type in ("cpu", "meta") and native.load() is not None else "python"
         self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen={CPP: ROWS, "triton": TRITON_ROWS}.get(self.codegen, self.codegen))
         if checkpoint is not None:
             self._step.load(checkpoint, optimizer=False, cast=True)
-        with packed(model):
-            sizes = stand_ins(looked.numbers)
-            self._found = self._step._find(example(*sizes), "forward")
+        sizes, locals_ = self._compiled(model, looked.numbers)
         built = self._found.built
         self._given: list[list[Tensor]] = []
         self.quantized: Report | None = None
@@ -78,12 +77,26 @@ class Executable:
         self.launches = 0  # functions that a step runs
         self.emitted = 0  # of these, emitted Triton kernels
         self.in_python: dict[str, str] = {}  # kernels that have no C++ or Triton, and why
-        locals_: list[Program] = [pipeline.run(self.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in self._step.host.coordinates]
         if quantize is not None:
             locals_ = self._in_eight_bits(locals_, quantize, own, example(*sizes))
         self._sources = [self._of_any_size(p, sizes) for p in locals_]
         self.ranks = [Pages(blocks, size, self.device, self.codegen == "triton") for _ in self._sources]
         complete(model, sum(op.target == "paged_attention" for op in built.program.ops), len(looked.layers))
+
+    def _compiled(self, model: nn.Module, numbers: frozenset[int]) -> tuple[tuple[int, int], list[Program]]:
+        """The numbers of tokens and wanted rows that stand for all, and the hosted ranks' programs of so many, in which no other number is a multiple of one of them."""
+        before = None
+        for _ in range(TRIES):
+            sizes = stand_ins(numbers)
+            with packed(model):
+                self._found = self._step._find(example(*sizes), "forward")
+            found: list[Program] = [pipeline.run(self.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in self._step.host.coordinates]
+            taken = frozenset(n for p in found for n in mistaken(side_by_side(p) if self.codegen == CPP else p, sizes))
+            named = {stands_for(n, dict(zip(sizes, "TL", strict=True))) for n in taken}
+            if not named or named == before:  # as many tokens or rows again, whatever their number
+                return sizes, found
+            numbers, before = numbers | taken, named
+        raise InferenceError(f"{type(model).__name__}: the step has sizes {', '.join(map(str, sorted(taken)))} that cannot be told from its {sizes[0]} tokens or {sizes[1]} wanted rows\n  fix: another plan, such as tp1")
 
     def _in_eight_bits(self, programs: Sequence[Program], kind: str, own: bool, batch: dict[str, Tensor]) -> list[Program]:
         """The hosted ranks' programs on weights in eight bits, which are made here."""
@@ -267,9 +280,26 @@ def example(tokens: int, wanted: int) -> dict[str, Tensor]:
 
 def stand_ins(seen: Iterable[int]) -> tuple[int, int]:
     """Two primes that divide no number of a forward, nor a part of one: neither is a size there, whole or on a rank."""
-    numbers = {part for n in seen if n >= FIRST for ranks in range(1, MOST_RANKS + 1) for part in (n // ranks, -(-n // ranks)) if part >= FIRST}
+    most = {(n, ranks, -(-n // ranks)) for n in seen if n >= FIRST for ranks in range(1, MOST_RANKS + 1)}
+    numbers = {part for n, ranks, a in most for part in (n // ranks, a, n % a, n - (ranks - 1) * a) if part >= FIRST}
     primes = (p for p in count(FIRST) if all(p % d for d in range(2, int(p**0.5) + 1)) and all(n % p for n in numbers))
     return next(primes), next(primes)
+
+
+def mistaken(local: Program, sizes: tuple[int, int]) -> set[int]:
+    """Numbers of a rank's program that would be read as numbers of tokens or wanted rows and are not: sizes of what is stored, the second such size of a value, and what attention is told."""
+
+    def like(numbers: Iterable[Any]) -> list[int]:
+        return [n for n in numbers if type(n) is int and n and not all(n % size for size in sizes)]
+
+    out = {n for i in local.inputs if i.role != "batch" for n in like(i.type.local(local.mesh))}
+    for op in local.ops:
+        for type_ in op.types:
+            own = like(type_.local(local.mesh))
+            out.update(own if len(own) > 1 else ())
+        if op.target == "paged_attention":
+            out.update(like((*op.args, *(value for _, value in op.kwargs))))
+    return out
 
 
 def dense(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:

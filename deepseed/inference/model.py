@@ -38,7 +38,7 @@ def loaded(
     """``split``: each rank reads its part later. ``weights``: a checkpoint of a training, which has the values."""
     kind, files, trained = _dtype(dtype), None, None if weights is None else _checkpoint(Path(weights))
     if isinstance(model, nn.Module):
-        module = moved(model, kind, device)
+        module = moved(model, kind, device, values=trained is None)
     else:
         path, gguf = _folder(Path(model))
         later = split and not gguf
@@ -62,18 +62,19 @@ def loaded(
     return Loaded(module, tokenizer, first.dtype, torch.device("cpu") if first.is_meta else first.device, longest, module is not model, files, trained)
 
 
-def moved(model: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None = None) -> nn.Module:
+def moved(model: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None = None, values: bool = True) -> nn.Module:
     """The model with parameters and stored buffers in ``dtype``, as ``from_pretrained(dtype=)`` has them: buffers that no checkpoint holds, such as rotary frequencies, stay as they are, and so does what the
-    model says must stay float32. A copy where anything changes: the caller's model stays untouched."""
+    model says must stay float32. A copy where anything changes: the caller's model stays untouched. Without ``values`` a copy whose parameters get theirs later."""
     stays = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else ())]
     state = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict(keep_vars=True)}}
     cast = {n: dtype for n, x in state.items() if dtype is not None and x.is_floating_point() and x.dtype is not dtype and not set(stays) & set(n.split("."))}
     place = None if device is None else torch.device(device)
-    if not cast and all(place in (None, x.device) for x in (*model.parameters(), *model.buffers())):
+    if values and not cast and all(place in (None, x.device) for x in (*model.parameters(), *model.buffers())):
         return model
     known: dict[int, Any] = {}
     for name, x in state.items():
-        new = x.detach().to(device=place, dtype=cast.get(name, x.dtype))
+        kind, there = cast.get(name, x.dtype), x.device if place is None else place
+        new = x.detach().to(device=there, dtype=kind) if values or not isinstance(x, nn.Parameter) else torch.empty_like(x, dtype=kind, device=there, requires_grad=False)
         known[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
     copied = deepcopy(model, known)
     return copied if place is None else copied.to(place)
@@ -85,11 +86,12 @@ def room(asked: int | None, a_block: int, useful: int) -> int:
 
 
 def _dtype(said: str | torch.dtype | None) -> torch.dtype | None:
-    if said is None or isinstance(said, torch.dtype):
-        return said
+    if said is None or said in DTYPES.values():
+        return said if isinstance(said, torch.dtype) else None
     if said not in DTYPES:
-        raise InferenceError(f"dtype {said!r} is unknown\n  fix: one of {', '.join(DTYPES)}")
-    return DTYPES[said]
+        eight = ", or quantize='int8' for weights in eight bits" if said in (torch.int8, "int8") else ""
+        raise InferenceError(f"dtype {said!r} is unknown\n  fix: one of {', '.join(DTYPES)}{eight}")
+    return DTYPES[str(said)]
 
 
 def _folder(path: Path) -> tuple[Path, str]:

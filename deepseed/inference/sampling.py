@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,6 +76,15 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def asked_for(asked: Mapping[str, Any]) -> SamplingParams:
+    """Of fields by name. Raises InferenceError where one is unknown."""
+    known = SamplingParams.__dataclass_fields__
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        raise InferenceError(f"generate does not know {', '.join(unknown)}\n  fix: one of {', '.join(known)}")
+    return SamplingParams(**asked)
 
 
 @dataclass

@@ -13,8 +13,9 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 
-from deepseed.inference.engine import Engine, Prompt
+from deepseed.inference.engine import Engine
 from deepseed.inference.outputs import Update
+from deepseed.inference.prompts import Prompt
 from deepseed.inference.sampling import SamplingParams
 
 
