@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deepseed.codegen.cpp_loops import Nest, Plan
+from deepseed.codegen.cpp_loops import KEPT, Nest, Plan
 from deepseed.codegen.cpp_ops import LIBRARY as EXPRESSIONS
 from deepseed.codegen.cpp_ops import TYPES, computed, type_of
 from deepseed.codegen.cpp_points import Strides, variables
@@ -82,6 +82,7 @@ class _Writer:
             raise CodegenError(f"an operand of {name} reaches beyond {LARGEST} elements")
         self.memory: dict[str, Strides] = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}
         self.own: dict[str, str] = {}  # what lies in memory of the function's own, with its declaration
+        self.room = KEPT
 
     def function(self) -> Function:
         p, makes, outputs = self.p, dict[str, Strides](), list[tuple[bool, int, Strides, int]]()
@@ -132,11 +133,12 @@ class _Writer:
                     if value not in self.makes:
                         t = self.p.types[value]
                         self.own[value] = f"const std::unique_ptr<{type_of(t.dtype)}[]> {value}_own(new {type_of(t.dtype)}[{t.numel}]); {type_of(t.dtype)} *__restrict {value} = {value}_own.get();"
-                nest = Nest(self.p, space, self.memory, plan, {v: self.makes.get(v, contiguous(self.p.types[v].shape)) for v in (*plan.targets, *plan.sums)}, set(self.own))
+                nest = Nest(self.p, space, self.memory, plan, {v: self.makes.get(v, contiguous(self.p.types[v].shape)) for v in (*plan.targets, *plan.sums)}, set(self.own), self.room)
                 lines = nest.written()
                 break
             except Refine as asked:
                 add(split, asked)
+        self.room = nest.room
         for value in nest.stored:
             t = self.p.types[value]
             if value in self.own or t.dtype == computed(t.dtype):  # what is rounded when it is stored is made again
