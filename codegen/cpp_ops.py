@@ -37,17 +37,15 @@ template <> struct down<bfloat> {
 };
 
 static inline double exp_(double x) { return std::exp(x); }
-static inline float exp_(float x) {
-    float bounded = x > 88.72f ? 88.72f : x;
-    bounded = bounded < -87.33f ? -87.33f : bounded;
-    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // the low bits of ``shifted`` are n
+static inline float exp_(float x) {  // of all that a float holds: 2**n in two factors, the last of which rounds once to what is below 2**-126
+    float bounded = x > 89.0f ? 89.0f : x;
+    bounded = bounded < -104.0f ? -104.0f : bounded;
+    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    int32_t whole = __builtin_bit_cast(int32_t, shifted) - 0x4b400000, half_of = whole >> 1;  // the low bits of ``shifted`` are n
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    p = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, shifted) << 23));
-    p = x > 88.72f ? std::numeric_limits<float>::infinity() : p;
-    p = x < -87.33f ? 0.0f : p;
-    return x != x ? x : p;
+    return p * __builtin_bit_cast(float, uint32_t(half_of + 127) << 23) * __builtin_bit_cast(float, uint32_t(whole - half_of + 127) << 23);
 }
 template <class T> static inline T sigmoid(T x) { return T(1) / (T(1) + exp_(-x)); }
 static inline double tanh_(double x) { return std::tanh(x); }
@@ -195,9 +193,9 @@ def _lerp(x: Sequence[str], op: Op) -> str:
 
 def _exponential(x: Sequence[str], op: Op) -> str:
     base = op.args[0]
-    if not isinstance(base, int | float) or base <= 0 or op.type.dtype not in FLOATS:
+    if not isinstance(base, int | float) or op.type.dtype not in FLOATS:
         raise _unknown(op)
-    return f"exp_({x[1]} * {literal(math.log(base), computed(op.type.dtype))})"
+    return f"std::pow({x[0]}, {x[1]})"
 
 
 def _multiplied(sign: str) -> Write:

@@ -53,3 +53,35 @@ def test_a_sum_takes_each_element_of_its_operand_once(text: str, tmp_path: Path)
     """Of a slice: not once for each step of the whole."""
     k, x = kernel_of(text), torch.randn(8, 5, 2, dtype=torch.float64)
     assert apart(compiled(k, tmp_path)(x), inductor.python(k)(x)) < 1e-13
+
+
+def test_exp_in_float32_has_the_whole_range(tmp_path: Path) -> None:
+    """Against float64: 2 units of the last place, of what is below 2**-126 one unit of that; infinite from where 2**128 is."""
+    k = kernel_of('''%x : f32[20000] batch "x"
+%y = aten.exp(%x) : f32[20000]
+%z = aten.log(%y) : f32[20000]
+return %y output "y"
+return %z output "z"
+''')
+    x = torch.cat([torch.linspace(-110, 90, 19990), torch.tensor([-103.97, -103.9, -90.0, 88.72, 88.7228, 88.723, 0.0, float("inf"), -float("inf"), float("nan")])])
+    y, z = compiled(k, tmp_path)(x)
+    exact = x.double().exp()
+    held = exact < 2.0**128 * (1 - 2.0**-25)
+    assert torch.equal(y.isinf(), x.exp().isinf()) and torch.equal(y.isnan(), x.isnan())
+    assert ((y.double() - exact).abs() <= exact * 2.0**-22 + 2.0**-149)[held].all()
+    assert ((z - x).abs()[(x > -87) & (x < 88.72)] < 1e-4).all() and z[19992].isfinite()
+
+
+def test_powers_of_a_number(tmp_path: Path) -> None:
+    """2**x of whole x is whole: floor says so."""
+    k = kernel_of('''%x : f32[40] batch "x"
+%y = aten.pow.Scalar(2.0, %x) : f32[40]
+%w = aten.floor(%y) : f32[40]
+%n = aten.pow.Scalar(-3.0, %x) : f32[40]
+return %w output "w"
+return %n output "n"
+''')
+    x = torch.arange(40.0) - 10
+    w, n = compiled(k, tmp_path)(x)
+    assert torch.equal(w, (2.0 ** x.double()).floor().float())
+    torch.testing.assert_close(n.double(), (-3.0) ** x.double(), rtol=2e-7, atol=0)
