@@ -108,7 +108,8 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     dtype = computed(op.type.dtype)
     compares = base in _COMPARE and overload in ("Scalar", "Tensor")
     boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
-    within = "bool" if name.startswith("logical") else _common(p, op) if compares or boolean else dtype
+    common = _common(p, op)
+    within = "bool" if name.startswith("logical") else computed(common) if compares or boolean else dtype
     if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and not boolean and dtype not in FLOATS):
         raise _unknown(op)
     given = iter(operands)
@@ -121,6 +122,8 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
             texts.append("")
         else:
             texts.append(literal(a, want))
+        if compares and common in ("bf16", "f16") and not (isinstance(a, Ref) and p.types[a.name].dtype == common):
+            texts[-1] = f"up(down<{TYPES[common]}>::of({texts[-1]}))"  # 0.3 is no number of 16 bits
     if compares:
         return f"{texts[0]} {_COMPARE[base]} {texts[1]}"
     if boolean:
@@ -141,7 +144,7 @@ def _common(p: Program, op: Op) -> str:
             found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
         elif isinstance(a, float) and found[0] not in FLOATS:
             found = ("f32", 0)
-    return computed(found[0])
+    return found[0]
 
 
 def _unknown(op: Op) -> CodegenError:

@@ -50,6 +50,7 @@ class Points:
         self.known: dict[object, Register] = {}
         self.where: tuple[str, ...] = ()  # conditions under which what is made now is used
         self.numbers: dict[str, Register] = {}  # that indices and conditions are made of
+        self.rounded: dict[str, str] = {}  # a register -> the 16 bits that it was made of
         self.count = 0
         self.reads: dict[str, list[tuple[str, int]]] = {}  # what was read from memory: where, and as which of all values
 
@@ -131,7 +132,14 @@ class Points:
         match op.target:
             case "cast":
                 r = self.at(x, index)
-                return r if r.dtype == dtype else self.emit(converted(r.name, r.dtype, dtype), dtype, r.level)
+                if op.type.dtype not in ("bf16", "f16"):
+                    return r if r.dtype == dtype else self.emit(converted(r.name, r.dtype, dtype), dtype, r.level)
+                self.count += 1
+                self.scopes[r.level].lines.append(f"const {TYPES[op.type.dtype]} r{self.count} = down<{TYPES[op.type.dtype]}>::of({converted(r.name, r.dtype, dtype)});")
+                rounded = f"r{self.count}"
+                r = self.emit(f"up({rounded})", dtype, r.level)
+                self.rounded[r.name] = rounded
+                return r
             case "reshape":
                 return self.at(x, reshaped(index, op.type.shape, self.p.types[x].shape))
             case "permute":

@@ -85,3 +85,21 @@ return %n output "n"
     w, n = compiled(k, tmp_path)(x)
     assert torch.equal(w, (2.0 ** x.double()).floor().float())
     torch.testing.assert_close(n.double(), (-3.0) ** x.double(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("t", ["bf16", "f16"])
+def test_casts_and_what_is_compared_round(t: str, tmp_path: Path) -> None:
+    compare = "".join(f"%{c} = aten.{c}.Scalar(%h, 0.3) : bool[6]\n%{c}s = aten.{c}.Tensor(%h, %s) : bool[6]\n" for c in ("eq", "le", "gt"))
+    k = kernel_of(f'''%x : f32[6] batch "x"
+%h : {t}[6] batch "h"
+%s : f32[] batch "s"
+%b = cast(%x) : {t}[6]
+%f = cast(%b) : f32[6]
+%y = aten.sub.Tensor(%x, %f) : f32[6]
+{compare}return %y output "y"
+return %b output "b"
+''' + "".join(f'return %{c} output "{c}"\nreturn %{c}s output "{c}s"\n' for c in ("eq", "le", "gt")))
+    x = torch.tensor([0.1, 0.2, 0.3, 0.7, 0.9, 1.1])
+    xs = [x, x.to(torch.bfloat16 if t == "bf16" else torch.float16), torch.tensor(0.3)]
+    got = compiled(k, tmp_path)(*xs)
+    assert all(map(torch.equal, got, inductor.python(k)(*xs))) and got[0].abs().max() > 1e-5
