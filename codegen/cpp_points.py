@@ -283,7 +283,7 @@ class Points:
         lane = f"drawn_lane({self.known[key].name}, uint64_t({place}))"
         if op.target == "bernoulli":
             return self.emit(f"{TYPES[dtype]}({lane} < {threshold})", dtype, level)
-        raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
 
 
 def variables(index: Indices) -> frozenset[Var]:
@@ -313,7 +313,7 @@ def placed(p: Program, op: Op) -> Iterator[tuple[str, tuple[tuple[int, int, int]
         yield name, tuple((d, int(str(pads[2 * d])), int(str(pads[2 * d])) + n) for d, n in enumerate(inner) if n != op.type.shape[d])
         return
     if step != 1:
-        raise CodegenError(f"%{op.name} = unslice with step {step}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = unslice with step {step}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
     yield name, ((dim, start, start + inner[dim]),)
 
 

@@ -103,3 +103,34 @@ return %b output "b"
     xs = [x, x.to(torch.bfloat16 if t == "bf16" else torch.float16), torch.tensor(0.3)]
     got = compiled(k, tmp_path)(*xs)
     assert all(map(torch.equal, got, inductor.python(k)(*xs))) and got[0].abs().max() > 1e-5
+
+
+def test_integers_are_exact(tmp_path: Path) -> None:
+    k = kernel_of('''%x : i64[6] batch "x"
+%n : i64[6] batch "n"
+%y = aten.pow.Tensor_Tensor(%x, %n) : i64[6]
+%q = aten.pow.Tensor_Scalar(%x, 5) : i64[6]
+%b = aten.pow.Scalar(3, %n) : i64[6]
+%f = aten.floor(%y) : i64[6]
+%c = aten.ceil(%y) : i64[6]
+%r = aten.round(%y) : i64[6]
+%t = aten.trunc(%y) : i64[6]
+%a = aten.bitwise_and.Scalar(%y, 1023) : i64[6]
+''' + "".join(f'return %{c} output "{c}"\n' for c in "yqbfcrta"))
+    xs = [torch.tensor([3, 3, -7, 2, -1, 5]), torch.tensor([38, 39, 22, 62, -3, -1])]
+    assert all(map(torch.equal, compiled(k, tmp_path)(*xs), inductor.python(k)(*xs)))
+
+
+SINGLE = ("leaky_relu(%x)", "leaky_relu(%x, 0.2)", "elu(%x)", "elu(%x, 1.5, 1.1)", "hardtanh(%x)", "hardtanh(%x, -0.5, 2.0)", "hardswish(%x)", "hardsigmoid(%x)", "clamp_min(%x, -0.5)", "clamp_max(%x, 0.5)", "trunc(%x)")
+PAIRS = ("fmod.Tensor(%x, %z)", "fmod.Scalar(%x, 1.5)", "remainder.Tensor(%x, %z)", "remainder.Scalar(%x, -1.5)", "atan2(%x, %z)", "fmax(%x, %z)", "fmin(%x, %z)")
+
+
+def test_expressions_are_torch_s_in_float64(tmp_path: Path) -> None:
+    """Among numbers, infinities and what is no number."""
+    ends = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.0, -3.0, 1e-9])
+    x, z = torch.cat([torch.randn(64) * 3, ends]).double(), torch.cat([torch.randn(64) * 3, ends.flip(0)]).double()
+    made = [f"%v{n} = aten.{text} : f64[72]" for n, text in enumerate((*SINGLE, *PAIRS))] + [f"%is{n} = aten.{op}(%x) : bool[72]" for n, op in enumerate(("isinf", "isfinite", "isnan"))]
+    names = [line.split()[0] for line in made]
+    k = kernel_of("\n".join(['%x : f64[72] batch "x"', '%z : f64[72] batch "z"', *made, *(f'return {n} output "{n[1:]}"' for n in names), ""]))
+    for line, a, b in zip(made, compiled(k, tmp_path)(x, z), inductor.python(k)(x, z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15, equal_nan=True, msg=line)
