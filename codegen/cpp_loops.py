@@ -10,13 +10,13 @@ from deepseed.codegen.cpp_ops import TYPES, computed, converted, type_of
 from deepseed.codegen.cpp_points import Bound, Points, Register, Strides, accumulator, variables
 from deepseed.codegen.index_maps import Index, Var, flat, of
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space
-from deepseed.ir.program import Op, Program
+from deepseed.ir.program import ITEMSIZE, Op, Program
 
 BLOCKS = 16  # in which sums across rows are added up
 LEAST = 32  # rows of such a block
 STRETCH = 4096  # elements of a row that are added up at a time
 WORTH = 1 << 15  # elements for which a further thread pays
-KEPT = 1 << 16  # elements of a row that are kept for later passes
+KEPT = 1 << 19  # bytes of rows that a function keeps for later passes, on a thread's stack
 EFFORT = ("exp", "log", "tanh", "sigmoid", "silu", "gelu", "erf", "sin", "cos", "pow", "sqrt", "rsqrt", "bernoulli", "softplus")
 
 
@@ -30,11 +30,11 @@ class Plan:
 
 
 class Nest(Points):
-    """Writes one nest. ``lying``: of what it stores; ``own``: of these, what is kept in the precision of registers."""
+    """Writes one nest. ``lying``: of what it stores; ``own``: of these, what is kept in the precision of registers; ``room``: bytes of rows that it may keep, less those that it does."""
 
-    def __init__(self, p: Program, space: Space, memory: dict[str, Strides], plan: Plan, lying: dict[str, Strides], own: set[str]) -> None:
+    def __init__(self, p: Program, space: Space, memory: dict[str, Strides], plan: Plan, lying: dict[str, Strides], own: set[str], room: int) -> None:
         super().__init__(p, space, dict(memory))
-        self.plan, self.lying, self.own = plan, lying, own
+        self.plan, self.lying, self.own, self.room = plan, lying, own, room
         self.stored = (*plan.targets, *plan.sums)
         self.x = [v for v in space.vars if v not in plan.row and not v.unrolled]
         self.r = sorted((v for v in space.vars if v in plan.row and not v.unrolled), key=self._stride, reverse=True)
@@ -151,12 +151,16 @@ class Nest(Points):
         return kept
 
     def _worth_keeping(self, value: str) -> bool:
-        op, size = self.p.producers[value], prod(v.size for v in self.plan.row)
+        op = self.p.producers[value]
         if value not in self.space.index or not self._varies(value) or not self.plan.row <= variables(self.space.index[value]):
             return False
         if self._read_back(value):
             return True
-        return size <= KEPT and op.target.removeprefix("aten.").partition(".")[0].startswith(EFFORT)
+        size = prod(v.size for v in self.plan.row) * ITEMSIZE[computed(self.p.types[value].dtype)]
+        if size > self.room or not op.target.removeprefix("aten.").partition(".")[0].startswith(EFFORT):
+            return False
+        self.room -= size
+        return True
 
     def _read_back(self, value: str) -> bool:
         """Whether what is stored is all of a value."""
@@ -269,7 +273,8 @@ class Nest(Points):
         place, level = self._address(value, index)
         self.writes.setdefault(value, []).append((place, self.count))
         dtype = self.p.types[value].dtype
-        text = r.name if value in self.own else f"down<{TYPES[dtype]}>::of({r.name})"
+        cast = self.p.producers[value].target == "cast"
+        text = r.name if value in self.own else self.rounded[r.name] if cast and r.name in self.rounded else f"down<{TYPES[dtype]}>::of({r.name})"
         self.scopes[max(level, r.level, self._row_level(value))].lines.append(f"{value}[{place}] = {text};")
 
     def _row_level(self, value: str) -> int:

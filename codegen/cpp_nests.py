@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deepseed.codegen.cpp_loops import Nest, Plan
+from deepseed.codegen.cpp_loops import KEPT, Nest, Plan
 from deepseed.codegen.cpp_ops import LIBRARY as EXPRESSIONS
 from deepseed.codegen.cpp_ops import TYPES, computed, type_of
 from deepseed.codegen.cpp_points import Strides, variables
@@ -82,6 +82,7 @@ class _Writer:
             raise CodegenError(f"an operand of {name} reaches beyond {LARGEST} elements")
         self.memory: dict[str, Strides] = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}
         self.own: dict[str, str] = {}  # what lies in memory of the function's own, with its declaration
+        self.room = KEPT
 
     def function(self) -> Function:
         p, makes, outputs = self.p, dict[str, Strides](), list[tuple[bool, int, Strides, int]]()
@@ -116,15 +117,18 @@ class _Writer:
     # nests ------------------------------------------------------------------------------------------------------------
 
     def nest(self, pending: Sequence[str]) -> tuple[Nest, list[str]]:
-        targets, split = list(pending), dict[tuple[str, int], bool]()
+        targets, split, operand = list(pending), dict[tuple[str, int], bool](), ""
         while True:
             closure = self.closure(targets)
             try:
-                space = space_of(self.p, self.root(closure, targets), closure, targets, split)
+                space = space_of(self.p, operand or self.root(closure, targets), closure, targets, split)
                 plan = _plan(self.p, space, ops_of(self.p, closure - set(self.memory)), targets)
                 if plan is None:
                     first = self.first(closure, targets)
                     if first in targets and len(targets) == 1:
+                        if not operand and self.p.producers[first].target in REDUCTIONS:
+                            operand, split = self.p.producers[first].refs[0].name, {}
+                            continue
                         raise CodegenError(f"%{first} = {self.p.producers[first].target}: no iteration space in which one nest makes it")
                     targets, split = [first], {}
                     continue
@@ -132,11 +136,12 @@ class _Writer:
                     if value not in self.makes:
                         t = self.p.types[value]
                         self.own[value] = f"const std::unique_ptr<{type_of(t.dtype)}[]> {value}_own(new {type_of(t.dtype)}[{t.numel}]); {type_of(t.dtype)} *__restrict {value} = {value}_own.get();"
-                nest = Nest(self.p, space, self.memory, plan, {v: self.makes.get(v, contiguous(self.p.types[v].shape)) for v in (*plan.targets, *plan.sums)}, set(self.own))
+                nest = Nest(self.p, space, self.memory, plan, {v: self.makes.get(v, contiguous(self.p.types[v].shape)) for v in (*plan.targets, *plan.sums)}, set(self.own), self.room)
                 lines = nest.written()
                 break
             except Refine as asked:
                 add(split, asked)
+        self.room = nest.room
         for value in nest.stored:
             t = self.p.types[value]
             if value in self.own or t.dtype == computed(t.dtype):  # what is rounded when it is stored is made again
@@ -179,13 +184,19 @@ def _plan(p: Program, space: Space, ops: Sequence[Op], targets: Sequence[str]) -
             blocked.update(op.results)
         elif op.name in over and s != frozenset() and (s != row or op.name not in space.index):
             blocked.add(op.name)
-            if s is not None and s == every - row and op.name in space.index:
+            if s is not None and s == every - row and op.name in space.index and _once(space, op.refs[0].name, row):
                 sums.append(op.name)
     now = [t for t in targets if t not in blocked and t in space.index and _covered(p, space, t)]
     x = every - row - {v for v in space.vars if v.unrolled}
     now = [t for t in now if x <= variables(space.index[t])] or now
     wanted = [s for s in sums if s in targets] + [s for s in sums if s not in targets and _read(p, s, ops)]
     return Plan(row, tuple(now), tuple(wanted)) if now or wanted else None
+
+
+def _once(space: Space, x: str, row: frozenset[Var]) -> bool:
+    """Whether the loops that a value needs, a row's or none of these, come to each of its elements once."""
+    along = variables(space.index[x]) & row
+    return not along or all(v in along for v in row if not v.unrolled)
 
 
 def _read(p: Program, value: str, ops: Sequence[Op]) -> bool:

@@ -21,6 +21,7 @@ LIBRARY = r"""
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 struct bfloat { uint16_t bits; };
 struct half { _Float16 value; };
@@ -37,17 +38,15 @@ template <> struct down<bfloat> {
 };
 
 static inline double exp_(double x) { return std::exp(x); }
-static inline float exp_(float x) {
-    float bounded = x > 88.72f ? 88.72f : x;
-    bounded = bounded < -87.33f ? -87.33f : bounded;
-    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // the low bits of ``shifted`` are n
+static inline float exp_(float x) {  // of all that a float holds: 2**n in two factors, the last of which rounds once to what is below 2**-126
+    float bounded = x > 89.0f ? 89.0f : x;
+    bounded = bounded < -104.0f ? -104.0f : bounded;
+    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    int32_t whole = __builtin_bit_cast(int32_t, shifted) - 0x4b400000, half_of = whole >> 1;  // the low bits of ``shifted`` are n
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    p = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, shifted) << 23));
-    p = x > 88.72f ? std::numeric_limits<float>::infinity() : p;
-    p = x < -87.33f ? 0.0f : p;
-    return x != x ? x : p;
+    return p * __builtin_bit_cast(float, uint32_t(half_of + 127) << 23) * __builtin_bit_cast(float, uint32_t(whole - half_of + 127) << 23);
 }
 template <class T> static inline T sigmoid(T x) { return T(1) / (T(1) + exp_(-x)); }
 static inline double tanh_(double x) { return std::tanh(x); }
@@ -58,6 +57,19 @@ static inline float tanh_(float x) {
 }
 template <class T> static inline T most(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> static inline T least(T a, T b) { return a < b || a != a ? a : b; }
+template <class T> static inline T higher(T a, T b) { return a != a ? b : b != b ? a : a > b ? a : b; }  // of a number and none the number
+template <class T> static inline T lower(T a, T b) { return a != a ? b : b != b ? a : a < b ? a : b; }
+template <class T> static inline T floored(T x, T y) { T r = std::fmod(x, y); return r != 0 && (r < 0) != (y < 0) ? r + y : r; }  // the remainder, with the sign of y
+template <class T> static inline T power(T x, T n) {  // of integers, exact
+    if constexpr (!std::is_integral_v<T>) return std::pow(x, n);
+    else {
+        if (n < 0) return x == 1 ? T(1) : x == T(-1) ? (n & 1 ? T(-1) : T(1)) : T(0);
+        uint64_t made = 1, square = uint64_t(x);
+        for (uint64_t left = uint64_t(n); left; left >>= 1, square *= square) made *= left & 1 ? square : 1;
+        return T(made);
+    }
+}
+template <class T> static inline T whole(T x, T rounded) { return std::is_integral_v<T> ? x : rounded; }
 template <class T> static inline T sign(T x) { return T(x > 0) - T(x < 0); }
 """
 
@@ -90,17 +102,20 @@ def converted(text: str, have: str, want: str) -> str:
 _TEMPLATES = {
     "mul.Tensor": "{0} * {1}", "mul.Scalar": "{0} * {1}", "div.Tensor": "{0} / {1}", "div.Scalar": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
     "log1p": "std::log1p({0})", "expm1": "std::expm1({0})", "sqrt": "std::sqrt({0})", "rsqrt": "{1t}(1) / std::sqrt({0})", "sin": "std::sin({0})", "cos": "std::cos({0})", "abs": "std::abs({0})",
-    "erf": "std::erf({0})", "floor": "std::floor({0})", "ceil": "std::ceil({0})", "reciprocal": "{1t}(1) / {0}", "square": "{0} * {0}", "sigmoid": "sigmoid({0})", "tanh": "tanh_({0})",
+    "erf": "std::erf({0})", "floor": "whole<{1t}>({0}, std::floor({0}))", "ceil": "whole<{1t}>({0}, std::ceil({0}))", "reciprocal": "{1t}(1) / {0}", "square": "{0} * {0}", "sigmoid": "sigmoid({0})", "tanh": "tanh_({0})",
     "relu": "({0} <= 0 ? {1t}(0) : {0})", "silu": "{0} * sigmoid({0})", "clone": "{0}", "alias": "{0}", "detach": "{0}", "positive": "{0}", "where.self": "({0} ? {1} : {2})",
     "masked_fill.Scalar": "({1} ? {2} : {0})", "masked_fill.Tensor": "({1} ? {2} : {0})", "maximum": "most({0}, {1})", "minimum": "least({0}, {1})", "sign": "sign({0})",
-    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "{0} + {2} * ({1} - {0})", "pow.Tensor_Tensor": "std::pow({0}, {1})",
+    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "{0} + {2} * ({1} - {0})", "pow.Tensor_Tensor": "power<{1t}>({0}, {1})",
     "silu_backward": "{0} * sigmoid({1}) * ({1t}(1) + {1} * ({1t}(1) - sigmoid({1})))", "tanh_backward": "{0} * ({1t}(1) - {1} * {1})", "sigmoid_backward": "{0} * ({1t}(1) - {1}) * {1}",
-    "threshold_backward": "({1} <= {2} ? {1t}(0) : {0})", "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "round": "std::nearbyint({0})",
+    "threshold_backward": "({1} <= {2} ? {1t}(0) : {0})", "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "trunc": "whole<{1t}>({0}, std::trunc({0}))",
+    "fmax": "higher<{1t}>({0}, {1})", "fmin": "lower<{1t}>({0}, {1})", "atan2": "std::atan2({0}, {1})", "fmod.Tensor": "std::fmod({0}, {1})", "fmod.Scalar": "std::fmod({0}, {1})",
+    "remainder.Tensor": "floored<{1t}>({0}, {1})", "remainder.Scalar": "floored<{1t}>({0}, {1})", "bitwise_and.Scalar": "{0} & {1}", "clamp_min": "({0} < {1} ? {1} : {0})", "clamp_max": "({0} > {1} ? {1} : {0})",
+    "hardsigmoid": "least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "hardswish": "{0} * least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "round": "whole<{1t}>({0}, std::nearbyint({0}))",
 }  # fmt: skip
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}"}
+_BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}", "isinf": "{0} == {0} && {0} - {0} != {0} - {0}", "isfinite": "{0} - {0} == {0} - {0}"}
 _CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
-_FLOAT_ONLY = ("div.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "reciprocal", "sigmoid", "tanh", "silu", "softplus", "gelu", "lerp")
+_FLOAT_ONLY = ("div.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "reciprocal", "sigmoid", "tanh", "silu", "softplus", "gelu", "lerp", "fmod", "remainder", "atan2", "hardsigmoid", "hardswish", "leaky_relu", "elu")
 
 
 def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
@@ -110,7 +125,8 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     dtype = computed(op.type.dtype)
     compares = base in _COMPARE and overload in ("Scalar", "Tensor")
     boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
-    within = "bool" if name.startswith("logical") else _common(p, op) if compares or boolean else dtype
+    common = _common(p, op)
+    within = "bool" if name.startswith("logical") else computed(common) if compares or boolean else dtype
     if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and not boolean and dtype not in FLOATS):
         raise _unknown(op)
     given = iter(operands)
@@ -123,6 +139,8 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
             texts.append("")
         else:
             texts.append(literal(a, want))
+        if compares and common in ("bf16", "f16") and not (isinstance(a, Ref) and p.types[a.name].dtype == common):
+            texts[-1] = f"up(down<{TYPES[common]}>::of({texts[-1]}))"  # 0.3 is no number of 16 bits
     if compares:
         return f"{texts[0]} {_COMPARE[base]} {texts[1]}"
     if boolean:
@@ -143,11 +161,11 @@ def _common(p: Program, op: Op) -> str:
             found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
         elif isinstance(a, float) and found[0] not in FLOATS:
             found = ("f32", 0)
-    return computed(found[0])
+    return found[0]
 
 
 def _unknown(op: Op) -> CodegenError:
-    return CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {op.type.dtype}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+    return CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {op.type.dtype}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
 
 
 def _power(x: Sequence[str], op: Op) -> str:
@@ -155,8 +173,8 @@ def _power(x: Sequence[str], op: Op) -> str:
     known = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", 4: "({0} * {0}) * ({0} * {0})", 0.5: "std::sqrt({0})", -0.5: "{1} / std::sqrt({0})", -1: "{1} / {0}", -2: "{1} / ({0} * {0})"}
     if isinstance(n, int | float) and n in known and (op.type.dtype in FLOATS or n >= 1):
         return known[n].format(x[0], one)
-    if op.type.dtype in FLOATS:
-        return f"std::pow({x[0]}, {x[1]})"
+    if op.type.dtype in FLOATS or (isinstance(n, int) and n >= 0):
+        return f"power<{type_of(op.type.dtype)}>({x[0]}, {x[1]})"
     raise _unknown(op)
 
 
@@ -195,9 +213,28 @@ def _lerp(x: Sequence[str], op: Op) -> str:
 
 def _exponential(x: Sequence[str], op: Op) -> str:
     base = op.args[0]
-    if not isinstance(base, int | float) or base <= 0 or op.type.dtype not in FLOATS:
+    if not isinstance(base, int | float):
         raise _unknown(op)
-    return f"exp_({x[1]} * {literal(math.log(base), computed(op.type.dtype))})"
+    return f"power<{type_of(op.type.dtype)}>({x[0]}, {x[1]})"
+
+
+def _argument(op: Op, n: int, name: str, default: float) -> str:
+    value = op.args[n] if len(op.args) > n else op.kw(name, default)
+    return literal(value, computed(op.type.dtype))
+
+
+def _leaky(x: Sequence[str], op: Op) -> str:
+    return f"({x[0]} > 0 ? {x[0]} : {x[0]} * {_argument(op, 1, 'negative_slope', 0.01)})"
+
+
+def _elu(x: Sequence[str], op: Op) -> str:
+    alpha, scale, inner = (_argument(op, n, name, 1) for n, name in ((1, "alpha"), (2, "scale"), (3, "input_scale")))
+    return f"({x[0]} > 0 ? {x[0]} * {scale} : std::expm1({x[0]} * {inner}) * {alpha} * {scale})"
+
+
+def _hardtanh(x: Sequence[str], op: Op) -> str:
+    low, high = _argument(op, 1, "min_val", -1), _argument(op, 2, "max_val", 1)
+    return f"({x[0]} < {low} ? {low} : {x[0]} > {high} ? {high} : {x[0]})"
 
 
 def _multiplied(sign: str) -> Write:
@@ -209,5 +246,5 @@ def _multiplied(sign: str) -> Write:
 
 _FUNCTIONS: Mapping[str, Write] = {
     "add.Tensor": added("+", "||", literal), "add.Scalar": added("+", "||", literal), "sub.Tensor": added("-", "||", literal), "sub.Scalar": added("-", "||", literal), "rsub.Scalar": rsub(literal), "rsub.Tensor": rsub(literal),
-    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp, "pow.Scalar": _exponential, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
+    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp, "pow.Scalar": _exponential, "leaky_relu": _leaky, "elu": _elu, "hardtanh": _hardtanh, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

@@ -50,6 +50,7 @@ class Points:
         self.known: dict[object, Register] = {}
         self.where: tuple[str, ...] = ()  # conditions under which what is made now is used
         self.numbers: dict[str, Register] = {}  # that indices and conditions are made of
+        self.rounded: dict[str, str] = {}  # a register -> the 16 bits that it was made of
         self.count = 0
         self.reads: dict[str, list[tuple[str, int]]] = {}  # what was read from memory: where, and as which of all values
 
@@ -131,7 +132,14 @@ class Points:
         match op.target:
             case "cast":
                 r = self.at(x, index)
-                return r if r.dtype == dtype else self.emit(converted(r.name, r.dtype, dtype), dtype, r.level)
+                if op.type.dtype not in ("bf16", "f16"):
+                    return r if r.dtype == dtype else self.emit(converted(r.name, r.dtype, dtype), dtype, r.level)
+                self.count += 1
+                self.scopes[r.level].lines.append(f"const {TYPES[op.type.dtype]} r{self.count} = down<{TYPES[op.type.dtype]}>::of({converted(r.name, r.dtype, dtype)});")
+                rounded = f"r{self.count}"
+                r = self.emit(f"up({rounded})", dtype, r.level)
+                self.rounded[r.name] = rounded
+                return r
             case "reshape":
                 return self.at(x, reshaped(index, op.type.shape, self.p.types[x].shape))
             case "permute":
@@ -275,7 +283,7 @@ class Points:
         lane = f"drawn_lane({self.known[key].name}, uint64_t({place}))"
         if op.target == "bernoulli":
             return self.emit(f"{TYPES[dtype]}({lane} < {threshold})", dtype, level)
-        raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
 
 
 def variables(index: Indices) -> frozenset[Var]:
@@ -305,7 +313,7 @@ def placed(p: Program, op: Op) -> Iterator[tuple[str, tuple[tuple[int, int, int]
         yield name, tuple((d, int(str(pads[2 * d])), int(str(pads[2 * d])) + n) for d, n in enumerate(inner) if n != op.type.shape[d])
         return
     if step != 1:
-        raise CodegenError(f"%{op.name} = unslice with step {step}: no C++ expression for it\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = unslice with step {step}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
     yield name, ((dim, start, start + inner[dim]),)
 
 

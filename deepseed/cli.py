@@ -142,18 +142,19 @@ def explain(
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
-    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor or triton")] = "inductor",
+    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto")] = "auto",
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
     from deepseed import pipeline
     from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
-    from deepseed.kernels import PRODUCTS
+    from deepseed.kernels import PRODUCTS, known
     from deepseed.machines import machine_of
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
+    known(codegen)
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     of = machine_of(machine, ranks.ranks)
     if why is not None:

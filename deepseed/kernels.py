@@ -45,13 +45,18 @@ def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises ValueError on a word that means none."""
     if codegen == "auto":
         return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
-    if codegen not in (PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
-        raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
+    known(codegen)
     if codegen in PRODUCTS and (why := triton_files.missing(device.type)):
         raise ValueError(f"codegen='triton': {why}")
     if codegen == CPP and device.type not in ("cpu", "meta"):
         raise ValueError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
     return codegen
+
+
+def known(codegen: str) -> None:
+    """Raises ValueError on a word that means no back end."""
+    if codegen not in ("auto", PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
+        raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
 
 
 def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, tell: Callable[[str], object]) -> Kernels:
