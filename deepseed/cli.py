@@ -154,7 +154,10 @@ def explain(
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
-    known(codegen)
+    try:
+        known(codegen)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--codegen") from None
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     of = machine_of(machine, ranks.ranks)
     if why is not None:
