@@ -21,7 +21,7 @@ from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Refine, Var
 from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.lookups import numbered
-from deepseed.codegen.spaces import REDUCTIONS, Space, add, ops_of, space_of
+from deepseed.codegen.spaces import REDUCTIONS, Space, add, closure_of, ops_of, read_along, space_of
 from deepseed.ir.layout import contiguous
 from deepseed.ir.program import Op, Program
 
@@ -119,7 +119,7 @@ class _Writer:
     def nest(self, pending: Sequence[str]) -> tuple[Nest, list[str]]:
         targets, split, operand = list(pending), dict[tuple[str, int], bool](), ""
         while True:
-            closure = self.closure(targets)
+            closure = closure_of(self.p, self.memory, targets)
             try:
                 space = space_of(self.p, operand or self.root(closure, targets), closure, targets, split)
                 plan = _plan(self.p, space, ops_of(self.p, closure - set(self.memory)), targets)
@@ -148,16 +148,6 @@ class _Writer:
                 self.memory[value] = nest.lying[value]
         return nest, lines
 
-    def closure(self, targets: Collection[str], tied: bool = False) -> set[str]:
-        found, todo = set[str](), list(targets)
-        while todo:
-            value = todo.pop()
-            if value not in found:
-                found.add(value)
-                if value not in self.memory:
-                    todo += [r.name for r in self.p.producers[value].refs]
-        return found
-
     def root(self, closure: Collection[str], targets: Sequence[str]) -> str:
         """The value whose elements are the points of the space: the largest one, a target if there is one."""
         reduced = [op.refs[0].name for op in self.p.ops if op.target in REDUCTIONS and op.name in closure]
@@ -167,7 +157,7 @@ class _Writer:
     def first(self, closure: Collection[str], targets: Sequence[str]) -> str:
         """A reduction that waits for no other one; where there is none, the first target."""
         for op in ops_of(self.p, closure):
-            if op.target in REDUCTIONS and op.name not in self.memory and not any(o.target in REDUCTIONS and o.name not in self.memory and o is not op for o in ops_of(self.p, self.closure([op.name]))):
+            if op.target in REDUCTIONS and op.name not in self.memory and not any(o.target in REDUCTIONS and o.name not in self.memory and o is not op for o in ops_of(self.p, closure_of(self.p, self.memory, [op.name]))):
                 return op.name
         return targets[0]
 
@@ -212,21 +202,10 @@ def _row(p: Program, space: Space, ops: Sequence[Op], over: dict[str, frozenset[
     if not space.vars:
         return every
     for name, s in over.items():
-        if s != every and (space.vars[-1] in s or _read_along(space, name, s, ops)):
+        if s != every and (space.vars[-1] in s or read_along(space, name, s, ops)):
             return s
     if columns := [s for s in over.values() if s != every]:
         return every - columns[0]
     if every in over.values():
         return every
     return frozenset(space.vars[-1:])
-
-
-def _read_along(space: Space, name: str, over: frozenset[Var], ops: Sequence[Op]) -> bool:
-    """Whether a reduction's result is used at each point of what it reduces."""
-    after = {name}
-    for op in ops:
-        if any(r.name in after for r in op.refs):
-            after.update(op.results)
-            if any(i.vars & over for i in space.index.get(op.name, ())):
-                return True
-    return False

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
-from deepseed.codegen.pointwise import added, number, rsub
+from deepseed.codegen.pointwise import added, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
@@ -205,12 +205,6 @@ def _gelu_backward(x: Sequence[str], op: Op) -> str:
     return f"{g} * ({kind}(0.5) * ({kind}(1) + std::erf({y} * {kind}({math.sqrt(0.5)!r}))) + {y} * exp_({kind}(-0.5) * {y} * {y}) * {kind}({1 / math.sqrt(2 * math.pi)!r}))"
 
 
-def _lerp(x: Sequence[str], op: Op) -> str:
-    weight = op.args[2]
-    assert isinstance(weight, int | float)
-    return f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})" if abs(weight) < 0.5 else f"{x[1]} - ({x[1]} - {x[0]}) * {literal(1 - weight, computed(op.type.dtype))}"
-
-
 def _exponential(x: Sequence[str], op: Op) -> str:
     base = op.args[0]
     if not isinstance(base, int | float):
@@ -246,5 +240,5 @@ def _multiplied(sign: str) -> Write:
 
 _FUNCTIONS: Mapping[str, Write] = {
     "add.Tensor": added("+", "||", literal), "add.Scalar": added("+", "||", literal), "sub.Tensor": added("-", "||", literal), "sub.Scalar": added("-", "||", literal), "rsub.Scalar": rsub(literal), "rsub.Tensor": rsub(literal),
-    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp, "pow.Scalar": _exponential, "leaky_relu": _leaky, "elu": _elu, "hardtanh": _hardtanh, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
+    "pow.Tensor_Scalar": _power, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": lerp(literal), "pow.Scalar": _exponential, "leaky_relu": _leaky, "elu": _elu, "hardtanh": _hardtanh, "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

@@ -5,15 +5,14 @@ What a value is at an index follows from its op (deepseed.codegen.spaces, index_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import product
-from math import prod
 
 from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, type_of
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var, divided, flat, of, reshaped, within, write
+from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var, of, within, write
+from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, site
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, reduced_dims
 from deepseed.ir.program import FLOATS, Op, Program
 
@@ -129,6 +128,8 @@ class Points:
     def made(self, value: str, index: Indices) -> Register:
         op = self.p.producers[value]
         x, dtype = op.refs[0].name if op.refs else "", computed(op.type.dtype)
+        if (there := moved(self.p, op, index)) is not None:
+            return self.at(x, there)
         match op.target:
             case "cast":
                 r = self.at(x, index)
@@ -140,19 +141,8 @@ class Points:
                 r = self.emit(f"up({rounded})", dtype, r.level)
                 self.rounded[r.name] = rounded
                 return r
-            case "reshape":
-                return self.at(x, reshaped(index, op.type.shape, self.p.types[x].shape))
-            case "permute":
-                dims = op.kw("dims")
-                assert isinstance(dims, tuple)
-                return self.at(x, tuple(index[dims.index(d)] for d in range(len(dims))))
-            case "expand":
-                return self.at(x, self.spread(x, index))
             case "full":
                 return self.emit(literal(op.kw("value"), dtype), dtype, 0)
-            case "slice":
-                dim, start, step = integers(op)
-                return self.at(x, (*index[:dim], index[dim] * step + start, *index[dim + 1 :]))
             case "cat" | "pad" | "unslice":
                 return self.pieces(op, index)
             case "iota":
@@ -166,7 +156,7 @@ class Points:
                 return self.put(op, index)
         if op.target in REDUCTIONS:
             return self.reduction(op, index)
-        registers = [self.at(r.name, self.spread(r.name, index)) for r in op.refs]
+        registers = [self.at(r.name, broadcast(self.p, r.name, index)) for r in op.refs]
         return self.emit(expression(self.p, op, [r.name for r in registers]), dtype, max([r.level for r in registers], default=0))
 
     def reduction(self, op: Op, index: Indices) -> Register:
@@ -177,10 +167,6 @@ class Points:
             text = converted(r.name, r.dtype, dtype)
             return self.emit(f"{text} * {text}" if op.target == "sum_of_squares" else text, dtype, r.level)
         raise CodegenError(f"%{op.name} = {op.target} is read before it is made, or elsewhere")
-
-    def spread(self, x: str, index: Indices) -> Indices:
-        shape = self.p.types[x].shape
-        return tuple(Index() if n == 1 else i for n, i in zip(shape, index[len(index) - len(shape) :], strict=True))
 
     def number(self, value: str, index: Indices, size: int) -> Index:
         """A number that was read, as an index below ``size``."""
@@ -206,23 +192,19 @@ class Points:
 
     def pieces(self, op: Op, index: Indices) -> Register:
         """What puts tensors side by side: the one that has the element, or the number that is there instead."""
-        dtype, number, found = computed(op.type.dtype), 0.0, list[tuple[Register, list[str]]]()
-        parts = list(placed(self.p, op))
-        if op.target == "pad":
-            value = op.kw("value", 0)
-            assert isinstance(value, int | float)
-            number = value
-        for name, places in parts:
-            conditions, inside, moved = list[str](), True, list(index)
+        dtype, found = computed(op.type.dtype), list[tuple[Register, list[str]]]()
+        operands, number = parts(self.p, op)
+        for name, places in operands:
+            conditions, inside, place = list[str](), True, list(index)
             for d, first, end in places:
-                there = within(index[d], first, end, [n for _, others in parts for dd, *ends in others if dd == d for n in ends])
-                moved[d] = index[d] + -first
+                there = within(index[d], first, end, cuts(operands, d))
+                place[d] = index[d] + -first
                 inside = inside and there is not False
                 if there is None:
                     conditions.append(self.condition(index[d], first, end))
             if inside:
                 outer, self.where = self.where, (*self.where, *(c for c in conditions if c not in self.where))
-                r = self.at(name, tuple(moved))
+                r = self.at(name, tuple(place))
                 self.where = outer
                 if not conditions:
                     return r
@@ -245,26 +227,9 @@ class Points:
     # leaves -----------------------------------------------------------------------------------------------------------
 
     def iota(self, op: Op, index: Indices) -> Register:
-        place, level = self.place(self.overall(op, index) if op.kw("index") is not None else index[0])
+        place, level = self.place(overall(op, index) if op.kw("index") is not None else index[0])
         start, step, dtype = op.kw("start", 0), op.kw("step", 1), computed(op.type.dtype)
         return self.emit(f"{TYPES[dtype]}({place}) * {literal(step, dtype)} + {literal(start, dtype)}", dtype, level)
-
-    def overall(self, op: Op, index: Indices) -> Index:
-        """The row-major place in the whole tensor of the element at ``index`` of a rank's part."""
-        held = op.kw("index")
-        if held is None:
-            return flat(index, op.type.shape)
-        assert isinstance(held, tuple)
-        parts, sizes = list[Index](), list[int]()
-        for factors, i in zip(held, index, strict=True):
-            assert isinstance(factors, tuple)
-            numbers, rest = [tuple(int(str(n)) for n in f) for f in factors if isinstance(f, tuple)], i
-            for k, (n, *here) in enumerate(numbers):
-                minor = prod(m[2] if len(m) > 1 else m[0] for m in numbers[k + 1 :])
-                q, rest = divided(rest, minor) if k + 1 < len(numbers) else (rest, Index())
-                parts.append(q + (here[0] if here else 0))
-                sizes.append(n)
-        return flat(parts, sizes)
 
     def drawn(self, op: Op, index: Indices) -> Register:
         rng, dtype = op.refs[0].name, computed(op.type.dtype)
@@ -277,9 +242,8 @@ class Points:
             return self.emit(literal(1 if threshold > 0 else 0, dtype), dtype, 0)
         key = ("key", rng, op.kw("site"))
         if key not in self.known:
-            site = int.from_bytes(blake2b(str(op.kw("site")).encode(), digest_size=8).digest(), "little")  # as deepseed.ops.rng has it
-            self.keep(key, self.emit(f"drawn_key({rng}[0], {rng}[1], {site}ull)", "i64", 0, "uint64_t"))
-        place, level = self.place(self.overall(op, index))
+            self.keep(key, self.emit(f"drawn_key({rng}[0], {rng}[1], {site(op)}ull)", "i64", 0, "uint64_t"))
+        place, level = self.place(overall(op, index))
         lane = f"drawn_lane({self.known[key].name}, uint64_t({place}))"
         if op.target == "bernoulli":
             return self.emit(f"{TYPES[dtype]}({lane} < {threshold})", dtype, level)
@@ -290,33 +254,6 @@ def variables(index: Indices) -> frozenset[Var]:
     return frozenset[Var]().union(*(i.vars for i in index))
 
 
-def integers(op: Op) -> tuple[int, int, int]:
-    dim, start, step = (int(str(op.kw(k, d))) for k, d in (("dim", 0), ("start", 0), ("step", 1)))
-    return dim, start, step
-
-
-def placed(p: Program, op: Op) -> Iterator[tuple[str, tuple[tuple[int, int, int], ...]]]:
-    """The operands of what puts tensors side by side: each with the dimensions in which it has a part of the result, from where to where."""
-    dim, start, step = integers(op)
-    if op.target == "cat":
-        at = 0
-        for ref in op.refs:
-            n = p.types[ref.name].shape[dim]
-            yield ref.name, ((dim, at, at + n),)
-            at += n
-        return
-    name = op.refs[0].name
-    inner = p.types[name].shape
-    if op.target == "pad":
-        pads = op.kw("pads")
-        assert isinstance(pads, tuple)
-        yield name, tuple((d, int(str(pads[2 * d])), int(str(pads[2 * d])) + n) for d, n in enumerate(inner) if n != op.type.shape[d])
-        return
-    if step != 1:
-        raise CodegenError(f"%{op.name} = unslice with step {step}: no C++ expression for it\n  fix: none is needed, the group runs as Python")
-    yield name, ((dim, start, start + inner[dim]),)
-
-
 def accumulator(op: Op) -> tuple[str, str]:
     """The type in which a reduction is computed, and what it begins with."""
     dtype = computed(op.type.dtype)
@@ -325,4 +262,4 @@ def accumulator(op: Op) -> tuple[str, str]:
     return type_of(op.type.dtype), literal(float("-inf"), dtype) if dtype in FLOATS else f"std::numeric_limits<{TYPES[dtype]}>::lowest()"
 
 
-__all__ = ["Bound", "Points", "Quotient", "Register", "Scope", "Strides", "accumulator", "integers", "variables"]
+__all__ = ["Bound", "Points", "Quotient", "Register", "Scope", "Strides", "accumulator", "variables"]

@@ -33,6 +33,17 @@ def added(sign: str, either: str, literal: Literal) -> Write:
     return write
 
 
+def lerp(literal: Literal) -> Write:
+    """``lerp`` by a number, from the nearer end as torch has it."""
+
+    def write(x: Sequence[str], op: Op) -> str:
+        weight = op.args[2]
+        assert isinstance(weight, int | float)
+        return f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})" if abs(weight) < 0.5 else f"{x[1]} - ({x[1]} - {x[0]}) * {literal(1 - weight, computed(op.type.dtype))}"
+
+    return write
+
+
 def rsub(literal: Literal) -> Write:
     def write(x: Sequence[str], op: Op) -> str:
         alpha = op.args[2] if len(op.args) > 2 else number(op, "alpha")

@@ -77,6 +77,29 @@ def _joined(parts: Sequence[Var]) -> Index:
     return flat([of(v) for v in parts], [v.size for v in parts])
 
 
+def closure_of(p: Program, memory: Collection[str], targets: Collection[str]) -> set[str]:
+    """What is evaluated to make ``targets``, up to what lies in ``memory``."""
+    found, todo = set[str](), list(targets)
+    while todo:
+        value = todo.pop()
+        if value not in found:
+            found.add(value)
+            if value not in memory:
+                todo += [r.name for r in p.producers[value].refs]
+    return found
+
+
+def read_along(space: Space, name: str, over: frozenset[Var], ops: Sequence[Op]) -> bool:
+    """Whether a reduction's result is used at each point of what it reduces."""
+    after = {name}
+    for op in ops:
+        if any(r.name in after for r in op.refs):
+            after.update(op.results)
+            if any(i.vars & over for i in space.index.get(op.name, ())):
+                return True
+    return False
+
+
 def ops_of(p: Program, closure: Collection[str]) -> list[Op]:
     return [op for op in p.ops if any(r in closure for r in op.results)]
 

@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 
 from deepseed.codegen.index_maps import Index, Var, flat, of
-from deepseed.codegen.spaces import REDUCTIONS, Indices
+from deepseed.codegen.spaces import REDUCTIONS, Indices, closure_of
 from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, Scope, every, word
 from deepseed.codegen.triton_reductions import Reductions
@@ -238,12 +238,4 @@ class Kernel(Reductions):
     @property
     def needed(self) -> set[str]:
         """What the kernel evaluates."""
-        found: set[str] = set()
-        todo = [*self.plan.targets, *(self.p.producers[v].refs[0].name for v in self.plan.partial)]
-        while todo:
-            value = todo.pop()
-            if value not in found:
-                found.add(value)
-                if value not in self.memory:
-                    todo += [r.name for r in self.p.producers[value].refs]
-        return found
+        return closure_of(self.p, self.memory, [*self.plan.targets, *(self.p.producers[v].refs[0].name for v in self.plan.partial)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
-from deepseed.codegen.pointwise import added, number, rsub
+from deepseed.codegen.pointwise import added, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
@@ -205,12 +205,6 @@ def _gelu_backward(x: Sequence[str], op: Op) -> str:
     return f"{g} * (0.5 * (1.0 + tl.erf({y} * {math.sqrt(0.5)})) + {y} * tl.exp(-0.5 * {y} * {y}) * {1 / math.sqrt(2 * math.pi)})"
 
 
-def _lerp(x: Sequence[str], op: Op) -> str:
-    weight = op.args[2]
-    assert isinstance(weight, int | float)
-    return f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})" if abs(weight) < 0.5 else f"{x[1]} - ({x[1]} - {x[0]}) * {literal(1 - weight, computed(op.type.dtype))}"
-
-
 def _multiplied(sign: str) -> Write:
     def write(x: Sequence[str], op: Op) -> str:
         value = number(op, "value")
@@ -221,6 +215,6 @@ def _multiplied(sign: str) -> Write:
 
 _FUNCTIONS: Mapping[str, Write] = {
     "add.Tensor": added("+", "|", literal), "add.Scalar": added("+", "|", literal), "sub.Tensor": added("-", "|", literal), "sub.Scalar": added("-", "|", literal), "rsub.Scalar": rsub(literal),
-    "pow.Tensor_Scalar": _power, "pow.Scalar": _exponential, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": _lerp,
+    "pow.Tensor_Scalar": _power, "pow.Scalar": _exponential, "clamp": _clamp, "gelu": _gelu, "gelu_backward": _gelu_backward, "lerp.Scalar": lerp(literal),
     "addcmul": _multiplied("*"), "addcdiv": _multiplied("/"),
 }  # fmt: skip

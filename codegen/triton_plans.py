@@ -9,7 +9,7 @@ from math import prod
 from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
-from deepseed.codegen.spaces import REDUCTIONS, Space, ops_of
+from deepseed.codegen.spaces import REDUCTIONS, Space, ops_of, read_along
 from deepseed.codegen.triton_kernel import Plan
 from deepseed.ir.program import Op, Program
 
@@ -133,10 +133,10 @@ class Plans:
             return frozenset(), False
         everything, last = frozenset(space.vars), space.vars[-1]
         for name, over in reductions.items():
-            if over != everything and (last in over or self._read_along(space, name, over, ops)):
+            if over != everything and (last in over or read_along(space, name, over, ops)):
                 return over, True
         for name, over in reductions.items():
-            if over == everything and (self._read_along(space, name, over, ops) or prod(v.size for v in over) <= ALONE):
+            if over == everything and (read_along(space, name, over, ops) or prod(v.size for v in over) <= ALONE):
                 return over, True
         columns = [over for over in reductions.values() if over != everything and space.vars[0] in over]
         if columns:
@@ -147,16 +147,6 @@ class Plans:
         if not reductions:
             return self._broadcast_row(space, ops)
         return frozenset(), False
-
-    def _read_along(self, space: Space, name: str, over: frozenset[Var], ops: Sequence[Op]) -> bool:
-        """Whether a reduction's result is used at each point of what it reduces."""
-        after = {name}
-        for op in ops:
-            if any(r.name in after for r in op.refs):
-                after.update(op.results)
-                if any(i.vars & over for i in space.index.get(op.name, ())):
-                    return True
-        return False
 
     def _broadcast_row(self, space: Space, ops: Sequence[Op]) -> tuple[frozenset[Var], bool]:
         """Pointwise ops: two axes where operands vary along a part of the variables only, so that a block reads these once."""

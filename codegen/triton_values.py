@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from math import prod
 
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Index, Loaded, Var, divided, flat, of, reshaped, within
+from deepseed.codegen.index_maps import Index, Loaded, Var, flat, of, within
+from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, site
 from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
 from deepseed.codegen.triton_places import Places, every, word
@@ -31,24 +31,15 @@ class Values(Places):
     def _value(self, value: str, index: Indices) -> Register:
         op = self.p.producers[value]
         x = op.refs[0].name if op.refs else ""
+        if (there := moved(self.p, op, index)) is not None:
+            return self.at(x, there)
         match op.target:
             case "cast":
                 r = self.at(x, index)
                 dtype = computed(op.type.dtype)
                 return r if r.dtype == dtype else self._emit(word(value), converted(r, dtype), dtype, r.axes, r.level)
-            case "reshape":
-                return self.at(x, reshaped(index, op.type.shape, self.p.types[x].shape))
-            case "permute":
-                dims = op.kw("dims")
-                assert isinstance(dims, tuple)
-                return self.at(x, tuple(index[dims.index(d)] for d in range(len(dims))))
-            case "expand":
-                return self.at(x, self._broadcast(x, index))
             case "full":
                 return self._number(op, op.kw("value"))
-            case "slice":
-                dim, start, step = (int(str(op.kw(k, d))) for k, d in (("dim", 0), ("start", 0), ("step", 1)))
-                return self.at(x, (*index[:dim], index[dim] * step + start, *index[dim + 1 :]))
             case "cat" | "pad" | "unslice":
                 return self._pieces(op, index)
             case "iota":
@@ -63,15 +54,11 @@ class Values(Places):
                 return self.at(x, (*index[:dim], self._loaded(op.refs[1].name, index, self.p.types[x].shape[dim]), *index[dim + 1 :]))
         if op.target in REDUCTIONS:
             return self._reduction(op, index)
-        registers = [self.at(r.name, self._broadcast(r.name, index)) for r in op.refs]
+        registers = [self.at(r.name, broadcast(self.p, r.name, index)) for r in op.refs]
         text, called = expression(self.p, op, registers)
         self._call(called)
         axes = frozenset[str]().union(*(r.axes for r in registers))
         return self._emit(word(value), text, computed(op.type.dtype), axes, max([r.level for r in registers], default=0))
-
-    def _broadcast(self, x: str, index: Indices) -> Indices:
-        shape = self.p.types[x].shape
-        return tuple(Index() if n == 1 else i for n, i in zip(shape, index[len(index) - len(shape) :], strict=True))
 
     def _load(self, value: str, index: Indices) -> Register:
         t, name = self.p.types[value], word(value)
@@ -100,42 +87,22 @@ class Values(Places):
 
     def _pieces(self, op: Op, index: Indices) -> Register:
         """What puts tensors side by side: the one that has the element, or the number that is there instead."""
-        dims: list[tuple[str | None, tuple[tuple[int, int, int], ...]]] = []  # operand, then (dimension, first, end) of its place
-        shape = op.type.shape
-        number = 0.0
-        if op.target == "cat":
-            dim, at = int(str(op.kw("dim", 0))), 0
-            for ref in op.refs:
-                n = self.p.types[ref.name].shape[dim]
-                dims.append((ref.name, ((dim, at, at + n),)))
-                at += n
-        elif op.target == "pad":
-            pads, value = op.kw("pads"), op.kw("value", 0)
-            assert isinstance(pads, tuple) and isinstance(value, int | float)
-            number = value
-            inner = self.p.types[op.refs[0].name].shape
-            dims.append((op.refs[0].name, tuple((d, int(str(pads[2 * d])), int(str(pads[2 * d])) + n) for d, n in enumerate(inner) if n != shape[d])))
-        else:
-            dim, start, step = (int(str(op.kw(k, d))) for k, d in (("dim", 0), ("start", 0), ("step", 1)))
-            if step != 1:
-                raise CodegenError(f"%{op.name} = unslice with step {step}: no Triton expression for it\n  fix: leave it out of the group")
-            dims.append((op.refs[0].name, ((dim, start, start + self.p.types[op.refs[0].name].shape[dim]),)))
+        dims, number = parts(self.p, op)
         dtype = computed(op.type.dtype)
         found: list[tuple[Register, str]] = []  # the value and where it holds
         for name, places in dims:
-            conditions, inside, moved = [], True, list(index)
+            conditions, inside, place = [], True, list(index)
             for d, first, end in places:
-                cut = [n for _, others in dims for dd, *ends in others if dd == d for n in ends]
-                there = within(index[d], first, end, cut)
-                moved[d] = index[d] + -first
+                there = within(index[d], first, end, cuts(dims, d))
+                place[d] = index[d] + -first
                 if there is False:
                     inside = False
                 elif there is None:
                     conditions.append(self._condition(index[d], first, end))
-            if not inside or name is None:
+            if not inside:
                 continue
             outer, self.where = self.where, (*self.where, *(c for c in conditions if c not in self.where))
-            register = self.at(name, tuple(moved))
+            register = self.at(name, tuple(place))
             self.where = outer
             if not conditions:
                 return register
@@ -162,7 +129,7 @@ class Values(Places):
 
     def _iota(self, op: Op, index: Indices) -> Register:
         if op.kw("index") is not None:
-            index = (self._global(op, index),)
+            index = (overall(op, index),)
         place, axes, level = self.place(index[0])
         start, step, dtype = op.kw("start", 0), op.kw("step", 1), computed(op.type.dtype)
         text = f"({place})" if " " in place else place
@@ -172,25 +139,6 @@ class Values(Places):
         text += "" if step == 1 else f" * {literal(step, dtype)}"
         text += "" if start == 0 else f" + {literal(start, dtype)}"
         return self._emit(word(op.name), text, dtype, axes, level)
-
-    def _global(self, op: Op, index: Indices) -> Index:
-        """The row-major place in the whole tensor of the element at ``index`` of a rank's part."""
-        held = op.kw("index")
-        if held is None:
-            return flat(index, op.type.shape)
-        assert isinstance(held, tuple)
-        parts: list[Index] = []
-        sizes: list[int] = []
-        for factors, i in zip(held, index, strict=True):
-            assert isinstance(factors, tuple)
-            numbers = [tuple(int(str(n)) for n in f) for f in factors if isinstance(f, tuple)]
-            rest = i
-            for k, (n, *here) in enumerate(numbers):
-                minor = prod(m[2] if len(m) > 1 else m[0] for m in numbers[k + 1 :])
-                q, rest = divided(rest, minor) if k + 1 < len(numbers) else (rest, Index())
-                parts.append(q + (here[0] if here else 0))
-                sizes.append(n)
-        return flat(parts, sizes)
 
     def _drawn(self, op: Op, index: Indices) -> Register:
         rng = op.refs[0].name
@@ -203,13 +151,13 @@ class Values(Places):
         threshold = round(p * 2**32) - 2**31
         if op.target == "bernoulli" and abs(threshold) >= 2**31:
             return self._number(op, 1 if threshold > 0 else 0)
-        place, axes, level = self.place(self._global(op, index))
+        place, axes, level = self.place(overall(op, index))
         self._call({"mix", "lane"})
         element = f"({place})" if " " in place else place
         if not axes:
             element = f"tl.full([], {place}, tl.int64)"
         seed, step = self._seed(rng)
-        drawn = f"lane({seed}, {step}, {_site(str(op.kw('site')))}, {element}.to(tl.int64))"
+        drawn = f"lane({seed}, {step}, {site(op)}, {element}.to(tl.int64))"
         if op.target == "bernoulli":
             return self._emit(word(op.name), f"({drawn} < {threshold}).to({TYPES[dtype]})", dtype, axes, level)
         if op.type.dtype != "f32":
@@ -226,8 +174,3 @@ class Values(Places):
                 self.scopes[0].kept.append(key)
             names.append(self.known[key].name)
         return names[0], names[1]
-
-
-def _site(site: str) -> int:
-    """A site's stable hash, as deepseed.ops.rng has it."""
-    return int.from_bytes(blake2b(site.encode(), digest_size=8).digest(), "little")
