@@ -47,7 +47,7 @@ def heads(p: Program, free: Mapping[int, str]) -> dict[str, str]:
                 out[name] = f"{i.name}.shape[{d}]" + (f" // {k}" if k > 1 else "")
     for op in p.ops:
         for name in {stands_for(n, free)[0] for t in op.types for n in t.shape}.difference(("", *out)):
-            raise CodegenError(f"%{op.name} = {op.target}: no input of its group says what {name} is\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{op.name} = {op.target}: no input of its group says what {name} is\n  fix: none is needed, the group runs as Python")
     return out
 
 

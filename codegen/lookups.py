@@ -47,7 +47,7 @@ def _one(p: Program, op: Op, operand: int) -> None:
     dim, shape = int(str(op.kw("dim"))), p.types[op.refs[operand].name].shape
     whole = p.types[op.refs[0].name].shape
     if op.kw("start") is not None or shape[dim] != 1 or any(n != whole[d] for d, n in enumerate(shape) if d != dim):
-        raise CodegenError(f"%{op.name} = {op.target} of {shape[dim]} elements a row: only one can be written\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target} of {shape[dim]} elements a row: only one can be written\n  fix: none is needed, the group runs as Python")
 
 
 def _there(out: Builder, p: Program, op: Op, operand: int, shape: tuple[int, ...] | None = None) -> Ref:

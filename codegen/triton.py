@@ -35,7 +35,7 @@ def launched(fragment: Program, free: Free = NONE) -> tuple[Launch, ...]:
 def _written(fragment: Program, chosen: tuple[tuple[str, Blocks], ...], free: Free) -> tuple[str, tuple[Launch, ...]]:
     if (op := attention.of(fragment)) is not None:
         if free:
-            raise CodegenError(f"%{op.name} = {op.target} of any number of rows: no Triton kernel for it\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{op.name} = {op.target} of any number of rows: no Triton kernel for it\n  fix: none is needed, the group runs as Python")
         return attention.written(fragment, dict(chosen))
     writer = Writer(fragment, dict(chosen), free)
     return writer.file(), tuple(writer.launched)

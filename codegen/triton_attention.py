@@ -29,7 +29,7 @@ def of(fragment: Program) -> Op | None:
     """The op, where a fragment is attention."""
     found = [op for op in fragment.ops if op.target in ATTENTION]
     if found and len(fragment.ops) > 1:
-        raise CodegenError(f"%{found[0].name} = {found[0].target} among {len(fragment.ops)} ops: attention has a kernel of its own\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{found[0].name} = {found[0].target} among {len(fragment.ops)} ops: attention has a kernel of its own\n  fix: none is needed, the group runs as Python")
     return found[0] if found else None
 
 
@@ -59,7 +59,7 @@ class _Attention:
         self.t, self.e, self.group = k.shape[2], v.shape[3], self.h // k.shape[1]
         self.dtype, self.wide = q.dtype, computed(q.dtype)
         if self.dtype not in FLOATS or {k.dtype, v.dtype} != {self.dtype} or max(self.d, self.e) > 256 or self.b * self.h > GRID or 0 in (*q.shape, *k.shape, *v.shape):
-            raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, {GRID} heads of all rows, nothing empty\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, {GRID} heads of all rows, nothing empty\n  fix: none is needed, the group runs as Python")
 
     @cached_property
     def scale(self) -> str:

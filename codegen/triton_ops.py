@@ -148,7 +148,7 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
     elif name in _TEMPLATES and op.target.startswith("aten."):
         text = _TEMPLATES[name].format(*texts)
     else:
-        raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + ": no Triton expression for this op\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + ": no Triton expression for this op\n  fix: none is needed, the group runs as Python")
     return text, frozenset(f for f in LIBRARY if f"{f}(" in text.replace(f"tl.{f}(", ""))
 
 
@@ -167,13 +167,13 @@ def _power(x: Sequence[str], op: Op) -> str:
         return known[n].format(x[0])
     if isinstance(n, int | float) and n != int(n) and op.type.dtype in FLOATS:
         return f"tl.exp({x[1]} * tl.log({x[0]}))"
-    raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for the power {n!r}\n  fix: leave it out of the group, the python back end runs it")
+    raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for the power {n!r}\n  fix: none is needed, the group runs as Python")
 
 
 def _exponential(x: Sequence[str], op: Op) -> str:
     base = op.args[0]
     if not isinstance(base, int | float) or base <= 0 or op.type.dtype not in FLOATS:
-        raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for powers of {base!r}\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target}: no Triton expression for powers of {base!r}\n  fix: none is needed, the group runs as Python")
     return f"tl.exp({x[1]} * {literal(math.log(base), computed(op.type.dtype))})"
 
 

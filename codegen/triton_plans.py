@@ -185,4 +185,4 @@ class Plans:
                         break
                     return op.name
         op = next((op for op in ops_of(self.p, closure) if op.target in REDUCTIONS), self.p.ops[-1])
-        raise CodegenError(f"%{op.name} = {op.target}: no iteration space in which one kernel makes it\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{op.name} = {op.target}: no iteration space in which one kernel makes it\n  fix: none is needed, the group runs as Python")

@@ -32,7 +32,7 @@ def as_leaf(p: Program, product: Op) -> Program:
 def plan_of(p: Program, product: Op, space: Space, targets: Sequence[str], chosen: Blocks | None) -> Plan:
     a, b = (p.types[r.name] for r in product.refs)
     if a.dtype != b.dtype or a.dtype not in FLOATS:
-        raise CodegenError(f"%{product.name} = {product.target} of {a.dtype} and {b.dtype}: no Triton product of them\n  fix: leave it out of the group, the python back end runs it")
+        raise CodegenError(f"%{product.name} = {product.target} of {a.dtype} and {b.dtype}: no Triton product of them\n  fix: none is needed, the group runs as Python")
     columns: frozenset[Var] = space.index[product.name][1].vars
     return Plan(space, columns, True, tuple(targets), (), chosen or product_sizes(a.shape[0], b.shape[1], a.shape[1], ITEMSIZE[a.dtype]))
 
@@ -55,7 +55,7 @@ class Product(Kernel):
         lines, b = self.scopes[0].lines, self.plan.blocks
         down, across = self._blocks(self.sizes["x"], b.x), -(-self.sizes["r"] // b.r)
         if stands_for(self.sizes["r"], self.free)[0] or stands_for(self.p.types[self.product.refs[0].name].shape[1], self.free)[0]:
-            raise CodegenError(f"%{self.product.name} = {self.product.target} has any number of columns, or contracts any number\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{self.product.name} = {self.product.target} has any number of columns, or contracts any number\n  fix: none is needed, the group runs as Python")
         if down != "1" and across > 1:
             lines += [
                 "pid = tl.program_id(0)", f"first_x = pid // {GROUP * across} * {GROUP}", f"high = min({down} - first_x, {GROUP})",
@@ -94,7 +94,7 @@ class Product(Kernel):
         if value != self.product.name:
             return super()._value(value, index)
         if index != self.plan.space.index[value]:
-            raise CodegenError(f"%{value} = {self.product.target} is read at another place than it is made at\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{value} = {self.product.target} is read at another place than it is made at\n  fix: none is needed, the group runs as Python")
         return Register("acc", computed(self.product.type.dtype), frozenset("xr"))
 
     def _emit_store(self, pointer: str, place: str, value: Register, axes: frozenset[str], level: int, conditions: Sequence[str]) -> None:

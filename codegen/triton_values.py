@@ -161,7 +161,7 @@ class Values(Places):
         if op.target == "bernoulli":
             return self._emit(word(op.name), f"({drawn} < {threshold}).to({TYPES[dtype]})", dtype, axes, level)
         if op.type.dtype != "f32":
-            raise CodegenError(f"%{op.name} = uniform in {op.type.dtype}: no Triton expression for it\n  fix: leave it out of the group")
+            raise CodegenError(f"%{op.name} = uniform in {op.type.dtype}: no Triton expression for it\n  fix: none is needed, the group runs as Python")
         return self._emit(word(op.name), f"(({drawn} >> 8).to(tl.float32) + {2.0**23}) * {2.0**-24} * {float(high - low)!r} + {float(low)!r}", dtype, axes, level)
 
     def _seed(self, rng: str) -> tuple[str, str]:

@@ -52,13 +52,13 @@ class Writer(Plans):
         for op in self.fragment.ops:
             known = op.target in (*_MOVES, *LEAVES, *REDUCTIONS, "scatter_add", PRODUCT) or supported(op)
             if not known or any(t.dtype not in TYPES for t in (*op.types, *(self.fragment.types[r.name] for r in op.refs))):
-                raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {', '.join(t.dtype for t in op.types)}: no Triton expression for it\n  fix: leave it out of the group, the python back end runs it")
+                raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {', '.join(t.dtype for t in op.types)}: no Triton expression for it\n  fix: none is needed, the group runs as Python")
         self.names = dict(self.free)  # of what may have any size
         self.p = without_lookups(numbered(self.fragment))
         self.heads = [f"{name} = {text}" for name, text in heads(self.p, self.names).items()]
         for op in self.p.ops if self.free else ():
             if op.target in ("bernoulli", "uniform") or (op.target in REDUCTIONS and any(stands_for(self.p.types[op.refs[0].name].shape[d], self.names)[0] for d in reduced_dims(self.p, op))):
-                raise CodegenError(f"%{op.name} = {op.target} depends on how many rows there are\n  fix: leave it out of the group, the python back end runs it")
+                raise CodegenError(f"%{op.name} = {op.target} depends on how many rows there are\n  fix: none is needed, the group runs as Python")
         self.memory = {i.name: False for i in self.p.inputs}  # values in memory, and whether their layout is known
 
     def file(self) -> str:
@@ -67,7 +67,7 @@ class Writer(Plans):
         pending = [o for o in outputs if o not in self.memory and o not in self.empty]
         for value in self._closure(pending):
             if self.p.types[value].numel == 0:
-                raise CodegenError(f"%{value} is empty and %{pending[0]} is not\n  fix: leave it out of the group, the python back end runs it")
+                raise CodegenError(f"%{value} is empty and %{pending[0]} is not\n  fix: none is needed, the group runs as Python")
         if products := [op for op in self.p.ops if op.target == PRODUCT]:
             pending = self._product(products, pending)
         while pending:
@@ -118,14 +118,14 @@ class Writer(Plans):
         """The kernel of a matrix product and of all that is made of it, element by element."""
         op = products[0]
         if len(products) > 1 or any(o.target in REDUCTIONS for o in self.p.ops) or any(r.name not in self.memory for r in op.refs):
-            raise CodegenError(f"%{op.name} = {op.target} among {len(self.p.ops)} ops: a kernel has one product, of tensors in memory, and reduces nothing else\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{op.name} = {op.target} among {len(self.p.ops)} ops: a kernel has one product, of tensors in memory, and reduces nothing else\n  fix: none is needed, the group runs as Python")
         self.p = as_leaf(self.p, op)
         split: dict[tuple[str, int], bool] = {}
         while True:
             try:
                 space = space_of(self.p, op.name, self._closure(pending), pending, split)
                 if any(t not in space.index or not self._covered(space, t) for t in pending):
-                    raise CodegenError(f"%{pending[0]} is not made of %{op.name} = {op.target} element by element\n  fix: leave it out of the group, the python back end runs it")
+                    raise CodegenError(f"%{pending[0]} is not made of %{op.name} = {op.target} element by element\n  fix: none is needed, the group runs as Python")
                 kernel = Product(self.p, op, plan_of(self.p, op, space, pending, self.chosen.get("kernel_0")), self.memory, "kernel_0", self.free)
                 body = kernel.write()
                 break
@@ -172,7 +172,7 @@ class Writer(Plans):
     def _finish(self, kernel: Kernel, body: Sequence[str]) -> None:
         plan, b = kernel.plan, kernel.plan.blocks
         if plan.partial and self.free:
-            raise CodegenError(f"%{plan.partial[0]}: a sum over any number of rows\n  fix: leave it out of the group, the python back end runs it")
+            raise CodegenError(f"%{plan.partial[0]}: a sum over any number of rows\n  fix: none is needed, the group runs as Python")
         body = [general(line, self.names) for line in body]
         any_sizes = [name for name in self.names.values() if any(re.search(rf"\b{name}\b", line) for line in body)]
         written = sum(self.p.types[t].numel * ITEMSIZE[self._stored(t)] for t in plan.targets)
