@@ -109,7 +109,7 @@ def _print_into(path: Path) -> None:
 
 
 def _end_with(launcher: int) -> None:
-    """Have the kernel end this process where its launcher ends without a word: a job that is started again would meet it."""
+    """Have the kernel end this process where its launcher ends without a word: a job that is started again would meet it. (No thread, as deepseed.on_ranks has: a rank may become another program.)"""
     with suppress(OSError, AttributeError):  # Linux's own
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if launcher and os.getppid() != launcher:
