@@ -134,3 +134,16 @@ def test_expressions_are_torch_s_in_float64(tmp_path: Path) -> None:
     k = kernel_of("\n".join(['%x : f64[72] batch "x"', '%z : f64[72] batch "z"', *made, *(f'return {n} output "{n[1:]}"' for n in names), ""]))
     for line, a, b in zip(made, compiled(k, tmp_path)(x, z), inductor.python(k)(x, z), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15, equal_nan=True, msg=line)
+
+
+def test_lerp_arrives_where_it_goes(tmp_path: Path) -> None:
+    """From the nearer end: what is large at the other one does not take the small number along."""
+    k = kernel_of('''%x : f64[2] batch "x"
+%z : f64[2] batch "z"
+%v = aten.lerp.Scalar(%x, %z, 1.0) : f64[2]
+%w = aten.lerp.Scalar(%x, %z, 0.0) : f64[2]
+return %v output "v"
+return %w output "w"
+''')
+    x, z = torch.tensor([1e17, 1.0], dtype=torch.float64), torch.tensor([1.0, 1e17], dtype=torch.float64)
+    assert [v.tolist() for v in compiled(k, tmp_path)(x, z)] == [[1.0, 1e17], [1e17, 1.0]]
