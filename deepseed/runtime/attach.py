@@ -104,7 +104,7 @@ class Link:
             s.setblocking(False)
             self._poll.register(s, select.POLLIN)
         self._under_way: dict[int, Exchange] = {}  # whose tensors others may read
-        self._turn = 0
+        self._turn = self._past = 0  # the last call into DeepSeed, and the number of the last exchange before it
 
     @property
     def size(self) -> int:
@@ -121,9 +121,9 @@ class Link:
     def start(self, kind: str, xs: Sequence[Tensor], reduce: str, what: str, sends: Sequence[int] = ()) -> Exchange:
         """``xs``: contiguous, and not changed until the exchange is over; [n, ..] where a block goes to each rank. ``sends``: rows for each rank."""
         if self.world.watch.turn != self._turn:  # what an error ended is over on all ranks
-            self._turn = self.world.watch.turn
+            self._turn, self._past = self.world.watch.turn, self.number
             self._under_way.clear()
-            self._heard = {key: said for key, said in self._heard.items() if key[0] > self.number}
+            self._heard = {key: said for key, said in self._heard.items() if key[0] > self._past}
         self.number += 1
         under_way = self._under_way[self.number] = Exchange(self, kind, xs, reduce, what, sends)
         return under_way
@@ -175,7 +175,8 @@ class Link:
                         break
                     number, what, kind, nbytes = HEAD.unpack_from(message)
                     addresses = struct.unpack_from(f"<{(len(message) - HEAD.size) // 8}Q", message, HEAD.size)
-                    self._heard.setdefault((number, what), {})[position] = kind, nbytes, addresses
+                    if number > self._past:
+                        self._heard.setdefault((number, what), {})[position] = kind, nbytes, addresses
 
 
 class Exchange:

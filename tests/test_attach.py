@@ -1,0 +1,67 @@
+"""Exchanges in which the ranks of a host read each other's memory: what they bring, when operands are free again, and who cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+from gloo import attached
+from gloo.launch import ranks
+
+from deepseed.runtime import attach
+
+
+def readable() -> bool:
+    """Whether this host lets a process read the memory of another one of its own."""
+    if not attach.willing():
+        return False
+    token = ctypes.create_string_buffer(b"here")
+    code = f"from deepseed.runtime import attach\nimport ctypes\nseen = ctypes.create_string_buffer(4)\nattach.read({os.getpid()}, [({ctypes.addressof(token)}, ctypes.addressof(seen), 4)])\nassert seen.raw == b'here'"
+    attach._allow()
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not readable(), reason="this host lets no process read another one's memory")
+
+
+@pytest.mark.parametrize(("number", "few"), [(2, False), (2, True), (3, True)])
+def test_buckets_of_every_kind_are_the_simulations(number: int, few: bool) -> None:
+    assert ranks(number, attached.buckets, range(16), few) == [[]] * number
+
+
+@pytest.mark.wide
+def test_many_buckets_on_more_ranks() -> None:
+    for number, few in ((4, True), (5, False), (8, True)):
+        assert ranks(number, attached.buckets, range(100, 180), few) == [[]] * number
+
+
+def test_a_gather_into_memory_that_holds_a_part_already() -> None:
+    assert ranks(3, attached.into, 30) == [True] * 3
+
+
+def test_an_operand_may_be_overwritten_after_the_own_wait() -> None:
+    assert ranks(3, attached.late, 30) == [True] * 3
+
+
+def test_ranks_that_bring_different_sizes_say_so() -> None:
+    one, other = ranks(2, attached.disagree)
+    assert "rank 0 does all_reduce of 12 bytes in 1 tensor, rank 1 all_reduce of 16 bytes in 1 tensor" in one
+    assert "rank 1 does all_reduce of 16 bytes in 1 tensor, rank 0 all_reduce of 12 bytes in 1 tensor" in other
+
+
+def test_what_an_error_left_under_way_is_over() -> None:
+    assert ranks(2, attached.after_an_error) == [(True, 3.0)] * 2
+
+
+@pytest.mark.parametrize("how", ["said", "forbidden"])
+def test_where_one_rank_cannot_all_go_through_gloo(how: str) -> None:
+    assert ranks(2, attached.unwilling, how) == [([], 3.0)] * 2
+
+
+def test_a_part_that_is_not_there_is_an_error() -> None:
+    target = ctypes.create_string_buffer(16)
+    with pytest.raises(OSError, match="reading the memory of process"):
+        attach.read(os.getpid(), [(8, ctypes.addressof(target), 16)])
