@@ -10,7 +10,6 @@ Ranks sum in one order, whatever the size: all have the same bits. ``DEEPSEED_CM
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import select
 import socket
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
 
 from deepseed.ir.layout import chunk
 from deepseed.logs import say
@@ -320,28 +320,35 @@ def _said(kind: int, nbytes: int, tensors: int) -> str:
     return f"{KINDS[kind]} of {nbytes:,} bytes in {tensors} tensor{'s' if tensors != 1 else ''}"
 
 
-def attach(world: World, ranks: Sequence[int]) -> Link | None:
+def attach(world: World, ranks: Sequence[int], group: ProcessGroup) -> Link | None:
     """The link of a group of ranks that can read each other's memory, else None; all of them call it at the same time, and get the same answer. ``world.rank`` is one of them."""
     if len(ranks) > MOST or len(ranks) == 1:
         return None
-    store, me, n = PrefixStore("deepseed.attach/" + "-".join(map(str, ranks)), world.store), ranks.index(world.rank), len(ranks)
+    me, n = ranks.index(world.rank), len(ranks)
     token = (ctypes.c_char * 16).from_buffer_copy(os.urandom(16))
+
+    def told(mine: Any) -> list[Any]:
+        found: list[Any] = [None] * n
+        try:
+            dist.all_gather_object(found, mine, group)
+        except (RuntimeError, ValueError) as error:
+            raise world.diagnosed(error, f"setup over ranks {', '.join(map(str, ranks))}") from error
+        return found
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if willing() else nullcontext() as door:
         if door is not None:
             _allow()
             door.bind(f"\0deepseed-{os.urandom(12).hex()}")
             door.listen(n)
-        mine = {"host": _boot(), "pid": os.getpid(), "at": ctypes.addressof(token), "token": token.raw.hex(), "door": door.getsockname()[1:].decode()} if door is not None else {}
-        store.set(f"{me}", json.dumps(mine))
-        all_of_them = [json.loads(store.get(f"{k}")) for k in range(n)]
-        if any(each.get("host") != mine.get("host", "") for each in all_of_them):
+        mine = _Rank(_host(), os.getpid(), ctypes.addressof(token), token.raw, door.getsockname()) if door is not None else None
+        all_of_them = told(mine)
+        if any(each is None or each.host != all_of_them[0].host for each in all_of_them):
             return None
         sockets, why = _open(all_of_them, me)
-        store.set(f"why/{me}", why)
-        reasons = [store.get(f"why/{k}").decode() for k in range(n)]
-        if any(reasons):
+        reasons = [reason for reason in told(why) if reason]
+        if reasons:
             if me == 0:
-                say(f"ranks {', '.join(map(str, ranks))} are on one host, but cannot read each other's memory ({next(filter(None, reasons))}): their exchanges go through gloo\n  fix: allow it (in a container --cap-add=SYS_PTRACE), or say DEEPSEED_CMA=0")
+                say(f"ranks {', '.join(map(str, ranks))} are on one host, but cannot read each other's memory ({reasons[0]}): their exchanges go through gloo\n  fix: allow it (in a container --cap-add=SYS_PTRACE), or say DEEPSEED_CMA=0")
             for each in sockets:
                 if each is not None:
                     each.close()
@@ -350,29 +357,38 @@ def attach(world: World, ranks: Sequence[int]) -> Link | None:
         for _ in range(me + 1, n):
             other, _ = door.accept()
             sockets[struct.unpack("<I", other.recv(4))[0]] = other
-        store.set(f"open/{me}", "")
-        for k in range(n):
-            store.get(f"open/{k}")
-    return Link(world, ranks, [each["pid"] for each in all_of_them], sockets)
+        told(None)  # until here each rank keeps its door, and what the others read there
+    return Link(world, ranks, [each.pid for each in all_of_them], sockets)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What a rank tells of itself: its host, its process, where 16 bytes lie in its memory, which they are, and the address of its socket."""
+
+    host: str
+    pid: int
+    at: int
+    token: bytes
+    door: bytes
 
 
 def willing() -> bool:
     return sys.platform == "linux" and os.environ.get("DEEPSEED_CMA", "1") != "0"
 
 
-def _open(all_of_them: Sequence[dict[str, Any]], me: int) -> tuple[list[socket.socket | None], str]:
+def _open(all_of_them: Sequence[_Rank], me: int) -> tuple[list[socket.socket | None], str]:
     """Connections to the ranks before this one, and why this one cannot read the memory of one of the others."""
     sockets: list[socket.socket | None] = [None] * len(all_of_them)
     try:
         for k, each in enumerate(all_of_them):
             if k != me:
                 seen = (ctypes.c_char * 16)()
-                read(each["pid"], [(each["at"], ctypes.addressof(seen), 16)])
-                if seen.raw.hex() != each["token"]:
-                    return sockets, f"process {each['pid']} is another one here"
+                read(each.pid, [(each.at, ctypes.addressof(seen), 16)])
+                if seen.raw != each.token:
+                    return sockets, f"process {each.pid} is another one here"
             if k < me:
                 s = sockets[k] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                s.connect(f"\0{each['door']}")
+                s.connect(each.door)
                 s.send(struct.pack("<I", me))
     except (OSError, AttributeError) as error:
         return sockets, str(error)
@@ -386,6 +402,6 @@ def _allow() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANYONE, 0, 0, 0)
 
 
-def _boot() -> str:
+def _host() -> str:
     """What tells hosts apart."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -46,8 +46,7 @@ class World:
     def __init__(self, device: torch.device | str, timeout: float) -> None:
         self.device, self.timeout = torch.device(device), timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.store = dist.distributed_c10d._get_default_store()
-        self.watch = Watch(self.store, self.rank, self.size)
+        self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
         self.links: dict[tuple[int, ...], Link | None] = {}
         self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
         self.before_leaving: list[Callable[[], None]] = []
@@ -125,10 +124,10 @@ class World:
         self.watch.doing = what
         return self.watch.diagnose(error, seconds)
 
-    def link(self, ranks: Sequence[int]) -> Link | None:
-        """Of a group that exchanges within this host's memory; all of its ranks ask at the same time."""
+    def link(self, ranks: Sequence[int], group: ProcessGroup) -> Link | None:
+        """Of a group whose ranks read each other's memory; all of them ask at the same time."""
         if tuple(ranks) not in self.links:
-            self.links[tuple(ranks)] = attach(self, ranks)
+            self.links[tuple(ranks)] = attach(self, ranks, group)
         return self.links[tuple(ranks)]
 
     @contextmanager
@@ -189,8 +188,8 @@ class DistributedRuntime(Runtime):
         for axis in dict.fromkeys(map(whole_axis, mesh.names)):
             if axis not in self._groups:  # one group for its sub-axes together
                 self._groups[axis] = self.device_mesh[mesh.parts(axis)]._flatten(axis).get_group()
-        gloo = [axis for axis, group in self._groups.items() if dist.get_backend(group) == "gloo"]
-        self._links = {axis: link for axis in gloo if (link := self.world.link(mesh.group(axis, self.rank))) is not None}
+        gloo = {axis: group for axis, group in self._groups.items() if dist.get_backend(group) == "gloo"}
+        self._links = {axis: link for axis, group in gloo.items() if (link := self.world.link(mesh.group(axis, self.rank), group)) is not None}
         self._number = 0
         self._channels = Channels(self.world, mesh.group(STAGES, self.rank) if STAGES in mesh.sizes else ())
 

@@ -42,7 +42,7 @@ def members(seed: int, n: int, rank: int, kind: str, dtype: torch.dtype) -> tupl
     for k in range(draw.randint(1, 6)):
         shape = list(draw.choice(SHAPES if kind == "all_reduce" else SHAPES[:-2]))
         turned = len(shape) == 2 and draw.random() < 0.4
-        whole = torch.randint(-50, 50, shape, generator=torch.Generator().manual_seed(1000 * seed + 10 * k + rank)).to(dtype) + rank
+        whole = torch.randint(-20, 20, shape, generator=torch.Generator().manual_seed(1000 * seed + 10 * k + rank)).to(dtype) + rank
         x = whole.t().contiguous().t() if turned else whole
         if kind in ("reduce_scatter", "all_to_all"):
             d = draw.randrange(len(shape))
