@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 
 import pytest
 from gloo import attached
@@ -13,18 +11,7 @@ from gloo.launch import ranks
 
 from deepseed.runtime import attach
 
-
-def readable() -> bool:
-    """Whether this host lets a process read the memory of another one of its own."""
-    if not attach.willing():
-        return False
-    token = ctypes.create_string_buffer(b"here")
-    code = f"from deepseed.runtime import attach\nimport ctypes\nseen = ctypes.create_string_buffer(4)\nattach.read({os.getpid()}, [({ctypes.addressof(token)}, ctypes.addressof(seen), 4)])\nassert seen.raw == b'here'"
-    attach._allow()
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False).returncode == 0
-
-
-pytestmark = pytest.mark.skipif(not readable(), reason="this host lets no process read another one's memory")
+pytestmark = pytest.mark.skipif(not attach.possible(), reason="this host lets no process read another one's memory")
 
 
 @pytest.mark.parametrize(("number", "few"), [(2, False), (2, True), (3, True)])
@@ -59,6 +46,17 @@ def test_what_an_error_left_under_way_is_over() -> None:
 @pytest.mark.parametrize("how", ["said", "forbidden"])
 def test_where_one_rank_cannot_all_go_through_gloo(how: str) -> None:
     assert ranks(2, attached.unwilling, how) == [([], 3.0)] * 2
+
+
+def test_env_says_whether_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepseed.env import collect
+
+    def verdict() -> str:
+        return next(v["verdict"] for v in collect()["verdicts"] if "each other's memory" in v["what"])
+
+    assert verdict() == "good"
+    monkeypatch.setenv("DEEPSEED_CMA", "0")
+    assert verdict() == "note"
 
 
 def test_a_part_that_is_not_there_is_an_error() -> None:

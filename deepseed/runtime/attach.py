@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -374,6 +375,23 @@ class _Rank:
 
 def willing() -> bool:
     return sys.platform == "linux" and os.environ.get("DEEPSEED_CMA", "1") != "0"
+
+
+def possible() -> bool:
+    """Whether a process here may read the memory of another one of its own: one that is forked for it tries."""
+    if not willing():
+        return False
+    token, seen = ctypes.create_string_buffer(b"here"), ctypes.create_string_buffer(4)
+    _allow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a process with threads: the child calls the kernel and is gone
+        here, child = os.getpid(), os.fork()
+    if child == 0:
+        try:
+            read(here, [(ctypes.addressof(token), ctypes.addressof(seen), 4)])
+        finally:
+            os._exit(0 if seen.raw == b"here" else 1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _open(all_of_them: Sequence[_Rank], me: int) -> tuple[list[socket.socket | None], str]:
