@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.codegen import any_rows, cpp_nests
+from deepseed.codegen import any_rows, cpp_attention, cpp_nests
 from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python
-from deepseed.codegen.kernels import Kernel
+from deepseed.codegen.kernels import Kernel, is_attention
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -60,13 +60,14 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     made = dict[str, cpp_nests.Function]()
     for k in wanted:
         try:
-            made[k.name] = cpp_nests.source(k)
+            made[k.name] = cpp_attention.source(k) if is_attention(k) else cpp_nests.source(k)
         except CodegenError as error:
             once(tell, f"{k.name} runs as plain Python: {error}")
     if not made:
         return [python(k) for k in wanted]
     try:
-        loaded = library(cpp_nests.LIBRARY + "\n".join(f.text for f in made.values()), folder)
+        parts = [cpp_nests.LIBRARY, *([cpp_attention.LIBRARY] if any(is_attention(k) for k in wanted) else []), *(f.text for f in made.values())]
+        loaded = library("\n".join(parts), folder)
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
         return [python(k) for k in wanted]

@@ -28,7 +28,7 @@ from torch import Tensor
 from deepseed import ops
 from deepseed.codegen.donation import may_alias
 from deepseed.codegen.expressions import DTYPES
-from deepseed.codegen.kernels import Kernel
+from deepseed.codegen.kernels import Kernel, is_attention
 from deepseed.ops import traced
 
 Code = Callable[..., Sequence[Tensor]]
@@ -37,7 +37,12 @@ TOLD = 5.0  # seconds between two lines of progress
 
 
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
-    """Each kernel as a callable, compiled now where the folder has none."""
+    """Each kernel as a callable, compiled now where the folder has none. Attention runs as the kernel that it is."""
+    if any(is_attention(k) for k in wanted):
+        rest = iter(compiled([k for k in wanted if not is_attention(k)], folder, tell))
+        return [python(k) if is_attention(k) else next(rest) for k in wanted]
+    if not wanted:
+        return []
     functions = [python(k) for k in wanted]
     if not compiler():
         once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")

@@ -22,7 +22,8 @@ from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
 PRODUCT = "aten.mm"
-ALONE = (PRODUCT, "sdpa", "sdpa_backward")
+UNMASKED = {"sdpa": 3, "sdpa_backward": 6}  # operands of attention without a mask
+ALONE = (PRODUCT, *UNMASKED)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ def fuse_products(p: Program) -> Program:
         if found is not None and not taken.intersection((found.product, *found.views, *found.behind)):
             joined[members.start] = found
     return _alike(_moved(p, joined))
+
+
+def attention_alone(p: Program) -> Program:
+    """Attention without a mask is a group of its own: of a back end that writes attention and no products.
+
+    before: %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8]
+    after:  %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8] {kernel="o"}
+    """
+    return replace(p, ops=tuple(replace(op, kernel=op.name) if not op.origin and UNMASKED.get(op.target) == len(op.refs) else op for op in p.ops))
 
 
 def _alike(p: Program) -> Program:

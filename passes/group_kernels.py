@@ -16,7 +16,7 @@ from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.fuse import fuse, leaves_apart
-from deepseed.passes.fuse_products import fuse_products
+from deepseed.passes.fuse_products import attention_alone, fuse_products
 from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
@@ -46,7 +46,7 @@ def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> 
     if not kernels:
         return p
     p = fuse(remade(p))
-    return fuse_products(p) if products else p
+    return fuse_products(p) if products else attention_alone(p)
 
 
 # groups -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What kernels make again rather than read: helper of ``group_kernels`` for back ends that compile groups.
 
 A pointwise value that the forward stores for the backward is made there again where that takes no more bytes: of what is narrower, as wide, or there anyway, and of rows. The kernel that made it
-writes less, and no more is held in between. And the sum of rows in each of which one element was put is what was put there.
+writes less, and no more is held in between; where microbatches run, the backward's part makes it for its own. And the sum of rows in each of which one element was put is what was put there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref
+from deepseed.ir.schedule import kind_of as kind_of_part
+from deepseed.ir.schedule import loop_of
 from deepseed.passes.fuse import POINT, kind_of
 from deepseed.rules.strides import laid_out
 
@@ -30,13 +32,14 @@ def remade(p: Program) -> Program:
     p = _sums_of_picks(p)
     at = {r: n for n, op in enumerate(p.ops) for r in op.results}
     last = _last_readers(p, at)
-    out, again = Builder(p), dict[str, str]()
+    out, parts = Builder(p), dict[str, dict[str, str]]()
     for op in p.ops:
+        again = parts.setdefault(op.part, {})
         for name in dict.fromkeys(ref.name for ref in op.refs):
             if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
                 for each in (each for each in chain if each.name not in again):
                     again[each.name] = out.fresh(f"{each.name}.again")
-                    out.emit(replace(each, results=(again[each.name],), phase=op.phase, origin="").map_refs(lambda ref: Ref(again.get(ref.name, ref.name))))
+                    out.emit(replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part).map_refs(lambda ref: Ref(again.get(ref.name, ref.name))))
         out.emit(op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name))) if op.phase == "backward" else op)
     return out.program()
 
@@ -54,7 +57,7 @@ def _last_readers(p: Program, at: dict[str, int]) -> dict[str, int]:
 def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str, int]) -> list[Op]:
     """The forward's ops that make a value again, in order; none where that does not pay, or cannot be done."""
     made = p.producers.get(name)
-    if made is None or made.phase != "forward" or (made.part, made.stage) != (reader.part, reader.stage):
+    if made is None or made.phase != "forward" or not _side_by_side(made, reader):
         return []
     if any(not isinstance(u, Op) or (u.phase != "forward" and (u.target in _VIEWS or not kind_of(u, p))) for u in p.uses[name]):
         return []  # it is there in any case
@@ -76,6 +79,13 @@ def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str
     if not any(kind_of(op, p) == POINT for op in chain.values()) or len(large) > 1 or extra > whole or (extra == whole and stored):
         return []
     return sorted(chain.values(), key=lambda op: at[op.name])
+
+
+def _side_by_side(made: Op, reader: Op) -> bool:
+    """Whether two ops run on one stage, and for one microbatch where they run for each."""
+    if made.part == reader.part or made.stage != reader.stage:
+        return made.stage == reader.stage
+    return "once" not in (kind_of_part(made.part), kind_of_part(reader.part)) and loop_of(made.part) == loop_of(reader.part)
 
 
 def _again(p: Program, op: Op, size: int, name: str) -> bool:

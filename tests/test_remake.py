@@ -109,3 +109,18 @@ def test_a_row_with_one_element_sums_up_to_it() -> None:
     same(p, q, torch.randint(0, 64, (8, 1)), torch.randn(8, 1))
     p, q = done(PICK.format(value="1.0"))
     assert p.ops == q.ops
+
+
+def test_the_part_of_a_microbatch_makes_again_what_its_own_forward_made() -> None:
+    """On one stage. What runs once, or on another stage, is read."""
+    looped = SOFTMAX.replace('phase="forward"', 'phase="forward", part="forward.1"').replace('phase="backward"', 'phase="backward", part="backward.1"')
+    p, q = done(looped)
+    backward = [op for op in q.ops if op.phase == "backward"]
+    assert [(op.name, [r.name for r in op.refs], op.part) for op in backward] == [
+        ("c.again", ["x"], "backward.1"), ("y.again", ["c.again", "m"], "backward.1"), ("b", ["y.again"], "backward.1"), ("d", ["b", "g"], "backward.1"),
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    same(p, q, torch.randn(8, 16).bfloat16(), torch.randn(16, 64).bfloat16(), torch.randn(8, 1))
+    for other in (looped.replace('part="backward.1"', 'part="backward.2"'), looped.replace('part="forward.1"', 'part="once.0"'), looped.replace('part="backward.1"', 'part="backward.1", stage=1')):
+        p = parse(HEAD + other.strip())
+        assert remade(p).ops == p.ops
