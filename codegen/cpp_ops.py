@@ -23,17 +23,17 @@ LIBRARY = r"""
 #include <limits>
 #include <type_traits>
 
-struct bfloat { uint16_t bits; };
+enum class bfloat : uint16_t {};  // a number, for a struct keeps compilers from vectors
 struct half { _Float16 value; };
 template <class T> static inline T up(T x) { return x; }
-static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 static inline float up(half x) { return float(x.value); }
 template <class S> struct down { template <class T> static S of(T x) { return S(x); } };
 template <> struct down<half> { static half of(float x) { return half{_Float16(x)}; } };
 template <> struct down<bfloat> {
     static bfloat of(float x) {  // to the nearest, ties to even
         uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        return bfloat{uint16_t(x != x ? 0x7fc0 : rounded)};
+        return bfloat(uint16_t(x != x ? 0x7fc0 : rounded));
     }
 };
 
