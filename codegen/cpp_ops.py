@@ -15,7 +15,6 @@ from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool"}  # in memory
-BARE = {"f16": "value", "bf16": "bits"}  # what the structs of 16 bits hold
 _WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "bf16": 5, "f32": 6, "f64": 7}
 
 LIBRARY = r"""
@@ -24,17 +23,17 @@ LIBRARY = r"""
 #include <limits>
 #include <type_traits>
 
-struct bfloat { uint16_t bits; };
+enum class bfloat : uint16_t {};  // a number, for a struct keeps compilers from vectors
 struct half { _Float16 value; };
 template <class T> static inline T up(T x) { return x; }
-static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 static inline float up(half x) { return float(x.value); }
 template <class S> struct down { template <class T> static S of(T x) { return S(x); } };
 template <> struct down<half> { static half of(float x) { return half{_Float16(x)}; } };
 template <> struct down<bfloat> {
     static bfloat of(float x) {  // to the nearest, ties to even
         uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        return bfloat{uint16_t(x != x ? 0x7fc0 : rounded)};
+        return bfloat(uint16_t(x != x ? 0x7fc0 : rounded));
     }
 };
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from deepseed.codegen.cpp_ops import BARE, TYPES, computed, converted, expression, literal, type_of
+from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, type_of
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var, of, within, write
 from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, site
@@ -136,9 +136,8 @@ class Points:
                 if op.type.dtype not in ("bf16", "f16"):
                     return r if r.dtype == dtype else self.emit(converted(r.name, r.dtype, dtype), dtype, r.level)
                 self.count += 1
-                kind, member = TYPES[op.type.dtype], BARE[op.type.dtype]
-                self.scopes[r.level].lines.append(f"const auto r{self.count} = down<{kind}>::of({converted(r.name, r.dtype, dtype)}).{member};")  # loops with variables of a struct stay scalar
-                rounded = f"{kind}{{r{self.count}}}"
+                self.scopes[r.level].lines.append(f"const {TYPES[op.type.dtype]} r{self.count} = down<{TYPES[op.type.dtype]}>::of({converted(r.name, r.dtype, dtype)});")
+                rounded = f"r{self.count}"
                 r = self.emit(f"up({rounded})", dtype, r.level)
                 self.rounded[r.name] = rounded
                 return r

@@ -139,9 +139,10 @@ class _Parts:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
             together: Sequence[Op] = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            shown = {r for each in together for r in each.results}
             if n in self.grouped:
                 g = self.grouped[n]
-                together = self.p.ops[n : g.last]
+                together, shown = self.p.ops[n : g.last], set(g.makes)
                 call(out, self.p, g, self.kernels[g.kernel])
                 here.difference_update({r for each in together for r in each.results}.difference(g.makes))
             elif op.target in KERNELS:
@@ -149,7 +150,7 @@ class _Parts:
             else:
                 self._op(op, n)
             for done, each in enumerate(together, n):
-                self._close(done, each, here)
+                self._close(done, each, here, shown)
 
     def _op(self, op: Op, n: int) -> None:
         out, types = self.out, ", ".join(format_type(t, self.p.mesh) for t in op.types)
@@ -169,10 +170,10 @@ class _Parts:
         else:
             out.emit(assignment(out, op), types)
 
-    def _close(self, n: int, op: Op, here: set[str]) -> None:
+    def _close(self, n: int, op: Op, here: set[str], shown: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""
         out, donation = self.out, self.donation
-        out.look(op.results, ", mb")
+        out.look([r for r in op.results if r in shown], ", mb")
         for value in op.results:
             if value in donation.copied:
                 out.emit(f"{out.name(value + '.copy')} = {out.name(value)}.clone()")

@@ -127,17 +127,17 @@ class TrainStep(Updating):
 
     @together
     def profile(self, batch: Any) -> Profile:
-        """A step, as a call makes it, with the time of each node on each rank: ``print(step.profile(batch))``, ``.save("trace.json")``. What it compiles
+        """A step, as a call makes it, with the time of each node, or group that a kernel computes, on each rank: ``print(step.profile(batch))``, ``.save("trace.json")``. What it compiles
         comes before the clock; the first run of a process is slower than those after it."""
         found = self._find(batch, "step")
-        steps = looked(found.built, self.host)
+        steps = looked(found.built, self.host, grouped=True)
         given, clocks = self._given(found), dict[int, Clock]()
         self._shown = self._run_on(found, given, [_timed(e, n, self.host.device, clocks) for n, e in enumerate(steps)])
         self.steps += 1
         self._stepped()
         said = [each for mine in self.host.everyone([(c.rank, c.began, c.moments()) for _, c in sorted(clocks.items())]) for each in mine]
         said.sort(key=lambda each: each[0])
-        return Profile(found.built.program, self.mesh, [[Moment(*m) for m in moments] for _, _, moments in said], [began for _, began, _ in said])
+        return Profile(found.built.program, self.mesh, [[Moment(*m) for m in moments] for _, _, moments in said], [began for _, began, _ in said], found.built.kernels)
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""

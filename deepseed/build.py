@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +22,7 @@ from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.ir.program import OUTPUT_ROLES, Program
 from deepseed.ir.text import parse
 from deepseed.ir.widen import widen
-from deepseed.kernels import PRODUCTS, PYTHON, Compiled, made
+from deepseed.kernels import PRODUCTS, PYTHON, Compiled, Kernels, made
 from deepseed.local_norms import with_local_norms
 from deepseed.logs import say
 from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
@@ -55,7 +55,8 @@ class Built:
     seconds: float
     text: str  # of the captured program
     adopted: bool = False  # whether the state that it reads is stored
-    looked: Sequence[Executable] = ()  # the same, each value of which is looked at: once they are asked for
+    looked: dict[bool, Sequence[Executable]] = field(default_factory=dict)  # the same, each value of which is looked at, without groups or with: once they are asked for
+    kernels: Mapping[str, str] = field(default_factory=dict)  # the function of each group on the first of them, by its mark
 
     @property
     def instances(self) -> int:
@@ -80,12 +81,15 @@ class Built:
         return [{(o.role, o.key): t for o, t in zip(outputs, r, strict=True)} for outputs, r in zip(shown, results, strict=True)]
 
 
-def looked(built: Built, host: Host) -> Sequence[Executable]:
-    """The executables of ``built`` as they show each value to ``rt.look``."""
-    if not built.looked:
+def looked(built: Built, host: Host, grouped: bool = False) -> Sequence[Executable]:
+    """The executables of ``built`` as they show each value to ``rt.look``; ``grouped``: each that there is where kernels compute groups."""
+    if grouped not in built.looked:
         local = [pipeline.run(built.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in host.coordinates]
-        built.looked = [Executable(generate(p, c.get(STAGES, 0), True), f"{p.name}-looked", p.inputs, p.outputs) for p, c in zip(local, host.coordinates, strict=True)]
-    return built.looked
+        found = [made(p, e.codegen, dict(e.kernels), bool(host.arenas), say) if grouped else Kernels() for p, e in zip(local, built.executables, strict=True)]
+        built.looked[grouped] = [
+            Executable(generate(p, c.get(STAGES, 0), True, k.names), f"{p.name}-looked", p.inputs, p.outputs, k.calls, k.codegen) for p, c, k in zip(local, host.coordinates, found, strict=True)
+        ]
+    return built.looked[grouped]
 
 
 def build(
@@ -125,17 +129,18 @@ def build(
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
     host.refine(program.mesh)
-    executables, known = [], dict[str, Compiled]()
+    executables, known, names = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]]()
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         kernels = made(mine, codegen, known, bool(host.arenas), tell)
         executables.append(Executable(generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names), program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
+        names.append(kernels.names)
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names[0])
 
 
 def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:

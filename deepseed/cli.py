@@ -154,10 +154,7 @@ def explain(
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
-    try:
-        known(codegen)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--codegen") from None
+    known(codegen)
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     of = machine_of(machine, ranks.ranks)
     if why is not None:
@@ -213,6 +210,7 @@ def verify(
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
     from deepseed.asked import clip_of, factory_of, tell_notes
+    from deepseed.kernels import known
     from deepseed.plan import parse_plan
     from deepseed.target import load
     from deepseed.verify import VerifyReport
@@ -221,6 +219,7 @@ def verify(
 
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}")
+    known(codegen)
     found = load(target)
     tell_notes(parse_plan(plan), world_size)
     if backend == "simulate":
@@ -253,10 +252,12 @@ def profile(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="TRACE.json", help="write the trace, for ui.perfetto.dev or chrome://tracing")] = None,
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
+    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python (no groups: a line an op), cpp, inductor, triton or auto")] = "python",
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps and say where the time of the last one went, by phase, op and module; as a trace, node by node on every rank."""
     from deepseed.asked import clip_of, tell_notes
+    from deepseed.kernels import known
     from deepseed.on_ranks import on_ranks
     from deepseed.plan import parse_plan
     from deepseed.profiles import of_target
@@ -264,12 +265,13 @@ def profile(
 
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS)}")
+    known(codegen)
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"no folder {out.absolute().parent} for the trace\n  fix: make it, or write elsewhere")
     said = parse_plan(plan)
     tell_notes(said, world_size)
     ranks = said.mesh(world_size).ranks
-    given = (target, plan, world_size, "simulate" if ranks == 1 else backend, steps, optimizer, clip_of(load(target, meta=True), clip))
+    given = (target, plan, world_size, "simulate" if ranks == 1 else backend, steps, optimizer, clip_of(load(target, meta=True), clip), codegen)
     found = of_target(*given) if given[3] == "simulate" else on_ranks(of_target, ranks, *given)[0]
     if out is not None:
         found.save(out)

@@ -32,6 +32,10 @@ PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and atten
 PYTHON = "python"  # no groups: one line an op
 
 
+class BackEndError(ValueError):
+    """A back end that there is not, or not here."""
+
+
 @dataclass
 class Kernels:
     """``names``: the function of each group, by its mark; ``calls``: what runs under that name."""
@@ -42,21 +46,21 @@ class Kernels:
 
 
 def resolve(codegen: str, device: torch.device) -> str:
-    """The back end that is meant. Raises ValueError on a word that means none."""
+    """The back end that is meant. Raises BackEndError on a word that means none here."""
     if codegen == "auto":
         return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
     known(codegen)
     if codegen in PRODUCTS and (why := triton_files.missing(device.type)):
-        raise ValueError(f"codegen='triton': {why}")
+        raise BackEndError(f"codegen='triton': {why}")
     if codegen == CPP and device.type not in ("cpu", "meta"):
-        raise ValueError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
+        raise BackEndError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
     return codegen
 
 
 def known(codegen: str) -> None:
-    """Raises ValueError on a word that means no back end."""
+    """Raises BackEndError on a word that means no back end."""
     if codegen not in ("auto", PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
-        raise ValueError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
+        raise BackEndError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
 
 
 def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, tell: Callable[[str], object]) -> Kernels:

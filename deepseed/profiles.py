@@ -1,4 +1,5 @@
 """Where the time of a step went: each node of the program, on each rank, with its module and its line; as a table, and as a trace that Perfetto and Chrome open.
+Nodes that one kernel computes are one event, under the last one's name and module, which lists all of both.
 
 A profiled step is a step of training. Its source is the one that runs otherwise, with the clock read after each value (some 0.2 us an op on a CPU, an event on a GPU): what is
 overlapped stays overlapped. The trace is Chrome's format ("Trace Event Format", Google 2016): a process a rank, ops as complete events, collectives as asynchronous ones from their
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ ROWS = 12  # of a table
 
 @dataclass(frozen=True)
 class Profile:
-    """``moments``: of each rank, when each value was there; ``began``: when that rank began, in seconds of the wall clock."""
+    """``moments``: of each rank, when each value was there; ``began``: when that rank began, in seconds of the wall clock. ``kernels``: the function of each group of ops, by its mark."""
 
     program: Program
     mesh: Mesh
     moments: Sequence[Sequence[Moment]]
     began: Sequence[float]
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -37,18 +40,30 @@ class Profile:
         return max((each[-1].end for each in self.moments if each), default=0.0)
 
     @cached_property
-    def _ops(self) -> Mapping[str, Op]:
-        return self.program.producers
+    def _groups(self) -> Mapping[str, Sequence[Op]]:
+        found: dict[str, list[Op]] = {}
+        for op in self.program.ops:
+            if op.kernel in self.kernels:
+                found.setdefault(op.kernel, []).append(op)
+        return found
+
+    def _runs(self, moments: Sequence[Moment]) -> Iterator[tuple[Op, Moment]]:
+        """What ran, with its time: an op, or the last one of a group. Inputs are none."""
+        made = self.program.producers
+        for _, run in groupby((m for m in moments if m.name in made), lambda m: (made[m.name].kernel if made[m.name].kernel in self.kernels else m.name, m.mb)):
+            each = list(run)
+            op = made[each[0].name]
+            yield (self._groups[op.kernel][-1], Moment(op.kernel, each[0].mb, each[0].begin, each[-1].end)) if op.kernel in self.kernels else (op, each[0])
+
+    def _what(self, op: Op) -> str:
+        return self.kernels.get(op.kernel, op.target)
 
     def spent(self, by: str) -> list[tuple[str, float, int]]:
         """(what, seconds, times) in the mean of the ranks, the longest first. ``by``: ``"module"`` (its path; ``wait``: for collectives), ``"op"``, ``"node"`` or ``"phase"``."""
         found: dict[str, tuple[float, int]] = {}
         for each in self.moments:
-            for m in each:
-                op = self._ops.get(m.name)
-                if op is None:
-                    continue
-                key = {"module": op.path or "(top)", "op": op.target, "node": m.name, "phase": op.phase}[by] if op.target != "wait" or by != "module" else "wait"
+            for op, m in self._runs(each):
+                key = {"module": op.path or "(top)", "op": self._what(op), "node": m.name, "phase": op.phase}[by] if op.target != "wait" or by != "module" else "wait"
                 seconds, times = found.get(key, (0.0, 0))
                 found[key] = seconds + m.end - m.begin, times + 1
         n = max(1, len(self.moments))
@@ -85,24 +100,23 @@ class Profile:
             yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}" + (f" ({where})" if where else "")}}
             yield {"name": "process_sort_index", "ph": "M", "pid": rank, "args": {"sort_index": rank}}
             started: dict[tuple[str, int], Moment] = {}
-            for m in moments:
-                op = self._ops.get(m.name)
-                if op is None:
-                    continue  # an input
+            for op, m in self._runs(moments):
                 at = (began - first + m.begin) * 1e6
-                args = {"op": op.target, "module": op.path, "line": op.line, "phase": op.phase} | ({"microbatch": m.mb} if op.part and not op.part.startswith("once") else {})
+                args: dict[str, Any] = {"op": self._what(op), "module": op.path, "line": op.line, "phase": op.phase} | ({"microbatch": m.mb} if op.part and not op.part.startswith("once") else {})
+                if group := self._groups.get(op.kernel):
+                    args |= {"nodes": [each.name for each in group], "ops": [each.target for each in group], "modules": sorted({each.path for each in group})}
                 kind = "wait" if op.target == "wait" else "collective" if op.target.endswith(".start") else op.phase
                 yield {"name": m.name, "cat": kind, "ph": "X", "ts": at, "dur": (m.end - m.begin) * 1e6, "pid": rank, "tid": 0, "args": args}
                 if op.target.endswith(".start"):
                     started[m.name, m.mb] = m
                 elif op.target == "wait" and (source := started.pop((op.refs[0].name, m.mb), None)) is not None:
-                    name, key = f"{self._ops[source.name].target.removesuffix('.start')} {self._ops[source.name].kw('axis') or ''}".strip(), f"{rank}.{source.name}.{m.mb}"
+                    name, key = f"{self.program.producers[source.name].target.removesuffix('.start')} {self.program.producers[source.name].kw('axis') or ''}".strip(), f"{rank}.{source.name}.{m.mb}"
                     both = {"name": name, "cat": "collective", "pid": rank, "tid": 0, "id": key, "args": {"value": source.name}}
                     yield {**both, "ph": "b", "ts": (began - first + source.begin) * 1e6}
                     yield {**both, "ph": "e", "ts": (began - first + m.end) * 1e6}
 
 
-def of_target(target: str, plan: str, world_size: int | None, backend: str, steps: int, optimizer: str | None, clip: float | None) -> Profile:
+def of_target(target: str, plan: str, world_size: int | None, backend: str, steps: int, optimizer: str | None, clip: float | None, codegen: str = "python") -> Profile:
     """The last of some steps of a TARGET, on every rank's process or with simulated ranks."""
     import deepseed
     from deepseed.asked import factory_of
@@ -114,7 +128,7 @@ def of_target(target: str, plan: str, world_size: int | None, backend: str, step
         raise TargetError("--optimizer none: a step without an update is not profiled\n  fix: leave it out")
     step: Any = deepseed.compile(
         found.model, plan, optimizer=factory(list(found.model.parameters())), loss_fn=found.loss_fn, clip_grad_norm=clip,
-        world_size=world_size if backend == "simulate" else None, backend=backend,
+        world_size=world_size if backend == "simulate" else None, backend=backend, codegen=codegen,
     )  # fmt: skip
     for _ in range(steps - 1):
         step.profile(found.batch)

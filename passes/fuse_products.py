@@ -2,7 +2,7 @@
 
 A product joins the group that works on its result element by element, if nothing reads that before the group ends: then the group does not read it from memory,
 and it is not even there if nothing else reads it. Any other product, and attention, is a group of its own. A product may move down to its first reader: nothing
-in between depends on it. What does the same to many tensors, side by side, is one group too.
+in between depends on it.
 
     before: %h = aten.mm(%x, %w) : f32[8, 16]
             %a = aten.add.Tensor(%h, %b) : f32[8, 16]  {kernel="y"}
@@ -49,7 +49,7 @@ def fuse_products(p: Program) -> Program:
         found = _product(p, at, mark, members, waiting)
         if found is not None and not taken.intersection((found.product, *found.views, *found.behind)):
             joined[members.start] = found
-    return _alike(_moved(p, joined))
+    return _moved(p, joined)
 
 
 def attention_alone(p: Program) -> Program:
@@ -59,36 +59,6 @@ def attention_alone(p: Program) -> Program:
     after:  %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8] {kernel="o"}
     """
     return replace(p, ops=tuple(replace(op, kernel=op.name) if not op.origin and UNMASKED.get(op.target) == len(op.refs) else op for op in p.ops))
-
-
-def _alike(p: Program) -> Program:
-    """Ops that stand side by side and do the same to one tensor each, as casts of all weights and of all gradients, are one group: a kernel over many tensors."""
-    ops, run, before = list(p.ops), list[int](), None
-    waiting = after_tangents(p)
-    for n in range(len(ops) + 1):
-        now = _form(p, ops[n], waiting) if n < len(ops) else None
-        made = {r for m in run for r in ops[m].results}
-        if now is not None and now == before and not any(r.name in made for r in ops[n].refs):
-            run.append(n)
-            continue
-        if len(run) > 1:
-            mark = ops[run[-1]].name
-            for m in run:
-                ops[m] = _in_group(ops[m], mark, {})
-        run, before = ([n] if now is not None else []), now
-    whole = {op.origin for op in ops if op.origin}
-    return replace(p, ops=tuple(ops), origins=tuple((key, op) for key, op in p.origins if key in whole))
-
-
-def _form(p: Program, op: Op, waiting: set[str]) -> tuple[object, ...] | None:
-    """What must be the same; None for an op that no such kernel has."""
-    if op.kernel or len(op.refs) != 1 or kind_of(op, p) != POINT:
-        return None
-    x = p.types[op.refs[0].name]
-    if x.host or x.shape != op.type.shape or x.local(p.mesh) != op.type.local(p.mesh) or _size(p, op) < 2:
-        return None
-    rest = tuple(repr(a) for a in op.args if not isinstance(a, Ref))
-    return op.target, rest, repr(op.kwargs), x.dtype, op.type.dtype, op.part, op.stage, op.phase, op.name in waiting
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

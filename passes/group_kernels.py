@@ -16,6 +16,7 @@ from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.fuse import fuse, leaves_apart
+from deepseed.passes.fuse_alike import fuse_alike
 from deepseed.passes.fuse_products import attention_alone, fuse_products
 from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
@@ -46,7 +47,7 @@ def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> 
     if not kernels:
         return p
     p = fuse(remade(p))
-    return fuse_products(p) if products else attention_alone(p)
+    return fuse_alike(fuse_products(p) if products else attention_alone(p), products)
 
 
 # groups -------------------------------------------------------------------------------------------------------------

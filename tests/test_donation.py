@@ -49,6 +49,6 @@ def test_else_on_a_copy(text: str) -> None:
 def test_memory_counts_no_copy() -> None:
     """After the update a block of 128 bytes is there once less; the wait's buffer is the same."""
     text = TEXT.replace("%w.new = wait", '%other = aten.neg(%g) : f64[4@dp, 8] {phase="update"}\n%w.new = wait')
-    at = [n for n, op in enumerate(program(text).ops) if op.target == "optim.sgd"][0] + 1
+    at = next(n for n, op in enumerate(program(text).ops) if op.target == "optim.sgd") + 1
     block, copy = live_bytes(program(text)), live_bytes(program(text.replace("4@dp, 8", "4, 8@dp")))
     assert copy[at] - block[at] >= 128

@@ -25,7 +25,9 @@ from deepseed.ir.program import Program, ProgramError
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.ops import evaluate
+from deepseed.passes import fuse_alike as alike
 from deepseed.passes.fuse import fuse
+from deepseed.passes.fuse_alike import fuse_alike
 from deepseed.passes.fuse_products import fuse_products
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.passes.localize import localize
@@ -311,22 +313,47 @@ def test_a_product_that_is_read_later_is_made_by_the_group_too() -> None:
     assert set(g.makes) == {"h", "y"} and [op.name for op in p.ops].index("r") >= g.last
 
 
-def test_casts_that_stand_side_by_side_are_one_kernel_over_many_tensors() -> None:
-    """What casts to something else, or stands behind that, does not join."""
-    text = """program p mesh() facts(explicit, lowered, placed)
+MANY = """program p mesh() facts(explicit, lowered, placed)
 %a : f32[6, 8] param "a"
 %b : f32[8] param "b"
 %c : f32[3, 2] param "c"
 %d : f32[7] param "d"
+%s : f32[] param "s"
+%t : f32[] param "t"
 %a.n = cast(%a) : bf16[6, 8] {phase="forward"}
+%s.n = aten.add.Tensor(%s, 1) : f32[] {phase="forward"}
 %b.n = cast(%b) : bf16[8] {phase="forward"}
 %d.w = cast(%d) : f64[7] {phase="forward"}
+%t.n = aten.add.Tensor(%t, 1) : f32[] {phase="forward"}
 %c.n = cast(%c) : bf16[3, 2] {phase="forward"}
-""" + "".join(f'return %{v} output "{v}"\n' for v in ("a.n", "b.n", "d.w", "c.n"))
-    p = verify(fuse_products(fuse(verify(parse(text)))))
-    (g,) = groups(p)
-    assert g.makes == ("a.n", "b.n") and g.reads == ("a", "b")
-    assert launches(fragment(p, g)) == 1
+%c.w = cast(%c.n) : f64[3, 2] {phase="forward"}
+%d.n = cast(%d) : bf16[7] {phase="forward"}
+""" + "".join(f'return %{v} output "{v}"\n' for v in ("a.n", "b.n", "d.w", "c.w", "d.n", "s.n", "t.n"))
+
+
+def test_what_does_the_same_to_many_tensors_is_one_kernel() -> None:
+    """What casts to something else does not join, nor what reads one of them and what stands behind that; step counts between them are another kernel."""
+    p = verify(fuse_alike(verify(parse(MANY))))
+    casts, counts = groups(p)
+    assert (casts.makes, casts.reads) == (("a.n", "b.n", "c.n"), ("a", "b", "c")) and (counts.makes, counts.reads) == (("s.n", "t.n"), ("s", "t"))
+    assert all(mark(p, name) == "" for name in ("d.w", "c.w", "d.n"))
+    assert [launches(fragment(p, g)) for g in (casts, counts)] == [1, 1]
+
+
+def test_operands_that_were_made_for_a_kernel_of_many_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would live until it ends: 3 casts of 16 bytes each read what was made, of 40 bytes at once two."""
+    monkeypatch.setattr(alike, "HELD", 40)
+    made = "".join(f'%m{n} = aten.mm(%a, %a) : f32[2, 2] {{phase="forward"}}\n' for n in range(3)) + "".join(f'%c{n} = cast(%m{n}) : bf16[2, 2] {{phase="forward"}}\n' for n in range(3))
+    p = verify(fuse_alike(verify(parse('program p mesh() facts(explicit, lowered, placed)\n%a : f32[2, 2] param "a"\n' + made + "".join(f'return %c{n} output "{n}"\n' for n in range(3))))))
+    assert [g.makes for g in groups(p)] == [("c0", "c1")] and mark(p, "c2") == ""
+
+
+def test_sums_of_squares_are_one_kernel_where_a_back_end_has_it() -> None:
+    text = 'program p mesh() facts(explicit, lowered, placed)\n%a : f32[6, 8] param "a"\n%b : f32[9] param "b"\n' + "".join(
+        f'%{v}.s = sum_of_squares(%{v}) : f32[] {{phase="update"}}\n' for v in "ab") + 'return %a.s output "a"\nreturn %b.s output "b"\n'  # fmt: skip
+    p = verify(parse(text))
+    (g,) = groups(fuse_alike(p, sums=True))
+    assert g.makes == ("a.s", "b.s") and not list(groups(fuse_alike(p)))
 
 
 def test_a_product_that_is_read_before_the_group_stays_alone() -> None:

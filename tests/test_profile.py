@@ -13,7 +13,9 @@ from small import small
 from typer.testing import CliRunner
 
 import deepseed
+from deepseed import kernels
 from deepseed.cli import app
+from deepseed.codegen import inductor
 from deepseed.profiles import Profile
 
 UNSHOWN = ("send", "collect")  # no value of their own
@@ -64,20 +66,46 @@ def test_the_trace_and_the_table(tmp_path: Path) -> None:
     names = {e["name"] for e in events if e["ph"] == "b"}
     assert any(name == "reduce_scatter dp" for name in names), names
     text = str(found)
-    assert text.startswith("a step of ") and "optim.adamw" in text and "proj" in text
+    assert text.startswith("a step of ") and found.spent("op")[0][0] in text and "proj" in text
+    assert any(op == "optim.adamw" for op, _, _ in found.spent("op"))
+
+
+@pytest.mark.parametrize("plan", ["zero2+dp2", "pp2+mb2"])
+def test_a_kernel_is_one_event_with_its_nodes_and_modules(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is what runs without the clock, and each group is there once a microbatch, with what it made elsewhere."""
+    monkeypatch.setitem(kernels.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
+    model, batch, loss_fn = small()
+    a, b = (deepseed.compile(m, plan, optimizer=torch.optim.AdamW(m.parameters(), lr=1e-2), loss_fn=loss_fn, codegen="functions") for m in (model, small()[0]))
+    found = a.profile(batch)
+    b(batch)
+    assert torch.equal(a(batch), b(batch))
+    names, events = found.kernels, [e for e in found.trace()["traceEvents"] if e["ph"] == "X"]
+    groups = [e for e in events if "nodes" in e["args"]]
+    marks = {op.kernel for op in found.program.ops if op.kernel}
+    assert {e["name"] for e in groups} == marks == names.keys() and marks
+    for e in groups:
+        inside = [op for op in found.program.ops if op.kernel == e["name"]]
+        assert e["args"]["nodes"] == [op.name for op in inside] and e["args"]["op"] == names[e["name"]]
+        assert e["args"]["modules"] == sorted({op.path for op in inside}) and e["args"]["module"] == inside[-1].path
+    seen = [(e["pid"], e["name"], e["args"].get("microbatch", 0)) for e in events]
+    assert len(seen) == len(set(seen))
+    assert not {name for _, name, _ in seen} & {op.name for op in found.program.ops if op.kernel and op.name != op.kernel}
+    assert {name for name, _, _ in found.spent("op")} >= set(names.values())
 
 
 def test_the_command_on_real_ranks(tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    done = CliRunner().invoke(app, ["profile", "hf:LlamaForCausalLM", "--plan", "zero3+dp2", "--steps", "2", "--json", "-o", str(out)])
+    codegen = "cpp" if inductor.compiler() else "python"
+    done = CliRunner().invoke(app, ["profile", "hf:LlamaForCausalLM", "--plan", "zero3+dp2", "--steps", "2", "--codegen", codegen, "--json", "-o", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
     assert found["ranks"] == 2 and found["seconds"] > 0 and {row["name"] for row in found["phase"]} == {"forward", "backward", "update"}
     events = json.loads(out.read_text())["traceEvents"]
     assert {e["pid"] for e in events} == {0, 1} and any(e["name"] == "all_gather dp" for e in events)
+    assert any("nodes" in e["args"] for e in events if e["ph"] == "X") == (codegen == "cpp")
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--backend", "mpi"], "unknown backend 'mpi'"), (["-o", "/no/such/trace.json"], "no folder /no/such"), (["--optimizer", "none", "--backend", "simulate"], "without an update is not profiled")])
+@pytest.mark.parametrize(("options", "said"), [(["--backend", "mpi"], "unknown backend 'mpi'"), (["-o", "/no/such/trace.json"], "no folder /no/such"), (["--codegen", "cobol"], "no such back end"), (["--optimizer", "none", "--backend", "simulate"], "without an update is not profiled")])
 def test_refusals(options: list[str], said: str) -> None:
     done = CliRunner().invoke(app, ["profile", "hf:LlamaForCausalLM", *options])
     assert done.exit_code == 2 and said in done.output and "fix:" in done.output

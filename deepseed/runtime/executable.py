@@ -30,8 +30,8 @@ class Executable:
     def __init__(
         self, source: str, name: str = "step", inputs: Sequence[Input] = (), outputs: Sequence[Output] = (), kernels: Mapping[str, Callable[..., Any]] | None = None, codegen: str = ""
     ) -> None:
-        self.source, self.inputs, self.outputs = source, inputs, outputs
-        self._loaded = _load(source, name, kernels or {}, codegen)
+        self.source, self.inputs, self.outputs, self.kernels, self.codegen = source, inputs, outputs, kernels or {}, codegen
+        self._loaded = _load(source, name, self.kernels, codegen)
         self.path = self._loaded.path
 
     def __call__(self, rt: Runtime, inputs: list[Tensor]) -> tuple[Tensor, ...]:
