@@ -39,9 +39,13 @@ def remade(p: Program) -> Program:
             if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
                 for each in (each for each in chain if each.name not in again):
                     again[each.name] = out.fresh(f"{each.name}.again")
-                    out.emit(replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part).map_refs(lambda ref: Ref(again.get(ref.name, ref.name))))
-        out.emit(op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name))) if op.phase == "backward" else op)
+                    out.emit(_reading(replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part), again))
+        out.emit(_reading(op, again) if op.phase == "backward" else op)
     return out.program()
+
+
+def _reading(op: Op, again: dict[str, str]) -> Op:
+    return op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name)))
 
 
 def _last_readers(p: Program, at: dict[str, int]) -> dict[str, int]:

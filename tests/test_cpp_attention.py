@@ -64,7 +64,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, bool
     wanted = []
     for n, (dtype, case, turned) in enumerate(CASES):
         (sizes, causal), (q, k, v, g) = SIZES[case], operands(dtype, SIZES[case][0], turned)
-        b, h, kv, s, t, d, e = sizes
+        _, h, _, s, _, _, e = sizes
         out = (s * h * e, e, h * e, 1)
         for way, text, xs in zip(("forward", "backward"), lines(dtype, sizes, causal), ((q, k, v), (g, q, k, v)), strict=True):
             strides = [x.stride() for x in xs] + ([out, (h * s, s, 1)] if way == "backward" else [])
