@@ -317,5 +317,6 @@ def test_products_and_rows_are_added_where_they_are_made() -> None:
     source = step.programs.current().executables[0].source
     products = sum(op.target == "aten.mm" and op.phase == "backward" and all(isinstance(u, Op) and u.target == "accumulate" for u in step.program.uses[op.name]) for op in step.program.ops)
     assert source.count("rt.accumulate_mm(") == products > 3 and source.count("rt.accumulate_rows(") == 1
+    assert all(op.kw("scale") is not None for op in step.program.ops if op.target == "optim.sgd")  # the sum is the update's to scale for the clipping, too: no scaled copy
     looked = generate(pipeline.run(step.program, {"localize": {"coordinate": {}}}, pipeline.EACH_RANK, check=False)[-1].program, looked=True)
     assert "rt.accumulate_mm" not in looked and looked.count("rt.look(") > 100
