@@ -17,7 +17,7 @@ from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
-from deepseed.ir.program import GRADIENTS, Input, Op, Output, Program, Type, after_tangents
+from deepseed.ir.program import FLOATS, GRADIENTS, Input, Op, Output, Program, Type, after_tangents
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 from deepseed.ir.text import format_type
 
@@ -62,6 +62,7 @@ class _Parts:
             self.functions.setdefault(where, _Function(name)).ops.append((n, op))
             self.at.append(where)
         self.made = {r: self.at[n] for n, op in enumerate(p.ops) for r in op.results}
+        self.into = self._straight_into_sums()
         self.late: list[int] = []  # writes into stored tensors that are due in a loop: at the end of the step
         self.readers: dict[str, list[Place]] = {}
         self._find_reads()
@@ -147,7 +148,10 @@ class _Parts:
                 here.difference_update({r for each in together for r in each.results}.difference(g.makes))
             elif op.target in KERNELS:
                 self.update.optimizer(n, together)
-            else:
+            elif op.name in self.into:
+                self._add_into(op)
+                here.discard(op.name)
+            elif not (op.target == "accumulate" and op.refs[0].name in self.into):
                 self._op(op, n)
             for done, each in enumerate(together, n):
                 self._close(done, each, here, shown)
@@ -169,6 +173,25 @@ class _Parts:
             out.emit(f"v.setdefault({out.name(op.name)!r}, [None] * {self.schedule.microbatches})[mb] = {out.name(op.refs[0].name)}", types)
         else:
             out.emit(assignment(out, op), types)
+
+    def _straight_into_sums(self) -> dict[str, Op]:
+        """Products and rows that only a sum over microbatches reads, in the function that makes them: they are added to it as they are made."""
+        out = {}
+        for op in self.p.ops if not self.out.looked else ():
+            x = op.refs[0].name if op.target == "accumulate" else ""
+            made, t = self.p.producers.get(x), self.p.types.get(x)
+            if made is None or t is None or t.dtype not in FLOATS or getattr(t.layout.on(TIME), "op", "sum") != "sum" or len(self.p.uses[x]) > 1 or self.made[x] != self.made[op.name]:
+                continue
+            if made.kernel not in self.kernels and (made.target == "aten.mm" or (made.target == "embedding_backward" and self.out.given(made, "start") is None)):
+                out[x] = op
+        return out
+
+    def _add_into(self, op: Op) -> None:
+        out, total = self.out, self.into[op.name]
+        key, types = out.name(total.name), ", ".join(format_type(t, self.p.mesh) for t in total.types)
+        a, b = (out.name(r.name) for r in op.refs)
+        text = f"rt.accumulate_mm(v.get({key!r}), {a}, {b})" if op.target == "aten.mm" else f"rt.accumulate_rows(v.get({key!r}), {a}, {b}, {op.type.local(self.p.mesh)[0]})"
+        out.emit(f"v[{key!r}] = {text}", types)
 
     def _close(self, n: int, op: Op, here: set[str], shown: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""

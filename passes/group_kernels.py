@@ -265,7 +265,7 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     made = p.producers.get(g)
     while made is not None and made.target == "reshape" and len(p.uses[made.refs[0].name]) == 1:  # another view of memory that nothing else reads
         made = p.producers.get(made.refs[0].name)
-    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum", "cast"):
+    if made is None or made.target not in ("wait", "aten.mm", "embedding_backward", "sum", "cast", "accumulate"):
         return False
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 

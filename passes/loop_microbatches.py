@@ -4,7 +4,7 @@ An op with an operand or result that is split or partial over ``mb`` runs in a l
 wanted whole of a loop's partial values ends that loop (``accumulate``), so a step may need several: the labels are counted before the
 loss can be divided. Every op runs in the last loop that its users allow, or the whole forward would run in the first; a value that two
 loops need is computed in each. What depends on parameters alone (gathers, casts) runs beside its users, in each part again: kept, it
-would hold the whole model through the loop.
+would hold the whole model through the loop. A shorter copy of a parameter that no rank gathers is made once, as it is without ``mb``, where forward and backward share it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from deepseed import cost
 from deepseed.ir.contract import PassError, program_pass
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Builder, Op, Program, Ref, after_tangents, kept, params_only
+from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref, after_tangents, kept, params_only
 from deepseed.ir.schedule import kind_of, loop_of, order_of
 
 DEAR = 2.0  # times the work of the step itself, above which its loops must be confirmed
@@ -41,7 +41,7 @@ def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False)
     """
     if TIME not in p.mesh.sizes and not staged and not p.by_role("tangent"):
         return p
-    loops = _Loops(p)
+    loops = _Loops(p, staged)
     out = loops.run()
     if not confirmed:
         loops.check_price()
@@ -49,10 +49,10 @@ def loop_microbatches(p: Program, staged: bool = False, confirmed: bool = False)
 
 
 class _Loops:
-    def __init__(self, p: Program) -> None:
+    def __init__(self, p: Program, staged: bool) -> None:
         self.p = p
         self.timed = TIME in p.mesh.sizes
-        self.weights = params_only(p) - {i.name for i in p.inputs} - kept(p)
+        self.weights = params_only(p) - {i.name for i in p.inputs} - kept(p) - (set() if staged or TIME not in p.mesh.sizes else _short_copies(p))
         self.looped = {op.name for op in p.ops if op.name not in self.weights and self._loops(op)}
         self.home = {r: op.name for op in p.ops for r in op.results}  # value -> the first result of its op
         self.late = after_tangents(p)
@@ -204,6 +204,22 @@ class _Loops:
         kept = {key for key, where in parts.items() if len(where) == 1}
         ops = tuple(op if not op.origin or op.origin in kept else replace(op, origin="") for op in p.ops)
         return replace(p, ops=ops, origins=tuple((key, op) for key, op in p.origins if key in kept or key not in parts))
+
+
+def _short_copies(p: Program) -> set[str]:
+    """Casts of parameters to fewer bytes that are read as they are, not gathered.
+
+    before: %c = cast(%w) : bf16[8, 8] {phase="forward", part="forward.1"}
+            %c.again = cast(%w) : bf16[8, 8] {phase="backward", part="backward.1"}
+    after:  %c = cast(%w) : bf16[8, 8] {phase="forward", part="once.0"}
+            %c.again = cast(%w) : bf16[8, 8] {phase="backward", part="once.0"}
+    """
+    parameters = {i.name for i in p.by_role("param") if not i.type.host}
+    return {
+        op.name for op in p.ops
+        if op.target == "cast" and op.phase != "update" and op.refs[0].name in parameters and ITEMSIZE[op.type.dtype] < ITEMSIZE[p.types[op.refs[0].name].dtype]
+        and not any(isinstance(u, Op) and u.target.endswith(".start") for u in p.uses[op.name])
+    }  # fmt: skip
 
 
 def _work(p: Program, op: Op) -> float:

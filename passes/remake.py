@@ -6,7 +6,6 @@ writes less, and no more is held in between; where microbatches run, the backwar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref
@@ -40,9 +39,13 @@ def remade(p: Program) -> Program:
             if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
                 for each in (each for each in chain if each.name not in again):
                     again[each.name] = out.fresh(f"{each.name}.again")
-                    out.emit(_reading(again, replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part)))
-        out.emit(_reading(again, op) if op.phase == "backward" else op)
+                    out.emit(_reading(replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part), again))
+        out.emit(_reading(op, again) if op.phase == "backward" else op)
     return out.program()
+
+
+def _reading(op: Op, again: dict[str, str]) -> Op:
+    return op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name)))
 
 
 def _last_readers(p: Program, at: dict[str, int]) -> dict[str, int]:
@@ -102,11 +105,6 @@ def _elements(p: Program, name: str) -> int:
 
 def _bytes(p: Program, name: str) -> int:
     return p.types[name].local_bytes(p.mesh)
-
-
-def _reading(again: Mapping[str, str], op: Op) -> Op:
-    """The op on what is made again, where it is."""
-    return op.map_refs(lambda ref: Ref(again.get(ref.name, ref.name)))
 
 
 def _sums_of_picks(p: Program) -> Program:

@@ -14,15 +14,19 @@ from cost_worker import Peak
 from pipeline_cases import CLIP
 from pipeline_cases import built as transformer
 from pipeline_models import Residual, built, classes
+from small import small
 from torch import Tensor, nn
 
 from deepseed import pipeline
 from deepseed.api import TrainStep
+from deepseed.codegen.python import generate
 from deepseed.idle import idle_share
 from deepseed.ir.contract import PassError
 from deepseed.ir.mesh import Mesh
+from deepseed.ir.program import Op
 from deepseed.ir.schedule import kind_of
 from deepseed.ir.text import parse
+from deepseed.passes import loop_microbatches
 from deepseed.runtime.executable import Executable
 from deepseed.target import load
 from deepseed.verify import verify
@@ -271,3 +275,48 @@ def test_a_pipeline_says_how_many_microbatches_it_runs_where_that_may_surprise(p
 def test_a_compile_names_cuts_that_cannot_be(plan: str, says: str) -> None:
     with pytest.raises(PassError, match=says):
         compiled(mlp(), rows(8), plan)
+
+
+# what microbatches share ---------------------------------------------------------------------------------------------------
+
+
+def trained(plan: str, **options: Any) -> tuple[list[float], dict[str, Tensor], TrainStep]:
+    found = load("hf:LlamaForCausalLM(num_hidden_layers=1)")
+    step = TrainStep(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters(), lr=1e-3), loss_fn=None, quiet=True, clip_grad_norm=CLIP, **options)
+    return [float(step(found.batch)) for _ in range(2)], step.state_dict(), step
+
+
+def test_a_shorter_copy_of_a_parameter_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as from a copy for each part of each microbatch. Of a parameter that lies in parts, or on several stages, each part has its own."""
+    losses, values, step = trained("bf16+mb2")
+    program = step.programs.current().executables[0].source
+    copies = [op for op in step.program.ops if op.target == "cast" and op.phase != "update" and op.refs[0].name in {i.name for i in step.program.by_role("param")}]
+    assert copies and {kind_of(op.part) for op in copies} == {"once"} and len({op.refs[0].name for op in copies}) == len(copies)
+    monkeypatch.setattr(loop_microbatches, "_short_copies", lambda p: set())
+    again, others, step = trained("bf16+mb2")
+    assert step.programs.current().executables[0].source != program
+    assert losses == again and all(torch.equal(t, others[key]) for key, t in values.items())
+
+
+@pytest.mark.parametrize("plan", ["bf16+zero3+dp2+mb2", pytest.param("bf16+pp2+mb2", marks=wide)])
+def test_what_is_gathered_or_on_a_stage_is_copied_where_it_is_read(plan: str) -> None:
+    found = load("hf:LlamaForCausalLM(num_hidden_layers=1)")
+    p = compiled(found.model, found.batch, plan, None).program
+    assert not any(op.target == "cast" and op.phase != "update" and kind_of(op.part) == "once" and op.refs[0].name in {i.name for i in p.by_role("param")} for op in p.ops)
+
+
+def test_products_and_rows_are_added_where_they_are_made() -> None:
+    """A gradient that nothing but the sum over microbatches reads is never there by itself. A step whose values are shown makes them."""
+    model, batch, loss = small()
+    values = {}
+    for plan in ("zero0", "mb2"):
+        trained_here = copy.deepcopy(model).double()
+        step = TrainStep(trained_here, plan, optimizer=sgd(trained_here.parameters()), loss_fn=loss, widen=True, quiet=True, clip_grad_norm=CLIP)
+        values[plan] = [torch.tensor([float(step(batch)) for _ in range(3)]), *step.state_dict().values()]
+    assert all(torch.allclose(a, b, rtol=0.0, atol=1e-12) for a, b in zip(*values.values(), strict=True))
+    source = step.programs.current().executables[0].source
+    products = sum(op.target == "aten.mm" and op.phase == "backward" and all(isinstance(u, Op) and u.target == "accumulate" for u in step.program.uses[op.name]) for op in step.program.ops)
+    assert source.count("rt.accumulate_mm(") == products > 3 and source.count("rt.accumulate_rows(") == 1
+    assert all(op.kw("scale") is not None for op in step.program.ops if op.target == "optim.sgd")  # the sum is the update's to scale for the clipping, too: no scaled copy
+    looked = generate(pipeline.run(step.program, {"localize": {"coordinate": {}}}, pipeline.EACH_RANK, check=False)[-1].program, looked=True)
+    assert "rt.accumulate_mm" not in looked and looked.count("rt.look(") > 100

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.mesh import STAGES, Mesh
+from deepseed.ops import embedding_backward
 from deepseed.runtime.handle import Handle, same
 
 Place = tuple[int, int] | tuple[int, int, int, int]
@@ -69,6 +70,16 @@ class Messages(ABC):
         if op == "max":
             return torch.maximum(acc, x, out=acc)
         return acc.logical_or_(x) if acc.dtype is torch.bool else acc.add_(x)
+
+    def accumulate_mm(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """``acc`` with one more microbatch's product, which is added up in there."""
+        return torch.mm(a, b) if acc is None else acc.addmm_(a, b)
+
+    def accumulate_rows(self, acc: Tensor | None, g: Tensor, ids: Tensor, rows: int) -> Tensor:
+        """``acc`` with one more microbatch's gradient of an embedding: the rows that it has."""
+        if acc is None or g.device.type != "cpu":  # elsewhere rows would be added in any order
+            return self.accumulate(acc, embedding_backward(g, ids, rows), own=True)
+        return acc.index_add_(0, ids.reshape(-1), g.reshape(-1, g.shape[-1]))
 
     def collect(self, parts: Sequence[Tensor], put: Place) -> Tensor:
         """The whole of a value that was split over microbatches, from its part of each. ``put``: where they are joined, as in
