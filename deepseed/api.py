@@ -53,6 +53,7 @@ def compile(
     device_memory: str | int | None = None,
     check_finite: bool | None = None,
     codegen: str = "python",
+    cuda_graphs: bool | str = False,
 ) -> TrainStep | Module:
     """Compile an unmodified model for a plan such as ``"zero3+tp2"``.
 
@@ -77,13 +78,14 @@ def compile(
     codegen: what computes groups of ops that need no memory in between: ``"python"`` (one torch call an op), ``"cpp"`` (C++ for a CPU, one library
     a program, compiled in seconds and kept in the cache folder), ``"inductor"`` (C++ by torch's Inductor, in minutes), ``"triton"`` (kernels for a GPU), or ``"auto"``: on a CPU with a
     compiler ``"cpp"``, else ``"python"``.
+    cuda_graphs: on a CUDA device, replay a rank's step as one graph from its third call on: ``"auto"`` where that can be, True: or raise GraphError; see docs/graphs.md.
 
-    Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError.
+    Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError, GraphError.
     """
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,
-        "check_finite": check_finite, "codegen": codegen,
+        "check_finite": check_finite, "codegen": codegen, "cuda_graphs": cuda_graphs,
     }  # fmt: skip
     compiled = TrainStep(model, plan, optimizer=optimizer, **common) if optimizer is not None else Module(model, plan, **common)
     if example_batch is not None:

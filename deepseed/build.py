@@ -14,6 +14,7 @@ from deepseed import pipeline
 from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
+from deepseed.graphs import Graphs
 from deepseed.idle import idle_share
 from deepseed.ir.amounts import format_bytes
 from deepseed.ir.contract import Pass
@@ -57,6 +58,7 @@ class Built:
     adopted: bool = False  # whether the state that it reads is stored
     looked: dict[bool, Sequence[Executable]] = field(default_factory=dict)  # the same, each value of which is looked at, without groups or with: once they are asked for
     kernels: Mapping[str, str] = field(default_factory=dict)  # the function of each group on the first of them, by its mark
+    uncaptured: str | None = None  # why no graph is made of a step; None: it was not asked for
 
     @property
     def instances(self) -> int:
@@ -94,15 +96,15 @@ def looked(built: Built, host: Host, grouped: bool = False) -> Sequence[Executab
 
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False, codegen: str = PYTHON
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False, codegen: str = PYTHON, graphs: Graphs | None = None,
 ) -> Built:
-    """Run the pipeline. ``codegen``: what computes groups of ops (deepseed.kernels). ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``codegen``: what computes groups of ops (deepseed.kernels). ``graphs``: how steps are captured (deepseed.graphs). ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
         captured = replace(captured, program=widen(captured.program))
     captured = replace(captured, program=prepared(captured.program, plan, host.mesh, own))
-    host.agree([("plan", str(plan)), ("codegen", codegen)])
+    host.agree([("plan", str(plan)), ("codegen", codegen), ("cuda_graphs", graphs is not None and graphs.insisted)])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
 
@@ -129,18 +131,23 @@ def build(
         done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
     program = done[-1].program
     host.refine(program.mesh)
-    executables, known, names = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]]()
+    executables, known, names, uncaptured = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]](), None
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         kernels = made(mine, codegen, known, bool(host.arenas), tell)
-        executables.append(Executable(generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names), program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
+        source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names)
+        if graphs is None:
+            executables.append(Executable(source, program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
+        else:
+            made_of, uncaptured = graphs.executable(mine, source, program.name, kernels, tell)
+            executables.append(made_of)
         names.append(kernels.names)
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names[0])
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names[0], uncaptured=uncaptured)
 
 
 def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:

@@ -143,6 +143,7 @@ def explain(
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
     codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto")] = "auto",
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="whether a CUDA device could replay a rank's step as one graph, and if not why")] = False,
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
     """Say what is split where, what is sent and what it costs. Makes no tensors: a model of any size can be asked about."""
@@ -170,7 +171,12 @@ def explain(
         report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program), traffic(codegen))
         return typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ranks = refined(ranks, done[-1].program.mesh)
-    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of)
+    graphs = None
+    if cuda_graphs:
+        from deepseed.graphs import refusal, told
+
+        graphs = told((), refusal(done[-1].program, collectives=True))
+    found = count(done[-1].program, seconds={each.name: each.seconds for each in done}, zero=said.stage, ranks=ranks, machine=of, graphs=graphs)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
         return
@@ -206,6 +212,7 @@ def verify(
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
     codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, cpp, inductor or auto")] = "python",
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="replay steps as CUDA graphs from the third on; give --steps 4 or more")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
@@ -225,7 +232,7 @@ def verify(
     if backend == "simulate":
         report = check(
             found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
-            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen,
+            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen, cuda_graphs=cuda_graphs,
         )  # fmt: skip
     else:
 
@@ -233,7 +240,7 @@ def verify(
             typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
 
         report = verify_ranks(
-            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, codegen=codegen, tell=tell
+            target, plan, world_size=world_size, backend=backend, optimizer=optimizer, clip_grad_norm=clip_of(found, clip), steps=steps, codegen=codegen, cuda_graphs=cuda_graphs, tell=tell
         )  # fmt: skip
     typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     if not as_json:

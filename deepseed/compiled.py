@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from deepseed import checkpoint, pretrained
+from deepseed import checkpoint, graphs, pretrained
 from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
@@ -97,6 +97,7 @@ class Compiled:
         device_memory: str | int | None = None,
         check_finite: bool | None = None,
         codegen: str = PYTHON,
+        cuda_graphs: bool | str = False,
         widen: bool = False,
         grads: bool = False,
         quiet: bool = False,
@@ -124,7 +125,7 @@ class Compiled:
         self.weights = None if weights is None else open_weights(weights, self.model, self.host, quiet)
         self.steps = 0
         self.states: list[State] = []
-        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads, resolve(codegen, self.host.device)), max_programs)
+        self.programs = Programs(Subject(self.model, optimizer, loss_fn, clip_grad_norm, words, seed, self.plan, self.host, batch == "local", widen, grads, quiet, pads, resolve(codegen, self.host.device), graphs.resolve(cuda_graphs, self.host)), max_programs)
         self._places: Places | None = None
         self._shown: Mapping[tuple[str, str], Tensor] = {}
         self._fills: dict[str, float] = {}  # what each slot of optimizer state holds before the first step
@@ -169,7 +170,7 @@ class Compiled:
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
         built = self.programs.current()
-        return explain(built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes})
+        return explain(built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes}, graphs=None if built.uncaptured is None else graphs.told(built.executables, built.uncaptured))
 
     # state ----------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class Explanation:
     replicated_ops: tuple[ReplicatedOp, ...]
     closed_forms: tuple[ClosedForm, ...]
     seconds: Mapping[str, float]
+    cuda_graphs: str | None = None  # whether a rank's step is replayed as one; None: not asked for
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,12 +123,12 @@ class Explanation:
 
 
 def explain(
-    p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None, ranks: Mesh | None = None, machine: Machine | None = None
+    p: Program, *, seconds: Mapping[str, float] | None = None, zero: int | None = None, ranks: Mesh | None = None, machine: Machine | None = None, graphs: str | None = None
 ) -> Explanation:
     """Count a lowered program, best the one that ranks run (after group_kernels); ``seconds`` by pass.
 
     ``zero``: the stage of the closed forms; read from the layouts where it is not given (2 lays everything out as 1 does). ``ranks``: their
-    mesh, where the pipeline is not its first axis. ``machine``: what the times of a schedule assume.
+    mesh, where the pipeline is not its first axis. ``machine``: what the times of a schedule assume. ``graphs``: whether a step is captured (deepseed.graphs).
     Raises ValueError on a program that still has reshards."""
     if "lowered" not in p.facts:
         raise ValueError(f"explain needs a program after lower_reshards; this one is {', '.join(sorted(p.facts)) or 'bare'}")
@@ -143,7 +144,7 @@ def explain(
     sums = _means(p, steps, where, counted, collectives, flops, whole)
     return Explanation(
         dict(where.sizes), stage, None if p.schedule is None else timing(p, machine or Machine()), tuple(each), memory(steps[full]).peak_at, max(collectives, key=lambda c: sum(k.bytes for k in c)), max(flops),
-        whole, _weights(p), tuple(_unruled(p)), tuple(_replicated(p)), tuple(closed(sums, stage)), dict(seconds or {}),
+        whole, _weights(p), tuple(_unruled(p)), tuple(_replicated(p)), tuple(closed(sums, stage)), dict(seconds or {}), graphs,
     )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ def lines(e: Explanation) -> Iterable[str]:
     if len(e.weights) > _SHOWN:
         yield f"  and {len(e.weights) - _SHOWN} more: --json lists all"
     yield from _left_whole(e)
+    if e.cuda_graphs is not None:
+        yield ""
+        yield f"  CUDA graphs: {e.cuda_graphs}"
     if e.seconds:
         yield ""
         yield "  seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in e.seconds.items())

@@ -26,6 +26,7 @@ from deepseed.capture.options import Optimizers, changed_options, fixed_options,
 from deepseed.capture.step import FORWARD, Want
 from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
+from deepseed.graphs import Graphs
 from deepseed.ir.layout import Layout
 from deepseed.ir.program import Type
 from deepseed.ir.widen import widen
@@ -64,6 +65,7 @@ class Subject:
     quiet: bool = False
     buckets: Sequence[Bucket] = ()
     codegen: str = "python"
+    graphs: Graphs | None = None  # of steps, on a device that has them
 
     def own(self, want: Wanted) -> bool:
         """Whether each data-parallel rank has its own rows, and its own loss, in such a program."""
@@ -261,7 +263,7 @@ class Programs:
         if twin is not None:  # what changed is read, and does not matter
             built = replace(twin, captured=captured, adopted=False)
         else:
-            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first, codegen=s.codegen)
+            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first, codegen=s.codegen, graphs=s.graphs)
         for o in built.program.outputs:
             if o.role == "pending":  # as the update finds it
                 self.pending[o.key] = built.program.types[o.ref.name]

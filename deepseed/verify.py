@@ -99,6 +99,7 @@ def verify(
     backend: str | None = None,
     seed: int = 0,
     codegen: str = "python",
+    cuda_graphs: bool | str = False,
 ) -> VerifyReport:
     """Run ``steps`` training steps twice, eagerly and compiled under ``plan``, and compare losses, gradients and parameters.
 
@@ -121,7 +122,7 @@ def verify(
         step = TrainStep(
             ours, plan, optimizer=_made(optimizer_factory, ours), loss_fn=loss_fn, clip_grad_norm=clip_grad_norm,
             world_size=world_size, backend=backend, seed=seed, widen=True, grads=True, quiet=True,
-            device_memory=os.environ.get("DEEPSEED_DEVICE_MEMORY") or "unlimited", codegen=codegen,
+            device_memory=os.environ.get("DEEPSEED_DEVICE_MEMORY") or "unlimited", codegen=codegen, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         step.compile(batches[0])  # what cannot be captured is said before eager PyTorch stumbles over it
         runs[0] = _runs(step, batches[0])

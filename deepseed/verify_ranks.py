@@ -23,6 +23,7 @@ def verify_ranks(
     steps: int = 3,
     seed: int = 0,
     codegen: str = "python",
+    cuda_graphs: bool = False,
     tell: Callable[[int, VerifyReport], None] | None = None,
 ) -> VerifyReport:
     """``verify`` of a TARGET (``path/to/file.py:name`` or ``hf:ClassName``) with one process a rank on this machine.
@@ -32,7 +33,7 @@ def verify_ranks(
 
     Raises PlanError, and RankError with what the first failing rank said.
     """
-    reports: list[VerifyReport] = on_ranks(_rank, parse_plan(plan).mesh(world_size).ranks, target, plan, backend, optimizer, clip_grad_norm, steps, seed, codegen)
+    reports: list[VerifyReport] = on_ranks(_rank, parse_plan(plan).mesh(world_size).ranks, target, plan, backend, optimizer, clip_grad_norm, steps, seed, codegen, cuda_graphs)
     for rank, report in enumerate(reports):
         if tell is not None:
             tell(rank, report)
@@ -43,8 +44,8 @@ def verify_ranks(
     )  # fmt: skip
 
 
-def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int, codegen: str) -> VerifyReport:
+def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int, codegen: str, cuda_graphs: bool) -> VerifyReport:
     found = load(target)
     said = optimizer_factory(optimizer or "adamw")
     factory: Any = like(found.optimizer, found.model) if optimizer is None and found.optimizer is not None else said
-    return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen)
+    return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen, cuda_graphs=cuda_graphs)

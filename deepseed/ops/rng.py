@@ -87,13 +87,18 @@ def _fill(out: Tensor, rng: Tensor, site: str, index: Index | None, per_word: in
     run = 1
     while flat_index and flat_index[-1][0] == flat_index[-1][2]:
         run *= flat_index.pop()[0]  # the shard is rows of ``run`` consecutive elements
-    starts = _enumerate(flat_index, run, out.device)
     words = -(-run // per_word)
-    if (len(starts) == 1 or words >= _BLOCK) and not (starts % per_word).any():
-        counters = _counters(min(_BLOCK, words), out.device)
-        for row, start in zip(flat.view(-1, run), starts.tolist(), strict=True):
-            _fill_run(row, key, start // per_word, per_word, counters, draw)
-    elif run % per_word == 0:
+    if math.prod(count for _, _, count in flat_index) == 1 or words >= _BLOCK:
+        firsts = [0]  # in Python: nothing is read from a device, so that a step can be captured as a graph
+        for n, first, count in flat_index:
+            firsts = [at * n + i for at in firsts for i in range(first, first + count)]
+        if not any(at * run % per_word for at in firsts):
+            counters = _counters(min(_BLOCK, words), out.device)
+            for row, start in zip(flat.view(-1, run), [at * run for at in firsts], strict=True):
+                _fill_run(row, key, start // per_word, per_word, counters, draw)
+            return
+    starts = _enumerate(flat_index, run, out.device)
+    if run % per_word == 0:
         rows = _BLOCK // words
         counters = _counters(words, out.device)
         offsets = starts.div(per_word, rounding_mode="floor").mul_(_signed(GOLDEN))
@@ -143,10 +148,15 @@ def _key(rng: Tensor, site: str) -> int | Tensor:
     """mix(mix(hash(site) + seed * golden) + step * golden); a number on CPU, where reading ``rng`` is free."""
     start = site_hash(site)
     if rng.device.type != "cpu":
-        seed_step = rng * _signed(GOLDEN)
-        return _mix(_mix(seed_step[:1] + _signed(start)) + seed_step[1:])
+        return _key_on_device(rng, start)
     seed, step = rng.tolist()
     return _signed(_mix_int(_mix_int(start + seed * GOLDEN) + step * GOLDEN))
+
+
+def _key_on_device(rng: Tensor, start: int) -> Tensor:
+    """Computed there: what a graph that was captured replays has the numbers of the step that replays it."""
+    seed_step = rng * _signed(GOLDEN)
+    return _mix(_mix(seed_step[:1] + _signed(start)) + seed_step[1:])
 
 
 @lru_cache(maxsize=4096)

@@ -125,7 +125,7 @@ def eager(model: nn.Module, batch: dict[str, Tensor], compiled: bool = False) ->
 
 
 def ours(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
-    step = deepseed.compile(model, "zero0+bf16", optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), codegen="triton", quiet=True)
+    step = deepseed.compile(model, "zero0+bf16", optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), codegen="triton")
     return lambda: step(batch)
 
 
