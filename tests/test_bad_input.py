@@ -308,9 +308,9 @@ def test_a_rank_that_ends_between_microbatches_is_named_by_all_others(ends: Call
     assert seconds < 30
 
 
-def test_a_launcher_names_the_rank_that_ended_and_exits_in_error() -> None:
+def test_a_launcher_names_the_rank_that_ended_and_exits_in_error(tmp_path: Path) -> None:
     call: Callable[..., Any] = subprocess.run
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gloo.mistakes", "die"]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path}", "-m", "gloo.mistakes", "die"]
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
     done = call(command, capture_output=True, text=True, env=env, timeout=120, check=False)
     assert done.returncode != 0 and "not reached" not in done.stdout
