@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
-from deepseed.ir.collective import MEMORIES
+from deepseed.ir.collective import MEMORIES, step
 from deepseed.ir.program import Op, Output, Program
 
 STORED = ("param", "buffer", "state")
@@ -103,6 +104,23 @@ class Donation:
         """Whether the op at ``position`` may turn ``stored`` into ``result`` in its own memory: it is the last reader."""
         o = self.stored.get(stored)
         return o is not None and o.ref.name == result and self.last_reader[stored] == position
+
+    def in_block(self, position: int, block: str, result: str) -> bool:
+        """Whether the op at ``position`` may turn ``block`` into ``result`` in the memory of the stored tensor of which it is this rank's block: the op is
+        the last reader of that tensor, whose next value is gathered of the ranks' results, each where its block lies, one behind the other."""
+        cut = self.program.producers.get(block)
+        if cut is None or cut.target != "shard" or self.last_reader.get(cut.refs[0].name) != position:
+            return False
+        whole, axis = self.program.types[cut.refs[0].name], str(cut.kw("axis"))
+        wait = self.program.producers.get(self.stored[cut.refs[0].name].ref.name)
+        gather = None if wait is None or wait.target != "wait" else self.program.producers[wait.refs[0].name]
+        if wait is None or gather is None or gather.target != "all_gather.start" or gather.kw("axis") != axis:
+            return False
+        here, there, mesh = self.program.types[result], self.program.types[wait.name], self.program.mesh
+        if gather.refs[gather.results.index(wait.refs[0].name)].name != result or here.layout != cut.type.layout or there.layout != whole.layout or here.dtype != whole.dtype:
+            return False
+        place = step(whole.shape, whole.layout, here.layout, axis, mesh).take
+        return place is not None and place.outer * prod(whole.local(mesh)[: place.dim]) == 1
 
     @cached_property
     def _kept(self) -> frozenset[str]:

@@ -4,8 +4,8 @@
     optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
 
 ``states`` names the state operands as torch.optim does; results are the new parameter and each new state but ``step``, which
-comes in counted up already. ``skip=`` (nothing changes) and ``scale=`` (of the gradient) are operands too. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory where its stored tensor
-has no later reader, else on a copy.
+comes in counted up already. ``skip=`` (nothing changes) and ``scale=`` (of the gradient) are operands too. Updates that stand side by side with the same options become one call over lists. An entry is updated in its own memory (a block of a
+stored tensor in that tensor's) where its stored tensor has no later reader, else on a copy.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Update:
         name = self.name(ref.name)
         if result is None:
             return f"{name}.contiguous()"
-        if ref.name not in taken and self.donation.in_place(position, ref.name, op.results[result]):
+        done = op.results[result]
+        if ref.name not in taken and (self.donation.in_place(position, ref.name, done) or self.donation.in_block(position, ref.name, done)):
             taken.add(ref.name)
             return name
         return f"{name}.clone(memory_format=torch.contiguous_format)"

@@ -218,8 +218,11 @@ class _Liveness:
         stored = {o.ref.name: name for name, o in self.donation.stored.items()}
         for result, t in zip(op.results, op.types, strict=True):
             old = stored.get(result)
+            block = next((r.name for r in op.refs if self.donation.in_block(n, r.name, result)), None)
             if old is not None and self.donation.in_place(n, old, result):
                 self._share(result, old)
+            elif block is not None:
+                self._share(result, block)
             else:
                 self._new(result, t.local_bytes(self.p.mesh), t.host)
             self.strides[result] = contiguous(t.local(self.p.mesh))

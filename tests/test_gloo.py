@@ -43,11 +43,16 @@ def test_four_ranks_are_eager_in_float64_and_run_the_simulations_program() -> No
     equal(4, FOUR)
 
 
+def sensible(case: Case) -> bool:
+    """Rows of features have no sequence to split."""
+    return not (case[0] == "mlp" and case[1].startswith("sp"))
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("number", KINDS)
 def test_every_model_and_plan_on_real_ranks(number: int, model: str) -> None:
-    equal(number, [(model, plan, optimizer) for plan, optimizer in itertools.product(KINDS[number], OPTIMIZERS)])
+    equal(number, [case for case in itertools.product([model], KINDS[number], OPTIMIZERS) if sensible(case)])
 
 
 def check_float32(number: int, cases: list[Case]) -> None:
@@ -68,7 +73,7 @@ def test_float32_stays_beside_eager_float32() -> None:
 @pytest.mark.wide
 @pytest.mark.parametrize("number", KINDS)
 def test_float32_on_every_model_and_plan(number: int) -> None:
-    check_float32(number, list(itertools.product(MODELS, KINDS[number], OPTIMIZERS)))
+    check_float32(number, [case for case in itertools.product(MODELS, KINDS[number], OPTIMIZERS) if sensible(case)])
 
 
 # what a rank stores -----------------------------------------------------------------------------------------------------

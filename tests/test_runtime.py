@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -39,13 +40,13 @@ class Done:
     stderr: str
 
 
-def launch(mode: str, folder: Path, ranks: int, seconds: float = 120, fresh: bool = False) -> list[Done]:
+def launch(mode: str, folder: Path, ranks: int, seconds: float = 120, fresh: bool = False, through: str = "memory") -> list[Done]:
     """Run the worker on ``ranks`` processes; each one's exit code and output. ``fresh``: new interpreters, as a launcher would
     start; else forked from a server that has torch loaded, which saves seconds."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "DEEPSEED_CMA": "0" if through == "gloo" else "1"}
     each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     until = time.monotonic() + seconds
     if fresh:
@@ -70,8 +71,8 @@ def launch(mode: str, folder: Path, ranks: int, seconds: float = 120, fresh: boo
     return [Done(f.exitcode, (folder / f"{n}.out").read_text(), (folder / f"{n}.err").read_text()) for n, f in enumerate(forked)]
 
 
-def results(mode: str, folder: Path, ranks: int) -> list[Any]:
-    for rank, done in enumerate(launch(mode, folder, ranks)):
+def results(mode: str, folder: Path, ranks: int, through: str = "memory") -> list[Any]:
+    for rank, done in enumerate(launch(mode, folder, ranks, through=through)):
         assert done.returncode == 0, f"rank {rank}:\n{done.stderr}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
@@ -79,20 +80,21 @@ def results(mode: str, folder: Path, ranks: int) -> list[Any]:
 # gloo -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_random_reshards_on_gloo_are_bitwise_the_simulation(tmp_path: Path, ranks: int) -> None:
-    got = results("reshards", tmp_path, ranks)
+@pytest.mark.parametrize(("ranks", "through"), [(2, "memory"), (2, "gloo"), (4, "memory"), (4, "gloo")])
+def test_random_reshards_on_gloo_are_bitwise_the_simulation(tmp_path: Path, ranks: int, through: str) -> None:
+    got = results("reshards", tmp_path, ranks, through)
     for seed in range(RESHARDS):
         text, _, parts = random_reshard(seed, ranks)
         for rank, expected in enumerate(run_parts(text, parts)):
             assert torch.equal(got[rank][seed], expected), f"seed {seed}, rank {rank}\n{text}"
 
 
-def test_training_steps_on_gloo_are_the_simulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through", ["memory", "gloo"])
+def test_training_steps_on_gloo_are_the_simulation(tmp_path: Path, through: str) -> None:
     p, full = lowered(MLP), random_inputs(lowered(MLP))
     first = run_simulated(p, full)
     again = run_simulated(p, {**full, **{key: t for (_, key), t in first.stored.items()}})
-    got = results("step", tmp_path, 4)
+    got = results("step", tmp_path, 4, through)
     for rank, here in enumerate(got):
         for expected, outputs in zip((first, again), here["outputs"], strict=True):
             for a, b in zip(expected.ranks[rank], outputs, strict=True):
@@ -103,8 +105,9 @@ def test_training_steps_on_gloo_are_the_simulation(tmp_path: Path) -> None:
             assert torch.equal(here["dtensors"][key], here["whole"][key])
 
 
-def test_every_dtype_on_gloo_is_the_simulation(tmp_path: Path) -> None:
-    got = results("dtypes", tmp_path, 2)
+@pytest.mark.parametrize("through", ["memory", "gloo"])
+def test_every_dtype_on_gloo_is_the_simulation(tmp_path: Path, through: str) -> None:
+    got = results("dtypes", tmp_path, 2, through)
 
     def body(rt: Runtime, _: list[Tensor]) -> tuple[Tensor, ...]:
         out: list[Tensor] = []
@@ -133,23 +136,26 @@ def test_ranks_agree_on_text_and_values(tmp_path: Path) -> None:
         assert "batch = 4 on rank 0, batch = 5 on rank 1" in said[1]
 
 
-def test_a_late_rank_is_waited_for(tmp_path: Path) -> None:
-    assert all(torch.equal(t, torch.full((3,), 2.0)) for t in results("slow", tmp_path, 2))
+@pytest.mark.parametrize("through", ["memory", "gloo"])
+def test_a_late_rank_is_waited_for(tmp_path: Path, through: str) -> None:
+    assert all(torch.equal(t, torch.full((3,), 2.0)) for t in results("slow", tmp_path, 2, through))
 
 
 @pytest.mark.parametrize(
-    ("kind", "culprit", "says"),
+    ("kind", "culprit", "says", "through"),
     [
-        ("raise", 3, "rank 3 failed: ValueError: the batch has a hole"),
-        ("raise0", 0, "rank 0 failed: ValueError: the batch has a hole"),
-        ("die", 3, "rank 3 died"),
-        ("die0", 0, "rank 0, which keeps the store where ranks meet, is gone"),
-        ("sleep", 3, "rank 3 did not come to a collective"),
+        ("raise", 3, "rank 3 failed: ValueError: the batch has a hole", "memory"),
+        ("raise0", 0, "rank 0 failed: ValueError: the batch has a hole", "gloo"),
+        ("die", 3, "rank 3 died", "gloo"),
+        ("die", 3, "rank 3 died", "memory"),
+        ("die0", 0, "rank 0, which keeps the store where ranks meet, is gone", "memory"),
+        ("sleep", 3, "rank 3 did not come to a collective", "gloo"),
+        ("sleep", 3, "rank 3 did not come to a collective", "memory"),
     ],
 )
-def test_one_ranks_trouble_ends_all_and_is_named(tmp_path: Path, kind: str, culprit: int, says: str) -> None:
+def test_one_ranks_trouble_ends_all_and_is_named(tmp_path: Path, kind: str, culprit: int, says: str, through: str) -> None:
     began = time.monotonic()
-    done = launch(f"trouble.{kind}", tmp_path, 4, fresh=kind == "die")
+    done = launch(f"trouble.{kind}", tmp_path, 4, fresh=kind == "die" and through == "gloo", through=through)
     for rank, process in enumerate(done):
         assert process.returncode not in (0, None) and "not reached" not in process.stdout
         if rank != culprit:
@@ -280,10 +286,12 @@ def test_inputs_say_what_does_not_fit() -> None:
 
 def test_freed_memory_is_kept_from_the_end_of_a_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, what a matrix library takes for good would lie among freed values of the first step, and later ones would not fit."""
-    from deepseed.runtime import executable
+    from deepseed.runtime import executable, pages
 
     seen: list[str] = []
-    monkeypatch.setattr(executable, "keep_freed_memory", lambda: seen.append("kept"))
+    monkeypatch.setattr(pages, "_steps", itertools.count(1))
+    monkeypatch.setattr(pages, "keep_freed_memory", lambda: seen.append("kept"))
+    monkeypatch.setattr(pages, "huge_pages", lambda: seen.append("huge"))
     step = executable.Executable("def step(rt, inputs):\n    note('step')\n    return ()\n", "kept", kernels={"note": seen.append})
     rt: Any = Namespace(arena=None)
     step(rt, [])
@@ -291,4 +299,7 @@ def test_freed_memory_is_kept_from_the_end_of_a_first_step_on(monkeypatch: pytes
     halves = executable.Executable("def forward(rt, inputs):\n    note('forward')\n    return (), ()\ndef backward(rt, kept, tangents):\n    note('backward')\n    return ()\n", "kept2", kernels={"note": seen.append}).halves()
     halves.forward(rt, [])
     halves.backward(rt, [])
-    assert seen == ["step", "kept", "forward", "backward", "kept"]
+    assert seen == ["step", "kept", "forward", "backward"]
+    for _ in range(40):
+        step(rt, [])
+    assert [sum(w in ("step", "backward") for w in seen[:k]) for k, w in enumerate(seen) if w == "huge"] == [4, 32]

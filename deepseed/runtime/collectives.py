@@ -19,7 +19,7 @@ from torch import Tensor
 from deepseed.ir.layout import chunk
 from deepseed.ir.mesh import Mesh
 from deepseed.runtime.clock import Clock
-from deepseed.runtime.handle import Handle, done, same
+from deepseed.runtime.handle import Direct, Handle, done, same
 from deepseed.runtime.looks import Looks
 from deepseed.runtime.memories import Memories
 from deepseed.runtime.pipeline import Messages, Place
@@ -66,7 +66,7 @@ class Runtime(Messages, Memories):
         n = self.mesh.size(axis)
         if n == 1:
             return done(x)
-        return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), _Join(put))
+        return Handle(self.exchange("all_gather", widest(x, n, put).contiguous(), axis, ""), Finish(n, self.position(axis), put=put))
 
     def all_reduce_start(self, x: Tensor, axis: str, reduce: str = "sum") -> Handle:
         if self.mesh.size(axis) == 1:
@@ -77,14 +77,14 @@ class Runtime(Messages, Memories):
         n = self.mesh.size(axis)
         if n == 1:
             return done(x)
-        return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), lambda y: own(y, n, self.position(axis), take))
+        return Handle(self.exchange("reduce_scatter", cut(x, n, take).contiguous(), axis, reduce), Finish(n, self.position(axis), take))
 
     def all_to_all_start(self, x: Tensor, axis: str, take: Place, put: Place) -> Handle:
         n = self.mesh.size(axis)
         if n == 1:
             return done(x)
         blocks = cut(widest(x, n, put), n, take).contiguous()
-        return Handle(self.exchange("all_to_all", blocks, axis, ""), lambda y: join(_own_of_each(y, n, self.position(axis), take), put))
+        return Handle(self.exchange("all_to_all", blocks, axis, ""), Finish(n, self.position(axis), take, put))
 
     def dispatch_start(self, x: Tensor, ids: Tensor, axis: str, rows: Place, of: int) -> Handle:
         """The rows that this rank owns, zeros for all others. ``x``: its part of the rows, cut at ``rows``; ``ids``: of all rows, below ``of``."""
@@ -123,8 +123,8 @@ class Runtime(Messages, Memories):
         handles, at = [], 0
         for k, shape in enumerate(shapes):
             size = shape.numel()
-            mine = (n, i, take[k]) if take and len(take[k]) > 2 else None
-            handles.append(Handle(complete, _Unpack(at, size, (n, *shape), put[k], mine) if put else _Unpack(at, size, tuple(shape), None, mine)))
+            finish = Finish(n, i, take[k] if take else None, put[k] if put else None)
+            handles.append(Handle(complete, _Unpack(at, size, (n, *shape) if put else tuple(shape), finish)))
             at += size
         return handles
 
@@ -133,8 +133,12 @@ class Runtime(Messages, Memories):
 
     def wait_into(self, handle: Handle, out: Tensor) -> Tensor:
         """``wait``, with the result in the memory of ``out``."""
+        finish = handle.finish
+        if isinstance(handle.complete, Direct) and isinstance(finish, Finish) and finish.lies(out):
+            handle.complete.into(out)
+            return out
         found = handle.complete()
-        return handle.finish.into(found, out) if isinstance(handle.finish, _Join | _Unpack) else out.copy_(handle.finish(found))
+        return finish.into(found, out) if isinstance(finish, Finish | _Unpack) else out.copy_(finish(found))
 
     def shard(self, x: Tensor, axis: str, take: Place) -> Tensor:
         """This rank's block; a view where one exists."""
@@ -154,14 +158,27 @@ class Runtime(Messages, Memories):
 
 
 @dataclass(frozen=True)
-class _Join:
-    put: Place
+class Finish:
+    """What rank ``i`` of ``n`` makes of what an exchange brought: a block without its padding, of what was cut at ``take``; joined blocks, [n, ..], at ``put``."""
 
-    def __call__(self, blocks: Tensor) -> Tensor:
-        return join(blocks, self.put)
+    n: int
+    i: int
+    take: Place | None = None
+    put: Place | None = None
 
-    def into(self, blocks: Tensor, out: Tensor) -> Tensor:
-        return join_into(blocks, self.put, out)
+    def __call__(self, found: Tensor) -> Tensor:
+        if self.put is None:
+            return found if self.take is None else own(found, self.n, self.i, self.take)
+        return join(found if self.take is None else _own_of_each(found, self.n, self.i, self.take), self.put)
+
+    def into(self, found: Tensor, out: Tensor) -> Tensor:
+        if self.put is None or self.take is not None:
+            return out.copy_(self(found))
+        return join_into(found, self.put, out)
+
+    def lies(self, out: Tensor) -> bool:
+        """Whether the memory of ``out`` is that of gathered blocks one behind the other."""
+        return self.take is None and self.put is not None and len(self.put) == 2 and self.put[1] * prod(out.shape[: self.put[0]]) == 1 and out.is_contiguous()
 
 
 class _Once:
@@ -180,26 +197,24 @@ class _Once:
 
 @dataclass(frozen=True)
 class _Unpack:
-    """One tensor's part of a packed buffer; a gathered part is joined at ``place``."""
+    """One tensor's part of a packed buffer, and what is made of it."""
 
     at: int
     size: int
     shape: tuple[int, ...]
-    put: Place | None = None
-    mine: tuple[int, int, Place] | None = None  # an uneven cut: ranks, this rank, where
+    finish: Finish
+
+    def part(self, packed: Tensor) -> Tensor:
+        return packed.narrow(-1, self.at, self.size).view(self.shape)
 
     def into(self, packed: Tensor, out: Tensor) -> Tensor:
-        if self.put is None or self.mine is not None:
-            return out.copy_(self(packed))
-        return join_into(packed.narrow(-1, self.at, self.size).view(self.shape), self.put, out)
+        return self.finish.into(self.part(packed), out)
 
     def __call__(self, packed: Tensor) -> Tensor:
-        part = packed.narrow(-1, self.at, self.size).view(self.shape)
-        if self.put is None and SMALL * self.size < packed.numel():
+        part = self.part(packed)
+        if self.finish.put is None and SMALL * self.size < packed.numel():
             part = part.clone()
-        if self.put is not None:
-            return join(part if self.mine is None else _own_of_each(part, *self.mine), self.put)
-        return part if self.mine is None else own(part, *self.mine)
+        return self.finish(part)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepseed.ir.mesh import STAGES, Mesh, whole_axis
+from deepseed.runtime.attach import Link, Part, attach
 from deepseed.runtime.channels import Channels, Group
-from deepseed.runtime.collectives import Runtime
+from deepseed.runtime.collectives import Finish, Runtime, cut, widest
 from deepseed.runtime.errors import AgreementError, RankError
-from deepseed.runtime.pipeline import as_bytes
+from deepseed.runtime.handle import Handle
+from deepseed.runtime.pipeline import Place, as_bytes
 from deepseed.runtime.watch import Watch
 
 TIMEOUT = float(os.environ.get("DEEPSEED_TIMEOUT", "600"))  # seconds that a rank waits for the others in one collective
@@ -34,6 +36,7 @@ TOLD = 60.0  # seconds after which it says so, or half of the timeout
 LINGER = 3.0  # seconds that a rank stays after an error, at most, for the others to read what happened
 PAUSE = 0.1  # seconds that a process stays when it leaves, for gloo's threads to let go
 _SLICE = timedelta(seconds=1)  # how often a waiting rank looks whether another one is in trouble
+REDUCING = ("all_reduce", "reduce_scatter")
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -44,6 +47,7 @@ class World:
         self.device, self.timeout = torch.device(device), timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.watch = Watch(dist.distributed_c10d._get_default_store(), self.rank, self.size)
+        self.links: dict[tuple[int, ...], Link | None] = {}
         self.channels: dict[tuple[int, int], Group] = {}  # (sender, receiver): a group of its own for messages
         self.before_leaving: list[Callable[[], None]] = []
         self._depth = 0
@@ -59,6 +63,9 @@ class World:
         for each in self.before_leaving:
             each()
         self.watch.close()
+        for link in self.links.values():
+            if link is not None:
+                link.close()
         if self._failed and self.device.type == "cpu":
             for group in (*self.channels.values(), *dist.distributed_c10d._world.pg_map):
                 _never_let_go(group)
@@ -71,31 +78,57 @@ class World:
         try:
             work = begin()
         except (RuntimeError, ValueError) as error:
-            raise self.watch.diagnose(error, time.monotonic() - started) from error
+            raise self.diagnosed(error, what, time.monotonic() - started) from error
         if work is not None:
             self.wait(work, what)
 
     def wait(self, work: dist.Work, what: str) -> None:
         """Wait for a collective that is under way."""
-        self.watch.doing = what
-        began, told = time.monotonic(), False
-        while True:
+
+        def over() -> Exception | None:
             try:
                 if self.device.type == "cpu":
                     work.wait(_SLICE)
                 else:
                     work.wait()  # waits on the stream; the watchdog of the back end holds the timeout
-                break
             except (RuntimeError, ValueError) as error:
-                waited = time.monotonic() - began
-                if work.is_completed() or waited > self.timeout or self.watch.alarmed():
-                    if work.is_completed() and _succeeded(work):
-                        break
-                    raise self.watch.diagnose(error, waited) from error
-                if not told and waited > min(TOLD, self.timeout / 2):
-                    told = True
-                    self.watch.tell(waited, self.timeout)
+                if not work.is_completed():
+                    return error
+                if not _succeeded(work):
+                    raise
+            return None
+
+        self.until(over, what)
+
+    def until(self, over: Callable[[], Exception | None], what: str) -> None:
+        """Ask whether what this rank waits for is ``over`` (None; else why not yet), which raises where it never will be."""
+        self.watch.doing = what
+        began, told, lost = time.monotonic(), False, False
+        while True:
+            try:
+                why = over()
+            except (OSError, RuntimeError, ValueError) as error:
+                why, lost = error, True
+            if why is None:
+                break
+            waited = time.monotonic() - began
+            if lost or waited > self.timeout or self.watch.alarmed():
+                raise self.watch.diagnose(why, waited) from why
+            if not told and waited > min(TOLD, self.timeout / 2):
+                told = True
+                self.watch.tell(waited, self.timeout)
         self.watch.doing = "computation after " + what.replace(" over ", " on ")
+
+    def diagnosed(self, error: Exception, what: str, seconds: float = 0.0) -> RankError:
+        """The error to raise where this rank could not do ``what``."""
+        self.watch.doing = what
+        return self.watch.diagnose(error, seconds)
+
+    def link(self, ranks: Sequence[int], group: ProcessGroup) -> Link | None:
+        """Of a group whose ranks read each other's memory; all of them ask at the same time."""
+        if tuple(ranks) not in self.links:
+            self.links[tuple(ranks)] = attach(self, ranks, group)
+        return self.links[tuple(ranks)]
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -155,10 +188,14 @@ class DistributedRuntime(Runtime):
         for axis in dict.fromkeys(map(whole_axis, mesh.names)):
             if axis not in self._groups:  # one group for its sub-axes together
                 self._groups[axis] = self.device_mesh[mesh.parts(axis)]._flatten(axis).get_group()
+        gloo = {axis: group for axis, group in self._groups.items() if dist.get_backend(group) == "gloo"}
+        self._links = {axis: link for axis, group in gloo.items() if (link := self.world.link(mesh.group(axis, self.rank), group)) is not None}
         self._number = 0
         self._channels = Channels(self.world, mesh.group(STAGES, self.rank) if STAGES in mesh.sizes else ())
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
+        if axis in self._links and x.numel():
+            return Part(self._links[axis].start(kind, [x], reduce, self._next(kind, axis)))
         group, n = self._groups[axis], self.mesh.size(axis)
         by_blocks = kind == "reduce_scatter" and reduce == "sum" and self.device.type == "cpu"  # gloo reduces all and throws away
         if kind == "all_gather":
@@ -171,8 +208,7 @@ class DistributedRuntime(Runtime):
             out = torch.empty_like(x)
         if not x.numel():
             return lambda: _added(out) if by_blocks else out
-        self._number += 1
-        what = f"{kind} over {axis}, number {self._number}"
+        what = self._next(kind, axis)
         sent, received = _plain(x), _plain(out)
         began = time.monotonic()
         try:
@@ -185,8 +221,7 @@ class DistributedRuntime(Runtime):
             else:
                 work = dist.all_to_all_single(received, sent, group=group, async_op=True)
         except (RuntimeError, ValueError) as error:
-            self.world.watch.doing = what
-            raise self.world.watch.diagnose(error, time.monotonic() - began) from error
+            raise self.world.diagnosed(error, what, time.monotonic() - began) from error
 
         def complete() -> Tensor:
             self.world.wait(work, what)
@@ -196,17 +231,31 @@ class DistributedRuntime(Runtime):
 
         return complete
 
+    def _next(self, kind: str, axis: str) -> str:
+        self._number += 1
+        return f"{kind} over {axis}, number {self._number}"
+
+    def bucket_start(self, kind: str, xs: Sequence[Tensor], axis: str, take: Sequence[Place] = (), put: Sequence[Place] = (), reduce: str = "sum") -> list[Handle]:
+        """Without packing, where ranks read each other's memory."""
+        link = self._links.get(axis)
+        if link is None:
+            return super().bucket_start(kind, xs, axis, take, put, reduce)
+        n, joined = self.mesh.size(axis), dict(enumerate(put))
+        parts = [widest(x, n, joined.get(k)) for k, x in enumerate(xs)]
+        parts = [(cut(x, n, take[k]) if take else x).contiguous() for k, x in enumerate(parts)]
+        under_way = link.start(kind, parts, reduce if kind in REDUCING else "", self._next(kind, axis))
+        return [Handle(Part(under_way, k), Finish(n, self.position(axis), take[k] if take else None, joined.get(k))) for k in range(len(xs))]
 
     def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
+        what = self._next("rows", axis)
+        if axis in self._links:
+            return Part(self._links[axis].start("rows", [x], "", what, sends), receives=receives)
         out = x.new_empty(sum(receives), *x.shape[1:])
-        self._number += 1
-        what = f"rows over {axis}, number {self._number}"
         began = time.monotonic()
         try:
             work = dist.all_to_all_single(_plain(out), _plain(x), list(receives), list(sends), self._groups[axis], async_op=True)
         except (RuntimeError, ValueError) as error:
-            self.world.watch.doing = what
-            raise self.world.watch.diagnose(error, time.monotonic() - began) from error
+            raise self.world.diagnosed(error, what, time.monotonic() - began) from error
 
         def complete() -> Tensor:
             self.world.wait(work, what)
@@ -217,8 +266,7 @@ class DistributedRuntime(Runtime):
         return complete
 
     def spread(self, x: Tensor, axis: str, source: int) -> Callable[[], Tensor]:
-        self._number += 1
-        what = f"broadcast over {axis}, number {self._number}"
+        what = self._next("broadcast", axis)
         if x.numel():
             self.world.run(lambda: dist.broadcast(as_bytes(x), self.mesh.group(axis, self.rank)[source], self._groups[axis], async_op=True), what)
         return lambda: x

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from deepseed.ir.program import Input, Output
 from deepseed.runtime.collectives import Runtime
+from deepseed.runtime.pages import settle
 
 
 class Executable:
@@ -41,7 +39,7 @@ class Executable:
         with torch.no_grad(), counted:
             step: Callable[[Any, list[Tensor]], tuple[Tensor, ...]] = self._loaded.names["step"]
             out = step(rt, inputs)
-        keep_freed_memory()
+        settle()
         return out
 
     def halves(self) -> Halves:
@@ -68,7 +66,7 @@ class Halves:
         kept, self._kept = self._kept, None
         with torch.no_grad(), self._counted(rt, tangents, [i.type.host for i in self.inputs if i.role == "tangent"]):
             out: tuple[Tensor, ...] = self._names["backward"](rt, kept, tangents)
-        keep_freed_memory()
+        settle()
         return out
 
     def _counted(self, rt: Runtime, given: Sequence[Tensor], host: Sequence[bool]) -> AbstractContextManager[None]:
@@ -107,22 +105,3 @@ def _load(source: str, name: str, kernels: Mapping[str, Callable[..., Any]], cod
     exec(compile(source, str(path), "exec"), namespace)
     _loaded[source, name, codegen] = made = _Loaded(path, namespace)
     return made
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory instead of giving it back and faulting it in again: 10-17% of a CPU step.
-
-    After a first step: what libraries take there for good, as room to pack matrices, would lie among values that are freed, and later ones of their size would no longer fit there.
-    Once a process; True where it took effect. mallopt(3): M_TRIM_THRESHOLD = -1, M_MMAP_THRESHOLD = -3.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False  # another C library
-    large = 2**31 - 1
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what compiling has left, first
-    return bool(mallopt(-1, large)) & bool(mallopt(-3, large))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,17 @@ class Handle:
 
     complete: Callable[[], Tensor]
     finish: Callable[[Tensor], Tensor]
+
+
+class Direct(ABC):
+    """A ``complete`` that can bring the exchanged buffer into memory that is there already."""
+
+    @abstractmethod
+    def __call__(self) -> Tensor: ...
+
+    @abstractmethod
+    def into(self, out: Tensor) -> Tensor:
+        """``out``: contiguous, with as many elements."""
 
 
 def same(x: Tensor) -> Tensor:

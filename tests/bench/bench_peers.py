@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 def settings(selection: str, a: argparse.Namespace) -> argparse.Namespace:
     """Those of bench_training for one selection."""
     size, dtype, n = selection.rsplit(" ", 2)
-    given = argparse.Namespace(ranks=2, rounds=a.rounds if "7M" in size or n == "x1" else min(a.rounds, 5), steps=2 if (size, n) == ("Llama 7M", "x1") else 1, warmup=3 if n == "x1" else 2, seq=128, vocab=8192, threads=1, fused=True, malloc=False,
+    given = argparse.Namespace(ranks=2, rounds=a.rounds if "7M" in size or n == "x1" else min(a.rounds, 5), steps=2 if (size, n) == ("Llama 7M", "x1") else 1, warmup=4, seq=128, vocab=8192, threads=1, fused=True, malloc=False,
                                timeout=900 if a.rounds else 7200, dtype=dtype, accumulation=int(n[1:]), deepspeed_python=a.deepspeed_python)  # fmt: skip
     vars(given).update(SIZES[size])
     return given
