@@ -1,4 +1,4 @@
-# make demo | generate-demo | serve-demo | test | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+# make demo | generate-demo | serve-demo | test | tests | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
 
 # 3.11 or newer
 PYTHON    ?= python3
@@ -15,7 +15,7 @@ READY     := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo generate-demo serve-demo smollm2 test test-all zoo unseen bench lint docs clean
+.PHONY: demo generate-demo serve-demo smollm2 test tests test-all zoo unseen bench lint docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -44,7 +44,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+# side by side: mypy has one core
+test: $(READY)
+	$(MAKE) -j 2 lint tests
+
+tests: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not wide'
 
 test-all: lint

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -19,14 +21,15 @@ def on_ranks(function: Callable[..., Any], ranks: int, *given: Any) -> list[Any]
     """What ``function(*given)`` returns in each of ``ranks`` processes, which find the launcher's environment and end with this one; it leaves the process group itself. A mistake of the
     user's (an error of this package's) is said once, not by every rank. Call it from a script's ``if __name__ == "__main__":``. Raises RankError with what the first failing rank said.
     """
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=f"{function.__name__}-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-        start_method="spawn",
-    )  # fmt: skip
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share this machine
     try:
-        got: dict[int, Any] = elastic_launch(config, _one)(function, given, os.getpid())
+        with tempfile.TemporaryDirectory(prefix="deepseed-ranks-") as folder:
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=f"{function.__name__}-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                start_method="spawn", logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )  # fmt: skip
+            got: dict[int, Any] = elastic_launch(config, _one)(function, given, os.getpid())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RankError(rank, f"rank {rank} of {ranks} failed: {failure.message}") from None

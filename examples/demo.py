@@ -48,7 +48,7 @@ class Run:
         self.log.unlink(missing_ok=True)
         command = [sys.executable, train_text.__file__]
         if self.ranks > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}", "--", train_text.__file__]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={folder}", "--", train_text.__file__]
         command += ["--plan", self.plan, "--log", str(self.log), "--save", str(self.weights)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with self.said.open("wb") as said:

@@ -1,4 +1,4 @@
-"""One rank of a training run that counts what it really uses: ``cost_worker.py TARGET PLAN FOLDER``, with torchrun's environment.
+"""One rank of a training run that counts what it really uses.
 
 Shares nothing with deepseed.cost or deepseed.explain's counting: bytes are those of storages that the garbage collector and a
 dispatch mode see, and of the tensors that torch.distributed's collectives and the groups of two ranks are given; flops are
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
+import os
 import time
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ import deepseed
 from deepseed.ir.mesh import STAGES, Mesh
 from deepseed.target import load
 
-warnings.filterwarnings("ignore")
 _aten = torch.ops.aten
 
 
@@ -41,6 +39,7 @@ class Sent:
     pipeline ranks, which go out of rank 0 of a group of sender and receiver."""
 
     def __init__(self) -> None:
+        os.environ["DEEPSEED_CMA"] = "0"  # what a rank reads from the memory of another is given to no collective
         self.bytes: Counter[tuple[int, ...]] = Counter()
         self.counts: Counter[str] = Counter()
         self.on = False
@@ -150,7 +149,10 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def main(target: str, plan: str, folder: Path) -> None:
+def main(target: str, plan: str) -> str:
+    """What this rank counted, as JSON."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     sent = Sent()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -181,10 +183,6 @@ def main(target: str, plan: str, folder: Path) -> None:
         "sent": sent.by_axis(step.mesh, rank), "messages": sent.messages, "calls": dict(sent.counts),
         "flops": counter.get_total_flops() - captured, "whole_flops": whole.get_total_flops(), "explain": explained,
     }  # fmt: skip
-    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    return json.dumps(result)

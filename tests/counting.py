@@ -1,15 +1,14 @@
-"""What real ranks counted: runs of cost_worker.py, or of loop_worker.py for a step of several instructions, on gloo; each once a session."""
+"""What real ranks counted: cost_worker.py, or loop_worker.py for a step of several instructions, on gloo; each once a session."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+import cost_worker
+import loop_worker
+from gloo.launch import ranks as launched
 
 SCALARS = 1024  # bytes: norms, losses, label counts, and the small collectives in which ranks agree before a step
 
@@ -19,12 +18,8 @@ BATCH = 16384  # bytes: a step holds its part of a batch, which the counting wor
 @cache
 def counted(target: str, plan: str, ranks: int, by: str = "loop_worker") -> list[dict[str, Any]]:
     """What each rank counted, with rank 0's ``explain`` in all."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    with tempfile.TemporaryDirectory() as folder:
-        worker = [str(Path(__file__).with_name(f"{by}.py")), target, plan, folder]
-        done = subprocess.run([*launcher, *worker], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found: list[dict[str, Any]] = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    worker = {"loop_worker": loop_worker.main, "cost_worker": cost_worker.main}[by]
+    found: list[dict[str, Any]] = [json.loads(said) for said in launched(ranks, worker, target, plan)]
     for each in found:
         each["explain"] = found[0]["explain"]
     return found

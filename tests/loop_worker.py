@@ -1,4 +1,4 @@
-"""One rank of a training run whose step has several instructions: ``loop_worker.py TARGET PLAN FOLDER``, with torchrun's environment.
+"""One rank of a training run whose step has several instructions, and what it really uses.
 
 Counts as cost_worker does, and what only shows between instructions: bytes that live on from one microbatch to the next, gathered weights
 that are alive at once, messages to other pipeline ranks. Shares nothing with deepseed.memory, deepseed.unroll or explain's counting.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,6 @@ from deepseed.memory import curve, memory
 from deepseed.target import load
 from deepseed.unroll import unroll
 
-warnings.filterwarnings("ignore")
 LOOKS = 5  # steps that are looked at
 
 
@@ -155,7 +152,10 @@ def predicted(p: Program, rank: int, mesh: Mesh) -> list[int]:
     return most
 
 
-def main(target: str, plan: str, folder: Path) -> None:
+def main(target: str, plan: str) -> str:
+    """What this rank counted, as JSON."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     sent = Sent()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -177,10 +177,6 @@ def main(target: str, plan: str, folder: Path) -> None:
         "peaks": [settled(peaks) for peaks in zip(*(s.peaks for s in seen), strict=True)], "said": predicted(step.program, rank, step.mesh),
         "between": between, "gathered": settled(s.gathered for s in seen), "sent": sent.by_axis(step.mesh, rank), "messages": sent.messages, "explain": explained,
     }  # fmt: skip
-    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    return json.dumps(result)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from gloo.launch import PRELOAD
+from gloo.launch import launched, preload
 from torch import Tensor
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deepseed.runtime.executable import Executable
 
+preload("transformers.trainer", "datasets", "peft", "tokenizers")
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "from_deepspeed"
 ENGINE = ("cifar", "bert", "raw_loop")
 TRAINER = ("causal_lm_trainer", "lora", "trl_sft")
@@ -73,22 +73,13 @@ def training(folder: Path, micro: int = 2, accumulation: int = 4) -> list[str]:
 
 def start(name: str, ranks: int, arguments: Sequence[object], tmp_path: Path, source: str | None = None) -> Printed:
     """``name`` of the folder (``source`` in its place) on ``ranks`` fresh processes. Raises what the launcher raises where one fails."""
-    multiprocessing.set_forkserver_preload([*PRELOAD, "transformers.trainer", "datasets", "peft", "tokenizers"])
-    launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=f"script-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-        start_method="forkserver", monitor_interval=0.1,
-    )  # fmt: skip
     tmp_path.mkdir(parents=True, exist_ok=True)
     script = FOLDER / f"{name}.py"
     if source is not None:
         script = tmp_path / script.name
         script.write_text(source)
     output = tmp_path / f"{name}.out"
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for key, value in (("OMP_NUM_THREADS", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_OFFLINE", "1"), ("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))):
-            patch.setenv(key, value)
-        elastic_launch(launch, run)(str(script), [str(a) for a in arguments], str(output))
+    launched(ranks, run, str(script), [str(a) for a in arguments], str(output))
     lines = output.read_text().splitlines()
     return Printed([Step(int(m[1]), float(m[2]), float(m[3])) for m in map(LINE.fullmatch, lines) if m], lines, int(Path(f"{output}.runs").read_text()))
 

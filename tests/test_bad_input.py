@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -10,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from gloo import mistakes
-from gloo.launch import PRELOAD, ranks
+from gloo.launch import forkserver, ranks
 from gloo.mistakes import Branching, Mlp, batch, made
 from torch import Tensor, nn
 
@@ -225,21 +225,26 @@ def test_after_mistakes_that_all_ranks_make_a_step_still_works(real: list[dict[s
 # ranks that end ----------------------------------------------------------------------------------------------------------
 
 
-def end(folder: Path, kind: str, number: int = 3) -> tuple[list[tuple[int | None, str, str]], float]:
-    """Exit code, stdout and stderr of processes that no launcher watches, so that each must notice for itself; and the seconds from
-    the first one's end to the last one's."""
+Ended = tuple[list[tuple[int | None, str, str]], float]
+PIPELINE = "zero3+dp2+pp2+mb4"
+QUICK = {"die": 3, "raise": 3, "compile": 3, f"{PIPELINE}@2 die": 4, f"{PIPELINE}@2 raise": 4}  # kinds, and ranks of each
+
+
+def begun(folder: Path, kind: str, number: int) -> list[Any]:
+    """Processes that no launcher watches, so that each must notice for itself."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        context = multiprocessing.get_context("forkserver")
-        each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-        running = [context.Process(target=mistakes.child, args=(str(folder), e, kind), daemon=True) for e in each]
-        for process in running:
-            process.start()
+    each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    running = [forkserver().Process(target=mistakes.child, args=(str(folder), e, kind), daemon=True) for e in each]
+    for process in running:
+        process.start()
+    return running
+
+
+def end(folder: Path, running: Sequence[Any]) -> Ended:
+    """Exit code, stdout and stderr of processes; and the seconds from the first one's end to the last one's."""
     started = time.monotonic()
     ended: list[float] = []
     left = {process.sentinel for process in running}
@@ -254,9 +259,22 @@ def end(folder: Path, kind: str, number: int = 3) -> tuple[list[tuple[int | None
     return [(code, (folder / f"{n}.out").read_text(), (folder / f"{n}.err").read_text()) for n, code in enumerate(codes)], seconds
 
 
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], Ended]]:
+    """``end`` of a kind on so many ranks. Most of it is waiting for the silence of the dead, which the quick ones do at the same time."""
+    with ThreadPoolExecutor(len(QUICK)) as waiting:
+
+        def start(kind: str, number: int) -> Future[Ended]:
+            folder = tmp_path_factory.mktemp("ranks")
+            return waiting.submit(end, folder, begun(folder, kind, number))
+
+        under_way = {(kind, number): start(kind, number) for kind, number in QUICK.items()}
+        yield lambda *asked: (under_way.get(asked) or start(*asked)).result()
+
+
 @pytest.mark.parametrize(("kind", "said"), [("die", "rank 2 died"), ("raise", "rank 2 "), ("compile", "rank 2 died")])
-def test_the_others_name_the_rank_that_ended(tmp_path: Path, kind: str, said: str) -> None:
-    done, _ = end(tmp_path, kind)
+def test_the_others_name_the_rank_that_ended(ends: Callable[[str, int], Ended], kind: str, said: str) -> None:
+    done, _ = ends(kind, 3)
     for rank, (code, out, err) in enumerate(done):
         assert code not in (0, None) and "not reached" not in out, f"rank {rank}: {code}\n{err}"
         if rank < 2:
@@ -271,16 +289,16 @@ wide = pytest.mark.wide
 @pytest.mark.parametrize(
     ("plan", "number", "who"),
     [
-        ("zero3+dp2+pp2+mb4", 4, 2),
-        pytest.param("zero3+dp2+pp2+mb4", 4, 0, marks=wide),  # it keeps the store where ranks meet
+        (PIPELINE, 4, 2),
+        pytest.param(PIPELINE, 4, 0, marks=wide),  # it keeps the store where ranks meet
         pytest.param("zero1+pp4+mb8+zb", 4, 1, marks=wide),
         pytest.param("zero3+dp2+tp2+pp2+mb4", 8, 5, marks=wide),
     ],
 )
 @pytest.mark.parametrize("how", ["die", "raise"])
-def test_a_rank_that_ends_between_microbatches_is_named_by_all_others(tmp_path: Path, plan: str, number: int, who: int, how: str) -> None:
+def test_a_rank_that_ends_between_microbatches_is_named_by_all_others(ends: Callable[[str, int], Ended], plan: str, number: int, who: int, how: str) -> None:
     """By SIGKILL, or by an exception: all others exit in error within half a minute, its neighbours or not."""
-    done, seconds = end(tmp_path, f"{plan}@{who} {how}", number)
+    done, seconds = ends(f"{plan}@{who} {how}", number)
     for rank, (code, out, err) in enumerate(done):
         assert code not in (0, None) and "not reached" not in out, f"rank {rank}: {code}\n{err}"
         if rank != who:
@@ -290,9 +308,9 @@ def test_a_rank_that_ends_between_microbatches_is_named_by_all_others(tmp_path: 
     assert seconds < 30
 
 
-def test_a_launcher_names_the_rank_that_ended_and_exits_in_error() -> None:
+def test_a_launcher_names_the_rank_that_ended_and_exits_in_error(tmp_path: Path) -> None:
     call: Callable[..., Any] = subprocess.run
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gloo.mistakes", "die"]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path}", "-m", "gloo.mistakes", "die"]
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
     done = call(command, capture_output=True, text=True, env=env, timeout=120, check=False)
     assert done.returncode != 0 and "not reached" not in done.stdout

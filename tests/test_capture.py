@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseed.capture import Captured, capture, eager_reference
+from deepseed.capture import optimizer as rules
 from deepseed.ir.text import parse
 from deepseed.ops import evaluate
 
@@ -215,6 +218,41 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_over_three_steps(name: str) -> None:
     check_training(mlp(), pairs(), OPTIMIZERS[name], mse, clip=0.1)
+
+
+class Own(torch.optim.SGD):
+    """Whose step may read what a group does not say."""
+
+
+def test_a_rule_of_torchs_own_optimizers_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second program is the first one; whatever decides the rule, or may do so unseen, has it traced again; no optimizer is kept."""
+    asked, trace = [], rules.trace_rule
+    monkeypatch.setattr(rules, "_kept", {})
+    monkeypatch.setattr(rules, "trace_rule", lambda *given: (asked.append(given[2]), trace(*given))[1])
+
+    def programs(kind: Any = torch.optim.SGD, dtype: torch.dtype = torch.float64, width: int = 4, **options: Any) -> tuple[int, list[str]]:
+        before, said = len(asked), []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, width)).to(dtype)
+            optimizer = kind(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+            said.append(str(capture(model, pairs()[0][0].to(dtype), loss_fn=lambda m, x: m(x).square().mean(), optimizer=optimizer).program))
+            kept = weakref.ref(optimizer)
+            del optimizer, model
+        gc.collect()
+        assert kept() is None
+        return len(asked) - before, said
+
+    traced, (first, second) = programs()
+    assert traced == 4 and first == second, "of two weights and two biases"
+    for options in ({"momentum": 0.8}, {"nesterov": True}, {"dtype": torch.float32}, {"weight_decay": 1}, {"maximize": True}):
+        assert programs(**options)[0] == 4, options
+    assert programs(width=7)[0] == 2
+    for options in ({"kind": Own}, {"lr": torch.tensor(0.1, dtype=torch.float64)}):
+        assert programs(**options)[0] == 8, options
+    monkeypatch.setattr(rules, "_kept", {})
+    monkeypatch.setattr(rules, "MOST_RULES", 3)
+    assert programs()[0] == 8 and len(rules._kept) == 3, "the one that was asked for longest ago goes first"
 
 
 def test_muon() -> None:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -30,7 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from gloo import checkpoint as ranks_do
 from gloo.checkpoint import FIRST, Tagger, batches, everything, made, trained
-from gloo.launch import ranks
+from gloo.launch import forkserver, ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import killed
@@ -840,15 +839,12 @@ def test_a_rank_killed_while_saving_leaves_the_former_checkpoint(tmp_path: Path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    context = multiprocessing.get_context("forkserver")
     environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        processes = [context.Process(target=ranks_do.dies, args=(str(tmp_path / "c"), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(90)
+    processes = [forkserver().Process(target=ranks_do.dies, args=(str(tmp_path / "c"), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
     assert processes[1].exitcode == 9 and processes[0].exitcode == 1
     assert "RankError: rank 1 died" in (tmp_path / "c.0.err").read_text()
     step = quiet("zero1+dp2", seed=4)

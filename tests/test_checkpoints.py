@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -28,7 +27,7 @@ import pytest
 import torch
 from gloo import checkpoints as ranks_do
 from gloo.checkpoints import Position, batch, everything, small
-from gloo.launch import PRELOAD, ranks
+from gloo.launch import forkserver, ranks
 from killing import killed
 from torch import nn
 
@@ -105,8 +104,7 @@ def killed_at_random(folder: Path, told: Path, victim: str, asynchronous: bool, 
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     told.unlink(missing_ok=True)
-    multiprocessing.set_forkserver_preload([*PRELOAD, "gloo.checkpoints"])
-    launcher = multiprocessing.get_context("forkserver").Process(target=ranks_do.launches, args=(str(folder), port, str(told), asynchronous, rng.uniform(0, 0.05)))
+    launcher = forkserver().Process(target=ranks_do.launches, args=(str(folder), port, str(told), asynchronous, rng.uniform(0, 0.05)))
     latest = folder / "latest"
     former = latest.read_text() if latest.exists() else ""
     launcher.start()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from gloo import inference
-from gloo.launch import ranks
+from gloo.launch import forkserver, ranks
 from inference_models import generated, ids, prompts, varied
 
 import deepseed
@@ -114,14 +112,11 @@ def test_a_dead_rank_ends_all_with_its_name(tmp_path: Path) -> None:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        processes = [context.Process(target=inference.dies, args=(str(tmp_path), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(90)
+    processes = [forkserver().Process(target=inference.dies, args=(str(tmp_path), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
     assert processes[1].exitcode == -9 and processes[0].exitcode == 1
     assert "RankError: rank 1 died" in (tmp_path / "0.err").read_text()
 

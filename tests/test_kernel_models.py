@@ -1,7 +1,8 @@
-"""codegen= of whole models, in float32 and bf16: the groups' functions here, compiled C++ when run wide."""
+"""codegen= of whole models, in float32 and bf16, by the groups' functions, C++ and Inductor: each model and plan by one of the first two here, all of them when run ``wide``."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -28,9 +29,19 @@ def losses(model: str, plan: str, codegen: str) -> list[float]:
     return [float(step({"input_ids": ids, "labels": ids})) for _ in range(3)]
 
 
-@pytest.mark.parametrize("codegen", ["functions", pytest.param("cpp", marks=pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")), pytest.param("inductor", marks=[pytest.mark.wide, pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")])])
-@pytest.mark.parametrize("plan", ["zero0", "zero1+dp2+bf16"])
-@pytest.mark.parametrize("model", MODELS)
+PLANS = ("zero0", "zero1+dp2+bf16")
+compiled = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+
+
+def cases() -> list[Any]:
+    found = []
+    for (m, model), (n, plan), codegen in itertools.product(enumerate(MODELS), enumerate(PLANS), ("functions", "cpp", "inductor")):
+        quick = codegen == ("functions", "cpp")[(m + n) % 2]
+        found.append(pytest.param(model, plan, codegen, marks=[*([] if quick else [pytest.mark.wide]), *([] if codegen == "functions" else [compiled])]))
+    return found
+
+
+@pytest.mark.parametrize(("model", "plan", "codegen"), cases())
 def test_kernels_train_as_ops_do(model: str, plan: str, codegen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 sums in another order; in bf16 a group rounds fewer values between its ops, or others: a few units of 2^-8 of a loss near 4, through three steps."""
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])

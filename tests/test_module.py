@@ -25,8 +25,10 @@ def exact(worst: dict[str, float], loss: float = 1e-12) -> None:
     assert worst.pop("loss") <= loss and max(worst.values()) <= 1e-10, worst
 
 
-@pytest.mark.parametrize("plan", ["zero0", "zero3+dp2", "pp2+mb2", "zero1+dp2+mb2", "tp2"])
-@pytest.mark.parametrize("optimizer", [adamw, sgd])
+PLANS = ("zero0", "zero3+dp2", "pp2+mb2", "zero1+dp2+mb2", "tp2")
+
+
+@pytest.mark.parametrize(("plan", "optimizer"), [pytest.param(plan, optimizer, marks=[wide] * ((n + k) % 2)) for n, plan in enumerate(PLANS) for k, optimizer in enumerate((adamw, sgd))])
 def test_any_optimizer_and_scheduler(plan: str, optimizer: Any) -> None:
     model = Mlp()
     scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)

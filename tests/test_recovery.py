@@ -341,7 +341,7 @@ def test_a_node_that_is_gone_is_left_out(tmp_path: Path, ssh: dict[str, str]) ->
 def test_nodes_that_torchrun_starts_again(tmp_path: Path, undisturbed: Job) -> None:
     """Its dynamic rendezvous restarts the other node's ranks too: each start meets in a store of its own."""
     (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port()}", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port()}", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3", "--log_dir", str(tmp_path)]
     job = Job.__new__(Job)
     job.folder = tmp_path
     with (tmp_path / "stderr").open("w") as errors:
@@ -418,6 +418,8 @@ child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.sig
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # or whoever reads the launcher's output waits until it has ended
 open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(f"{os.getpid()} {child.pid}")
 time.sleep(1)
+both = [f"{sys.argv[1]}/{rank}" for rank in "01"]
+while not all(os.path.exists(name) and os.path.getsize(name) for name in both): time.sleep(0.02)
 if os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
@@ -439,11 +441,12 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import os, sys, time\nopen(f'{sys.argv[1]}/' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
     process = subprocess.Popen([sys.executable, "-m", "deepseed", "--num_gpus", "2", "--no_local_rank", str(path), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not all((tmp_path / str(n)).exists() and (tmp_path / str(n)).read_text() for n in range(2)) and time.monotonic() < end:
         time.sleep(0.05)
     process.kill()
     process.wait()
+    end = time.monotonic() + 30
     while any(lives((tmp_path / str(n)).read_text()) for n in range(2)):
         assert time.monotonic() < end, "a rank trains on, and the job that is started anew would meet it"
         time.sleep(0.05)
@@ -469,7 +472,7 @@ def test_grace(tmp_path: Path) -> None:
     path.write_text(SLOW)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-m", "deepseed", "--num_gpus", "2", "--grace", "4", "--no_local_rank", str(path), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=env)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not all((tmp_path / str(n)).exists() for n in range(2)) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

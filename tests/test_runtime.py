@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from gloo.launch import forkserver
 from gloo_worker import RESHARDS, child
 from placed import MLP, lowered, random_inputs, random_reshard, run_parts, run_simulated
 from torch import Tensor, nn
@@ -61,13 +61,9 @@ def launch(mode: str, folder: Path, ranks: int, seconds: float = 120, fresh: boo
             for p in running:
                 p.kill()
         return done
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gloo_worker"])
-        forked = [context.Process(target=child, args=(mode, str(folder), e), daemon=True) for e in each]
-        for f in forked:
-            f.start()
+    forked = [forkserver().Process(target=child, args=(mode, str(folder), e), daemon=True) for e in each]
+    for f in forked:
+        f.start()
     for f in forked:
         f.join(max(until - time.monotonic(), 0.1))
     for f in forked:

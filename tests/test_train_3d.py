@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseed.runtime.executable import cache_dir
+
 pytest.importorskip("transformers")
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train_3d.py"
 SMALL = ["--hidden", "32", "--vocab", "384", "--seq", "12", "--batch", "8", "--steps", "4"]
@@ -19,7 +21,7 @@ SMALL = ["--hidden", "32", "--vocab", "384", "--seq", "12", "--batch", "8", "--s
 def run(tmp_path: Path, *arguments: str) -> tuple[str, list[dict[str, float]], float]:
     """What it printed, its records, and the largest relative difference that it says."""
     command = [sys.executable, "-W", "ignore", str(EXAMPLE), "--compare", "--log", str(tmp_path / "log.jsonl"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "DEEPSEED_CACHE_DIR": str(cache_dir())}, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     said = re.search(r"largest relative difference from one device over (\d+) steps: (\S+)", done.stdout)

@@ -2,12 +2,12 @@
 
 The class's plain loop form is traced with ``lr`` as a float64 scalar input and Python's numbers as deepseed.capture.numbers has
 them. A step that branches on a value is traced once a way, and the conditions choose. An optimizer that cannot be traced so is
-tried again in its ``capturable`` form, without branches.
+tried again in its ``capturable`` form, without branches. Of torch's own optimizers a class of parameters is traced once a process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from deepseed.ir.program import Arg, Op, Ref, Type
 
 FUSED = {torch.optim.AdamW: "optim.adamw", torch.optim.Adam: "optim.adam", torch.optim.SGD: "optim.sgd"}
 MOST_WAYS = 16  # of one step, through branches on values
+MOST_RULES = 64  # that are kept
 _RATE = Number("lr", None)
 
 
@@ -49,6 +50,30 @@ class Rule:
     always: tuple[Way, ...]
     first: tuple[Way, ...] | None
     numbers: tuple[Number, ...] = ()  # options that are inputs, ``lr`` before all
+
+
+_kept: dict[Hashable, Rule] = {}  # the one that was asked for longest ago first
+
+
+def rule_of(optimizer: Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, numbers: tuple[Number, ...] = ()) -> Rule:
+    """``trace_rule``, or what it gave before for the same class of parameters."""
+    key = _alike(optimizer, group, shape, dtype, numbers)
+    found = _kept.pop(key, None) or trace_rule(optimizer, group, shape, dtype, numbers)
+    if key is not None:
+        _kept[key] = found
+        if len(_kept) > MOST_RULES:
+            del _kept[next(iter(_kept))]
+    return found
+
+
+def _alike(optimizer: Optimizer, group: Mapping[str, Any], *asked: Hashable) -> Hashable:
+    """What decides the rule of an optimizer of torch's own, whose step reads the options of its group and nothing else of the object; None for another's."""
+    kind = type(optimizer)
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    values = [each for v in options.values() for each in (v if isinstance(v, (tuple, list)) else [v])]
+    if getattr(torch.optim, kind.__name__, None) is not kind or not all(v is None or isinstance(v, (bool, int, float, str)) for v in values):
+        return None
+    return (kind, kind.step, repr(sorted(options.items())), torch.get_default_dtype(), *asked)
 
 
 def trace_rule(
@@ -179,7 +204,7 @@ class Updates:
         if rule is None:
             numbers = numbers_of(options, self.moving)
             with _creating(torch.float64 if self.wide else torch.get_default_dtype()):
-                rule = self._rules[key] = trace_rule(optimizer, options, tuple(parameter.shape), parameter.dtype, numbers)
+                rule = self._rules[key] = rule_of(optimizer, options, tuple(parameter.shape), parameter.dtype, numbers)
             self._baked |= {f"{n.option}/{group}" for n in numbers if n not in rule.numbers}
         e = self.emit
         old = self._state_inputs(name, optimizer.state.get(parameter, {}), rule.slots)
