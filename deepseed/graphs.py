@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from deepseed.ir.collective import COLLECTIVES, KEYED, MEMORIES
+from deepseed.ir.messages import TRANSFER
 from deepseed.ir.program import Op, Program, Ref
 from deepseed.kernels import Kernels
 from deepseed.ops.table import OWN, overload
@@ -22,7 +23,7 @@ from deepseed.runtime.host import Host
 
 READS = "numbers that are in its operands decide what is launched"
 OWN_READS = ("routed_mm", "routed_outer", *(f"{kind}.start" for kind in KEYED))  # own ops that do so
-MESSAGES = ("send", "receive.start")
+MESSAGES = ("send", "receive.start", TRANSFER)
 INDEXED = ("aten.index.Tensor", "aten.index_put", "aten._unsafe_index.Tensor", "aten._unsafe_index_put")  # with a list of indices
 UNSAFE = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe})
 PAGED = "paged_attention"

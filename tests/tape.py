@@ -74,7 +74,7 @@ class TapeRecorder:
             raise RuntimeError(self.fails)
         tape = Tape()
         try:
-            with _no_lists(), tape:
+            with not_listed(), tape:
                 out = run()
         finally:
             tape.rewind()
@@ -88,7 +88,7 @@ class TapeRecorder:
 
 
 @contextmanager
-def _no_lists() -> Iterator[None]:
+def not_listed() -> Iterator[None]:
     """``tolist`` of a CPU's tensor passes by the dispatcher."""
 
     def refuse(self: Tensor) -> Any:
