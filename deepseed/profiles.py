@@ -102,7 +102,7 @@ class Profile:
             started: dict[tuple[str, int], Moment] = {}
             for op, m in self._runs(moments):
                 at = (began - first + m.begin) * 1e6
-                args = {"op": self._what(op), "module": op.path, "line": op.line, "phase": op.phase} | ({"microbatch": m.mb} if op.part and not op.part.startswith("once") else {})
+                args: dict[str, Any] = {"op": self._what(op), "module": op.path, "line": op.line, "phase": op.phase} | ({"microbatch": m.mb} if op.part and not op.part.startswith("once") else {})
                 if group := self._groups.get(op.kernel):
                     args |= {"nodes": [each.name for each in group], "ops": [each.target for each in group], "modules": sorted({each.path for each in group})}
                 kind = "wait" if op.target == "wait" else "collective" if op.target.endswith(".start") else op.phase
