@@ -49,7 +49,8 @@ class Compiling:
         self._turn("")
         if kind is None and self._shown and self._last - self._began > SLOW:
             each = [(f"{self._counts[what]} {what}" if what == "kernels" else what, seconds) for what, seconds in self._seconds.items()]
-            say(f"compiled in {self._last - self._began:.1f} s: {', '.join(f'{what} {seconds:.1f} s' for what, seconds in each)}", **{what: round(seconds, 3) for what, seconds in self._seconds.items()})
+            numbers: dict[str, Any] = {what: round(seconds, 3) for what, seconds in self._seconds.items()}
+            say(f"compiled in {self._last - self._began:.1f} s: {', '.join(f'{what} {seconds:.1f} s' for what, seconds in each)}", **numbers)
 
     def _turn(self, what: str) -> None:
         now = perf_counter()
