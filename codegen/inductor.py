@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from time import perf_counter, sleep
+from time import sleep
 from typing import Any
 
 import torch
@@ -28,12 +28,11 @@ from torch import Tensor
 from deepseed import ops
 from deepseed.codegen.donation import may_alias
 from deepseed.codegen.expressions import DTYPES
-from deepseed.codegen.kernels import Kernel, is_attention
+from deepseed.codegen.kernels import COMPILED, Kernel, is_attention
 from deepseed.ops import traced
 
 Code = Callable[..., Sequence[Tensor]]
 EACH = 3  # kernels that a further process must have to do before it pays to start it
-TOLD = 5.0  # seconds between two lines of progress
 
 
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
@@ -50,7 +49,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     specs = [spec(k) for k in wanted]
     paths = [write(folder, k.name, each, k.source) for k, each in zip(wanted, specs, strict=True)]
     if missing := [path for path in dict.fromkeys(paths) if not _done(path)]:
-        _compile_all(missing, folder, tell)
+        _compile_all(missing, folder)
     for path in paths:
         if _failed(path).exists():
             once(tell, f"Inductor fails, so that {path.stem} runs as plain Python: {_failed(path).read_text()[:300]}")
@@ -128,20 +127,16 @@ def compiler() -> str:
     return next((found for name in (os.environ.get("CXX") or "g++", "clang++", "g++") if (found := shutil.which(name))), "")
 
 
-def _compile_all(paths: Sequence[Path], folder: Path, tell: Callable[[str], object]) -> None:
-    began = told = perf_counter()
-    tell(f"compiling {len(paths)} kernel{'s' if len(paths) > 1 else ''}")
+def _compile_all(paths: Sequence[Path], folder: Path) -> None:
+    counted = COMPILED.get()
     helpers = min((os.cpu_count() or 1) - 1, (len(paths) - 1) // EACH)
     others = [subprocess.Popen([sys.executable, "-m", "deepseed.codegen.inductor", str(folder), *[p.name for p in paths[::-1]]], stdout=subprocess.DEVNULL, env=_environment()) for _ in range(helpers)]
     try:
         for _ in _build_all(paths):
-            if perf_counter() - told > TOLD:
-                told = perf_counter()
-                tell(f"compiled {sum(map(_done, paths))} of {len(paths)} kernels, {told - began:.0f} s")
+            counted(sum(map(_done, paths)), len(paths))
     finally:
         for each in others:
             each.wait()
-    tell(f"compiled {len(paths)} kernel{'s' if len(paths) > 1 else ''} in {perf_counter() - began:.1f} s")
 
 
 def _environment() -> dict[str, str]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from deepseed.codegen.expressions import Source, assignment, listed
@@ -24,6 +25,7 @@ from deepseed.ir.text import format_type
 NONE: Mapping[str, str] = {}  # no group has a function of its own
 _MOVES = ("reshape", "permute", "expand", "slice", "unslice", "cast", "full", "iota")
 WORDS = 4  # of a name
+COMPILED: ContextVar[Callable[[int, int], object]] = ContextVar("COMPILED", default=lambda done, of: None)  # hears how many kernels of how many a back end has compiled
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from deepseed.codegen.autotune import choice, on_device, operands
 from deepseed.codegen.block_sizes import Blocks, power, product_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import python
-from deepseed.codegen.kernels import Kernel, function
+from deepseed.codegen.kernels import COMPILED, Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
 from deepseed.codegen.triton_attention import in_order
 from deepseed.codegen.triton_products import PRODUCT
@@ -42,7 +42,11 @@ def missing(device: str) -> str:
 
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Launch]:
     """Each kernel as a callable; on a device with the blocks that are fastest there (deepseed.codegen.autotune)."""
-    return [_compiled(k, folder, tell) for k in wanted]
+    counted, made = COMPILED.get(), list[Launch]()
+    for k in wanted:
+        made.append(_compiled(k, folder, tell))
+        counted(len(made), len(wanted))
+    return made
 
 
 def of_fragment(fragment: Program, folder: Path, tell: Callable[[str], object] = print, strides: Sequence[tuple[int, ...]] | None = None) -> Launch:

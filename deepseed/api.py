@@ -137,9 +137,10 @@ class TrainStep(Updating):
         self._shown = self._run_on(found, given, [_timed(e, n, self.host.device, clocks) for n, e in enumerate(steps)])
         self.steps += 1
         self._stepped()
-        said = [each for mine in self.host.everyone([(c.rank, c.began, c.moments()) for _, c in sorted(clocks.items())]) for each in mine]
+        said = [each for mine in self.host.everyone([(c.rank, c.began, c.moments(), dict(found.built.kernels[n])) for n, c in sorted(clocks.items())]) for each in mine]
         said.sort(key=lambda each: each[0])
-        return Profile(found.built.program, self.mesh, [[Moment(*m) for m in moments] for _, _, moments in said], [began for _, began, _ in said], found.built.kernels)
+        names = {mark: name for _, _, _, mine in reversed(said) for mark, name in mine.items()}
+        return Profile(found.built.program, self.mesh, [[Moment(*m) for m in moments] for _, _, moments, _ in said], [began for _, began, _, _ in said], names)
 
     def grads(self) -> dict[str, Tensor]:
         """The latest step's gradients before clipping, whole, by parameter (a verification's program has them)."""

@@ -14,6 +14,7 @@ from deepseed import pipeline
 from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
+from deepseed.compiling import Compiling
 from deepseed.graphs import Graphs
 from deepseed.idle import idle_share
 from deepseed.ir.amounts import format_bytes
@@ -36,7 +37,6 @@ from deepseed.runtime.host import Host
 from deepseed.speed import Machine
 
 RETURNED = tuple(role for role in OUTPUT_ROLES if role not in STORED)
-SLOW = 2.0  # seconds of compiling after which each pass says that it is done
 
 
 class CompileError(ValueError):
@@ -57,7 +57,7 @@ class Built:
     text: str  # of the captured program
     adopted: bool = False  # whether the state that it reads is stored
     looked: dict[bool, Sequence[Executable]] = field(default_factory=dict)  # the same, each value of which is looked at, without groups or with: once they are asked for
-    kernels: Mapping[str, str] = field(default_factory=dict)  # the function of each group on the first of them, by its mark
+    kernels: Sequence[Mapping[str, str]] = ()  # of each executable, the function of each group, by its mark
     uncaptured: str | None = None  # why no graph is made of a step; None: it was not asked for
 
     @property
@@ -97,8 +97,9 @@ def looked(built: Built, host: Host, grouped: bool = False) -> Sequence[Executab
 def build(
     captured: Captured, plan: Plan, host: Host, *, stored: Mapping[tuple[str, str], Layout] | None = None,
     homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, own: bool = False, wide: bool = False, quiet: bool = False, codegen: str = PYTHON, graphs: Graphs | None = None,
+    at: Compiling | None = None,
 ) -> Built:
-    """Run the pipeline. ``codegen``: what computes groups of ops (deepseed.kernels). ``graphs``: how steps are captured (deepseed.graphs). ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
+    """Run the pipeline. ``at`` hears how far it is. ``codegen``: what computes groups of ops (deepseed.kernels). ``graphs``: how steps are captured (deepseed.graphs). ``own``: each data-parallel rank has its own rows. ``stored``, ``homes`` and ``hosted`` pin the layouts, stages and memories of parameters and state that an earlier program fixed. Raises CheckError,
     PassError, and AgreementError where ranks captured different programs."""
     started, text_captured = perf_counter(), str(captured.program)
     if wide:
@@ -107,6 +108,8 @@ def build(
     host.agree([("plan", str(plan)), ("codegen", codegen), ("cuda_graphs", graphs is not None and graphs.insisted)])
     host.agree_on(str(captured.program), "captured program")
     done: list[Passed] = []
+    at = at or Compiling(False)
+    at("passes")
 
     mesh = program_mesh(captured.program, plan, host.mesh)
     if host.first and not quiet:
@@ -116,10 +119,16 @@ def build(
         if not quiet:
             say(line)
 
+    passed: list[str] = []
+
+    def on_pass(p: Passed) -> None:
+        passed.append(p.name)
+        at("passes", len(passed), len(pipeline.SHARED), p.name)
+
     def solve() -> str:
         done.extend(
             run_passes(
-                captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=lambda p: _say(p, started, quiet),
+                captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=on_pass,
                 tell=tell, kernels=codegen != PYTHON, products=codegen in PRODUCTS,
             )
         )  # fmt: skip
@@ -136,7 +145,7 @@ def build(
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
-        kernels = made(mine, codegen, known, bool(host.arenas), tell)
+        kernels = made(mine, codegen, known, bool(host.arenas), tell, at)
         source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names)
         if graphs is None:
             executables.append(Executable(source, program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
@@ -147,7 +156,7 @@ def build(
         if len(executables) == 1:
             done += local
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names[0], uncaptured=uncaptured)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names, uncaptured=uncaptured)
 
 
 def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
@@ -185,8 +194,3 @@ def say_microbatches(p: Program, plan: Plan, mesh: Mesh) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _say(p: Passed, started: float, quiet: bool) -> None:
-    if not quiet and perf_counter() - started > SLOW:
-        say(f"{p.name} {p.seconds:.1f} s, {len(p.program.ops)} ops")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deepseed.codegen import cpp_files, inductor, triton_files
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.kernels import Kernel, kernels
+from deepseed.codegen.kernels import COMPILED, Kernel, kernels
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
 from deepseed.rules.strides import laid_out
@@ -63,15 +63,18 @@ def known(codegen: str) -> None:
         raise BackEndError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
 
 
-def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, tell: Callable[[str], object]) -> Kernels:
-    """What computes the groups of a localized program. ``known``: by function name, what was made before, which grows; ``counted``: whether an arena counts memory."""
+def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, tell: Callable[[str], object], at: Callable[[str, int, int], object] = lambda what, done, of: None) -> Kernels:
+    """What computes the groups of a localized program. ``known``: by function name, what was made before, which grows; ``counted``: whether an arena counts memory; ``at`` hears how many kernels of how many are compiled."""
     if codegen == PYTHON:
         return Kernels()
     found = kernels(p, *laid_out(p))
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
         back_end = BACK_ENDS.get(codegen, _as_python)
+        at("kernels", 0, len(new))
+        token = COMPILED.set(lambda done, of: at("kernels", done, of))
         known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
+        COMPILED.reset(token)
     names, calls = {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()}
     if codegen == CPP and not counted:
         for mark, into in _overwritten(p, {mark: f.reused for mark, name in names.items() if isinstance(f := calls[name], cpp_files.Fixed)}).items():

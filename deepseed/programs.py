@@ -26,6 +26,7 @@ from deepseed.capture.options import Optimizers, changed_options, fixed_options,
 from deepseed.capture.step import FORWARD, Want
 from deepseed.capture.structure import Structure
 from deepseed.causes import OFTEN, Cause, Streak, causes
+from deepseed.compiling import Compiling
 from deepseed.graphs import Graphs
 from deepseed.ir.layout import Layout
 from deepseed.ir.program import Type
@@ -255,15 +256,18 @@ class Programs:
             self._say(f"compiling program {number}" + (f": {'; '.join(map(str, why[:4]))}" if why else ", dropped before"))
             for cause in self._streak.often(why):
                 self._say(f"warning: {cause.what} is the cause of {OFTEN} compilations in a row, now {cause.change}\n  fix: {cause.cure}")
-        captured = self._capture(batch, want, towards)
-        self.updates += want in UPDATES
-        text = str(captured.program)
-        s.host.agree_on(text, "captured program")  # so that all ranks find the same one
-        twin = next((b for b in self.cache if b.text == text), None)
-        if twin is not None:  # what changed is read, and does not matter
-            built = replace(twin, captured=captured, adopted=False)
-        else:
-            built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=s.quiet or not s.host.first, codegen=s.codegen, graphs=s.graphs)
+        quiet = s.quiet or not s.host.first
+        with Compiling(not quiet and want != "update") as at:
+            at("capture")
+            captured = self._capture(batch, want, towards)
+            self.updates += want in UPDATES
+            text = str(captured.program)
+            s.host.agree_on(text, "captured program")  # so that all ranks find the same one
+            twin = next((b for b in self.cache if b.text == text), None)
+            if twin is not None:  # what changed is read, and does not matter
+                built = replace(twin, captured=captured, adopted=False)
+            else:
+                built = build(captured, s.plan, s.host, stored=self.stored, homes=self.homes, hosted=self.hosted, own=s.own(want), wide=s.wide, quiet=quiet, codegen=s.codegen, graphs=s.graphs, at=at)
         for o in built.program.outputs:
             if o.role == "pending":  # as the update finds it
                 self.pending[o.key] = built.program.types[o.ref.name]
@@ -276,8 +280,8 @@ class Programs:
                 self.hosted.setdefault((i.role, i.key), i.type.host)
         self.compiled += 1
         self.seconds += perf_counter() - started
-        if number > 1 and want != "update":
-            self._say(f"program {number} took {perf_counter() - started:.1f} s" + (": it is the same as an earlier one" if twin is not None else ""))
+        if number > 1 and twin is not None and want != "update":
+            self._say(f"program {number} took {perf_counter() - started:.1f} s: it is the same as an earlier one")
         return built
 
     def _with_options(self) -> Built | None:
