@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from test_cpp_nests import apart, compiled, kernel_of
 
-from deepseed.codegen import cpp_files, cpp_nests, inductor
+from deepseed.codegen import cpp_nests, inductor
 
 pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
 
@@ -148,15 +147,3 @@ return %w output "w"
 ''')
     x, z = torch.tensor([1e17, 1.0], dtype=torch.float64), torch.tensor([1.0, 1e17], dtype=torch.float64)
     assert [v.tolist() for v in compiled(k, tmp_path)(x, z)] == [[1.0, 1e17], [1e17, 1.0]]
-
-
-def test_loops_that_round_are_vectors(tmp_path: Path) -> None:
-    """A value of 16 bits that is stored: as a variable of a struct it would keep the loop scalar, six times as slow."""
-    name = inductor.compiler()
-    if "Free Software Foundation" not in subprocess.run([str(name), "--version"], capture_output=True, text=True, check=True).stdout:
-        pytest.skip("only GCC says what it made vectors of in this form")
-    k = kernel_of('%x : bf16[64, 8192] batch "x"\n%w = cast(%x) : f32[64, 8192]\n%e = aten.exp(%w) : f32[64, 8192]\n%y = cast(%e) : bf16[64, 8192]\nreturn %y output "y"\n')
-    text = tmp_path / "k.cpp"
-    text.write_text(cpp_nests.LIBRARY + cpp_nests.source(k).text)
-    said = subprocess.run([str(name), *cpp_files.FLAGS, "-fopt-info-vec-optimized", str(text), "-o", str(tmp_path / "k.so")], capture_output=True, text=True, check=True)
-    assert "loop vectorized" in said.stdout + said.stderr
