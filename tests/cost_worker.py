@@ -139,12 +139,13 @@ def storages() -> dict[int, int]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, told that its attention formulas hold for the CPU's kernels too."""
+    """torch's counter, told that its attention formulas hold for the CPU's kernels too, and that a product may be added in place."""
     forward = lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)  # noqa: E731
     backward = lambda g, q, k, v, *a, out_shape=None, **kw: sdpa_backward_flop_count(g, q, k, v)  # noqa: E731
     mapping = {
         _aten._scaled_dot_product_flash_attention_for_cpu: forward,
         _aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        _aten.addmm_: lambda c, a, b, out_shape=None, **kw: 2 * a[0] * a[1] * b[1],
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
