@@ -308,19 +308,21 @@ def test_a_parameter_in_a_plain_list_is_refused() -> None:
 
 
 def test_what_is_said_when_a_program_is_compiled_and_when_one_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if "compiled in" not in line]  # which a slow machine adds
+
     model = fresh()
     made = deepseed.compile(model, "zero0", loss_fn=mse, max_programs=2)
     assert isinstance(made, Module)
     made.loss_and_grads(batch())
-    assert capsys.readouterr().err == ""
+    assert said() == []
     made.loss_and_grads(batch(rows=6))
     model.inner.scale = 4.0  # type: ignore[union-attr, assignment]
     made.loss_and_grads(batch(rows=6))
-    lines = capsys.readouterr().err.splitlines()
+    lines = said()
     assert lines[0] == 'deepseed: compiling program 2: batch entry "x" f64[4, 8] -> f64[6, 8]; batch entry "y" f64[4, 4] -> f64[6, 4]'
-    assert lines[1].startswith("deepseed: program 2 took ") and lines[1].endswith(" s")
-    assert "compiling program 3: inner.scale (test_shapes.py:" in lines[2] and lines[2].endswith("2.0 -> 4.0")
-    assert "dropping the program of batch x f64[4, 8], y f64[4, 4]: 2 are kept (max_programs)" in "".join(lines[3:])
+    assert "compiling program 3: inner.scale (test_shapes.py:" in lines[1] and lines[1].endswith("2.0 -> 4.0")
+    assert "dropping the program of batch x f64[4, 8], y f64[4, 4]: 2 are kept (max_programs)" in "".join(lines[2:])
 
 
 def test_an_entry_that_changes_each_step_is_named_with_its_cure(capsys: pytest.CaptureFixture[str]) -> None:
