@@ -126,7 +126,7 @@ def browser() -> Iterator[Page]:
     if path is None:
         raise BrowserError(f"no browser: none of {', '.join(NAMES)} is on PATH")
     (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
-    with TemporaryDirectory() as profile:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # a helper process of the browser may write for a moment longer
         shell = f'exec "$0" "$@" 3<&{their_read} 4>&{their_write}'  # the protocol's pipes are file descriptors 3 and 4
         command = ["/bin/bash", "-c", shell, path, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

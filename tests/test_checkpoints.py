@@ -254,6 +254,7 @@ def test_every_and_keep(asynchronous: bool, tmp_path: Path) -> None:
     assert [path and path.name for path in saved] == [None, "step2", None, "step4", None, "step6", None, "step8", None]
     assert names(tmp_path) == ["best", "latest", "step10", "step8"] and (tmp_path / "latest").read_text() == "step10"
     checkpoints.save(tag="aside", move_latest=False)
+    checkpoints.wait()
     other = begin(1)
     assert deepseed.Checkpoints(other, tmp_path).load() is None and other.steps == 10
     assert deepseed.Checkpoints(other, tmp_path).load("step8") == 8 and other.steps == 8
