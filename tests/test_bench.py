@@ -109,6 +109,8 @@ def test_report_takes_the_last_line_of_a_class(tmp_path: Path) -> None:
     assert "best compiled peer" in (docs / "img" / "peers.svg").read_text()
     assert bench_peers.failures(keep) == [f"{name}, deepspeed-zero1: rank 0 left with 1"]
     assert bench_peers.shares(bench_peers.gathered(keep, a)[name], "zero1")["deepseed-zero1:auto"] == {"eager": 1.6, "compiled": 0.8, "memory": 501 / 500}
+    apart: Any = {"ddp": {"losses": [1.0, 2.0]}, "fsdp2-zero3": {"losses": [1.0, 3.0]}, "deepseed-zero3": {"losses": [1.0, 2.75]}, "deepseed-zero0": {"losses": [1.0, 2.0]}}
+    assert bench_peers.off(apart) == 0.25 and bench_peers.spread(apart) == 1.0
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

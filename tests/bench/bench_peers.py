@@ -44,7 +44,7 @@ CLASSES = {c: (*peers, *(f"deepseed-{c.replace('one process', 'single')}{codegen
 NAMES = {"ddp": "DDP", "ddp-zero1": "DDP, ZeroRedundancyOptimizer", "fsdp2-zero2": "FSDP2, kept after forward", "fsdp2-zero3": "FSDP2", "eager": "eager PyTorch"}
 SIXTEEN = {"ddp": "autocast", "eager": "autocast", "fsdp2": "bf16 shards", "deepspeed": "bf16 copy", "deepseed": "bf16 copy"}
 GOALS = {"zero0": 1.1, "zero1": 1.3, "zero2": 1.3, "zero3": 1.3, "one process": 1.1}  # times the best eager peer; 1.0 the best compiled
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # of a loss
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # of a loss, from the nearest peer's: peers that add in other orders are themselves up to 3e-4 apart after eleven steps of GPT-2
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- peers: written by make bench -->", "<!-- end of peers -->"
 Figures = dict[str, dict[str, Any]]  # of each engine of a selection: turns.summary
@@ -202,6 +202,12 @@ def spread(found: Figures) -> float:
     return max(max(each) - min(each) for each in zip(*(f["losses"] for f in found.values()), strict=False))
 
 
+def off(found: Figures) -> float:
+    """The most that a loss of an engine of ours is away from those of the peer that is nearest to it."""
+    ours, peers = ([f["losses"] for e, f in found.items() if e.startswith("deepseed") == own] for own in (True, False))
+    return max((min(max(abs(a - b) for a, b in zip(mine, theirs, strict=False)) for theirs in peers) for mine in ours if peers), default=0.0)
+
+
 def named(engine: str, codegen: str | None = None) -> str:
     """``codegen``: what ``auto`` has meant."""
     base, compiled = engine.removesuffix("+compile"), engine.endswith("+compile")
@@ -267,7 +273,7 @@ def main() -> None:
         print(report(keep, a))
     elif a.rounds:
         write(keep, a)
-    wrong = [f"{s}: losses differ by {spread(found):.1e}, {TOLERANCE[s.split()[-2]]:.0e} is allowed" for s, found in gathered(keep, a).items() if spread(found) > TOLERANCE[s.split()[-2]]]
+    wrong = [f"{s}: losses are {off(found):.1e} off, {TOLERANCE[s.split()[-2]]:.0e} is allowed" for s, found in gathered(keep, a).items() if off(found) > TOLERANCE[s.split()[-2]]]
     failed = failures(keep)
     print("\n".join([*wrong, *failed]), file=sys.stderr)
     sys.exit(1 if wrong or failed else 0)
