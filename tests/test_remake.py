@@ -121,6 +121,6 @@ def test_the_part_of_a_microbatch_makes_again_what_its_own_forward_made() -> Non
     ]  # fmt: skip
     torch.manual_seed(0)
     same(p, q, torch.randn(8, 16).bfloat16(), torch.randn(16, 64).bfloat16(), torch.randn(8, 1))
-    for other in (looped.replace('part="backward.1"', 'part="backward.2"'), looped.replace('part="forward.1"', 'part="once.0"'), looped.replace('part="backward.1"', 'part="backward.1", stage=1')):
+    for other in (looped.replace('part="backward.1"', 'part="backward.2"'), looped.replace('part="forward.1"', 'part="once.0"'), looped.replace('part="backward.1"', 'part="once.1"'), looped.replace('part="backward.1"', 'part="backward.1", stage=1')):
         p = parse(HEAD + other.strip())
         assert remade(p).ops == p.ops
