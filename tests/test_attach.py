@@ -33,6 +33,20 @@ def test_an_operand_may_be_overwritten_after_the_own_wait() -> None:
     assert ranks(3, attached.late, 30) == [True] * 3
 
 
+def test_a_sum_may_be_changed_after_its_own_wait() -> None:
+    """Though other ranks read their part of the sums out of it."""
+    assert ranks(3, attached.changed, 20) == [True] * 3
+
+
+def test_what_is_conjugated_lazily_travels_as_it_is_seen() -> None:
+    assert ranks(2, attached.lazily_conjugated) == [True] * 2
+
+
+@pytest.mark.wide
+def test_a_bucket_of_very_many_tensors() -> None:
+    assert ranks(2, attached.many, 30_000) == [30_000.0] * 2
+
+
 def test_ranks_that_bring_different_sizes_say_so() -> None:
     one, other = ranks(2, attached.disagree)
     assert "rank 0 does all_reduce of 12 bytes in 1 tensor, rank 1 all_reduce of 16 bytes in 1 tensor" in one

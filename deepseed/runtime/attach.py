@@ -2,7 +2,7 @@
 
 Linux lets a process copy from the memory of another one of the same user in one call (``process_vm_readv``, cross memory attach, as MPI libraries do within a host): no socket, no buffer, no
 packing. A rank that starts an exchange tells the others where its tensors lie; one that waits reads its part of them, adds while what it read is in the cache, says that it has read, and goes on
-when all others have: from then on its own tensors may change. What is told are messages of some bytes over sockets of the host, so that a rank that dies is noticed at once.
+when all others have: from then on its own tensors may change. What is told are messages of some bytes over sockets of the host, so that a rank that dies is noticed when the system closes its sockets.
 
 Ranks sum in one order, whatever the size: all have the same bits. ``DEEPSEED_CMA=0`` on any rank leaves the exchanges of its groups to gloo, as does a host that forbids such reads (a container without CAP_SYS_PTRACE, perhaps).
 """
@@ -46,10 +46,12 @@ SLICE = 1.0  # seconds, after which a waiting rank looks whether another one is 
 STARTED, SUMMED, READ = range(3)  # what a rank says of an exchange
 KINDS = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "rows")
 CUT = ("reduce_scatter", "all_to_all")  # whose operand is [n, ..], a block for each rank
-HEAD = struct.Struct("<IBBQ")  # number of the exchange, what is said, kind, bytes of all tensors; addresses follow
+HEAD = struct.Struct("<IIBBQI")  # call into DeepSeed, number of the exchange in it, what is said, kind, bytes of all tensors, how many; their addresses follow
+FEW = 2048  # addresses of one message; where there are more it has the address of where they stand
 PR_SET_PTRACER, ANYONE = 0x59616D61, ctypes.c_ulong(-1)
 
 Said = dict[int, tuple[int, int, tuple[int, ...]]]  # position -> kind, bytes, addresses
+Key = tuple[int, int]  # of an exchange: call, number
 Span = tuple[int, int, int]  # address there, address here, bytes
 
 
@@ -98,14 +100,14 @@ class Link:
         self.number = 0
         self._sockets = {k: s for k, s in enumerate(sockets) if s is not None}
         self._by_handle = {s.fileno(): k for k, s in self._sockets.items()}
-        self._heard: dict[tuple[int, int], Said] = {}  # by number and what is said
+        self._heard: dict[tuple[Key, int], Said] = {}  # by exchange and what is said
         self._closed: set[int] = set()
         self._poll = select.poll()
         for s in self._sockets.values():
             s.setblocking(False)
             self._poll.register(s, select.POLLIN)
-        self._under_way: dict[int, Exchange] = {}  # whose tensors others may read
-        self._turn = self._past = 0  # the last call into DeepSeed, and the number of the last exchange before it
+        self._under_way: dict[Key, Exchange] = {}  # whose tensors others may read
+        self._turn = 0  # the call into DeepSeed: all ranks make the same ones, and an error may end one at another exchange on each
 
     @property
     def size(self) -> int:
@@ -121,19 +123,21 @@ class Link:
 
     def start(self, kind: str, xs: Sequence[Tensor], reduce: str, what: str, sends: Sequence[int] = ()) -> Exchange:
         """``xs``: contiguous, and not changed until the exchange is over; [n, ..] where a block goes to each rank. ``sends``: rows for each rank."""
-        if self.world.watch.turn != self._turn:  # what an error ended is over on all ranks
-            self._turn, self._past = self.world.watch.turn, self.number
+        if self.world.watch.turn != self._turn:
+            self._turn, self.number = self.world.watch.turn, 0
             self._under_way.clear()
-            self._heard = {key: said for key, said in self._heard.items() if key[0] > self._past}
+            self._heard = {key: said for key, said in self._heard.items() if key[0][0] >= self._turn}
         self.number += 1
-        under_way = self._under_way[self.number] = Exchange(self, kind, xs, reduce, what, sends)
+        key = self._turn, self.number
+        under_way = self._under_way[key] = Exchange(self, key, kind, xs, reduce, what, sends)
         return under_way
 
-    def over(self, number: int) -> None:
-        del self._under_way[number]
+    def over(self, key: Key) -> None:
+        del self._under_way[key]
 
-    def say(self, position: int, number: int, what: int, kind: int = 0, nbytes: int = 0, addresses: Sequence[int] = ()) -> None:
-        message = HEAD.pack(number, what, kind, nbytes) + struct.pack(f"<{len(addresses)}Q", *addresses)
+    def say(self, position: int, key: Key, what: int, kind: int = 0, nbytes: int = 0, addresses: Sequence[int] = (), of: int = 0) -> None:
+        """``of``: how many addresses there are, where those given are of a table of them."""
+        message = HEAD.pack(*key, what, kind, nbytes, of or len(addresses)) + struct.pack(f"<{len(addresses)}Q", *addresses)
         while True:
             try:
                 self._sockets[position].send(message)
@@ -143,12 +147,12 @@ class Link:
             except (BrokenPipeError, ConnectionResetError) as error:
                 raise ConnectionError(f"rank {self.ranks[position]} has closed its connection") from error
 
-    def hear(self, number: int, what: int, seconds: float) -> bool:
+    def hear(self, key: Key, what: int, seconds: float) -> bool:
         """Whether all others have said ``what`` of the exchange within ``seconds``. Raises ConnectionError where one is gone that has not."""
         until, wait = time.monotonic() + seconds, 0.0
         while True:
             self._listen(wait)
-            missing = self._sockets.keys() - self._heard.get((number, what), {}).keys()
+            missing = self._sockets.keys() - self._heard.get((key, what), {}).keys()
             if not missing:
                 return True
             if gone := missing & self._closed:
@@ -157,9 +161,9 @@ class Link:
             if wait <= 0:
                 return False
 
-    def said(self, number: int, what: int) -> Said:
+    def said(self, key: Key, what: int) -> Said:
         """What ``hear`` has heard, once."""
-        return self._heard.pop((number, what))
+        return self._heard.pop((key, what))
 
     def _listen(self, seconds: float) -> None:
         for handle, _ in self._poll.poll(max(seconds, 0.0) * 1e3):
@@ -174,17 +178,23 @@ class Link:
                         self._closed.add(position)
                         self._poll.unregister(handle)
                         break
-                    number, what, kind, nbytes = HEAD.unpack_from(message)
+                    turn, number, what, kind, nbytes, many = HEAD.unpack_from(message)
+                    if turn < self._turn:
+                        continue
                     addresses = struct.unpack_from(f"<{(len(message) - HEAD.size) // 8}Q", message, HEAD.size)
-                    if number > self._past:
-                        self._heard.setdefault((number, what), {})[position] = kind, nbytes, addresses
+                    if len(addresses) < many:
+                        table = (ctypes.c_uint64 * many)()
+                        read(self.pids[position], [(addresses[0], ctypes.addressof(table), 8 * many)])
+                        addresses = tuple(table)
+                    self._heard.setdefault(((turn, number), what), {})[position] = kind, nbytes, addresses
 
 
 class Exchange:
     """One exchange of several tensors under way; each ``result`` is taken once, and waits."""
 
-    def __init__(self, link: Link, kind: str, xs: Sequence[Tensor], reduce: str, what: str, sends: Sequence[int]) -> None:
-        self.link, self.kind, self.reduce, self.what, self.number = link, kind, reduce, what, link.number
+    def __init__(self, link: Link, key: Key, kind: str, xs: Sequence[Tensor], reduce: str, what: str, sends: Sequence[int]) -> None:
+        self.link, self.key, self.kind, self.reduce, self.what = link, key, kind, reduce, what
+        self._tables: list[Any] = []  # of addresses, while others may read them
         self.xs, self.sends = [torch.view_as_real(x) if x.is_complex() and reduce else x for x in xs], sends
         self.complex, self.left = bool(reduce) and xs[0].is_complex(), len(xs)
         self._found: Said | None = None
@@ -219,7 +229,7 @@ class Exchange:
         except OSError as error:
             raise self.link.world.diagnosed(error, self.what) from error
         self.left -= 1
-        if not self.left:
+        if not self.left and self.kind != "all_reduce":
             self._over()
         return torch.view_as_complex(made) if self.complex else made
 
@@ -268,6 +278,7 @@ class Exchange:
                         held, size = chunk(s.numel(), n, p), s.element_size()
                         spans.append((address + held.start * size, s.data_ptr() + held.start * size, len(held) * size))
                     read(self.link.pids[p], spans)
+            self._over()  # before any sum is given away: what others read of it may be changed then
             self._sums = sums
         return self._sums
 
@@ -289,17 +300,21 @@ class Exchange:
         for p in self.link.others:
             self._say(p, READ)
         self._wait(READ)
-        self.link.over(self.number)
+        self.link.over(self.key)
 
     def _say(self, position: int, what: int, kind: int = 0, nbytes: int = 0, addresses: Sequence[int] = ()) -> None:
+        of = len(addresses)
+        if of > FEW:
+            self._tables.append((ctypes.c_uint64 * of)(*addresses))
+            addresses = [ctypes.addressof(self._tables[-1])]
         try:
-            self.link.say(position, self.number, what, kind, nbytes, addresses)
+            self.link.say(position, self.key, what, kind, nbytes, addresses, of)
         except OSError as error:
             raise self.link.world.diagnosed(error, self.what) from error
 
     def _wait(self, what: int) -> Said:
-        self.link.world.until(lambda: None if self.link.hear(self.number, what, SLICE) else TimeoutError("no word from the others"), self.what)
-        return self.link.said(self.number, what)
+        self.link.world.until(lambda: None if self.link.hear(self.key, what, SLICE) else TimeoutError("no word from the others"), self.what)
+        return self.link.said(self.key, what)
 
 
 @dataclass(frozen=True)

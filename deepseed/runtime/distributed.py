@@ -194,6 +194,7 @@ class DistributedRuntime(Runtime):
         self._channels = Channels(self.world, mesh.group(STAGES, self.rank) if STAGES in mesh.sizes else ())
 
     def exchange(self, kind: str, x: Tensor, axis: str, reduce: str, *, owned: bool = False) -> Callable[[], Tensor]:
+        x = x.resolve_conj().resolve_neg()
         if axis in self._links and x.numel():
             return Part(self._links[axis].start(kind, [x], reduce, self._next(kind, axis)))
         group, n = self._groups[axis], self.mesh.size(axis)
@@ -242,12 +243,12 @@ class DistributedRuntime(Runtime):
             return super().bucket_start(kind, xs, axis, take, put, reduce)
         n, joined = self.mesh.size(axis), dict(enumerate(put))
         parts = [widest(x, n, joined.get(k)) for k, x in enumerate(xs)]
-        parts = [(cut(x, n, take[k]) if take else x).contiguous() for k, x in enumerate(parts)]
+        parts = [(cut(x, n, take[k]) if take else x).contiguous().resolve_conj().resolve_neg() for k, x in enumerate(parts)]
         under_way = link.start(kind, parts, reduce if kind in REDUCING else "", self._next(kind, axis))
         return [Handle(Part(under_way, k), Finish(n, self.position(axis), take[k] if take else None, joined.get(k))) for k in range(len(xs))]
 
     def exchange_rows(self, x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: str) -> Callable[[], Tensor]:
-        what = self._next("rows", axis)
+        x, what = x.resolve_conj().resolve_neg(), self._next("rows", axis)
         if axis in self._links:
             return Part(self._links[axis].start("rows", [x], "", what, sends), receives=receives)
         out = x.new_empty(sum(receives), *x.shape[1:])

@@ -32,7 +32,7 @@ def opened(**constants: int) -> DistributedRuntime:
 
 def small_pieces() -> dict[str, int]:
     """So that every loop turns more than once."""
-    return {"PIECE": 64, "VECTORS": 3, "LONGEST": 96, "ALONE": 0}
+    return {"PIECE": 64, "VECTORS": 3, "LONGEST": 96, "ALONE": 0, "FEW": 2}
 
 
 def members(seed: int, n: int, rank: int, kind: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Any], list[Any]]:
@@ -118,6 +118,43 @@ def late(rounds: int) -> bool:
     return ok
 
 
+def changed(rounds: int) -> bool:
+    """A sum of a bucket is changed right after its own wait, while others are late, and another one of the bucket is not waited for yet."""
+    rt = opened()
+    n, ok = rt.mesh.ranks, True
+    with guarded(rt):
+        for k in range(rounds):
+            handles = rt.bucket_start("all_reduce", [torch.full((20_000,), float(k + rt.rank)) for _ in range(3)], "dp")
+            for each, handle in enumerate(handles):
+                time.sleep(0.002 * ((k + each + rt.rank) % n))
+                total = rt.wait(handle)
+                ok &= bool((total == n * k + n * (n - 1) / 2).all())
+                total.fill_(-1.0)
+    stop()
+    return ok
+
+
+def lazily_conjugated() -> bool:
+    rt = opened()
+    x = torch.complex(torch.arange(6.0), torch.arange(6.0) + rt.rank)
+    with guarded(rt):
+        whole = rt.wait(rt.all_gather_start(x.conj(), "dp", (0, 1)))
+        (handle,) = rt.bucket_start("all_gather", [x.conj()], "dp", put=[(0, 1)])
+        total = rt.wait(rt.all_reduce_start(x.conj(), "dp"))
+    want = [torch.complex(torch.arange(6.0), -torch.arange(6.0) - r) for r in range(rt.mesh.ranks)]
+    ok = torch.equal(whole, torch.cat(want)) and torch.equal(rt.wait(handle), torch.cat(want)) and torch.equal(total, sum(want[1:], want[0]))
+    stop()
+    return ok
+
+
+def many(tensors: int) -> float:
+    rt = opened()
+    with guarded(rt):
+        total = sum(float(rt.wait(h)) for h in rt.bucket_start("all_reduce", [torch.full((), float(rt.rank)) for _ in range(tensors)], "dp"))
+    stop()
+    return total
+
+
 def disagree() -> str:
     """Rank 1 brings more."""
     rt = opened()
@@ -135,7 +172,8 @@ def after_an_error() -> tuple[bool, float]:
     for _ in range(2):
         try:
             with guarded(rt):
-                rt.all_reduce_start(torch.ones(5), "dp")
+                for _ in range(1 + rt.rank):  # one at another place
+                    rt.all_reduce_start(torch.ones(5), "dp")
                 raise AgreementError("all of them")
         except AgreementError:
             pass
