@@ -172,7 +172,7 @@ def bounds(keep: Path) -> list[str]:
     if not last:
         return []
     lines = ["### What bounds a step in float32", "", "Of the best eager peer of zero1 (`--bound`): matrix products, at what the machine's cores take for anyone, and gloo's own threads, which add and copy what is sent. If all else took no time, a step"
-             " would be as many times as fast as the last column says.", "", "| | peer | CPU s/step | products | gloo's threads | both | attention | bound |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             " through gloo would be as many times as fast as the last column says; DeepSeed's ranks of one host do without gloo's part.", "", "| | peer | CPU s/step | products | gloo's threads | both | attention | bound |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for selection, line in last.items():
         p = line["parts"]
         both = (p["products"] + p["gloo"]) / line["cpu"]
