@@ -144,7 +144,7 @@ def _verdicts() -> list[dict[str, str]]:
     gloo = dist.is_available() and dist.is_gloo_available()
     say(gloo, "ranks over gloo", "a torch that is built with torch.distributed and gloo")
     if gloo and sys.platform == "linux":
-        from deepseed.runtime.attach import possible
+        from deepseed.runtime.neighbours import possible
 
         read = possible()
         say(read, f"ranks of this host {'read' if read else 'do not read'} each other's memory", "leave out DEEPSEED_CMA=0; in a container --cap-add=SYS_PTRACE", worst="note")

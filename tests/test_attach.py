@@ -9,9 +9,9 @@ import pytest
 from gloo import attached
 from gloo.launch import ranks
 
-from deepseed.runtime import attach
+from deepseed.runtime import attach, neighbours
 
-pytestmark = pytest.mark.skipif(not attach.possible(), reason="this host lets no process read another one's memory")
+pytestmark = pytest.mark.skipif(not neighbours.possible(), reason="this host lets no process read another one's memory")
 
 
 @pytest.mark.parametrize(("number", "few"), [(2, False), (2, True), (3, True)])

@@ -23,11 +23,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepseed.ir.mesh import STAGES, Mesh, whole_axis
-from deepseed.runtime.attach import Link, Part, attach
+from deepseed.runtime.attach import Link, Part
 from deepseed.runtime.channels import Channels, Group
 from deepseed.runtime.collectives import Finish, Runtime, cut, widest
 from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.handle import Handle
+from deepseed.runtime.neighbours import attach
 from deepseed.runtime.pipeline import Place, as_bytes
 from deepseed.runtime.watch import Watch
 

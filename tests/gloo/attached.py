@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseed.ir.mesh import Mesh
-from deepseed.runtime import attach
+from deepseed.runtime import attach, neighbours
 from deepseed.runtime.distributed import DistributedRuntime, guarded, start, stop
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.simulate import simulate
@@ -193,7 +193,7 @@ def unwilling(how: str) -> tuple[list[str], float]:
         def forbidden(pid: int, spans: Any) -> None:
             raise OSError(1, "Operation not permitted")
 
-        attach.read = forbidden
+        neighbours.read = forbidden
     rt = opened()
     with guarded(rt):
         total = float(rt.wait(rt.all_reduce_start(torch.full((9,), rt.rank + 1.0), "dp"))[0])
