@@ -10,8 +10,7 @@ from deepseed.codegen.cpp_nests import Function
 from deepseed.codegen.cpp_ops import TYPES, computed
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
-
-OPERANDS = {"sdpa": 3, "sdpa_backward": 6}  # without a mask
+from deepseed.ir.kernels import UNMASKED
 
 LIBRARY = r"""
 #include <algorithm>
@@ -226,7 +225,7 @@ static void attention_backward(int threads, const S *g, const S *q, const S *k, 
 def source(k: Kernel) -> Function:
     """``extern "C" int kernel_..(int threads, const float *q, .., float *lse)``. Raises CodegenError."""
     (op,), p = k.fragment.ops, k.fragment
-    if len(op.refs) != OPERANDS[op.target]:
+    if len(op.refs) != UNMASKED[op.target]:
         raise CodegenError(f"%{op.name}: attention with a mask")
     place = {i.name: n for n, i in enumerate(p.inputs)}
     q, key, value = ([p.types[r.name] for r in op.refs][n] for n in ((0, 1, 2) if op.target == "sdpa" else (1, 2, 3)))

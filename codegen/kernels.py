@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.ir.fragment import Group, fragment, groups
+from deepseed.ir.kernels import UNMASKED
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
 
@@ -41,7 +42,7 @@ class Kernel:
 
 
 def is_attention(k: Kernel) -> bool:
-    return len(k.fragment.ops) == 1 and k.fragment.ops[0].target in ("sdpa", "sdpa_backward")
+    return len(k.fragment.ops) == 1 and k.fragment.ops[0].target in UNMASKED
 
 
 def kernels(p: Program, strides: Mapping[str, tuple[int, ...]], views: Sequence[bool]) -> dict[str, Kernel]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepseed.codegen.expressions import DTYPES, CodegenError, Source, assignment, listed
+from deepseed.codegen.expressions import ADDED, DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
@@ -182,16 +182,14 @@ class _Parts:
             made, t = self.p.producers.get(x), self.p.types.get(x)
             if made is None or t is None or t.dtype not in FLOATS or getattr(t.layout.on(TIME), "op", "sum") != "sum" or len(self.p.uses[x]) > 1 or self.made[x] != self.made[op.name]:
                 continue
-            if made.kernel not in self.kernels and (made.target == "aten.mm" or (made.target == "embedding_backward" and self.out.given(made, "start") is None)):
+            if made.kernel not in self.kernels and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
                 out[x] = op
         return out
 
     def _add_into(self, op: Op) -> None:
         out, total = self.out, self.into[op.name]
         key, types = out.name(total.name), ", ".join(format_type(t, self.p.mesh) for t in total.types)
-        a, b = (out.name(r.name) for r in op.refs)
-        text = f"rt.accumulate_mm(v.get({key!r}), {a}, {b})" if op.target == "aten.mm" else f"rt.accumulate_rows(v.get({key!r}), {a}, {b}, {op.type.local(self.p.mesh)[0]})"
-        out.emit(f"v[{key!r}] = {text}", types)
+        out.emit(f"v[{key!r}] = {ADDED[op.target](out, op, f'v.get({key!r})')}", types)
 
     def _close(self, n: int, op: Op, here: set[str], shown: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""

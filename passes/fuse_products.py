@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
+from deepseed.ir.kernels import UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
 PRODUCT = "aten.mm"
-UNMASKED = {"sdpa": 3, "sdpa_backward": 6}  # operands of attention without a mask
 ALONE = (PRODUCT, *UNMASKED)
 
 

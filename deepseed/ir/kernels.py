@@ -17,3 +17,6 @@ CONTIGUOUS: Mapping[str, tuple[int, ...]] = {
 
 # The argument that says which results are wanted, of ops whose kernels may give others too; elsewhere what is not wanted comes as None.
 MASKED: Mapping[str, int] = {"aten.convolution_backward": 10}  # oneDNN: the weight's gradient together with the bias's
+
+# Operands of attention without a mask: what back ends that write it on their own take.
+UNMASKED: Mapping[str, int] = {"sdpa": 3, "sdpa_backward": 6}
