@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.layout import chunk
+from deepseed.runtime.collectives import added
 from deepseed.runtime.errors import AgreementError
 from deepseed.runtime.handle import Direct
 
@@ -244,10 +245,10 @@ class Exchange:
             for p in self.link.others:
                 read(self.link.pids[p], [(addresses[p] + low * size, parts[p].data_ptr(), count * size)])
             if n == 2 and self.reduce == "sum":
-                torch.add(mine, parts[1 - me], out=there)
+                added((mine, parts[1 - me]), there)
             else:
                 parts[me].copy_(mine)
-                torch.sum(parts, 0, dtype=out.dtype, out=there) if self.reduce == "sum" else torch.amax(parts, 0, out=there)
+                added(parts, there) if self.reduce == "sum" else torch.amax(parts, 0, out=there)
 
     def _all_sums(self, found: Said) -> list[Tensor]:
         """Every rank sums a part of each tensor, and reads the others' sums; where there is little to sum, all of it."""

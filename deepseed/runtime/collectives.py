@@ -357,6 +357,14 @@ def _block(x: Tensor, n: int, take: Place) -> torch.Size:
     return torch.Size((*x.shape[:dim], outer * -(-of // n) * rest, *x.shape[dim + 1 :]))
 
 
+def added(blocks: Tensor | tuple[Tensor, Tensor], out: Tensor | None = None) -> Tensor:
+    """Their sum; of two the one addition, which takes a fraction of the time of a reduction, and is rounded alike."""
+    if len(blocks) == 2:
+        return torch.add(blocks[0], blocks[1], out=out)
+    assert isinstance(blocks, Tensor)
+    return torch.sum(blocks, 0, dtype=blocks.dtype, out=out)
+
+
 def own(x: Tensor, n: int, i: int, take: Place) -> Tensor:
     """What rank ``i`` holds of a block of ``cut``: without its padding."""
     if len(take) == 2:

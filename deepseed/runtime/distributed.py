@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from deepseed.ir.mesh import STAGES, Mesh, whole_axis
 from deepseed.runtime.attach import Link, Part
 from deepseed.runtime.channels import Channels, Group
-from deepseed.runtime.collectives import Finish, Runtime, cut, widest
+from deepseed.runtime.collectives import Finish, Runtime, added, cut, widest
 from deepseed.runtime.errors import AgreementError, RankError
 from deepseed.runtime.handle import Handle
 from deepseed.runtime.neighbours import attach
@@ -209,7 +209,7 @@ class DistributedRuntime(Runtime):
         else:
             out = torch.empty_like(x)
         if not x.numel():
-            return lambda: _added(out) if by_blocks else out
+            return lambda: added(out) if by_blocks else out
         what = self._next(kind, axis)
         sent, received = _plain(x), _plain(out)
         began = time.monotonic()
@@ -229,7 +229,7 @@ class DistributedRuntime(Runtime):
             self.world.wait(work, what)
             nonlocal sent  # kept until the exchange is over
             del sent
-            return _added(out) if by_blocks else out
+            return added(out) if by_blocks else out
 
         return complete
 
@@ -292,11 +292,6 @@ def _named(new: str, old: str) -> Callable[..., dist.Work]:
     """A collective by its name since torch 2.13, else by the one before."""
     found: Callable[..., dist.Work] = getattr(dist, new, None) or getattr(dist, old)
     return found
-
-
-def _added(blocks: Tensor) -> Tensor:
-    """Their sum; of two the one addition, which takes a fraction of the time of a reduction, and is rounded alike."""
-    return torch.add(blocks[0], blocks[1]) if len(blocks) == 2 else blocks.sum(0, dtype=blocks.dtype)
 
 
 def _plain(x: Tensor) -> Tensor:
