@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from gloo import attached
@@ -55,6 +58,18 @@ def test_ranks_that_bring_different_sizes_say_so() -> None:
 
 def test_what_an_error_left_under_way_is_over() -> None:
     assert ranks(2, attached.after_an_error) == [(True, 3.0)] * 2
+
+
+def test_what_a_rank_said_before_it_left_is_heard() -> None:
+    """It left before it had read all that was told to it: the system then tells of a broken connection first."""
+    there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stays, leaves = (attach.Link(cast(Any, SimpleNamespace(rank=r)), (0, 1), [os.getpid()] * 2, [None, there[0]] if r == 0 else [there[1], None]) for r in range(2))
+    stays.say(1, (1, 1), attach.STARTED)
+    leaves.say(0, (1, 1), attach.READ)
+    leaves.close()
+    assert stays.hear((1, 1), attach.READ, 0.0)
+    with pytest.raises(ConnectionError, match="rank 1 has closed its connection"):
+        stays.hear((1, 2), attach.STARTED, 5.0)
 
 
 @pytest.mark.parametrize("how", ["said", "forbidden"])

@@ -165,8 +165,8 @@ class Link:
                 while True:
                     try:
                         message = self._sockets[position].recv(1 << 20)
-                    except ConnectionResetError:
-                        message = b""
+                    except ConnectionResetError:  # it left before it had read all from here: what it said before is still to be heard
+                        continue
                     if not message:
                         self._closed.add(position)
                         self._poll.unregister(handle)

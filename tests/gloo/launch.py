@@ -16,6 +16,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from deepseed.runtime.distributed import stop
+
 PRELOAD = ["deepseed", "deepseed.target", "deepseed.verify", "transformers.models.auto.modeling_auto", "gloo.equality", "gloo_worker"]
 
 
@@ -44,8 +46,16 @@ def launched(number: int, body: Callable[..., Any], *args: Any) -> dict[int, Any
             min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=f"test-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
             start_method="forkserver", monitor_interval=0.1, logs_specs=DefaultLogsSpecs(log_dir=folder),
         )  # fmt: skip
-        found: dict[int, Any] = elastic_launch(config, body)(*args)
+        found: dict[int, Any] = elastic_launch(config, _rank)(body, *args)
     return found
+
+
+def _rank(body: Callable[..., Any], *args: Any) -> Any:
+    """A process that was forked runs nothing at its exit: it leaves the process group, if it is in one, here."""
+    try:
+        return body(*args)
+    finally:
+        stop()
 
 
 def ranks(number: int, body: Callable[..., Any], *args: Any) -> list[Any]:
