@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from deepseed.codegen.python import generate
 from deepseed.idle import idle_share
 from deepseed.ir.contract import PassError
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import Op
+from deepseed.ir.program import Op, Ref
 from deepseed.ir.schedule import kind_of
 from deepseed.ir.text import parse
 from deepseed.passes import loop_microbatches
@@ -318,5 +319,10 @@ def test_products_and_rows_are_added_where_they_are_made() -> None:
     products = sum(op.target == "aten.mm" and op.phase == "backward" and all(isinstance(u, Op) and u.target == "accumulate" for u in step.program.uses[op.name]) for op in step.program.ops)
     assert source.count("rt.accumulate_mm(") == products > 3 and source.count("rt.accumulate_rows(") == 1
     assert all(op.kw("scale") is not None for op in step.program.ops if op.target == "optim.sgd")  # the sum is the update's to scale for the clipping, too: no scaled copy
-    looked = generate(pipeline.run(step.program, {"localize": {"coordinate": {}}}, pipeline.EACH_RANK, check=False)[-1].program, looked=True)
+    rank = pipeline.run(step.program, {"localize": {"coordinate": {}}}, pipeline.EACH_RANK, check=False)[-1].program
+    looked = generate(rank, looked=True)
     assert "rt.accumulate_mm" not in looked and looked.count("rt.look(") > 100
+    n, product = next((n, op) for n, op in enumerate(rank.ops) if op.target == "aten.mm" and rank.uses[op.name][0].target == "accumulate")
+    reader = replace(product, results=("reader",), target="aten.neg", args=(Ref(product.name),))
+    shared = generate(replace(rank, ops=(*rank.ops[: n + 1], reader, *rank.ops[n + 1 :])))
+    assert shared.count("rt.accumulate_mm(") == products - 1 and shared.count("rt.accumulate(") == source.count("rt.accumulate(") + 1  # what something else reads is made by itself
