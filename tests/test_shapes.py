@@ -349,20 +349,19 @@ def test_a_program_that_is_dropped_is_freed_and_none_holds_a_graph() -> None:
     step(batch(rows=8))
     gc.collect()
     assert [each() for each in held] == [None] * 5
-    graphs = [each for each in gc.get_objects() if isinstance(each, torch.fx.Graph | torch.fx.GraphModule)]
-    assert not [g for g in graphs if _reaches(step, g)]
+    assert not [each for each in _reached(step) if isinstance(each, torch.fx.Graph | torch.fx.GraphModule)]
 
 
-def _reaches(start: object, goal: object, limit: int = 200_000) -> bool:
-    seen, todo = set(), [start]
+def _reached(start: object, limit: int = 200_000) -> list[object]:
+    """What an object refers to, and what that refers to; classes and modules aside."""
+    seen: dict[int, object] = {}
+    todo = [start]
     while todo and len(seen) < limit:
         each = todo.pop()
-        if each is goal:
-            return True
         if id(each) not in seen and not isinstance(each, type | type(gc)):
-            seen.add(id(each))
+            seen[id(each)] = each
             todo += gc.get_referents(each)
-    return False
+    return list(seen.values())
 
 
 # batches ----------------------------------------------------------------------------------------------------------------

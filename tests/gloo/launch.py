@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -51,7 +52,8 @@ def launched(number: int, body: Callable[..., Any], *args: Any) -> dict[int, Any
 
 
 def _rank(body: Callable[..., Any], *args: Any) -> Any:
-    """A process that was forked runs nothing at its exit: it leaves the process group, if it is in one, here."""
+    """A process that was forked runs nothing at its exit: it leaves the process group, if it is in one, here. What was there before it is no garbage."""
+    gc.freeze()
     try:
         return body(*args)
     finally:
