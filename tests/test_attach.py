@@ -70,6 +70,7 @@ def test_what_a_rank_said_before_it_left_is_heard() -> None:
     assert stays.hear((1, 1), attach.READ, 0.0)
     with pytest.raises(ConnectionError, match="rank 1 has closed its connection"):
         stays.hear((1, 2), attach.STARTED, 5.0)
+    stays.close()
 
 
 @pytest.mark.parametrize("how", ["said", "forbidden"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -349,17 +350,19 @@ def test_a_program_that_is_dropped_is_freed_and_none_holds_a_graph() -> None:
     step(batch(rows=8))
     gc.collect()
     assert [each() for each in held] == [None] * 5
-    assert not [each for each in _reached(step) if isinstance(each, torch.fx.Graph | torch.fx.GraphModule)]
+    reached = _reached(step)
+    assert any(each is step.program for each in reached) and not [each for each in reached if isinstance(each, torch.fx.Graph | torch.fx.GraphModule)]
 
 
-def _reached(start: object, limit: int = 200_000) -> list[object]:
-    """What an object refers to, and what that refers to; classes and modules aside."""
-    seen: dict[int, object] = {}
+def _reached(start: object) -> list[object]:
+    """What an object refers to, and what that refers to; classes and modules, and what functions see of them, aside."""
+    seen: dict[int, object] = {id(m.__dict__): None for m in list(sys.modules.values()) if hasattr(m, "__dict__")}
     todo = [start]
-    while todo and len(seen) < limit:
+    while todo:
         each = todo.pop()
         if id(each) not in seen and not isinstance(each, type | type(gc)):
             seen[id(each)] = each
+            assert len(seen) < 1_000_000
             todo += gc.get_referents(each)
     return list(seen.values())
 

@@ -52,7 +52,7 @@ def launched(number: int, body: Callable[..., Any], *args: Any) -> dict[int, Any
 
 
 def _rank(body: Callable[..., Any], *args: Any) -> Any:
-    """A process that was forked runs nothing at its exit: it leaves the process group, if it is in one, here. What was there before it is no garbage."""
+    """A process that was forked runs no exit handlers: it leaves the process group, if it is in one, here. What was there before it is no garbage."""
     gc.freeze()
     try:
         return body(*args)
