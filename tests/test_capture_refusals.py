@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import deepseed
 from deepseed.capture import BatchError, CaptureError, capture
 from deepseed.ops import evaluate
 
@@ -168,3 +173,20 @@ def test_batches_that_do_not_fit() -> None:
     ]:
         with pytest.raises(BatchError, match=what):
             c.batch.flatten(batch)
+
+
+def test_lines_are_the_users_where_torch_was_imported_through_a_link(tmp_path: Path) -> None:
+    """As from an environment that is a link to another one."""
+    (tmp_path / "libraries").symlink_to(Path(torch.__file__).parent.parent)
+    (tmp_path / "mine.py").write_text(
+        "import torch, deepseed\n"
+        "class Branches(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) if self.weight.sum() > 0 else x\n"
+        "model = Branches(2, 2)\n"
+        "step = deepseed.compile(model, 'zero0', optimizer=torch.optim.SGD(model.parameters()), loss_fn=lambda m, b: m(b['x']).sum())\n"
+        "step({'x': torch.ones(2, 2)})\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "libraries"), str(Path(deepseed.__file__).parent.parent)])}
+    done = subprocess.run([sys.executable, str(tmp_path / "mine.py")], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 1 and "depends on param 'weight'" in done.stderr and "mine.py:4\n" in done.stderr, done.stderr

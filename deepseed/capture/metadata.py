@@ -21,9 +21,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from deepseed.capture.errors import CaptureError
 
-_OWN = str(Path(__file__).resolve().parent.parent) + "/"
-_TORCH = str(Path(torch.__file__).resolve().parent) + "/"
-_FUNCTORCH = str(Path(torch.__file__).resolve().parent.parent / "functorch") + "/"
+_OWN = str(Path(__file__).parent.parent) + "/"  # as frames have it: where it was imported from, which may be behind a link
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_FUNCTORCH = str(Path(torch.__file__).parent.parent / "functorch") + "/"
 _STEP = _OWN + "capture/step.py"
 _skipped: dict[str, bool] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 GENERATED = "deepseed.generated."
-_PACKAGE = str(Path(__file__).resolve().parent.parent) + "/"
+_PACKAGE = str(Path(__file__).parent.parent) + "/"
 _LIBRARIES = tuple({*(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")), "<"})
 
 
