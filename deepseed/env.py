@@ -20,7 +20,7 @@ VARIABLES = re.compile(r"^(DEEPSEED_|CUDA_|NCCL_|OMP_NUM_THREADS$|RANK$|WORLD_SI
 def collect() -> dict[str, Any]:
     """All of it, as plain data; what cannot be asked is the error's text."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "torch": _tried(_build)},
         "torch": _tried(_torch),
         "machine": {"system": platform.platform(), "cores": _tried(_cores), "memory": _tried(_memory), "shm": _tried(lambda: _disk("/dev/shm"))},
         "caches": _tried(_caches),
@@ -61,6 +61,13 @@ def _tried(ask: Callable[[], Any]) -> Any:
         return ask()
     except Exception as error:
         return f"cannot be asked: {type(error).__name__}: {error}"
+
+
+def _build() -> str:
+    """torch's version with what it is built for, such as +cu130, which a package's metadata may lack."""
+    from torch.version import __version__
+
+    return str(__version__)
 
 
 def _version(name: str) -> str | None:

@@ -44,7 +44,7 @@ def volume(stage: int) -> float:
     return expected
 
 
-@pytest.mark.parametrize("stage", [*STAGES[:2], pytest.param(2, marks=pytest.mark.wide), 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_bytes_sent_over_gloo(stage: int) -> None:
     for rank in counted(LLAMA, plan(stage), N):
         sent, e = rank["sent"]["dp"], rank["explain"]

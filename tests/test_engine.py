@@ -84,7 +84,7 @@ def test_counts_and_boundaries() -> None:
 def test_codegen_from_the_config() -> None:
     assert [PYTHON, *BACK_ENDS, "auto"] == list(CODEGEN)
     parts, model = rows(2), Net()
-    theirs, other = begin(config(), copy.deepcopy(model)), begin(config(compile={"deepcompile": True, "backend": "cpp"}), model)
+    theirs, other = begin(config(), copy.deepcopy(model)), begin(config(compile={"deepcompile": True, "backend": "inductor"}), model)
     for part in parts:
         losses = []
         for engine in (theirs, other):
@@ -92,7 +92,7 @@ def test_codegen_from_the_config() -> None:
             engine.backward(losses[-1])
             engine.step()
         assert abs(float(losses[0].detach()) - float(losses[1].detach())) <= 1e-12
-    assert apart(other, theirs.module) <= 1e-10  # the gradient of a bias before a batch norm is rounding, 1e-17, which AdamW divides by its eps
+    assert apart(other, theirs.module) <= 1e-12
     held = [b for _, b in other.compiled.programs.cache._held.values()]
     assert theirs.compiled.programs.subject.codegen == PYTHON and any("kernel_" in e.source for b in held for e in b.executables)
 

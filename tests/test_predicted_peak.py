@@ -113,7 +113,7 @@ def check(case: Case) -> None:
     assert not budget or most <= budget, (case.words(), most, budget)
 
 
-@settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_the_predicted_peak_is_the_counted_one(case: Case) -> None:
     check(case)

@@ -50,7 +50,7 @@ def computes_the_same(case: tuple[str, str]) -> None:
 
 
 @given(cases())
-@drawn(8)
+@drawn(12)
 def test_a_random_pipeline_computes_what_one_device_does(case: tuple[str, str]) -> None:
     computes_the_same(case)
 

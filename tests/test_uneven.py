@@ -71,7 +71,7 @@ def equal(sizes: Any, plan: tuple[str, int, int]) -> None:
     assert report.ok, f"{sizes} under {plan}:\n{report}"
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases, plans)
 def test_any_size_on_any_ranks(sizes: Any, plan: tuple[str, int, int]) -> None:
     equal(sizes, plan)

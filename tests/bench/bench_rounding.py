@@ -1,4 +1,4 @@
-"""How far apart are trainings in 16 bits that begin next to each other? What the tolerance of bench_peers.py for bf16 is taken from.
+"""How far apart are trainings in 16 bits that begin next to each other? What a loss in bench_peers.py that is further away than its tolerance is judged by.
 
     python tests/bench/bench_rounding.py                    # GPT-2 60M, the eleven steps of the comparison: minutes
     python tests/bench/bench_rounding.py --model llama --dtype fp32

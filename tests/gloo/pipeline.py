@@ -124,6 +124,14 @@ def messages(folder: Path) -> None:
     torch.save({"out": out, "big": ends, "gone": gone, "sent": counted, "groups": len(rt.world.channels)}, folder / f"{rt.rank}.pt")
 
 
+def until_it_receives(rt: DistributedRuntime, rank: int) -> None:
+    """Until a rank has sent all and waits for a message of this one: what it says when this one ends is known then."""
+    until = time.monotonic() + 30
+    while not rt.world.watch._beats()[rank].doing.startswith(f"receiving from pipeline rank {rt.rank} "):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def trouble(kind: str) -> None:
     """A pipeline of four in which the third dies, raises or stays away in its second microbatch; the others leave in good order."""
     rt = DistributedRuntime(Mesh((("pp", dist.get_world_size()),)), timeout=4.0)
@@ -133,6 +141,8 @@ def trouble(kind: str) -> None:
             for microbatch in range(4):
                 x = rt.wait(rt.receive_start((8,), torch.float32, here - 1)) if here else torch.ones(8)
                 if here == 2 and microbatch == 1:
+                    rt.flush()
+                    until_it_receives(rt, 1)
                     if kind == "die":
                         os.kill(os.getpid(), signal.SIGKILL)
                     if kind == "sleep":
