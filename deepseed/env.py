@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ VARIABLES = re.compile(r"^(DEEPSEED_|CUDA_|NCCL_|OMP_NUM_THREADS$|RANK$|WORLD_SI
 def collect() -> dict[str, Any]:
     """All of it, as plain data; what cannot be asked is the error's text."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "torch": _tried(_build)},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "torch": _tried(_torch),
         "machine": {"system": platform.platform(), "cores": _tried(_cores), "memory": _tried(_memory), "shm": _tried(lambda: _disk("/dev/shm"))},
         "caches": _tried(_caches),
@@ -63,15 +63,10 @@ def _tried(ask: Callable[[], Any]) -> Any:
         return f"cannot be asked: {type(error).__name__}: {error}"
 
 
-def _build() -> str:
-    """torch's version with what it is built for, such as +cu130, which a package's metadata may lack."""
-    from torch.version import __version__
-
-    return str(__version__)
-
-
 def _version(name: str) -> str | None:
     try:
+        if name == "torch":  # with what it is built for, such as +cu130, which its metadata may lack
+            return str(import_module("torch.version").__version__)
         return metadata.version(name)
     except Exception:
         return "0 (from source)" if name == "deepseed" else None
