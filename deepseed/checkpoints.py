@@ -83,8 +83,10 @@ class Checkpoints:
         under way has failed."""
         self._count += 1
         asked = preempt.asked(self.steps, str(self.dir))
-        if self._writing is not None and self.host.same(f"written: {self._writing.done}") and self._writing.done:
-            self.wait()
+        if self._writing is not None:
+            done = self._writing.done  # asked once: it may become true between two questions, on this rank alone
+            if self.host.same(f"written: {done}") and done:
+                self.wait()
         if (self.every is None or self.steps % self.every) and not asked:
             return None
         path = self.save(extra() if callable(extra) else extra)

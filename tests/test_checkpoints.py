@@ -524,6 +524,10 @@ def test_on_ranks_every_one_says_it_in_the_same_call(tmp_path: Path) -> None:
             assert each[f"{mode}, former"] and each[f"{mode}, goes on"]
 
 
+def test_a_thread_that_ends_between_two_questions_leaves_ranks_in_step(tmp_path: Path) -> None:
+    assert ranks(2, ranks_do.ends_between_two_questions, str(tmp_path)) == [[False, False, True]] * 2
+
+
 # while training goes on -------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import deepseed
 from deepseed.api import TrainStep
+from deepseed.background import Writing
 from deepseed.checkpoint import Saving
+from deepseed.runtime.distributed import world
 from gloo.tried import Tried
 
 
@@ -129,6 +131,24 @@ def until_said(step: TrainStep, checkpoints: deepseed.Checkpoints) -> None:
             checkpoints.after_step()
     finally:
         checkpoints.every = every
+
+
+def ends_between_two_questions(folder: str) -> list[bool]:
+    """Rank 1's thread ends right after it was asked whether it has, rank 0's after the second time; which calls of ``after_step`` found the checkpoint in its place."""
+    torch.set_num_threads(1)
+    step = small("zero3", backend="gloo")
+    answers = iter([False] * (2 - int(os.environ["RANK"])))
+    step(batch(0))
+    world(timeout=20.0)
+    checkpoints = deepseed.Checkpoints(step, folder, asynchronous=True)
+    checkpoints.save()
+    Writing.done = property(lambda _: next(answers, True))  # type: ignore[method-assign, assignment]
+    found = []
+    for number in (1, 2, 3):
+        step(batch(number))
+        checkpoints.after_step()
+        found.append(checkpoints._writing is None)
+    return found
 
 
 class Position:
