@@ -21,7 +21,8 @@ DTYPES = {
 }  # fmt: skip
 
 # aten ops whose C binding ``torch.<name>`` takes the overload's arguments in the overload's order
-_BINDINGS = frozenset(["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "mm", "bmm", "addmm", "baddbmm", "neg", "rsqrt", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "relu", "erf", "abs", "sign", "floor", "ceil", "round", "reciprocal", "square", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "where.self", "maximum", "minimum", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar", "logical_and", "logical_or", "logical_not", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "bitwise_not", "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Scalar", "lerp.Tensor", "convolution", "clone", "native_layer_norm", "cumsum", "topk", "index_select", "_softmax", "_log_softmax"])
+_BINDINGS = frozenset(["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "neg", "rsqrt", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "relu", "erf", "abs", "sign", "floor", "ceil", "round", "reciprocal", "square", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "where.self", "maximum", "minimum", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar", "logical_and", "logical_or", "logical_not", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "bitwise_not", "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Scalar", "lerp.Tensor", "convolution", "clone", "native_layer_norm", "cumsum", "topk", "index_select", "_softmax", "_log_softmax"])
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm"})  # the runtime has a way of its own for some dtypes
 _NN_BINDINGS = frozenset({"silu", "gelu"})  # in torch._C._nn
 _RESERVED = {"rt", "inputs", "torch", "ops", "device", "step"}
 UNSHOWN = ("send", "accumulate", "collect")  # what leaves no tensor of its own name
@@ -121,8 +122,9 @@ def expression(out: Source, op: Op) -> str:
     name, _, overload = rest.partition(".")
     if not rest:
         raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + ": no such op in docs/ir.md")
-    if namespace == "aten" and rest in _BINDINGS:
-        return f"torch.{name}({out.args(op)})"
+    if namespace == "aten" and (rest in _BINDINGS or rest in _PRODUCTS):
+        own = rest in _PRODUCTS and op.type.dtype in ("bf16", "f16")
+        return f"{'ops' if own else 'torch'}.{name}({out.args(op)})"
     if namespace == "aten" and rest in _NN_BINDINGS:
         return f"torch._C._nn.{name}({out.args(op)})"
     called = f"torch.ops.{namespace}.{name}.{overload or 'default'}({out.args(op)})"

@@ -51,7 +51,7 @@ BEAT = "beat"  # in the place of a step: there is none, wait on
 MOST_RANKS = 64  # that split one dimension
 FIRST = 503  # of the primes that stand for them
 TRIES = 4  # of such primes
-CALLED = [("torch.mm", "product", native.product), ("torch.addmm", "biased", native.biased), ("torch.ops.eight_bits.mm.default", "eight_bits_mm", mm), ("torch.ops.eight_bits.rows.default", "eight_bits_rows", rows)]
+CALLED = [*((f"{of}.{op}", name, function) for of in ("torch", "ops") for op, name, function in (("mm", "product", native.product), ("addmm", "biased", native.biased))), ("torch.ops.eight_bits.mm.default", "eight_bits_mm", mm), ("torch.ops.eight_bits.rows.default", "eight_bits_rows", rows)]
 
 
 class Executable:

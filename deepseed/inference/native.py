@@ -20,6 +20,7 @@ from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import compiler
 from deepseed.logs import say
+from deepseed.ops import addmm, mm
 from deepseed.runtime.executable import cache_dir
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     native, lying = load(), w.stride()
     by_columns = lying == (1, width)
     if native is None or not 0 < rows <= FEW or x.dtype not in _DTYPES or x.device.type != "cpu" or x.dtype != w.dtype or not (by_columns or lying == (outputs, 1)):
-        return torch.mm(x, w)
+        return mm(x, w)
     x = x if x.stride() == (width, 1) else x.contiguous()
     y = torch.empty(rows, outputs, dtype=x.dtype)
     (native.products if by_columns else native.flats)[x.dtype](x.data_ptr(), w.data_ptr(), y.data_ptr(), rows, width, outputs, torch.get_num_threads())
@@ -78,7 +79,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 def biased(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """The same with a bias [out]."""
-    return torch.addmm(bias, x, w) if x.shape[0] > FEW or load() is None else product(x, w).add_(bias)
+    return addmm(bias, x, w) if x.shape[0] > FEW or load() is None else product(x, w).add_(bias)
 
 
 def product_of_eight(x: Tensor, w: Tensor, scale: Tensor, kind: str) -> Tensor | None:

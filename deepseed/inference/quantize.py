@@ -26,6 +26,7 @@ from deepseed.inference import native
 from deepseed.inference.errors import InferenceError
 from deepseed.ir.layout import Layout, Split
 from deepseed.ir.program import FLOATS, Input, Op, Output, Program, Ref, Type
+from deepseed.ops import products
 from deepseed.runtime.executable import Executable
 
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -174,7 +175,7 @@ def mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, kin
         each = max(1, AT_A_TIME // max(width, 1))
         for begin in range(0, channels, each):
             part = slice(begin, begin + each)
-            out[:, part] = torch.mm(x, _widened(weight[part], scale[part], kind, x.dtype).t())
+            out[:, part] = products.mm(x, _widened(weight[part], scale[part], kind, x.dtype).t())
     return out if bias is None else out.add_(bias)
 
 

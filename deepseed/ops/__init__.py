@@ -37,13 +37,14 @@ from deepseed.ops.own import (
     sum_of_squares,
     unslice,
 )
+from deepseed.ops.products import accumulate_mm, addmm, baddbmm, bmm, mm
 from deepseed.ops.rng import bernoulli, normal, uniform
 from deepseed.ops.routed import routed_mm, routed_outer
 from deepseed.ops.table import OWN, OpError, Shape, arguments, dtype_name, function, overload, torch_dtype
 
 __all__ = [
-    "OWN", "OpError", "amax", "arguments", "bernoulli", "cast", "cat", "dtype_name", "embedding", "embedding_backward", "evaluate",
-    "expand", "full", "function", "gather", "iota", "normal", "overload", "pad", "permute", "present", "reshape", "routed_mm", "routed_outer", "run",
+    "OWN", "OpError", "accumulate_mm", "addmm", "amax", "arguments", "baddbmm", "bernoulli", "bmm", "cast", "cat", "dtype_name", "embedding", "embedding_backward", "evaluate",
+    "expand", "full", "function", "gather", "iota", "mm", "normal", "overload", "pad", "permute", "present", "reshape", "routed_mm", "routed_outer", "run",
     "scatter_add", "sdpa", "sdpa_backward", "sized", "slice", "sum", "sum_of_squares", "torch_dtype", "uniform", "unslice",
 ]  # fmt: skip
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseed.ops.products import mm
+
 
 @dataclass(frozen=True)
 class _Sorted:
@@ -37,7 +39,7 @@ def routed_mm(x: Tensor, w: Tensor, ids: Tensor, start: int | None = None) -> Te
     y = x.new_empty(len(here), n)
     for matrix, low, high in zip(w, [0, *ends], ends, strict=False):
         if low < high:
-            torch.mm(x[low:high], matrix, out=y[low:high])
+            mm(x[low:high], matrix, out=y[low:high])
     out = x.new_empty(rows, n) if len(here) == rows else x.new_zeros(rows, n)
     return out.index_copy_(0, here, y)
 
@@ -53,7 +55,7 @@ def routed_outer(x: Tensor, g: Tensor, ids: Tensor, matrices: int, start: int | 
     out = x.new_empty(matrices, x.shape[1], g.shape[1])
     for matrix, low, high in zip(out, [0, *ends], ends, strict=False):
         if low < high:
-            torch.mm(x[low:high].t(), g[low:high], out=matrix)
+            mm(x[low:high].t(), g[low:high], out=matrix)
         else:
             matrix.zero_()
     return out

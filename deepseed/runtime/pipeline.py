@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.mesh import STAGES, Mesh
-from deepseed.ops import embedding_backward
+from deepseed.ops import accumulate_mm, embedding_backward, mm
 from deepseed.runtime.handle import Handle, same
 
 Place = tuple[int, int] | tuple[int, int, int, int]
@@ -73,7 +73,7 @@ class Messages(ABC):
 
     def accumulate_mm(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """``acc`` with one more microbatch's product, which is added up in there."""
-        return torch.mm(a, b) if acc is None else acc.addmm_(a, b)
+        return mm(a, b) if acc is None else accumulate_mm(acc, a, b)
 
     def accumulate_rows(self, acc: Tensor | None, g: Tensor, ids: Tensor, rows: int) -> Tensor:
         """``acc`` with one more microbatch's gradient of an embedding: the rows that it has."""
