@@ -25,6 +25,7 @@ def emulates() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "emulated", lambda dtype: dtype in (torch.bfloat16, torch.float16))
         patch.setattr(products, "_PIECE", 12)
+        patch.setattr(products, "_LEAST", 0)
         yield
 
 
@@ -83,10 +84,15 @@ def test_rows_of_experts(dtype: torch.dtype) -> None:
     rounded_once(ops.routed_outer(x, g, ids, 3), lambda x, g: torch.stack([x[ids == e].mT @ g[ids == e] for e in range(3)]), [x, g])
 
 
-def test_float32_is_torch_s() -> None:
+def test_float32_and_small_ones_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = drawn((7, 5), torch.float32, 0, 0), drawn((5, 3), torch.float32, 1, 0)
     assert torch.equal(ops.mm(a, b), a @ b) and torch.equal(ops.bmm(a[None], b[None]), torch.bmm(a[None], b[None]))
     assert torch.equal(ops.addmm(b[0], a, b), torch.addmm(b[0], a, b)) and torch.equal(ops.baddbmm(b[0], a[None], b[None]), torch.baddbmm(b[0], a[None], b[None]))
+    monkeypatch.setattr(products, "_LEAST", 106)
+    monkeypatch.setattr(products, "_mm", None)
+    assert torch.equal(ops.mm(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())  # so are small ones
+    with pytest.raises(TypeError):
+        ops.mm(a.bfloat16(), torch.cat([b, b], 1).bfloat16())
 
 
 HAS: list[tuple[dict[str, Any], list[torch.dtype]]] = [

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 22  # elements of a float32 copy of a part of an operand, or of the result
+_PIECE = 1 << 20  # elements of a copy in float32, of which a product has three at a time: at most 12 MiB
+_LEAST = 1 << 22  # multiplications of a product: of smaller ones, which win less than 0.3 ms, torch's own keep torch's order of sums
 
 
 @cache
@@ -24,69 +25,66 @@ def emulated(dtype: torch.dtype) -> bool:
     return names is not None and not any(has.get(name, False) for name in names)
 
 
-def _wide(x: Tensor) -> bool:
-    return x.is_cpu and emulated(x.dtype)
+def _wide(a: Tensor, b: Tensor) -> bool:
+    return a.is_cpu and emulated(a.dtype) and a.numel() * b.shape[-1] >= _LEAST
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """[m, k] @ [k, n]"""
-    return _mm(a, b, out=out) if _wide(a) else torch.mm(a, b, out=out)
+    return _mm(a, b, out=out) if _wide(a, b) else torch.mm(a, b, out=out)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * c + alpha * (a @ b)``, c broadcast to [m, n]"""
-    if not _wide(a):
+    if not _wide(a, b):
         return torch.addmm(c, a, b, beta=beta, alpha=alpha)
     return _mm(a, b, c, beta, alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """[b, m, k] @ [b, k, n]"""
-    return torch.bmm(a.float(), b.float()).to(a.dtype) if _wide(a) else torch.bmm(a, b)
+    return torch.bmm(a.float(), b.float()).to(a.dtype) if _wide(a, b) else torch.bmm(a, b)
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * c + alpha * (a @ b)``, c broadcast to [b, m, n]"""
-    if not _wide(a):
+    if not _wide(a, b):
         return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
     return torch.baddbmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha).to(a.dtype)
 
 
 def accumulate_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``total`` with a @ b added in place, which is rounded there alone."""
-    if not _wide(a):
+    if not _wide(a, b):
         return total.addmm_(a, b)
     _mm(a, b, total, out=total)
     return total
 
 
 def _mm(a: Tensor, b: Tensor, c: Tensor | None = None, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
-    """The longest of the three dimensions in pieces, so that copies in float32 stay small."""
+    """``out``, which may be ``c``: of each part the operands are copied, multiplied, and the sum is rounded into its place."""
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n) if out is None else out
     c = None if c is None else c.expand(m, n)
-    longest, most = max(m, k, n), _PIECE // max(1, sorted((m, k, n))[1])
-    by = longest if longest <= most else max(1, most)
-
-    def product(x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
-        return torch.mm(x, y) if z is None else torch.addmm(z.float(), x, y, beta=beta, alpha=alpha)
-
-    if by >= longest:
-        out.copy_(product(a.float(), b.float(), c))
-    elif longest == n:
-        x = a.float()
-        for low in range(0, n, by):
-            at = slice(low, low + by)
-            out[:, at] = product(x, b[:, at].float(), None if c is None else c[:, at])
-    elif longest == m:
-        y = b.float()
-        for low in range(0, m, by):
-            at = slice(low, low + by)
-            out[at] = product(a[at].float(), y, None if c is None else c[at])
-    else:
-        whole = product(a[:, :by].float(), b[:by].float(), c)
+    small = m * n <= _PIECE
+    if small and max(m * k, k * n) <= _PIECE:
+        out.copy_(_product(a, b, c, beta, alpha))
+    elif small and k >= max(m, n):
+        by = max(1, _PIECE // max(m, n, 1))
+        whole = _product(a[:, :by], b[:by], c, beta, alpha)
         for low in range(by, k, by):
             at = slice(low, low + by)
             whole.addmm_(a[:, at].float(), b[at].float(), alpha=alpha)
         out.copy_(whole)
+    else:
+        half = (max(m, n) + 1) // 2
+        for at in (slice(0, half), slice(half, None)):
+            if m >= n:
+                _mm(a[at], b, None if c is None else c[at], beta, alpha, out[at])
+            else:
+                _mm(a, b[:, at], None if c is None else c[:, at], beta, alpha, out[:, at])
     return out
+
+
+def _product(a: Tensor, b: Tensor, c: Tensor | None, beta: float, alpha: float) -> Tensor:
+    return torch.mm(a.float(), b.float()) if c is None else torch.addmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha)
