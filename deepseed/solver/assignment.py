@@ -8,18 +8,24 @@ The obvious form (want <= sum of y, y <= x) has the same optimum and is 100 time
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
+from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from deepseed.ir.layout import Element
 from deepseed.rules import Strategy
 from deepseed.solver.rows import Rows
 
 Cost = Callable[[Element, Element], float | None]  # None: not allowed
+
+Numbers = np.ndarray[Any, Any]
 
 TIMED_OUT = 1  # a status of milp
 
@@ -82,13 +88,28 @@ def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float
     for flow in flows:
         _add_flow(flow, choices, first, objective, rows)
     scale = _scale(objective)
-    bounds = Bounds(np.zeros(len(objective)), np.concatenate([np.ones(integers), np.full(len(objective) - integers, 1.0)]))
+    found, minimum = _minimum(np.array(objective) / scale, integers, rows, time_limit)
+    picks = [int(np.argmax(found[first[i] : first[i] + len(c.strategies)])) for i, c in enumerate(choices)]
+    return Solution(picks, minimum * scale, perf_counter() - started, integers, len(objective))
+
+
+def _minimum(objective: Numbers, integers: int, rows: Rows, time_limit: float) -> tuple[Numbers, float]:
+    """Where ``objective`` is least, and that value; variables are from 0 to 1, the first ones ``integers``."""
     constraint = rows.constraint(len(objective))
+    parts = (objective, constraint.A.data, constraint.A.indices, constraint.A.indptr, np.asarray(constraint.lb), np.asarray(constraint.ub))
+    return _minimum_of(integers, time_limit, *((x.dtype.str, x.tobytes()) for x in parts))
+
+
+@lru_cache(maxsize=128)
+def _minimum_of(integers: int, time_limit: float, *parts: tuple[str, bytes]) -> tuple[Numbers, float]:
+    """By the problem's bytes: plans that differ elsewhere, and equal models, ask for the same axis again."""
+    objective, data, indices, indptr, low, high = (np.frombuffer(content, dtype) for dtype, content in parts)
+    constraint = LinearConstraint(csr_array((data, indices, indptr), shape=(len(low), len(objective))), low, high)
     for limit in (time_limit, 6 * time_limit):
         result = milp(
-            np.array(objective) / scale,
+            objective,
             integrality=np.concatenate([np.ones(integers), np.zeros(len(objective) - integers)]),
-            bounds=bounds,
+            bounds=Bounds(np.zeros(len(objective)), np.ones(len(objective))),
             constraints=constraint,
             options={"mip_rel_gap": 1e-6, "time_limit": limit},
         )
@@ -96,29 +117,30 @@ def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float
             break
     if result.x is None:
         raise Infeasible(str(result.message))
-    picks = [int(np.argmax(result.x[first[i] : first[i] + len(c.strategies)])) for i, c in enumerate(choices)]
-    return Solution(picks, float(result.fun) * scale, perf_counter() - started, integers, len(objective))
+    return result.x, float(result.fun)
 
 
 def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: Rows) -> None:
-    source = _by_element(choices[flow.producer], first[flow.producer], lambda s: s.results[flow.result])
+    source = list(_by_element(choices[flow.producer], first[flow.producer], lambda s: s.results[flow.result]).items())
     together: dict[str, dict[tuple[Element, Element], tuple[float, list[int]]]] = {}
-    alone: dict[str, int] = {}
+    alone = Counter(use.share for use in flow.uses)
     for use in flow.uses:
-        alone[use.share] = alone.get(use.share, 0) + 1
-    for use in flow.uses:
-        want = _by_element(choices[use.user], first[use.user], lambda s, k=use.operand: s.operands[k])  # type: ignore[misc]
-        allowed = {(p, w): c for p in source for w in want if (c := use.cost(p, w)) is not None}
-        f: dict[tuple[Element, Element], int] = {}
-        for pair, cost in allowed.items():
-            f[pair] = len(objective)
-            objective.append(cost * flow.count if alone[use.share] == 1 else 0.0)
-            if cost and alone[use.share] > 1:
-                together.setdefault(use.share, {}).setdefault(pair, (cost, []))[1].append(f[pair])
-        for p, xs in source.items():
-            rows.add([(f[pair], 1.0) for pair in f if pair[0] == p] + [(x, -1.0) for x in xs], 0.0, 0.0)
-        for w, xs in want.items():
-            rows.add([(f[pair], 1.0) for pair in f if pair[1] == w] + [(x, -1.0) for x in xs], 0.0, 0.0)
+        want = list(_by_element(choices[use.user], first[use.user], lambda s, k=use.operand: s.operands[k]).items())  # type: ignore[misc]
+        shared = alone[use.share] > 1
+        leaving, arriving = [list[int]() for _ in source], [list[int]() for _ in want]
+        for (p, _), from_p in zip(source, leaving, strict=True):
+            for (w, _), to_w in zip(want, arriving, strict=True):
+                cost = use.cost(p, w)
+                if cost is None:
+                    continue
+                f = len(objective)
+                objective.append(0.0 if shared else cost * flow.count)
+                from_p.append(f)
+                to_w.append(f)
+                if cost and shared:
+                    together.setdefault(use.share, {}).setdefault((p, w), (cost, []))[1].append(f)
+        for (_, xs), transports in zip((*source, *want), (*leaving, *arriving), strict=True):
+            rows.equal(transports, xs)
     for pairs in together.values():
         for cost, variables in pairs.values():
             z = len(objective)

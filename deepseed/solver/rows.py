@@ -29,6 +29,14 @@ class Rows:
         self.low.append(low)
         self.high.append(high)
 
+    def equal(self, some: Sequence[int], others: Sequence[int]) -> None:
+        """The sum of some variables is that of others."""
+        self.row += [len(self.low)] * (len(some) + len(others))
+        self.col += [*some, *others]
+        self.val += [1.0] * len(some) + [-1.0] * len(others)
+        self.low.append(0.0)
+        self.high.append(0.0)
+
     def constraint(self, variables: int) -> LinearConstraint:
         matrix = coo_array((self.val, (self.row, self.col)), shape=(len(self.low), variables)).tocsr()
         return LinearConstraint(matrix, self.low, self.high)
