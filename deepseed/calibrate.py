@@ -18,6 +18,7 @@ import torch
 
 from deepseed.ir.mesh import Mesh
 from deepseed.machines import device_kind
+from deepseed.ops import mm
 from deepseed.runtime.memories import Memories
 from deepseed.speed import Machine
 
@@ -123,7 +124,7 @@ def alone(device: torch.device) -> Machine:
     rates = []
     for name, dtype in DTYPES.items():
         a = torch.randn(n, n, device=device).to(dtype)
-        rates.append((name, 2 * n**3 / of(partial(torch.matmul, a, a))))
+        rates.append((name, 2 * n**3 / of(partial(mm, a, a))))
     words = (1 << 28 if cuda else 1 << 24) // 4
     x, y = torch.zeros(words, device=device), torch.ones(words, device=device)
     memory = 2 * x.nbytes / of(lambda: y.copy_(x))

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
@@ -25,7 +25,7 @@ def price_in(prices: Prices, have: Element, want: Element) -> float | None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Choice], list[Flow], list[list[tuple[Use, Prices]]]]:
-    """Each class reads values of the classes before it; each use has prices of its own, or some it shares."""
+    """Each class reads values of the classes before it; uses of one share have the same prices."""
     choices, flows, priced = list[Choice](), list[Flow](), list[list[tuple[Use, Prices]]]()
     element, price = st.sampled_from(ELEMENTS), st.sampled_from([0.0, 1.0, 2.5, 7.0])
     for _ in range(draw(st.integers(2, 4))):
@@ -33,8 +33,9 @@ def problems(draw: st.DrawFn) -> tuple[list[Choice], list[Flow], list[list[tuple
         choices.append(Choice([Strategy((a, b), (r,)) for a, b, r in ways], [draw(price) for _ in ways], draw(st.integers(1, 3))))
     for made in range(len(choices) - 1):
         users = draw(st.lists(st.tuples(st.integers(made + 1, len(choices) - 1), st.integers(0, 1)), min_size=1, max_size=3, unique=True))
-        shared: Prices = {pair: draw(st.one_of(st.none(), price)) for pair in product(ELEMENTS, ELEMENTS)}
-        mine = [(Use(user, k, draw(st.sampled_from(["once", "again"])), partial(price_in, shared)), shared) for user, k in users]
+        prices: dict[str, Prices] = {share: {pair: draw(st.one_of(st.none(), price)) for pair in product(ELEMENTS, ELEMENTS)} for share in ("once", "again")}
+        shares = [draw(st.sampled_from(list(prices))) for _ in users]
+        mine = [(Use(user, k, share, partial(price_in, prices[share])), prices[share]) for (user, k), share in zip(users, shares, strict=True)]
         flows.append(Flow(made, 0, tuple(use for use, _ in mine), draw(st.integers(1, 3))))
         priced.append(mine)
     return choices, flows, priced
@@ -55,6 +56,7 @@ def price_of(picks: tuple[int, ...], choices: list[Choice], flows: list[Flow], p
     return total
 
 
+@settings(deadline=None)
 @given(problems())
 def test_no_assignment_is_cheaper(problem: tuple[list[Choice], list[Flow], list[list[tuple[Use, Prices]]]]) -> None:
     choices, flows, priced = problem
@@ -77,6 +79,7 @@ def test_an_equal_problem_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> Non
         return milp(*args, **options)
 
     monkeypatch.setattr("deepseed.solver.assignment.milp", watched)
+    monkeypatch.setattr("deepseed.solver.assignment._SOLVED", {})
     ways = [Strategy((None,), (None,)), Strategy((Split(0),), (Split(0),))]
 
     def found(price: float) -> list[int]:

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepseed
 from deepseed import ops
 from deepseed.ops import products
 
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+EMULATED = products.emulated  # before a test puts another in its place
 sizes = st.integers(0, 9)
 
 
@@ -26,6 +28,7 @@ def emulates() -> Iterator[None]:
         patch.setattr(products, "emulated", lambda dtype: dtype in (torch.bfloat16, torch.float16))
         patch.setattr(products, "_PIECE", 12)
         patch.setattr(products, "_LEAST", 0)
+        patch.setattr(products, "_FEW", 0)
         yield
 
 
@@ -46,6 +49,7 @@ def rounded_once(got: Tensor, exact: Callable[..., Tensor], operands: list[Tenso
 
 
 @SIXTEEN
+@settings(deadline=None)
 @given(m=sizes, k=sizes, n=sizes, seed=st.integers(0, 99), lies=st.tuples(*[st.integers(0, 2)] * 3), row=st.booleans(), beta=st.sampled_from([1, 0.5]), alpha=st.sampled_from([1, -2]))
 def test_products(dtype: torch.dtype, m: int, k: int, n: int, seed: int, lies: tuple[int, int, int], row: bool, beta: float, alpha: float) -> None:
     a, b = drawn((m, k), dtype, seed, lies[0]), drawn((k, n), dtype, seed + 1, lies[1])
@@ -62,12 +66,35 @@ def test_products(dtype: torch.dtype, m: int, k: int, n: int, seed: int, lies: t
 
 
 @SIXTEEN
+@settings(deadline=None)
 @given(many=st.integers(0, 3), m=sizes, k=sizes, n=sizes, seed=st.integers(0, 99), lies=st.tuples(*[st.integers(0, 2)] * 3))
 def test_products_of_many(dtype: torch.dtype, many: int, m: int, k: int, n: int, seed: int, lies: tuple[int, int, int]) -> None:
     a, b = drawn((many, m, k), dtype, seed, lies[0]), drawn((many, k, n), dtype, seed + 1, lies[1])
     c = drawn((many, m, n), dtype, seed + 2, lies[2])
     rounded_once(ops.bmm(a, b), lambda a, b: a @ b, [a, b])
     rounded_once(ops.baddbmm(c, a, b, beta=0.5), lambda c, a, b: 0.5 * c + a @ b, [c, a, b])
+    rounded_once(ops.baddbmm(c[:1], a, b, alpha=-2), lambda c, a, b, alpha: c + alpha * (a @ b), [c[:1], a, b], -2)
+    nothing = torch.full((n,), torch.nan, dtype=dtype)  # of which nothing is taken
+    assert torch.equal(ops.baddbmm(nothing, a, b, beta=0), ops.bmm(a, b))
+    assert not many or torch.equal(ops.addmm(nothing, a[0], b[0], beta=0), ops.mm(a[0], b[0]))
+
+
+@SIXTEEN
+@settings(deadline=None)
+@given(many=st.integers(1, 3), m=sizes, k=sizes, n=sizes)
+def test_copies_are_of_one_piece(dtype: torch.dtype, many: int, m: int, k: int, n: int) -> None:
+    copied = [0]
+    widened = torch.Tensor.float
+
+    def watched(x: Tensor) -> Tensor:
+        copied.append(x.numel())
+        return widened(x)
+
+    a, b, c = drawn((many, m, k), dtype, 0, 0), drawn((1, k, n), dtype, 1, 0).expand(many, k, n), drawn((many, m, n), dtype, 2, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", watched)
+        ops.mm(a[0], b[0]), ops.accumulate_mm(c[0], a[0], b[0]), ops.bmm(a, b), ops.baddbmm(c, a, b)
+    assert max(copied) <= 12 and (len(copied) > 8 or not many * m * k * n)
 
 
 def test_what_cannot_be_seen_as_pieces_is_rounded_once_too() -> None:
@@ -88,11 +115,36 @@ def test_float32_and_small_ones_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> 
     a, b = drawn((7, 5), torch.float32, 0, 0), drawn((5, 3), torch.float32, 1, 0)
     assert torch.equal(ops.mm(a, b), a @ b) and torch.equal(ops.bmm(a[None], b[None]), torch.bmm(a[None], b[None]))
     assert torch.equal(ops.addmm(b[0], a, b), torch.addmm(b[0], a, b)) and torch.equal(ops.baddbmm(b[0], a[None], b[None]), torch.baddbmm(b[0], a[None], b[None]))
-    monkeypatch.setattr(products, "_LEAST", 106)
     monkeypatch.setattr(products, "_mm", None)
-    assert torch.equal(ops.mm(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())  # so are small ones
-    with pytest.raises(TypeError):
-        ops.mm(a.bfloat16(), torch.cat([b, b], 1).bfloat16())
+    for name, least in (("_LEAST", 106), ("_FEW", 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(products, name, least)
+            assert torch.equal(ops.mm(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())  # so are small ones
+            with pytest.raises(TypeError):
+                ops.mm(a.bfloat16(), torch.cat([b, b], 1).bfloat16())
+
+
+def test_one_op_where_ops_are_counted() -> None:
+    seen = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    a, b = drawn((2, 7, 5), torch.bfloat16, 0, 0), drawn((2, 5, 3), torch.bfloat16, 1, 0)
+    with Counting():
+        ops.mm(a[0], b[0]), ops.bmm(a, b)
+    assert [op for op in seen if "select" not in op] == ["aten.mm.default", "aten.bmm.default"]
+
+
+def test_what_does_not_fit_torch_refuses() -> None:
+    a, b = drawn((7, 5), torch.bfloat16, 0, 0), drawn((6, 3), torch.bfloat16, 1, 0)
+    for left, right in ((a, b), (a, b[:5].half()), (a, b[:5].float())):
+        with pytest.raises(RuntimeError):
+            ops.mm(left, right)
+    with pytest.raises(RuntimeError):
+        ops.accumulate_mm(torch.zeros(7, 3), a, b[:5])
 
 
 HAS: list[tuple[dict[str, Any], list[torch.dtype]]] = [
@@ -106,13 +158,9 @@ HAS: list[tuple[dict[str, Any], list[torch.dtype]]] = [
 
 @pytest.mark.parametrize(("has", "want"), HAS)
 def test_which_dtypes_a_cpu_has_no_instructions_for(has: dict[str, Any], want: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     real = EMULATED.__wrapped__
     assert [dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64) if real(dtype)] == want
-
-
-EMULATED = products.emulated  # before a test puts another in its place
 
 
 @pytest.mark.parametrize("plan", ["bf16+mb2", "mb2"])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepseed import ops
 from deepseed.inference import gpu, native
 from deepseed.inference.paged import wide, write
 
@@ -200,7 +201,7 @@ def _batch(q: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float, 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
     held, n, shares, chunk, width = q.shape
-    logits = torch.bmm(q.reshape(held * n, shares * chunk, width), k.transpose(1, 2)).view(held, n, shares, chunk, -1)
+    logits = ops.bmm(q.reshape(held * n, shares * chunk, width), k.transpose(1, 2)).view(held, n, shares, chunk, -1)
     logits = wide(logits).mul_(scale)
     if softcap:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
@@ -212,4 +213,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
         sink = sinks.to(logits.dtype).view(held, 1, shares, 1, 1)
         weights = logits.sub_(most := torch.maximum(logits.amax(-1, keepdim=True), sink)).exp_()
         weights = weights / (weights.sum(-1, keepdim=True) + (sink - most).exp())
-    return torch.bmm(weights.to(v.dtype).view(held * n, shares * chunk, -1), v).view(held, n, shares, chunk, -1)
+    return ops.bmm(weights.to(v.dtype).view(held * n, shares * chunk, -1), v).view(held, n, shares, chunk, -1)

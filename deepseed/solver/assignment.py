@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from hashlib import sha256
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.optimize import Bounds, milp
 
 from deepseed.ir.layout import Element
 from deepseed.rules import Strategy
@@ -28,6 +27,7 @@ Cost = Callable[[Element, Element], float | None]  # None: not allowed
 Numbers = np.ndarray[Any, Any]
 
 TIMED_OUT = 1  # a status of milp
+_SOLVED: dict[bytes, tuple[Numbers, float]] = {}  # by a problem's digest: plans that differ elsewhere, and equal models, ask for the same axis again
 
 
 class Infeasible(ValueError):
@@ -94,17 +94,12 @@ def solve(choices: Sequence[Choice], flows: Sequence[Flow], *, time_limit: float
 
 
 def _minimum(objective: Numbers, integers: int, rows: Rows, time_limit: float) -> tuple[Numbers, float]:
-    """Where ``objective`` is least, and that value; variables are from 0 to 1, the first ones ``integers``."""
+    """The integers, which come first, where ``objective`` is least, and that value; every variable is from 0 to 1."""
     constraint = rows.constraint(len(objective))
-    parts = (objective, constraint.A.data, constraint.A.indices, constraint.A.indptr, np.asarray(constraint.lb), np.asarray(constraint.ub))
-    return _minimum_of(integers, time_limit, *((x.dtype.str, x.tobytes()) for x in parts))
-
-
-@lru_cache(maxsize=128)
-def _minimum_of(integers: int, time_limit: float, *parts: tuple[str, bytes]) -> tuple[Numbers, float]:
-    """By the problem's bytes: plans that differ elsewhere, and equal models, ask for the same axis again."""
-    objective, data, indices, indptr, low, high = (np.frombuffer(content, dtype) for dtype, content in parts)
-    constraint = LinearConstraint(csr_array((data, indices, indptr), shape=(len(low), len(objective))), low, high)
+    parts = (objective, constraint.A.data, constraint.A.indices, constraint.A.indptr, np.asarray(constraint.lb), np.asarray(constraint.ub), np.array([integers]))
+    key = b"".join(sha256(part.tobytes()).digest() for part in parts)
+    if key in _SOLVED:
+        return _SOLVED[key]
     for limit in (time_limit, 6 * time_limit):
         result = milp(
             objective,
@@ -117,7 +112,10 @@ def _minimum_of(integers: int, time_limit: float, *parts: tuple[str, bytes]) -> 
             break
     if result.x is None:
         raise Infeasible(str(result.message))
-    return result.x, float(result.fun)
+    found = result.x[:integers].copy(), float(result.fun)
+    if result.status != TIMED_OUT:
+        _SOLVED[key] = found
+    return found
 
 
 def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: Rows) -> None:
