@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}  # at 1e-3, without a warm-up, GPT-2 of 60M jumps about, and what rounding does grows from step to step
 CLIP = 1.0
 Batch = dict[str, Any]
 Step = Callable[[list[Batch]], Any]  # of the microbatches of a step: their mean loss
