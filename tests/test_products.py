@@ -140,11 +140,16 @@ def test_one_op_where_ops_are_counted() -> None:
 
 def test_what_does_not_fit_torch_refuses() -> None:
     a, b = drawn((7, 5), torch.bfloat16, 0, 0), drawn((6, 3), torch.bfloat16, 1, 0)
-    for left, right in ((a, b), (a, b[:5].half()), (a, b[:5].float())):
+    c, fits = torch.zeros(7, 3), b[:5]
+    refused: list[Callable[[], Tensor]] = [
+        *(lambda y=y: ops.mm(a, y) for y in (b, fits.half(), fits.float(), fits[0], fits[None])),
+        lambda: ops.mm(a, fits, out=c), lambda: ops.addmm(c, a, fits), lambda: ops.addmm(c[0], a, fits), lambda: ops.accumulate_mm(c, a, fits),
+        lambda: ops.bmm(a, fits), lambda: ops.bmm(a[None], torch.stack([fits] * 2)), lambda: ops.baddbmm(c[None], a[None], fits[None]),
+    ]  # fmt: skip
+    for wrong in refused:
         with pytest.raises(RuntimeError):
-            ops.mm(left, right)
-    with pytest.raises(RuntimeError):
-        ops.accumulate_mm(torch.zeros(7, 3), a, b[:5])
+            wrong()
+    assert not c.any()
 
 
 HAS: list[tuple[dict[str, Any], list[torch.dtype]]] = [

@@ -26,35 +26,37 @@ def emulated(dtype: torch.dtype) -> bool:
     return names is not None and not any(has.get(name, False) for name in names)
 
 
-def _wide(a: Tensor, b: Tensor) -> bool:
-    """Not under a dispatch mode, which counts memory or records what runs: there torch's own are one op, and what does not fit torch refuses."""
-    large = a.is_cpu and a.numel() * b.shape[-1] >= _LEAST and min(*a.shape[-2:], b.shape[-1]) >= _FEW
-    return large and emulated(a.dtype) and a.dtype == b.dtype and a.shape[-1] == b.shape[-2] and not torch._C._len_torch_dispatch_stack()
+def _wide(a: Tensor, b: Tensor, dims: int, *others: Tensor | None) -> bool:
+    """Not under a dispatch mode, which counts memory or records what runs: there torch's own are one op. Nor what torch refuses: other dtypes or numbers of dimensions."""
+    if not a.is_cpu or a.dim() != dims or b.dim() != dims or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        return False
+    large = a.numel() * b.shape[-1] >= _LEAST and min(*a.shape[-2:], b.shape[-1]) >= _FEW
+    return large and emulated(a.dtype) and all(x is None or x.dtype == a.dtype for x in (b, *others)) and not torch._C._len_torch_dispatch_stack()
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """[m, k] @ [k, n]"""
-    return _mm(a, b, out=out) if _wide(a, b) else torch.mm(a, b, out=out)
+    """[m, k] @ [k, n]; ``out``: of that shape."""
+    return _mm(a, b, out=out) if _wide(a, b, 2, out) else torch.mm(a, b, out=out)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * c + alpha * (a @ b)``, c broadcast to [m, n]"""
-    return _mm(a, b, c, beta, alpha) if _wide(a, b) else torch.addmm(c, a, b, beta=beta, alpha=alpha)
+    return _mm(a, b, c, beta, alpha) if _wide(a, b, 2, c) else torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """[b, m, k] @ [b, k, n]"""
-    return _bmm(a, b) if _wide(a, b) else torch.bmm(a, b)
+    return _bmm(a, b) if _wide(a, b, 3) else torch.bmm(a, b)
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * c + alpha * (a @ b)``, c broadcast to [b, m, n]"""
-    return _bmm(a, b, c, beta, alpha) if _wide(a, b) else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+    return _bmm(a, b, c, beta, alpha) if _wide(a, b, 3, c) else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
 def accumulate_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``total`` with a @ b added in place, which is rounded there alone."""
-    return _mm(a, b, total, out=total) if _wide(a, b) and total.dtype == a.dtype else total.addmm_(a, b)
+    return _mm(a, b, total, out=total) if _wide(a, b, 2, total) else total.addmm_(a, b)
 
 
 def _mm(a: Tensor, b: Tensor, c: Tensor | None = None, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
