@@ -89,7 +89,7 @@ def test_who_reads_nothing_is_cut_off_at_the_bound(text: Any, weights: Any) -> N
         first, _ = _stream(up, asked, 2048)
         until(lambda: up.engine.idle and up.server.taken == 0 and up.server.unread.total > 0)  # all four places are free again
         lies = up.server.unread.total
-        assert 2_500_000 < lies < 5_000_000  # the second leaves nearly as much: together they are beyond the bound, by far
+        assert 3_000_000 < lies < 5_000_000  # the second leaves nearly as much: together they are beyond the bound, by far
         second, _ = _stream(up, asked | {"max_tokens": 230}, 2048)
         until(lambda: up.server.unread.total < lies)
         with first, second:
