@@ -27,7 +27,7 @@ Cost = Callable[[Element, Element], float | None]  # None: not allowed
 Numbers = np.ndarray[Any, Any]
 
 TIMED_OUT = 1  # a status of milp
-_SOLVED: dict[bytes, tuple[Numbers, float]] = {}  # by a problem's digest: plans that differ elsewhere, and equal models, ask for the same axis again
+_SOLVED: dict[bytes, tuple[Numbers, float]] = {}  # by a problem's digest: equal models, and some plans that differ elsewhere, ask for the same axis again
 
 
 class Infeasible(ValueError):
