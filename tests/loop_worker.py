@@ -69,7 +69,7 @@ class Alive(TorchDispatchMode):
                 if given and all(each in self.gathered for each in given):
                     self._note_gathered(t)
         if "aten.empty" not in str(func) and self.now() > self.most:  # what is empty counts when it is written
-            self.most = self.settled()
+            self.most = max(self.most, self.settled())  # what a thread of gloo held a moment longer may settle below an earlier peak
         return out
 
     def now(self) -> int:
@@ -89,7 +89,7 @@ class Alive(TorchDispatchMode):
         self.gathered[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         if sum(self.gathered.values()) > self.most_gathered:
             time.sleep(0.003)
-            self.most_gathered = sum(self.gathered.values())
+            self.most_gathered = max(self.most_gathered, sum(self.gathered.values()))
 
     def _freed(self, storage: int, made: weakref.ref[Any]) -> None:
         if self.seen.get(storage) is not made:
