@@ -14,6 +14,8 @@ READY     := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# every rank that starts would compile all of the package's source again
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo generate-demo serve-demo smollm2 test tests test-all zoo unseen bench lint docs clean
 .DEFAULT_GOAL := test

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepseed import pipeline
+from deepseed import pipeline, remembered
 from deepseed.budget import run_shared
 from deepseed.capture import Captured
 from deepseed.codegen.python import generate
@@ -27,6 +27,7 @@ from deepseed.ir.widen import widen
 from deepseed.kernels import PRODUCTS, PYTHON, Compiled, Kernels, made
 from deepseed.local_norms import with_local_norms
 from deepseed.logs import say
+from deepseed.machines import measured
 from deepseed.meshes import data_ranks, microbatches, program_mesh, row_ranks, rows_of, rows_of_a_rank
 from deepseed.own_rows import with_own_rows
 from deepseed.pipeline import Passed
@@ -49,7 +50,7 @@ class Built:
 
     captured: Captured
     program: Program  # after the last pass that all ranks share
-    passes: Sequence[Passed]
+    passed: Sequence[Passed]  # what ran here: the last pass alone where rank 0 or the cache folder gave the program
     executables: Sequence[Executable]
     constants: Mapping[str, Tensor]
     digest: str
@@ -59,16 +60,24 @@ class Built:
     looked: dict[bool, Sequence[Executable]] = field(default_factory=dict)  # the same, each value of which is looked at, without groups or with: once they are asked for
     kernels: Sequence[Mapping[str, str]] = ()  # of each executable, the function of each group, by its mark
     uncaptured: str | None = None  # why no graph is made of a step; None: it was not asked for
+    took: Mapping[str, float] = field(default_factory=dict)  # seconds of each pass, when it ran
+    again: Callable[[], Sequence[Passed]] | None = None  # runs the passes of a program that the cache folder gave
+
+    @property
+    def passes(self) -> Sequence[Passed]:
+        """The program after each pass."""
+        if self.again is not None:
+            self.passed, self.again = [*self.again(), *self.passed[1:]], None
+        return self.passed
 
     @property
     def instances(self) -> int:
-        return max((p.instances for p in self.passes), default=0)
+        return max((p.instances for p in self.passed), default=0)
 
     @property
     def unproved(self) -> tuple[str, ...]:
         """Values that a pass wrote differently and that are too large to run: taken as equal."""
-        return tuple(name for p in self.passes for name in p.unproved)
-
+        return tuple(name for p in self.passed for name in p.unproved)
 
     def returned(self, host: Host, results: Sequence[Sequence[Tensor]], roles: Collection[str] = RETURNED, wanted: Collection[str] = RETURNED) -> dict[tuple[str, str], Tensor]:
         """What a step returns, all but what is stored: whole, by role and key. ``results``: of each executable; ``roles``: those of what is in them; ``wanted``: of these."""
@@ -107,9 +116,7 @@ def build(
     captured = replace(captured, program=prepared(captured.program, plan, host.mesh, own))
     host.agree([("plan", str(plan)), ("codegen", codegen), ("cuda_graphs", graphs is not None and graphs.insisted)])
     host.agree_on(str(captured.program), "captured program")
-    done: list[Passed] = []
     at = at or Compiling(False)
-    at("passes")
 
     mesh = program_mesh(captured.program, plan, host.mesh)
     if host.first and not quiet:
@@ -119,33 +126,23 @@ def build(
         if not quiet:
             say(line)
 
-    passed: list[str] = []
-
-    def on_pass(p: Passed) -> None:
-        passed.append(p.name)
-        at("passes", len(passed), len(pipeline.SHARED), p.name)
-
-    def solve() -> str:
-        done.extend(
-            run_passes(
-                captured.program, plan, host.mesh, {}, stored=stored, homes=homes, hosted=hosted, on_pass=on_pass,
-                tell=tell, kernels=codegen != PYTHON, products=codegen in PRODUCTS,
-            )
-        )  # fmt: skip
-        return str(done[-1].program)
-
-    text = host.decide(solve)
+    asked = {"stored": dict(stored or {}), "homes": dict(homes or {}), "hosted": dict(hosted or {}), "kernels": codegen != PYTHON, "products": codegen in PRODUCTS}
+    solving = Solving(captured.program, plan, host.mesh, asked, tell, at, keep=not wide)
+    text = host.decide(solving)
+    done, known = solving.done, solving.known
+    took = {p.name: p.seconds for p in (known.passes if known is not None else done)}
     if not done:
         program = parse(text)
-        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, "the one that rank 0 sent")))
+        instances = pipeline.check_program(program, f"{pipeline.SHARED[-1].name}, as {'rank 0 sent it' if known is None else 'the cache folder had it'}")
+        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=instances, unproved=tuple(name for p in (known.passes if known is not None else ()) for name in p.unproved)))
     program = done[-1].program
     host.refine(program.mesh)
-    executables, known, names, uncaptured = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]](), None
+    executables, compiled, names, uncaptured = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]](), None
     for coordinate in host.coordinates:
         args = pipeline.arguments(mesh, plan.stage, coordinate, stored, plan, homes, hosted)
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
-        kernels = made(mine, codegen, known, bool(host.arenas), tell, at)
+        kernels = made(mine, codegen, compiled, bool(host.arenas), tell, at)
         source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.names)
         if graphs is None:
             executables.append(Executable(source, program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
@@ -155,8 +152,49 @@ def build(
         names.append(kernels.names)
         if len(executables) == 1:
             done += local
+            took |= {p.name: p.seconds for p in local}
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names, uncaptured=uncaptured)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names, uncaptured=uncaptured, took=took, again=None if known is None else solving.run)
+
+
+class Solving:
+    """Called on rank 0 for all: the program that all ranks share, as text; ``done``: the passes that ran for it, ``known``: else what the cache folder had.
+
+    ``asked``: what is pinned and which back end there is, as ``pipeline.arguments`` takes them. ``keep``: whether the cache folder is asked, and told."""
+
+    def __init__(self, p: Program, plan: Plan, ranks: Mesh, asked: Mapping[str, Any], tell: Callable[[str], object], at: Compiling, keep: bool) -> None:
+        self.p, self.plan, self.ranks, self.asked, self.tell, self.at, self.keep = p, plan, ranks, asked, tell, at, keep
+        self.done: list[Passed] = []
+        self.known: remembered.Entry | None = None
+
+    def __call__(self) -> str:
+        machine = measured(self.plan.mesh().ranks)
+        mesh = program_mesh(self.p, self.plan, self.ranks)
+        key = remembered.key_of(self.p, self.plan, pipeline.arguments(mesh, self.plan.stage, {}, plan=self.plan, **self.asked), pipeline.SHARED, machine) if self.keep else None
+        self.known = remembered.read(key) if key is not None else None
+        if self.known is not None:
+            self.at("known passes")
+            for line in self.known.said:
+                self.tell(line)
+            return self.known.text
+        self.at("passes")
+        said: list[str] = []
+        self.done.extend(self.run(said.append, machine))
+        for line in said:
+            self.tell(line)
+        text = str(self.done[-1].program)
+        if key is not None and sum(p.seconds + p.check_seconds for p in self.done) >= remembered.WORTH:
+            remembered.write(key, remembered.Entry(text, tuple(remembered.Took(p.name, p.seconds, p.check_seconds, p.instances, p.unproved) for p in self.done), tuple(said)))
+        return text
+
+    def run(self, tell: Callable[[str], object] = lambda line: None, machine: Machine | None = None) -> list[Passed]:
+        passed: list[str] = []
+
+        def on_pass(p: Passed) -> None:
+            passed.append(p.name)
+            self.at("passes", len(passed), len(pipeline.SHARED), p.name)
+
+        return run_passes(self.p, self.plan, self.ranks, {}, on_pass=on_pass, machine=machine, tell=tell, **self.asked)
 
 
 def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:

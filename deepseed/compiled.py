@@ -170,7 +170,7 @@ class Compiled:
     def explain(self) -> Explanation:
         """What lies where, what is sent, what it costs."""
         built = self.programs.current()
-        return explain(built.program, zero=self.plan.stage, seconds={p.name: p.seconds for p in built.passes}, graphs=None if built.uncaptured is None else graphs.told(built.executables, built.uncaptured))
+        return explain(built.program, zero=self.plan.stage, seconds=built.took, graphs=None if built.uncaptured is None else graphs.told(built.executables, built.uncaptured))
 
     # state ----------------------------------------------------------------------------------------------------------
 

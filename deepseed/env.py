@@ -117,7 +117,7 @@ def _caches() -> dict[str, Any]:
     files = list(source.glob("*.py")) if source.is_dir() else []
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return {
-        "generated source": str(source), "files in it": len(files), "writable": os.access(next(p for p in (source, *source.parents) if p.exists()), os.W_OK),
+        "generated source": str(source), "files in it": len(files), "programs that passes gave": len(list((cache_dir() / "programs").glob("*.program"))), "writable": os.access(next(p for p in (source, *source.parents) if p.exists()), os.W_OK),
         "triton": os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache")), "inductor": inductor,
     }  # fmt: skip
 

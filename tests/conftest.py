@@ -16,6 +16,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what the tests give now")
 
 
+def pytest_configure() -> None:
+    os.environ.setdefault("DEEPSEED_REMEMBER", "0")  # what a test compiles runs every pass; tests/test_remembered.py is about the others
+
+
 def pytest_collection_finish() -> None:
     """What modules hold, a million objects, is no garbage: collections need not look through it each time."""
     gc.collect()
