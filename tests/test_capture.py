@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deepseed.capture import Captured, capture, eager_reference
 from deepseed.capture import optimizer as rules
+from deepseed.capture.batch import DTYPES
+from deepseed.capture.convert import Emitter, convert
+from deepseed.capture.elementwise import pointwise
+from deepseed.capture.functional import functional
+from deepseed.capture.options import Number
+from deepseed.ir.program import Type
 from deepseed.ir.text import parse
 from deepseed.ops import evaluate
 
@@ -235,7 +243,7 @@ def test_a_rule_of_torchs_own_optimizers_is_traced_once(monkeypatch: pytest.Monk
         for _ in range(2):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, width)).to(dtype)
-            optimizer = kind(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+            optimizer = kind(model.parameters(), **{k: v for k, v in {"lr": 0.1, "momentum": 0.9, **options}.items() if v is not None})
             said.append(str(capture(model, pairs()[0][0].to(dtype), loss_fn=lambda m, x: m(x).square().mean(), optimizer=optimizer).program))
             kept = weakref.ref(optimizer)
             del optimizer, model
@@ -244,15 +252,64 @@ def test_a_rule_of_torchs_own_optimizers_is_traced_once(monkeypatch: pytest.Monk
         return len(asked) - before, said
 
     traced, (first, second) = programs()
-    assert traced == 4 and first == second, "of two weights and two biases"
+    assert traced == 2 and first == second, "of two weights and two biases, which differ in their shapes alone"
     for options in ({"momentum": 0.8}, {"nesterov": True}, {"dtype": torch.float32}, {"weight_decay": 1}, {"maximize": True}):
-        assert programs(**options)[0] == 4, options
-    assert programs(width=7)[0] == 2
+        assert programs(**options)[0] == 2, options
+    assert programs(width=7)[0] == 0 and programs(width=1)[0] == 2, "one output, and one bias: dimensions of one element are another matter"
+    assert programs(kind=torch.optim.Adafactor, momentum=None)[0] == 4, "means over all elements: a trace a shape"
     for options in ({"kind": Own}, {"lr": torch.tensor(0.1, dtype=torch.float64)}):
         assert programs(**options)[0] == 8, options
     monkeypatch.setattr(rules, "_kept", {})
-    monkeypatch.setattr(rules, "MOST_RULES", 3)
-    assert programs()[0] == 8 and len(rules._kept) == 3, "the one that was asked for longest ago goes first"
+    monkeypatch.setattr(rules, "MOST_RULES", 1)
+    assert programs()[0] == 8 and len(rules._kept) == 1, "the one that was asked for longest ago goes first"
+
+
+def _all_of_torchs() -> list[str]:
+    found = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer]
+    return sorted(set(found) - {"LBFGS", "SparseAdam", "Muon"})  # a closure; sparse gradients; matrices only, and products of them
+
+
+@pytest.mark.parametrize("name", _all_of_torchs())
+def test_a_pointwise_rule_says_the_same_of_another_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torch's optimizers: what is taken from another shape is what a trace of this one gives, to the letter."""
+    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.zeros(2, 3))])
+    (group,) = optimizer.param_groups
+    taken = 0
+    for dtype, numbers in ((torch.float32, ()), (torch.bfloat16, (Number("weight_decay", None),))):
+        for shapes in (((5,), (128,)), ((5, 6), (300, 4), (6, 5)), ((5, 1), (7, 1)), ((2, 3, 4), (9, 8, 7))):
+            monkeypatch.setattr(rules, "_kept", {})
+            for shape in shapes:
+                with monkeypatch.context() as patch:
+                    traced = list[tuple[int, ...]]()
+                    patch.setattr(rules, "trace_rule", lambda *given, traced=traced, trace=rules.trace_rule: (traced.append(given[2]), trace(*given))[1])
+                    rule = rules.rule_of(optimizer, group, shape, dtype, numbers)
+                taken += not traced
+                again = rules.trace_rule(optimizer, group, shape, dtype, numbers)
+                assert (rule.slots, rule.numbers) == (again.slots, again.numbers)
+                assert _said(rule, shape, dtype) == _said(again, shape, dtype)
+    assert (taken == 0) == (name in ("ASGD", "Adafactor", "RAdam", "Rprop"))  # means, views and masks
+
+
+@pytest.mark.parametrize(("step", "fine"), [(lambda p, g, row: p - g * g.abs(), True), (lambda p, g, row: p - row * g, False), (lambda p, g, row: p - g.sum(), False), (lambda p, g, row: p - g * g.shape[0], True),
+                                            (lambda p, g, row: p - g.sum(0).abs().new_zeros(()), False), (lambda p, g, row: (p - g).half(), True)])  # fmt: skip
+def test_what_is_pointwise(step: Any, fine: bool) -> None:
+    """Nothing that has a third shape or comes of all elements. A number that was made of the shape is not seen: the optimizers that are taken so are torch's own, all of them tested above."""
+    with FakeTensorMode() as mode:
+        fakes = [torch.empty(3, 5), torch.empty(3, 5), torch.empty(1, 5)]
+    flat = functional(make_fx(lambda *given: (step(*given),), tracing_mode="fake")(*fakes), fakes, mode)
+    assert pointwise(flat, (3, 5)) is fine
+
+
+def _said(rule: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, ...]]:
+    """The ops of each way, as text."""
+    said = []
+    for way in (*rule.always, *(rule.first or ())):
+        e = Emitter()
+        types = [Type(DTYPES[dtype], shape)] * 2 + [Type("f64", ())] * len(rule.numbers) + [Type(DTYPES[rule.slots.dtype[s]], rule.slots.shape[s]) for s in rule.slots.fill]
+        given = [e.input(t, "state", str(n)) for n, t in enumerate(types)] + [e.full(c.item(), Type(DTYPES[c.dtype], ())) for c in way.flat.constants]
+        out = convert(way.flat.graph, given, way.flat.outputs, e)
+        said.append((str(way.taken), str(out), *(str((op.name, op.target, op.args, op.types, op.kwargs)) for op in e.ops)))
+    return said
 
 
 def test_muon() -> None:

@@ -2,14 +2,15 @@
 
 The class's plain loop form is traced with ``lr`` as a float64 scalar input and Python's numbers as deepseed.capture.numbers has
 them. A step that branches on a value is traced once a way, and the conditions choose. An optimizer that cannot be traced so is
-tried again in its ``capturable`` form, without branches. Of torch's own optimizers a class of parameters is traced once a process.
+tried again in its ``capturable`` form, without branches. Of torch's own optimizers a class of parameters is traced once a process,
+and where that is pointwise not again for another shape of as many dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from deepseed.capture.batch import DTYPES
 from deepseed.capture.convert import Emitter, convert
+from deepseed.capture.elementwise import pointwise, reshaped
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.functional import Flat, functional
 from deepseed.capture.metadata import Where
@@ -52,18 +54,35 @@ class Rule:
     numbers: tuple[Number, ...] = ()  # options that are inputs, ``lr`` before all
 
 
-_kept: dict[Hashable, Rule] = {}  # the one that was asked for longest ago first
+_kept: dict[tuple[Hashable, tuple[int, ...]], Rule] = {}  # the one that was asked for longest ago first
 
 
 def rule_of(optimizer: Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, numbers: tuple[Number, ...] = ()) -> Rule:
-    """``trace_rule``, or what it gave before for the same class of parameters."""
-    key = _alike(optimizer, group, shape, dtype, numbers)
-    found = _kept.pop(key, None) or trace_rule(optimizer, group, shape, dtype, numbers)
-    if key is not None:
-        _kept[key] = found
-        if len(_kept) > MOST_RULES:
-            del _kept[next(iter(_kept))]
+    """``trace_rule``, or what it gave before for the same class of parameters, or a pointwise one for another shape."""
+    form = _alike(optimizer, group, dtype, numbers, tuple(min(n, 2) for n in shape))
+    if form is None:
+        return trace_rule(optimizer, group, shape, dtype, numbers)
+    found = _kept.pop((form, shape), None)
+    if found is None:
+        other = next((known for known in _kept if known[0] == form), None)
+        found = _for_shape(_kept[other], other[1], shape) if other is not None else None
+    _kept[form, shape] = found = found or trace_rule(optimizer, group, shape, dtype, numbers)
+    if len(_kept) > MOST_RULES:
+        del _kept[next(iter(_kept))]
     return found
+
+
+def _for_shape(rule: Rule, shape: tuple[int, ...], to: tuple[int, ...]) -> Rule | None:
+    """The rule for parameters of another shape; None where that is not known without a trace."""
+    ways = (*rule.always, *(rule.first or ()))
+    if not all(s in (shape, ()) for s in rule.slots.shape.values()) or not all(pointwise(way.flat, shape) for way in ways):
+        return None
+
+    def of(ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        return tuple(Way(way.taken, reshaped(way.flat, shape, to)) for way in ways)
+
+    slots = replace(rule.slots, shape={name: s and to for name, s in rule.slots.shape.items()})
+    return Rule(slots, of(rule.always), None if rule.first is None else of(rule.first), rule.numbers)
 
 
 def _alike(optimizer: Optimizer, group: Mapping[str, Any], *asked: Hashable) -> Hashable:
