@@ -166,11 +166,12 @@ class Solving:
         self.p, self.plan, self.ranks, self.asked, self.tell, self.at, self.keep = p, plan, ranks, asked, tell, at, keep
         self.done: list[Passed] = []
         self.known: remembered.Entry | None = None
+        self.machine: Machine | None = None
 
     def __call__(self) -> str:
-        machine = measured(self.plan.mesh().ranks)
+        self.machine = measured(self.plan.mesh().ranks)
         mesh = program_mesh(self.p, self.plan, self.ranks)
-        key = remembered.key_of(self.p, self.plan, pipeline.arguments(mesh, self.plan.stage, {}, plan=self.plan, **self.asked), pipeline.SHARED, machine) if self.keep else None
+        key = remembered.key_of(self.p, self.plan, pipeline.arguments(mesh, self.plan.stage, {}, plan=self.plan, **self.asked), pipeline.SHARED, self.machine) if self.keep else None
         self.known = remembered.read(key) if key is not None else None
         if self.known is not None:
             self.at("known passes")
@@ -178,8 +179,13 @@ class Solving:
                 self.tell(line)
             return self.known.text
         self.at("passes")
-        said: list[str] = []
-        self.done.extend(self.run(said.append, machine))
+        said, passed = list[str](), list[str]()
+
+        def on_pass(p: Passed) -> None:
+            passed.append(p.name)
+            self.at("passes", len(passed), len(pipeline.SHARED), p.name)
+
+        self.done.extend(self.run(said.append, on_pass))
         for line in said:
             self.tell(line)
         text = str(self.done[-1].program)
@@ -187,14 +193,8 @@ class Solving:
             remembered.write(key, remembered.Entry(text, tuple(remembered.Took(p.name, p.seconds, p.check_seconds, p.instances, p.unproved) for p in self.done), tuple(said)))
         return text
 
-    def run(self, tell: Callable[[str], object] = lambda line: None, machine: Machine | None = None) -> list[Passed]:
-        passed: list[str] = []
-
-        def on_pass(p: Passed) -> None:
-            passed.append(p.name)
-            self.at("passes", len(passed), len(pipeline.SHARED), p.name)
-
-        return run_passes(self.p, self.plan, self.ranks, {}, on_pass=on_pass, machine=machine, tell=tell, **self.asked)
+    def run(self, tell: Callable[[str], object] = lambda line: None, on_pass: Callable[[Passed], None] | None = None) -> list[Passed]:
+        return run_passes(self.p, self.plan, self.ranks, {}, on_pass=on_pass, machine=self.machine, tell=tell, **self.asked)
 
 
 def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
