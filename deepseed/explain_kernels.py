@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -40,14 +41,15 @@ class KernelCount:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """``launches``: kernels of a step, library calls included; ``launches_ungrouped``: of the same step with one an op."""
+    """``launches``: kernels of a step, library calls included; ``alone``: those of them that are of no group, by op; ``launches_ungrouped``: of the same step with one an op."""
 
     kernels: tuple[KernelCount, ...]
     launches: int
+    alone: Mapping[str, int]
     launches_ungrouped: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"launches": self.launches, "launches_ungrouped": self.launches_ungrouped, "kernels": [{**asdict(k), "intensity": k.intensity} for k in self.kernels]}
+        return {"launches": self.launches, "alone": dict(self.alone), "launches_ungrouped": self.launches_ungrouped, "kernels": [{**asdict(k), "intensity": k.intensity} for k in self.kernels]}
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -60,7 +62,7 @@ def explain_kernels(p: Program, plain: Program, traffic: Traffic = lambda fragme
     """Count a grouped program; ``plain``: the same step without groups. Of a pipeline the rank that launches most. ``traffic``: of the back end that writes the kernels."""
     steps, plains = _steps(p), _steps(plain)
     full = max(steps, key=lambda each: _launches(each, traffic))
-    return KernelReport(tuple(_counted(full, traffic)), _launches(full, traffic), max(_launches(each, traffic) for each in plains))
+    return KernelReport(tuple(_counted(full, traffic)), _launches(full, traffic), dict(_alone(full).most_common()), max(_launches(each, traffic) for each in plains))
 
 
 def _steps(p: Program) -> Sequence[Program]:
@@ -117,17 +119,23 @@ def _products(op: Op, p: Program) -> int:
 
 
 def _launches(p: Program, traffic: Traffic) -> int:
-    """Kernels of groups, and ops that no group has: views, waits and collectives aside; one fused update of many parameters is one."""
-    _, views = laid_out(p)
+    """Kernels of groups, and ops that no group has."""
     each = [traffic(fragment(p, g)) for g in groups(p)]
-    count, n = sum(1 if moved is None else len(moved) for moved in each), 0
+    return sum(1 if moved is None else len(moved) for moved in each) + sum(_alone(p).values())
+
+
+def _alone(p: Program) -> Counter[str]:
+    """How many ops of each target no group has: views, waits and collectives aside; one fused update of many parameters is one."""
+    _, views = laid_out(p)
+    found, n = Counter[str](), 0
     while n < len(p.ops):
         op = p.ops[n]
         if op.target in KERNELS:
             n += len(run_from(n, p.ops)) - 1
-        count += not (op.kernel or views[n] or op.target in MOVES or op.target.endswith(".start"))
+        if not (op.kernel or views[n] or op.target in MOVES or op.target.endswith(".start")):
+            found[op.target] += 1
         n += 1
-    return count
+    return found
 
 
 def _lines(r: KernelReport) -> Iterable[str]:
@@ -137,3 +145,6 @@ def _lines(r: KernelReport) -> Iterable[str]:
     yield f"  {'kernel':{width}}{'ops':>5}{'launches':>10}{'read':>12}{'written':>12}{'least':>12}{'flops/byte':>12}"
     for k in sorted(r.kernels, key=lambda k: -k.launches * k.bytes_minimum):
         yield f"  {k.name:{width}}{len(k.ops):>5}{k.launches:>10}{amount(k.bytes_read):>12}{amount(k.bytes_written):>12}{amount(k.bytes_minimum):>12}{k.intensity:>12.2f}"
+    if r.alone:
+        yield ""
+        yield f"  {sum(r.alone.values())} launches are of no kernel above: {', '.join(f'{n} {target}' for target, n in r.alone.items())}"

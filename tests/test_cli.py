@@ -153,9 +153,11 @@ def test_a_text_that_is_no_program_names_its_line(tmp_path: Path) -> None:
 
 def test_explain_kernels_as_a_table_and_as_json(mlp: str) -> None:
     words = ["explain", mlp, "--plan", "zero3", "--world-size", "2", "--kernels"]
-    assert "launches a step" in deepseed(*words).output
+    shown = deepseed(*words).output
+    assert "launches a step" in shown and " launches are of no kernel above: " in shown and ", 3 aten.mm, 2 aten.addmm, " in shown
     found = json.loads(deepseed(*words, "--json").output)
     assert 0 < found["launches"] <= found["launches_ungrouped"]
+    assert found["launches"] == sum(k["launches"] for k in found["kernels"]) + sum(found["alone"].values()) and found["alone"]["aten.mm"] == 3
     for kernel in found["kernels"]:
         assert {"name", "ops", "bytes_read", "bytes_written", "bytes_minimum", "launches", "intensity"} <= kernel.keys()
         assert len(kernel["ops"]) > 1 and kernel["bytes_minimum"] <= kernel["bytes_read"] + kernel["bytes_written"]

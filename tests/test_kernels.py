@@ -240,7 +240,7 @@ def test_kernels_are_counted() -> None:
     p = parse(PROGRAM)
     found = explain_kernels(fuse(p), p)
     (k,) = found.kernels
-    assert (found.launches, found.launches_ungrouped) == (1, 7)
+    assert (found.launches, found.launches_ungrouped, found.alone) == (1, 7, {})
     assert (k.bytes_read, k.bytes_written, k.bytes_minimum, k.launches) == (480 + 16 + 48, 480 + 48, 544 + 528, 1)
     assert found.to_json()["kernels"][0]["name"] == k.name and k.name in str(found)
     assert deepseed.kernels is back_ends
