@@ -15,6 +15,7 @@ from deepseed.ir.contract import Pass
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import Program
 from deepseed.logs import say
+from deepseed.machines import measured
 from deepseed.pipeline import Passed
 from deepseed.plan import Plan, parse_plan
 from deepseed.precision import precision
@@ -42,7 +43,7 @@ def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence
     say_microbatches(p, plan, ranks)
     p = prepared(p, plan, ranks)
     at = ranks.coordinate(0) if ranks.axes else {}
-    return [Passed("capture", p, seconds), *run_passes(p, plan, ranks, at, check=check, passes=passes, machine=machine, tell=tell, kernels=kernels, products=products)]
+    return [Passed("capture", p, seconds), *run_passes(p, plan, ranks, at, check=check, passes=passes, machine=machine or measured(plan.mesh().ranks), tell=tell, kernels=kernels, products=products)]
 
 
 def tell(line: str) -> None:

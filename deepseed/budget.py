@@ -16,7 +16,6 @@ from deepseed import pipeline
 from deepseed.explain_text import amount
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Program
-from deepseed.machines import measured
 from deepseed.memory import curve, live_bytes, memory
 from deepseed.plan import Plan, PlanError
 from deepseed.solver.remat import levels
@@ -59,9 +58,8 @@ def run_shared(
     hosted: Hosted | None = None, machine: Machine | None = None, passes: Sequence[Pass] | None = None,
 ) -> tuple[list[pipeline.Passed], Choice | None]:  # fmt: skip
     """The passes over a captured program that all ranks share, and what a budget in the plan has chosen. ``arguments``: of the passes under a plan.
-    ``hosted``: whether an earlier program stores an input on the host; ``machine``: left out, what was measured here. Raises PlanError where nothing fits the budget."""
+    ``hosted``: whether an earlier program stores an input on the host; ``machine``: as it was measured, where it was. Raises PlanError where nothing fits the budget."""
     passes = pipeline.SHARED if passes is None else passes
-    machine = machine or measured(plan.mesh().ranks)  # rank 0 runs this for all: programs are the same on every rank, whatever another host has measured
 
     def timed(plan: Plan) -> Arguments:
         return {**arguments(plan), "schedule_collectives": {"machine": machine, "live": live_bytes}}

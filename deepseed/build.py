@@ -35,6 +35,7 @@ from deepseed.plan import Plan
 from deepseed.rules.lanes import STORED, home
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import Host
+from deepseed.solver.assignment import cut_short
 from deepseed.speed import Machine
 
 RETURNED = tuple(role for role in OUTPUT_ROLES if role not in STORED)
@@ -129,12 +130,10 @@ def build(
     asked = {"stored": dict(stored or {}), "homes": dict(homes or {}), "hosted": dict(hosted or {}), "kernels": codegen != PYTHON, "products": codegen in PRODUCTS}
     solving = Solving(captured.program, plan, host.mesh, asked, tell, at, keep=not wide)
     text = host.decide(solving)
-    done, known = solving.done, solving.known
-    took = {p.name: p.seconds for p in (known.passes if known is not None else done)}
+    done, took, again = list(solving.done), dict(solving.took), solving.again if solving.known else None
     if not done:
         program = parse(text)
-        instances = pipeline.check_program(program, f"{pipeline.SHARED[-1].name}, as {'rank 0 sent it' if known is None else 'the cache folder had it'}")
-        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=instances, unproved=tuple(name for p in (known.passes if known is not None else ()) for name in p.unproved)))
+        done.append(Passed(pipeline.SHARED[-1].name, program, 0.0, instances=pipeline.check_program(program, f"{pipeline.SHARED[-1].name}, as rank 0 sent it")))
     program = done[-1].program
     host.refine(program.mesh)
     executables, compiled, names, uncaptured = list[Executable](), dict[str, Compiled](), list[Mapping[str, str]](), None
@@ -154,46 +153,69 @@ def build(
             done += local
             took |= {p.name: p.seconds for p in local}
     constants = {k: (v.double() if wide and v.is_floating_point() else v).to(host.device) for k, v in captured.constants.items()}
-    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names, uncaptured=uncaptured, took=took, again=None if known is None else solving.run)
+    return Built(captured, program, done, executables, constants, _digest(text), perf_counter() - started, text_captured, kernels=names, uncaptured=uncaptured, took=took, again=again)
 
 
 class Solving:
-    """Called on rank 0 for all: the program that all ranks share, as text; ``done``: the passes that ran for it, ``known``: else what the cache folder had.
+    """Called on rank 0 for all: the program that all ranks share, as text. ``done``: the passes that ran for it, or, where the cache folder had it (``known``),
+    the last one alone; ``took``: seconds of each, when it ran.
 
     ``asked``: what is pinned and which back end there is, as ``pipeline.arguments`` takes them. ``keep``: whether the cache folder is asked, and told."""
 
     def __init__(self, p: Program, plan: Plan, ranks: Mesh, asked: Mapping[str, Any], tell: Callable[[str], object], at: Compiling, keep: bool) -> None:
         self.p, self.plan, self.ranks, self.asked, self.tell, self.at, self.keep = p, plan, ranks, asked, tell, at, keep
         self.done: list[Passed] = []
-        self.known: remembered.Entry | None = None
+        self.took: dict[str, float] = {}
+        self.known = False
         self.machine: Machine | None = None
 
     def __call__(self) -> str:
-        self.machine = measured(self.plan.mesh().ranks)
+        self.machine = measured(self.plan.mesh().ranks)  # on rank 0: programs are the same on every rank, whatever another host has measured
         mesh = program_mesh(self.p, self.plan, self.ranks)
         key = remembered.key_of(self.p, self.plan, pipeline.arguments(mesh, self.plan.stage, {}, plan=self.plan, **self.asked), pipeline.SHARED, self.machine) if self.keep else None
-        self.known = remembered.read(key) if key is not None else None
-        if self.known is not None:
-            self.at("known passes")
-            for line in self.known.said:
-                self.tell(line)
-            return self.known.text
-        self.at("passes")
-        said, passed = list[str](), list[str]()
+        entry = remembered.read(key) if key is not None else None
+        if entry is not None and self._taken(entry):
+            return entry.text
+        said, passed, hasty = list[str](), list[str](), cut_short()
 
         def on_pass(p: Passed) -> None:
             passed.append(p.name)
             self.at("passes", len(passed), len(pipeline.SHARED), p.name)
 
-        self.done.extend(self.run(said.append, on_pass))
+        self.at("passes")
+        self.done = self._run(said.append, on_pass)
+        self.took = {p.name: p.seconds for p in self.done}
         for line in said:
             self.tell(line)
         text = str(self.done[-1].program)
-        if key is not None and sum(p.seconds + p.check_seconds for p in self.done) >= remembered.WORTH:
-            remembered.write(key, remembered.Entry(text, tuple(remembered.Took(p.name, p.seconds, p.check_seconds, p.instances, p.unproved) for p in self.done), tuple(said)))
+        if key is not None and hasty == cut_short() and sum(p.seconds + p.check_seconds for p in self.done) >= remembered.WORTH:
+            remembered.write(key, remembered.Entry(text, tuple(remembered.Took(p.name, p.seconds, p.instances, p.unproved) for p in self.done), tuple(said)))
         return text
 
-    def run(self, tell: Callable[[str], object] = lambda line: None, on_pass: Callable[[Passed], None] | None = None) -> list[Passed]:
+    def _taken(self, entry: remembered.Entry) -> bool:
+        """Whether the cache folder's program can be had: read, typed, and its instances executed where they never were."""
+        self.at("known passes")
+        last = pipeline.SHARED[-1].name
+        try:
+            program = parse(entry.text)
+            instances = pipeline.check_program(program, f"{last}, as the cache folder had it")
+        except ValueError as error:
+            self.tell(f"the program that the cache folder had is not taken, all passes run: {str(error).splitlines()[0]}")
+            return False
+        self.done = [Passed(last, program, 0.0, instances=max(instances, *(p.instances for p in entry.passes)), unproved=tuple(name for p in entry.passes for name in p.unproved))]
+        self.took, self.known = {p.name: p.seconds for p in entry.passes}, True
+        for line in entry.said:
+            self.tell(line)
+        return True
+
+    def again(self) -> list[Passed]:
+        """What ``done`` would be if the cache folder had had nothing."""
+        found = self._run(lambda line: None)
+        if found[-1].program != self.done[-1].program:
+            raise CompileError("the passes give another program than the cache folder had, which runs\n  fix: DEEPSEED_REMEMBER=0, and report it: what they give must not change from run to run")
+        return found
+
+    def _run(self, tell: Callable[[str], object], on_pass: Callable[[Passed], None] | None = None) -> list[Passed]:
         return run_passes(self.p, self.plan, self.ranks, {}, on_pass=on_pass, machine=self.machine, tell=tell, **self.asked)
 
 

@@ -1,9 +1,10 @@
 """Programs that the passes gave before, in the cache folder: a job that starts again runs none of them.
 
-An entry is found by all that decides what the passes give: the captured program, the plan, the arguments of every pass, the machine that was measured,
-DeepSeed's own source, and the versions of torch and of the solver. It was checked pass by pass when it was written; it is parsed, typed and its
-instances are executed each time it is read, as a text that comes from another rank is. What is damaged is not there. ``DEEPSEED_REMEMBER=0``: nothing
-is read or written.
+An entry is found by what decides what the passes give: the captured program, the plan, the arguments of every pass, the machine that was measured,
+DeepSeed's own source, and the versions of torch and of the solver. It was checked pass by pass when it was written; when it is read it is parsed, typed, and
+those of its instances are executed that never were, as with a text that comes from another rank. What is damaged is not there.
+
+What a process changes in a pass's module in its own memory is in no key: such a process sets ``DEEPSEED_REMEMBER=0``, and nothing is read or written.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from time import time
 from typing import Any
 
 import scipy
@@ -29,17 +32,17 @@ from deepseed.plan import Plan
 from deepseed.runtime.executable import cache_dir
 from deepseed.speed import Machine
 
+_BEGAN = time()  # the modules that run are those that were there now
 WORTH = 0.25  # seconds of passes, from which on their program is written
 MOST = 1024  # programs that are kept; the one that was asked for longest ago goes first
 
 
 @dataclass(frozen=True)
 class Took:
-    """What is known of a pass that ran when an entry was written: seconds without and of its checks."""
+    """What is known of a pass that ran when an entry was written: seconds without its checks, instances and values as deepseed.pipeline.Passed has them."""
 
     name: str
     seconds: float
-    check_seconds: float
     instances: int
     unproved: tuple[str, ...]
 
@@ -55,20 +58,22 @@ class Entry:
 
 def key_of(p: Program, plan: Plan, arguments: Mapping[str, Any], passes: Sequence[Pass], machine: Machine | None) -> str | None:
     """Of a program before the ``passes``, with the ``arguments`` that the plan gives them. None where nothing is to be kept, or they are not DeepSeed's own, whose source is known."""
-    if os.environ.get("DEEPSEED_REMEMBER") == "0" or [id(each) for each in passes] != [id(each) for each in PIPELINE[: len(passes)]]:
+    if os.environ.get("DEEPSEED_REMEMBER") == "0" or [id(each) for each in passes] != [id(each) for each in PIPELINE[: len(passes)]] or (source := source_hash()) is None:
         return None
-    what = (source_hash(), torch.__version__, scipy.__version__, str(plan), repr(sorted(arguments.items())), [each.name for each in passes], repr(machine), str(p))
+    what = (source, torch.__version__, scipy.__version__, str(plan), repr(sorted(arguments.items())), [each.name for each in passes], repr(machine), str(p))
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 @cache
-def source_hash() -> str:
-    """Changes with any file of the package."""
+def source_hash() -> str | None:
+    """Changes with any file of the package; None where one was written after this process had begun, which may run what was there before."""
     root = Path(deepseed.__file__).parent
     text = hashlib.sha256()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(each for each in folders if each != "__pycache__")
         for name in sorted(name for name in files if name.endswith(".py")):
+            if os.stat(Path(folder, name)).st_ctime >= _BEGAN:
+                return None
             text.update(f"{folder.removeprefix(str(root))}/{name} ".encode() + Path(folder, name).read_bytes())
     return text.hexdigest()
 
@@ -81,7 +86,8 @@ def read(key: str) -> Entry | None:
         said = json.loads(zlib.decompress(raw[32:]))
         if hashlib.sha256(key.encode() + raw[32:]).digest() != raw[:32]:
             return None
-        os.utime(path)
+        with suppress(OSError):  # a folder that is only read
+            os.utime(path)
         return Entry(said["text"], tuple(Took(**{**each, "unproved": tuple(each["unproved"])}) for each in said["passes"]), tuple(said["said"]))
     except (OSError, ValueError, KeyError, TypeError, zlib.error):
         return None
@@ -96,7 +102,7 @@ def write(key: str, entry: Entry) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_bytes(hashlib.sha256(key.encode() + body).digest() + body)
         fresh.replace(path)
-        held = sorted(path.parent.glob("*.program"), key=lambda file: file.stat().st_mtime)
+        held = sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)  # with what is left of a process that was killed
         for file in held[: max(0, len(held) - MOST)]:
             file.unlink(missing_ok=True)
     except OSError:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,6 +42,7 @@ class Emitter:
     def name(self, op: str) -> str:
         """``<module path>.<op>``, ``<module path>.bwd.<op>`` or ``<base>.<op>``; ``.1``, ``.2`` behind it for further ones."""
         head = self.base or self.where.path
+        head = _clean(head) if head else ""
         stem = (head + "." if head else "") + ("bwd." if self.phase == "backward" else "") + op
         while True:
             n = self._taken[stem] = self._taken.get(stem, -1) + 1
@@ -233,7 +235,8 @@ def _plain(value: Any, emit: Emitter | None = None) -> Arg:
 
 
 def _clean(name: str) -> str:
-    return "".join("_" if c in ",()[]={}: \t\n%\"" else c for c in name) or "_"
+    """As the text of a program can have it: a module may be called anything."""
+    return re.sub(r'[\s,()\[\]={}:%"]', "_", name) or "_"
 
 
 def live(ops: Sequence[Op], outputs: Iterable[Ref]) -> tuple[Op, ...]:

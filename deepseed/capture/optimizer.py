@@ -3,7 +3,7 @@
 The class's plain loop form is traced with ``lr`` as a float64 scalar input and Python's numbers as deepseed.capture.numbers has
 them. A step that branches on a value is traced once a way, and the conditions choose. An optimizer that cannot be traced so is
 tried again in its ``capturable`` form, without branches. Of torch's own optimizers a class of parameters is traced once a process,
-and where that is pointwise not again for another shape of as many dimensions.
+and where that is pointwise not again for another shape of as many dimensions, the same of them of one element.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ Cost = Callable[[Element, Element], float | None]  # None: not allowed
 Numbers = np.ndarray[Any, Any]
 
 TIMED_OUT = 1  # a status of milp
+_cut_short = 0
 _SOLVED: dict[bytes, tuple[Numbers, float]] = {}  # by a problem's digest: equal models, and some plans that differ elsewhere, ask for the same axis again
 
 
@@ -113,9 +114,17 @@ def _minimum(objective: Numbers, integers: int, rows: Rows, time_limit: float) -
     if result.x is None:
         raise Infeasible(str(result.message))
     found = result.x[:integers].copy(), float(result.fun)
-    if result.status != TIMED_OUT:
+    if result.status == TIMED_OUT:
+        global _cut_short
+        _cut_short += 1
+    else:
         _SOLVED[key] = found
     return found
+
+
+def cut_short() -> int:
+    """How many assignments of this process are the best that the time allowed: another run might find a better one."""
+    return _cut_short
 
 
 def _add_flow(flow: Flow, choices: Sequence[Choice], first: list[int], objective: list[float], rows: Rows) -> None:

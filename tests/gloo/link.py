@@ -120,7 +120,7 @@ class Ran:
 def linked_steps(target: str, plan: str, latency: float, bandwidth: float, steps: int, wall: bool, machine: str = "") -> tuple[str, list[Ran], list[float]]:
     """Train on this rank over the link: the program's text, what each step but the first took, and the losses."""
     import deepseed
-    from deepseed import budget
+    from deepseed import build
     from deepseed.build import looked
     from deepseed.runtime import host
     from deepseed.speed import parse_machine
@@ -128,7 +128,7 @@ def linked_steps(target: str, plan: str, latency: float, bandwidth: float, steps
 
     host.DistributedRuntime = LinkedRuntime  # type: ignore[misc]
     LinkedRuntime.link = link = Link(latency, bandwidth, wall)
-    budget.measured = lambda ranks: parse_machine(machine)
+    build.measured = lambda ranks: parse_machine(machine)
     torch.manual_seed(0)
     found = load(target)
     step: Any = deepseed.compile(found.model, plan, optimizer=torch.optim.AdamW(found.model.parameters(), lr=1e-3), clip_grad_norm=1.0, backend="gloo")
