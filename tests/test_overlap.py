@@ -129,12 +129,13 @@ def test_every_rank_starts_the_same_in_the_same_order() -> None:
 @pytest.mark.wide
 @pytest.mark.parametrize("plan", ["zero3", "zero2", "tp2"])
 def test_on_real_ranks_over_a_link(plan: str) -> None:
-    """A Llama of 12.7 M parameters on two gloo ranks. The link's clock is the CPU time of each rank, so that other work on the machine does not count. Predicted from the medians of the ops, the time
-    that a rank stands still differs from the measured median by what one step differs from another (caches are shared by whatever runs): within 10 % of the time of sending."""
+    """A Llama of 12.7 M parameters on two gloo ranks, whose ops take the medians of what they took there (tests/gloo/link.py): what ranks send, and how long they stand still, is what the simulation says, to the
+    nanosecond of a sum; and they hide at least 80 % of what can be hidden."""
     import bench_overlap
 
     found = bench_overlap.measure(plan, 5e-4, 400e6, 4, machine="flops=80e9,memory=8e9,launch=1e-5,latency=5e-4,link=400e6")
     measured = found.measured
-    assert abs(measured.still - found.predicted.still) <= 0.1 * measured.sending, str(found)
+    assert abs(measured.sending - found.predicted.sending) <= 1e-9 and abs(measured.compute - found.predicted.compute) <= 1e-9, str(found)
+    assert abs(measured.still - found.predicted.still) <= 1e-9, str(found)
     assert measured.hidden >= 0.8 * found.fixed.hidden, str(found)
     assert found.losses[-1] < found.losses[0]
