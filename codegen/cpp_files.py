@@ -33,23 +33,30 @@ Code = Callable[..., Sequence[Tensor]]
 
 
 def library(text: str, folder: Path) -> ctypes.CDLL:
-    """Raises CodegenError where the compiler fails."""
+    """Raises Refused where the compiler does not take the source, CodegenError where there is none or the folder cannot be written."""
     name = compiler()
     if not name:
         raise CodegenError("no C++ compiler\n  fix: install g++ or clang++, or set CXX")
     digest = hashlib.sha256("\0".join([text, *FLAGS, name, processor()]).encode()).hexdigest()[:16]
     path = folder / f"cpp-{digest}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
         own = given.with_suffix(f".{os.getpid()}.cpp")
-        own.write_text(text)
-        done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
-        own.replace(given)
-        if done.returncode:
-            raise CodegenError(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
-        fresh.replace(path)  # at once: other ranks may compile the same
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own.write_text(text)
+            done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
+            own.replace(given)
+            if done.returncode:
+                raise Refused(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
+            fresh.replace(path)  # at once: other ranks may compile the same
+        except OSError as error:
+            raise CodegenError(f"compiled code cannot be kept in {folder}: {error.strerror}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one that can be written") from None
     return ctypes.CDLL(str(path))
+
+
+class Refused(CodegenError):
+    """The compiler does not take a source that was written for it."""
 
 
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
@@ -66,12 +73,25 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     if not made:
         return [python(k) for k in wanted]
     try:
-        parts = [cpp_nests.LIBRARY, *([cpp_attention.LIBRARY] if any(is_attention(k) for k in wanted) else []), *(f.text for f in made.values())]
-        loaded = library("\n".join(parts), folder)
+        loaded = _loaded([k for k in wanted if k.name in made], made, folder, tell)
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
         return [python(k) for k in wanted]
-    return [Fixed(k, made[k.name], getattr(loaded, k.name)) if k.name in made else python(k) for k in wanted]
+    return [Fixed(k, made[k.name], loaded[k.name]) if k.name in loaded else python(k) for k in wanted]
+
+
+def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
+    """The functions by name, of one library; where the compiler does not take it, of one a half, and so on, without those that it does not take alone."""
+    parts = [cpp_nests.LIBRARY, *([cpp_attention.LIBRARY] if any(is_attention(k) for k in wanted) else []), *(made[k.name].text for k in wanted)]
+    try:
+        found = library("\n".join(parts), folder)
+    except Refused as error:
+        if len(wanted) == 1:
+            once(tell, f"{wanted[0].name} runs as plain Python: {error}")
+            return {}
+        half = len(wanted) // 2
+        return _loaded(wanted[:half], made, folder, tell) | _loaded(wanted[half:], made, folder, tell)
+    return {k.name: getattr(found, k.name) for k in wanted}
 
 
 class Fixed:

@@ -274,7 +274,7 @@ class Nest(Points):
         self.writes.setdefault(value, []).append((place, self.count))
         dtype = self.p.types[value].dtype
         cast = self.p.producers[value].target == "cast"
-        text = r.name if value in self.own else self.rounded[r.name] if cast and r.name in self.rounded else f"down<{TYPES[dtype]}>::of({r.name})"
+        text = r.name if value in self.own else self.rounded[r.name] if cast and dtype in ("bf16", "f16") and r.name in self.rounded else f"down<{TYPES[dtype]}>::of({r.name})"
         self.scopes[max(level, r.level, self._row_level(value))].lines.append(f"{value}[{place}] = {text};")
 
     def _row_level(self, value: str) -> int:

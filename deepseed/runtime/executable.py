@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import linecache
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ir.program import Input, Output
+from deepseed.logs import warn
 from deepseed.runtime.collectives import Runtime
 from deepseed.runtime.pages import settle
 
@@ -73,6 +76,12 @@ class Halves:
         return rt.arena.step(given, host) if rt.arena is not None else nullcontext()
 
 
+@cache
+def _without_files(why: str) -> None:
+    """Said once."""
+    warn(f"warning: generated source cannot be kept in {cache_dir() / 'source'}: {why}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one that can be written")
+
+
 def cache_dir() -> Path:
     """``$DEEPSEED_CACHE_DIR``, else a folder of this user's in the system's temporary folder."""
     root = os.environ.get("DEEPSEED_CACHE_DIR")
@@ -96,11 +105,15 @@ def _load(source: str, name: str, kernels: Mapping[str, Callable[..., Any]], cod
         return known
     digest = hashlib.sha256(source.encode()).hexdigest()
     path = cache_dir() / "source" / f"{name}-{digest[:16]}.py"
-    if not path.exists() or path.read_text() != source:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(source)
-        fresh.replace(path)  # at once: other ranks may be writing the same file
+    try:
+        if not path.exists() or path.read_text() != source:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(f".{os.getpid()}.tmp")
+            fresh.write_text(source)
+            fresh.replace(path)  # at once: other ranks may be writing the same file
+    except OSError as error:
+        _without_files(error.strerror or str(error))
+        linecache.cache[str(path)] = len(source), None, source.splitlines(keepends=True), str(path)  # a traceback shows its lines all the same
     namespace: dict[str, Any] = {**kernels, "__name__": f"deepseed.generated.{name}", "__file__": str(path)}
     exec(compile(source, str(path), "exec"), namespace)
     _loaded[source, name, codegen] = made = _Loaded(path, namespace)
