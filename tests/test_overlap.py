@@ -138,4 +138,5 @@ def test_on_real_ranks_over_a_link(plan: str) -> None:
     assert abs(measured.sending - found.predicted.sending) <= 1e-9 and abs(measured.compute - found.predicted.compute) <= 1e-9, str(found)
     assert abs(measured.still - found.predicted.still) <= 1e-9, str(found)
     assert measured.hidden >= 0.8 * found.fixed.hidden, str(found)
+    assert found.fixed.hidden >= 0.5 * found.free.hidden > 0, "the scheduler's order lets much hide"
     assert found.losses[-1] < found.losses[0]
