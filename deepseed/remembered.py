@@ -24,7 +24,7 @@ from typing import Any
 import scipy
 import torch
 
-import deepseed
+from deepseed.ir import sources
 from deepseed.ir.contract import Pass
 from deepseed.ir.program import Program
 from deepseed.pipeline import PIPELINE
@@ -67,15 +67,8 @@ def key_of(p: Program, plan: Plan, arguments: Mapping[str, Any], passes: Sequenc
 @cache
 def source_hash() -> str | None:
     """Changes with any file of the package; None where one was written after this process had begun, which may run what was there before."""
-    root = Path(deepseed.__file__).parent
-    text = hashlib.sha256()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(each for each in folders if each != "__pycache__")
-        for name in sorted(name for name in files if name.endswith(".py")):
-            if os.stat(Path(folder, name)).st_ctime >= _BEGAN:
-                return None
-            text.update(f"{folder.removeprefix(str(root))}/{name} ".encode() + Path(folder, name).read_bytes())
-    return text.hexdigest()
+    found = sources.files()
+    return None if any(path.stat().st_ctime >= _BEGAN for path in found) else sources.digest(found)
 
 
 def read(key: str) -> Entry | None:

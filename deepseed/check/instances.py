@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import deepseed
 from deepseed.check.collectives import perform
 from deepseed.check.shards import ShardsError, assemble, coordinates, elsewhere, owner, shards
 from deepseed.check.shrink import Instance, shrink
 from deepseed.check.typing import KEYED, MOVES, SAME, describe, instance_key, operand_types, why_not
+from deepseed.ir import sources
 from deepseed.ir.collective import MEMORIES
 from deepseed.ir.layout import REPLICATED, Layout, Owned, Split
 from deepseed.ir.mesh import Mesh
@@ -265,10 +265,8 @@ def _generator(seed: int) -> torch.Generator:
 @lru_cache(maxsize=1)
 def source_hash() -> str:
     """Changes with the source of rules, ops, layouts and checks, and with torch."""
-    root = Path(deepseed.__file__).parent
-    files: Sequence[Path] = sorted([*(root / "rules").glob("*.py"), *(root / "ops").glob("*.py"), *(root / "check").glob("*.py"), root / "ir" / "layout.py"])
-    text = b"".join(f.read_bytes() for f in files) + torch.__version__.encode()
-    return hashlib.sha256(text).hexdigest()[:16]
+    text = sources.digest(sources.files("rules", "ops", "check", "ir/layout.py")) + torch.__version__
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _file(cache_dir: Path | str | None) -> Path:
