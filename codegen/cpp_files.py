@@ -14,17 +14,19 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseed.codegen import any_rows, cpp_attention, cpp_nests
+from deepseed.codegen import any_rows, cpp_attention, cpp_nests, cpp_products
 from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python
-from deepseed.codegen.kernels import Kernel, is_attention
+from deepseed.codegen.kernels import Kernel, is_attention, is_product
+from deepseed.ir.kernels import FEWEST
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -65,19 +67,32 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
         once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
         return [python(k) for k in wanted]
     made = dict[str, cpp_nests.Function]()
+    products = _products([k for k in wanted if is_product(k)], folder, tell)
     for k in wanted:
+        if is_product(k):
+            continue
         try:
             made[k.name] = cpp_attention.source(k) if is_attention(k) else cpp_nests.source(k)
         except CodegenError as error:
             once(tell, f"{k.name} runs as plain Python: {error}")
-    if not made:
-        return [python(k) for k in wanted]
+    loaded: dict[str, Any] = {}
     try:
-        loaded = _loaded([k for k in wanted if k.name in made], made, folder, tell)
+        loaded = _loaded([k for k in wanted if k.name in made], made, folder, tell) if made else {}
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
-        return [python(k) for k in wanted]
-    return [Fixed(k, made[k.name], loaded[k.name]) if k.name in loaded else python(k) for k in wanted]
+    return [Fixed(k, made[k.name], loaded[k.name]) if k.name in loaded else products.get(k.name) or python(k) for k in wanted]
+
+
+def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> dict[str, Code]:
+    """Those of a library of their own, which is the same for all programs; the rest are torch's."""
+    if not wanted or not pays():
+        return {}
+    try:
+        function = library(cpp_products.SOURCE, folder).product
+    except CodegenError as error:
+        once(tell, f"matrix products are torch's: {error}")
+        return {}
+    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] >= FEWEST and k.fragment.ops[0].type.dtype == "f32"}
 
 
 def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
@@ -92,6 +107,30 @@ def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], fo
         half = len(wanted) // 2
         return _loaded(wanted[:half], made, folder, tell) | _loaded(wanted[half:], made, folder, tell)
     return {k.name: getattr(found, k.name) for k in wanted}
+
+
+@cache
+def pays() -> bool:
+    """Whether these products are ahead of the library's on this machine: known of AVX-512."""
+    return bool(torch.cpu.get_capabilities().get("avx512_f", False))
+
+
+class Product:
+    """``a [m, k] @ b [k, n]`` in float32 through ``product`` of cpp_products; with several threads, or another layout of ``a``, ``otherwise``."""
+
+    def __init__(self, k: Kernel, function: Any, otherwise: Code) -> None:
+        self.name, self.function, self.otherwise = k.name, function, otherwise
+        self.given = [i.type.shape for i in k.fragment.inputs]
+        (self.rows, self.depth), (_, self.columns) = self.given
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3]
+        function.restype = None
+
+    def __call__(self, a: Tensor, b: Tensor) -> Sequence[Tensor]:
+        if torch.get_num_threads() > 1 or a.stride(1) != 1 or [a.shape, b.shape] != self.given:
+            return self.otherwise(a, b)
+        out = torch.empty(self.rows, self.columns, dtype=torch.float32, device="cpu")
+        self.function(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), out.data_ptr(), self.rows, self.depth, self.columns)
+        return (out,)
 
 
 class Fixed:

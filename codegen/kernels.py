@@ -45,6 +45,10 @@ def is_attention(k: Kernel) -> bool:
     return len(k.fragment.ops) == 1 and k.fragment.ops[0].target in UNMASKED
 
 
+def is_product(k: Kernel) -> bool:
+    return len(k.fragment.ops) == 1 and k.fragment.ops[0].target == "aten.mm"
+
+
 def kernels(p: Program, strides: Mapping[str, tuple[int, ...]], views: Sequence[bool]) -> dict[str, Kernel]:
     """What computes each group of a localized program, by the group's mark. ``strides``: of all values; ``views``: of each op, whether it makes one."""
     known: dict[str, Kernel] = {}

@@ -38,7 +38,7 @@ def captured(target: str, plan: str, world_size: int | None, optimizer: str | No
     return got.program, parsed, mesh, perf_counter() - started
 
 
-def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Pass], check: bool, machine: Machine | None = None, kernels: bool = False, products: bool = False) -> list[Passed]:
+def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Pass], check: bool, machine: Machine | None = None, kernels: bool = False, products: str = "") -> list[Passed]:
     """The program as captured (in ``seconds``) and after each pass, of rank 0 where one knows its rank."""
     say_microbatches(p, plan, ranks)
     p = prepared(p, plan, ranks)

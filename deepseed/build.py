@@ -127,7 +127,7 @@ def build(
         if not quiet:
             say(line)
 
-    asked = {"stored": dict(stored or {}), "homes": dict(homes or {}), "hosted": dict(hosted or {}), "kernels": codegen != PYTHON, "products": codegen in PRODUCTS}
+    asked = {"stored": dict(stored or {}), "homes": dict(homes or {}), "hosted": dict(hosted or {}), "kernels": codegen != PYTHON, "products": PRODUCTS.get(codegen, "")}
     solving = Solving(captured.program, plan, host.mesh, asked, tell, at, keep=not wide)
     text = host.decide(solving)
     done, took, again = list(solving.done), dict(solving.took), solving.again if solving.known else None
@@ -228,7 +228,7 @@ def prepared(p: Program, plan: Plan, ranks: Mesh, own: bool = False) -> Program:
 def run_passes(
     p: Program, plan: Plan, ranks: Mesh, at: Mapping[str, int], *, stored: Mapping[tuple[str, str], Layout] | None = None,
     homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, check: bool = True,
-    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object], kernels: bool = False, products: bool = False,
+    on_pass: Callable[[Passed], None] | None = None, passes: Sequence[Pass] | None = None, machine: Machine | None = None, tell: Callable[[str], object], kernels: bool = False, products: str = "",
 ) -> list[Passed]:  # fmt: skip
     """The passes that all ranks share (or ``passes``, with the rank ``at`` a coordinate) over a captured program; ``tell`` hears what a budget chose."""
     mesh = program_mesh(p, plan, ranks)

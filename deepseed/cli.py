@@ -163,7 +163,7 @@ def explain(
 
         typer.echo(answer(pipeline.run(p, {}, pipeline.PIPELINE[:1], check=False)[-1].program, program_mesh(p, said, ranks), said.stage, why))
         return
-    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of if machine else None, kernels=kernels, products=codegen in PRODUCTS)
+    done = passed(p, said, ranks, seconds, list(pipeline.SHARED), check=False, machine=of if machine else None, kernels=kernels, products=PRODUCTS.get(codegen, ""))
     if kernels:
         from deepseed.explain_kernels import explain_kernels
         from deepseed.kernels import traffic

@@ -28,7 +28,7 @@ BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor
 CPP = "cpp"
 ROWS = "rows"  # of a packed step: groups are marked and run as Python, until deepseed.inference.executable compiles them for any number of rows
 TRITON_ROWS = "triton_rows"  # the same
-PRODUCTS = ("triton", TRITON_ROWS)  # those that write matrix products and attention too
+PRODUCTS: Mapping[str, str] = {CPP: "alone", "triton": "joined", TRITON_ROWS: "joined"}  # those that write matrix products too, and how (deepseed.passes.group_kernels)
 PYTHON = "python"  # no groups: one line an op
 
 
@@ -50,7 +50,7 @@ def resolve(codegen: str, device: torch.device) -> str:
     if codegen == "auto":
         return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
     known(codegen)
-    if codegen in PRODUCTS and (why := triton_files.missing(device.type)):
+    if PRODUCTS.get(codegen) == "joined" and (why := triton_files.missing(device.type)):
         raise BackEndError(f"codegen='triton': {why}")
     if codegen == CPP and device.type not in ("cpu", "meta"):
         raise BackEndError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")

@@ -78,7 +78,7 @@ ONE_RANK = Plan()
 
 def arguments(
     mesh: Mesh, zero: int, coordinate: Mapping[str, int], stored: Mapping[tuple[str, str], Layout] | None = None, plan: Plan = ONE_RANK,
-    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, kernels: bool = False, products: bool = False,
+    homes: Mapping[tuple[str, str], int] | None = None, hosted: Mapping[tuple[str, str], bool] | None = None, kernels: bool = False, products: str = "",
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a plan means, pass by pass. ``mesh``: the program's, with microbatches and without pipeline ranks; ``coordinate``: of a rank;
     ``plan``: for its stages and their schedule. ``stored``, ``homes`` and ``hosted``: layouts and stages of what an earlier program stores, and

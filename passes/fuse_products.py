@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import UNMASKED
+from deepseed.ir.kernels import FEWEST, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
 PRODUCT = "aten.mm"
 ALONE = (PRODUCT, *UNMASKED)
+LEAST = 1 << 22  # multiplications of a product that a back end for CPUs writes (deepseed.codegen.cpp_products)
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,23 @@ def fuse_products(p: Program) -> Program:
     return _moved(p, joined)
 
 
-def attention_alone(p: Program) -> Program:
-    """Attention without a mask is a group of its own: of a back end that writes attention and no products.
+def alone(p: Program, products: bool = False) -> Program:
+    """Attention without a mask is a group of its own, for back ends that write it; with ``products`` so is a large product of float32 whose left operand lies row by row, but for one that is added up
+    over microbatches, as it is then made in the sum's place.
 
     before: %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8]
     after:  %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8] {kernel="o"}
     """
-    return replace(p, ops=tuple(replace(op, kernel=op.name) if not op.origin and UNMASKED.get(op.target) == len(op.refs) else op for op in p.ops))
+    return replace(p, ops=tuple(replace(op, kernel=op.name) if not op.origin and (UNMASKED.get(op.target) == len(op.refs) or (products and _large(p, op))) else op for op in p.ops))
+
+
+def _large(p: Program, op: Op) -> bool:
+    if op.target != PRODUCT or op.kernel or op.type.dtype != "f32" or op.type.host:
+        return False
+    (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
+    left = p.producers.get(op.refs[0].name)
+    added = any(isinstance(u, Op) and u.target == "accumulate" for u in p.uses[op.name])
+    return rows >= FEWEST and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

@@ -17,7 +17,7 @@ from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
 from deepseed.passes.fuse import fuse, leaves_apart
 from deepseed.passes.fuse_alike import fuse_alike
-from deepseed.passes.fuse_products import attention_alone, fuse_products
+from deepseed.passes.fuse_products import alone, fuse_products
 from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
@@ -32,9 +32,9 @@ APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has t
 
 
 @program_pass(requires={"lowered"}, provides={"grouped"})
-def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> Program:
+def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Program:
     """Replace origin groups by their ops, then put the updates of equal options side by side. ``kernels``: what is pointwise or reduces rows stays apart, and is marked as groups for
-    a back end that compiles them (deepseed.passes.fuse); ``products``: matrix products and attention too (deepseed.passes.fuse_products).
+    a back end that compiles them (deepseed.passes.fuse), attention as a group of its own; ``products``, "alone": large matrix products too, "joined": all, with what works on their results (deepseed.passes.fuse_products).
 
     before: %y.amax = amax(%x, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
             %y.sub = aten.sub.Tensor(%x, %y.amax) : f32[8@dp, 16] {origin="y"}
@@ -47,7 +47,7 @@ def group_kernels(p: Program, kernels: bool = False, products: bool = False) -> 
     if not kernels:
         return p
     p = fuse(remade(p))
-    return fuse_alike(fuse_products(p) if products else attention_alone(p), products)
+    return fuse_alike(fuse_products(p) if products == "joined" else alone(p, products == "alone"), products == "joined")
 
 
 # groups -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from deepseed.codegen.kernels import Kernel
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.ops.attention import sdpa, sdpa_backward
-from deepseed.passes.fuse_products import attention_alone
+from deepseed.passes.fuse_products import alone
 
 pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -133,7 +133,7 @@ return %o2 output "p"
 
 
 def test_attention_without_a_mask_is_a_group() -> None:
-    p = verify(attention_alone(verify(parse("program p mesh() facts()\n" + "".join(f'{line} {{phase="forward"}}\n' if " = " in line else f"{line}\n" for line in MASKED.splitlines())))))
+    p = verify(alone(verify(parse("program p mesh() facts()\n" + "".join(f'{line} {{phase="forward"}}\n' if " = " in line else f"{line}\n" for line in MASKED.splitlines())))))
     assert [op.kernel for op in p.ops] == ["", "o2"]
 
 

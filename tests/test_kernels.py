@@ -156,7 +156,7 @@ def trained(plan: str, codegen: str, **options: object) -> tuple[list[float], di
 def test_steps_of_kernels_compute_what_steps_of_ops_do(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions stand for compiled code: all that a back end is given, and every call, without a compiler."""
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
-    monkeypatch.setattr(build, "PRODUCTS", ("functions",))  # matrix products and attention too
+    monkeypatch.setattr(build, "PRODUCTS", {"functions": "joined"})  # matrix products and attention too
     losses, values, _ = trained(plan, "python")
     again, others, step = trained(plan, "functions")
     assert "kernel_mm_" in (text := step.programs.current().executables[0].source) and "torch.mm" not in text

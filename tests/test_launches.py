@@ -55,7 +55,7 @@ def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, codegen: str,
     writes are counted one by one, three of attention's backward too."""
     if codegen == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(build, "PRODUCTS", ("functions",))
+        monkeypatch.setattr(build, "PRODUCTS", {"functions": "joined"})
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
     programs = [program(layers, plan, lambda p: torch.optim.SGD(p, lr=0.1)) for layers in (1, 2)]
     one, two = (explain_kernels(p, p, back_ends.traffic(codegen)).launches for p in programs)

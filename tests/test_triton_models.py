@@ -69,7 +69,7 @@ def fragments_of(name: str, rows: int, tokens: int, heads: int, head: int, inner
     m.train()
     got = capture(m, batch(name, rows, tokens), optimizer=torch.optim.AdamW(m.parameters(), lr=1e-3), clip_grad_norm=1.0)
     plan = parse_plan("zero0")
-    p = passed(got.program, plan, plan.mesh(1), 0.0, list(SHARED), check=False, kernels=True, products=True)[-1].program
+    p = passed(got.program, plan, plan.mesh(1), 0.0, list(SHARED), check=False, kernels=True, products="joined")[-1].program
     p = run(p, {"localize": {"coordinate": {}}}, EACH_RANK, check=False)[-1].program
     return tuple(dict.fromkeys(fragment(p, g) for g in groups(p)))
 

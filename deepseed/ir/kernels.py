@@ -20,3 +20,6 @@ MASKED: Mapping[str, int] = {"aten.convolution_backward": 10}  # oneDNN: the wei
 
 # Operands of attention without a mask: what back ends that write it on their own take.
 UNMASKED: Mapping[str, int] = {"sdpa": 3, "sdpa_backward": 6}
+
+# Rows of a product that a back end for CPUs writes itself: of fewer, copies of what they meet do not pay.
+FEWEST = 85

@@ -1,0 +1,179 @@
+"""C++ for matrix products of float32 on one thread, where the left operand lies row by row: ``x @ w.t()`` and ``g @ w`` of a step.
+
+A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
+is a sixth of its time. Here a panel of the right operand is copied (turned, if it must be; else while the first rows meet it) when it has been asked for during the panel before, and so are the
+results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
+"""
+
+from __future__ import annotations
+
+SOURCE = r"""
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int BYTES = 64, ROWS = 14;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, ROWS = 14;
+#else
+constexpr int BYTES = 16, ROWS = 6;
+#endif
+typedef float V __attribute__((vector_size(BYTES)));
+constexpr int64_t LANES = BYTES / 4, WIDTH = 2 * LANES, LINE = 16;  // elements of a vector, of a panel, of a line of the cache
+constexpr int64_t DEPTH = 384, BLOCK = 18 * ROWS;                   // a panel of DEPTH, and BLOCK rows of the left operand, stay in the second cache
+constexpr int64_t LONG = DEPTH + LINE;                              // a row of the left block; no power of two, so that rows do not meet in a set of the cache
+constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 and more
+constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
+
+static inline V load(const float *p) { V v; memcpy(&v, p, BYTES); return v; }
+static inline void store(float *p, V v) { memcpy(p, &v, BYTES); }
+
+struct Ahead {  // what is asked for during a tile: each LINE of its depth two lines of the next panel, and those of a row of the next tile's results
+    const float *panel;
+    int64_t step, second;
+    const float *results;
+};
+
+// c[R, WIDTH] (+)= a[R, depth] panel[depth, WIDTH]; FIRST: the panel is not there yet, and is copied from b
+template <int R, bool FIRST>
+static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t c_row, bool more, const float *b, int64_t b_row, Ahead next) {
+    V sums[R][2];
+    for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = V{};
+    auto add = [&](V left, V right) __attribute__((always_inline)) {
+        #pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            V x = a[i * LONG] - V{};
+            sums[i][0] += x * left;
+            sums[i][1] += x * right;
+        }
+        ++a;
+        panel += WIDTH;
+    };
+    int64_t k = 0;
+    for (; k + LINE <= depth; k += LINE) {
+        __builtin_prefetch(next.panel, 0, 2);
+        __builtin_prefetch(next.panel + next.second, 0, 2);
+        __builtin_prefetch(next.results, 1, 3);
+        __builtin_prefetch(next.results + LINE, 1, 3);
+        next.panel += next.step;
+        next.results += c_row;
+        const float *soon = a + LINE;
+        #pragma GCC unroll 4
+        for (int u = 0; u < LINE; ++u) {
+            V left, right;
+            if (FIRST) {
+                left = load(b), right = load(b + LANES);
+                store(panel, left), store(panel + LANES, right);
+                __builtin_prefetch(b + NEAR * b_row, 0, 3);
+                __builtin_prefetch(b + NEAR * b_row + LANES, 0, 3);
+                b += b_row;
+            } else {
+                left = load(panel), right = load(panel + LANES);
+            }
+            __builtin_prefetch(panel + NEAR * WIDTH, FIRST, 3);
+            __builtin_prefetch(panel + NEAR * WIDTH + LANES, FIRST, 3);
+            __builtin_prefetch(soon + u * LONG, 0, 3);
+            add(left, right);
+        }
+    }
+    for (; k < depth; ++k) {
+        if (FIRST) store(panel, load(b)), store(panel + LANES, load(b + LANES)), b += b_row;
+        add(load(panel), load(panel + LANES));
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+        float *to = c + i * c_row;
+        if (more) sums[i][0] += load(to), sums[i][1] += load(to + LANES);
+        store(to, sums[i][0]);
+        store(to + LANES, sums[i][1]);
+    }
+}
+using Tile = void (*)(int64_t, const float *, float *, float *, int64_t, bool, const float *, int64_t, Ahead);
+template <bool FIRST, int... R> static Tile tile_of(int rows, std::integer_sequence<int, R...>) {
+    static constexpr Tile known[] = {tile<LEAST + R, FIRST>...};
+    return known[rows - LEAST];
+}
+template <bool FIRST> static Tile tile_of(int rows) { return tile_of<FIRST>(rows, std::make_integer_sequence<int, ROWS - LEAST + 1>()); }
+
+// panel[LINE, LINE of WIDTH] = the columns of LINE rows
+static inline void turn(const float *b, int64_t b_column, float *panel) {
+#if defined(__AVX512F__)
+    #pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+        __m512 r[4];
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const float *from = b + i * b_column + 4 * q;
+            r[i] = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * b_column), 1);
+            r[i] = _mm512_insertf32x4(_mm512_insertf32x4(r[i], _mm_loadu_ps(from + 8 * b_column), 2), _mm_loadu_ps(from + 12 * b_column), 3);
+        }
+        __m512d low = (__m512d)_mm512_unpacklo_ps(r[0], r[1]), high = (__m512d)_mm512_unpackhi_ps(r[0], r[1]);
+        __m512d low_ = (__m512d)_mm512_unpacklo_ps(r[2], r[3]), high_ = (__m512d)_mm512_unpackhi_ps(r[2], r[3]);
+        store(panel + (4 * q + 0) * WIDTH, (V)_mm512_unpacklo_pd(low, low_));
+        store(panel + (4 * q + 1) * WIDTH, (V)_mm512_unpackhi_pd(low, low_));
+        store(panel + (4 * q + 2) * WIDTH, (V)_mm512_unpacklo_pd(high, high_));
+        store(panel + (4 * q + 3) * WIDTH, (V)_mm512_unpackhi_pd(high, high_));
+    }
+#else
+    for (int k = 0; k < LINE; ++k)
+        for (int j = 0; j < LANES; ++j) panel[k * WIDTH + j] = b[j * b_column + k];
+#endif
+}
+
+// A panel of `width` columns, filled up with zeros
+static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, int64_t depth, int64_t width) {
+    int64_t k = 0;
+    if (b_row == 1 && width == WIDTH)
+        for (; k + LINE <= depth; k += LINE)
+            for (int64_t j = 0; j < WIDTH; j += LANES) turn(b + j * b_column + k, b_column, panel + k * WIDTH + j);
+    for (; k < depth; ++k)
+        for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
+}
+
+// c[rows, columns] = a[rows, depth] b[depth, columns] for FEWEST rows and more; the elements of a row of a lie side by side, c row by row
+extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
+    struct alignas(64) Lines { float x[LINE]; };
+    constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;
+    thread_local std::unique_ptr<Lines[]> room(new Lines[(PANEL + ROWS * WIDTH + MOST * LONG) / LINE + 1]);
+    float *panel = room[0].x, *edge = panel + PANEL, *block = edge + ROWS * WIDTH;
+    int64_t blocks = std::max<int64_t>(1, (rows + BLOCK / 2) / BLOCK);
+    if (!all) std::fill(c, c + rows * columns, 0.f);
+    for (int64_t k = 0; k < all; k += DEPTH)
+        for (int64_t n = 0; n < blocks; ++n) {
+            int64_t begin = rows * n / blocks, count = rows * (n + 1) / blocks - begin, tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k);
+            for (int64_t i = 0; i < count; ++i) {
+                const float *from = a + (begin + i) * a_row + k;
+                float *to = block + i * LONG;
+                int64_t d = 0;
+                for (; d + LINE <= depth; d += LINE) {
+                    __builtin_prefetch(from + 4 * a_row + d);
+                    memcpy(to + d, from + d, sizeof(Lines));
+                }
+                for (; d < depth; ++d) to[d] = from[d];
+            }
+            for (int64_t j = 0; j < columns; j += WIDTH) {
+                int64_t width = std::min(WIDTH, columns - j), follows = j + WIDTH < columns ? j + WIDTH : 0, deeper = follows ? k : k + (n + 1 == blocks) * DEPTH;
+                bool copies = b_column == 1 && width == WIDTH;
+                const float *own = b + k * b_row + j * b_column, *after = b + (deeper < all ? deeper : 0) * b_row + follows * b_column;
+                if (!copies) lay(panel, own, b_row, b_column, depth, width);
+                for (int64_t t = 0; t < tiles; ++t) {
+                    int64_t first = count * t / tiles, held = count * (t + 1) / tiles - first, at = t * (DEPTH / LINE);
+                    Ahead next{after, 0, 0, c + (begin + (t + 1 < tiles ? count * (t + 1) / tiles : 0)) * columns + (t + 1 < tiles ? j : follows)};
+                    if (b_column == 1 && at < DEPTH) next = {after + at * b_row, b_row, LINE, next.results};
+                    else if (b_column != 1 && 2 * t < WIDTH) next = {after + 2 * t * b_column, LINE, b_column, next.results};
+                    float *to = c + (begin + first) * columns + j;
+                    bool whole = width == WIDTH;
+                    (copies && !t ? tile_of<true>(held) : tile_of<false>(held))(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole && k, own, b_row, next);
+                    if (!whole)
+                        for (int64_t i = 0; i < held; ++i)
+                            for (int64_t l = 0; l < width; ++l) to[i * columns + l] = k ? to[i * columns + l] + edge[i * WIDTH + l] : edge[i * WIDTH + l];
+                }
+            }
+        }
+}
+"""
