@@ -26,7 +26,7 @@ from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
-from deepseed.ir.kernels import FEWEST
+from deepseed.ir.kernels import ROWS
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -92,7 +92,7 @@ def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], obje
     except CodegenError as error:
         once(tell, f"matrix products are torch's: {error}")
         return {}
-    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] >= FEWEST and k.fragment.ops[0].type.dtype == "f32"}
+    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] in ROWS and k.fragment.ops[0].type.dtype == "f32"}
 
 
 def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:

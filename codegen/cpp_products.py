@@ -27,7 +27,7 @@ typedef float V __attribute__((vector_size(BYTES)));
 constexpr int64_t LANES = BYTES / 4, WIDTH = 2 * LANES, LINE = 16;  // elements of a vector, of a panel, of a line of the cache
 constexpr int64_t DEPTH = 384, BLOCK = 18 * ROWS;                   // a panel of DEPTH, and BLOCK rows of the left operand, stay in the second cache
 constexpr int64_t LONG = DEPTH + LINE;                              // a row of the left block; no power of two, so that rows do not meet in a set of the cache
-constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 and more
+constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 of them and more
 constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
 
 static inline V load(const float *p) { V v; memcpy(&v, p, BYTES); return v; }
@@ -135,7 +135,7 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
 
-// c[rows, columns] = a[rows, depth] b[depth, columns] for FEWEST rows and more; the elements of a row of a lie side by side, c row by row
+// c[rows, columns] = a[rows, depth] b[depth, columns] for the rows of deepseed.ir.kernels.ROWS and more; the elements of a row of a lie side by side, c row by row
 extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
     struct alignas(64) Lines { float x[LINE]; };
     constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;

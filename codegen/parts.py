@@ -151,7 +151,7 @@ class _Parts:
             elif op.name in self.into:
                 self._add_into(op)
                 here.discard(op.name)
-            elif not (op.target == "accumulate" and op.refs[0].name in self.into):
+            elif not (op.target == "accumulate" and op.refs[0].name in self.into) and not (self._writes(op, n) and self.update.waited(n, op)):
                 self._op(op, n)
             for done, each in enumerate(together, n):
                 self._close(done, each, here, shown)
@@ -202,10 +202,14 @@ class _Parts:
                 out.emit(f"v[{out.name(value + '.copy')!r}] = {out.name(value + '.copy')}")
             if value in here and self._kept(value):
                 out.emit(f"{'v' if value in self.steplong else 'm'}[{out.name(value)!r}] = {out.name(value)}")
-        if kind_of(op.part) == "once" and n not in self.late:
+        if self._writes(op, n):
             self.update.after(n)
         if dead := [out.name(v) for v in donation.dies.get(n, ()) if v in here]:
             out.emit(f"del {', '.join(dead)}")
+
+    def _writes(self, op: Op, n: int) -> bool:
+        """Whether what is due after an op is written into stored tensors here."""
+        return kind_of(op.part) == "once" and n not in self.late
 
     def _kept(self, value: str) -> bool:
         """Whether a value is read outside of the function that makes it."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import FEWEST, UNMASKED
+from deepseed.ir.kernels import ROWS, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
@@ -69,7 +69,7 @@ def _large(p: Program, op: Op) -> bool:
     (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
     left = p.producers.get(op.refs[0].name)
     added = any(isinstance(u, Op) and u.target == "accumulate" for u in p.uses[op.name])
-    return rows >= FEWEST and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
+    return rows in ROWS and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

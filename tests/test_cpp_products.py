@@ -14,7 +14,7 @@ from test_cpp_nests import kernel_of
 from torch import Tensor
 
 from deepseed.codegen import cpp_files, cpp_products, inductor
-from deepseed.ir.kernels import FEWEST
+from deepseed.ir.kernels import ROWS
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
@@ -60,7 +60,7 @@ def least(a: Tensor, b: Tensor) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(FEWEST, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20))
+@given(rows=st.integers(ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20))
 def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, layout: str, room: int, product: ctypes._NamedFuncPointer) -> None:
     torch.manual_seed(rows * columns + depth)
     a, b = torch.randn(rows, depth + room)[:, room // 2 : room // 2 + depth], LAYOUTS[layout](depth, columns)
@@ -101,7 +101,7 @@ def test_large_products_of_rows_are_groups() -> None:
     assert not any(op.kernel for op in alone(step()).ops)
 
 
-@pytest.mark.parametrize("p", [step("f64"), step("bf16"), step(rows=84)], ids=["float64", "bfloat16", "few rows"])
+@pytest.mark.parametrize("p", [step("f64"), step("bf16"), step(rows=84), step(rows=513)], ids=["float64", "bfloat16", "few rows", "many rows"])
 def test_others_are_the_librarys(p: Program) -> None:
     assert not any(op.kernel for op in alone(p, products=True).ops)
 

@@ -306,6 +306,16 @@ def test_what_is_gathered_or_on_a_stage_is_copied_where_it_is_read(plan: str) ->
     assert not any(op.target == "cast" and op.phase != "update" and kind_of(op.part) == "once" and op.refs[0].name in {i.name for i in p.by_role("param")} for op in p.ops)
 
 
+@pytest.mark.parametrize("plan", ["zero1+dp2", "zero1+dp2+mb2", "zero2+dp2+mb2"])
+def test_a_gathered_parameter_is_read_into_its_place(plan: str) -> None:
+    """With microbatches too: it is never there twice."""
+    model, batch, loss = small()
+    p = compiled(model, batch, plan, loss).program
+    source = generate(pipeline.run(p, {"localize": {"coordinate": {"dp": 0}}}, pipeline.EACH_RANK, check=False)[-1].program)
+    gathered = [o.ref.name for o in p.outputs if o.role == "param" and p.producers[o.ref.name].target == "wait"]
+    assert len(gathered) > 3 and source.count("rt.wait_into(") == len(gathered)
+
+
 def test_products_and_rows_are_added_where_they_are_made() -> None:
     """A gradient that nothing but the sum over microbatches reads is never there by itself. A step whose values are shown makes them."""
     model, batch, loss = small()

@@ -1,11 +1,15 @@
-"""What products of 16 bits take on this CPU, in units of float32's: torch's own, and deepseed.ops.products' by way of float32; one thread, by turns, medians.
+"""What products take on this CPU; one thread, by turns, medians.
 
-python tests/bench/bench_products.py [--rounds 9]
+Of 16 bits, in units of float32's: torch's own, and deepseed.ops.products' by way of float32. Of float32, with the weights of a 60M Llama one after another (none is in a cache when its turn comes): the
+library's, and deepseed.codegen.cpp_products'.
+
+python tests/bench/bench_products.py [--rounds 9] [--float32]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from statistics import median
@@ -13,9 +17,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from deepseed.codegen import cpp_files, cpp_products
 from deepseed.ops import products
+from deepseed.runtime.executable import cache_dir
 from deepseed.runtime.pages import keep_freed_memory
 
+LLAMA = [*[(768, 768), (384, 768), (384, 768), (768, 768), (2048, 768), (2048, 768), (768, 2048)] * 8, (8192, 768)]  # outputs, width
 SIZES = [(256, 768, 768), (256, 768, 2048), (256, 2048, 768), (512, 256, 8192), (256, 768, 16384)]  # rows, width, outputs
 
 
@@ -25,13 +32,42 @@ def seconds(do: Callable[[], Tensor]) -> float:
     return time.process_time() - began
 
 
+def float32(rounds: int) -> None:
+    weights = [torch.randn(shape) for shape in LLAMA]
+    product = cpp_files.library(cpp_products.SOURCE, cache_dir() / "kernels").product
+    product.argtypes, product.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3], None
+
+    def own(a: Tensor, b: Tensor, out: Tensor) -> None:
+        product(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), out.data_ptr(), *a.shape, b.shape[1])
+
+    print("| rows | product | library's, GFLOP/s | own, GFLOP/s | times as fast |\n|---|---|---|---|---|")
+    for rows in (128, 256, 512, 1024):
+        given = {width: torch.randn(rows, width) for shape in LLAMA for width in shape}
+        flops = sum(2 * rows * n * k for n, k in LLAMA)
+        for name, forward in (("forward", True), ("input's gradient", False)):
+            calls = [(given[w.shape[forward]], w.t() if forward else w, torch.empty(rows, w.shape[not forward])) for w in weights]
+
+            def all_of(way: Callable[[Tensor, Tensor, Tensor], object], calls: list[tuple[Tensor, Tensor, Tensor]] = calls) -> Tensor:
+                for a, b, out in calls:
+                    way(a, b, out)
+                return calls[0][2]
+
+            ways = [lambda: all_of(lambda a, b, out: torch.mm(a, b, out=out)), lambda: all_of(own)]
+            times = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
+            theirs, ours = (median(each) for each in zip(*times, strict=True))
+            print(f"| {rows} | {name} | {flops / theirs / 1e9:.0f} | {flops / ours / 1e9:.0f} | {theirs / ours:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--float32", action="store_true", help="of float32 alone")
+    rounds, wide = (said := parser.parse_args()).rounds, said.float32
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_freed_memory()
+    if wide:
+        return float32(rounds)
     for dtype in (torch.bfloat16, torch.float16):
         print(f"{dtype}: {'emulated' if products.emulated(dtype) else 'has instructions, or not known'}\n| rows, width, outputs | product | float32, ms | torch's, times that | by way of float32 |\n|---|---|---|---|---|")
         for rows, width, outputs in SIZES:
