@@ -31,6 +31,8 @@ SIZES: dict[str, tuple[Sizes, bool]] = {
     "more queries than keys": ((1, 2, 1, 70, 33, 8, 24), True),
     "fewer queries than keys": ((1, 2, 2, 5, 90, 24, 8), True),
     "longer than a block": ((1, 2, 1, 300, 300, 4, 4), True),
+    "wider than a block": ((2, 2, 1, 70, 150, 137, 150), True),
+    "a block and a row": ((1, 2, 1, 65, 129, 65, 33), False),
 }
 SCALE = 0.3
 
@@ -55,7 +57,8 @@ def operands(dtype: str, sizes: Sizes, turned: bool) -> list[Tensor]:
     return [x.transpose(1, 2).contiguous().transpose(1, 2) if turned else x for x in made]
 
 
-CASES = [("f64", case, turned) for case in SIZES for turned in (True, False)] + [(dtype, case, True) for dtype in ("f32", "bf16", "f16") for case in ("shared heads", "no whole vectors")]
+NARROW = {"f32": list(SIZES)[1:], "bf16": ["shared heads", "no whole vectors"], "f16": ["shared heads", "no whole vectors"]}
+CASES = [("f64", case, turned) for case in SIZES for turned in (True, False)] + [(dtype, case, True) for dtype in NARROW for case in NARROW[dtype]]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_attention_is_that_of_the_ops(case: str, codes: dict[tuple[str, str, boo
 @pytest.mark.parametrize(("dtype", "least"), [("f32", 2**-20), ("bf16", 2**-8), ("f16", 2**-11)])
 def test_16_bits_are_computed_in_32(dtype: str, least: float, codes: dict[tuple[str, str, bool], tuple[Code, Code]]) -> None:
     """Of the largest number: half a unit of the last bit of what is rounded once, and the rounding of %o, which the backward reads."""
-    for case in ("shared heads", "no whole vectors"):
+    for case in NARROW[dtype]:
         for a, b in zip(*both(codes, dtype, case, True), strict=True):
             assert float((a.double() - b).abs().max() / b.abs().max()) < 1.5 * least
 
@@ -113,6 +116,21 @@ def test_threads_change_no_bit(codes: dict[tuple[str, str, bool], tuple[Code, Co
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, one, many))
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])
+def test_elements_that_lie_apart(dtype: str, tmp_path: Path) -> None:
+    """Columns of a matrix as rows of keys, values and gradients: the same bits as of rows that lie together."""
+    sizes = (1, 4, 2, 37, 53, 19, 11)
+    together = operands(dtype, sizes, False)
+    apart = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in together]
+    found = []
+    for q, k, v, g in (together, apart):
+        forward, backward = lines(dtype, sizes, True)
+        out, lse = compiled(kernel_of(forward, [x.stride() for x in (q, k, v)]), tmp_path)(q, k, v)
+        code = compiled(kernel_of(backward, [x.stride() for x in (g, q, k, v, out, lse)]), tmp_path)
+        found.append([out, lse, *code(g, q, k, v, out, lse)])
+    assert all(map(torch.equal, *found))
 
 
 def test_one_tensor_as_keys_and_values(tmp_path: Path) -> None:
