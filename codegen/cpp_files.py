@@ -26,7 +26,7 @@ from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
-from deepseed.ir.kernels import ROWS
+from deepseed.ir.kernels import PRODUCT_ROWS
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -88,11 +88,11 @@ def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], obje
     if not wanted or not pays():
         return {}
     try:
-        function = library(cpp_products.SOURCE, folder).product
+        function = product(folder)
     except CodegenError as error:
         once(tell, f"matrix products are torch's: {error}")
         return {}
-    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] in ROWS and k.fragment.ops[0].type.dtype == "f32"}
+    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] in PRODUCT_ROWS and k.fragment.ops[0].type.dtype == "f32"}
 
 
 def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
@@ -115,6 +115,13 @@ def pays() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_f", False))
 
 
+def product(folder: Path) -> Any:
+    """The function of cpp_products: a and its row stride, b and its strides, what is written, rows, depth, columns. Raises CodegenError."""
+    function = library(cpp_products.SOURCE, folder).product
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3], None
+    return function
+
+
 class Product:
     """``a [m, k] @ b [k, n]`` in float32 through ``product`` of cpp_products; with several threads, or another layout of ``a``, ``otherwise``."""
 
@@ -122,8 +129,6 @@ class Product:
         self.name, self.function, self.otherwise = k.name, function, otherwise
         self.given = [i.type.shape for i in k.fragment.inputs]
         (self.rows, self.depth), (_, self.columns) = self.given
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3]
-        function.restype = None
 
     def __call__(self, a: Tensor, b: Tensor) -> Sequence[Tensor]:
         if torch.get_num_threads() > 1 or a.stride(1) != 1 or [a.shape, b.shape] != self.given:

@@ -135,7 +135,7 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
 
-// c[rows, columns] = a[rows, depth] b[depth, columns] for the rows of deepseed.ir.kernels.ROWS and more; the elements of a row of a lie side by side, c row by row
+// c[rows, columns] = a[rows, depth] b[depth, columns] for the rows of deepseed.ir.kernels.PRODUCT_ROWS and more; the elements of a row of a lie side by side, c row by row
 extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
     struct alignas(64) Lines { float x[LINE]; };
     constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;

@@ -25,7 +25,7 @@ from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import COMPILED, Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
 from deepseed.codegen.triton_attention import in_order
-from deepseed.codegen.triton_products import PRODUCT
+from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.program import ITEMSIZE, Op, Program
 
 Launch = Callable[..., Sequence[Tensor]]

@@ -19,7 +19,6 @@ from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, every
 from deepseed.ir.program import FLOATS, ITEMSIZE, Op, Program
 
-PRODUCT = "aten.mm"
 GROUP = 8
 
 

@@ -16,7 +16,8 @@ from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, reduced_dims, space
 from deepseed.codegen.triton_kernel import Kernel
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, supported
 from deepseed.codegen.triton_plans import Plans
-from deepseed.codegen.triton_products import PRODUCT, Product, as_leaf, plan_of
+from deepseed.codegen.triton_products import Product, as_leaf, plan_of
+from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref, Type
 from deepseed.ir.text import format_program

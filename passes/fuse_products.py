@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import ROWS, UNMASKED
+from deepseed.ir.kernels import PRODUCT, PRODUCT_ROWS, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
-PRODUCT = "aten.mm"
 ALONE = (PRODUCT, *UNMASKED)
 LEAST = 1 << 22  # multiplications of a product that a back end for CPUs writes (deepseed.codegen.cpp_products)
 
@@ -69,7 +68,7 @@ def _large(p: Program, op: Op) -> bool:
     (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
     left = p.producers.get(op.refs[0].name)
     added = any(isinstance(u, Op) and u.target == "accumulate" for u in p.uses[op.name])
-    return rows in ROWS and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
+    return rows in PRODUCT_ROWS and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

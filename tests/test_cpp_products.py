@@ -14,7 +14,7 @@ from test_cpp_nests import kernel_of
 from torch import Tensor
 
 from deepseed.codegen import cpp_files, cpp_products, inductor
-from deepseed.ir.kernels import ROWS
+from deepseed.ir.kernels import PRODUCT_ROWS
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
@@ -40,9 +40,7 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpp_files, "FLAGS", tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in cpp_files.FLAGS))
-        f = cpp_files.library(cpp_products.SOURCE, tmp_path_factory.mktemp("products")).product
-    f.argtypes, f.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3], None
-    return f
+        return cpp_files.product(tmp_path_factory.mktemp("products"))
 
 
 def run(f: ctypes._NamedFuncPointer, a: Tensor, b: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ def least(a: Tensor, b: Tensor) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20))
+@given(rows=st.integers(PRODUCT_ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20))
 def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, layout: str, room: int, product: ctypes._NamedFuncPointer) -> None:
     torch.manual_seed(rows * columns + depth)
     a, b = torch.randn(rows, depth + room)[:, room // 2 : room // 2 + depth], LAYOUTS[layout](depth, columns)

@@ -9,7 +9,6 @@ python tests/bench/bench_products.py [--rounds 9] [--float32]
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from deepseed.codegen import cpp_files, cpp_products
+from deepseed.codegen import cpp_files
 from deepseed.ops import products
 from deepseed.runtime.executable import cache_dir
 from deepseed.runtime.pages import keep_freed_memory
@@ -34,8 +33,7 @@ def seconds(do: Callable[[], Tensor]) -> float:
 
 def float32(rounds: int) -> None:
     weights = [torch.randn(shape) for shape in LLAMA]
-    product = cpp_files.library(cpp_products.SOURCE, cache_dir() / "kernels").product
-    product.argtypes, product.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3], None
+    product = cpp_files.product(cache_dir() / "kernels")
 
     def own(a: Tensor, b: Tensor, out: Tensor) -> None:
         product(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), out.data_ptr(), *a.shape, b.shape[1])
