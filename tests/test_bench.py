@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ TINY = {"model": "llama", "dtype": "fp32", "hidden": 32, "layers": 1, "vocab": 6
         "fused": True, "malloc": False, "timeout": 300, "deepspeed_python": sys.executable}  # fmt: skip
 
 
-def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 1)
     found = turns.alternate(Namespace(**TINY), ["ddp", "nosuch", "deepseed-zero1"], lambda engine: tmp_path / engine, after=lambda engine: engine.ask("parts"))
     assert re.match(r"nosuch: rank [01] left with 1\n", found["nosuch"]["failed"]) and "KeyError: 'nosuch'" in found["nosuch"]["failed"]
     one, other = (turns.summary(Namespace(**TINY), e, found[e]) for e in ("ddp", "deepseed-zero1"))
     for s in (one, other):
         assert len(s["cpu_s_steps"]) == 4 and len(s["losses"]) == 6 and s["ranks"] == 2 and s["peak_rss_mb"] > 100
-        assert s["first_s"] > 0
+        assert s["first_s"] > 0 and s["set_aside"] == 0
         assert s["idle"] < 0.05
+    assert all(len(r["pace"]) == 4 and min(r["pace"]) > 0 for e in ("ddp", "deepseed-zero1") for r in found[e]["ranks"])
     assert max(abs(x - y) for x, y in zip(one["losses"], other["losses"], strict=True)) < 1e-5  # float32
     assert one["cold_s"] is None and other["cold_s"] > 0
     assert (one["codegen"], other["codegen"]) == (None, "python")
@@ -54,30 +57,53 @@ def test_a_rank_that_dies_between_two_steps_is_named(tmp_path: Path) -> None:
     running.leave()
 
 
-def test_turns_alternate_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def fake(monkeypatch: pytest.MonkeyPatch, asked: list[str], pace: Callable[[int, int], float], fails: int = 0) -> None:
+    """Engines of two ranks that answer at once: the number of the question as seconds, and ``pace(question, rank)``."""
 
     class Fake(turns.Running):
         def __init__(self, a: Namespace, engine: str, *_: Any) -> None:
-            self.engine, self.was_cold, self.cold_file, self.what = engine, False, None, engine
-            self.ranks = [{"setup": 0.0, "idle": 0.0, "losses": [], "cpu": [], "wall": []}]
+            self.engine, self.was_cold, self.cold_file, self.what, self.ranks = engine, False, None, engine, []
 
         def _answers(self) -> list[Any]:
-            return self.ranks
+            return [{"setup": 0.0} for _ in range(2)]
 
         def ask(self, word: str) -> list[Any]:
             asked.append(self.engine)
-            if self.engine == "b" and len(asked) == 8:
-                raise turns.Failed("b: so it is")
-            return [{"cpu": len(asked), "wall": 1.0, "loss": 0.0, "rss": 0.0, "idle": 0.0}]
+            if len(asked) == fails:
+                raise turns.Failed(f"{self.engine}: so it is")
+            return [{"cpu": len(asked), "wall": 1.0, "pace": pace(len(asked), r), "loss": 0.0, "rss": 0.0, "idle": 0.0} for r in range(2)]
 
         def leave(self) -> None:
             pass
 
     monkeypatch.setattr(turns, "Running", Fake)
+
+
+def test_turns_alternate_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    fake(monkeypatch, asked, lambda question, rank: 100.0, fails=8)
     found = turns.alternate(Namespace(**TINY | {"rounds": 3, "steps": 1, "warmup": 1}), ["a", "b", "c"])
     assert "".join(asked) == "abcabccbaac"
     assert found["b"] == {"failed": "b: so it is"} and found["a"]["ranks"][0]["cpu"] == [4, 9, 10]
+
+
+def test_steps_on_a_disturbed_core_are_set_aside_and_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    slow = {4, 7, 8, 12}  # once a, three times b
+    fake(monkeypatch, asked, lambda question, rank: 84.0 if question in slow and rank else 100.0 - question % 2)
+    a = Namespace(**TINY | {"rounds": 5, "steps": 1, "warmup": 1, "batch": 1})
+    found = {e: (r["counted"], turns.by_step(r, "cpu"), turns.by_step(r, "losses")) for e, r in turns.alternate(a, ["a", "b"]).items()}
+    assert "".join(asked) == "ab" + "abba" * 4  # eight turns, until b has five steps that count
+    questions = {e: [n + 1 for n, x in enumerate(asked) if x == e][1:] for e in "ab"}
+    for e, (counted, cpu, losses) in found.items():
+        assert counted == [q not in slow for q in questions[e]] and cpu == [q for q in questions[e] if q not in slow] and len(losses) == 9
+
+
+def test_on_a_machine_that_is_always_disturbed_all_steps_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    fake(monkeypatch, asked, lambda question, rank: 100.0 if question == 3 else 60.0)
+    found = turns.alternate(Namespace(**TINY | {"rounds": 5, "steps": 1, "warmup": 1}), ["a", "b"])
+    assert len(asked) == 2 + 2 * 5 * turns.PATIENCE and all(len(turns.by_step(r, "cpu")) == 5 * turns.PATIENCE for r in found.values())
 
 
 def record(cpu: float, rss: float = 500.0, cold: float | None = 9.0, loss: float = 1.0) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def section(selection: str, found: Figures, given: argparse.Namespace) -> list[s
     any_of = next(iter(found.values()))
     wide = given.dtype == "fp32"
     lines = [f"### {selection}", "", f"{any_of['parameters'] / 1e6:.1f} M parameters; a step is {given.accumulation} x {given.batch} x {given.seq} tokens on each of two ranks; medians of {min(len(f['cpu_s_steps']) for f in found.values())} steps or more;"
-             f" losses agree to {spread(found):.0e}.", "", f"| class | engine |{'' if wide else ' 16 bits |'} CPU s/step | range | tokens/s | peak MB | first step, s: cold, warm | speed to best eager, compiled |",
+             f" losses agree to {spread(found):.0e}.{aside(found)}", "", f"| class | engine |{'' if wide else ' 16 bits |'} CPU s/step | range | tokens/s | peak MB | first step, s: cold, warm | speed to best eager, compiled |",
              f"|---|---|{'' if wide else '---|'}---|---|---|---|---|---|"]  # fmt: skip
     for group, engines in CLASSES.items():
         ours = shares(found, group)
@@ -196,6 +196,12 @@ def section(selection: str, found: Figures, given: argparse.Namespace) -> list[s
             sixteen = "" if wide else f" {SIXTEEN[e.split('-')[0].split('+')[0]]} |"
             lines.append(f"| {group} | {named(e, f['codegen'])} |{sixteen} {f['cpu_s']:.4f} | {min(f['cpu_s_steps']):.3f}-{max(f['cpu_s_steps']):.3f} | {f['tokens_per_s']:.0f} | {f['peak_rss_mb']:.0f} | {first} | {share} |")
     return [*lines, ""]
+
+
+def aside(found: Figures) -> str:
+    """Of which engines how many steps were measured and do not count: their cores had not kept their pace."""
+    each = [f"{named(e, f['codegen'])} {f['set_aside']} of {f['set_aside'] + len(f['cpu_s_steps'])}" for e, f in found.items() if f["set_aside"]]
+    return f" Steps set aside: {', '.join(each)}." if each else ""
 
 
 def spread(found: Figures) -> float:

@@ -1,8 +1,12 @@
 """Engines that are alive at the same time and take turns step by step: drift of a shared machine falls on all alike, and each starts once.
 
 An engine is one process a rank (engines.py), forked from one that has imported what its family needs. It is started, steps through its warm-up and then waits, asleep, until it is asked for the
-next step; engines start one after another, so that none compiles beside another. Each turn every engine does ``steps`` steps, in reversed order every other turn; no step is dropped. This process imports no torch, so that children
+next step; engines start one after another, so that none compiles beside another. Each turn every engine does ``steps`` steps, in reversed order every other turn. This process imports no torch, so that children
 do not inherit its peak memory.
+
+On a machine whose cores others use too, the same step takes up to 1.6 times as long, for a minute or so. So each rank measures its core's pace, a product that is the same for all engines, before and behind
+each step, and steps where that was below UNDISTURBED of the best of the run are set aside: by the core's pace alone, not by what the step took. More turns follow until every engine has as many steps as it should,
+up to PATIENCE times as many; if one has fewer than FEWEST then, all steps count.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from select import select
@@ -26,8 +30,10 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("engines.py")
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
+UNDISTURBED = 0.85  # of the best pace: where others have a core's other half, it is 0.5 to 0.7, else 0.95 to 1
+PATIENCE, FEWEST = 4, 5
 AWAKE = 0.01  # of a core: an engine that takes more while it should sleep is told of
-Rank = dict[str, Any]  # what one rank measured: setup, first, cpu, wall, losses, rss, rss_model, parameters, versions, idle
+Rank = dict[str, Any]  # what one rank measured: setup, first, cpu, wall, pace, losses, rss, rss_model, parameters, versions, idle
 Record = dict[str, Any]  # of one engine: "ranks" and "cold" (seconds of a first step with empty caches, where known); or "failed" with what it said last
 
 
@@ -130,9 +136,10 @@ class Running:
             if measured:
                 rank["cpu"].append(said["cpu"])
                 rank["wall"].append(said["wall"])
+                rank["pace"].append(said["pace"])
 
     def warm_up(self, steps: int) -> None:
-        self.ranks = [{**said, "cpu": [], "wall": [], "losses": []} for said in self._answers()]
+        self.ranks = [{**said, "cpu": [], "wall": [], "pace": [], "losses": []} for said in self._answers()]
         for _ in range(steps):
             self.step(False)
 
@@ -232,18 +239,24 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Callable[[str
 
     def end(engine: str) -> None:
         record = alive[engine].record()
+        record["counted"] = counted[engine]
         cpu, awake = by_step(record, "cpu"), max(r["idle"] for r in record["ranks"])
         noisy = f"; {awake:.1%} of a core while asleep" if awake > AWAKE else ""
-        print(f"  {engine}: {median(cpu):.4f} CPU s/step, {min(cpu):.4f} to {max(cpu):.4f} in {len(cpu)} steps{noisy}", file=sys.stderr, flush=True)
+        print(f"  {engine}: {median(cpu):.4f} CPU s/step, {min(cpu):.4f} to {max(cpu):.4f} in {len(cpu)} of {len(counted[engine])} steps{noisy}", file=sys.stderr, flush=True)
         found[engine] = {**record, "after": after(alive[engine])} if after else record
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             for engine in engines:
                 go(start, engine)
-            for number in range(a.rounds):
+            for number in range(PATIENCE * a.rounds):
+                if number >= a.rounds and all(sum(each) >= a.rounds * a.steps for each in undisturbed({e: running.ranks for e, running in alive.items()}).values()):
+                    break
                 for engine in list(alive) if number % 2 == 0 else list(alive)[::-1]:
                     go(turn, engine)
+            counted = undisturbed({e: running.ranks for e, running in alive.items()})
+            if any(sum(each) < FEWEST for each in counted.values()):
+                counted = {e: [True] * len(each) for e, each in counted.items()}
             for engine in list(alive) if a.rounds else ():
                 go(end, engine)
         finally:
@@ -257,19 +270,28 @@ def first(ranks: Iterable[Rank]) -> float:
     return max(r["setup"] + r["first"] for r in ranks)
 
 
+def undisturbed(engines: Mapping[str, Iterable[Rank]]) -> dict[str, list[bool]]:
+    """Of each engine's steps: whether the cores of all ranks kept their pace."""
+    paces = {e: [min(step) for step in zip(*(r["pace"] for r in ranks), strict=True)] for e, ranks in engines.items()}
+    best = max((p for each in paces.values() for p in each), default=0.0)
+    return {e: [p >= UNDISTURBED * best for p in each] for e, each in paces.items()}
+
+
 def by_step(record: Record, key: str) -> list[float]:
-    """``cpu``, ``wall`` or ``losses`` of each step: the mean of its ranks."""
-    return [mean(step) for step in zip(*(r[key] for r in record["ranks"]), strict=True)]
+    """``cpu`` or ``wall`` of each step that counts, ``losses`` of every step: the mean of the ranks."""
+    steps = [mean(step) for step in zip(*(r[key] for r in record["ranks"]), strict=True)]
+    return steps if key == "losses" else [x for x, counts in zip(steps, record.get("counted", [True] * len(steps)), strict=True) if counts]
 
 
 def summary(a: argparse.Namespace, engine: str, record: Record) -> dict[str, Any]:
-    """Medians over all measured steps."""
+    """Medians over the steps that count."""
     cpu, wall, ranks = by_step(record, "cpu"), by_step(record, "wall"), record["ranks"]
     return {
         "engine": engine,
         "ranks": len(ranks),
         "cpu_s": median(cpu),
         "cpu_s_steps": cpu,
+        "set_aside": len(ranks[0]["cpu"]) - len(cpu),
         "wall_s": median(wall),
         "tokens_per_s": a.ranks * a.batch * a.seq * a.accumulation / median(wall),
         "setup_s": max(r["setup"] for r in ranks),
