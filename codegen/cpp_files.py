@@ -10,12 +10,15 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,31 +33,53 @@ from deepseed.ir.kernels import PRODUCT_ROWS
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+TRIVIAL = 'extern "C" int works() { return 1; }\n'  # what any compiler takes
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
 
 def library(text: str, folder: Path) -> ctypes.CDLL:
-    """Raises Refused where the compiler does not take the source, CodegenError where there is none or the folder cannot be written."""
+    """Raises Refused where the compiler does not take the source, CodegenError where there is none that works, or the folder cannot be written or has nothing that can be loaded."""
     name = compiler()
     if not name:
         raise CodegenError("no C++ compiler\n  fix: install g++ or clang++, or set CXX")
-    digest = hashlib.sha256("\0".join([text, *FLAGS, name, processor()]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([text, *FLAGS, *_identity(name), processor()]).encode()).hexdigest()[:16]
     path = folder / f"cpp-{digest}.so"
-    if not path.exists():
-        given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
-        own = given.with_suffix(f".{os.getpid()}.cpp")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            own.write_text(text)
-            done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
-            own.replace(given)
-            if done.returncode:
-                raise Refused(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
-            fresh.replace(path)  # at once: other ranks may compile the same
-        except OSError as error:
-            raise CodegenError(f"compiled code cannot be kept in {folder}: {error.strerror}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one that can be written") from None
-    return ctypes.CDLL(str(path))
+    if path.exists():
+        with suppress(OSError):  # of a disk that was full, perhaps: it is compiled again
+            return ctypes.CDLL(str(path))
+    _compile(name, text, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CodegenError(f"compiled code cannot be loaded from {folder}: {error}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one whose files may be executed") from None
+
+
+def _compile(name: str, text: str, path: Path) -> None:
+    given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
+    own = given.with_suffix(f".{os.getpid()}.cpp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(text)
+        done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
+        own.replace(given)
+        if done.returncode:
+            if text == TRIVIAL:
+                raise CodegenError(f"{name} compiles nothing: {done.stderr[:1000].strip() or f'it left with {done.returncode}'}\n  fix: CXX=PROGRAM, a C++ compiler that works")
+            with TemporaryDirectory() as elsewhere:
+                _compile(name, TRIVIAL, Path(elsewhere, "trivial.so"))
+            raise Refused(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
+        fresh.replace(path)  # at once: other ranks may compile the same
+    except OSError as error:
+        raise CodegenError(f"compiled code cannot be kept in {path.parent}: {error.strerror}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one that can be written") from None
+
+
+@cache
+def _identity(name: str) -> tuple[str, ...]:
+    """What is another one when a compiler has been replaced."""
+    at = os.path.realpath(name)
+    found = os.stat(at)
+    return at, str(found.st_size), str(found.st_mtime_ns)
 
 
 class Refused(CodegenError):
@@ -66,6 +91,8 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     if not compiler():
         once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
         return [python(k) for k in wanted]
+    if (asked := os.environ.get("CXX")) and not shutil.which(asked):
+        once(tell, f"CXX={asked!r} is no program: {compiler()} compiles\n  fix: unset CXX, or name one compiler, without options")
     made = dict[str, cpp_nests.Function]()
     products = _products([k for k in wanted if is_product(k)], folder, tell)
     for k in wanted:

@@ -27,6 +27,7 @@ LONG = 0.5  # after which three runs are enough
 RUNS = 5
 SIZES = tuple(2**n for n in range(12, 25, 2))  # bytes of a collective's result
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+LEAST_BUSY = 0.9  # below it other programs took the cores; idle: 0.97 and more
 KINDS = ("all_gather", "all_reduce", "reduce_scatter")
 Clock = Callable[[], float]
 
@@ -50,11 +51,12 @@ class Calibration:
     seconds: float
     line: Line | None = None
     points: tuple[tuple[str, int, float], ...] = ()
+    busy: float = 1.0  # the least part of its time alone that a rank had a core, at most 1
 
     def about(self) -> dict[str, Any]:
         """What is written beside the machine."""
         return {
-            "device": device_kind(), "host": socket.gethostname(), "ranks": self.ranks, "backend": self.backend, "seconds": self.seconds, "torch": torch.__version__,
+            "device": device_kind(), "host": socket.gethostname(), "ranks": self.ranks, "backend": self.backend, "seconds": self.seconds, "busy": self.busy, "torch": torch.__version__,
             "line": None if self.line is None else asdict(self.line), "points": [list(p) for p in self.points],
         }  # fmt: skip
 
@@ -70,6 +72,8 @@ class Calibration:
             lines.append(f"  link: one rank has none; {m.link / 1e9:g} GB/s and {m.latency * 1e6:g} us are assumed")
         else:
             lines.append(f"  link         {m.link / 1e9:12.3f} GB/s sent, {m.latency * 1e6:.0f} us latency ({self.backend}; the line misses {self.line.missed[0]:.0%} in the median, {self.line.missed[1]:.0%} at most)")
+        if self.busy < LEAST_BUSY:
+            lines.append(f"  a rank had a core {self.busy:.0%} of the time, so the rates are those of a machine that others use\n  fix: measure again when it is idle")
         return "\n".join(lines)
 
 
@@ -109,8 +113,14 @@ def per_call(run: Callable[[], object], settle: Callable[[], object] = lambda: N
     return median(found)
 
 
-def alone(device: torch.device) -> Machine:
-    """What one rank does by itself."""
+def alone(device: torch.device) -> tuple[Machine, float]:
+    """What one rank does by itself, and the part of the time for which it had a core (on a GPU 1: it may wait for that)."""
+    began, cpu = time.perf_counter(), time.process_time()
+    machine = _alone(device)
+    return machine, 1.0 if device.type == "cuda" else min(1.0, (time.process_time() - cpu) / (time.perf_counter() - began))
+
+
+def _alone(device: torch.device) -> Machine:
     cuda = device.type == "cuda"
 
     def settle() -> None:
@@ -183,16 +193,17 @@ def on_a_rank(ranks: int, backend: str) -> Calibration:
     return combined([m for m, _ in said], [p for _, p in said], backend, time.perf_counter() - began)
 
 
-def combined(machines: Sequence[Machine], points: Sequence[Sequence[tuple[str, int, float]]], backend: str, seconds: float) -> Calibration:
+def combined(each: Sequence[tuple[Machine, float]], points: Sequence[Sequence[tuple[str, int, float]]], backend: str, seconds: float) -> Calibration:
     """Of what each rank measured: the slowest rank's rates, since the others wait for it; of each collective the slowest rank's time."""
+    machines, busy = [m for m, _ in each], min(part for _, part in each)
     slowest = {name: min(getattr(m, name) for m in machines) for name in ("flops", "memory", "host_memory", "host_link")}
     rates = tuple((dtype, min(dict(m.rates)[dtype] for m in machines)) for dtype, _ in machines[0].rates)
     launch = max(m.launch for m in machines)
-    all_points = tuple((each[0][0], each[0][1], max(t for _, _, t in each)) for each in zip(*points, strict=True))
+    all_points = tuple((of[0][0], of[0][1], max(t for _, _, t in of)) for of in zip(*points, strict=True))
     if not all_points:
-        return Calibration(Machine(**slowest, launch=launch, rates=rates), len(machines), backend, seconds)
+        return Calibration(Machine(**slowest, launch=launch, rates=rates), len(machines), backend, seconds, busy=busy)
     line = fit([(n, t) for _, n, t in all_points])
-    return Calibration(Machine(**slowest, launch=launch, rates=rates, latency=line.latency, link=line.link), len(machines), backend, seconds, line, all_points)
+    return Calibration(Machine(**slowest, launch=launch, rates=rates, latency=line.latency, link=line.link), len(machines), backend, seconds, line, all_points, busy)
 
 
 def calibrate(ranks: int, backend: str) -> Calibration:

@@ -53,8 +53,9 @@ def test_a_call_takes_the_median_by_the_clock() -> None:
 def test_ranks_wait_for_the_slowest() -> None:
     a = Machine(flops=2e9, memory=3e9, launch=1e-6, rates=(("f32", 2e9),))
     points = [("all_reduce", n, 1e-4 + n / 1e8) for n in (1000, 100000)]
-    found = combined([a, replace(a, flops=1e9, launch=2e-6, rates=(("f32", 1e9),))], [points, [(k, n, 2 * t) for k, n, t in points]], "gloo", 1.0)
+    found = combined([(a, 0.5), (replace(a, flops=1e9, launch=2e-6, rates=(("f32", 1e9),)), 1.0)], [points, [(k, n, 2 * t) for k, n, t in points]], "gloo", 1.0)
     assert found.machine.flops == 1e9 and found.machine.launch == 2e-6 and dict(found.machine.rates) == {"f32": 1e9}
+    assert found.busy == 0.5 and "had a core 50% of the time" in str(found) and "fix: measure again" in str(found) and "fix" not in str(replace(found, busy=0.95))
     assert found.machine.link == pytest.approx(5e7) and found.machine.latency == pytest.approx(2e-4)
 
 
@@ -124,6 +125,6 @@ def test_the_command(ranks: int, tmp_path: Path) -> None:
     m = measured(ranks)
     assert m is not None and m.flops == found["machine"]["flops"] and found["seconds"] < 60
     assert 1e7 < m.flops < 1e15 and 1e7 < m.memory < 1e14 and 1e7 < m.host_link < 1e14 and 1e-8 < m.launch < 1e-1 and {d for d, _ in m.rates} == {"f32", "bf16", "f16", "f64"}
-    assert (found["line"] is None) == (ranks == 1)
+    assert 0 < found["busy"] <= 1 and (found["line"] is None) == (ranks == 1)
     if ranks == 2:
         assert 1e4 < m.link < 1e13 and 0 < m.latency < 1.0 and {k for k, _, _ in found["points"]} == set(measuring.KINDS)

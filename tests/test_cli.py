@@ -158,6 +158,7 @@ def test_explain_kernels_as_a_table_and_as_json(mlp: str) -> None:
     found = json.loads(deepseed(*words, "--json").output)
     assert 0 < found["launches"] <= found["launches_ungrouped"]
     assert found["launches"] == sum(k["launches"] for k in found["kernels"]) + sum(found["alone"].values()) and found["alone"]["aten.mm"] == 3
+    assert "computes no groups" in refusal(*words, "--codegen", "python")
     for kernel in found["kernels"]:
         assert {"name", "ops", "bytes_read", "bytes_written", "bytes_minimum", "launches", "intensity"} <= kernel.keys()
         assert len(kernel["ops"]) > 1 and kernel["bytes_minimum"] <= kernel["bytes_read"] + kernel["bytes_written"]

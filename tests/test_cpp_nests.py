@@ -288,5 +288,54 @@ def test_one_library_a_program_and_it_is_kept(tmp_path: Path, monkeypatch: pytes
     other = replace(k, name="kernel_other", source=k.source.replace("kernel_here", "kernel_other"))
     cpp_files.compiled([k, other], tmp_path, print)
     assert len(list(tmp_path.glob("*.so"))) == 1
-    monkeypatch.setattr(cpp_files.subprocess, "run", lambda *a, **b: pytest.fail("it is there already"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_files.subprocess, "run", lambda *a, **b: pytest.fail("it is there already"))
+        cpp_files.compiled([k, other], tmp_path, print)
+    named = tmp_path / "compiler"
+    named.write_text("a compiler")
+    before = cpp_files._identity.__wrapped__(str(named))
+    named.write_text("a newer compiler")
+    assert before != cpp_files._identity.__wrapped__(str(named))
+    monkeypatch.setattr(cpp_files, "_identity", lambda name: ("another",))
     cpp_files.compiled([k, other], tmp_path, print)
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+@pytest.mark.parametrize("size", [0, 500])
+def test_a_library_that_is_cut_off_is_compiled_again(size: int, tmp_path: Path) -> None:
+    cpp_files.library(cpp_files.TRIVIAL, tmp_path)
+    (path,) = tmp_path.glob("*.so")
+    whole = path.read_bytes()
+    path.unlink()  # what is loaded stays whole
+    path.write_bytes(whole[:size])
+    other = "import sys, pathlib; from deepseed.codegen import cpp_files; print(cpp_files.library(cpp_files.TRIVIAL, pathlib.Path(sys.argv[1])).works())"
+    assert subprocess.run([sys.executable, "-c", other, str(tmp_path)], capture_output=True, text=True, check=False).stdout == "1\n"
+    assert path.stat().st_size == len(whole)
+
+
+def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise OSError("failed to map segment")
+
+    monkeypatch.setattr(cpp_files.ctypes, "CDLL", refuse)
+    said: list[str] = []
+    cpp_files.compiled([kernel_of(CROSS.format(t="f64", n=6))], tmp_path, said.append)
+    assert len(said) == 1 and "cannot be loaded" in said[0] and "failed to map segment" in said[0] and "fix: DEEPSEED_CACHE_DIR" in said[0]
+
+
+def test_a_compiler_that_compiles_nothing_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    k, said = kernel_of(CROSS.format(t="f64", n=7)), list[str]()
+    other = replace(k, name="kernel_other", source=k.source.replace("kernel_here", "kernel_other"))
+    assert len(cpp_files.compiled([k, other], tmp_path / "kept", said.append)) == 2
+    assert said == [f"kernels run as plain Python: {broken} compiles nothing: it left with 3\n  fix: CXX=PROGRAM, a C++ compiler that works"]
+
+
+def test_a_compiler_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    said: list[str] = []
+    (code,) = cpp_files.compiled([kernel_of(CROSS.format(t="f64", n=8))], tmp_path, said.append)
+    assert isinstance(code, cpp_files.Fixed) and len(said) == 1 and said[0].startswith("CXX='/no/such/compiler' is no program: ") and "fix: " in said[0]

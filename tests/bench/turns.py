@@ -31,7 +31,7 @@ from typing import Any
 CHILD = Path(__file__).with_name("engines.py")
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 UNDISTURBED = 0.85  # of the best pace: where others have a core's other half, it is 0.5 to 0.7, else 0.95 to 1
-PATIENCE, FEWEST = 4, 5
+PATIENCE, FEWEST = 3, 5
 AWAKE = 0.01  # of a core: an engine that takes more while it should sleep is told of
 Rank = dict[str, Any]  # what one rank measured: setup, first, cpu, wall, pace, losses, rss, rss_model, parameters, versions, idle
 Record = dict[str, Any]  # of one engine: "ranks" and "cold" (seconds of a first step with empty caches, where known); or "failed" with what it said last
