@@ -10,7 +10,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,13 +26,12 @@ from torch import Tensor
 from deepseed.codegen import any_rows, cpp_attention, cpp_nests, cpp_products
 from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
-from deepseed.codegen.inductor import compiler, once, processor, python
+from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
 from deepseed.ir.kernels import PRODUCT_ROWS
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
-TRIVIAL = 'extern "C" int works() { return 1; }\n'  # what any compiler takes
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
@@ -48,14 +46,19 @@ def library(text: str, folder: Path) -> ctypes.CDLL:
     if path.exists():
         with suppress(OSError):  # of a disk that was full, perhaps: it is compiled again
             return ctypes.CDLL(str(path))
-    _compile(name, text, path)
+    if said := _refusal(name, text, path):
+        with TemporaryDirectory() as elsewhere:
+            if why := _refusal(name, "", Path(elsewhere, "nothing.so")):
+                raise CodegenError(f"{name} compiles nothing: {why}\n  fix: CXX=PROGRAM, a C++ compiler that works")
+        raise Refused(f"{name} refuses {path.with_suffix('.cpp')}: {said}\n  fix: open a request with that file, or codegen='python'")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise CodegenError(f"compiled code cannot be loaded from {folder}: {error}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one whose files may be executed") from None
 
 
-def _compile(name: str, text: str, path: Path) -> None:
+def _refusal(name: str, text: str, path: Path) -> str:
+    """Compile ``text`` to ``path``; why the compiler does not, or ""."""
     given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
     own = given.with_suffix(f".{os.getpid()}.cpp")
     try:
@@ -64,12 +67,9 @@ def _compile(name: str, text: str, path: Path) -> None:
         done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
         own.replace(given)
         if done.returncode:
-            if text == TRIVIAL:
-                raise CodegenError(f"{name} compiles nothing: {done.stderr[:1000].strip() or f'it left with {done.returncode}'}\n  fix: CXX=PROGRAM, a C++ compiler that works")
-            with TemporaryDirectory() as elsewhere:
-                _compile(name, TRIVIAL, Path(elsewhere, "trivial.so"))
-            raise Refused(f"{name} refuses {given}: {done.stderr[:1000]}\n  fix: open a request with that file, or codegen='python'")
+            return done.stderr[:1000].strip() or f"it left with {done.returncode}"
         fresh.replace(path)  # at once: other ranks may compile the same
+        return ""
     except OSError as error:
         raise CodegenError(f"compiled code cannot be kept in {path.parent}: {error.strerror}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one that can be written") from None
 
@@ -88,11 +88,8 @@ class Refused(CodegenError):
 
 def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> list[Code]:
     """Each kernel of fixed shapes as a callable, all in one library; what has no C++ runs as Python."""
-    if not compiler():
-        once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
+    if not told_compiler(tell):
         return [python(k) for k in wanted]
-    if (asked := os.environ.get("CXX")) and not shutil.which(asked):
-        once(tell, f"CXX={asked!r} is no program: {compiler()} compiles\n  fix: unset CXX, or name one compiler, without options")
     made = dict[str, cpp_nests.Function]()
     products = _products([k for k in wanted if is_product(k)], folder, tell)
     for k in wanted:

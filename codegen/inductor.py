@@ -43,8 +43,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     if not wanted:
         return []
     functions = [python(k) for k in wanted]
-    if not compiler():
-        once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
+    if not told_compiler(tell):
         return functions
     specs = [spec(k) for k in wanted]
     paths = [write(folder, k.name, each, k.source) for k, each in zip(wanted, specs, strict=True)]
@@ -125,6 +124,16 @@ class _Loaded:
 def compiler() -> str:
     """A C++ compiler; "" where there is none."""
     return next((found for name in (os.environ.get("CXX") or "g++", "clang++", "g++") if (found := shutil.which(name))), "")
+
+
+def told_compiler(tell: Callable[[str], object]) -> str:
+    """``compiler()``; says where there is none, or not the one that was asked for."""
+    name, asked = compiler(), os.environ.get("CXX")
+    if not name:
+        once(tell, "no C++ compiler: kernels run as plain Python\n  fix: install g++ or clang++, or set CXX")
+    elif asked and not shutil.which(asked):
+        once(tell, f"CXX={asked!r} is no program: {name} compiles\n  fix: unset CXX, or name one compiler, without options")
+    return name
 
 
 def _compile_all(paths: Sequence[Path], folder: Path) -> None:

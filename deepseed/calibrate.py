@@ -27,7 +27,7 @@ LONG = 0.5  # after which three runs are enough
 RUNS = 5
 SIZES = tuple(2**n for n in range(12, 25, 2))  # bytes of a collective's result
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-LEAST_BUSY = 0.9  # below it other programs took the cores; idle: 0.97 and more
+LEAST_BUSY = 0.9  # below it other programs took the cores; idle: 0.96 and more
 KINDS = ("all_gather", "all_reduce", "reduce_scatter")
 Clock = Callable[[], float]
 
@@ -116,11 +116,11 @@ def per_call(run: Callable[[], object], settle: Callable[[], object] = lambda: N
 def alone(device: torch.device) -> tuple[Machine, float]:
     """What one rank does by itself, and the part of the time for which it had a core (on a GPU 1: it may wait for that)."""
     began, cpu = time.perf_counter(), time.process_time()
-    machine = _alone(device)
+    machine = _rates(device)
     return machine, 1.0 if device.type == "cuda" else min(1.0, (time.process_time() - cpu) / (time.perf_counter() - began))
 
 
-def _alone(device: torch.device) -> Machine:
+def _rates(device: torch.device) -> Machine:
     cuda = device.type == "cuda"
 
     def settle() -> None:
@@ -187,6 +187,7 @@ def on_a_rank(ranks: int, backend: str) -> Calibration:
 
     began = time.perf_counter()
     device = start(backend)
+    dist.barrier()  # while one rank still starts, the others have no machine of their own
     mine = (alone(device), linked(Mesh((("dp", ranks),)), device))
     said: list[Any] = [None] * ranks
     dist.all_gather_object(said, mine)

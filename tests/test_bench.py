@@ -91,7 +91,7 @@ def test_steps_on_a_disturbed_core_are_set_aside_and_made_up_for(monkeypatch: py
     asked: list[str] = []
     slow = {4, 7, 8, 12}  # once a, three times b
     fake(monkeypatch, asked, lambda question, rank: 84.0 if question in slow and rank else 100.0 - question % 2)
-    a = Namespace(**TINY | {"rounds": 5, "steps": 1, "warmup": 1, "batch": 1})
+    a = Namespace(**TINY | {"rounds": 5, "steps": 1, "warmup": 1})
     found = {e: (r["counted"], turns.by_step(r, "cpu"), turns.by_step(r, "losses")) for e, r in turns.alternate(a, ["a", "b"]).items()}
     assert "".join(asked) == "ab" + "abba" * 4  # eight turns, until b has five steps that count
     questions = {e: [n + 1 for n, x in enumerate(asked) if x == e][1:] for e in "ab"}
@@ -103,7 +103,15 @@ def test_on_a_machine_that_is_always_disturbed_all_steps_count(monkeypatch: pyte
     asked: list[str] = []
     fake(monkeypatch, asked, lambda question, rank: 100.0 if question == 3 else 60.0)
     found = turns.alternate(Namespace(**TINY | {"rounds": 5, "steps": 1, "warmup": 1}), ["a", "b"])
+    assert found["a"]["disturbed"] == 5 * turns.PATIENCE - 1 and found["b"]["disturbed"] == 5 * turns.PATIENCE
     assert len(asked) == 2 + 2 * 5 * turns.PATIENCE and all(len(turns.by_step(r, "cpu")) == 5 * turns.PATIENCE for r in found.values())
+
+
+def test_the_report_says_what_was_disturbed() -> None:
+    each = {"codegen": None, "cpu_s_steps": [1.0] * 5}
+    assert bench_peers.aside({"ddp": {**each, "set_aside": 0, "disturbed": 0}}) == ""
+    said = bench_peers.aside({"ddp": {**each, "set_aside": 2, "disturbed": 2}, "ddp-zero1": {**each, "set_aside": 0, "disturbed": 4}})
+    assert said == " Steps on cores that others used, set aside where not said otherwise: DDP 2 of 7; DDP, ZeroRedundancyOptimizer 4 of 5, which count."
 
 
 def record(cpu: float, rss: float = 500.0, cold: float | None = 9.0, loss: float = 1.0) -> dict[str, Any]:

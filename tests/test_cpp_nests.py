@@ -303,13 +303,14 @@ def test_one_library_a_program_and_it_is_kept(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("size", [0, 500])
 def test_a_library_that_is_cut_off_is_compiled_again(size: int, tmp_path: Path) -> None:
-    cpp_files.library(cpp_files.TRIVIAL, tmp_path)
+    text = 'extern "C" int works() { return 1; }'
+    cpp_files.library(text, tmp_path)
     (path,) = tmp_path.glob("*.so")
     whole = path.read_bytes()
     path.unlink()  # what is loaded stays whole
     path.write_bytes(whole[:size])
-    other = "import sys, pathlib; from deepseed.codegen import cpp_files; print(cpp_files.library(cpp_files.TRIVIAL, pathlib.Path(sys.argv[1])).works())"
-    assert subprocess.run([sys.executable, "-c", other, str(tmp_path)], capture_output=True, text=True, check=False).stdout == "1\n"
+    other = "import sys, pathlib; from deepseed.codegen import cpp_files; print(cpp_files.library(sys.argv[2], pathlib.Path(sys.argv[1])).works())"
+    assert subprocess.run([sys.executable, "-c", other, str(tmp_path), text], capture_output=True, text=True, check=False).stdout == "1\n"
     assert path.stat().st_size == len(whole)
 
 
@@ -336,6 +337,7 @@ def test_a_compiler_that_compiles_nothing_is_said_once(tmp_path: Path, monkeypat
 
 def test_a_compiler_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setattr(inductor, "_told", set())
     said: list[str] = []
     (code,) = cpp_files.compiled([kernel_of(CROSS.format(t="f64", n=8))], tmp_path, said.append)
     assert isinstance(code, cpp_files.Fixed) and len(said) == 1 and said[0].startswith("CXX='/no/such/compiler' is no program: ") and "fix: " in said[0]

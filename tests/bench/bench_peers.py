@@ -199,9 +199,9 @@ def section(selection: str, found: Figures, given: argparse.Namespace) -> list[s
 
 
 def aside(found: Figures) -> str:
-    """Of which engines how many steps were measured and do not count: their cores had not kept their pace."""
-    each = [f"{named(e, f['codegen'])} {f['set_aside']} of {f['set_aside'] + len(f['cpu_s_steps'])}" for e, f in found.items() if f["set_aside"]]
-    return f" Steps set aside: {', '.join(each)}." if each else ""
+    """Of which engines how many steps were disturbed, since the cores had not kept their pace, and whether they count all the same."""
+    each = [f"{named(e, f['codegen'])} {f['disturbed']} of {f['set_aside'] + len(f['cpu_s_steps'])}{'' if f['set_aside'] else ', which count'}" for e, f in found.items() if f["disturbed"]]
+    return f" Steps on cores that others used, set aside where not said otherwise: {'; '.join(each)}." if each else ""
 
 
 def spread(found: Figures) -> float:

@@ -53,9 +53,10 @@ def main(a: Namespace, engine: str, rank: int, world: int, folder: Path, words: 
         return loss
 
     def measured() -> dict[str, Any]:
+        before = pace()
         if world > 1:
             dist.barrier()
-        before, c, w = pace(), process_time(), perf_counter()
+        c, w = process_time(), perf_counter()
         loss = train()
         took = {"cpu": process_time() - c, "wall": perf_counter() - w}
         return {**took, "pace": min(before, pace()), "loss": loss, "rss": peak_rss(), "idle": awake / slept if slept else 0.0}

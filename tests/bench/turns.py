@@ -4,9 +4,9 @@ An engine is one process a rank (engines.py), forked from one that has imported 
 next step; engines start one after another, so that none compiles beside another. Each turn every engine does ``steps`` steps, in reversed order every other turn. This process imports no torch, so that children
 do not inherit its peak memory.
 
-On a machine whose cores others use too, the same step takes up to 1.6 times as long, for a minute or so. So each rank measures its core's pace, a product that is the same for all engines, before and behind
+On a machine whose cores others use too, the same step takes up to 1.7 times as long, for a minute or so. So each rank measures its core's pace, a product that is the same for all engines, before and behind
 each step, and steps where that was below UNDISTURBED of the best of the run are set aside: by the core's pace alone, not by what the step took. More turns follow until every engine has as many steps as it should,
-up to PATIENCE times as many; if one has fewer than FEWEST then, all steps count.
+up to PATIENCE times as many; if one has fewer than FEWEST then (or than it should), all steps count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("engines.py")
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
-UNDISTURBED = 0.85  # of the best pace: where others have a core's other half, it is 0.5 to 0.7, else 0.95 to 1
+UNDISTURBED = 0.85  # of the best pace: on a core that others use it is 0.4 to 0.75
 PATIENCE, FEWEST = 3, 5
 AWAKE = 0.01  # of a core: an engine that takes more while it should sleep is told of
 Rank = dict[str, Any]  # what one rank measured: setup, first, cpu, wall, pace, losses, rss, rss_model, parameters, versions, idle
@@ -239,10 +239,10 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Callable[[str
 
     def end(engine: str) -> None:
         record = alive[engine].record()
-        record["counted"] = counted[engine]
+        record["counted"], record["disturbed"] = counted[engine], kept_pace[engine].count(False)
         cpu, awake = by_step(record, "cpu"), max(r["idle"] for r in record["ranks"])
         noisy = f"; {awake:.1%} of a core while asleep" if awake > AWAKE else ""
-        print(f"  {engine}: {median(cpu):.4f} CPU s/step, {min(cpu):.4f} to {max(cpu):.4f} in {len(cpu)} of {len(counted[engine])} steps{noisy}", file=sys.stderr, flush=True)
+        print(f"  {engine}: {median(cpu):.4f} CPU s/step, {min(cpu):.4f} to {max(cpu):.4f} in {len(cpu)} of {len(counted[engine])} steps, {record['disturbed']} disturbed{noisy}", file=sys.stderr, flush=True)
         found[engine] = {**record, "after": after(alive[engine])} if after else record
 
     with tempfile.TemporaryDirectory() as folder:
@@ -254,9 +254,9 @@ def alternate(a: argparse.Namespace, engines: Iterable[str], kept: Callable[[str
                     break
                 for engine in list(alive) if number % 2 == 0 else list(alive)[::-1]:
                     go(turn, engine)
-            counted = undisturbed({e: running.ranks for e, running in alive.items()})
-            if any(sum(each) < FEWEST for each in counted.values()):
-                counted = {e: [True] * len(each) for e, each in counted.items()}
+            kept_pace = undisturbed({e: running.ranks for e, running in alive.items()})
+            few = any(sum(each) < min(FEWEST, a.rounds * a.steps) for each in kept_pace.values())
+            counted = {e: [few or good for good in each] for e, each in kept_pace.items()}
             for engine in list(alive) if a.rounds else ():
                 go(end, engine)
         finally:
@@ -292,6 +292,7 @@ def summary(a: argparse.Namespace, engine: str, record: Record) -> dict[str, Any
         "cpu_s": median(cpu),
         "cpu_s_steps": cpu,
         "set_aside": len(ranks[0]["cpu"]) - len(cpu),
+        "disturbed": record.get("disturbed", 0),
         "wall_s": median(wall),
         "tokens_per_s": a.ranks * a.batch * a.seq * a.accumulation / median(wall),
         "setup_s": max(r["setup"] for r in ranks),
