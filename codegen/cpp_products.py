@@ -7,7 +7,9 @@ results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Perf
 
 from __future__ import annotations
 
-SOURCE = r"""
+from deepseed.codegen import cpp_tiles
+
+_VECTORS = r"""
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -124,7 +126,8 @@ static inline void turn(const float *b, int64_t b_column, float *panel) {
         for (int j = 0; j < LANES; ++j) panel[k * WIDTH + j] = b[j * b_column + k];
 #endif
 }
-
+"""
+_PRODUCT = r"""
 // A panel of `width` columns, filled up with zeros
 static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, int64_t depth, int64_t width) {
     int64_t k = 0;
@@ -137,6 +140,9 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
 
 // c[rows, columns] = a[rows, depth] b[depth, columns] for the rows of deepseed.ir.kernels.PRODUCT_ROWS and more; the elements of a row of a lie side by side, c row by row
 extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
+#ifdef TILES
+    if (all && tiles::usable()) return tiles::product(a, a_row, b, b_row, b_column, c, rows, all, columns);
+#endif
     struct alignas(64) Lines { float x[LINE]; };
     constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;
     thread_local std::unique_ptr<Lines[]> room(new Lines[(PANEL + ROWS * WIDTH + MOST * LONG) / LINE + 1]);
@@ -177,3 +183,4 @@ extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b
         }
 }
 """
+SOURCE = _VECTORS + cpp_tiles.SOURCE + _PRODUCT

@@ -22,7 +22,7 @@ from deepseed.passes import fuse_products
 from deepseed.passes.fuse_products import alone
 
 pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
-MACHINES = ("native", "haswell", "x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else ("native",)  # vectors of up to 16, 8 and 4 numbers
+MACHINES = ("native", "skylake-avx512", "haswell", "x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else ("native",)  # with a matrix unit, perhaps; vectors of 16, 8 and 4 numbers
 LAYOUTS = {
     "as it lies": lambda k, n: torch.randn(k, n),
     "turned": lambda k, n: torch.randn(n, k).t(),
@@ -36,6 +36,8 @@ LAYOUTS = {
 def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes._NamedFuncPointer:
     """The function, compiled for some machine that this one can be."""
     has = torch.cpu.get_capabilities()
+    if request.param == "skylake-avx512" and not all(has.get(f"avx512_{name}", False) for name in ("f", "cd", "bw", "dq", "vl")):
+        pytest.skip("no AVX-512 here")
     if request.param == "haswell" and not (has.get("avx2", False) and has.get("fma3", False)):
         pytest.skip("no AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,8 +55,9 @@ def run(f: ctypes._NamedFuncPointer, a: Tensor, b: Tensor) -> Tensor:
 
 
 def least(a: Tensor, b: Tensor) -> Tensor:
-    """What rounding each product and sum once may lose, of each element: depth times half a unit of the sum of magnitudes (Higham, Accuracy and Stability, 3.5)."""
-    return a.shape[1] * 2.0**-24 * (a.double().abs() @ b.double().abs())
+    """What rounding each product and sum once may lose, of each element: depth times half a unit of the sum of magnitudes (Higham, Accuracy and Stability, 3.5). Two more: what a matrix
+    unit leaves out, the products of the second part of a number, at most 2^-8 of it, with the third of another, at most 2^-16 (deepseed.codegen.cpp_tiles)."""
+    return (a.shape[1] + 2) * 2.0**-24 * (a.double().abs() @ b.double().abs())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -74,6 +77,31 @@ def test_what_is_no_number_stays_in_its_row_and_column(layout: str, product: cty
     there = torch.ones_like(made, dtype=torch.bool)
     there[7], there[:, 44] = False, False
     assert made[7].isfinite().sum() == 0 and made[:, 44].isnan().all() and made[there].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["as it lies", "turned"])
+def test_what_overflows_is_what_float32_makes_of_it(layout: str, product: ctypes._NamedFuncPointer) -> None:
+    """Infinity times a number that a sum of parts has zeros in, the largest number, which no bfloat16 holds, and a sum that is too large."""
+    torch.manual_seed(0)
+    a, b = torch.randn(100, 300), LAYOUTS[layout](300, 45)
+    a[7, 3], b[3] = torch.inf, 1.0
+    a[20], b[0] = 0.0, 0.5
+    a[20, 0], b[0, 5] = torch.finfo(torch.float32).max, 1.0
+    a[30], b[:, 6] = 1e30, 1e30
+    made = run(product, a, b)
+    assert torch.equal(made[7], torch.full((45,), torch.inf)) and made[20, 5] == torch.finfo(torch.float32).max and made[30, 6] == torch.inf
+    there = torch.ones_like(made, dtype=torch.bool)
+    there[7], there[[20, 30], 6] = False, False
+    assert bool(((made.double() - a.double() @ b.double()).abs() <= least(a, b))[there].all())
+
+
+def test_errors_are_no_larger_than_the_librarys(product: ctypes._NamedFuncPointer) -> None:
+    """Of a depth that training has: the root of the mean square, and the largest."""
+    torch.manual_seed(0)
+    a, b = torch.randn(256, 768), torch.randn(768, 512)
+    right = a.double() @ b.double()
+    own, theirs = ((made.double() - right).abs() for made in (run(product, a, b), a @ b))
+    assert own.square().mean().sqrt() <= 1.25 * theirs.square().mean().sqrt() and own.max() <= 2 * theirs.max()
 
 
 # where it is used ---------------------------------------------------------------------------------------------------
