@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
 from deepseed.ir.kernels import PRODUCT_ROWS
+from deepseed.ops import accumulate_mm
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -108,15 +109,14 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
 
 
 def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> dict[str, Code]:
-    """Those of a library of their own, which is the same for all programs; the rest are torch's."""
-    if not wanted or not pays():
-        return {}
-    try:
-        function = product(folder)
-    except CodegenError as error:
-        once(tell, f"matrix products are torch's: {error}")
-        return {}
-    return {k.name: Product(k, function, python(k)) for k in wanted if k.fragment.inputs[0].type.shape[0] in PRODUCT_ROWS and k.fragment.ops[0].type.dtype == "f32"}
+    """Through a library of their own, which is the same for all programs, where that pays; else torch's."""
+    found = None
+    if wanted and pays():
+        try:
+            found = product(folder)
+        except CodegenError as error:
+            once(tell, f"matrix products are torch's: {error}")
+    return {k.name: Product(k, found) for k in wanted}
 
 
 def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
@@ -139,27 +139,59 @@ def pays() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_f", False))
 
 
-def product(folder: Path) -> Any:
-    """The function of cpp_products: a and its row stride, b and its strides, what is written, rows, depth, columns. Raises CodegenError."""
-    function = library(cpp_products.SOURCE, folder).product
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3], None
-    return function
+@dataclass(frozen=True)
+class Products:
+    """The functions of cpp_products. ``in_tiles``: whether a matrix unit computes them, which pays for a left operand that is turned too."""
+
+    function: Any
+    in_tiles: bool
+
+    def into(self, out: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:
+        """``out [m, n] = start + a [m, k] @ b [k, n]``; ``start``: a row for all, ``out`` itself, or nothing."""
+        row = out.stride(0) if start is out else 0
+        self.function(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), None if start is None else start.data_ptr(), row, out.data_ptr(), *a.shape, b.shape[1])
+
+
+def product(folder: Path) -> Products:
+    """Raises CodegenError."""
+    found = library(cpp_products.SOURCE, folder)
+    strides, sizes = [ctypes.c_int64] * 2, [ctypes.c_int64] * 3
+    found.product.argtypes = [ctypes.c_void_p, *strides, ctypes.c_void_p, *strides, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, *sizes]
+    found.product.restype = None
+    return Products(found.product, bool(found.in_tiles()))
 
 
 class Product:
-    """``a [m, k] @ b [k, n]`` in float32 through ``product`` of cpp_products; with several threads, or another layout of ``a``, ``otherwise``."""
+    """``a [m, k] @ b [k, n]``, on a row [n] where one is given, in float32 through ``products``; with several threads, or where operands lie in another way, torch's."""
 
-    def __init__(self, k: Kernel, function: Any, otherwise: Code) -> None:
-        self.name, self.function, self.otherwise = k.name, function, otherwise
-        self.given = [i.type.shape for i in k.fragment.inputs]
-        (self.rows, self.depth), (_, self.columns) = self.given
+    def __init__(self, k: Kernel, products: Products | None) -> None:
+        (op,) = k.fragment.ops
+        *_, (rows, _), (_, columns) = self.given = [k.fragment.types[r.name].shape for r in op.refs]
+        self.name, self.shape, self.python = k.name, (rows, columns), python(k)
+        self.order = [[i.name for i in k.fragment.inputs].index(r.name) for r in op.refs]  # a kernel reads an operand once, that an op may name twice
+        self.products = products if op.type.dtype == "f32" and rows >= PRODUCT_ROWS.start else None
 
-    def __call__(self, a: Tensor, b: Tensor) -> Sequence[Tensor]:
-        if torch.get_num_threads() > 1 or a.stride(1) != 1 or [a.shape, b.shape] != self.given:
-            return self.otherwise(a, b)
-        out = torch.empty(self.rows, self.columns, dtype=torch.float32, device="cpu")
-        self.function(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), out.data_ptr(), self.rows, self.depth, self.columns)
+    def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
+        *row, a, b = operands = [xs[i] for i in self.order]
+        if (own := self._own(operands)) is None:
+            return self.python(*xs)
+        out = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        own.into(out, a, b, *row)
         return (out,)
+
+    def added(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``total`` with the product added in place."""
+        own = self._own([a, b])
+        if own is None or not total.is_contiguous():
+            return accumulate_mm(total, a, b)
+        own.into(total, a, b, total)
+        return total
+
+    def _own(self, operands: Sequence[Tensor]) -> Products | None:
+        own, (*row, a, _) = self.products, operands
+        if own is None or torch.get_num_threads() > 1 or [x.shape for x in operands] != self.given or any(x.stride() != (1,) for x in row):
+            return None
+        return own if a.stride(1) == 1 or (own.in_tiles and a.stride(0) == 1) else None
 
 
 class Fixed:

@@ -41,9 +41,15 @@ struct Ahead {  // what is asked for during a tile: each LINE of its depth two l
     const float *results;
 };
 
-// c[R, WIDTH] (+)= a[R, depth] panel[depth, WIDTH]; FIRST: the panel is not there yet, and is copied from b
+struct Start {  // what sums begin with: rows of numbers, one row for all (row = 0), or nothing
+    const float *x;
+    int64_t row;
+    const float *at(int64_t i) const { return x + i * row; }
+};
+
+// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH]; FIRST: the panel is not there yet, and is copied from b
 template <int R, bool FIRST>
-static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t c_row, bool more, const float *b, int64_t b_row, Ahead next) {
+static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t c_row, Start start, const float *b, int64_t b_row, Ahead next) {
     V sums[R][2];
     for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = V{};
     auto add = [&](V left, V right) __attribute__((always_inline)) {
@@ -90,12 +96,12 @@ static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t 
     #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
         float *to = c + i * c_row;
-        if (more) sums[i][0] += load(to), sums[i][1] += load(to + LANES);
+        if (start.x) sums[i][0] += load(start.at(i)), sums[i][1] += load(start.at(i) + LANES);
         store(to, sums[i][0]);
         store(to + LANES, sums[i][1]);
     }
 }
-using Tile = void (*)(int64_t, const float *, float *, float *, int64_t, bool, const float *, int64_t, Ahead);
+using Tile = void (*)(int64_t, const float *, float *, float *, int64_t, Start, const float *, int64_t, Ahead);
 template <bool FIRST, int... R> static Tile tile_of(int rows, std::integer_sequence<int, R...>) {
     static constexpr Tile known[] = {tile<LEAST + R, FIRST>...};
     return known[rows - LEAST];
@@ -138,29 +144,29 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
 
-// c[rows, columns] = a[rows, depth] b[depth, columns] for the rows of deepseed.ir.kernels.PRODUCT_ROWS and more; the elements of a row of a lie side by side, c row by row
-extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
+// c[rows, columns] = start + a[rows, depth] b[depth, columns] for 85 rows and more; c lies row by row, and may be what the sums begin with
+extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, const float *start, int64_t start_row, float *c, int64_t rows, int64_t all, int64_t columns) {
 #ifdef TILES
-    if (all && tiles::usable()) return tiles::product(a, a_row, b, b_row, b_column, c, rows, all, columns);
+    if (all && tiles::usable()) return tiles::product(a, a_row, a_column, b, b_row, b_column, {start, start_row}, c, rows, all, columns);
 #endif
     struct alignas(64) Lines { float x[LINE]; };
     constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;
     thread_local std::unique_ptr<Lines[]> room(new Lines[(PANEL + ROWS * WIDTH + MOST * LONG) / LINE + 1]);
     float *panel = room[0].x, *edge = panel + PANEL, *block = edge + ROWS * WIDTH;
     int64_t blocks = std::max<int64_t>(1, (rows + BLOCK / 2) / BLOCK);
-    if (!all) std::fill(c, c + rows * columns, 0.f);
+    for (int64_t i = 0; !all && i < rows * columns; ++i) c[i] = start ? start[i / columns * start_row + i % columns] : 0;
     for (int64_t k = 0; k < all; k += DEPTH)
         for (int64_t n = 0; n < blocks; ++n) {
             int64_t begin = rows * n / blocks, count = rows * (n + 1) / blocks - begin, tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k);
             for (int64_t i = 0; i < count; ++i) {
-                const float *from = a + (begin + i) * a_row + k;
+                const float *from = a + (begin + i) * a_row + k * a_column;
                 float *to = block + i * LONG;
                 int64_t d = 0;
-                for (; d + LINE <= depth; d += LINE) {
+                for (; a_column == 1 && d + LINE <= depth; d += LINE) {
                     __builtin_prefetch(from + 4 * a_row + d);
                     memcpy(to + d, from + d, sizeof(Lines));
                 }
-                for (; d < depth; ++d) to[d] = from[d];
+                for (; d < depth; ++d) to[d] = from[d * a_column];
             }
             for (int64_t j = 0; j < columns; j += WIDTH) {
                 int64_t width = std::min(WIDTH, columns - j), follows = j + WIDTH < columns ? j + WIDTH : 0, deeper = follows ? k : k + (n + 1 == blocks) * DEPTH;
@@ -174,13 +180,22 @@ extern "C" void product(const float *a, int64_t a_row, const float *b, int64_t b
                     else if (b_column != 1 && 2 * t < WIDTH) next = {after + 2 * t * b_column, LINE, b_column, next.results};
                     float *to = c + (begin + first) * columns + j;
                     bool whole = width == WIDTH;
-                    (copies && !t ? tile_of<true>(held) : tile_of<false>(held))(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole && k, own, b_row, next);
+                    Start before = k ? Start{to, columns} : start ? Start{start + (begin + first) * start_row + j, start_row} : Start{};
+                    (copies && !t ? tile_of<true>(held) : tile_of<false>(held))(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, own, b_row, next);
                     if (!whole)
                         for (int64_t i = 0; i < held; ++i)
-                            for (int64_t l = 0; l < width; ++l) to[i * columns + l] = k ? to[i * columns + l] + edge[i * WIDTH + l] : edge[i * WIDTH + l];
+                            for (int64_t l = 0; l < width; ++l) to[i * columns + l] = edge[i * WIDTH + l] + (before.x ? before.at(i)[l] : 0);
                 }
             }
         }
+}
+// Whether a matrix unit computes them here
+extern "C" int in_tiles() {
+#ifdef TILES
+    return tiles::usable();
+#else
+    return 0;
+#endif
 }
 """
 SOURCE = _VECTORS + cpp_tiles.SOURCE + _PRODUCT

@@ -102,10 +102,10 @@ struct Packing {
 // Sums of a tile [rows of SIDE] and where they go: first each row is looked at, then each is written
 struct Sums {
     float *sums, *to;
+    Start start;
     int64_t to_row, rows, columns, at;
-    bool more;
     const float *a, *b;  // what they are sums of
-    int64_t a_row, b_row, b_column, depth;
+    int64_t a_row, a_column, b_row, b_column, depth;
     __m512 seen;
     int64_t left() const { return 2 * rows - at; }
     void one() {
@@ -118,14 +118,14 @@ struct Sums {
         }
         __mmask32 held = (uint32_t)(((uint64_t)1 << columns) - 1);
         float *out = to + i * to_row;
-        if (more) low += _mm512_maskz_loadu_ps((__mmask16)held, out), high += _mm512_maskz_loadu_ps((__mmask16)(held >> 16), out + 16);
+        if (start.x) low += _mm512_maskz_loadu_ps((__mmask16)held, start.at(i)), high += _mm512_maskz_loadu_ps((__mmask16)(held >> 16), start.at(i) + 16);
         _mm512_mask_storeu_ps(out, (__mmask16)held, low), _mm512_mask_storeu_ps(out + 16, (__mmask16)(held >> 16), high);
     }
     void again() {
         std::fill(sums, sums + rows * SIDE, 0.f);
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t k = 0; k < depth; ++k)
-                for (int64_t j = 0; j < columns; ++j) sums[i * SIDE + j] += a[i * a_row + k] * b[k * b_row + j * b_column];
+                for (int64_t j = 0; j < columns; ++j) sums[i * SIDE + j] += a[i * a_row + k * a_column] * b[k * b_row + j * b_column];
     }
 };
 
@@ -153,7 +153,7 @@ constexpr int64_t CALLS = 6;  // of `between`, for each square
 
 static int64_t share(int64_t work, int64_t among) { return (std::max<int64_t>(work, 0) + among - 1) / among; }
 
-static void product(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t b_column, float *c, int64_t rows, int64_t all, int64_t columns) {
+static void product(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, Start start, float *c, int64_t rows, int64_t all, int64_t columns) {
     struct alignas(64) Lines { Word x[32]; };
     thread_local std::unique_ptr<Lines[]> room(new Lines[(MOST / SIDE + 2) * GROUP / 32 + 3 * SIDE * SIDE / 16]);
     Word *left = room[0].x, *right[2] = {left + MOST / SIDE * GROUP, left + (MOST / SIDE + 1) * GROUP};
@@ -166,7 +166,7 @@ static void product(const float *a, int64_t a_row, const float *b, int64_t b_row
             int64_t depth = std::min(DEPTH, all - k), squares = share(depth, SIDE), calls = CALLS * squares;
             for (int64_t g = 0; g < groups; ++g)
                 for (int64_t s = 0; s < squares; ++s) {
-                    Square now{a + (top + g * SIDE) * a_row + k + s * SIDE, a_row, 1, count - g * SIDE, depth - s * SIDE};
+                    Square now{a + (top + g * SIDE) * a_row + (k + s * SIDE) * a_column, a_row, a_column, count - g * SIDE, depth - s * SIDE};
                     if (!now.lies())
                         for (int64_t q = 0; q < LAYING; ++q) now.lay(q, square);
                     const float *x = now.lies() ? now.x : square;
@@ -195,8 +195,9 @@ static void product(const float *a, int64_t a_row, const float *b, int64_t b_row
                     });
                     while (before.left()) before.one();
                     while (packing.at < pack) packing.one();
-                    const float *x = a + (top + g * SIDE) * a_row + k, *y = b + k * b_row + j * b_column;
-                    before = Sums{sums[other], to, columns, held, std::min(SIDE, columns - j), 0, k > 0, x, y, a_row, b_row, b_column, depth, {}};
+                    const float *x = a + (top + g * SIDE) * a_row + k * a_column, *y = b + k * b_row + j * b_column;
+                    Start begin = k ? Start{to, columns} : start.x ? Start{start.at(top + g * SIDE) + j, start.row} : Start{};
+                    before = Sums{sums[other], to, begin, columns, held, std::min(SIDE, columns - j), 0, x, y, a_row, a_column, b_row, b_column, depth, {}};
                     other ^= 1;
                 }
             }

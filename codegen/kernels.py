@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.ir.fragment import Group, fragment, groups
-from deepseed.ir.kernels import PRODUCT, UNMASKED
+from deepseed.ir.kernels import BIASED, PRODUCT, UNMASKED
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
 
@@ -46,7 +46,7 @@ def is_attention(k: Kernel) -> bool:
 
 
 def is_product(k: Kernel) -> bool:
-    return len(k.fragment.ops) == 1 and k.fragment.ops[0].target == PRODUCT
+    return len(k.fragment.ops) == 1 and k.fragment.ops[0].target in (PRODUCT, BIASED)
 
 
 def kernels(p: Program, strides: Mapping[str, tuple[int, ...]], views: Sequence[bool]) -> dict[str, Kernel]:

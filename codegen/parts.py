@@ -9,6 +9,7 @@ tangents. ``forward`` returns what the model shows, then ``v`` and ``m`` with wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from deepseed.codegen.expressions import ADDED, DTYPES, CodegenError, Source, as
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
+from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import FLOATS, GRADIENTS, Input, Op, Output, Program, Type, after_tangents
 from deepseed.ir.schedule import kind_of, loop_of, order_of
@@ -141,7 +143,7 @@ class _Parts:
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
             together: Sequence[Op] = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
             shown = {r for each in together for r in each.results}
-            if n in self.grouped:
+            if n in self.grouped and op.name not in self.into:
                 g = self.grouped[n]
                 together, shown = self.p.ops[n : g.last], set(g.makes)
                 call(out, self.p, g, self.kernels[g.kernel])
@@ -176,20 +178,23 @@ class _Parts:
 
     def _straight_into_sums(self) -> dict[str, Op]:
         """Products and rows that only a sum over microbatches reads, in the function that makes them: they are added to it as they are made."""
-        out = {}
+        out, members = {}, Counter(op.kernel for op in self.p.ops)
         for op in self.p.ops if not self.out.looked else ():
             x = op.refs[0].name if op.target == "accumulate" else ""
             made, t = self.p.producers.get(x), self.p.types.get(x)
             if made is None or t is None or t.dtype not in FLOATS or getattr(t.layout.on(TIME), "op", "sum") != "sum" or len(self.p.uses[x]) > 1 or self.made[x] != self.made[op.name]:
                 continue
-            if made.kernel not in self.kernels and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
+            if (made.kernel not in self.kernels or (made.target == PRODUCT and members[made.kernel] == 1)) and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
                 out[x] = op
         return out
 
     def _add_into(self, op: Op) -> None:
         out, total = self.out, self.into[op.name]
         key, types = out.name(total.name), ", ".join(format_type(t, self.p.mesh) for t in total.types)
-        out.emit(f"v[{key!r}] = {ADDED[op.target](out, op, f'v.get({key!r})')}", types)
+        if op.kernel in self.kernels:
+            out.emit(f"v[{key!r}] = rt.accumulate_product(v.get({key!r}), {self.kernels[op.kernel]}, {', '.join(out.name(r.name) for r in op.refs)})", types)
+        else:
+            out.emit(f"v[{key!r}] = {ADDED[op.target](out, op, f'v.get({key!r})')}", types)
 
     def _close(self, n: int, op: Op, here: set[str], shown: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import PRODUCT, PRODUCT_ROWS, UNMASKED
+from deepseed.ir.kernels import BIASED, PRODUCT, PRODUCT_ROWS, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
@@ -53,8 +53,7 @@ def fuse_products(p: Program) -> Program:
 
 
 def alone(p: Program, products: bool = False) -> Program:
-    """Attention without a mask is a group of its own, for back ends that write it; with ``products`` so is a large product of float32 whose left operand lies row by row, but for one that is added up
-    over microbatches, as it is then made in the sum's place.
+    """Attention without a mask is a group of its own, for back ends that write it; with ``products`` so is a large product of float32 with activations: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x``.
 
     before: %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8]
     after:  %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8] {kernel="o"}
@@ -63,12 +62,13 @@ def alone(p: Program, products: bool = False) -> Program:
 
 
 def _large(p: Program, op: Op) -> bool:
-    if op.target != PRODUCT or op.kernel or op.type.dtype != "f32" or op.type.host:
+    if op.target not in (PRODUCT, BIASED) or op.kernel or op.kwargs or op.type.dtype != "f32" or op.type.host:
         return False
-    (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
-    left = p.producers.get(op.refs[0].name)
-    added = any(isinstance(u, Op) and u.target == "accumulate" for u in p.uses[op.name])
-    return rows in PRODUCT_ROWS and rows * depth * columns >= LEAST and not added and (left is None or left.target != "permute")
+    *row, (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
+    left = p.producers.get(op.refs[-2].name)
+    turned = left is not None and left.target == "permute"
+    tokens = depth if turned else rows
+    return tokens in PRODUCT_ROWS and rows >= PRODUCT_ROWS.start and rows * depth * columns >= LEAST and row in ([], [(columns,)])
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

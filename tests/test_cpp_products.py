@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=MACHINES)
-def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes._NamedFuncPointer:
-    """The function, compiled for some machine that this one can be."""
+def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cpp_files.Products:
+    """The functions, compiled for some machine that this one can be."""
     has = torch.cpu.get_capabilities()
     if request.param == "skylake-avx512" and not all(has.get(f"avx512_{name}", False) for name in ("f", "cd", "bw", "dq", "vl")):
         pytest.skip("no AVX-512 here")
@@ -45,13 +46,15 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return cpp_files.product(tmp_path_factory.mktemp("products"))
 
 
-def run(f: ctypes._NamedFuncPointer, a: Tensor, b: Tensor) -> Tensor:
-    """What lies around the result stays as it is."""
-    m, n = a.shape[0], b.shape[1]
-    around = torch.full((m + 2, n), torch.nan)
-    f(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), around[1:].data_ptr(), m, a.shape[1], n)
+def run(products: cpp_files.Products, a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+    """What lies around the result stays as it is. ``start``: [n], or [m, n], whose place the result takes."""
+    around = torch.full((a.shape[0] + 2, b.shape[1]), torch.nan)
+    out = around[1:-1]
+    if start is not None and start.dim() == 2:
+        start = out.copy_(start)
+    products.into(out, a, b, start)
     assert around[0].isnan().all() and around[-1].isnan().all()
-    return around[1:-1]
+    return out
 
 
 def least(a: Tensor, b: Tensor) -> Tensor:
@@ -61,15 +64,19 @@ def least(a: Tensor, b: Tensor) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(PRODUCT_ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20))
-def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, layout: str, room: int, product: ctypes._NamedFuncPointer) -> None:
+@given(rows=st.integers(PRODUCT_ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), left=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20), begins=st.integers(0, 2))
+def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, left: bool, layout: str, room: int, begins: int, product: cpp_files.Products) -> None:
     torch.manual_seed(rows * columns + depth)
     a, b = torch.randn(rows, depth + room)[:, room // 2 : room // 2 + depth], LAYOUTS[layout](depth, columns)
-    assert bool(((run(product, a, b).double() - a.double() @ b.double()).abs() <= least(a, b)).all())
+    a = a.t().contiguous().t() if left else a
+    start = [None, torch.randn(columns), torch.randn(rows, columns)][begins]
+    right = a.double() @ b.double() + (0 if start is None else start.double())
+    more = 0 if start is None else 2.0**-24 * (right.abs() + 2 * start.double().abs())  # of the last sum, and of what it is added to
+    assert bool(((run(product, a, b, start).double() - right).abs() <= least(a, b) + more).all())
 
 
 @pytest.mark.parametrize("layout", ["as it lies", "turned"])
-def test_what_is_no_number_stays_in_its_row_and_column(layout: str, product: ctypes._NamedFuncPointer) -> None:
+def test_what_is_no_number_stays_in_its_row_and_column(layout: str, product: cpp_files.Products) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(100, 50), LAYOUTS[layout](50, 45)
     a[7, 3], b[20, 44] = torch.inf, torch.nan
@@ -80,7 +87,7 @@ def test_what_is_no_number_stays_in_its_row_and_column(layout: str, product: cty
 
 
 @pytest.mark.parametrize("layout", ["as it lies", "turned"])
-def test_what_overflows_is_what_float32_makes_of_it(layout: str, product: ctypes._NamedFuncPointer) -> None:
+def test_what_overflows_is_what_float32_makes_of_it(layout: str, product: cpp_files.Products) -> None:
     """Infinity times a number that a sum of parts has zeros in, the largest number, which no bfloat16 holds, and a sum that is too large."""
     torch.manual_seed(0)
     a, b = torch.randn(100, 300), LAYOUTS[layout](300, 45)
@@ -95,7 +102,7 @@ def test_what_overflows_is_what_float32_makes_of_it(layout: str, product: ctypes
     assert bool(((made.double() - a.double() @ b.double()).abs() <= least(a, b))[there].all())
 
 
-def test_errors_are_no_larger_than_the_librarys(product: ctypes._NamedFuncPointer) -> None:
+def test_errors_are_no_larger_than_the_librarys(product: cpp_files.Products) -> None:
     """Of a depth that training has: the root of the mean square, and the largest."""
     torch.manual_seed(0)
     a, b = torch.randn(256, 768), torch.randn(768, 512)
@@ -122,8 +129,8 @@ return %g output "g"
 
 
 def test_large_products_of_rows_are_groups() -> None:
-    """Not that of a turned operand, which a library copies as well: the gradient of a weight."""
-    assert {op.name: op.kernel for op in verify(alone(step(), products=True)).ops if op.kernel} == {"y": "y", "d": "d"}
+    """The forward one, that of the input's gradient and that of the weight's."""
+    assert {op.name: op.kernel for op in verify(alone(step(), products=True)).ops if op.kernel} == {"y": "y", "d": "d", "g": "g"}
     assert not any(op.kernel for op in alone(step()).ops)
 
 
@@ -138,45 +145,95 @@ def test_small_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 TEXT = '%x : f32[96, 40] batch "x"\n%w : f32[40, 33] batch "w"\n%y = aten.mm(%x, %w) : f32[96, 33]\nreturn %y output "y"\n'
+BIASED = TEXT.replace("%y = aten.mm(", '%b : f32[33] batch "b"\n%y = aten.addmm(%b, ')
 
 
+class Counted:
+    """The functions, and how often they are called."""
+
+    def __init__(self, products: cpp_files.Products | None, in_tiles: bool) -> None:
+        assert products is not None
+        self.whole, self.in_tiles, self.calls = products, in_tiles, 0
+
+    def into(self, *args: Tensor) -> None:
+        self.calls += 1
+        self.whole.into(*args)
+
+
+def counted(text: str, folder: Path, patch: pytest.MonkeyPatch, in_tiles: bool = False) -> tuple[Any, Counted]:
+    patch.setattr(cpp_files, "pays", lambda: True)
+    said: list[str] = []
+    (code,) = cpp_files.compiled([kernel_of(text)], folder, said.append)
+    assert isinstance(code, cpp_files.Product) and not said
+    code.products = counts = Counted(code.products, in_tiles)  # type: ignore[assignment]
+    return code, counts
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_kernel_is_the_product_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else, and with several threads, the library's: to the bit."""
-    monkeypatch.setattr(cpp_files, "pays", lambda: True)
-    said: list[str] = []
-    (code,) = cpp_files.compiled([kernel_of(TEXT)], tmp_path, said.append)
-    assert isinstance(code, cpp_files.Product) and not said
+    code, counts = counted(TEXT, tmp_path, monkeypatch)
     x, w = torch.randn(96, 40), torch.randn(40, 33)
-    calls: list[int] = []
-    whole = code.function
-
-    class Counted:
-        def __call__(self, *args: object) -> None:
-            calls.append(1)
-            whole(*args)
-
-    code.function = Counted()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        (own,) = code(x, w)
-        assert len(calls) == 1 and bool(((own.double() - x.double() @ w.double()).abs() <= least(x, w)).all())
-        (turned,) = code(x.t().contiguous().t(), w)
-        torch.set_num_threads(2)
-        (many,) = code(x, w)
-        assert len(calls) == 1 and torch.equal(many, x @ w) and torch.allclose(turned, own, atol=1e-4)
-    finally:
-        torch.set_num_threads(threads)
+    (own,) = code(x, w)
+    assert counts.calls == 1 and bool(((own.double() - x.double() @ w.double()).abs() <= least(x, w)).all())
+    torch.set_num_threads(2)
+    (many,) = code(x, w)
+    assert counts.calls == 1 and torch.equal(many, x @ w)
+    torch.set_num_threads(1)
     monkeypatch.setattr(cpp_files, "pays", lambda: False)
-    (code,) = cpp_files.compiled([kernel_of(TEXT)], tmp_path, said.append)
-    assert not isinstance(code, cpp_files.Product) and torch.equal(code(x, w)[0], x @ w) and not said
+    (code,) = cpp_files.compiled([kernel_of(TEXT)], tmp_path, lambda line: None)
+    assert code.products is None and torch.equal(code(x, w)[0], x @ w)
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_a_turned_left_operand_is_for_a_matrix_unit(in_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the gradient of a weight; one that lies in neither way is the library's."""
+    code, counts = counted(TEXT, tmp_path, monkeypatch, in_tiles)
+    x, w = torch.randn(40, 96).t(), torch.randn(40, 33)
+    assert bool(((code(x, w)[0].double() - x.double() @ w.double()).abs() <= least(x, w)).all()) and counts.calls == in_tiles
+    x = torch.randn(96, 80)[:, ::2]
+    assert torch.equal(code(x, w)[0], x @ w) and counts.calls == in_tiles
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_row_is_added_to_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, counts = counted(BIASED, tmp_path, monkeypatch)
+    x, w, b = torch.randn(96, 40), torch.randn(40, 33), torch.randn(33)
+    right = b.double() + x.double() @ w.double()
+    given = {"x": x, "w": w, "b": b}
+    names = [i.name for i in kernel_of(BIASED).fragment.inputs]
+    assert bool(((code(*[given[name] for name in names])[0].double() - right).abs() <= least(x, w) + 2.0**-24 * right.abs()).all()) and counts.calls == 1
+    given["b"] = torch.randn(66)[::2]
+    assert torch.equal(code(*[given[name] for name in names])[0], torch.addmm(given["b"], x, w)) and counts.calls == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_product_is_added_to_a_total_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, counts = counted(TEXT, tmp_path, monkeypatch)
+    x, w, total = torch.randn(96, 40), torch.randn(40, 33), torch.randn(96, 33)
+    right = total.double() + x.double() @ w.double()
+    bound = least(x, w) + 2.0**-24 * (right.abs() + total.double().abs())
+    made = code.added(total, x, w)
+    assert made is total and counts.calls == 1 and bool(((made.double() - right).abs() <= bound).all())
+    apart = torch.zeros(33, 96).t()
+    assert code.added(apart, x, w) is apart and counts.calls == 1 and torch.equal(apart, torch.zeros(33, 96).t().addmm_(x, w))
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("text", [TEXT.replace("96", "84"), TEXT.replace("f32", "f64")], ids=["few rows", "float64"])
 def test_what_it_is_not_made_for_is_the_librarys(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_files, "pays", lambda: True)
     (code,) = cpp_files.compiled([kernel_of(text)], tmp_path, lambda line: None)
-    assert not isinstance(code, cpp_files.Product)
+    assert isinstance(code, cpp_files.Product) and code.products is None
 
 
 def test_a_source_that_is_refused_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

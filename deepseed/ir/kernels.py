@@ -21,7 +21,7 @@ MASKED: Mapping[str, int] = {"aten.convolution_backward": 10}  # oneDNN: the wei
 # Operands of attention without a mask: what back ends that write it on their own take.
 UNMASKED: Mapping[str, int] = {"sdpa": 3, "sdpa_backward": 6}
 
-PRODUCT = "aten.mm"
+PRODUCT, BIASED = "aten.mm", "aten.addmm"
 
-# Rows of a product that a back end for CPUs writes itself: of fewer its tiles are uneven, of more a library's copies of the weights pay.
+# Rows of activations, in a product that a back end for CPUs writes itself: of fewer its tiles are uneven, of more a library's copies of the weights pay.
 PRODUCT_ROWS = range(85, 513)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,13 @@ class Messages(ABC):
     def accumulate_mm(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """``acc`` with one more microbatch's product, which is added up in there."""
         return mm(a, b) if acc is None else accumulate_mm(acc, a, b)
+
+    def accumulate_product(self, acc: Tensor | None, product: Any, a: Tensor, b: Tensor) -> Tensor:
+        """``acc`` with one more microbatch's product by a kernel, which may know how to add it up in there."""
+        if acc is not None and hasattr(product, "added"):
+            added: Tensor = product.added(acc, a, b)
+            return added
+        return self.accumulate(acc, product(a, b)[0], own=True)
 
     def accumulate_rows(self, acc: Tensor | None, g: Tensor, ids: Tensor, rows: int) -> Tensor:
         """``acc`` with one more microbatch's gradient of an embedding: the rows that it has."""
