@@ -101,7 +101,7 @@ struct Packing {
 
 // Sums of a tile [rows of SIDE] and where they go: first each row is looked at, then each is written
 struct Sums {
-    float *sums, *to;
+    float *sums, *room, *to;
     Start start;
     int64_t to_row, rows, columns, at;
     const float *a, *b;  // what they are sums of
@@ -123,9 +123,18 @@ struct Sums {
     }
     void again() {
         std::fill(sums, sums + rows * SIDE, 0.f);
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t k = 0; k < depth; ++k)
-                for (int64_t j = 0; j < columns; ++j) sums[i * SIDE + j] += a[i * a_row + k * a_column] * b[k * b_row + j * b_column];
+        for (int64_t k = 0; k < depth; k += SIDE) {
+            Square now{b + k * b_row, b_row, b_column, depth - k, columns};
+            for (int64_t q = 0; q < LAYING; ++q) now.lay(q, room);
+            for (int64_t i = 0; i < rows; ++i) {
+                __m512 low = _mm512_load_ps(sums + i * SIDE), high = _mm512_load_ps(sums + i * SIDE + 16);
+                for (int64_t u = 0; u < std::min(SIDE, depth - k); ++u) {
+                    __m512 x = _mm512_set1_ps(a[i * a_row + (k + u) * a_column]);
+                    low = _mm512_fmadd_ps(x, _mm512_load_ps(room + u * SIDE), low), high = _mm512_fmadd_ps(x, _mm512_load_ps(room + u * SIDE + 16), high);
+                }
+                _mm512_store_ps(sums + i * SIDE, low), _mm512_store_ps(sums + i * SIDE + 16, high);
+            }
+        }
     }
 };
 
@@ -155,9 +164,9 @@ static int64_t share(int64_t work, int64_t among) { return (std::max<int64_t>(wo
 
 static void product(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, Start start, float *c, int64_t rows, int64_t all, int64_t columns) {
     struct alignas(64) Lines { Word x[32]; };
-    thread_local std::unique_ptr<Lines[]> room(new Lines[(MOST / SIDE + 2) * GROUP / 32 + 3 * SIDE * SIDE / 16]);
+    thread_local std::unique_ptr<Lines[]> room(new Lines[(MOST / SIDE + 2) * GROUP / 32 + 4 * SIDE * SIDE / 16]);
     Word *left = room[0].x, *right[2] = {left + MOST / SIDE * GROUP, left + (MOST / SIDE + 1) * GROUP};
-    float *sums[2] = {(float *)(right[1] + GROUP), (float *)(right[1] + GROUP) + SIDE * SIDE}, *square = sums[1] + SIDE * SIDE;
+    float *sums[2] = {(float *)(right[1] + GROUP), (float *)(right[1] + GROUP) + SIDE * SIDE}, *square = sums[1] + SIDE * SIDE, *spare = square + SIDE * SIDE;
     struct { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64}; uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16}; } shapes;
     _tile_loadconfig(&shapes);
     for (int64_t top = 0; top < rows; top += MOST) {
@@ -197,7 +206,7 @@ static void product(const float *a, int64_t a_row, int64_t a_column, const float
                     while (packing.at < pack) packing.one();
                     const float *x = a + (top + g * SIDE) * a_row + k * a_column, *y = b + k * b_row + j * b_column;
                     Start begin = k ? Start{to, columns} : start.x ? Start{start.at(top + g * SIDE) + j, start.row} : Start{};
-                    before = Sums{sums[other], to, begin, columns, held, std::min(SIDE, columns - j), 0, x, y, a_row, a_column, b_row, b_column, depth, {}};
+                    before = Sums{sums[other], spare, to, begin, columns, held, std::min(SIDE, columns - j), 0, x, y, a_row, a_column, b_row, b_column, depth, {}};
                     other ^= 1;
                 }
             }

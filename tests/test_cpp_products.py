@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_cpp_nests import kernel_of
 from torch import Tensor
 
+import deepseed
 from deepseed.codegen import cpp_files, cpp_products, inductor
 from deepseed.ir.kernels import PRODUCT_ROWS
 from deepseed.ir.program import Program
@@ -243,3 +245,30 @@ def test_a_source_that_is_refused_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     (code,) = cpp_files.compiled([kernel_of(TEXT)], tmp_path, said.append)
     x, w = torch.randn(96, 40), torch.randn(40, 33)
     assert torch.equal(code(x, w)[0], x @ w) and len(said) == 1 and said[0].startswith("matrix products are torch's: ")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_step_adds_gradients_of_weights_up_as_they_are_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three steps of two microbatches, beside float64: within what their float32 rounds."""
+    monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("DEEPSEED_REMEMBER", "0")  # the pass is another one here
+    monkeypatch.setattr(fuse_products, "LEAST", 1)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.GELU(), torch.nn.Linear(128, 96))
+    right, batch = copy.deepcopy(model).double(), {"x": torch.randn(256, 96)}
+
+    def loss_of(m: torch.nn.Module, b: dict[str, Tensor]) -> Tensor:
+        return m(b["x"]).square().mean()
+
+    step = deepseed.compile(model, "mb2", optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_of, codegen="cpp")
+    optimizer = torch.optim.SGD(right.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = loss_of(right, {"x": batch["x"].double()})
+        assert abs(float(step(batch)) - loss.item()) < 1e-6
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    own = step.state_dict()
+    assert all(torch.allclose(own[name].double(), t, rtol=0.0, atol=1e-6) for name, t in right.state_dict().items())
+    source = step.programs.current().executables[0].source
+    assert source.count("rt.accumulate_product(") == 2 and "kernel_addmm_" in source and "rt.accumulate_mm(" not in source

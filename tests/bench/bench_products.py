@@ -1,7 +1,7 @@
 """What products take on this CPU; one thread, by turns, medians.
 
 Of 16 bits, in units of float32's: torch's own, and deepseed.ops.products' by way of float32. Of float32, with the weights of a 60M Llama one after another (none is in a cache when its turn comes): the
-library's, and deepseed.codegen.cpp_products'.
+library's, and deepseed.codegen.cpp_products', with the errors of both.
 
 python tests/bench/bench_products.py [--rounds 9] [--float32]
 """
@@ -33,27 +33,39 @@ def seconds(do: Callable[[], Tensor]) -> float:
 
 def float32(rounds: int) -> None:
     weights = [torch.randn(shape) for shape in LLAMA]
-    product = cpp_files.product(cache_dir() / "kernels")
-
-    def own(a: Tensor, b: Tensor, out: Tensor) -> None:
-        product(a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), out.data_ptr(), *a.shape, b.shape[1])
-
-    print("| rows | product | library's, GFLOP/s | own, GFLOP/s | times as fast |\n|---|---|---|---|---|")
+    gradients = [torch.zeros(shape) for shape in LLAMA]
+    products = cpp_files.product(cache_dir() / "kernels")
+    print(f"own: by {'a matrix unit, in parts of bfloat16' if products.in_tiles else 'vectors'}; errors are the root of the mean square, against float64, in half units of the sum of magnitudes")
+    print("| rows | product | library's, GFLOP/s | own, GFLOP/s | times as fast | library's error | own error |\n|---|---|---|---|---|---|---|")
     for rows in (128, 256, 512, 1024):
         given = {width: torch.randn(rows, width) for shape in LLAMA for width in shape}
         flops = sum(2 * rows * n * k for n, k in LLAMA)
-        for name, forward in (("forward", True), ("input's gradient", False)):
-            calls = [(given[w.shape[forward]], w.t() if forward else w, torch.empty(rows, w.shape[not forward])) for w in weights]
+        kinds: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {
+            "forward": [(given[k], w.t(), torch.empty(rows, n), None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
+            "input's gradient": [(given[n], w, torch.empty(rows, k), None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
+            "weight's gradient, added up": [(given[n].t(), given[k], total, total) for total, (n, k) in zip(gradients, LLAMA, strict=True)],
+        }
+        for name, calls in kinds.items():
 
-            def all_of(way: Callable[[Tensor, Tensor, Tensor], object], calls: list[tuple[Tensor, Tensor, Tensor]] = calls) -> Tensor:
-                for a, b, out in calls:
-                    way(a, b, out)
+            def library(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> object:
+                return torch.mm(a, b, out=out) if start is None else out.addmm_(a, b)
+
+            def all_of(way: Callable[[Tensor, Tensor, Tensor, Tensor | None], object], calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = calls) -> Tensor:
+                for each in calls:
+                    way(*each)
                 return calls[0][2]
 
-            ways = [lambda: all_of(lambda a, b, out: torch.mm(a, b, out=out)), lambda: all_of(own)]
-            times = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
+            times = [[seconds(lambda way=way: all_of(way)) for way in (library, products.into)] for _ in range(rounds + 1)][1:]  # type: ignore[misc]
             theirs, ours = (median(each) for each in zip(*times, strict=True))
-            print(f"| {rows} | {name} | {flops / theirs / 1e9:.0f} | {flops / ours / 1e9:.0f} | {theirs / ours:.2f} |", flush=True)
+            errors = [error(way, *calls[0][:2]) for way in (library, products.into)]
+            print(f"| {rows} | {name} | {flops / theirs / 1e9:.0f} | {flops / ours / 1e9:.0f} | {theirs / ours:.2f} | {errors[0]:.2f} | {errors[1]:.2f} |", flush=True)
+
+
+def error(way: Callable[[Tensor, Tensor, Tensor, Tensor | None], object], a: Tensor, b: Tensor) -> float:
+    out = torch.empty(a.shape[0], b.shape[1])
+    way(a, b, out, None)
+    units = (out.double() - a.double() @ b.double()) / (2.0**-24 * (a.double().abs() @ b.double().abs()))
+    return units.square().mean().sqrt().item()
 
 
 def main() -> None:
