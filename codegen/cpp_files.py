@@ -28,11 +28,12 @@ from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
-from deepseed.ir.kernels import PRODUCT_ROWS
+from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ops import accumulate_mm
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+VECTOR_ROWS = 512  # of a product by vectors: of more a library's copies of the weights pay
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
@@ -169,7 +170,7 @@ class Product:
         *_, (rows, _), (_, columns) = self.given = [k.fragment.types[r.name].shape for r in op.refs]
         self.name, self.shape, self.python = k.name, (rows, columns), python(k)
         self.order = [[i.name for i in k.fragment.inputs].index(r.name) for r in op.refs]  # a kernel reads an operand once, that an op may name twice
-        self.products = products if op.type.dtype == "f32" and rows >= PRODUCT_ROWS.start else None
+        self.products = products if op.type.dtype == "f32" and rows >= LEAST_ROWS and products is not None and (rows <= VECTOR_ROWS or products.in_tiles) else None
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
         *row, a, b = operands = [xs[i] for i in self.order]

@@ -1,4 +1,4 @@
-"""C++ for matrix products of float32 on one thread, where the left operand lies row by row: ``x @ w.t()`` and ``g @ w`` of a step.
+"""C++ for matrix products of float32 on one thread, where the left operand lies row by row, ``x @ w.t()`` and ``g @ w`` of a step; any of a CPU's matrix unit (cpp_tiles).
 
 A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
 is a sixth of its time. Here a panel of the right operand is copied (turned, if it must be; else while the first rows meet it) when it has been asked for during the panel before, and so are the

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import BIASED, PRODUCT, PRODUCT_ROWS, UNMASKED
+from deepseed.ir.kernels import BIASED, LEAST_ROWS, PRODUCT, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
@@ -53,7 +53,7 @@ def fuse_products(p: Program) -> Program:
 
 
 def alone(p: Program, products: bool = False) -> Program:
-    """Attention without a mask is a group of its own, for back ends that write it; with ``products`` so is a large product of float32 with activations: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x``.
+    """Attention without a mask is a group of its own, for back ends that write it; with ``products`` so is a large product of float32.
 
     before: %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8]
     after:  %o, %l = sdpa(%q, %k, %v, scale=0.5) : f32[2, 4, 8, 4], f32[2, 4, 8] {kernel="o"}
@@ -65,10 +65,7 @@ def _large(p: Program, op: Op) -> bool:
     if op.target not in (PRODUCT, BIASED) or op.kernel or op.kwargs or op.type.dtype != "f32" or op.type.host:
         return False
     *row, (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
-    left = p.producers.get(op.refs[-2].name)
-    turned = left is not None and left.target == "permute"
-    tokens = depth if turned else rows
-    return tokens in PRODUCT_ROWS and rows >= PRODUCT_ROWS.start and rows * depth * columns >= LEAST and row in ([], [(columns,)])
+    return rows >= LEAST_ROWS and rows * depth * columns >= LEAST and row in ([], [(columns,)])
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

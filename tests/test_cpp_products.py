@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import deepseed
 from deepseed.codegen import cpp_files, cpp_products, inductor
-from deepseed.ir.kernels import PRODUCT_ROWS
+from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
@@ -66,7 +67,7 @@ def least(a: Tensor, b: Tensor) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(PRODUCT_ROWS.start, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), left=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20), begins=st.integers(0, 2))
+@given(rows=st.integers(LEAST_ROWS, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), left=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20), begins=st.integers(0, 2))
 def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, left: bool, layout: str, room: int, begins: int, product: cpp_files.Products) -> None:
     torch.manual_seed(rows * columns + depth)
     a, b = torch.randn(rows, depth + room)[:, room // 2 : room // 2 + depth], LAYOUTS[layout](depth, columns)
@@ -136,9 +137,26 @@ def test_large_products_of_rows_are_groups() -> None:
     assert not any(op.kernel for op in alone(step()).ops)
 
 
-@pytest.mark.parametrize("p", [step("f64"), step("bf16"), step(rows=84), step(rows=513)], ids=["float64", "bfloat16", "few rows", "many rows"])
+@pytest.mark.parametrize("p", [step("f64"), step("bf16")], ids=["float64", "bfloat16"])
 def test_others_are_the_librarys(p: Program) -> None:
     assert not any(op.kernel for op in alone(p, products=True).ops)
+
+
+def test_few_rows_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the result, whatever is summed over: the gradient of a weight has as many as the weight."""
+    monkeypatch.setattr(fuse_products, "LEAST", 1)
+    assert {op.name for op in alone(step(rows=84), products=True).ops if op.kernel} == {"g"}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("rows", "in_tiles", "own"), [(512, False, True), (513, False, False), (513, True, True)])
+def test_many_rows_are_for_a_matrix_unit(rows: int, in_tiles: bool, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vectors the library's copies of the weights pay."""
+    functions = cpp_files.product(tmp_path)
+    monkeypatch.setattr(cpp_files, "product", lambda folder: replace(functions, in_tiles=in_tiles))
+    monkeypatch.setattr(cpp_files, "pays", lambda: True)
+    (code,) = cpp_files.compiled([kernel_of(TEXT.replace("96", str(rows)))], tmp_path, lambda line: None)
+    assert isinstance(code, cpp_files.Product) and (code.products is not None) == own
 
 
 def test_small_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,5 +23,5 @@ UNMASKED: Mapping[str, int] = {"sdpa": 3, "sdpa_backward": 6}
 
 PRODUCT, BIASED = "aten.mm", "aten.addmm"
 
-# Rows of activations, in a product that a back end for CPUs writes itself: of fewer its tiles are uneven, of more a library's copies of the weights pay.
-PRODUCT_ROWS = range(85, 513)
+# The fewest rows of a product that a back end for CPUs writes itself: of fewer its tiles are uneven.
+LEAST_ROWS = 85

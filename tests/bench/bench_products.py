@@ -41,29 +41,29 @@ def float32(rounds: int) -> None:
         given = {width: torch.randn(rows, width) for shape in LLAMA for width in shape}
         flops = sum(2 * rows * n * k for n, k in LLAMA)
         kinds: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {
-            "forward": [(given[k], w.t(), torch.empty(rows, n), None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
-            "input's gradient": [(given[n], w, torch.empty(rows, k), None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
-            "weight's gradient, added up": [(given[n].t(), given[k], total, total) for total, (n, k) in zip(gradients, LLAMA, strict=True)],
+            "forward": [(torch.empty(rows, n), given[k], w.t(), None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
+            "input's gradient": [(torch.empty(rows, k), given[n], w, None) for w, (n, k) in zip(weights, LLAMA, strict=True)],
+            "weight's gradient, added up": [(total, given[n].t(), given[k], total) for total, (n, k) in zip(gradients, LLAMA, strict=True)],
         }
         for name, calls in kinds.items():
 
-            def library(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> object:
+            def library(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> object:
                 return torch.mm(a, b, out=out) if start is None else out.addmm_(a, b)
 
             def all_of(way: Callable[[Tensor, Tensor, Tensor, Tensor | None], object], calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = calls) -> Tensor:
                 for each in calls:
                     way(*each)
-                return calls[0][2]
+                return calls[0][0]
 
             times = [[seconds(lambda way=way: all_of(way)) for way in (library, products.into)] for _ in range(rounds + 1)][1:]  # type: ignore[misc]
             theirs, ours = (median(each) for each in zip(*times, strict=True))
-            errors = [error(way, *calls[0][:2]) for way in (library, products.into)]
+            errors = [error(way, *calls[0][1:3]) for way in (library, products.into)]
             print(f"| {rows} | {name} | {flops / theirs / 1e9:.0f} | {flops / ours / 1e9:.0f} | {theirs / ours:.2f} | {errors[0]:.2f} | {errors[1]:.2f} |", flush=True)
 
 
 def error(way: Callable[[Tensor, Tensor, Tensor, Tensor | None], object], a: Tensor, b: Tensor) -> float:
     out = torch.empty(a.shape[0], b.shape[1])
-    way(a, b, out, None)
+    way(out, a, b, None)
     units = (out.double() - a.double() @ b.double()) / (2.0**-24 * (a.double().abs() @ b.double().abs()))
     return units.square().mean().sqrt().item()
 
