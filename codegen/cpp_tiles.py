@@ -2,8 +2,8 @@
 
 Each operand is the exact sum of three numbers of bfloat16, x = x1 + x2 + x3, each rounded to nearest; of their nine products the six that a float32 can show are added in float32, the small ones
 first. What is left out is at most 2 half units of |a| |b|, where rounding every sum may lose ``depth`` of them: float32's own accuracy (Henry, Tang and Heinecke, Leveraging the bfloat16
-Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Where a sum is not finite its tile is made again by vectors, so that infinities and overflow are float32's own. The unit
-takes what is below 2^-126 for zero: numbers below 2^-110 lose their last bits.
+Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Where a sum is not finite, or below 2^-90, its tile is made again by vectors, so that infinities, overflow and small numbers
+are float32's own: the unit takes what is below 2^-126 for zero, parts of products too. Two numbers whose own product is below that count as zero.
 
 A tile of sums takes some 3,000 cycles of the unit and few of the rest of the core, which meanwhile writes the sums of the tile before, and cuts the next panel of the right operand into its parts.
 """
@@ -99,7 +99,8 @@ struct Packing {
     }
 };
 
-// Sums of a tile [rows of SIDE] and where they go: first each row is looked at, then each is written
+// Sums of a tile [rows of SIDE] and where they go: first each row is looked at, then each is written. Products of parts that are below 2^-126 are zero, of which DEPTH could be half a unit of a sum below LEAST
+constexpr uint32_t LEAST = (127 - 90) << 23;  // 2^-90
 struct Sums {
     float *sums, *room, *to;
     Start start;
@@ -107,13 +108,16 @@ struct Sums {
     const float *a, *b;  // what they are sums of
     int64_t a_row, a_column, b_row, b_column, depth;
     __m512 seen;
+    __m512i least;
     int64_t left() const { return 2 * rows - at; }
     void one() {
         int64_t i = at < rows ? at : at - rows;
         __m512 low = _mm512_load_ps(sums + i * SIDE), high = _mm512_load_ps(sums + i * SIDE + 16);
         if (at++ < rows) {
-            seen = _mm512_fmadd_ps(low, _mm512_setzero_ps(), _mm512_fmadd_ps(high, _mm512_setzero_ps(), at == 1 ? _mm512_setzero_ps() : seen));
-            if (at == rows && _mm512_cmp_ps_mask(seen, seen, _CMP_UNORD_Q)) again();
+            __m512i one = _mm512_set1_epi32(1), u = _mm512_sub_epi32(_mm512_slli_epi32((__m512i)low, 1), one), v = _mm512_sub_epi32(_mm512_slli_epi32((__m512i)high, 1), one);  // magnitudes; zero is the largest
+            seen = _mm512_fmadd_ps(low, _mm512_setzero_ps(), _mm512_fmadd_ps(high, _mm512_setzero_ps(), seen));  // zero, or no number
+            least = _mm512_min_epu32(_mm512_min_epu32(u, v), least);
+            if (at == rows && (_mm512_cmp_ps_mask(seen, seen, _CMP_UNORD_Q) | _mm512_cmplt_epu32_mask(least, _mm512_set1_epi32(2 * LEAST - 1)))) again();
             return;
         }
         __mmask32 held = (uint32_t)(((uint64_t)1 << columns) - 1);
@@ -193,12 +197,12 @@ static void product(const float *a, int64_t a_row, int64_t a_column, const float
                 int64_t lines = j + 3 * SIDE <= columns ? 2 * depth : 0, line = 0;
                 for (int64_t g = 0; g < groups; ++g) {
                     int64_t held = std::min(SIDE, count - g * SIDE), row = 0, ask = lines * (g + 1) / groups, pack = packing.last * (g + 1) / groups;
-                    int64_t asks = share(ask - line, calls), packs = share(pack - packing.at, calls), writes = share(before.left(), calls);
+                    int64_t asks = share(ask - line, calls), shows = share(held, calls), packs = share(pack - packing.at, calls), writes = share(before.left(), calls);
                     float *to = c + (top + g * SIDE) * columns + j;
                     sum(left + g * GROUP, right[which], squares, sums[other], [&]() __attribute__((always_inline)) {
                         for (int64_t n = 0; n < asks && line < ask; ++n, ++line)
                             __builtin_prefetch(b_column == 1 ? after + line / 2 * b_row + line % 2 * 16 : after + line % SIDE * b_column + line / SIDE * 16, 0, 2);
-                        if (row < held) __builtin_prefetch(to + row * columns, 1, 3), __builtin_prefetch(to + row * columns + 16, 1, 3), ++row;
+                        for (int64_t n = 0; n < shows && row < held; ++n, ++row) __builtin_prefetch(to + row * columns, 1, 3), __builtin_prefetch(to + row * columns + 16, 1, 3);
                         for (int64_t n = 0; n < writes && before.left(); ++n) before.one();
                         for (int64_t n = 0; n < packs && packing.at < pack; ++n) packing.one();
                     });
@@ -206,7 +210,7 @@ static void product(const float *a, int64_t a_row, int64_t a_column, const float
                     while (packing.at < pack) packing.one();
                     const float *x = a + (top + g * SIDE) * a_row + k * a_column, *y = b + k * b_row + j * b_column;
                     Start begin = k ? Start{to, columns} : start.x ? Start{start.at(top + g * SIDE) + j, start.row} : Start{};
-                    before = Sums{sums[other], spare, to, begin, columns, held, std::min(SIDE, columns - j), 0, x, y, a_row, a_column, b_row, b_column, depth, {}};
+                    before = Sums{sums[other], spare, to, begin, columns, held, std::min(SIDE, columns - j), 0, x, y, a_row, a_column, b_row, b_column, depth, _mm512_setzero_ps(), _mm512_set1_epi32(-1)};
                     other ^= 1;
                 }
             }

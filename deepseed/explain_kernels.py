@@ -12,6 +12,7 @@ from deepseed.codegen.kernels import kernels
 from deepseed.codegen.optim import KERNELS, run_from
 from deepseed.explain_text import amount
 from deepseed.ir.fragment import Group, fragment, groups
+from deepseed.ir.kernels import BIASED, PRODUCT
 from deepseed.ir.program import ITEMSIZE, Op, Program
 from deepseed.rules.strides import laid_out
 from deepseed.unroll import unroll
@@ -103,15 +104,15 @@ def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Ma
 def _flops(op: Op, p: Program) -> int:
     if op.target in ("reshape", "permute", "expand", "slice", "unslice", "pad", "cat", "full", "iota", "cast"):
         return 0
-    if op.target in ("aten.mm", "sdpa", "sdpa_backward"):
+    if op.target in (PRODUCT, BIASED, "sdpa", "sdpa_backward"):
         return _products(op, p)
     return max(prod(t.local(p.mesh)) for t in (op.type, *(p.types[r.name] for r in op.refs)))
 
 
 def _products(op: Op, p: Program) -> int:
     """Of a matrix product, or of those in attention (two, and five on the way back)."""
-    if op.target == "aten.mm":
-        (m, k), (_, n) = (p.types[r.name].local(p.mesh) for r in op.refs)
+    if op.target in (PRODUCT, BIASED):
+        (m, k), (_, n) = (p.types[r.name].local(p.mesh) for r in op.refs[-2:])
         return 2 * m * k * n
     q, k_, v = (p.types[r.name].local(p.mesh) for r in op.refs[op.target != "sdpa" :][:3])
     features = q[3] + v[3] if op.target == "sdpa" else 3 * q[3] + 2 * v[3]

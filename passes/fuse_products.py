@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from deepseed.ir.fragment import groups
-from deepseed.ir.kernels import BIASED, LEAST_ROWS, PRODUCT, UNMASKED
+from deepseed.ir.kernels import BIASED, LEAST_COLUMNS, LEAST_DEPTH, LEAST_ROWS, PRODUCT, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
 from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
 
@@ -65,7 +65,7 @@ def _large(p: Program, op: Op) -> bool:
     if op.target not in (PRODUCT, BIASED) or op.kernel or op.kwargs or op.type.dtype != "f32" or op.type.host:
         return False
     *row, (rows, depth), (_, columns) = (p.types[r.name].local(p.mesh) for r in op.refs)
-    return rows >= LEAST_ROWS and rows * depth * columns >= LEAST and row in ([], [(columns,)])
+    return rows >= LEAST_ROWS and depth >= LEAST_DEPTH and columns >= LEAST_COLUMNS and rows * depth * columns >= LEAST and row in ([], [(columns,)])
 
 
 def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import deepseed
 from deepseed.codegen import cpp_files, cpp_products, inductor
+from deepseed.explain_kernels import explain_kernels
 from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
@@ -105,6 +106,21 @@ def test_what_overflows_is_what_float32_makes_of_it(layout: str, product: cpp_fi
     assert bool(((made.double() - a.double() @ b.double()).abs() <= least(a, b))[there].all())
 
 
+@pytest.mark.parametrize("layout", ["as it lies", "turned"])
+@pytest.mark.parametrize("exponents", [(-54, -54), (-60, -60), (-100, 0), (0, -105)])
+def test_small_numbers_are_as_exact(exponents: tuple[int, int], layout: str, product: cpp_files.Products) -> None:
+    """Parts of them, and of their products, would be zero to a matrix unit: beside numbers of usual size too."""
+    torch.manual_seed(0)
+    small, usual = torch.randn(100, 300) * 2.0 ** exponents[0], torch.randn(20, 300)
+    a, b = torch.cat([small, usual]), LAYOUTS[layout](300, 45) * 2.0 ** exponents[1]
+    assert bool(((run(product, a, b).double() - a.double() @ b.double()).abs() <= least(a, b) + 300 * 2.0**-150).all())  # what a float32 below 2^-126 rounds to
+
+
+def test_sums_whose_products_are_zero_are_zero(product: cpp_files.Products) -> None:
+    made = run(product, torch.full((90, 70), 2.0**-64), torch.full((70, 40), 2.0**-64))
+    assert bool((made == 0).all()) if product.in_tiles else bool((made == 70 * 2.0**-128).all())
+
+
 def test_errors_are_no_larger_than_the_librarys(product: cpp_files.Products) -> None:
     """Of a depth that training has: the root of the mean square, and the largest."""
     torch.manual_seed(0)
@@ -157,6 +173,19 @@ def test_many_rows_are_for_a_matrix_unit(rows: int, in_tiles: bool, own: bool, t
     monkeypatch.setattr(cpp_files, "pays", lambda: True)
     (code,) = cpp_files.compiled([kernel_of(TEXT.replace("96", str(rows)))], tmp_path, lambda line: None)
     assert isinstance(code, cpp_files.Product) and (code.products is not None) == own
+
+
+@pytest.mark.parametrize(("depth", "columns", "own"), [(256, 64, True), (256, 63, False), (64, 8192, True), (63, 8192, False)])
+def test_narrow_products_are_the_librarys(depth: int, columns: int, own: bool) -> None:
+    given = f'%x : f32[4096, {depth}] batch "x"\n%w : f32[{depth}, {columns}] batch "w"\n'
+    p = parse(f'program p mesh() facts()\n{given}%y = aten.mm(%x, %w) : f32[4096, {columns}] {{phase="forward"}}\nreturn %y output "y"\n')
+    assert any(op.kernel for op in alone(verify(p), products=True).ops) == own
+
+
+def test_what_is_said_of_a_biased_product() -> None:
+    p = verify(parse('program p mesh() facts()\n%x : f32[128, 256] batch "x"\n%w : f32[256, 192] batch "w"\n%b : f32[192] batch "b"\n%y = aten.addmm(%b, %x, %w) : f32[128, 192] {phase="forward"}\nreturn %y output "y"\n'))
+    (kernel,) = explain_kernels(alone(p, products=True), p).kernels
+    assert (kernel.flops, kernel.bytes_read, kernel.bytes_written) == (2 * 128 * 256 * 192, 4 * (128 * 256 + 256 * 192 + 192), 4 * 128 * 192)
 
 
 def test_small_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
