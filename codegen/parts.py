@@ -184,7 +184,7 @@ class _Parts:
             made, t = self.p.producers.get(x), self.p.types.get(x)
             if made is None or t is None or t.dtype not in FLOATS or getattr(t.layout.on(TIME), "op", "sum") != "sum" or len(self.p.uses[x]) > 1 or self.made[x] != self.made[op.name]:
                 continue
-            if (made.kernel not in self.kernels or (made.target == PRODUCT and members[made.kernel] == 1)) and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
+            if (made.kernel not in self.kernels or (made.target == PRODUCT and members[made.kernel] == 1 and made.refs[0] != made.refs[1])) and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
                 out[x] = op
         return out
 
