@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.passes import fuse_products
 from deepseed.passes.fuse_products import alone
+from deepseed.runtime.pipeline import Messages
 
 pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
 MACHINES = ("native", "skylake-avx512", "haswell", "x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else ("native",)  # with a matrix unit, perhaps; vectors of 16, 8 and 4 numbers
@@ -319,3 +321,12 @@ def test_a_step_adds_gradients_of_weights_up_as_they_are_made(monkeypatch: pytes
     assert all(torch.allclose(own[name].double(), t, rtol=0.0, atol=1e-6) for name, t in right.state_dict().items())
     source = step.programs.current().executables[0].source
     assert source.count("rt.accumulate_product(") == 2 and "kernel_addmm_" in source and "rt.accumulate_mm(" not in source
+
+
+def test_a_kernel_that_cannot_add_is_added_to_the_total() -> None:
+    """As another back end's: a function that gives a tuple."""
+    a, b = torch.randn(3, 4), torch.randn(4, 2)
+    runtime: Any = SimpleNamespace(accumulate=lambda acc, x, own: Messages.accumulate(runtime, acc, x, own=own))
+    first = Messages.accumulate_product(runtime, None, lambda a, b: (a @ b,), a, b)
+    total = Messages.accumulate_product(runtime, first, lambda a, b: (a @ b,), a, b)
+    assert total is first and torch.equal(total, a @ b + a @ b)
