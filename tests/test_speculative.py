@@ -54,6 +54,7 @@ def test_no_schedule_and_no_draft_change_a_token(kind: str, request: pytest.Fixt
     @EXAMPLES
     @given(requests)
     @example([((5, 6, 7) * 6, 18, SamplingParams(30, ignore_eos=True), 0, None)] * 3)  # more than the first engine has blocks for
+    @example([((1, 2) * 10, 20, SamplingParams(30, ignore_eos=True), 0, None)])  # what follows repeats itself: something is drafted, whatever is drawn
     def same(asked: Any) -> None:
         alone = [plain.generate([list(p)[:cut]], how)[0] for p, cut, how, *_ in asked]
         for engine in engines:
