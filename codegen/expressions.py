@@ -317,7 +317,7 @@ OWN: dict[str, Expression] = {
     "transfer": _x,
     "wait": lambda out, op: f"rt.wait({_x(out, op)})",
 }
-ADDED: dict[str, Callable[[Source, Op, str], str | None]] = {  # ops whose result can be added to a total as it is made; None: not this one
-    "aten.mm": lambda out, op, total: f"rt.accumulate_mm({total}, {_x(out, op)}, {_x(out, op, 1)})",
-    "embedding_backward": lambda out, op, total: None if out.given(op, "start") is not None else f"rt.accumulate_rows({total}, {_x(out, op)}, {_x(out, op, 1)}, {op.type.local(out.p.mesh)[0]})",
+ADDED: dict[str, Callable[[Source, Op, str, str], str | None]] = {  # ops whose result can be added to a total as it is made, by a kernel of their own where one is named; None: not this one
+    "aten.mm": lambda out, op, total, kernel: None if kernel and op.args[0] == op.args[1] else f"rt.accumulate_mm({total}, {_x(out, op)}, {_x(out, op, 1)}{', ' * bool(kernel)}{kernel})",
+    "embedding_backward": lambda out, op, total, kernel: None if kernel or out.given(op, "start") is not None else f"rt.accumulate_rows({total}, {_x(out, op)}, {_x(out, op, 1)}, {op.type.local(out.p.mesh)[0]})",
 }

@@ -17,7 +17,6 @@ from deepseed.codegen.expressions import ADDED, DTYPES, CodegenError, Source, as
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import KERNELS, Update, run_from
 from deepseed.ir.collective import step
-from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import FLOATS, GRADIENTS, Input, Op, Output, Program, Type, after_tangents
 from deepseed.ir.schedule import kind_of, loop_of, order_of
@@ -184,17 +183,15 @@ class _Parts:
             made, t = self.p.producers.get(x), self.p.types.get(x)
             if made is None or t is None or t.dtype not in FLOATS or getattr(t.layout.on(TIME), "op", "sum") != "sum" or len(self.p.uses[x]) > 1 or self.made[x] != self.made[op.name]:
                 continue
-            if (made.kernel not in self.kernels or (made.target == PRODUCT and members[made.kernel] == 1 and made.refs[0] != made.refs[1])) and made.target in ADDED and ADDED[made.target](self.out, made, "") is not None:
+            kernel = self.kernels.get(made.kernel, "")
+            if (not kernel or members[made.kernel] == 1) and made.target in ADDED and ADDED[made.target](self.out, made, "", kernel) is not None:
                 out[x] = op
         return out
 
     def _add_into(self, op: Op) -> None:
         out, total = self.out, self.into[op.name]
         key, types = out.name(total.name), ", ".join(format_type(t, self.p.mesh) for t in total.types)
-        if op.kernel in self.kernels:
-            out.emit(f"v[{key!r}] = rt.accumulate_product(v.get({key!r}), {self.kernels[op.kernel]}, {', '.join(out.name(r.name) for r in op.refs)})", types)
-        else:
-            out.emit(f"v[{key!r}] = {ADDED[op.target](out, op, f'v.get({key!r})')}", types)
+        out.emit(f"v[{key!r}] = {ADDED[op.target](out, op, f'v.get({key!r})', self.kernels.get(op.kernel, ''))}", types)
 
     def _close(self, n: int, op: Op, here: set[str], shown: set[str]) -> None:
         """What follows an op: what other functions read is put away, stored tensors are written, values that nothing reads here end."""

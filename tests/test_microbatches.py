@@ -334,5 +334,10 @@ def test_products_and_rows_are_added_where_they_are_made() -> None:
     assert "rt.accumulate_mm" not in looked and looked.count("rt.look(") > 100
     n, product = next((n, op) for n, op in enumerate(rank.ops) if op.target == "aten.mm" and rank.uses[op.name][0].target == "accumulate")
     reader = replace(product, results=("reader",), target="aten.neg", args=(Ref(product.name),))
+    kernels = {"k": "kernel_of_it"}
+    own = generate(replace(rank, ops=(*rank.ops[:n], replace(product, kernel="k"), *rank.ops[n + 1 :])), kernels=kernels)
+    assert own.count("rt.accumulate_mm(") == products and own.count(", kernel_of_it)") == 1  # by its kernel, which adds it
+    itself = generate(replace(rank, ops=(*rank.ops[:n], replace(product, kernel="k", args=(product.args[0],) * 2), *rank.ops[n + 1 :])), kernels=kernels)
+    assert itself.count("rt.accumulate_mm(") == products - 1 and itself.count(" = kernel_of_it(") == 1  # that kernel has one operand
     shared = generate(replace(rank, ops=(*rank.ops[: n + 1], reader, *rank.ops[n + 1 :])))
     assert shared.count("rt.accumulate_mm(") == products - 1 and shared.count("rt.accumulate(") == source.count("rt.accumulate(") + 1  # what something else reads is made by itself

@@ -72,16 +72,14 @@ class Messages(ABC):
             return torch.maximum(acc, x, out=acc)
         return acc.logical_or_(x) if acc.dtype is torch.bool else acc.add_(x)
 
-    def accumulate_mm(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """``acc`` with one more microbatch's product, which is added up in there."""
-        return mm(a, b) if acc is None else accumulate_mm(acc, a, b)
-
-    def accumulate_product(self, acc: Tensor | None, product: Any, a: Tensor, b: Tensor) -> Tensor:
-        """``acc`` with one more microbatch's product by a kernel, which may know how to add it up in there."""
-        if acc is not None and hasattr(product, "added"):
-            added: Tensor = product.added(acc, a, b)
+    def accumulate_mm(self, acc: Tensor | None, a: Tensor, b: Tensor, kernel: Any = None) -> Tensor:
+        """``acc`` with one more microbatch's product, which is added up in there; by a ``kernel`` where one is given, if it knows how (``added``)."""
+        if kernel is None:
+            return mm(a, b) if acc is None else accumulate_mm(acc, a, b)
+        if acc is not None and hasattr(kernel, "added"):
+            added: Tensor = kernel.added(acc, a, b)
             return added
-        return self.accumulate(acc, product(a, b)[0], own=True)
+        return self.accumulate(acc, kernel(a, b)[0], own=True)
 
     def accumulate_rows(self, acc: Tensor | None, g: Tensor, ids: Tensor, rows: int) -> Tensor:
         """``acc`` with one more microbatch's gradient of an embedding: the rows that it has."""
