@@ -1,11 +1,11 @@
 """Attention as Triton kernels: the softmax of a row of scores is made while keys are read, so that no score is written to memory.
 
     sdpa:           attend    programs have queries of one head, and go through the keys
-    sdpa_backward:  inner     the sum over features of out * gradient, of each query
-                    for_keys  programs have keys of one head of k and v, and go through all queries of the heads that share it: dk, dv
-                    for_queries  programs have queries, and go through the keys: dq
+    sdpa_backward:  for_queries  programs have queries, and go through the keys: dq; and of each query the sum over features of out * gradient
+                    for_keys  programs have keys of one head of k and v, and go through all queries of the heads that share it, with those sums: dk, dv
 
-Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit. What the ops mean: deepseed/ops/attention.py.
+Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit; so q, k, v and the gradient are read by both kernels (docs/triton.md).
+What the ops mean: deepseed/ops/attention.py.
 """
 
 from __future__ import annotations
@@ -120,18 +120,29 @@ class _Attention:
 
     def _backward(self) -> None:
         rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
+        wide, row = f".to({TYPES[self.wide]})", f"(batch * {self.h} + head) * {self.s} + s"
         self.calls += ["lse = lse.contiguous()", f"inner_ = torch.empty({listed((self.b, self.h, self.s))}, dtype={DTYPES[self.wide]}, device=q.device)"]
-        wide = f".to({TYPES[self.wide]})"
-        body = [
-            *self._program("s", "SB", self.h), *self._axis("e", self.e), *self._load("out", "s[:, None]", "e[None, :]", self._inside("s", "e")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
-            f"tl.store(inner_ + (batch * {self.h} + head) * {self.s} + s, tl.sum(out_{wide} * g_{wide}, 1), mask=s_in)",
-        ]  # fmt: skip
-        self._kernel("inner", ("out", "g"), ("inner_",), body, "SB", self.s, self.h, self._bytes("out", "g"), rows)
-
+        dq = {"o_dq": (self.b, self.h, self.s, self.d)}
         dk, dv = {"o_dk": (self.b, self.h // self.group, self.t, self.d)}, {"o_dv": (self.b, self.h // self.group, self.t, self.e)}
-        self._allocate({**dk, **dv}, self.dtype)
+        self._allocate({**dq, **dk, **dv}, self.dtype)
+        read = ("q", "k", "v", *self._mask(), "g")
+        loop = [
+            "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
+            *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), f"// {self.group}"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
+            *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"), "dq = product(ds.to(k_.dtype), k_, dq)",
+        ]  # fmt: skip
+        body = [
+            *self._program("s", "SB", self.h), *self._axis("d", self.d), *self._axis("e", self.e), *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")),
+            *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")), *self._load("out", "s[:, None]", "e[None, :]", self._inside("s", "e")),
+            f"sum_ = tl.sum(out_{wide} * g_{wide}, 1)", f"tl.store(inner_ + {row}, sum_, mask=s_in)", f"lse_ = tl.load(lse + {row}, mask=s_in, other=0)",
+            f"dq = tl.zeros([SB, DB], {TYPES[self.wide]})", f"for first in range(0, {self._keys_seen()}, TB):", *self._nested(loop),
+            *self._store("dq", "s[:, None]", "d[None, :]", "dq", self._inside("s", "d")),
+        ]  # fmt: skip
+        self._kernel("for_queries", (*read, "out", "lse"), ("inner_", *dq), body, "SB", self.s, self.h, self._bytes(*read, "out") + rows, self._bytes_of(dq, self.dtype) + rows)
+
         loop = [
             "s = first + tl.arange(0, SB)", f"s_in = s < {self.s}", *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
+            f"lse_ = tl.load(lse + {row}, mask=s_in, other=0)", f"sum_ = tl.load(inner_ + {row}, mask=s_in, other=0)",
             *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"),
             "dv = product(tl.trans(p).to(g_.dtype), g_, dv)", "dk = product(tl.trans(ds).to(q_.dtype), q_, dk)",
         ]  # fmt: skip
@@ -143,22 +154,7 @@ class _Attention:
             *self._nested([f"for first in range({'tl.program_id(0) * TB // SB * SB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
             *self._store("dk", "t[:, None]", "d[None, :]", "dk", self._inside("t", "d"), head="head_k"), *self._store("dv", "t[:, None]", "e[None, :]", "dv", self._inside("t", "e"), head="head_k"),
         ]  # fmt: skip
-        read = ("q", "k", "v", *self._mask(), "g")
         self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._bytes(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
-
-        dq = {"o_dq": (self.b, self.h, self.s, self.d)}
-        self._allocate(dq, self.dtype)
-        loop = [
-            "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
-            *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), f"// {self.group}"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
-            *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"), "dq = product(ds.to(k_.dtype), k_, dq)",
-        ]  # fmt: skip
-        body = [
-            *self._program("s", "SB", self.h), *self._axis("d", self.d), *self._axis("e", self.e), *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")),
-            *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")), f"dq = tl.zeros([SB, DB], {TYPES[self.wide]})", f"for first in range(0, {self._keys_seen()}, TB):", *self._nested(loop),
-            *self._store("dq", "s[:, None]", "d[None, :]", "dq", self._inside("s", "d")),
-        ]  # fmt: skip
-        self._kernel("for_queries", (*read, "lse", "inner_"), tuple(dq), body, "SB", self.s, self.h, self._bytes(*read) + 2 * rows, self._bytes_of(dq, self.dtype))
 
     def _kernel(self, name: str, read: tuple[str, ...], made: tuple[str, ...], body: list[str], block: str, length: int, heads: int, bytes_read: int, bytes_written: int) -> None:
         blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], name)
@@ -232,10 +228,8 @@ class _Attention:
 
     def _again(self, keys: str, values: str) -> list[str]:
         """The probabilities of the forward pass, and the gradient of the scores."""
-        rows = f"(batch * {self.h} + head) * {self.s} + s"
         return [
-            *self._scores(keys), f"lse_ = tl.load(lse + {rows}, mask=s_in, other=0)", f"sum_ = tl.load(inner_ + {rows}, mask=s_in, other=0)",
-            "p = tl.exp(score - lse_[:, None])", f"dp = product({values}, tl.zeros([SB, TB], {TYPES[self.wide]}))", f"ds = p * (dp - sum_[:, None]) * {self.scale}",
+            *self._scores(keys), "p = tl.exp(score - lse_[:, None])", f"dp = product({values}, tl.zeros([SB, TB], {TYPES[self.wide]}))", f"ds = p * (dp - sum_[:, None]) * {self.scale}",
         ]  # fmt: skip
 
     def _keys_seen(self) -> str:

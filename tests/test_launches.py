@@ -52,7 +52,7 @@ def program(layers: int, plan: str, optimizer: Any) -> Program:
 @pytest.mark.parametrize(("plan", "codegen", "most"), [("fp32", "functions", 0.36), ("bf16", "functions", 0.29), ("fp32", "triton", 0.36), ("bf16", "triton", 0.29)])
 def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, codegen: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of one block, the update's casts and its share of the update too: two layers less one, so that embedding and head fall out. Kernels that Triton
-    writes are counted one by one, three of attention's backward too."""
+    writes are counted one by one, both of attention's backward too."""
     if codegen == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr(build, "PRODUCTS", {"functions": "joined"})

@@ -132,7 +132,7 @@ def test_every_kernel_at_drawn_sizes(
 
 
 ABOVE = {  # groups that read or write more than inputs and outputs once, by the ops at their end
-    ("sdpa_backward",): "q, k, v and the gradient for dk and dv, and again for dq; the sums of each row",
+    ("sdpa_backward",): "q, k, v and the gradient for dq, and again for dk and dv; the sums of each row",
     ("aten.clamp", *["aten.mul.Tensor"] * 5): "numbers of many tensors: their addresses",
 }
 AGAIN = {  # groups in which a program reads an element for two of its points
