@@ -12,7 +12,7 @@ PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocesso
 @dataclass(frozen=True)
 class Blocks:
     """``x`` rows and ``r`` columns of a block, ``warps`` of a program; ``rows``: of a program that loops over blocks. ``reduced``: along r. ``k``: of a product, what
-    one step contracts."""
+    one step contracts; ``least``: of x, where a matrix unit contracts rows."""
 
     x: int
     r: int
@@ -20,6 +20,7 @@ class Blocks:
     rows: int = 0
     reduced: bool = False
     k: int = 0
+    least: int = 1
 
 
 def power(n: int) -> int:
@@ -76,7 +77,7 @@ def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, ker
     if bytes_each > 4:
         x, r = x // 2, r // 2
     warps = 8 if bytes_each >= 4 or (kernel == "attend" and features > 64 and x * r >= 4096) else 4
-    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), warps)
+    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), warps, least=16)
 
 
 def chunk_size(elements: int) -> int:
@@ -91,6 +92,6 @@ def candidates(b: Blocks) -> tuple[Blocks, ...]:
         shapes = ((2 * b.x, b.r), (b.x, 2 * b.r), (b.x // 2, b.r), (b.x, b.r // 2))
         return (b, *(replace(b, x=x, r=r) for x, r in shapes if 16 <= x <= 256 and 16 <= r <= 256), *(replace(b, warps=w) for w in (b.warps // 2, 2 * b.warps) if 1 <= w <= 8), replace(b, k=2 * b.k))
     for x, warps in ((b.x, 2 * b.warps), (b.x, b.warps // 2), (2 * b.x, b.warps), (b.x // 2, b.warps), (2 * b.x, 2 * b.warps)):
-        if x and warps and warps <= 16 and not (b.rows and b.rows % x):
+        if x >= b.least and warps and warps <= 16 and not (b.rows and b.rows % x):
             out.append(replace(b, x=x, warps=warps))
     return tuple(out)

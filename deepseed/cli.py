@@ -142,7 +142,7 @@ def explain(
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
-    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto")] = "auto",
+    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto, which is cpp: a CPU with a compiler")] = "auto",
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="whether a CUDA device could replay a rank's step as one graph, and if not why")] = False,
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
@@ -150,12 +150,13 @@ def explain(
     from deepseed import pipeline
     from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
-    from deepseed.kernels import PRODUCTS, PYTHON, known
+    from deepseed.kernels import CPP, PRODUCTS, PYTHON, known
     from deepseed.machines import machine_of
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
     known(codegen)
+    codegen = CPP if codegen == "auto" else codegen
     if kernels and codegen == PYTHON:
         raise UsageError("codegen='python' computes no groups: it calls torch once an op\n  fix: --codegen cpp, inductor, triton or auto")
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)

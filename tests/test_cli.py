@@ -164,6 +164,15 @@ def test_explain_kernels_as_a_table_and_as_json(mlp: str) -> None:
         assert len(kernel["ops"]) > 1 and kernel["bytes_minimum"] <= kernel["bytes_read"] + kernel["bytes_written"]
 
 
+def test_explain_kernels_of_auto_are_those_of_cpp(tmp_path: Path) -> None:
+    """What `compile` makes of the word on a CPU with a compiler, products among them."""
+    (tmp_path / "wide.py").write_text(MLP.replace("(8, 16)", "(256, 256)").replace("(16, 8)", "(256, 256)").replace("randn(8, 8)", "randn(128, 256)"))
+    words = ["explain", f"{tmp_path}/wide.py:build", "--kernels", "--json"]
+    found = json.loads(deepseed(*words).output)
+    assert found == json.loads(deepseed(*words, "--codegen", "cpp").output)
+    assert any("aten.addmm" in k["ops"] for k in found["kernels"])
+
+
 def test_explain_as_a_table_and_as_json(mlp: str) -> None:
     words = ["explain", mlp, "--plan", "zero3", "--world-size", "2"]
     table = deepseed(*words).output

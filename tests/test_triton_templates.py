@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_fragments import DTYPES, reference, retyped
 from triton_worker import Interpreter
 
+from deepseed.codegen.block_sizes import candidates
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.triton import can_emit, launched, launches, source
 from deepseed.ir.program import Program
@@ -116,6 +117,15 @@ def attention(b: int, h: int, group: int, s: int, t: int, d: int, e: int, mask: 
         f"%dq, %dk, %dv = sdpa_backward(%g, %q, %k, %v, {ask}) : {q}, {k}, {v} {{}}\n" + "".join(f'return %{x} output "{x}"\n' for x in ("dq", "dk", "dv"))
     )
     return parse(forward), parse(backward)
+
+
+@pytest.mark.parametrize("queries", [1, 16, 40])
+def test_blocks_of_attention_that_are_tried_are_a_matrix_units(queries: int) -> None:
+    """Sixteen rows at least: the compiler refuses fewer in 16 bits, which only a device would show."""
+    for p in attention(1, 2, 1, queries, queries, 64, 64, "none", True, "bf16"):
+        for each in launched(p):
+            tried = candidates(each.blocks)
+            assert len(tried) > 1 and all(min(blocks.x, blocks.r) >= 16 for blocks in tried)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
