@@ -134,6 +134,7 @@ def test_blocks_of_attention_that_are_tried_are_a_matrix_units(queries: int) -> 
     e=st.sampled_from([8, 16]), mask=st.sampled_from(["none", "bool", "bias"]), causal=st.booleans(), dtype=st.sampled_from(sorted(WITHIN)), seed=st.integers(0, 9),
 )  # fmt: skip
 @example(b=1, heads=(2, 2), s=140, t=140, d=16, e=16, mask="none", causal=True, dtype="f64", seed=0)  # several blocks each way
+@example(b=1, heads=(1, 1), s=40, t=1, d=8, e=16, mask="bool", causal=False, dtype="f32", seed=0)  # rows without a key
 def test_attention_forward_and_backward(
     interpreter: Interpreter, b: int, heads: tuple[int, int], s: int, t: int, d: int, e: int, mask: str, causal: bool, dtype: str, seed: int
 ) -> None:
