@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 REGISTERS = 1 << 16  # 32-bit ones of a multiprocessor
 LONGEST_ROW = 1 << 14
 PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocessor
+UNIT = 16  # rows and columns that a matrix unit multiplies at least: a compiler refuses fewer in 16 bits
 
 
 @dataclass(frozen=True)
 class Blocks:
     """``x`` rows and ``r`` columns of a block, ``warps`` of a program; ``rows``: of a program that loops over blocks. ``reduced``: along r. ``k``: of a product, what
-    one step contracts; ``least``: of x, where a matrix unit contracts rows."""
+    one step contracts; ``least``: of x and r."""
 
     x: int
     r: int
@@ -59,9 +60,9 @@ def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
     x, r = (128, 128) if bytes_each < 4 else (64, 64) if bytes_each == 4 else (32, 32)
     while max(x, r) > 32 and -(-m // x) * -(-n // r) < PROGRAMS // 2:
         x, r = (x // 2, r) if x >= r else (x, r // 2)
-    x, r = max(16, min(x, power(m))), max(16, min(r, power(n)))
+    x, r = max(UNIT, min(x, power(m))), max(UNIT, min(r, power(n)))
     warps = min(8, x * r // 2048) if bytes_each < 4 else max(2, min(8, x * r // 1024))  # without matrix units a thread holds whole rows of the operands
-    return Blocks(x, r, max(1, warps), k=max(16, min(128 // bytes_each, power(k))))
+    return Blocks(x, r, max(1, warps), k=max(UNIT, min(128 // bytes_each, power(k))), least=UNIT)
 
 
 def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, kernel: str) -> Blocks:
@@ -77,7 +78,7 @@ def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, ker
     if bytes_each > 4:
         x, r = x // 2, r // 2
     warps = 8 if bytes_each >= 4 or (kernel == "attend" and features > 64 and x * r >= 4096) else 4
-    return Blocks(max(16, min(x, power(queries))), max(16, min(r, power(keys))), warps, least=16)
+    return Blocks(max(UNIT, min(x, power(queries))), max(UNIT, min(r, power(keys))), warps, least=UNIT)
 
 
 def chunk_size(elements: int) -> int:
@@ -90,7 +91,7 @@ def candidates(b: Blocks) -> tuple[Blocks, ...]:
     out = [b]
     if b.k:
         shapes = ((2 * b.x, b.r), (b.x, 2 * b.r), (b.x // 2, b.r), (b.x, b.r // 2))
-        return (b, *(replace(b, x=x, r=r) for x, r in shapes if 16 <= x <= 256 and 16 <= r <= 256), *(replace(b, warps=w) for w in (b.warps // 2, 2 * b.warps) if 1 <= w <= 8), replace(b, k=2 * b.k))
+        return (b, *(replace(b, x=x, r=r) for x, r in shapes if b.least <= min(x, r) and max(x, r) <= 256), *(replace(b, warps=w) for w in (b.warps // 2, 2 * b.warps) if 1 <= w <= 8), replace(b, k=2 * b.k))
     for x, warps in ((b.x, 2 * b.warps), (b.x, b.warps // 2), (2 * b.x, b.warps), (b.x // 2, b.warps), (2 * b.x, 2 * b.warps)):
         if x >= b.least and warps and warps <= 16 and not (b.rows and b.rows % x):
             out.append(replace(b, x=x, warps=warps))

@@ -4,7 +4,7 @@
     sdpa_backward:  for_queries  programs have queries, and go through the keys: dq; and of each query the sum over features of out * gradient
                     for_keys  programs have keys of one head of k and v, and go through all queries of the heads that share it, with those sums: dk, dv
 
-Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit; so q, k, v and the gradient are read by both kernels (docs/triton.md).
+Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit; so q, k, v and the gradient are read by both kernels (docs/design.md).
 What the ops mean: deepseed/ops/attention.py.
 """
 

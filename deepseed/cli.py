@@ -150,13 +150,13 @@ def explain(
     from deepseed import pipeline
     from deepseed.asked import captured, passed
     from deepseed.explain import explain as count
-    from deepseed.kernels import CPP, PRODUCTS, PYTHON, known
+    from deepseed.kernels import AUTO, PRODUCTS, PYTHON, known
     from deepseed.machines import machine_of
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
     known(codegen)
-    codegen = CPP if codegen == "auto" else codegen
+    codegen = AUTO if codegen == "auto" else codegen
     if kernels and codegen == PYTHON:
         raise UsageError("codegen='python' computes no groups: it calls torch once an op\n  fix: --codegen cpp, inductor, triton or auto")
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)

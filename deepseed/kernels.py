@@ -26,6 +26,7 @@ Compiled = Callable[..., Sequence[Tensor]]
 BackEnd = Callable[[Sequence[Kernel], Path, Callable[[str], object]], Sequence[Compiled]]
 BACK_ENDS: dict[str, BackEnd] = {"cpp": cpp_files.compiled, "inductor": inductor.compiled, "triton": triton_files.compiled}
 CPP = "cpp"
+AUTO = CPP  # what "auto" is on a CPU with a compiler
 ROWS = "rows"  # of a packed step: groups are marked and run as Python, until deepseed.inference.executable compiles them for any number of rows
 TRITON_ROWS = "triton_rows"  # the same
 PRODUCTS: Mapping[str, str] = {CPP: "alone", "triton": "joined", TRITON_ROWS: "joined"}  # those that write matrix products too, and how (deepseed.passes.group_kernels)
@@ -48,7 +49,7 @@ class Kernels:
 def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises BackEndError on a word that means none here."""
     if codegen == "auto":
-        return CPP if device.type == "cpu" and inductor.compiler() else PYTHON
+        return AUTO if device.type == "cpu" and inductor.compiler() else PYTHON
     known(codegen)
     if PRODUCTS.get(codegen) == "joined" and (why := triton_files.missing(device.type)):
         raise BackEndError(f"codegen='triton': {why}")

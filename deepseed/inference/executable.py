@@ -39,7 +39,7 @@ from deepseed.inference.quantize import Report, in_eight_bits, made, mm, rows
 from deepseed.inference.scheduler import Step
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
-from deepseed.kernels import CPP, ROWS, TRITON_ROWS
+from deepseed.kernels import AUTO, CPP, ROWS, TRITON_ROWS
 from deepseed.logs import say
 from deepseed.programs import Found
 from deepseed.rules.strides import contiguous, laid_out
@@ -64,7 +64,7 @@ class Executable:
         """``codegen``: "cpp", "python", "triton", or "auto", which is the first on a CPU with a compiler, else the second. ``own``: nobody else reads the model's weights, which may go once they are in eight bits."""
         self.size = size
         device = next(p.device for p in model.parameters())
-        self.codegen = codegen if codegen != "auto" else CPP if device.type in ("cpu", "meta") and native.load() is not None else "python"
+        self.codegen = codegen if codegen != "auto" else AUTO if device.type in ("cpu", "meta") and native.load() is not None else "python"
         self._step = Module(model, plan, backend=backend, weights=weights, quiet=True, codegen={CPP: ROWS, "triton": TRITON_ROWS}.get(self.codegen, self.codegen))
         if checkpoint is not None:
             self._step.load(checkpoint, optimizer=False, cast=True)
