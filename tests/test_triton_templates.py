@@ -119,10 +119,10 @@ def attention(b: int, h: int, group: int, s: int, t: int, d: int, e: int, mask: 
     return parse(forward), parse(backward)
 
 
-@pytest.mark.parametrize("queries", [1, 16, 40])
-def test_blocks_of_attention_that_are_tried_are_a_matrix_units(queries: int) -> None:
-    """Sixteen rows at least: the compiler refuses fewer in 16 bits, which only a device would show."""
-    for p in attention(1, 2, 1, queries, queries, 64, 64, "none", True, "bf16"):
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_blocks_that_are_tried_are_a_matrix_units(rows: int) -> None:
+    """Sixteen rows and columns at least: the compiler refuses fewer in 16 bits, which only a device would show."""
+    for p in (*attention(1, 2, 1, rows, rows, 64, 64, "none", True, "bf16"), product(rows, 64, rows, "bf16", "none")):
         for each in launched(p):
             tried = candidates(each.blocks)
             assert len(tried) > 1 and all(min(blocks.x, blocks.r) >= 16 for blocks in tried)
