@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 REGISTERS = 1 << 16  # 32-bit ones of a multiprocessor
-LONGEST_ROW = 1 << 14
+HELD = 3 * REGISTERS // 4  # numbers of 32 bits that a program may hold: the rest is for addresses, masks and what is under way
 PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocessor
 UNIT = 16  # rows and columns that a matrix unit multiplies at least: a compiler refuses fewer in 16 bits
 
@@ -29,19 +29,24 @@ def power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def longest_row(live: int) -> int:
+    """Elements of the longest row of which a program can hold ``live`` values each, a power of two."""
+    return max(1, power(HELD // live + 1) // 2)
+
+
 def block_sizes(x: int, r: int, live: int, *, rows: bool, reduced: bool, partial: bool) -> Blocks:
     """``x`` and ``r``: sizes of the two axes; ``live``: values that are held at once, of 32 bits an element.
 
-    A row that is reduced stays in registers where ``live`` of it fit, with half of the registers left for addresses and the like.
+    A row that is reduced stays in registers where ``live`` of it fit.
     """
     if not rows:
         size = min(1024, max(power(x), 16))
         return Blocks(size, 1, max(1, min(4, size // 128)), _share(x, size) if partial else 0)
-    longest = min(LONGEST_ROW, power(REGISTERS // (2 * max(live, 1))))
+    longest = longest_row(live)
     r_block = min(power(r), longest if reduced else 1024)
     if reduced and r_block < r:
         r_block = min(r_block, 2048)
-    warps = max(1, min(16, r_block // 256))
+    warps = 16 if r_block > 4096 else max(1, min(8, r_block // 256))
     x_block = 1
     while x_block * r_block < 1024 and x_block < power(x):
         x_block *= 2

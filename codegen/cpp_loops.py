@@ -9,7 +9,7 @@ from math import prod
 from deepseed.codegen.cpp_ops import TYPES, computed, converted, type_of
 from deepseed.codegen.cpp_points import Bound, Points, Register, Strides, accumulator, variables
 from deepseed.codegen.index_maps import Index, Var, flat, of
-from deepseed.codegen.spaces import REDUCTIONS, Indices, Space
+from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, depths
 from deepseed.ir.program import ITEMSIZE, Op, Program
 
 BLOCKS = 16  # in which sums across rows are added up
@@ -88,10 +88,7 @@ class Nest(Points):
             self.scopes[-1].lines += [f"const int {v.name} = {place};" for v, place in zip(self.x, _decoded("int(row)", [v.size for v in self.x]), strict=True)]
         base = len(self.scopes)
         inner = [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self._needed() and self.space.reduced(self.p, op) == self.plan.row and self.plan.row]
-        depth: dict[str, int] = {}
-        for op in self.p.ops:
-            at = max([depth.get(r.name, 0) for r in op.refs], default=0)
-            depth.update(dict.fromkeys(op.results, at + 1 if op in inner else at))
+        depth = depths(self.p, [op.name for op in inner])
         passes = [[op for op in inner if depth[op.name] == n] for n in sorted({depth[op.name] for op in inner})]
         keeping = self._keeping(passes)
         for n, now in enumerate(passes):

@@ -1,6 +1,7 @@
 """A fragment made ready: values numbered, and elements that are looked up by number as pointwise ops: ``gather`` of one element a row is a sum over where the number is, ``scatter_add`` of one a choice.
 
-Then the row that a kernel holds is read once, and nothing is read by address.
+Then the row that a kernel holds is read once, and nothing is read by address. What is looked up in a result of pointwise ops is looked up in their operands, so that the sum over a row waits for no
+other: log-softmax's element is the logit's, less the maximum and the logarithm of the sum.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.triton_ops import supported
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref, Type
 
 
@@ -35,12 +37,29 @@ def without_lookups(p: Program) -> Program:
             out.emit(replace(op, target="aten.add.Tensor", args=(op.refs[0], moved), kwargs=()))
         elif op.target == "gather" and not (x in inputs and len(p.uses[x]) == 1):
             _one(p, op, 1)
-            there, t = _there(out, p, op, 1, p.types[x].shape), p.types[x]
-            held = _emit(out, op, "aten.where.self", (there, op.refs[0], _emit(out, op, "full", (), replace(t, shape=()), value=0)), t)
-            out.emit(replace(op, target="sum", args=(held,), kwargs=(("dims", (op.kw("dim"),)), ("keepdim", True))))
+            found = _looked_up(out, p, op, x, _there(out, p, op, 1, p.types[x].shape), {})
+            out.emit(replace(op, target="reshape", args=(found,), kwargs=()))
         else:
             out.emit(op)
     return out.program()
+
+
+def _looked_up(out: Builder, p: Program, op: Op, value: str, there: Ref, found: dict[str, Ref]) -> Ref:
+    """The element of each row of ``value`` that ``there`` says, one in the dimension of the row."""
+    if value not in found:
+        dim, shape = int(str(op.kw("dim"))), p.types[op.refs[0].name].shape
+        made, one = p.producers.get(value), replace(p.types[value], shape=tuple(1 if d == dim else n for d, n in enumerate(shape)))
+        along = {r.name for r in made.refs if p.types[r.name].shape[dim - len(shape) :][:1] not in ((), (1,))} if made is not None else set()
+        if made is not None and (supported(made) or made.target == "cast") and along:
+            operands = {r.name: _looked_up(out, p, op, r.name, there, found) if r.name in along else r for r in made.refs}
+            name = out.fresh(f"{op.name}_of")
+            out.emit(replace(made.map_refs(lambda r: operands[r.name]), results=(name,), types=(one,)))
+            found[value] = Ref(name)
+        else:
+            zero = _emit(out, op, "full", (), replace(one, shape=()), value=0)
+            held = _emit(out, op, "aten.where.self", (there, Ref(value), zero), replace(one, shape=shape))
+            found[value] = _emit(out, op, "sum", (held,), one, dims=(dim,), keepdim=True)
+    return found[value]
 
 
 def _one(p: Program, op: Op, operand: int) -> None:

@@ -125,7 +125,7 @@ class Written:
 
 
 def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], name: str, outputs: Callable[[str], str], dtypes: Mapping[str, str], called: set[str]) -> Written:
-    """``outputs``: the tensor of a value in ``launch``; ``dtypes``: of what is stored."""
+    """``outputs``: the tensor of a value in ``launch``; ``dtypes``: in memory, of what is read and stored."""
     first = parts[0]
     root = first.reads[0] if not first.targets else first.targets[0]
     root = next(v for v in (root, *first.reads, *first.targets) if p.types[v].shape == first.shape and p.types[v].numel > 1)
@@ -139,7 +139,7 @@ def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], na
     shared = [v for n, v in enumerate(first.reads) if all(part.reads[n] == v for part in parts)]
     columns = [n for n, v in enumerate(first.reads) if v not in shared]
     count = len(columns) + len(first.targets)
-    pointers = [(first.reads[n], p.types[first.reads[n]].dtype) for n in columns] + [(f"o_{t}", dtypes[t]) for t in first.targets]
+    pointers = [(first.reads[n], dtypes[first.reads[n]]) for n in columns] + [(f"o_{t}", dtypes[t]) for t in first.targets]
     words = [*(f"{v}" for v in shared), *(f"o_{v}" for v in first.partial)]
     lines = ["@triton.jit", f"def {name}(chunks, lengths, table, {', '.join([*words, ''])}aligned: tl.constexpr, XB: tl.constexpr, CHUNK: tl.constexpr):"]
     text = ["chunk = tl.program_id(0)", "t = tl.load(chunks + chunk * 2)", "first = tl.load(chunks + chunk * 2 + 1).to(tl.int64) * CHUNK", "n = tl.load(lengths + t)"]

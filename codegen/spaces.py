@@ -89,6 +89,16 @@ def closure_of(p: Program, memory: Collection[str], targets: Collection[str]) ->
     return found
 
 
+def depths(p: Program, reductions: Collection[str], beside: Mapping[str, str] | None = None) -> dict[str, int]:
+    """How many of ``reductions`` each value waits for, one after another, itself among them. ``beside``: reductions that are made with another one, which they wait for."""
+    beside = beside or {}
+    depth: dict[str, int] = {}
+    for op in p.ops:
+        at = max([depth.get(r.name, 0) for r in op.refs], default=0)
+        depth.update(dict.fromkeys(op.results, depth[beside[op.name]] if op.name in beside else at + (op.name in reductions)))
+    return depth
+
+
 def read_along(space: Space, name: str, over: frozenset[Var], ops: Sequence[Op]) -> bool:
     """Whether a reduction's result is used at each point of what it reduces."""
     after = {name}

@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 
 from deepseed.codegen.index_maps import Index, Var, flat, of
-from deepseed.codegen.spaces import REDUCTIONS, Indices, closure_of
+from deepseed.codegen.spaces import REDUCTIONS, Indices, closure_of, depths
 from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, Scope, every, word
 from deepseed.codegen.triton_reductions import Reductions
@@ -45,8 +45,10 @@ class Kernel(Reductions):
         if self.looped:
             self._rows_in_blocks(accumulators)
         else:
+            early = {key: name for key, name in accumulators.items() if key[0] in plan.early}
+            self._accumulate(early)
             self._stores()
-            self._accumulate(accumulators)
+            self._accumulate({key: name for key, name in accumulators.items() if key not in early})
         if plan.partial:
             body = self._close()
             rows = b.rows
@@ -96,11 +98,7 @@ class Kernel(Reductions):
         """The row does not fit: one loop for each reduction that waits for another, one more for what is stored."""
         inner = [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self.needed and self.plan.space.reduced(self.p, op) == self.plan.row]
         online = {op.name: maximum for op in inner if (maximum := self._rescaled(op)) is not None and any(maximum is o for o in inner)}
-        depth: dict[str, int] = {}
-        for op in self.p.ops:
-            at = max([depth.get(r.name, 0) for r in op.refs], default=0)
-            for result in op.results:
-                depth[result] = depth[online[op.name].name] if op.name in online else at + 1 if op in inner else at
+        depth = depths(self.p, [op.name for op in inner], {name: maximum.name for name, maximum in online.items()})
         for n in sorted({depth[op.name] for op in inner}):
             now = [op for op in inner if depth[op.name] == n]
             outer = self.scopes[-1]

@@ -12,12 +12,13 @@ from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var
 from deepseed.codegen.spaces import Indices, Space
 from deepseed.codegen.triton_ops import TYPES, Register, computed, literal
-from deepseed.ir.program import Op, Program
+from deepseed.ir.program import ITEMSIZE, Op, Program
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel computes. ``row``: the variables of the axis r. ``rows``: a block of two axes. ``partial``: reductions over x, one result a program."""
+    """What a kernel computes. ``row``: the variables of the axis r. ``rows``: a block of two axes. ``partial``: reductions over x, one result a program; ``early``: those of them that
+    wait for no reduction of a row, so that what they add up is not held across one."""
 
     space: Space
     row: frozenset[Var]
@@ -25,6 +26,7 @@ class Plan:
     targets: tuple[str, ...]
     partial: tuple[str, ...]
     blocks: Blocks
+    early: frozenset[str] = frozenset()
 
     @property
     def x(self) -> tuple[Var, ...]:
@@ -60,7 +62,7 @@ class Places:
         self.called: set[str] = set()
         self.read: dict[str, None] = {}
         self.rows_only: set[str] = set()  # values that are read as if they lay in row-major order
-        self.loaded: dict[str, int] = {}  # bytes of each load, by what is read
+        self.loaded_bytes = 0  # of all loads, each address once a load: what is read in two loops counts twice
         self.names: dict[str, int] = {}
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks
@@ -72,6 +74,7 @@ class Places:
         self.first_r = "tl.program_id(1)"
         self.strides: dict[str, int] = {}  # parameters that are strides whatever the layout, and what they are where rows lie in order
         self.views: Mapping[str, tuple[str, int]] = {}  # values that lie in a buffer of several, and where
+        self.stored: Mapping[str, str] = {}  # dtypes in memory that are not the values' own
 
     def _several(self, axis: str) -> bool:
         """Whether an axis may have more than one block."""
@@ -88,13 +91,10 @@ class Places:
         name, k = stands_for(size, self.free)
         return k * MOST if name else size
 
-    def _count(self, value: str, bytes_read: int) -> None:
-        self.loaded[value] = self.loaded.get(value, 0) + bytes_read
-
-    @property
-    def loaded_bytes(self) -> int:
-        """What the kernel reads, every element once."""
-        return sum(min(n, self.p.types[value].nbytes) if value in self.p.types else n for value, n in self.loaded.items())
+    def _count(self, value: str, elements: int) -> None:
+        """A load of so many elements, or of all that there are where that is less: several points read the same, or a condition leaves some out."""
+        t = self.p.types[value]
+        self.loaded_bytes += min(elements, t.numel) * ITEMSIZE[self.stored.get(value, t.dtype)]
 
     def _bindings(self, index: Indices) -> list[dict[Var, Index]]:
         used = frozenset[Var]().union(*(i.vars for i in index))

@@ -9,13 +9,12 @@ from math import prod
 from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
-from deepseed.codegen.spaces import REDUCTIONS, Space, ops_of, read_along
+from deepseed.codegen.spaces import REDUCTIONS, Space, depths, ops_of, read_along
 from deepseed.codegen.triton_kernel import Plan
 from deepseed.ir.program import Op, Program
 
 _IN_PART = ("slice", "unslice", "pad", "cat", "gather", "embedding")
-ALONE = 4096  # elements that one program reduces by itself
-SHORT = 1 << 14  # elements of a buffer that every program may add up for itself
+ALONE = SHORT = 1 << 14  # elements that one program reduces by itself, and of a buffer that every program may add up for itself
 
 
 class Plans:
@@ -46,9 +45,12 @@ class Plans:
         return op.target in REDUCTIONS and op.type.numel == 1 and self.memory.get(x, False) and self.p.types[x].numel <= SHORT
 
     def _scalars_first(self, pending: Sequence[str]) -> list[str]:
-        """Numbers that follow from complete sums, where larger values wait for them: made once, not by each program."""
+        """Numbers that follow from complete sums, where larger values wait for them: made once, not by each program. Sums of little come first themselves, so that what waits for
+        them is made with all else that reads the same rows."""
         closure = self._closure(pending)
         ops = ops_of(self.p, closure)
+        if little := [op.name for op in ops if self._of_little(op) and self._waits(op, ops)]:
+            return little
         shorts = {op.name for op in ops if self._short(op) and op.name not in self.memory}
         after = set(shorts)
         for op in ops:
@@ -58,6 +60,22 @@ class Plans:
         if not wanted:
             return []
         return wanted + [t for t in pending if t in after and t not in wanted]
+
+    def _of_little(self, op: Op) -> bool:
+        """A complete sum that is not made yet, and that one program can make."""
+        if op.target not in REDUCTIONS or op.type.numel > 1 or op.name in self.memory or self._short(op):
+            return False
+        return max(self.p.types[v].numel for v in self._closure([op.name])) <= SHORT
+
+    def _waits(self, op: Op, ops: Sequence[Op]) -> bool:
+        """Whether something much larger than what ``op`` adds up needs it, through numbers."""
+        after = {op.name}
+        for user in ops:
+            if any(r.name in after for r in user.refs):
+                if user.type.numel > 1:
+                    return max(o.type.numel for o in ops) > SHORT
+                after.update(user.results)
+        return False
 
     def _root(self, closure: Collection[str], targets: Sequence[str]) -> str:
         """The value whose elements are the points of the space: the largest one, a target if there is one."""
@@ -90,7 +108,8 @@ class Plans:
         now += [v for v in self._shared(ops, blocked, partial, space, along) if v not in now]
         sizes = prod(v.size for v in space.vars if v not in row and not v.unrolled), prod(v.size for v in row if not v.unrolled)
         reduced = rows and bool(row) and any(s == row for s in reductions.values())
-        live = self._live(ops, [*now, *partial]) * prod(v.size for v in space.vars if v.unrolled)
+        early = frozenset(f for f in partial if not any(reductions.get(v) == row for v in self._closure([f]) if v != f))
+        live = self._live(space, ops_of(self.p, self._closure([*now, *(f for f in partial if f not in early)])), row, partial) * prod(v.size for v in space.vars if v.unrolled)
         blocks = block_sizes(*sizes, live, rows=rows, reduced=reduced, partial=bool(partial))
         blocks = self.chosen.get(f"kernel_{len(self.kernels)}", blocks)
         wide_sums = [f for f in partial if reductions[f] == x and any(i.vars & row for i in space.index[self.p.producers[f].refs[0].name])]
@@ -99,7 +118,7 @@ class Plans:
             now += [v for v in self._statistics(wide_sums, now, {f for f, over in reductions.items() if over == row}) if v not in now]
         if not partial:
             blocks = replace(blocks, rows=0)
-        return Plan(space, row, rows, tuple(now), tuple(partial), blocks), [t for t in targets if t not in now]
+        return Plan(space, row, rows, tuple(now), tuple(partial), blocks, early), [t for t in targets if t not in now]
 
     def _shared(self, ops: Sequence[Op], blocked: Collection[str], partial: Collection[str], space: Space, along: Collection[str]) -> list[str]:
         """What later kernels read along other variables, or in part: stored where rows would have to be reduced again to make it."""
@@ -161,19 +180,21 @@ class Plans:
                     return frozenset(space.vars[n:]), True
         return frozenset(), False
 
-    def _live(self, ops: Sequence[Op], targets: Sequence[str]) -> int:
-        """About how many values of the whole space are held at once."""
-        largest = max([op.type.numel for op in ops], default=1)
-        last: dict[str, int] = {}
-        for n, op in enumerate(ops):
+    def _live(self, space: Space, ops: Sequence[Op], row: frozenset[Var], partial: Sequence[str]) -> int:
+        """Values of a row's length that are held at once, in 32 bits, at least one: of ``ops`` those that a reduction along the row lies between, sums over rows, and what is read once for
+        all rows. What is made and used between two reductions is held an element at a time."""
+        long = {v for v, index in space.index.items() if any(i.vars & row for i in index)}
+        along = [op.name for op in ops if op.target in REDUCTIONS and op.refs[0].name in long and op.name not in long]
+        rank = {name: n for n, name in enumerate(sorted(along, key=depths(self.p, along).__getitem__))}
+        when: dict[str, list[int]] = {}  # the reductions for which a value is used first and last, as they are made one after another
+        for op in reversed(ops):
+            needed = rank.get(op.name, min([n for r in op.results for n in when.get(r, ())], default=len(rank)))
             for r in op.refs:
-                last[r.name] = n
-        most, now = 1, set[str]()
-        for n, op in enumerate(ops):
-            now |= {v for v in (*op.results, *(r.name for r in op.refs if r.name in self.memory)) if self.p.types[v].numel == largest}
-            most = max(most, len(now))
-            now -= {v for v in now if last.get(v, -1) <= n}
-        return most + sum(1 for t in targets if self.p.producers[t].target in REDUCTIONS)
+                if op.name not in self.memory:
+                    when.setdefault(r.name, []).append(needed)
+        held = max([sum(1 for v in long if v in when and min(when[v]) <= n < max(when[v])) for n in range(len(rank))], default=0)
+        once = sum(1 for v in long if v in self.memory and not any(i.vars - row for i in space.index[v])) if partial else 0
+        return max(1, held + once + sum(1 for v in partial if v in long)) * (2 if any(self.p.types[v].dtype == "f64" for v in long) else 1)
 
     def _first_blocked(self, space: Space, closure: Collection[str], plan: Plan) -> str:
         """A reduction in the way that waits for no other: a target of its own."""

@@ -72,10 +72,10 @@ class Product(Kernel):
         """The block of the product in float32, or float64."""
         a, b = (r.name for r in self.product.refs)
         k, blocks = self.p.types[a].shape[1], self.plan.blocks
-        for value in dict.fromkeys((a, b)):
+        for value in (a, b):
             t = self.p.types[value]
             self.read[value] = None
-            self._count(value, t.nbytes)
+            self._count(value, t.numel)
             self.strides |= {f"{value}_s0": t.shape[1], f"{value}_s1": 1}
         self._call({"product"})
         tail = k % blocks.k != 0

@@ -10,7 +10,7 @@ from deepseed.codegen.spaces import Indices, reduced_dims
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted
 from deepseed.codegen.triton_places import every, word
 from deepseed.codegen.triton_values import Values
-from deepseed.ir.program import FLOATS, ITEMSIZE, Op
+from deepseed.ir.program import FLOATS, Op
 
 
 class Reductions(Values):
@@ -96,7 +96,7 @@ class Reductions(Values):
         base, offset = self.views.get(x, (x, 0))
         self.read.pop(x)
         self.read[base] = None
-        self._count(x, n * ITEMSIZE[self.p.types[x].dtype])
+        self._count(x, n)
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
         if op.target == "amax":
             self._call({"amax"})

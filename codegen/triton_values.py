@@ -10,7 +10,7 @@ from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, si
 from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
 from deepseed.codegen.triton_places import Places, every, word
-from deepseed.ir.program import ITEMSIZE, Op
+from deepseed.ir.program import Op
 
 
 class Values(Places):
@@ -72,7 +72,7 @@ class Values(Places):
         level = max([level, *(self.conditions[c].level for c in self.where)])
         axes = axes.union(*(self.conditions[c].axes for c in self.where))
         text = f"tl.load({name}{'' if place == '0' else f' + {place}'}" + (f", mask={every(masks)}, other=0)" if masks and place != "0" else ")")
-        self._count(value, ITEMSIZE[t.dtype] * prod(v.size for v in frozenset[Var]().union(*(i.vars for i in index)) if not v.unrolled))
+        self._count(value, prod(v.size for v in frozenset[Var]().union(*(i.vars for i in index)) if not v.unrolled))
         dtype = computed(t.dtype)
         if dtype != t.dtype:
             text += f".to({TYPES[dtype]})"
@@ -169,7 +169,7 @@ class Values(Places):
         for n in range(2):
             key = ("seed", rng, n)
             if key not in self.known:
-                self._count(rng, 8)
+                self._count(rng, 1)
                 self.known[key] = self._emit(("seed", "step")[n], f"tl.load({word(rng)}{' + 1' * n}).to(tl.uint64)", "i64", frozenset())
                 self.scopes[0].kept.append(key)
             names.append(self.known[key].name)

@@ -28,7 +28,8 @@ POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of a fragment: its blocks, whether these may be others, and the bytes that it moves, of what many programs read once."""
+    """A kernel of a fragment: its blocks, whether these may be others, and the bytes that it moves: of what many programs read each address once, and once more for each further load
+    that reads it (a row that is read in two loops counts twice)."""
 
     kernel: str
     blocks: Blocks
@@ -107,7 +108,7 @@ class Writer(Plans):
                     closure, split = self._closure(targets), {}
                     continue
                 kernel = Kernel(self.p, plan, self.memory, f"kernel_{len(self.kernels)}", self.free)
-                kernel.views = self.views
+                kernel.views, kernel.stored = self.views, {v: self._in_memory(v) for v in self.memory}
                 body = kernel.write()
                 break
             except Refine as asked:
@@ -140,9 +141,9 @@ class Writer(Plans):
         name = f"kernel_{len(self.kernels)}"
         made = [t for part in parts for t in part.targets]
         returned, inputs = {o.ref.name for o in self.p.outputs}, {i.name for i in self.p.inputs}
-        dtypes = {t: self._stored(t) for t in made}
+        dtypes = {t: self._stored(t) for t in made} | {v: self._in_memory(v) for part in parts for v in part.reads}
         written = write_many(self.p, parts, self.memory, name, lambda v: v if v in inputs else f"o_{v}", dtypes, self.called)
-        read = sum(self.p.types[v].nbytes for v in dict.fromkeys(v for part in parts for v in part.reads)) + written.table_bytes
+        read = sum(self.p.types[v].numel * ITEMSIZE[dtypes[v]] for v in dict.fromkeys(v for part in parts for v in part.reads)) + written.table_bytes
         stored = sum(self.p.types[t].numel * ITEMSIZE[dtypes[t]] for t in made) + sum(sum(written.programs) * ITEMSIZE[_accumulated(self.p.types[v].dtype)] for v in parts[0].partial)
         self.launched.append(Launch(name, Blocks(1024, 1, 4), False, read, stored))
         first, device = parts[0], f"device={self.p.inputs[0].name}.device"
@@ -151,7 +152,7 @@ class Writer(Plans):
         sums = {v: _accumulated(self.p.types[v].dtype) for v in first.partial}
         self.calls += [line.format(**{v: DTYPES[d] for v, d in sums.items()}) if "{" in line else line for line in written.calls]
         self.kernels.append(written.kernel)
-        words = {w: _described(w, {v: self.p.types[v].dtype for v in first.reads} | sums).partition(": ")[2] for w in (*first.reads, *(f"o_{v}" for v in first.partial))}
+        words = {w: _described(w, {v: dtypes[v] for v in first.reads} | sums).partition(": ")[2] for w in (*first.reads, *(f"o_{v}" for v in first.partial))}
         self.signatures.append(written.signature.format(**words))
         for n, value in enumerate(first.partial):
             at = 0
@@ -167,6 +168,10 @@ class Writer(Plans):
         """The dtype in memory: what is no output keeps the precision of registers."""
         dtype = self.p.types[value].dtype
         return dtype if value in {o.ref.name for o in self.p.outputs} else _accumulated(dtype)
+
+    def _in_memory(self, value: str) -> str:
+        """The dtype of what lies in memory, an input or not."""
+        return self.p.types[value].dtype if value in {i.name for i in self.p.inputs} else self._stored(value)
 
     # source of one kernel ---------------------------------------------------------------------------------------------
 
@@ -200,7 +205,7 @@ class Writer(Plans):
         parameters += kernel.strides
         arguments += [f"{stride.rpartition('_s')[0]}.stride({stride.rpartition('_s')[2]})" for stride in kernel.strides]
         name = kernel.name
-        types = {value: self.p.types[value].dtype for value in kernel.read if value in self.p.types} | {value: self._stored(value) for value in plan.targets}
+        types = {value: self._in_memory(value) for value in kernel.read if value in self.p.types} | {value: self._stored(value) for value in plan.targets}
         types |= {base: self.p.types[value].dtype for value, (base, _) in self.views.items() if value in self.p.types}
         types |= {value: _accumulated(self.p.types[value].dtype) for value in plan.partial}
         parameters += any_sizes

@@ -21,7 +21,7 @@ from triton_worker import Interpreter
 from deepseed.codegen import block_sizes as block_sizes_module
 from deepseed.codegen import triton_files
 from deepseed.codegen.autotune import choice, operands, tuned
-from deepseed.codegen.block_sizes import LONGEST_ROW, REGISTERS, block_sizes, chunk_size
+from deepseed.codegen.block_sizes import HELD, block_sizes, chunk_size, longest_row
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.triton import can_emit, launched, launches, source
@@ -205,7 +205,7 @@ def test_rows_of_any_length(interpreter: Interpreter, columns: int) -> None:
     p = softmax(3, columns)
     inputs = [torch.randn(3, columns) * 5, torch.tensor([[0], [columns - 1], [columns // 2]])]
     check(interpreter, p, inputs, F32)
-    assert ("for first in range" in source(p)) == (columns > LONGEST_ROW)
+    assert ("for first in range" in source(p)) == (columns > longest_row(1))
 
 
 @installed
@@ -280,8 +280,8 @@ def test_what_cannot_be_written_names_the_op() -> None:
 def test_blocks_fit_the_registers() -> None:
     for x, r, live in ((1, 64, 3), (4096, 4096, 8), (8192, 8192, 6), (100, 128_000, 4)):
         b = block_sizes(x, r, live, rows=True, reduced=True, partial=False)
-        assert b.r >= r or b.r < LONGEST_ROW
-        assert b.x * b.r * live <= REGISTERS or b.x == 1
+        assert b.r >= r or 2 * b.r * live > HELD or b.r == 2048
+        assert b.r * live <= HELD and (b.x * b.r * live <= HELD or b.x * b.r <= 1024)
         assert b.x & (b.x - 1) == b.r & (b.r - 1) == 0
     assert block_sizes(10**6, 64, 2, rows=True, reduced=True, partial=True).rows * 256 >= 10**6
     assert chunk_size(10) == 1024 and chunk_size(10**10) == 1 << 16
@@ -373,7 +373,7 @@ def test_sums_over_rows_that_are_too_long_for_a_block(
     """Blocks are made short here, so that short rows are too long: softmax of a row and what is summed, or the most, over rows, along columns, and of all."""
     p = softmax_and_sums(rows, columns, outputs, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sizes_module, "LONGEST_ROW", 16)
+        patch.setattr(block_sizes_module, "HELD", 31)
         patch.setattr(block_sizes_module, "PROGRAMS", 2)  # of several blocks each
         for known in (source, launched):
             known.cache_clear()
@@ -411,7 +411,7 @@ def softmax_and_sums(rows: int, columns: int, outputs: list[str], dtype: str) ->
 @installed
 def test_the_statistics_of_a_long_row_are_read_in_one_pass(interpreter: Interpreter) -> None:
     """Maximum and sum of a row together; what is not finite is what two passes make it."""
-    columns = LONGEST_ROW + 5
+    columns = longest_row(1) + 5
     p = fragment(f"""
         %i0 : f32[4, {columns}] batch "i0"
         %m = amax(%i0, dims=[1], keepdim=true) : f32[4, 1]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """Bytes by tensor number, and of what the launches made themselves as -1; ``once``: of each launch every address once, ``again``: bytes that one program
-    reads a second time."""
+    """Bytes by tensor number, and of what the launches made themselves as -1; ``once``: of each launch and each of its lines that load, every address once; ``again``: bytes
+    that one program reads a second time."""
 
     read: dict[int, int] = field(default_factory=dict)
     once: dict[int, int] = field(default_factory=dict)
@@ -73,15 +73,15 @@ def main() -> None:
     interpreter._convert_float = nearest
     builder = interpreter.InterpreterBuilder
     load, store, grid = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
-    reads: list[tuple[Any, Any]] = []  # addresses and bytes of each, of this program
+    reads: list[tuple[Any, int, int]] = []  # addresses, bytes of each and the line that loads them, of this program
     state: dict[str, Any] = {"traffic": Traffic(), "ranges": []}
 
-    touched: list[tuple[Any, int]] = []  # of this launch
+    touched: list[tuple[Any, int, int]] = []  # of this launch
 
     def launched() -> None:
-        """What the launch before read of each tensor, every address once."""
-        for size in {size for _, size in touched}:
-            addresses = np.unique(np.concatenate([a for a, each in touched if each == size]))
+        """What each line of the launch before read of each tensor, every address once."""
+        for size, line in {(size, line) for _, size, line in touched}:
+            addresses = np.unique(np.concatenate([a for a, *each in touched if each == [size, line]]))
             rest = len(addresses)
             for n, (first, end) in enumerate(state["ranges"]):
                 inside = int(((addresses >= first) & (addresses < end)).sum())
@@ -91,20 +91,23 @@ def main() -> None:
         touched.clear()
 
     def account() -> None:
-        for addresses, size in reads:
+        for addresses, size, line in reads:
             for n, (first, end) in enumerate(state["ranges"]):
                 inside = int(((addresses >= first) & (addresses < end)).sum())
                 if inside:
                     state["traffic"].read[n] = state["traffic"].read.get(n, 0) + inside * size
-            touched.append((np.unique(addresses), size))
-        for size in {size for _, size in reads}:
-            each = [np.unique(a) for a, its in reads if its == size]
+            touched.append((np.unique(addresses), size, line))
+        for size in {size for _, size, _ in reads}:
+            each = [np.unique(a) for a, its, _ in reads if its == size]
             state["traffic"].again += size * (sum(map(len, each)) - len(np.unique(np.concatenate(each))))
         reads.clear()
 
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         out = load(self, ptrs, mask, *rest)
-        reads.append((np.asarray(ptrs.data)[np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data))].ravel(), out.data.itemsize))
+        frame = sys._getframe(1)
+        while frame.f_back is not None and not frame.f_code.co_filename.startswith(folder):
+            frame = frame.f_back
+        reads.append((np.asarray(ptrs.data)[np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data))].ravel(), out.data.itemsize, frame.f_lineno))
         return out
 
     def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
