@@ -72,7 +72,8 @@ class Values(Places):
         level = max([level, *(self.conditions[c].level for c in self.where)])
         axes = axes.union(*(self.conditions[c].axes for c in self.where))
         text = f"tl.load({name}{'' if place == '0' else f' + {place}'}" + (f", mask={every(masks)}, other=0)" if masks and place != "0" else ")")
-        self._count(value, prod(v.size for v in frozenset[Var]().union(*(i.vars for i in index)) if not v.unrolled))
+        points = prod(v.size for v in frozenset[Var]().union(*(i.vars for i in index)) if not v.unrolled)
+        self._count(value, min(points, prod(high - low + 1 for low, high in (i.range for i in index))))
         dtype = computed(t.dtype)
         if dtype != t.dtype:
             text += f".to({TYPES[dtype]})"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_triton import apart, ulps
+from test_triton import RESIZED, apart, ulps
 from torch import nn
-from triton_fragments import random_inputs, reference, retyped
+from triton_fragments import fragments, random_inputs, reference, resized, retyped
 from triton_worker import Interpreter
 
 from deepseed.asked import passed
@@ -21,6 +21,7 @@ from deepseed.capture import capture
 from deepseed.codegen.triton import can_emit, launched, launches, source
 from deepseed.ir.fragment import fragment, groups
 from deepseed.ir.program import Program
+from deepseed.ir.text import parse
 from deepseed.pipeline import EACH_RANK, SHARED, run
 from deepseed.plan import parse_plan
 
@@ -159,3 +160,51 @@ def moves_what_is_said(interpreter: Interpreter, p: Program, inputs: list[torch.
     assert read <= loops * least[0] + parts and written <= least[1] + parts, f"read {read}, least {least[0]}; written {written}, least {least[1]}\n{p}\n{source(p)}"
     if loops == 1 and not any(op.target in SUMS for op in p.ops):
         assert traffic.again == 0, f"a program reads {traffic.again} bytes twice\n{p}\n{source(p)}"
+
+
+APART = {"llama_7": "cos and sin, by a kernel of q's heads and one of k's: two groups in a program", "gpt2_0": "a row's number against a column's, as in ABOVE"}
+NORMS = ("llama_4", "gpt2_6", "bert_13")  # backward, with the sums over rows: what holds most
+LOGITS = ("llama_3", "bert_7", "t5_15")  # of a cross entropy and its gradient, as ops that no pass has made simpler
+
+
+def of_a_real_model(interpreter: Interpreter, p: Program, loops: int = 1) -> None:
+    inputs = random_inputs(p)
+    moves_what_is_said(interpreter, p, inputs, loops)
+    got, _ = interpreter.run(source(p), inputs)
+    assert all(apart(a, b) <= 1e-5 for a, b in zip(got, reference(p, inputs), strict=True)), source(p)
+
+
+@pytest.mark.parametrize("name", [n if n in NORMS else pytest.param(n, marks=pytest.mark.wide) for n in RESIZED if n not in APART])
+@pytest.mark.parametrize("width", [pytest.param(4096, marks=pytest.mark.wide), 8192])
+def test_rows_of_real_models_are_read_once(interpreter: Interpreter, name: str, width: int) -> None:
+    """Hidden sizes of 4096 and 8192: a row is held in registers, and so are the sums over rows of a norm's backward. Logits that wait for a second long value are read twice."""
+    p = resized(fragments()[name], rows=1, tokens=3, head=width // 4, inner=14336, words=32000 if name in LOGITS else 320)
+    of_a_real_model(interpreter, p, loops=1 + (name in LOGITS))
+
+
+@pytest.mark.parametrize(("words", "loops"), [(32000, 1), (50257, 2)])
+def test_logits_and_their_gradient_are_one_kernel(interpreter: Interpreter, words: int, loops: int) -> None:
+    """A chunk's loss and gradient, as the pipeline leaves them: rows of 32000 logits are held; longer ones are read for the maximum and the sum, with the label's, and for the gradient."""
+    p = parse(f"""
+        program kernel mesh() facts()
+        %i0 : f32[3, {words}] batch "i0"
+        %i1 : i64[3, 1] batch "i1"
+        %i2 : f32[3, 1] batch "i2"
+        %v0 = amax(%i0, dims=[1], keepdim=true) : f32[3, 1] {{}}
+        %v1 = aten.sub.Tensor(%i0, %v0) : f32[3, {words}] {{}}
+        %v2 = aten.exp(%v1) : f32[3, {words}] {{}}
+        %v3 = sum(%v2, dims=[1], keepdim=true) : f32[3, 1] {{}}
+        %v4 = aten.log(%v3) : f32[3, 1] {{}}
+        %v5 = aten.sub.Tensor(%v1, %v4) : f32[3, {words}] {{}}
+        %v6 = gather(%v5, %i1, dim=1) : f32[3, 1] {{}}
+        %v7 = full(value=0.0) : f32[3, {words}] {{}}
+        %v8 = scatter_add(%v7, %i1, %i2, dim=1) : f32[3, {words}] {{}}
+        %v9 = aten.exp(%v5) : f32[3, {words}] {{}}
+        %v10 = aten.mul.Tensor(%v9, %i2) : f32[3, {words}] {{}}
+        %v11 = aten.sub.Tensor(%v8, %v10) : f32[3, {words}] {{}}
+        return %v6 output "v6"
+        return %v11 output "v11"
+    """.replace("        ", ""))
+    assert launches(p) == 1
+    of_a_real_model(interpreter, p, loops)
+    assert launched(p)[0].bytes_read == 3 * (loops * 4 * words + 8 + 4)
