@@ -23,6 +23,7 @@ from deepseed.capture.gradients import LossScale
 from deepseed.capture.options import Optimizers
 from deepseed.compiled import MOST_PROGRAMS, Compiled, together
 from deepseed.differentiable import Drop, Pass, Pend, apply
+from deepseed.kernels import known
 from deepseed.logs import say
 from deepseed.nonfinite import Kept, NonFinite
 from deepseed.profiles import Profile
@@ -82,6 +83,7 @@ def compile(
 
     Raises PlanError, CaptureError, CompileError, PassError, CheckError, CheckpointError, GraphError.
     """
+    known(codegen)
     common: dict[str, Any] = {
         "loss_fn": loss_fn, "clip_grad_norm": clip_grad_norm, "loss_scale": loss_scale, "world_size": world_size, "backend": backend, "dtype": dtype, "batch": batch, "seed": seed,
         "max_programs": max_programs, "buckets": buckets, "weights": weights, "device_memory": device_memory,

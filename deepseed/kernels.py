@@ -50,7 +50,8 @@ def resolve(codegen: str, device: torch.device) -> str:
     """The back end that is meant. Raises BackEndError on a word that means none here."""
     if codegen == "auto":
         return AUTO if device.type == "cpu" and inductor.compiler() else PYTHON
-    known(codegen)
+    if codegen not in (ROWS, TRITON_ROWS):
+        known(codegen)
     if PRODUCTS.get(codegen) == "joined" and (why := triton_files.missing(device.type)):
         raise BackEndError(f"codegen='triton': {why}")
     if codegen == CPP and device.type not in ("cpu", "meta"):
@@ -59,9 +60,10 @@ def resolve(codegen: str, device: torch.device) -> str:
 
 
 def known(codegen: str) -> None:
-    """Raises BackEndError on a word that means no back end."""
-    if codegen not in ("auto", PYTHON, ROWS, TRITON_ROWS, *BACK_ENDS):
-        raise BackEndError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join([PYTHON, *BACK_ENDS, 'auto'])}")
+    """Raises BackEndError on a word that means no back end to a user."""
+    words = [PYTHON, *BACK_ENDS, "auto"]
+    if codegen not in words:
+        raise BackEndError(f"codegen={codegen!r}: no such back end\n  fix: one of {', '.join(words)}")
 
 
 def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, tell: Callable[[str], object], at: Callable[[str, int, int], object] = lambda what, done, of: None) -> Kernels:

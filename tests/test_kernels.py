@@ -288,3 +288,10 @@ def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"Triton has no compiler for a CPU\n  fix: codegen=.inductor"):
         deepseed.compile(torch.nn.Linear(2, 2), codegen="triton")
+
+
+@pytest.mark.parametrize("word", ["rows", "triton_rows", "cobol"])
+def test_words_that_are_no_users_are_refused(word: str) -> None:
+    """`rows` and `triton_rows` are how an engine has its packed step built."""
+    with pytest.raises(back_ends.BackEndError, match=f"codegen='{word}': no such back end\n  fix: one of python, cpp, inductor, triton, auto$"):
+        deepseed.compile(torch.nn.Linear(2, 2), "zero0", codegen=word)
