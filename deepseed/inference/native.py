@@ -55,6 +55,8 @@ class Native:
 
 @cache
 def load() -> Native | None:
+    """The functions, compiled; None where there is no compiler, or where compiling or loading fails, which is said once. Whether a program of that name is there at all,
+    for which nothing need be compiled, is ``inductor.compiler``."""
     if not compiler():
         return None
     try:
