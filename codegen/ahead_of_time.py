@@ -34,14 +34,19 @@ class Compiled:
     assembly: Path
 
 
-def compiled(source: str, target: str, folder: Path | None = None) -> list[Compiled]:
-    """The kernels of a file that ``deepseed.codegen.triton.source`` made. Assembly is kept in ``folder``: default ``triton`` in ``$DEEPSEED_CACHE_DIR``."""
+def check(target: str) -> None:
+    """Raises CompileError, with the fix, where nothing can be compiled for ``target`` in this process."""
     if target not in TARGETS:
         raise CompileError(f"{target} is no target\n  fix: one of {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CompileError("kernels of this process are interpreted, as TRITON_INTERPRET=1 says: they cannot be compiled too\n  fix: compile in a process without it")
     if importlib.util.find_spec("triton") is None:
         raise CompileError("triton is not installed\n  fix: pip install 'deepseed[triton]'")
+
+
+def compiled(source: str, target: str, folder: Path | None = None) -> list[Compiled]:
+    """The kernels of a file that ``deepseed.codegen.triton.source`` made. Assembly is kept in ``folder``: default ``triton`` in ``$DEEPSEED_CACHE_DIR``. Raises CompileError."""
+    check(target)
     folder = folder or Path(os.environ.get("DEEPSEED_CACHE_DIR") or Path(tempfile.gettempdir()) / f"deepseed-{os.getuid()}") / "triton"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"fragment_{hashlib.sha256(source.encode()).hexdigest()[:16]}"

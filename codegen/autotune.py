@@ -59,7 +59,9 @@ def operands(k: Kernel, device: torch.device) -> list[Tensor]:
     out = []
     for i, strides in zip(k.fragment.inputs, k.strides, strict=True):
         x = torch.empty_strided(i.type.shape, strides, dtype=getattr(torch, DTYPES[i.type.dtype].removeprefix("torch.")), device=device)
-        out.append(x.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else x.zero_())
+        memory = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,))  # several elements may be one number
+        memory.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else memory.zero_()
+        out.append(x)
     return out
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,9 +20,6 @@ from deepseed.friendly import friendly as _friendly
 from deepseed.inference.cli import generate
 from deepseed.ir.program import Program
 from deepseed.serve.cli import bench, serve
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look at a training step as a program, change it, ask about it, prove it, start it.")
 configs = typer.Typer(no_args_is_help=True, help="Read a DeepSpeed config.")
@@ -141,8 +138,10 @@ def explain(
     clip: ClipOption = None,
     as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="OUT.html", help="write a page: timeline, memory, mesh, collectives")] = None,
-    kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches")] = False,
-    codegen: Annotated[str, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto, which is cpp: a CPU with a compiler")] = "auto",
+    kernels: Annotated[bool, typer.Option("--kernels", help="what each group of ops that one kernel computes reads and writes, and how many a step launches; --codegen, --gpu and --measure say more")] = False,
+    codegen: Annotated[str | None, typer.Option(help="with --kernels: the back end that writes them, cpp, inductor, triton or auto, which is cpp: a CPU with a compiler  [default: auto]")] = None,
+    gpu: Annotated[list[str] | None, typer.Option("--gpu", metavar="sm_80|sm_90|gfx942", help="with --kernels --codegen triton: compile each for this GPU, which need not be here, and say registers, spilled bytes, shared memory, and where the assembly lies; may be given several times")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="with --kernels: run each on this machine, and say seconds a call and the share of the roofline: the time that its bytes (column least) or its matrix products need at --machine's rates over its own; operands that fit in the processor's caches can come out above 100 %")] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="whether a CUDA device could replay a rank's step as one graph, and if not why")] = False,
     machine: Annotated[str, typer.Option(help="what the times assume of a rank: measured, a .json of calibrate, or words as flops=300e12,memory=3e12,link=100e9  [default: measured, where it was]")] = "",
 ) -> None:
@@ -155,10 +154,20 @@ def explain(
     from deepseed.meshes import program_mesh
     from deepseed.runtime.host import refined
 
+    _fit({"--why": why, "--kernels": kernels, "--html": html, "--json": as_json, "--cuda-graphs": cuda_graphs, "--codegen": codegen, "--gpu": gpu, "--measure": measure})
+    codegen = "auto" if codegen is None else codegen
     known(codegen)
     codegen = AUTO if codegen == "auto" else codegen
     if kernels and codegen == PYTHON:
         raise UsageError("codegen='python' computes no groups: it calls torch once an op\n  fix: --codegen cpp, inductor, triton or auto")
+    if gpu:
+        from deepseed.assembled import check_targets
+
+        check_targets(codegen, gpu)
+    if measure:
+        from deepseed.timed import device_of
+
+        device = device_of(codegen)
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     of = machine_of(machine, ranks.ranks)
     if why is not None:
@@ -172,6 +181,15 @@ def explain(
         from deepseed.kernels import traffic
 
         report = explain_kernels(done[-1].program, pipeline.BY_NAME["group_kernels"](done[-2].program), traffic(codegen))
+        if gpu:
+            from deepseed.assembled import assembled
+
+            report = assembled(report, gpu)
+        if measure:
+            from deepseed.asked import tell
+            from deepseed.timed import machine_for, timed
+
+            report = timed(report, codegen, of if machine else machine_for(device, tell), device, tell)
         return typer.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ranks = refined(ranks, done[-1].program.mesh)
     graphs = None
@@ -395,6 +413,22 @@ def _read(file: Path) -> Program:
     from deepseed.ir.text import parse
 
     return parse(sys.stdin.read() if str(file) == "-" else file.read_text())
+
+
+# Of explain: options of which each asks for another answer, and those that say more of a kernel.
+_ONE_OF = (("--why", "--kernels"), ("--why", "--html"), ("--why", "--json"), ("--why", "--cuda-graphs"), ("--kernels", "--html"), ("--kernels", "--cuda-graphs"), ("--html", "--json"))
+_OF_KERNELS = {"--codegen": "it is the back end whose kernels are counted", "--gpu": "it compiles the kernels", "--measure": "it runs the kernels"}
+
+
+def _fit(options: Mapping[str, object]) -> None:
+    """Raises UsageError where an option of explain would not be heard."""
+    given = {name for name, value in options.items() if value not in (None, False, [])}
+    for one, other in _ONE_OF:
+        if {one, other} <= given:
+            raise UsageError(f"{one} does not go with {other}: each asks for an answer of its own\n  fix: leave {one} or {other} out")
+    for name, what in _OF_KERNELS.items():
+        if name in given and "--kernels" not in given:
+            raise UsageError(f"{name} does not go without --kernels: {what}\n  fix: add --kernels, or leave {name} out")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""How far a compilation is: a bar on a terminal while it lasts, and one line at its end; nothing where it was quick, or this is not the rank that speaks.
+"""How far a compilation is, or other work of many parts: a bar on a terminal while it lasts, and one line at its end; nothing where it was quick, or this is not the rank that speaks.
 
     with Compiling(shown) as at:
         at("capture")
@@ -22,11 +22,11 @@ SLOW = 2.0  # seconds of compiling that are worth a line
 
 
 class Compiling:
-    """Called with what begins, and how much of it is done; it draws by itself at no other time."""
+    """Called with what begins, and how much of it is done; it draws by itself at no other time. ``words``: for what is done, and has been."""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, words: tuple[str, str] = ("compiling", "compiled")) -> None:
         form, level, _ = asked(os.environ.get("DEEPSEED_LOG", ""))
-        self._shown, self._drawn = shown, shown and form == "text" and level <= logging.INFO and sys.stderr.isatty()
+        self._words, self._shown, self._drawn = words, shown, shown and form == "text" and level <= logging.INFO and sys.stderr.isatty()
         self._bar: Any = None
         self._seconds: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -50,7 +50,7 @@ class Compiling:
         if kind is None and self._shown and self._last - self._began > SLOW:
             each = [(f"{self._counts[what]} {what}" if what == "kernels" else what, seconds) for what, seconds in self._seconds.items()]
             numbers: dict[str, Any] = {what: round(seconds, 3) for what, seconds in self._seconds.items()}
-            say(f"compiled in {self._last - self._began:.1f} s: {', '.join(f'{what} {seconds:.1f} s' for what, seconds in each)}", **numbers)
+            say(f"{self._words[1]} in {self._last - self._began:.1f} s: {', '.join(f'{what} {seconds:.1f} s' for what, seconds in each)}", **numbers)
 
     def _turn(self, what: str) -> None:
         now = perf_counter()
@@ -64,7 +64,7 @@ class Compiling:
         if self._bar is None:
             from rich.console import Console
 
-            columns = (TextColumn("deepseed: compiling"), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
+            columns = (TextColumn(f"deepseed: {self._words[0]}"), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False, redirect_stdout=False)
             self._bar.add_task("", total=None)
             self._bar.start()

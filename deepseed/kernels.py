@@ -73,11 +73,7 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     found = kernels(p, *laid_out(p))
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
-        back_end = BACK_ENDS.get(codegen, _as_python)
-        at("kernels", 0, len(new))
-        token = COMPILED.set(lambda done, of: at("kernels", done, of))
-        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, back_end(new, cache_dir() / "kernels", tell), strict=True))
-        COMPILED.reset(token)
+        known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, called(new, codegen, tell, at), strict=True))
     names, calls = {mark: k.name for mark, k in found.items()}, {k.name: known[k.name] for k in found.values()}
     if codegen == CPP and not counted:
         for mark, into in _overwritten(p, {mark: f.reused for mark, name in names.items() if isinstance(f := calls[name], cpp_files.Fixed)}).items():
@@ -86,6 +82,16 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
             names[mark] += "".join(f"_over{i}" for i in into.values())
             calls[names[mark]] = f.reusing(into)
     return Kernels(codegen, names, calls)
+
+
+def called(wanted: Sequence[Kernel], codegen: str, tell: Callable[[str], object], at: Callable[[str, int, int], object] = lambda what, done, of: None) -> Sequence[Compiled]:
+    """What a back end makes of kernels, in their order; compiled code is kept in the cache folder."""
+    at("kernels", 0, len(wanted))
+    token = COMPILED.set(lambda done, of: at("kernels", done, of))
+    try:
+        return BACK_ENDS.get(codegen, _as_python)(wanted, cache_dir() / "kernels", tell)
+    finally:
+        COMPILED.reset(token)
 
 
 def _overwritten(p: Program, reusable: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, dict[int, int]]:

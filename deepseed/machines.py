@@ -29,9 +29,9 @@ def path_of(ranks: int, kind: str | None = None) -> Path:
     return cache_dir() / "machine" / ("-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word) for word in words) + ".json")
 
 
-def measured(ranks: int) -> Machine | None:
-    """What was measured here for so many ranks; None where nothing was."""
-    path = path_of(ranks)
+def measured(ranks: int, kind: str | None = None) -> Machine | None:
+    """What was measured here for so many ranks, of this host's accelerators or of another ``kind`` of device; None where nothing was."""
+    path = path_of(ranks, kind)
     return read(path) if path.is_file() else None
 
 

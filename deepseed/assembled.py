@@ -1,0 +1,66 @@
+"""The Triton kernels of a report compiled ahead of time, for GPUs that need not be there: what the assembler says of each, and where its assembly lies.
+
+Their blocks are the model's (deepseed.codegen.block_sizes): on a device others may be chosen by trial (deepseed.codegen.autotune).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+from deepseed.codegen.ahead_of_time import CompileError, check, compiled
+from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.kernels import Kernel
+from deepseed.codegen.triton import source
+from deepseed.compiling import Compiling
+from deepseed.explain_kernels import KernelReport
+from deepseed.friendly import UsageError
+from deepseed.runtime.executable import cache_dir
+
+
+def check_targets(codegen: str, targets: Sequence[str]) -> None:
+    """Raises UsageError or CompileError, each with the fix, where ``--gpu`` cannot be answered here."""
+    if codegen != "triton":
+        raise UsageError(f"--gpu {' --gpu '.join(targets)} with --codegen {codegen}: what is compiled ahead of time is Triton source\n  fix: --codegen triton, or leave --gpu out")
+    for target in targets:
+        check(target)
+
+
+def assembled(report: KernelReport, targets: Sequence[str]) -> KernelReport:
+    """The report with each kernel's ``compiled``: empty where Triton has no source for it, so that it runs as Python. Equal sources are compiled once. Raises CompileError naming the kernel that
+    Triton refuses."""
+    targets, sources = tuple(dict.fromkeys(targets)), {name: _source(k) for name, k in report.made.items()}
+    wanted = [(target, text) for text in dict.fromkeys(sources.values()) if text for target in targets]
+    names = {text: name for name, text in sources.items()}
+    found = {}
+    with Compiling(True) as at, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # its default is what a device's kernels have too
+        for n, (target, text) in enumerate(wanted):
+            at("kernels", n, len(wanted), f"{names[text]} for {target}")
+            try:
+                found[target, text] = compiled(text, target, cache_dir() / "triton")
+            except CompileError as error:
+                raise CompileError(f"{names[text]} for {target}: {error}") from None
+            except _refusals() as error:
+                raise CompileError(f"{names[text]} for {target}: Triton refuses it: {type(error).__name__}: {str(error).strip()[:300]}\n  fix: --gpu with another target; open a request with its source, in {cache_dir() / 'triton'}") from None
+    kernels = [replace(k, compiled=tuple([c for target in targets for c in found.get((target, sources[k.name]), ())])) for k in report.kernels]
+    return replace(report, kernels=tuple(kernels), targets=targets)
+
+
+def _source(k: Kernel) -> str:
+    """Of its Triton kernels; "" where there is none."""
+    try:
+        return source(k.fragment)
+    except CodegenError:
+        return ""
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton, LLVM and the assembler raise."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return (TritonError, RuntimeError, ValueError, OSError)
