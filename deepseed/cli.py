@@ -56,7 +56,7 @@ def dump(
 
     names = ["capture", *pipeline.BY_NAME]
     if after not in ("all", *names):
-        raise UsageError(f"no pass is called {after!r}{_nearest(after, names)}\n  passes: {', '.join(names)}")
+        raise UsageError(f"no pass is called {after!r}{_nearest(after, names)}\n  fix: one of {', '.join(names)}")
     p, said, ranks, seconds = captured(target, plan, world_size, optimizer, clip)
     done = passed(p, said, ranks, seconds, list(pipeline.PIPELINE), check)
     chosen = [(n, each) for n, each in enumerate(done) if after in ("all", each.name)]
@@ -99,7 +99,7 @@ def opt(
     names = [name.strip() for name in passes.split(",") if name.strip()]
     for name in names:
         if name not in pipeline.BY_NAME:
-            raise UsageError(f"no pass is called {name!r}{_nearest(name, list(pipeline.BY_NAME))}\n  passes: {', '.join(pipeline.BY_NAME)}")
+            raise UsageError(f"no pass is called {name!r}{_nearest(name, list(pipeline.BY_NAME))}\n  fix: one of {', '.join(pipeline.BY_NAME)}")
     said = parse_plan(plan)
     ranks = said.mesh(world_size) if plan else ranks_of(p)
     args = pipeline.arguments(

@@ -81,7 +81,7 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
     cls = known.get(name.lower())
     if cls is None:
         near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        raise TargetError(f"torch.optim has no optimizer {name!r}{f'; did you mean {near[0]}?' if near else ''}\n  known: {', '.join(sorted(known))}, none")
+        raise TargetError(f"torch.optim has no optimizer {name!r}{f'; did you mean {near[0]}?' if near else ''}\n  fix: one of {', '.join(sorted(known))}, none")
 
     def takes(parameter: nn.Parameter) -> bool:
         try:
@@ -123,11 +123,12 @@ def like(optimizers: Optimizers, model: nn.Module) -> OptimizerFactory:
 
 def _from_file(path: Path, name: str, text: str) -> Target:
     if not path.is_file():
-        raise TargetError(f"no file {path} (target {text!r})" + ("" if path.suffix == ".py" else "\n  fix: write path/to/file.py:name, or hf:ClassName"))
+        fix = "give a path that is there, as seen from this folder" if path.suffix == ".py" else "write path/to/file.py:name, or hf:ClassName"
+        raise TargetError(f"no file {path}{'' if path.is_absolute() else f' in {Path.cwd()}'} (target {text!r})\n  fix: {fix}")
     module = _import(path)
     if not hasattr(module, name):
         near = get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1, cutoff=0.4)
-        raise TargetError(f"{path} has no {name!r}" + (f"\n  fix: did you mean {path}:{near[0]}?" if near else ""))
+        raise TargetError(f"{path} has no {name!r}\n  fix: " + (f"did you mean {path}:{near[0]}?" if near else f"name a function of {path} that returns model, batch"))
     found = getattr(module, name)
     made = found() if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
@@ -138,7 +139,7 @@ def _from_file(path: Path, name: str, text: str) -> Target:
     extras = made[2] if len(made) == 3 else {}
     if not isinstance(extras, Mapping) or set(extras) - set(EXTRAS):
         unknown = sorted(set(extras) - set(EXTRAS)) if isinstance(extras, Mapping) else type(extras).__name__
-        raise TargetError(f"{text}: the third value is a dict with {', '.join(EXTRAS)}; this one has {unknown}")
+        raise TargetError(f"{text}: the third value is a dict with {', '.join(EXTRAS)}; this one has {unknown}\n  fix: leave it out")
     return Target(text, made[0], made[1], **extras)
 
 
@@ -147,7 +148,7 @@ def _import(path: Path) -> Any:
     name = f"_deepseed_target_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise TargetError(f"{path} is no Python file")
+        raise TargetError(f"{path} is no Python file\n  fix: write path/to/file.py:name, or hf:ClassName")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     beside = str(path.resolve().parent)
@@ -157,9 +158,9 @@ def _import(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
         where = f"{path}:{frames[-1].lineno}" if frames else f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
-        raise TargetError(f"importing {where} raised {type(error).__name__}: {error}") from error
+        raise TargetError(f"importing {where} raised {type(error).__name__}: {error}\n  fix: make `python {path}` run by itself") from error
     return module
 
 

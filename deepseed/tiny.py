@@ -56,7 +56,8 @@ def tiny_config(config_class: Any, said: Mapping[str, Any], tokens: int = TOKENS
     known = {*fields, *other_names}
     for name in said:
         if name not in known:
-            raise TinyError(f"{config_class.__name__} has no field {name!r}{_nearest(name, known)}")
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            raise TinyError(f"{config_class.__name__} has no field {name!r}\n  fix: " + (f"did you mean {near[0]}?" if near else f"name a field that transformers.{config_class.__name__} has"))
     own = {other_names.get(name, name): value for name, value in said.items()}
     plain = {key: value for key, value in fields.items() if key not in nested}
     out = shrink(plain, own, tokens, way, follows=lambda changed: _followers(config_class, plain, changed))
@@ -162,12 +163,19 @@ def _class(name: str) -> Any:
         raise TinyError(f"hf:{name} needs transformers ({error})\n  fix: pip install 'deepseed[hf]'") from None
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type):
-        raise TinyError(f"transformers has no class {name!r}{_nearest(name, dir(transformers))}")
-    if getattr(cls, "config_class", None) is None:
+        near = next((n for n in get_close_matches(name, dir(transformers), n=20, cutoff=0.5) if _is_model(n)), None)
+        raise TinyError(f"transformers has no class {name!r}\n  fix: " + (f"did you mean {near}?" if near else "name a model class, as in hf:LlamaForCausalLM"))
+    if not _is_model(name):
         raise TinyError(f"{name} of transformers is no model: it has no configuration class\n  fix: name a model class, as in hf:LlamaForCausalLM")
     return cls
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"\n  fix: did you mean {near[0]}?" if near else ""
+def _is_model(name: str) -> bool:
+    """Whether a name of transformers is a class that is built from a configuration; what cannot be imported here is none."""
+    import transformers
+
+    try:
+        cls = getattr(transformers, name)
+        return isinstance(cls, type) and getattr(cls, "config_class", None) is not None
+    except (AttributeError, ImportError, RuntimeError):  # each module is loaded when it is asked for
+        return False

@@ -86,7 +86,7 @@ def find(p: Program, name: str) -> int:
             return i
     known = [*p.types, *(i.key for i in p.inputs)]
     near = get_close_matches(wanted, known, n=3, cutoff=0.3) or [k for k in known if wanted in k][:3]
-    raise UnknownName(f"the program has no value %{wanted}" + (f"\n  fix: did you mean {', '.join('%' + n for n in near)}?" if near else ""))
+    raise UnknownName(f"the program has no value %{wanted}\n  fix: " + (f"did you mean {', '.join('%' + n for n in near)}?" if near else "name a parameter, or a value of `deepseed dump TARGET --after canonicalize -o -`"))
 
 
 def _line(placed: Program, i: int) -> str:

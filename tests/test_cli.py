@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -95,6 +96,57 @@ def test_plan_says_stages_and_microbatches() -> None:
 def test_mistakes(words: list[str], says: str) -> None:
     pytest.importorskip("transformers")
     assert says in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["explain", "nothere.py:make"], "no file nothere.py in .* \\(target 'nothere.py:make'\\)\n  fix: give a path that is there"),
+        (["explain", "/nothere/model.py:make"], "no file /nothere/model.py \\(target"),
+        (["explain", "nothere.txt:make"], "no file nothere.txt .*\n  fix: write path/to/file.py:name, or hf:ClassName"),
+        (["explain", "nothing"], "'nothing' is no target\n  fix: write path/to/file.py:name"),
+        (["diff", "a.ir", "b.ir"], "a.ir: No such file or directory\n  fix: give a path that is there"),
+        (["explain", "words.txt:x"], "words.txt is no Python file\n  fix: write path/to/file.py:name"),
+        (["explain", "broken.py:x"], "importing broken.py:1 raised ZeroDivisionError: division by zero\n  fix: make `python broken.py` run by itself"),
+        (["explain", "mlp.py:xyzzy"], "mlp.py has no 'xyzzy'\n  fix: name a function of mlp.py that returns model, batch"),
+        (["explain", "mlp.py:buidl"], "mlp.py has no 'buidl'\n  fix: did you mean mlp.py:build"),
+        (["explain", "mlp.py:build", "--optimizer", "xyzzy"], "no optimizer 'xyzzy'\n  fix: one of adadelta, .*adamw, "),
+        (["explain", "mlp.py:build", "--why", "(((("], "no value %\\(\\(\\(\\(\n  fix: name a parameter, or a value of `deepseed dump"),
+        (["dump", "mlp.py:build", "--after", "xyzzy"], "no pass is called 'xyzzy'\n  fix: one of capture, canonicalize"),
+        (["opt", "p.ir", "--passes", "xyzzy"], "no pass is called 'xyzzy'\n  fix: one of canonicalize"),
+    ],
+)
+def test_what_is_not_there_has_a_fix(words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlp.py").write_text(MLP)
+    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "p.ir").write_text("program p mesh() facts(captured)\n")
+    assert re.search(says, refusal(*words))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kernels", "--html", "x.html"], "--kernels does not go with --html: each asks for an answer of its own\n  fix: leave --kernels or --html out"),
+        (["--kernels", "--cuda-graphs"], "--kernels does not go with --cuda-graphs"),
+        (["--kernels", "--why", "x"], "--why does not go with --kernels"),
+        (["--why", "x", "--json"], "--why does not go with --json"),
+        (["--html", "x.html", "--json"], "--html does not go with --json"),
+        (["--codegen", "triton"], "--codegen does not go without --kernels: it is the back end whose kernels are counted\n  fix: add --kernels, or leave --codegen out"),
+        (["--gpu", "sm_90"], "--gpu does not go without --kernels"),
+        (["--measure"], "--measure does not go without --kernels"),
+    ],
+)
+def test_options_of_explain_that_would_not_be_heard_are_refused(options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal("explain", "/nowhere/file.py:build", *options) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("word", ["rows", "triton_rows", "cobol", ""])
+@pytest.mark.parametrize("command", [["explain", "--kernels"], ["verify"], ["profile"]])
+def test_a_back_end_is_one_of_the_public_words(command: list[str], word: str) -> None:
+    assert f"codegen={word!r}: no such back end\n  fix: one of python, cpp, inductor, triton, auto\n" in refusal(command[0], "/nowhere/file.py:build", *command[1:], "--codegen", word)
 
 
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

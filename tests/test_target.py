@@ -122,7 +122,10 @@ def test_a_large_model_on_the_meta_device_takes_no_memory() -> None:
     ("text", "says"),
     [
         ("hf:LamaForCausalLM", "no class 'LamaForCausalLM'\n.*did you mean LlamaForCausalLM"),
+        ("hf:Nothing", "no class 'Nothing'\n  fix: name a model class, as in hf:LlamaForCausalLM$"),  # the nearest word is logging
+        ("hf:BertForMaskedLN", "no class 'BertForMaskedLN'\n.*did you mean BertForMaskedLM"),
         ("hf:LlamaConfig", "is no model"),
+        ("hf:LlamaForCausalLM(xyzzy=3)", "LlamaConfig has no field 'xyzzy'\n  fix: name a field that transformers.LlamaConfig has"),
         ("hf:LlamaModel", "has no loss"),
         ("hf:LlamaForCausalLM(num_layers=3)", "no field 'num_layers'\n.*num_hidden_layers"),
         ("hf:LlamaForCausalLM(3)", "cannot read"),
@@ -155,3 +158,13 @@ def test_an_optimizer_like_another_keeps_its_groups() -> None:
     made = like(first, model)(other.parameters())
     assert [g["params"][0] is p for g, p in zip(made.param_groups, other.parameters(), strict=True)] == [True, True]
     assert made.param_groups[0]["weight_decay"] == 0.1 and made.param_groups[1]["lr"] == 0.5
+
+
+def test_only_model_classes_are_suggested() -> None:
+    """Whatever a name is near to: configurations, tokenizers and modules of transformers are no targets."""
+    for name in ("Loging", "LlamaConfg", "BertTokenizr", "TrainingArgument", "GPT2LMHeadModl"):
+        with pytest.raises(TinyError, match=r"\n  fix: ") as refused:
+            load(f"hf:{name}")
+        found = str(refused.value).partition("did you mean ")[2].rstrip("?")
+        assert not found or issubclass(getattr(transformers, found), torch.nn.Module)
+    assert found == "GPT2LMHeadModel"
