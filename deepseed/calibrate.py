@@ -53,10 +53,15 @@ class Calibration:
     points: tuple[tuple[str, int, float], ...] = ()
     busy: float = 1.0  # the least part of its time alone that a rank had a core, at most 1
 
+    @property
+    def kind(self) -> str:
+        """Of the device that was measured: ranks over gloo compute on the CPU, wherever they are."""
+        return device_kind("cuda" if self.backend == "nccl" else "cpu")
+
     def about(self) -> dict[str, Any]:
         """What is written beside the machine."""
         return {
-            "device": device_kind(), "host": socket.gethostname(), "ranks": self.ranks, "backend": self.backend, "seconds": self.seconds, "busy": self.busy, "torch": torch.__version__,
+            "device": self.kind, "host": socket.gethostname(), "ranks": self.ranks, "backend": self.backend, "seconds": self.seconds, "busy": self.busy, "torch": torch.__version__,
             "line": None if self.line is None else asdict(self.line), "points": [list(p) for p in self.points],
         }  # fmt: skip
 
@@ -65,7 +70,7 @@ class Calibration:
 
     def __str__(self) -> str:
         m, each = self.machine, " a rank" if self.ranks > 1 else ""
-        lines = [f"{device_kind()} on {socket.gethostname()}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, measured in {self.seconds:.1f} s"]
+        lines = [f"{self.kind} on {socket.gethostname()}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, measured in {self.seconds:.1f} s"]
         lines += [f"  matmul {dtype:5} {rate / 1e9:12.1f} GFLOP/s{each}" for dtype, rate in m.rates]
         lines += [f"  memory       {m.memory / 1e9:12.2f} GB/s", f"  host memory  {m.host_memory / 1e9:12.2f} GB/s", f"  host link    {m.host_link / 1e9:12.2f} GB/s", f"  an op        {m.launch * 1e6:12.2f} us to start"]
         if self.line is None:

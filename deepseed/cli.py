@@ -329,7 +329,7 @@ def calibrate(
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"no folder {out.absolute().parent} for the machine\n  fix: make it, or write elsewhere")
     found = measure(world_size, backend)
-    path = out or path_of(world_size)
+    path = out or path_of(world_size, found.kind)
     save(path, found.machine, found.about())
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     typer.echo(f"wrote {path}" + ("" if out is None else f": use it by --machine {path}"), err=as_json)

@@ -18,9 +18,9 @@ from deepseed.speed import Machine, MachineError, parse_machine
 FORMAT = 1  # of the file
 
 
-def device_kind() -> str:
-    """Of this host's accelerators, as their driver names them; ``cpu`` where there is none."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+def device_kind(device: str = "cuda") -> str:
+    """Of this host's accelerators, as their driver names them; ``cpu`` where there is none, or where the CPU is what is asked about."""
+    return torch.cuda.get_device_name(0) if device == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def path_of(ranks: int, kind: str | None = None) -> Path:

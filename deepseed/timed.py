@@ -45,11 +45,11 @@ def device_of(codegen: str) -> torch.device:
 
 def machine_for(device: torch.device, tell: Callable[[str], object]) -> Machine:
     """What ``deepseed calibrate`` measured of one rank on ``device``; where it did not, what is measured now, in seconds, and kept nowhere: plans would be chosen by it."""
-    found = measured(1, device_kind() if device.type == "cuda" else "cpu")
+    found = measured(1, device_kind(device.type))
     if found is None:
         began = perf_counter()
         found, busy = alone(device)
-        tell(f"no calibration of this machine: its memory and matrix products were measured in {perf_counter() - began:.1f} s, with a core for {busy:.0%} of the time\n  fix: deepseed calibrate, once, when the machine is idle; or --machine")
+        tell(f"no calibration of this machine: its memory and matrix products were measured in {perf_counter() - began:.1f} s, with a core for {busy:.0%} of the time\n  fix: deepseed calibrate --backend {'nccl' if device.type == 'cuda' else 'gloo'}, once, when the machine is idle; or --machine")
     return found
 
 

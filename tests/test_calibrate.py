@@ -128,3 +128,15 @@ def test_the_command(ranks: int, tmp_path: Path) -> None:
     assert 0 < found["busy"] <= 1 and (found["line"] is None) == (ranks == 1)
     if ranks == 2:
         assert 1e4 < m.link < 1e13 and 0 < m.latency < 1.0 and {k for k, _, _ in found["points"]} == set(measuring.KINDS)
+
+
+def test_ranks_over_gloo_are_the_cpus_machine_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is where `explain --kernels --measure` looks for the machine of the CPU's back ends; the GPU's stays what it was."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA H100")
+    monkeypatch.setattr(measuring, "alone", lambda device: (Machine(memory=5.0, rates=(("f32", 1.0),)), 1.0))
+    for backend, kind in (("gloo", "cpu"), ("nccl", "NVIDIA H100")):
+        found = measuring.calibrate(1, backend)
+        assert found.kind == found.about()["device"] == kind and str(found).startswith(f"{kind} on ")
+    done = CliRunner().invoke(app, ["calibrate", "--backend", "gloo"])
+    assert done.exit_code == 0 and measured(1, "cpu") is not None and measured(1) is None, done.output

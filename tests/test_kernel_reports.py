@@ -303,7 +303,7 @@ def test_the_machine_is_the_calibrated_one_else_measured_now(monkeypatch: pytest
     said, now = list[str](), Machine(memory=7.0)
     monkeypatch.setattr(timed, "alone", lambda device: (now, 0.5))
     assert timed.machine_for(torch.device("cpu"), said.append) is now
-    assert "with a core for 50% of the time\n  fix: deepseed calibrate" in said[0] and not (tmp_path / "machine").exists()
+    assert "with a core for 50% of the time\n  fix: deepseed calibrate --backend gloo, once" in said[0] and not (tmp_path / "machine").exists()
     save(path_of(1, "cpu"), Machine(memory=9.0), {})
     assert timed.machine_for(torch.device("cpu"), pytest.fail) == Machine(memory=9.0)
 
