@@ -79,7 +79,8 @@ class Plans:
 
     def _root(self, closure: Collection[str], targets: Sequence[str]) -> str:
         """The value whose elements are the points of the space: the largest one, a target if there is one."""
-        mine = self._closure([targets[0]], tied=True)
+        each = [self._closure([t], tied=True) for t in targets]
+        mine = max(each, key=lambda found: max(self.p.types[v].numel for v in found))
         order = [*targets, *(op.refs[0].name for op in self.p.ops if op.target in REDUCTIONS and op.name in closure and not self._short(op)), *(r for op in self.p.ops for r in op.results), *(i.name for i in self.p.inputs)]
         candidates = [v for v in order if v in mine]
         return max(candidates, key=lambda v: self.p.types[v].numel)
