@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from deepseed.codegen.block_sizes import Blocks, attention_sizes
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
@@ -57,6 +58,7 @@ class _Attention:
         q, k, v = (self.type[n] for n in "qkv")
         self.b, self.h, self.s, self.d = q.shape
         self.t, self.e, self.group = k.shape[2], v.shape[3], self.h // k.shape[1]
+        self.keys = min(self.s, self.t) if self.causal else self.t  # that some query sees
         self.dtype, self.wide = q.dtype, computed(q.dtype)
         if self.dtype not in FLOATS or {k.dtype, v.dtype} != {self.dtype} or max(self.d, self.e) > 256 or self.b * self.h > GRID or 0 in (*q.shape, *k.shape, *v.shape):
             raise CodegenError(f"%{self.op.name} = {self.op.target} of {', '.join(str((t.dtype, list(t.shape))) for t in (q, k, v))}: no Triton kernel for it: one float dtype, at most 256 features, {GRID} heads of all rows, nothing empty\n  fix: none is needed, the group runs as Python")
@@ -104,7 +106,7 @@ class _Attention:
             f'most = tl.full([SB], float("-inf"), {TYPES[self.wide]})', f"total = tl.zeros([SB], {TYPES[self.wide]})", f"acc = tl.zeros([SB, EB], {TYPES[self.wide]})",
             f"for first in range(0, {self._keys_seen()}, TB):",
             *self._nested([
-                "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
+                "t = first + tl.arange(0, TB)", f"t_in = t < {self.keys}",
                 *self._load("k", "t[None, :]", "d[:, None]", self._inside("d", "t"), f"// {self.group}"),
                 *self._scores("q_, k_"),
                 "more = tl.maximum(most, tl.max(score, 1))", 'shift = tl.where(more == float("-inf"), 0.0, more)', "p = tl.exp(score - shift[:, None])",
@@ -116,7 +118,7 @@ class _Attention:
             f"tl.store(o_lse + (batch * {self.h} + head) * {self.s} + s, tl.where(some, most + tl.log(tl.where(some, total, 1.0)), 0.0), mask=s_in)",
         ]  # fmt: skip
         rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
-        self._kernel("attend", ("q", "k", "v", *self._mask()), (*made, "o_lse"), body, "SB", self.s, self.h, self._bytes("q", "k", "v", "mask"), self._bytes_of(made, self.dtype) + rows)
+        self._kernel("attend", ("q", "k", "v", *self._mask()), (*made, "o_lse"), body, "SB", self.s, self.h, self._loaded("q", "k", "v", *self._mask()), self._bytes_of(made, self.dtype) + rows)
 
     def _backward(self) -> None:
         rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
@@ -127,7 +129,7 @@ class _Attention:
         self._allocate({**dq, **dk, **dv}, self.dtype)
         read = ("q", "k", "v", *self._mask(), "g")
         loop = [
-            "t = first + tl.arange(0, TB)", f"t_in = t < {self.t}",
+            "t = first + tl.arange(0, TB)", f"t_in = t < {self.keys}",
             *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), f"// {self.group}"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
             *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"), "dq = product(ds.to(k_.dtype), k_, dq)",
         ]  # fmt: skip
@@ -138,7 +140,7 @@ class _Attention:
             f"dq = tl.zeros([SB, DB], {TYPES[self.wide]})", f"for first in range(0, {self._keys_seen()}, TB):", *self._nested(loop),
             *self._store("dq", "s[:, None]", "d[None, :]", "dq", self._inside("s", "d")),
         ]  # fmt: skip
-        self._kernel("for_queries", (*read, "out", "lse"), ("inner_", *dq), body, "SB", self.s, self.h, self._bytes(*read, "out") + rows, self._bytes_of(dq, self.dtype) + rows)
+        self._kernel("for_queries", (*read, "out", "lse"), ("inner_", *dq), body, "SB", self.s, self.h, self._loaded(*read, "out") + rows, self._bytes_of(dq, self.dtype) + rows)
 
         loop = [
             "s = first + tl.arange(0, SB)", f"s_in = s < {self.s}", *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
@@ -150,11 +152,11 @@ class _Attention:
             *self._program("t", "TB", self.h // self.group, "head_k"), *self._axis("d", self.d), *self._axis("e", self.e),
             *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), head="head_k"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), head="head_k"),
             f"dk = tl.zeros([TB, DB], {TYPES[self.wide]})", f"dv = tl.zeros([TB, EB], {TYPES[self.wide]})",
-            f"for head in range(head_k * {self.group}, head_k * {self.group} + {self.group}):",
-            *self._nested([f"for first in range({'tl.program_id(0) * TB // SB * SB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
+            f"for n in range({self.group}):",
+            *self._nested([f"head = head_k * {self.group} + n", f"for first in range({'tl.program_id(0) * TB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
             *self._store("dk", "t[:, None]", "d[None, :]", "dk", self._inside("t", "d"), head="head_k"), *self._store("dv", "t[:, None]", "e[None, :]", "dv", self._inside("t", "e"), head="head_k"),
         ]  # fmt: skip
-        self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._bytes(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
+        self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._loaded(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
 
     def _kernel(self, name: str, read: tuple[str, ...], made: tuple[str, ...], body: list[str], block: str, length: int, heads: int, bytes_read: int, bytes_written: int) -> None:
         blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], name)
@@ -193,8 +195,12 @@ class _Attention:
     # lines ------------------------------------------------------------------------------------------------------------
 
     def _program(self, axis: str, block: str, heads: int, head: str = "head") -> list[str]:
-        length = {"s": self.s, "t": self.t}[axis]
-        return [f"{axis} = tl.program_id(0) * {block} + tl.arange(0, {block})", f"{axis}_in = {axis} < {length}", f"batch = (tl.program_id(1) // {heads}).to(tl.int64)", f"{head} = tl.program_id(1) % {heads}"]
+        length = {"s": self.s, "t": self.keys}[axis]
+        stored = [f"t_made = t < {self.t}"] if axis == "t" and self.keys < self.t else []
+        return [
+            f"{axis} = tl.program_id(0) * {block} + tl.arange(0, {block})", f"{axis}_in = {axis} < {length}", *stored,
+            f"batch = (tl.program_id(1) // {heads}).to(tl.int64)", f"{head} = tl.program_id(1) % {heads}",
+        ]  # fmt: skip
 
     @staticmethod
     def _axis(name: str, size: int) -> list[str]:
@@ -208,13 +214,13 @@ class _Attention:
         return " & ".join(words)
 
     def _load(self, value: str, rows: str, features: str, mask: str, group: str = "", head: str = "head") -> list[str]:
-        group = "" if group == "// 1" else f" {group}" if group else ""
-        place = f"{value} + batch * {value}_s0 + ({head}{group}) * {value}_s1" if group else f"{value} + batch * {value}_s0 + {head} * {value}_s1"
-        return [f"{value}_ = tl.load({place} + {rows} * {value}_s2 + {features} * {value}_s3" + (f", mask={mask}, other=0)" if mask else ")")]
+        head = f"({head} {group})" if group and self.group > 1 else head
+        return [f"{value}_ = tl.load({value} + {_place(value, head, rows, features)}" + (f", mask={mask}, other=0)" if mask else ")")]
 
-    @staticmethod
-    def _store(value: str, rows: str, features: str, text: str, mask: str, head: str = "head") -> list[str]:
-        return [f"tl.store(o_{value} + batch * {value}_s0 + {head} * {value}_s1 + {rows} * {value}_s2 + {features} * {value}_s3, {text}" + (f", mask={mask})" if mask else ")")]
+    def _store(self, value: str, rows: str, features: str, text: str, mask: str, head: str = "head") -> list[str]:
+        if self.keys < self.t:
+            mask = mask.replace("t_in", "t_made")
+        return [f"tl.store(o_{value} + {_place(value, head, rows, features)}, {text}" + (f", mask={mask})" if mask else ")")]
 
     def _scores(self, operands: str) -> list[str]:
         """Scaled, with the mask; what a query does not see is minus infinity."""
@@ -222,7 +228,7 @@ class _Attention:
         if self.causal:
             lines.append("seen = seen & (s[:, None] >= t[None, :])")
         if "mask" in self.names:
-            lines.append("mask_ = tl.load(mask + batch * mask_s0 + head * mask_s1 + s[:, None] * mask_s2 + t[None, :] * mask_s3, mask=seen, other=0)")
+            lines += self._load("mask", "s[:, None]", "t[None, :]", "seen")
             lines.append("seen = seen & mask_.to(tl.int1)" if self.type["mask"].dtype == "bool" else "score = score + mask_")
         return [*lines, 'score = tl.where(seen, score, float("-inf"))']
 
@@ -233,7 +239,7 @@ class _Attention:
         ]  # fmt: skip
 
     def _keys_seen(self) -> str:
-        return f"min({self.t}, tl.program_id(0) * SB + SB)" if self.causal else str(self.t)
+        return f"min({self.keys}, tl.program_id(0) * SB + SB)" if self.causal else str(self.keys)
 
     def _mask(self) -> tuple[str, ...]:
         return ("mask",) if "mask" in self.names else ()
@@ -247,15 +253,32 @@ class _Attention:
         for name, (b, h, s, d) in made.items():
             self.calls.append(f"{name} = torch.empty({listed((b, s, h, d))}, dtype={DTYPES[dtype]}, device=q.device).transpose(1, 2)")
 
-    def _bytes(self, *values: str) -> int:
-        return sum(self.type[v].nbytes for v in values if v in self.type)
+    def _loaded(self, *values: str) -> int:
+        """Bytes that a launch loads, each once: of k and v the keys that some query sees, of a mask the places that are seen. One tensor may be several operands."""
+        loaded = dict[str, int]()
+        for value in values:
+            *outer, rows, columns = (1,) * (4 - len(self.type[value].shape)) + self.type[value].shape
+            if value in ("k", "v"):
+                places = self.keys * columns
+            elif value == "mask" and self.causal and (rows, columns) == (self.s, self.t):
+                places = self.keys * (self.keys + 1) // 2 + (self.s - self.keys) * self.keys
+            elif value == "mask":
+                places = rows * min(columns, self.keys)
+            else:
+                places = rows * columns
+            name = self.names[value]
+            loaded[name] = max(loaded.get(name, 0), prod(outer) * places * ITEMSIZE[self.type[value].dtype])
+        return sum(loaded.values())
 
     @staticmethod
     def _bytes_of(made: Mapping[str, tuple[int, ...]], dtype: str) -> int:
-        total = 0
-        for b, h, s, d in made.values():
-            total += b * h * s * d * ITEMSIZE[dtype]
-        return total
+        return sum(map(prod, made.values())) * ITEMSIZE[dtype]
+
+
+def _place(value: str, head: str, rows: str, features: str) -> str:
+    """Where elements lie. In 64 bits: an index and a stride of 32 bits each are multiplied in 32, and a long sequence of many heads has more elements than that.
+    The order of the sums is the one of which no kernel spilled (tests/test_ahead_of_time.py)."""
+    return f"{rows}.to(tl.int64) * {value}_s2 + {features}.to(tl.int64) * {value}_s3 + (batch * {value}_s0 + {head}.to(tl.int64) * {value}_s1)"
 
 
 def _block(size: int) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from far_strides import Far
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_fragments import DTYPES, reference, retyped
 from triton_worker import Interpreter
 
-from deepseed.codegen.block_sizes import candidates
+from deepseed.codegen.block_sizes import Blocks, candidates
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.triton import can_emit, launched, launches, source
 from deepseed.ir.program import Program
@@ -103,9 +107,13 @@ def test_more_heads_than_a_grid_has_are_refused() -> None:
 # attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention(b: int, h: int, group: int, s: int, t: int, d: int, e: int, mask: str, causal: bool, dtype: str) -> tuple[Program, Program]:
-    """The op and its backward."""
-    seen = f'%m : {"bool" if mask == "bool" else dtype}[{b}, 1, {s}, {t}] batch "m"\n' if mask != "none" else ""
+def mask_shape(letters: str, b: int, h: int, s: int, t: int) -> tuple[int, ...]:
+    return tuple([{"b": b, "h": h, "s": s, "t": t, "1": 1}[x] for x in letters])
+
+
+def attention(b: int, h: int, group: int, s: int, t: int, d: int, e: int, mask: str, causal: bool, dtype: str, shape: str = "b1st") -> tuple[Program, Program]:
+    """The op and its backward. ``shape``: of the mask, a letter a dimension."""
+    seen = f'%m : {"bool" if mask == "bool" else dtype}{list(mask_shape(shape, b, h, s, t))} batch "m"\n' if mask != "none" else ""
     q, k, v, out = (f"{dtype}[{b}, {heads}, {n}, {f}]" for heads, n, f in ((h, s, d), (h // group, t, d), (h // group, t, e), (h, s, e)))
     lse = f"{'f64' if dtype == 'f64' else 'f32'}[{b}, {h}, {s}]"
     given = f'%q : {q} batch "q"\n%k : {k} batch "k"\n%v : {v} batch "v"\n{seen}'
@@ -128,46 +136,225 @@ def test_blocks_that_are_tried_are_a_matrix_units(rows: int) -> None:
             assert len(tried) > 1 and all(min(blocks.x, blocks.r) >= 16 for blocks in tried)
 
 
+UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 0.0, "f64": 0.0}  # of a number that is rounded to 16 bits, relative; numbers of 32 and 64 bits are not rounded on the way
+LEAST = {"bf16": 0.0, "f16": 2.0**-25, "f32": 0.0, "f64": 0.0}  # of a number that is too small for 11 bits, absolute; a bfloat16's exponent is a float32's
+
+
+class Attended:
+    """Attention in float64, and of each number of a result how far rounding may take it: sums of n numbers in float32 (float64) are off by n units of the sum of their sizes;
+    probabilities and gradients of scores that a matrix unit multiplies are rounded to 16 bits once, and so is the result."""
+
+    def __init__(self, p: Program, given: dict[str, Tensor]) -> None:
+        op = p.ops[0]
+        self.dtype = p.types["q"].dtype
+        self.unit, self.least, self.wide = UNIT[self.dtype], LEAST[self.dtype], 2.0 ** -(53 if self.dtype == "f64" else 24)
+        self.q, k, v = (given[x].double() for x in "qkv")
+        self.group, self.scale = self.q.shape[1] // k.shape[1], float(op.kw("scale"))
+        self.k, self.v = k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1)
+        self.scores = self.q @ self.k.mT * self.scale
+        size = (self.q.shape[-1] + 4) * self.q.abs() @ self.k.abs().mT * self.scale
+        self.seen = torch.ones(self.scores.shape, dtype=torch.bool)
+        if (mask := given.get("m")) is not None:
+            if mask.dtype == torch.bool:
+                self.seen = self.seen & mask
+            else:
+                self.scores, size = self.scores + mask.double(), size + mask.double().abs()
+        if op.kw("causal"):
+            self.seen = self.seen.tril()
+        self.scores = self.scores.masked_fill(~self.seen, float("-inf"))
+        none = ~self.seen.any(-1)
+        self.lse = torch.logsumexp(self.scores.masked_fill(none[..., None], 0.0), -1).masked_fill(none, 0.0)
+        self.p = torch.exp(self.scores - self.lse[..., None])
+        self.out = self.p @ self.v
+        size = size.masked_fill(~self.seen, 0.0)
+        self.error = self.wide * (size + self.lse.abs()[..., None] + 16)  # of a probability, relative
+        self.sum = self.wide * (3 * k.shape[2] + 16)  # of a row's sum that is rescaled once a block
+
+    def rounded(self, want: Tensor, off: Tensor) -> Tensor:
+        """How far a result may be off: rounded once more where it has 16 bits, and to float32 otherwise."""
+        unit = self.unit or self.wide
+        return off + unit * (want.abs() + off) + self.least
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Bounds of out and lse."""
+        each = self.p * (self.unit + 2 * self.error.amax(-1, keepdim=True) + self.sum) + self.least * self.seen
+        return self.rounded(self.out, each @ self.v.abs()), self.error.amax(-1) + self.sum + self.wide * self.lse.abs()
+
+    def backward(self, g: Tensor, out: Tensor, lse: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """dq, dk, dv with their bounds, for the out and lse that are given."""
+        g, out, lse = g.double(), out.double(), lse.double()
+        p = torch.exp(self.scores - lse[..., None])
+        inner, dp = (out * g).sum(-1, keepdim=True), g @ self.v.mT
+        ds = p * (dp - inner) * self.scale
+        size = g.abs() @ self.v.abs().mT + (out * g).abs().sum(-1, keepdim=True)
+        narrow = self.least * self.seen
+        p_off = p * (self.unit + self.error) + narrow
+        ds_off = ds.abs() * (self.unit + self.error + 4 * self.wide) + p * size * self.scale * (g.shape[-1] + 4) * self.wide * (1 + self.unit) + narrow
+        rows, keys = self.sums(self.q.shape[2] * self.group), self.sums(self.k.shape[2])
+
+        def few(x: Tensor) -> Tensor:
+            return x.unflatten(1, (-1, self.group)).sum(2)
+
+        results = (ds @ self.k, (ds_off + keys * ds.abs()) @ self.k.abs()), (few(ds.mT @ self.q), few((ds_off + rows * ds.abs()).mT @ self.q.abs())), (few(p.mT @ g), few((p_off + rows * p).mT @ g.abs()))
+        return [(want, self.rounded(want, off)) for want, off in results]
+
+    def sums(self, n: int) -> float:
+        return self.wide * (n + 4)
+
+
+def operands(p: Program, seed: int, strided: bool = False, alike: bool = False) -> dict[str, Tensor]:
+    """q, k, v and, where the program has them, a mask and the gradient. ``alike``: values that differ little, so that gradients of scores are small differences of large sums."""
+    g = torch.Generator().manual_seed(seed)
+    given = {}
+    for i in p.inputs:
+        if i.name == "m":
+            given["m"] = drawn(i.type.shape, i.type.dtype, g, strided) if i.type.dtype != "bool" else torch.rand((*i.type.shape, 2), generator=g)[..., 0] > 0.3
+        elif i.name != "lse" and i.name != "out":
+            given[i.name] = drawn(i.type.shape, i.type.dtype, g).transpose(1, 2).contiguous().transpose(1, 2)
+    if alike:
+        given["v"] = (given["v"].double() / 32 + 3).to(given["v"].dtype)
+    return given
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     b=st.integers(1, 2), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), s=st.integers(1, 40), t=st.integers(1, 40), d=st.sampled_from([1, 8, 16, 20]),
-    e=st.sampled_from([8, 16]), mask=st.sampled_from(["none", "bool", "bias"]), causal=st.booleans(), dtype=st.sampled_from(sorted(WITHIN)), seed=st.integers(0, 9),
+    e=st.sampled_from([8, 16]), mask=st.sampled_from(["none", "bool", "bias"]), shape=st.sampled_from(["b1st", "bhst", "1hst", "st", "b11t", "s1", "t", "1"]),
+    causal=st.booleans(), dtype=st.sampled_from(sorted(WITHIN)), strided=st.booleans(), alike=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
-@example(b=1, heads=(2, 2), s=140, t=140, d=16, e=16, mask="none", causal=True, dtype="f64", seed=0)  # several blocks each way
-@example(b=1, heads=(1, 1), s=40, t=1, d=8, e=16, mask="bool", causal=False, dtype="f32", seed=0)  # rows without a key
+@example(b=1, heads=(2, 2), s=140, t=140, d=16, e=16, mask="none", shape="b1st", causal=True, dtype="f64", strided=False, alike=False, seed=0)  # several blocks each way
+@example(b=1, heads=(1, 1), s=40, t=1, d=8, e=16, mask="bool", shape="b1st", causal=False, dtype="f32", strided=False, alike=False, seed=0)  # rows without a key
+@example(b=2, heads=(4, 2), s=20, t=37, d=20, e=16, mask="bias", shape="b1st", causal=True, dtype="bf16", strided=True, alike=True, seed=0)  # keys without a row
+@example(b=1, heads=(2, 1), s=37, t=20, d=8, e=8, mask="bool", shape="1hst", causal=True, dtype="f16", strided=False, alike=True, seed=0)
+@example(b=2, heads=(2, 1), s=17, t=33, d=8, e=16, mask="bias", shape="t", causal=True, dtype="f32", strided=True, alike=False, seed=0)  # a mask without rows
 def test_attention_forward_and_backward(
-    interpreter: Interpreter, b: int, heads: tuple[int, int], s: int, t: int, d: int, e: int, mask: str, causal: bool, dtype: str, seed: int
+    interpreter: Interpreter, b: int, heads: tuple[int, int], s: int, t: int, d: int, e: int, mask: str, shape: str, causal: bool, dtype: str, strided: bool, alike: bool, seed: int
 ) -> None:
-    """Against autograd in float64; a row that sees no key gives zeros, and none of its own."""
-    forward, backward = attention(b, heads[0], heads[1], s, t, d, e, mask, causal, dtype)
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (drawn(forward.types[x].shape, dtype, g).transpose(1, 2).contiguous().transpose(1, 2) for x in "qkv")
-    grad = drawn(forward.types["out"].shape, dtype, g)
-    masks = []
-    if mask == "bool":
-        masks = [torch.rand(b, 1, s, t, generator=g) > 0.3]
-    if mask == "bias":
-        masks = [drawn((b, 1, s, t), dtype, g)]
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    scores = wide[0] @ wide[1].repeat_interleave(heads[1], 1).mT * 0.4
-    if masks:
-        scores = scores.masked_fill(~masks[0], float("-inf")) if mask == "bool" else scores + masks[0].double()
-    if causal:
-        scores = scores.masked_fill(~torch.ones(s, t, dtype=torch.bool).tril(), float("-inf"))
-    none = (scores == float("-inf")).all(-1, keepdim=True)
-    probabilities = torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
-    want = probabilities @ wide[2].repeat_interleave(heads[1], 1)
-    grads = torch.autograd.grad(want, wide, grad.double())
-    (out, lse), traffic = interpreter.run(source(forward), [q, k, v, *masks])
+    """Each number within what rounding allows; a row that sees no key gives zeros, and none of its own. What is loaded and stored is what is said, each address once a launch."""
+    forward, backward = attention(b, heads[0], heads[1], s, t, d, e, mask, causal, dtype, shape)
+    given = operands(backward, seed, strided, alike)
+    want = Attended(forward, given)
+    (out, lse), traffic = interpreter.run(source(forward), [given[i.name] for i in forward.inputs])
     assert traffic.launches == launches(forward) == 1
-    within = WITHIN[dtype] * (4 if dtype in ("f16", "bf16") else 1)  # probabilities are rounded too
-    assert apart(out, want.detach()) <= within
-    assert apart(lse, torch.logsumexp(scores.detach(), -1).masked_fill(none[..., 0], 0.0)) <= WITHIN["f64" if dtype == "f64" else "f32"]
-    got, traffic = interpreter.run(source(backward), [grad, q, k, v, *masks, out, lse])
+    assert [(sum(traffic.once.values()), traffic.written)] == [(each.bytes_read, each.bytes_written) for each in launched(forward)], source(forward)
+    for mine, theirs, off in zip((out, lse), (want.out, want.lse), want.forward(), strict=True):
+        assert mine.shape == theirs.shape and bool(((mine.double() - theirs).abs() <= off).all()), source(forward)
+    given |= {"out": out, "lse": torch.stack([lse, lse + 1], -1)[..., 0]}  # lse lies strided
+    got, traffic = interpreter.run(source(backward), [given[i.name] for i in backward.inputs])
     assert traffic.launches == launches(backward) == 2
-    most = max(float(x.abs().max()) for x in grads)
-    for name, mine, theirs in zip(("dq", "dk", "dv"), got, grads, strict=True):
+    assert (sum(traffic.once.values()), traffic.written) == tuple(map(sum, zip(*[(each.bytes_read, each.bytes_written) for each in launched(backward)], strict=True))), source(backward)
+    for name, mine, (theirs, off) in zip(("dq", "dk", "dv"), got, want.backward(given["g"], out, lse), strict=True):
         assert mine.dtype == DTYPES[dtype] and mine.shape == theirs.shape
-        assert float((mine.double() - theirs).abs().max()) <= 2 * within * most, f"{name}\n{source(backward)}"
-    again, _ = interpreter.run(source(backward), [grad, q, k, v, *masks, out, lse])
+        assert bool(((mine.double() - theirs).abs() <= off).all()), f"{name}\n{source(backward)}"
+    again, _ = interpreter.run(source(backward), [given[i.name] for i in backward.inputs])
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize(("mask", "causal"), [("none", True), ("bias", False), ("bool", True)])
+def test_what_attention_is_compared_with_is_autograds(mask: str, causal: bool) -> None:
+    forward, backward = attention(2, 4, 2, 9, 7, 8, 16, mask, causal, "f64")
+    given = operands(backward, 3)
+    q, k, v = (given[x].requires_grad_() for x in "qkv")
+    seen = given.get("m")
+    scores = (q @ k.repeat_interleave(2, 1).mT) * 0.4 + (0.0 if seen is None or mask == "bool" else seen)
+    unseen = torch.zeros(9, 7, dtype=torch.bool) if not causal else ~torch.ones(9, 7, dtype=torch.bool).tril()
+    unseen = unseen | ~seen if seen is not None and mask == "bool" else unseen.expand(2, 1, 9, 7)
+    p = torch.softmax(scores.masked_fill(unseen, -1e300), -1).masked_fill(unseen, 0.0)
+    out = p @ v.repeat_interleave(2, 1)
+    grads = torch.autograd.grad(out, (q, k, v), given["g"])
+    with torch.no_grad():
+        want = Attended(forward, given)
+        assert apart(want.out, out) <= 1e-14
+        for (mine, _), theirs in zip(want.backward(given["g"], want.out, want.lse), grads, strict=True):
+            assert apart(mine, theirs) <= 1e-13
+
+
+@pytest.mark.parametrize(("s", "t", "causal", "blocks"), [(50, 50, True, (16, 32)), (50, 50, True, (32, 16)), (40, 90, True, (32, 16)), (40, 90, True, (16, 32)), (90, 40, True, (16, 16)), (40, 70, False, (32, 32))])
+def test_blocks_that_nobody_sees_are_not_read(interpreter: Interpreter, s: int, t: int, causal: bool, blocks: tuple[int, int]) -> None:
+    """Of keys by programs that have queries, and of queries by those that have keys: bytes of all programs together."""
+    forward, backward = attention(1, 2, 2, s, t, 8, 16, "none", causal, "f32")
+    given = operands(backward, 0)
+    given |= {"out": torch.zeros(1, 2, s, 16), "lse": torch.zeros(1, 2, s)}
+    seen = torch.ones(s, t, dtype=torch.bool)
+    seen = seen.tril() if causal else seen
+    columns = int(seen.any(0).sum())
+    keys = sum(min(blocks[1], columns - j) for i in range(0, s, blocks[0]) for j in range(0, t, blocks[1]) if seen[i : i + blocks[0], j : j + blocks[1]].any())
+    queries = sum(int(seen[:, j : j + blocks[1]].any(1).sum()) for j in range(0, t, blocks[1]))  # of one head, by all programs
+    chosen = tuple([(each.kernel, Blocks(*blocks, 4)) for p in (forward, backward) for each in launched(p)])
+    _, traffic = interpreter.run(source(forward, chosen[:1]), [given[i.name] for i in forward.inputs])
+    assert {i.name: traffic.read[n] for n, i in enumerate(forward.inputs)} == {"q": 4 * 2 * s * 8, "k": 4 * 2 * keys * 8, "v": 4 * 2 * keys * 16}
+    _, traffic = interpreter.run(source(backward, chosen[1:]), [given[i.name] for i in backward.inputs])
+    assert {i.name: traffic.read[n] for n, i in enumerate(backward.inputs)} == {
+        "g": 4 * 2 * (s + queries) * 16, "q": 4 * 2 * (s + queries) * 8, "k": 4 * (2 * keys + columns) * 8, "v": 4 * (2 * keys + columns) * 16,
+        "out": 4 * 2 * s * 16, "lse": 4 * 2 * (s + queries),
+    }  # fmt: skip
+
+
+def test_a_tensor_that_is_several_operands_is_loaded_once(interpreter: Interpreter) -> None:
+    p = parse('program kernel mesh() facts()\n%x : f32[1, 2, 20, 8] batch "x"\n%out, %lse = sdpa(%x, %x, %x, none, causal=true, scale=0.4) : f32[1, 2, 20, 8], f32[1, 2, 20] {}\nreturn %out output "out"\n')
+    x = drawn((1, 2, 20, 8), "f32", torch.Generator().manual_seed(0))
+    _, traffic = interpreter.run(source(p), [x])
+    assert [(sum(traffic.once.values()), traffic.written)] == [(x.nbytes, x.nbytes + 160)] == [(each.bytes_read, each.bytes_written) for each in launched(p)]
+
+
+class Said:
+    """A kernel that is not run: it holds the arguments against the types that the file says for its compilation ahead of time."""
+
+    def __init__(self, types: dict[str, Any]) -> None:
+        self.types, self.calls = types, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.call
+
+    def call(self, *given: Any, num_warps: int, **sizes: int) -> None:
+        from deepseed.codegen.triton_writer import POINTERS
+
+        pointers = {DTYPES[short]: f"*{word}" for short, word in POINTERS.items() if short in DTYPES}
+        said = {name: pointers[x.dtype] if isinstance(x, Tensor) else x for name, x in zip(self.types, given, strict=False)} | sizes
+        assert said == self.types
+        self.calls += 1
+
+
+@pytest.mark.parametrize("shape", ["b1st", "bhst", "1hst", "st", "b11t", "s1"])
+@pytest.mark.parametrize(("d", "e"), [(8, 16), (16, 8), (20, 20)])
+def test_what_is_compiled_ahead_of_time_is_what_is_launched(tmp_path: Path, d: int, e: int, shape: str) -> None:
+    """Types and strides of a kernel's operands, where these lie as a program's own: heads inside rows."""
+    for n, p in enumerate(attention(2, 4, 2, 17, 33, d, e, "bias", False, "bf16", shape)):
+        path = tmp_path / f"kernels_{n}.py"
+        path.write_text(source(p))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kernels = {name: Said(types) for name, (types, _) in module.KERNELS.items()}
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+        g = torch.Generator().manual_seed(0)
+        lying = [drawn(i.type.shape, i.type.dtype, g) for i in p.inputs]
+        module.launch(*[x if i.name in ("m", "lse") else x.transpose(1, 2).contiguous().transpose(1, 2) for i, x in zip(p.inputs, lying, strict=True)])
+        assert [kernel.calls for kernel in kernels.values()] == [1] * launches(p)
+
+
+def test_operands_may_reach_over_more_than_32_bits_count() -> None:
+    """Of batch, heads, rows or features: an index times a stride that both fit in 32 bits does not. The same numbers as of operands that lie close."""
+    process = Interpreter()  # an address that is wrong ends it
+    try:
+        for dim in range(4):
+            b, h = (3, 1) if dim == 0 else (1, 3) if dim == 1 else (1, 1)
+            for p in attention(b, h, 1, 3, 3, 8, 8, "bias", False, "bf16", "bhst"):
+                given = operands(p, 0) | {"out": drawn((b, h, 3, 8), "bf16", torch.Generator().manual_seed(1)), "lse": torch.zeros(b, h, 3)}
+                close = {i.name: given[i.name] for i in p.inputs}
+                want, _ = process.run(source(p), list(close.values()))
+                for name in close.keys() - {"lse"}:
+                    got, _ = process.run(source(p), [Far(x, dim) if n == name else x for n, x in close.items()])
+                    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True)), (name, dim)
+    finally:
+        process.close()
+
+
+def test_all_places_are_counted_in_64_bits() -> None:
+    """Of what is stored too: results are too many for an interpreter where that matters."""
+    for p, places in zip(attention(1, 4, 2, 70, 90, 16, 32, "bias", True, "bf16"), (5, 14), strict=True):
+        found = re.findall(r"tl\.(?:load|store)\((?!lse|inner_|o_lse)(.*?), (?:mask=|acc|dq|dk|dv)", source(p))
+        assert len(found) == places and all(place.count(".to(tl.int64) * ") == 3 and "(batch * " in place for place in found), found
+        assert set(re.findall(r"batch = .*", source(p))) <= {"batch = (tl.program_id(1) // 4).to(tl.int64)", "batch = (tl.program_id(1) // 2).to(tl.int64)"}
