@@ -237,15 +237,18 @@ def test_attention_forward_and_backward(
     (out, lse), traffic = interpreter.run(source(forward), [given[i.name] for i in forward.inputs])
     assert traffic.launches == launches(forward) == 1
     assert [(sum(traffic.once.values()), traffic.written)] == [(each.bytes_read, each.bytes_written) for each in launched(forward)], source(forward)
+    usual = WITHIN[dtype] if dtype in ("f32", "f64") and not alike else float("inf")  # of the largest number: errors of long sums are less than they may be
     for mine, theirs, off in zip((out, lse), (want.out, want.lse), want.forward(), strict=True):
-        assert mine.shape == theirs.shape and bool(((mine.double() - theirs).abs() <= off).all()), source(forward)
+        assert mine.shape == theirs.shape and bool(((mine.double() - theirs).abs() <= off.clamp(max=usual * float(theirs.abs().max().clamp(min=1e-30)))).all()), source(forward)
     given |= {"out": out, "lse": torch.stack([lse, lse + 1], -1)[..., 0]}  # lse lies strided
     got, traffic = interpreter.run(source(backward), [given[i.name] for i in backward.inputs])
     assert traffic.launches == launches(backward) == 2
     assert (sum(traffic.once.values()), traffic.written) == tuple(map(sum, zip(*[(each.bytes_read, each.bytes_written) for each in launched(backward)], strict=True))), source(backward)
-    for name, mine, (theirs, off) in zip(("dq", "dk", "dv"), got, want.backward(given["g"], out, lse), strict=True):
+    grads = want.backward(given["g"], out, lse)
+    most = max(1e-30, *(float(theirs.abs().max()) for theirs, _ in grads))
+    for name, mine, (theirs, off) in zip(("dq", "dk", "dv"), got, grads, strict=True):
         assert mine.dtype == DTYPES[dtype] and mine.shape == theirs.shape
-        assert bool(((mine.double() - theirs).abs() <= off).all()), f"{name}\n{source(backward)}"
+        assert bool(((mine.double() - theirs).abs() <= off.clamp(max=2 * usual * most)).all()), f"{name}\n{source(backward)}"
     again, _ = interpreter.run(source(backward), [given[i.name] for i in backward.inputs])
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
 
