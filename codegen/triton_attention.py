@@ -152,8 +152,8 @@ class _Attention:
             *self._program("t", "TB", self.h // self.group, "head_k"), *self._axis("d", self.d), *self._axis("e", self.e),
             *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), head="head_k"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), head="head_k"),
             f"dk = tl.zeros([TB, DB], {TYPES[self.wide]})", f"dv = tl.zeros([TB, EB], {TYPES[self.wide]})",
-            f"for n in range({self.group}):",
-            *self._nested([f"head = head_k * {self.group} + n", f"for first in range({'tl.program_id(0) * TB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
+            f"for n in range(head_k * {self.group}, head_k * {self.group} + {self.group}):",
+            *self._nested(["head = tl.cast(n, tl.int64)", f"for first in range({'tl.program_id(0) * TB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
             *self._store("dk", "t[:, None]", "d[None, :]", "dk", self._inside("t", "d"), head="head_k"), *self._store("dv", "t[:, None]", "e[None, :]", "dv", self._inside("t", "e"), head="head_k"),
         ]  # fmt: skip
         self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._loaded(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
