@@ -254,8 +254,8 @@ class _Attention:
             self.calls.append(f"{name} = torch.empty({listed((b, s, h, d))}, dtype={DTYPES[dtype]}, device=q.device).transpose(1, 2)")
 
     def _loaded(self, *values: str) -> int:
-        """Bytes that a launch loads, each once: of k and v the keys that some query sees, of a mask the places that are seen. One tensor may be several operands."""
-        loaded = dict[str, int]()
+        """Bytes that a launch loads, each once an operand: of k and v the keys that some query sees, of a mask the places that are seen."""
+        loaded = 0
         for value in values:
             *outer, rows, columns = (1,) * (4 - len(self.type[value].shape)) + self.type[value].shape
             if value in ("k", "v"):
@@ -266,9 +266,8 @@ class _Attention:
                 places = rows * min(columns, self.keys)
             else:
                 places = rows * columns
-            name = self.names[value]
-            loaded[name] = max(loaded.get(name, 0), prod(outer) * places * ITEMSIZE[self.type[value].dtype])
-        return sum(loaded.values())
+            loaded += prod(outer) * places * ITEMSIZE[self.type[value].dtype]
+        return loaded
 
     @staticmethod
     def _bytes_of(made: Mapping[str, tuple[int, ...]], dtype: str) -> int:

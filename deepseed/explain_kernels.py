@@ -26,9 +26,10 @@ MOVES = ("wait", "shard", "summand", "share", "transfer", "accumulate", "collect
 
 @dataclass(frozen=True)
 class KernelCount:
-    """Of one run of a group but for ``launches``, in a step. ``bytes_read``: every operand once, or what the back end's kernels read; ``bytes_minimum``: every byte of memory that is read once, and what is written; ``flops``:
-    those of matrix products, and one an element and op of others that compute. ``seconds``: of a call, where it was measured (deepseed.timed), ``share``: of these, the part that the machine's memory and products
-    need at least. ``compiled``: its Triton kernels, for each target that was asked for (deepseed.assembled)."""
+    """Of one run of a group but for ``launches``, in a step. ``bytes_read``: every operand once, or what the back end's kernels read, with what they read again; ``bytes_minimum``: every
+    byte of memory that is read once, and what is written, or all that the kernels move where that is less (keys that no query sees); ``flops``: those of matrix products, and one an element
+    and op of others that compute. ``seconds``: of a call, where it was measured (deepseed.timed), ``share``: of these, the part that the machine's memory and products need at least.
+    ``compiled``: its Triton kernels, for each target that was asked for (deepseed.assembled)."""
 
     name: str
     ops: tuple[str, ...]
@@ -98,7 +99,7 @@ def _counted(p: Program, traffic: Traffic, made: Mapping[str, Kernel]) -> Iterat
         written = sum(p.types[r].local_bytes(p.mesh) for r in g.makes)
         moved = traffic(fragment(p, g))
         reads, writes = (read, written) if moved is None else (sum(r for r, _ in moved), sum(w for _, w in moved))
-        yield KernelCount(name, tuple(op.target for op in ops), reads, writes, least + written, len(alike) * (1 if moved is None else len(moved)), sum(_flops(op, p) for op in ops))
+        yield KernelCount(name, tuple(op.target for op in ops), reads, writes, min(least + written, reads + writes), len(alike) * (1 if moved is None else len(moved)), sum(_flops(op, p) for op in ops))
 
 
 def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Mapping[str, Op]) -> tuple[int, int]:
