@@ -56,7 +56,7 @@ class Plans:
         for op in ops:
             if op.type.numel == 1 and any(r.name in after for r in op.refs):
                 after.add(op.name)
-        wanted = [v for v in after if v not in self.memory and any(isinstance(u, Op) and u.name in closure and u.type.numel > 1 for u in self.p.uses[v])]
+        wanted = [op.name for op in ops if op.name in after and op.name not in self.memory and any(isinstance(u, Op) and u.name in closure and u.type.numel > 1 for u in self.p.uses[op.name])]
         if not wanted:
             return []
         return wanted + [t for t in pending if t in after and t not in wanted]
@@ -67,14 +67,15 @@ class Plans:
             return False
         return max(self.p.types[v].numel for v in self._closure([op.name])) <= SHORT
 
-    def _waits(self, op: Op, ops: Sequence[Op]) -> bool:
-        """Whether something much larger than what ``op`` adds up needs it, through numbers."""
-        after = {op.name}
+    @staticmethod
+    def _waits(op: Op, ops: Sequence[Op]) -> bool:
+        """Whether something larger than one program adds up is made of it."""
+        after = set(op.results)
         for user in ops:
             if any(r.name in after for r in user.refs):
-                if user.type.numel > 1:
-                    return max(o.type.numel for o in ops) > SHORT
                 after.update(user.results)
+                if user.type.numel > SHORT:
+                    return True
         return False
 
     def _root(self, closure: Collection[str], targets: Sequence[str]) -> str:

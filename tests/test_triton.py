@@ -287,6 +287,16 @@ def test_blocks_fit_the_registers() -> None:
     assert chunk_size(10) == 1024 and chunk_size(10**10) == 1 << 16
 
 
+def test_every_rank_writes_the_same_source() -> None:
+    """Whatever order a process's sets have: compiled kernels are found by their text. Several numbers of complete sums wait to be made here."""
+    sums = "\n".join(f"%s{n} = {('sum', 'amax')[n % 2]}(%i{n}, dims=[0], keepdim=false) : f32[] {{}}\n%n{n} = aten.neg(%s{n}) : f32[] {{}}" for n in range(6))
+    made = "\n".join(f'%y{n} = aten.mul.Tensor(%i{n}, %n{(n + 1) % 6}) : f32[40000] {{}}' for n in range(6))
+    text = "program kernel mesh() facts()\n" + "\n".join(f'%i{n} : f32[40000] batch "i{n}"' for n in range(6)) + f"\n{sums}\n{made}\n" + "".join(f'return %y{n} output "y{n}"\n' for n in range(6))
+    code = f"from deepseed.codegen.triton import source\nfrom deepseed.ir.text import parse\nprint(source(parse({text!r})))"
+    said = {subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "123"}
+    assert len(said) == 1 and "@triton.jit" in said.pop()
+
+
 @installed
 def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
     """A clock that likes narrow blocks and one warp: what it chooses computes the same."""
