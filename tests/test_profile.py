@@ -66,7 +66,8 @@ def test_the_trace_and_the_table(tmp_path: Path) -> None:
     names = {e["name"] for e in events if e["ph"] == "b"}
     assert any(name == "reduce_scatter dp" for name in names), names
     text = str(found)
-    assert text.startswith("a step of ") and found.spent("op")[0][0] in text and "proj" in text
+    assert text.startswith("a step of ") and all(found.spent(by)[0][0] in text for by in ("op", "module"))
+    assert any("proj" in module for module, _, _ in found.spent("module"))
     assert any(op == "optim.adamw" for op, _, _ in found.spent("op"))
 
 
