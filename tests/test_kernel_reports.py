@@ -92,7 +92,7 @@ from deepseed.codegen.triton import source
 from test_kernel_reports import SPILLS, report
 given, asked, compiled = report(), [], module.compiled
 module.compiled = lambda text, target, folder: asked.append([text, target]) or compiled(text, target, folder)
-found = module.assembled(given, ["sm_90", "gfx942"])
+found = module.assembled(given, ["sm_90", "gfx942", "sm_90"])
 sources = {name: source(k.fragment) for name, k in given.made.items() if "cumsum" not in name}
 of_source = [[text, t, [[c.kernel, c.registers, c.spilled, c.shared] for c in compiled(text, t, Path("alone"))]] for text in set(sources.values()) for t in ("sm_90", "gfx942")]
 said = {"report": found.to_json(), "text": str(found), "asked": list(asked), "sources": sources, "of_source": of_source}
@@ -275,6 +275,15 @@ def test_causal_attention_needs_what_a_query_sees(s: int, t: int) -> None:
     pairs = sum(min(i + 1, t) for i in range(s))
     assert timed.least(attention(s, t, False), 1, machine) == pytest.approx(2 * 2 * s * t * 32 / 1e6, rel=1e-12)
     assert timed.least(attention(s, t, True), 1, machine) == pytest.approx(2 * 2 * pairs * 32 / 1e6, rel=1e-12)
+
+
+def test_causal_attentions_backward_needs_what_a_query_sees() -> None:
+    shapes = [f"f32[1, 2, {n}, 16]" for n in (8, 8, 5, 5, 8)]
+    named = "\n".join(f'%{name} : {shape} batch "{name}"' for name, shape in zip("gqkvo", shapes, strict=True))
+    both = ", ".join([shapes[1], shapes[2], shapes[3]])
+    p = parse(f'program kernel mesh() facts()\n{named}\n%l : f32[1, 2, 8] batch "l"\n%a, %b, %c = sdpa_backward(%g, %q, %k, %v, %o, %l, causal=true, scale=0.25) : {both} {{}}\n' + "".join(f'return %{n} output "{n}"\n' for n in "abc"))
+    pairs = sum(min(i + 1, 5) for i in range(8))
+    assert timed.least(p, 1, Machine(flops=1e6, memory=1e30)) == pytest.approx(2 * 10 * 16 * pairs * 2 / 2 / 1e6, rel=1e-12)
 
 
 def test_flops_of_attentions_backward_are_those_of_one_pass() -> None:

@@ -287,6 +287,20 @@ def test_blocks_fit_the_registers() -> None:
     assert chunk_size(10) == 1024 and chunk_size(10**10) == 1 << 16
 
 
+@pytest.mark.parametrize(("name", "dtype", "sizes", "row"), [
+    ("llama_4", "f32", {"head": 2048, "tokens": 1024}, 8192),
+    ("llama_4", "f32", {"head": 4096, "tokens": 1024}, 2048),  # two values across the row's sum, the weight, and the weight's gradient: four, where three fit
+    ("bert_13", "f32", {"head": 2048, "tokens": 1024}, 8192),
+    ("bert_13", "f64", {"head": 1024, "tokens": 1024}, 4096), ("bert_13", "f64", {"head": 2048, "tokens": 1024}, 2048),  # of twice the registers
+    ("gpt2_3", "f32", {"head": 8192}, 32768), ("gpt2_3", "f32", {"head": 16384}, 2048), ("gpt2_3", "f64", {"head": 4096}, 16384), ("gpt2_3", "f64", {"head": 8192}, 2048),
+    ("llama_3", "f32", {"words": 2000, "tokens": 7}, 2048), ("llama_3", "f32", {"words": 16000, "tokens": 7}, 2048), ("llama_3", "f32", {"words": 16000, "tokens": 1024}, 16384),  # seven rows that are written out
+])  # fmt: skip
+def test_a_row_is_held_where_it_fits(name: str, dtype: str, sizes: dict[str, int], row: int) -> None:
+    """Columns of the blocks of the kernel that reduces the longest rows: the row's, or 2048 where it is read in parts."""
+    p = retyped(resized(fragments()[name], rows=8 if sizes.get("tokens") == 1024 else 3, **sizes), dtype)
+    assert max(each.blocks.r for each in launched(p) if each.blocks.reduced and each.bytes_read > 1 << 16) == row
+
+
 def test_every_rank_writes_the_same_source() -> None:
     """Whatever order a process's sets have: compiled kernels are found by their text. Several numbers of complete sums wait to be made here."""
     sums = "\n".join(f"%s{n} = {('sum', 'amax')[n % 2]}(%i{n}, dims=[0], keepdim=false) : f32[] {{}}\n%n{n} = aten.neg(%s{n}) : f32[] {{}}" for n in range(6))

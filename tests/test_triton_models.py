@@ -174,7 +174,7 @@ def of_a_real_model(interpreter: Interpreter, p: Program, loops: int = 1) -> Non
     assert all(apart(a, b) <= 1e-5 for a, b in zip(got, reference(p, inputs), strict=True)), source(p)
 
 
-@pytest.mark.parametrize("name", [n if n in NORMS else pytest.param(n, marks=pytest.mark.wide) for n in RESIZED if n not in APART])
+@pytest.mark.parametrize("name", [n if n in (*NORMS, "llama_3") else pytest.param(n, marks=pytest.mark.wide) for n in RESIZED if n not in APART])
 @pytest.mark.parametrize("width", [pytest.param(4096, marks=pytest.mark.wide), 8192])
 def test_rows_of_real_models_are_read_once(interpreter: Interpreter, name: str, width: int) -> None:
     """Hidden sizes of 4096 and 8192: a row is held in registers, and so are the sums over rows of a norm's backward. Logits that wait for a second long value are read twice."""
