@@ -52,7 +52,7 @@ def _looked_up(out: Builder, p: Program, op: Op, value: str, there: Ref, found: 
         along = {r.name for r in made.refs if p.types[r.name].shape[dim - len(shape) :][:1] not in ((), (1,))} if made is not None else set()
         if made is not None and (supported(made) or made.target == "cast") and along:
             operands = {r.name: _looked_up(out, p, op, r.name, there, found) if r.name in along else r for r in made.refs}
-            name = out.fresh(f"{op.name}_of")
+            name = _fresh(out, f"{op.name}_of")
             out.emit(replace(made.map_refs(lambda r: operands[r.name]), results=(name,), types=(one,)))
             found[value] = Ref(name)
         else:
@@ -80,6 +80,15 @@ def _there(out: Builder, p: Program, op: Op, operand: int, shape: tuple[int, ...
 
 
 def _emit(out: Builder, op: Op, target: str, args: tuple[Arg, ...], t: Type, **kwargs: Arg) -> Ref:
-    name = out.fresh(f"{op.name}_{target.split('.')[-2 if target.startswith('aten') else -1]}")
+    name = _fresh(out, f"{op.name}_{target.split('.')[-2 if target.startswith('aten') else -1]}")
     out.emit(replace(op, results=(name,), target=target, args=args, kwargs=tuple(kwargs.items()), types=(t,)))
     return Ref(name)
+
+
+def _fresh(out: Builder, name: str) -> str:
+    """A name that a kernel's parameters can have."""
+    new, n = out.fresh(name), 0
+    while "." in new:
+        n += 1
+        new = out.fresh(f"{name}_{n}")
+    return new

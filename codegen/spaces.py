@@ -28,11 +28,16 @@ class Space:
     index: dict[str, Indices] = field(default_factory=dict)
 
     def reduced(self, p: Program, op: Op) -> frozenset[Var] | None:
-        """The variables that a reduction adds up over; None where its operand is not tied to the space, or not one to one."""
+        """The variables that a reduction adds up over; None where its operand is not tied to the space, or not one to one, or the result is tied to other points."""
         x = op.refs[0].name
         if x not in self.index:
             return None
         dims = reduced_dims(p, op)
+        kept, made = tuple(i for d, i in enumerate(self.index[x]) if d not in dims), self.index.get(op.name, ())
+        if len(made) == len(self.index[x]):
+            made = tuple(i for d, i in enumerate(made) if d not in dims)
+        if made and made != kept:  # read along another dimension than it is made along
+            return None
         inside: set[Var] = set().union(*(self.index[x][d].vars for d in dims)) if dims else set()
         outside: set[Var] = set().union(*(i.vars for d, i in enumerate(self.index[x]) if d not in dims))
         size = 1

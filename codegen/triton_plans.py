@@ -153,6 +153,9 @@ class Plans:
         if not space.vars:
             return frozenset(), False
         everything, last = frozenset(space.vars), space.vars[-1]
+        for name, over in reductions.items():  # parts become complete before anything is made of them
+            if self.p.producers[name].refs[0].name.endswith("_parts") and over != everything:
+                return over, True
         for name, over in reductions.items():
             if over != everything and (last in over or read_along(space, name, over, ops)):
                 return over, True

@@ -234,6 +234,8 @@ class Writer(Plans):
     def _replace(self, value: str, n: int, dtype: str) -> None:
         """From now on a value is the sum of its parts in memory."""
         op, parts = self.p.producers[value], f"{value}_parts"
+        if parts in self.memory:
+            raise CodegenError(f"%{value} = {op.target}: parts of it are added up to parts again\n  fix: none is needed, the group runs as Python")
         t = Type(dtype, (n, *op.type.shape))
         made = replace(op, target="reshape" if n == 1 and parts not in self.views else "amax" if op.target == "amax" else "sum", args=(Ref(parts),), kwargs=() if n == 1 and parts not in self.views else (("dims", (0,)), ("keepdim", False)))
         leaf = Op((parts,), "full", (), (t,), (("value", 0.0),))

@@ -263,6 +263,18 @@ return %z output "z"
         assert not cpp_nests.source(k).reused, text
 
 
+@pytest.mark.parametrize(("ops", "row"), [
+    ("%a = sum(%x, dims=[1], keepdim=false) : f64[33]\n%y = aten.add.Tensor(%a, %x) : f64[33, 33]", 33),
+    ("%a = amax(%x, dims=[0], keepdim=true) : f64[1, 5]\n%c = reshape(%a) : f64[5, 1]\n%y = aten.add.Tensor(%c, %x) : f64[5, 5]", 5),
+    ("%a = sum(%x, dims=[0], keepdim=true) : f64[1, 100]\n%y = sum(%a, dims=[1], keepdim=true) : f64[1, 1]", 100),
+])  # fmt: skip
+def test_what_a_sum_is_read_along_is_not_what_it_is_made_along(ops: str, row: int, tmp_path: Path) -> None:
+    k = kernel_of(f'%x : f64[{row}, {row}] batch "x"\n{ops}\nreturn %y output "y"\n')
+    xs, said = random_inputs(k.fragment), list[str]()
+    (code,) = cpp_files.compiled([k], tmp_path, said.append)  # compiled, or Python where no nest makes it
+    assert apart(code(*xs), inductor.python(k)(*xs)) <= LEAST["f64"]
+
+
 REFUSED = {
     "c64": ('%x : c64[4] batch "x"\n%y = aten.neg(%x) : c64[4]\nreturn %y output "y"\n', "no C\\+\\+ type"),
     "empty": ('%x : f32[4, 0] batch "x"\n%y = aten.neg(%x) : f32[4, 0]\nreturn %y output "y"\n', "0 elements"),

@@ -301,6 +301,33 @@ def test_a_row_is_held_where_it_fits(name: str, dtype: str, sizes: dict[str, int
     assert max(each.blocks.r for each in launched(p) if each.blocks.reduced and each.bytes_read > 1 << 16) == row
 
 
+@installed
+@pytest.mark.parametrize(("inputs", "ops", "made"), [
+    ("f32[300, 100]", "%a = sum(%i0, dims=[0], keepdim=true) : f32[1, 100]\n%b = sum(%a, dims=[1], keepdim=true) : f32[1, 1]", "b"),
+    ("f32[300, 100]", "%a = sum(%i0, dims=[0], keepdim=true) : f32[1, 100]\n%b = amax(%a, dims=[0, 1], keepdim=false) : f32[]", "ab"),  # parts of parts
+    ("f32[33, 33]", "%a = sum(%i0, dims=[1], keepdim=false) : f32[33]\n%b = aten.add.Tensor(%a, %i0) : f32[33, 33]", "b"),  # a row's sum along the columns
+    ("f64[5, 5]", "%a = amax(%i0, dims=[0], keepdim=true) : f64[1, 5]\n%c = reshape(%a) : f64[5, 1]\n%b = aten.add.Tensor(%c, %i0) : f64[5, 5]", "b"),
+])  # fmt: skip
+def test_what_a_sum_is_read_along_is_not_what_it_is_made_along(interpreter: Interpreter, inputs: str, ops: str, made: str) -> None:
+    p = fragment(f'%i0 : {inputs} batch "i0"\n{ops}\n' + "".join(f'return %{o} output "{o}"\n' for o in made))
+    check(interpreter, p, random_inputs(p), F32 if "f32" in inputs else F64)
+
+
+@installed
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_lookup_in_a_sum_of_two_tensors(interpreter: Interpreter, rows: int) -> None:
+    """In each of them; of one long row both are sums of parts."""
+    p = fragment(f"""
+        %i0 : f32[{rows}, 32000] batch "i0"
+        %i1 : f32[1, 32000] batch "i1"
+        %i2 : i64[{rows}, 1] batch "i2"
+        %y = aten.add.Tensor(%i0, %i1) : f32[{rows}, 32000]
+        %g = gather(%y, %i2, dim=1) : f32[{rows}, 1]
+        return %g output "g"
+    """)
+    check(interpreter, p, [torch.randn(rows, 32000), torch.randn(1, 32000), torch.full((rows, 1), 31999)], 0.0)
+
+
 def test_every_rank_writes_the_same_source() -> None:
     """Whatever order a process's sets have: compiled kernels are found by their text. Several numbers of complete sums wait to be made here."""
     sums = "\n".join(f"%s{n} = {('sum', 'amax')[n % 2]}(%i{n}, dims=[0], keepdim=false) : f32[] {{}}\n%n{n} = aten.neg(%s{n}) : f32[] {{}}" for n in range(6))
