@@ -47,7 +47,7 @@ class Kernel(Reductions):
         else:
             early = {key: name for key, name in accumulators.items() if key[0] in plan.early}
             self._accumulate(early)
-            self._stores()
+            self._stores(self.plan.targets)
             self._accumulate({key: name for key, name in accumulators.items() if key not in early})
         if plan.partial:
             body = self._close()
@@ -65,7 +65,7 @@ class Kernel(Reductions):
         accumulators = self._accumulators()
         self.scopes.append(Scope(["x = start + tl.arange(0, XB)", "x_in = x < n"]))
         self.level["x"], self.masks["x"] = 1, True
-        self._stores()
+        self._stores(self.plan.targets)
         self._accumulate(accumulators)
         body = self._close()
         self.level["x"] = 0
@@ -95,10 +95,13 @@ class Kernel(Reductions):
         return scope.lines
 
     def _rows_in_blocks(self, accumulators: Mapping[tuple[str, Indices], str]) -> None:
-        """The row does not fit: one loop for each reduction that waits for another, one more for what is stored."""
+        """The row does not fit: one loop for each reduction that waits for another, and one more for what waits for the last. What is stored, or added up over rows, is so in the first
+        loop that has it."""
         inner = [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self.needed and self.plan.space.reduced(self.p, op) == self.plan.row]
         online = {op.name: maximum for op in inner if (maximum := self._rescaled(op)) is not None and any(maximum is o for o in inner)}
         depth = depths(self.p, [op.name for op in inner], {name: maximum.name for name, maximum in online.items()})
+        stored = [t for t in self.plan.targets if "r" in self._axes(self.plan.space.index[t])]
+        along = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
         for n in sorted({depth[op.name] for op in inner}):
             now = [op for op in inner if depth[op.name] == n]
             outer = self.scopes[-1]
@@ -115,6 +118,10 @@ class Kernel(Reductions):
                     self._take_online(self.p.producers[value], name, sums, self._operands(self.p.producers[value], self.bound), level)
                 elif value not in online:
                     self._take(self.p.producers[value], name, self._operands(self.p.producers[value], self.bound), at_level=level)
+            ready, added = [t for t in stored if depth.get(t, 0) < n], {key: name for key, name in along.items() if depth.get(self.p.producers[key[0]].refs[0].name, 0) < n}
+            self._stores(ready)
+            self._accumulate(added)
+            stored, along = [t for t in stored if t not in ready], {key: name for key, name in along.items() if key not in added}
             self._close_r()
             for (value, bound), name in names.items():
                 op = self.p.producers[value]
@@ -125,12 +132,11 @@ class Kernel(Reductions):
                     text = f"{name} * tl.exp({most} - {self.known[online[value].name, tuple(i.put(dict(bound)) for i in self.plan.space.index[online[value].name]), ()].name})"
                 self.known[key] = self._emit(word(value), self._reduced(op, text, 1), computed(op.type.dtype), frozenset("x"))
                 self.scopes[-1].kept.append(key)
-        self._stores(only_rows=True)
-        along = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
-        self._accumulate({key: name for key, name in accumulators.items() if key not in along})
-        if any("r" in self._axes(self.plan.space.index[t]) for t in self.plan.targets) or along:
+        self._stores([t for t in self.plan.targets if "r" not in self._axes(self.plan.space.index[t])])
+        self._accumulate({key: name for key, name in accumulators.items() if "r" not in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])})
+        if stored or along:
             self._open_r()
-            self._stores(only_rows=False)
+            self._stores(stored)
             self._accumulate(along)
             self._close_r()
 
@@ -148,11 +154,9 @@ class Kernel(Reductions):
 
     # what is stored ---------------------------------------------------------------------------------------------------
 
-    def _stores(self, only_rows: bool | None = None) -> None:
-        for target in self.plan.targets:
+    def _stores(self, targets: Sequence[str]) -> None:
+        for target in targets:
             index = self.plan.space.index[target]
-            if only_rows is not None and ("r" not in self._axes(index)) != only_rows:
-                continue
             for binding in self._bindings(index):
                 self.bound = binding
                 self._store(target, tuple(i.put(binding) for i in index))

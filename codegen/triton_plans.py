@@ -9,6 +9,7 @@ from math import prod
 from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
+from deepseed.codegen.pointwise import computed
 from deepseed.codegen.spaces import REDUCTIONS, Space, depths, ops_of, read_along
 from deepseed.codegen.triton_kernel import Plan
 from deepseed.ir.program import Op, Program
@@ -191,15 +192,19 @@ class Plans:
         long = {v for v, index in space.index.items() if any(i.vars & row for i in index)}
         along = [op.name for op in ops if op.target in REDUCTIONS and op.refs[0].name in long and op.name not in long]
         rank = {name: n for n, name in enumerate(sorted(along, key=depths(self.p, along).__getitem__))}
+        same: dict[str, str] = {}  # what a register of another value is
+        for op in ops:
+            if op.target in ("reshape", "permute", "expand") or (op.target == "cast" and computed(op.type.dtype) == computed(self.p.types[op.refs[0].name].dtype)):
+                same[op.name] = same.get(op.refs[0].name, op.refs[0].name)
         when: dict[str, list[int]] = {}  # the reductions for which a value is used first and last, as they are made one after another
         for op in reversed(ops):
             needed = rank.get(op.name, min([n for r in op.results for n in when.get(r, ())], default=len(rank)))
-            for r in op.refs:
-                if op.name not in self.memory:
-                    when.setdefault(r.name, []).append(needed)
-        held = max([sum(1 for v in long if v in when and min(when[v]) <= n < max(when[v])) for n in range(len(rank))], default=0)
-        once = sum(1 for v in long if v in self.memory and not any(i.vars - row for i in space.index[v])) if partial else 0
-        return max(1, held + once + sum(1 for v in partial if v in long)) * (2 if any(self.p.types[v].dtype == "f64" for v in long) else 1)
+            if op.name not in self.memory and op.name not in same:
+                for r in op.refs:
+                    when.setdefault(same.get(r.name, r.name), []).append(needed)
+        held = [[v for v in long if v in when and min(when[v]) <= n < max(when[v])] for n in range(len(rank))]
+        once = [v for v in long if v in self.memory and not any(i.vars - row for i in space.index[v])] if partial else []
+        return max([1, *(sum(2 if self.p.types[v].dtype in ("f64", "i64") else 1 for v in (*each, *once, *(f for f in partial if f in long))) for each in held or [[]])])
 
     def _first_blocked(self, space: Space, closure: Collection[str], plan: Plan) -> str:
         """A reduction in the way that waits for no other: a target of its own."""

@@ -65,7 +65,7 @@ class Product(Kernel):
         lines += ["x = pid_x * XB + tl.arange(0, XB)[:, None]", "r = pid_r * RB + tl.arange(0, RB)[None, :]"]
         lines += [f"{axis}_in = {axis} < {self.sizes[axis]}" for axis in "xr" if self.masks[axis]]
         self._contract(lines)
-        self._stores()
+        self._stores(self.plan.targets)
         return lines
 
     def _contract(self, lines: list[str]) -> None:

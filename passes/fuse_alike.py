@@ -21,8 +21,8 @@ from deepseed.passes.fuse import POINT, REACH, kind_of
 HELD = 1 << 21  # bytes of operands that a group makes live longer: they stay in the cache
 
 
-def fuse_alike(p: Program, sums: bool = False) -> Program:
-    """``p`` has its groups marked. ``sums``: the back end adds up many tensors at once."""
+def fuse_alike(p: Program, sums: bool = False, held: int = HELD) -> Program:
+    """``p`` has its groups marked. ``sums``: the back end adds up many tensors at once; ``held``: bytes of operands that a group may make live longer."""
     waiting, inputs = after_tangents(p), {i.name for i in p.inputs}
     out: list[Op] = []
     stretch: dict[tuple[object, ...], list[Op]] = {}
@@ -30,7 +30,7 @@ def fuse_alike(p: Program, sums: bool = False) -> Program:
 
     def end() -> None:
         for ops in stretch.values():
-            for run in _runs(p, ops, inputs):
+            for run in _runs(p, ops, inputs, held):
                 out.extend(replace(op, kernel=run[-1].name, origin="") if len(run) > 1 else op for op in run)
         stretch.clear()
         made.clear()
@@ -49,7 +49,7 @@ def fuse_alike(p: Program, sums: bool = False) -> Program:
     return replace(p, ops=tuple(out), origins=tuple((key, op) for key, op in p.origins if key in whole))
 
 
-def _runs(p: Program, ops: Sequence[Op], inputs: set[str]) -> list[list[Op]]:
+def _runs(p: Program, ops: Sequence[Op], inputs: set[str], most: int) -> list[list[Op]]:
     runs: list[list[Op]] = []
     room = 0
     for op in ops:
@@ -57,7 +57,7 @@ def _runs(p: Program, ops: Sequence[Op], inputs: set[str]) -> list[list[Op]]:
         held = 0 if x.name in inputs else p.types[x.name].local_bytes(p.mesh)
         if not runs or held > room or (len(runs[-1]) == REACH and not op.type.shape):  # each number is an argument
             runs.append([])
-            room = HELD
+            room = most
         runs[-1].append(op)
         room -= held
     return runs

@@ -28,6 +28,7 @@ _MOVES = (
 )  # fmt: skip
 OPTIMIZER = "optim."
 WIDENED = 1 << 21  # bytes of gradients that are widened for one call of an optimizer: they stay in the cache, and are never held twice
+ON_A_DEVICE = 1 << 30  # the same where kernels are a device's: a launch costs more than what its caches hold
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
@@ -43,11 +44,12 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
             %y = aten.div.Tensor(%y.exp, %y.sum) : f32[8@dp, 16] {origin="y"}
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
-    p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)))
+    joined = products == "joined"
+    p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)), ON_A_DEVICE if joined else WIDENED)
     if not kernels:
         return p
     p = fuse(remade(p))
-    return fuse_alike(fuse_products(p) if products == "joined" else alone(p, products == "alone"), products == "joined")
+    return fuse_alike(fuse_products(p), sums=True, held=ON_A_DEVICE) if joined else fuse_alike(alone(p, products == "alone"))
 
 
 # groups -------------------------------------------------------------------------------------------------------------
@@ -270,9 +272,9 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 
-def _gather_updates(p: Program) -> Program:
+def _gather_updates(p: Program, room: int) -> Program:
     """All updates of one optimizer with the same options side by side, where the last one stood, so that a back end can make one
-    call of them. What reads a result earlier follows them.
+    call of them: ``room`` bytes of gradients that were widened for a call. What reads a result earlier follows them.
 
     before: %a.new = optim.sgd(%a, %a.g, %lr)           after: %b.g = ..
             %a.out.start = all_gather.start(%a.new)            %a.new = optim.sgd(%a, %a.g, %lr)
@@ -287,7 +289,7 @@ def _gather_updates(p: Program) -> Program:
             cast = p.producers.get(op.refs[1].name)
             if cast is not None and cast.target == "cast" and cast.phase == "update":
                 widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
-            groups.setdefault((*key, widened.get(key, 0) // WIDENED), []).append(op)
+            groups.setdefault((*key, widened.get(key, 0) // room), []).append(op)
     last = {ops[-1].name: ops for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)

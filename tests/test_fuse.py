@@ -25,7 +25,6 @@ from deepseed.ir.program import Program, ProgramError
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.ops import evaluate
-from deepseed.passes import fuse_alike as alike
 from deepseed.passes.fuse import fuse
 from deepseed.passes.fuse_alike import fuse_alike
 from deepseed.passes.fuse_products import fuse_products
@@ -340,11 +339,10 @@ def test_what_does_the_same_to_many_tensors_is_one_kernel() -> None:
     assert [launches(fragment(p, g)) for g in (casts, counts)] == [1, 1]
 
 
-def test_operands_that_were_made_for_a_kernel_of_many_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operands_that_were_made_for_a_kernel_of_many_are_few() -> None:
     """They would live until it ends: 3 casts of 16 bytes each read what was made, of 40 bytes at once two."""
-    monkeypatch.setattr(alike, "HELD", 40)
     made = "".join(f'%m{n} = aten.mm(%a, %a) : f32[2, 2] {{phase="forward"}}\n' for n in range(3)) + "".join(f'%c{n} = cast(%m{n}) : bf16[2, 2] {{phase="forward"}}\n' for n in range(3))
-    p = verify(fuse_alike(verify(parse('program p mesh() facts(explicit, lowered, placed)\n%a : f32[2, 2] param "a"\n' + made + "".join(f'return %c{n} output "{n}"\n' for n in range(3))))))
+    p = verify(fuse_alike(verify(parse('program p mesh() facts(explicit, lowered, placed)\n%a : f32[2, 2] param "a"\n' + made + "".join(f'return %c{n} output "{n}"\n' for n in range(3)))), held=40))
     assert [g.makes for g in groups(p)] == [("c0", "c1")] and mark(p, "c2") == ""
 
 

@@ -72,3 +72,21 @@ def test_the_update_is_one_kernel_a_dtype(monkeypatch: pytest.MonkeyPatch) -> No
         source = step.programs.current().executables[0].source
         assert 1 <= source.count("torch._fused_adamw_(") <= bound, plan
         assert "grad_scale=" in source and "_foreach_mul_" not in source
+
+
+def test_a_device_updates_all_16_bit_parameters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of 16 bits are widened for one call, and squared by one kernel; where kernels are a CPU's, as many as its caches hold."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])
+    alone = []
+    for products in ("joined", ""):
+        monkeypatch.setattr(build, "PRODUCTS", {"functions": products})
+        with torch.device("meta"):
+            config = transformers.LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, use_cache=False)
+            model, ids = transformers.LlamaForCausalLM(config), torch.empty(2, 16, dtype=torch.int64)
+        step = deepseed.compile(model, "bf16", optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), clip_grad_norm=1.0, example_batch={"input_ids": ids, "labels": ids}, codegen="functions")
+        p = step.passes[-1].program
+        alone.append(explain_kernels(p, p, back_ends.traffic("triton" if products else "functions")).alone)
+    device, cpu = alone
+    assert device["optim.adamw"] == 1 and "sum_of_squares" not in device, device
+    assert cpu["optim.adamw"] > 1 and device["cast"] < cpu["cast"], (cpu, device)

@@ -208,3 +208,18 @@ def test_logits_and_their_gradient_are_one_kernel(interpreter: Interpreter, word
     assert launches(p) == 1
     of_a_real_model(interpreter, p, loops)
     assert launched(p)[0].bytes_read == 3 * (loops * 4 * words + 8 + 4)
+
+
+LONG = {  # results that wait for no sum of their row, and sums that wait for none: one loop has them all
+    "a result beside its maximum": '%v0 = aten.silu(%i0) : f32[2, 40000]\n%v1 = amax(%v0, dims=[1], keepdim=true) : f32[2, 1]\nreturn %v0 output "v0"\nreturn %v1 output "v1"',
+    "a sum and its squares": '%v0 = aten.add.Tensor(%i0, %i1) : f32[2, 40000]\n%v1 = aten.mul.Tensor(%v0, %v0) : f32[2, 40000]\n%v2 = sum(%v1, dims=[1], keepdim=true) : f32[2, 1]\nreturn %v0 output "v0"\nreturn %v2 output "v2"',
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_what_waits_for_no_sum_is_stored_where_the_row_is_read(interpreter: Interpreter, case: str) -> None:
+    inputs = "".join(f'%{i} : f32[2, 40000] batch "{i}"\n' for i in ("i0", "i1") if f"%{i}" in LONG[case])
+    lines = [f"{line} {{}}" if " = " in line else line for line in LONG[case].splitlines()]
+    p = parse("program kernel mesh() facts()\n" + inputs + "\n".join(lines) + "\n")
+    assert "for first in range" in source(p) and launches(p) == 1
+    of_a_real_model(interpreter, p)
