@@ -319,7 +319,7 @@ def _read(word: str, text: str) -> tuple[str, int | str | tuple[str, ...]]:
     for pattern, meaning, instead in LATER:
         if re.fullmatch(pattern, word):
             raise PlanError(f"not yet supported by this version: {word} ({meaning}), in plan {text!r}; use {instead}")
-    raise PlanError(f"unknown word {word!r} in plan {text!r}{_suggest(word)}\n  words: {', '.join(KNOWN)}; joined by +, as in zero3+tp2+bf16")
+    raise PlanError(f"unknown word {word!r} in plan {text!r}{_suggest(word)}\n  fix: use one of the words: {', '.join(KNOWN)}; joined by +, as in zero3+tp2+bf16")
 
 
 def _suggest(word: str) -> str:

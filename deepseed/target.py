@@ -44,7 +44,7 @@ class Target:
 
 def load(text: str, *, meta: bool = False) -> Target:
     """The target that ``text`` names. ``meta``: an ``hf:`` model is built on the meta device, without memory for its values;
-    a file builds its model as it likes. Raises TargetError (or TinyError, of an ``hf:`` class)."""
+    a file builds its model as it likes. Raises TargetError."""
     if text.startswith("hf:"):
         from deepseed.tiny import tiny_model
 

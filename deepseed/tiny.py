@@ -34,7 +34,12 @@ def tiny_model(name: str, said: Mapping[str, Any], *, meta: bool = False) -> tup
     ``meta``: parameters on the meta device, which have a shape and no memory; the batch is real. Raises TinyError.
     """
     cls = _class(name)
-    rows, tokens = (int(said.get(word, default)) for word, default in BATCH_WORDS.items())
+    rows, tokens = (_count(name, word, said.get(word, default)) for word, default in BATCH_WORDS.items())
+    with _refusing(name, said):
+        return _model(cls, said, rows, tokens, meta)
+
+
+def _model(cls: Any, said: Mapping[str, Any], rows: int, tokens: int, meta: bool) -> tuple[nn.Module, dict[str, Any]]:
     fields = _decoder(cls) | {key: value for key, value in said.items() if key not in BATCH_WORDS}
     try:
         way = _way(cls)
@@ -82,6 +87,29 @@ def _followers(config_class: Any, defaults: Mapping[str, Any], changed: Mapping[
     return {name: value for name, value in now.items() if name in defaults and name not in changed and value != defaults[name]}
 
 
+def _count(name: str, word: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise TinyError(f"hf:{name}({word}={value!r}): {word} is no number of {'rows' if word == 'batch_size' else 'tokens'}\n  fix: {word}={BATCH_WORDS[word]}, or another whole number from 1")
+    return value
+
+
+@contextmanager
+def _refusing(name: str, said: Mapping[str, Any]) -> Iterator[None]:
+    """What a class, its configuration or its batch raises, as a TinyError: they raise what they like on a field that does not fit."""
+    try:
+        yield
+    except TinyError:
+        raise
+    except Exception as error:
+        call = f"hf:{name}" + (f"({', '.join(f'{key}={value!r}' for key, value in said.items())})" if said else "")
+        change = f"give {' or '.join(said)} another value, or the fields that disagree with it too" if said else f"give fields that fit, as in hf:{name}(num_hidden_layers=4)"
+        raise TinyError(f"{call} cannot be built: {_one_line(error)}\n  fix: {change}; or write a file target, path/to/file.py:name") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
 # building and trying -------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +142,7 @@ def _way(cls: Any) -> str:
     if isinstance(first, TinyError):
         raise first
     raise TinyError(
-        f"{cls.__name__} cannot be made small: {type(first).__name__}: {first}\n"
+        f"{cls.__name__} cannot be made small: {_one_line(first)}\n"
         "  fix: write a file target that returns model and batch, path/to/file.py:name"
     ) from first
 
@@ -136,7 +164,7 @@ def _built(cls: Any, config: Any, meta: bool = False) -> nn.Module:
             model: nn.Module = cls(config)
         except Exception as error:
             raise TinyError(
-                f"{cls.__name__} cannot be built from this tiny {type(config).__name__}: {type(error).__name__}: {error}\n"
+                f"{cls.__name__} cannot be built from this tiny {type(config).__name__}: {_one_line(error)}\n"
                 f"  fix: give the fields that disagree, as in hf:{cls.__name__}(num_hidden_layers=4), or write a file target, path/to/file.py:name"
             ) from error
     return model.train()
@@ -165,6 +193,8 @@ def _class(name: str) -> Any:
     if not isinstance(cls, type):
         near = next((n for n in get_close_matches(name, dir(transformers), n=20, cutoff=0.5) if _is_model(n)), None)
         raise TinyError(f"transformers has no class {name!r}\n  fix: " + (f"did you mean {near}?" if near else "name a model class, as in hf:LlamaForCausalLM"))
+    if issubclass(cls, transformers.PretrainedConfig):
+        raise TinyError(f"{name} of transformers is a configuration, no model\n  fix: name a model class, as in hf:LlamaForCausalLM")
     if not _is_model(name):
         raise TinyError(f"{name} of transformers is no model: it has no configuration class\n  fix: name a model class, as in hf:LlamaForCausalLM")
     return cls

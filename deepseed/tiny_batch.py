@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseed.target import TargetError
+
 SEED = 0
 ROWS, TOKENS = 8, 16
 IGNORED = -100
@@ -24,7 +26,7 @@ TASKS = (
 ONE_LABEL_A_ROW = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION", "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION")
 
 
-class TinyError(ValueError):
+class TinyError(TargetError):
     """A class or field that does not exist, or a class for which no batch can be made: says the nearest one and the fix.
 
     final: no other sizes would help."""

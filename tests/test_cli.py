@@ -90,6 +90,7 @@ def test_plan_says_stages_and_microbatches() -> None:
         (["dump", LLAMA, "--after", "solve_placement"], "did you mean solve_placements"),
         (["opt", "/nowhere/a.ir"], "/nowhere/a.ir"),
         (["verify", LLAMA, "--backend", "mpi"], "one of simulate, gloo, nccl"),
+        (["explain", f"{LLAMA}(hidden_size=33)", "--kernels"], "hf:LlamaForCausalLM(hidden_size=33) cannot be built: StrictDataclassClassValidationError: "),
         (["run", "/nowhere/train.py"], "no file /nowhere/train.py"),
     ],
 )

@@ -137,7 +137,7 @@ def test_words_of_later_versions_are_refused_not_ignored(word: str) -> None:
 def test_an_unknown_word_names_the_nearest_and_lists_the_words(word: str, suggestion: str) -> None:
     message = refusal(f"dp2+{word}")
     assert f"unknown word {word!r}" in message and f"did you mean {suggestion}?" in message
-    assert "words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp16, fp32, fp64, grads(fp32), chunked, chunkedN, remat, offload(optimizer), budget(8GiB)" in message
+    assert "\n  fix: use one of the words: dpN, zero0, zero1, zero2, zero3, ppN, epN, spN, tpN, mbN, gpipe, 1f1b, interleavedN, zb, bn(local), bn(exact), order(axes), bf16, fp16, fp32, fp64, grads(fp32), chunked, chunkedN, remat, offload(optimizer), budget(8GiB)" in message
 
 
 def test_offload() -> None:

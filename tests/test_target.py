@@ -124,7 +124,8 @@ def test_a_large_model_on_the_meta_device_takes_no_memory() -> None:
         ("hf:LamaForCausalLM", "no class 'LamaForCausalLM'\n.*did you mean LlamaForCausalLM"),
         ("hf:Nothing", "no class 'Nothing'\n  fix: name a model class, as in hf:LlamaForCausalLM$"),  # the nearest word is logging
         ("hf:BertForMaskedLN", "no class 'BertForMaskedLN'\n.*did you mean BertForMaskedLM"),
-        ("hf:LlamaConfig", "is no model"),
+        ("hf:LlamaConfig", "LlamaConfig of transformers is a configuration, no model\n  fix: name a model class, as in hf:LlamaForCausalLM$"),
+        ("hf:AutoModelForCausalLM", "is no model: it has no configuration class\n  fix: name a model class"),
         ("hf:LlamaForCausalLM(xyzzy=3)", "LlamaConfig has no field 'xyzzy'\n  fix: name a field that transformers.LlamaConfig has"),
         ("hf:LlamaModel", "has no loss"),
         ("hf:LlamaForCausalLM(num_layers=3)", "no field 'num_layers'\n.*num_hidden_layers"),
@@ -136,6 +137,29 @@ def test_a_large_model_on_the_meta_device_takes_no_memory() -> None:
 def test_refusals_of_classes(text: str, says: str) -> None:
     with pytest.raises((TinyError, TargetError), match=says):
         load(text)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("LlamaForCausalLM(hidden_size=33)", r"hidden size \(33\) is not a multiple of the number of attention heads \(4\)"),
+        ("LlamaForCausalLM(hidden_size='x')", "'hidden_size' expected int, got str"),
+        ("LlamaForCausalLM(num_attention_heads=0)", "ZeroDivisionError"),
+        ("LlamaForCausalLM(vocab_size=-1)", r"negative dimension -1: \[-1, 64\]"),
+        ("LlamaForCausalLM(hidden_act='xyzzy')", "KeyError: 'xyzzy'"),
+        ("Gemma3ForConditionalGeneration(text_config={'hidden_size': 33})", "33"),
+        ("ViTForImageClassification(image_size=-1)", "-1"),
+        ("LlamaForCausalLM(batch_size='x')", "batch_size is no number of rows"),
+        ("LlamaForCausalLM(batch_size=0)", "batch_size is no number of rows"),
+        ("LlamaForCausalLM(sequence_length=None)", "sequence_length is no number of tokens"),
+    ],
+)
+def test_what_a_class_refuses_of_its_fields_is_one_line_and_a_fix(call: str, says: str) -> None:
+    """Whatever the library raised, where it makes the configuration, the model or the batch."""
+    with pytest.raises(TargetError, match=says) as refused:
+        load(f"hf:{call}", meta=True)
+    why, fix = str(refused.value).split("\n")
+    assert call.partition("(")[0] in why and fix.startswith("  fix: ")
 
 
 def test_calls_and_optimizers() -> None:
