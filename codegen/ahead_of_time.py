@@ -34,24 +34,50 @@ class Compiled:
     assembly: Path
 
 
-def check(target: str) -> None:
-    """Raises CompileError, with the fix, where nothing can be compiled for ``target`` in this process."""
+def known(target: str) -> None:
+    """Raises CompileError where no GPU is called ``target``."""
     if target not in TARGETS:
         raise CompileError(f"{target} is no target\n  fix: one of {', '.join(TARGETS)}")
+
+
+def check(target: str) -> None:
+    """Raises CompileError, with the fix, where nothing can be compiled for ``target`` in this process."""
+    known(target)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CompileError("kernels of this process are interpreted, as TRITON_INTERPRET=1 says: they cannot be compiled too\n  fix: compile in a process without it")
     if importlib.util.find_spec("triton") is None:
         raise CompileError("triton is not installed\n  fix: pip install 'deepseed[triton]'")
 
 
+def writable(folder: Path) -> None:
+    """Makes the cache folder where it is not there. Raises CompileError, with the fix, where it cannot be made, or nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> CompileError:
+    return CompileError(f"the cache folder {folder} cannot be written: {error.strerror or error}\n  fix: set DEEPSEED_CACHE_DIR to a folder that can")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+
+
 def compiled(source: str, target: str, folder: Path | None = None) -> list[Compiled]:
     """The kernels of a file that ``deepseed.codegen.triton.source`` made. Assembly is kept in ``folder``: default ``triton`` in ``$DEEPSEED_CACHE_DIR``. Raises CompileError."""
     check(target)
     folder = folder or Path(os.environ.get("DEEPSEED_CACHE_DIR") or Path(tempfile.gettempdir()) / f"deepseed-{os.getuid()}") / "triton"
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"fragment_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = folder / f"{name}.py"
-    path.write_text(source)
+    _write(path, source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +100,7 @@ def _compiled(function: Any, kernel: str, types: dict[str, Any], warps: int, tar
     )  # fmt: skip
     text = "ptx" if target.startswith("sm") else "amdgcn"
     path = path.with_name(f"{path.name}.{text}")
-    path.write_text(made.asm[text])
+    _write(path, made.asm[text])
     registers, spilled = _ptxas(path, target) if text == "ptx" else _amdgcn(made.asm[text])
     return Compiled(kernel, target, registers, spilled, int(made.metadata.shared), path)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deepseed.codegen.ahead_of_time import CompileError, check, compiled
+from deepseed.codegen.ahead_of_time import CompileError, check, compiled, known, writable
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.triton import source
@@ -20,12 +20,17 @@ from deepseed.friendly import UsageError
 from deepseed.runtime.executable import cache_dir
 
 
-def check_targets(codegen: str, targets: Sequence[str]) -> None:
-    """Raises UsageError or CompileError, each with the fix, where ``--gpu`` cannot be answered here."""
+def check_targets(codegen: str | None, targets: Sequence[str]) -> None:
+    """Raises UsageError or CompileError, each with the fix, where ``--gpu`` cannot be answered here. ``codegen``: as the user said it, None where not."""
+    for target in targets:
+        known(target)
     if codegen != "triton":
-        raise UsageError(f"--gpu {' --gpu '.join(targets)} with --codegen {codegen}: what is compiled ahead of time is Triton source\n  fix: --codegen triton, or leave --gpu out")
+        given = f"--gpu {' --gpu '.join(targets)}"
+        said = f"{given} needs --codegen triton" if codegen is None else f"{given} with --codegen {codegen}"
+        raise UsageError(f"{said}: what is compiled ahead of time is Triton source\n  fix: {'add ' if codegen is None else ''}--codegen triton, or leave --gpu out")
     for target in targets:
         check(target)
+    writable(cache_dir() / "triton")
 
 
 def assembled(report: KernelReport, targets: Sequence[str]) -> KernelReport:
@@ -43,6 +48,8 @@ def assembled(report: KernelReport, targets: Sequence[str]) -> KernelReport:
                 found[target, text] = compiled(text, target, cache_dir() / "triton")
             except CompileError as error:
                 raise CompileError(f"{names[text]} for {target}: {error}") from None
+            except OSError as error:  # of files that are Triton's own: ours say which folder
+                raise CompileError(f"{names[text]} for {target}: Triton cannot keep its files: {error}\n  fix: set TRITON_CACHE_DIR to a folder that can be written") from None
             except _refusals() as error:
                 raise CompileError(f"{names[text]} for {target}: Triton refuses it: {type(error).__name__}: {str(error).strip()[:300]}\n  fix: --gpu with another target; open a request with its source, in {cache_dir() / 'triton'}") from None
     kernels = [replace(k, compiled=tuple([c for target in targets for c in found.get((target, sources[k.name]), ())])) for k in report.kernels]
@@ -63,4 +70,4 @@ def _refusals() -> tuple[type[Exception], ...]:
         return (RuntimeError,)
     from triton.errors import TritonError
 
-    return (TritonError, RuntimeError, ValueError, OSError)
+    return (TritonError, RuntimeError, ValueError)

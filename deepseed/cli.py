@@ -155,6 +155,7 @@ def explain(
     from deepseed.runtime.host import refined
 
     _fit({"--why": why, "--kernels": kernels, "--html": html, "--json": as_json, "--cuda-graphs": cuda_graphs, "--codegen": codegen, "--gpu": gpu, "--measure": measure})
+    asked = codegen
     codegen = "auto" if codegen is None else codegen
     known(codegen)
     codegen = AUTO if codegen == "auto" else codegen
@@ -163,7 +164,7 @@ def explain(
     if gpu:
         from deepseed.assembled import check_targets
 
-        check_targets(codegen, gpu)
+        check_targets(asked, gpu)
     if measure:
         from deepseed.timed import device_of
 

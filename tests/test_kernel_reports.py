@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -180,7 +181,11 @@ def test_a_kernel_that_triton_refuses_is_named(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--kernels", "--gpu", "sm_90"], "--gpu sm_90 with --codegen cpp: what is compiled ahead of time is Triton source\n  fix: --codegen triton"),
+        (["--kernels", "--gpu", "sm_90"], "--gpu sm_90 needs --codegen triton: what is compiled ahead of time is Triton source\n  fix: add --codegen triton, or leave --gpu out"),
+        (["--kernels", "--codegen", "cpp", "--gpu", "sm_90"], "--gpu sm_90 with --codegen cpp: what is compiled ahead of time is Triton source\n  fix: --codegen triton"),
+        (["--kernels", "--codegen", "auto", "--gpu", "sm_90"], "--gpu sm_90 with --codegen auto: what"),
+        (["--kernels", "--gpu", "sm_75"], "sm_75 is no target\n  fix: one of sm_80, sm_90, gfx942"),
+        (["--kernels", "--codegen", "cpp", "--gpu", "sm_75"], "sm_75 is no target\n  fix: one of sm_80, sm_90, gfx942"),
         (["--kernels", "--codegen", "triton", "--gpu", "sm_90", "--gpu", "sm_1"], "sm_1 is no target\n  fix: one of sm_80, sm_90, gfx942"),
         (["--kernels", "--codegen", "triton", "--measure"], "on a CUDA device, and there is none here\n  fix: --codegen cpp"),
     ],
@@ -188,8 +193,6 @@ def test_a_kernel_that_triton_refuses_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_what_cannot_be_asked_is_refused_before_a_model_is_made(words: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if importlib.util.find_spec("triton") is None and "sm_90" in words and "triton" in words:
-        says = "triton is not installed\n  fix: pip install"
     assert says in refused("explain", "/nowhere/file.py:build", *words)
 
 
@@ -209,6 +212,38 @@ def test_without_triton_or_a_compiler_the_fix_is_said(monkeypatch: pytest.Monkey
     assert "triton is not installed\n  fix: pip install" in refused(*ask, "triton", "--gpu", "sm_90")
     monkeypatch.setattr(timed, "compiler", lambda: "")
     assert "--measure with --codegen cpp: no C++ compiler" in refused(*ask, "cpp", "--measure")
+
+
+@installed
+@pytest.mark.parametrize("below", ["", "more/folders"])
+def test_a_cache_folder_that_cannot_be_is_refused_before_a_model_is_made(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / below
+    monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(folder))
+    said = refused("explain", "/nowhere/file.py:build", "--kernels", "--codegen", "triton", "--gpu", "sm_90")
+    assert said == f"deepseed: the cache folder {folder / 'triton'} cannot be written: Not a directory\n  fix: set DEEPSEED_CACHE_DIR to a folder that can\n"
+
+
+@installed
+def test_a_folder_that_takes_no_file_is_no_fault_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(assembled.CompileError, match=rf"the cache folder {tmp_path}/triton cannot be written: No space left on device\n  fix: set DEEPSEED_CACHE_DIR to a folder that can$"):
+        assembled.assembled(report(), ["sm_80"])
+
+
+def test_the_folder_of_tritons_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str, target: str, folder: Path) -> list[Compiled]:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/nope")
+
+    monkeypatch.setattr(assembled, "compiled", refuse)
+    with pytest.raises(assembled.CompileError, match=r"for sm_80: Triton cannot keep its files: .*No such file or directory: '/proc/nope'\n  fix: set TRITON_CACHE_DIR to a folder"):
+        assembled.assembled(report(), ["sm_80"])
 
 
 # --measure ------------------------------------------------------------------------------------------------------------
