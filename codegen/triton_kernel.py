@@ -77,7 +77,7 @@ class Kernel(Reductions):
         self.after: list[str] = []
         for (value, _), name in accumulators.items():
             op = self.p.producers[value]
-            text = f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.sum(amax({name}, 0), 0)"
+            text = self._folded(op, name)
             self.after.append(f"tl.store(o_{word(value)} + chunk, {text})")
 
     def _axis_r(self) -> None:
@@ -217,7 +217,7 @@ class Kernel(Reductions):
             if self.plan.rows:
                 text, axes = self._reduced(op, name, 0), self._axes(index)
             else:
-                text, axes = (f"tl.sum({name}, 0)" if op.target != "amax" else f"tl.sum(amax({name}, 0), 0)"), frozenset()
+                text, axes = self._folded(op, name), frozenset()
             place, _, _ = self.place(flat(index, op.type.shape))
             numel = op.type.numel
             program = "pid"

@@ -98,10 +98,16 @@ class Reductions(Values):
         self.read[base] = None
         self._count(x, n)
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
-        if op.target == "amax":
-            self._call({"amax"})
-            return self._emit(word(op.name), f"tl.sum(amax({text}, 0), 0)", dtype, frozenset())
-        return self._emit(word(op.name), f"tl.sum({text}, 0)", dtype, frozenset())
+        return self._emit(word(op.name), self._folded(op, text), dtype, frozenset())
+
+    def _folded(self, op: Op, text: str) -> str:
+        """One number of a block of one axis."""
+        if op.target != "amax":
+            return f"tl.sum({text}, 0)"
+        if op.type.dtype not in FLOATS:
+            return f"tl.max({text}, 0)"
+        self._call({"amax"})
+        return f"tl.sum(amax({text}, 0), 0)"
 
     def _take(self, op: Op, name: str, registers: Sequence[Register], at_level: int, whole: bool = True) -> None:
         """Add operands to an accumulator of the block's shape; not ``whole``: of its rows."""

@@ -19,7 +19,7 @@ from triton_fragments import fragments, random_inputs, reference, resized, retyp
 from triton_worker import Interpreter
 
 from deepseed.codegen import block_sizes as block_sizes_module
-from deepseed.codegen import triton_files
+from deepseed.codegen import triton_files, triton_plans
 from deepseed.codegen.autotune import choice, operands, tuned
 from deepseed.codegen.block_sizes import HELD, block_sizes, chunk_size, longest_row
 from deepseed.codegen.expressions import CodegenError
@@ -311,6 +311,29 @@ def test_a_row_is_held_where_it_fits(name: str, dtype: str, sizes: dict[str, int
 def test_what_a_sum_is_read_along_is_not_what_it_is_made_along(interpreter: Interpreter, inputs: str, ops: str, made: str) -> None:
     p = fragment(f'%i0 : {inputs} batch "i0"\n{ops}\n' + "".join(f'return %{o} output "{o}"\n' for o in made))
     check(interpreter, p, random_inputs(p), F32 if "f32" in inputs else F64)
+
+
+@installed
+@pytest.mark.parametrize(("programs", "short"), [(256, 1 << 14), (1, 8)])
+@pytest.mark.parametrize("dtype", ["f32", "i64"])
+def test_the_largest_of_all(interpreter: Interpreter, dtype: str, programs: int, short: int) -> None:
+    """By many programs, and by one; a number that no float is, where numbers are whole."""
+    p = fragment(f"""
+        %i0 : {dtype}[200, 100] batch "i0"
+        %m = amax(%i0, dims=[0, 1], keepdim=false) : {dtype}[]
+        return %m output "m"
+    """)
+    x = torch.randn(200, 100) if dtype == "f32" else torch.randint(-(2**62), 2**62, (200, 100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_sizes_module, "PROGRAMS", programs)
+        patch.setattr(triton_plans, "SHORT", short)
+        patch.setattr(triton_plans, "ALONE", short)
+        for known in (source, launched):
+            known.cache_clear()
+        (got,), _ = interpreter.run(source(p), [x])
+    for known in (source, launched):
+        known.cache_clear()
+    assert torch.equal(got, x.max())
 
 
 @installed
