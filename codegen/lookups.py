@@ -6,10 +6,10 @@ other: log-softmax's element is the logit's, less the maximum and the logarithm 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.triton_ops import supported
 from deepseed.ir.program import Arg, Builder, Op, Program, Ref, Type
 
 
@@ -22,8 +22,8 @@ def numbered(p: Program) -> Program:
     return replace(p, inputs=inputs, ops=tuple(ops), outputs=tuple([replace(o, ref=Ref(new[o.ref.name])) for o in p.outputs]))
 
 
-def without_lookups(p: Program) -> Program:
-    """The same fragment without ``scatter_add``, and without ``gather`` from what the fragment makes or reads elsewhere too."""
+def without_lookups(p: Program, pointwise: Callable[[Op], bool]) -> Program:
+    """``pointwise``: which ops are, to the back end. The same fragment without ``scatter_add``, and without ``gather`` from what the fragment makes or reads elsewhere too."""
     inputs = {i.name for i in p.inputs}
     if not any(op.target in ("gather", "scatter_add") for op in p.ops):
         return p
@@ -37,21 +37,21 @@ def without_lookups(p: Program) -> Program:
             out.emit(replace(op, target="aten.add.Tensor", args=(op.refs[0], moved), kwargs=()))
         elif op.target == "gather" and not (x in inputs and len(p.uses[x]) == 1):
             _one(p, op, 1)
-            found = _looked_up(out, p, op, x, _there(out, p, op, 1, p.types[x].shape), {})
+            found = _looked_up(out, p, op, x, _there(out, p, op, 1, p.types[x].shape), pointwise, {})
             out.emit(replace(op, target="reshape", args=(found,), kwargs=()))
         else:
             out.emit(op)
     return out.program()
 
 
-def _looked_up(out: Builder, p: Program, op: Op, value: str, there: Ref, found: dict[str, Ref]) -> Ref:
+def _looked_up(out: Builder, p: Program, op: Op, value: str, there: Ref, pointwise: Callable[[Op], bool], found: dict[str, Ref]) -> Ref:
     """The element of each row of ``value`` that ``there`` says, one in the dimension of the row."""
     if value not in found:
         dim, shape = int(str(op.kw("dim"))), p.types[op.refs[0].name].shape
         made, one = p.producers.get(value), replace(p.types[value], shape=tuple(1 if d == dim else n for d, n in enumerate(shape)))
         along = {r.name for r in made.refs if p.types[r.name].shape[dim - len(shape) :][:1] not in ((), (1,))} if made is not None else set()
-        if made is not None and (supported(made) or made.target == "cast") and along:
-            operands = {r.name: _looked_up(out, p, op, r.name, there, found) if r.name in along else r for r in made.refs}
+        if made is not None and (pointwise(made) or made.target == "cast") and along:
+            operands = {r.name: _looked_up(out, p, op, r.name, there, pointwise, found) if r.name in along else r for r in made.refs}
             name = _fresh(out, f"{op.name}_of")
             out.emit(replace(made.map_refs(lambda r: operands[r.name]), results=(name,), types=(one,)))
             found[value] = Ref(name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.block_sizes import Blocks, chunk_size
-from deepseed.codegen.spaces import REDUCTIONS, space_of
+from deepseed.codegen.spaces import REDUCTIONS, adds_parts, space_of
 from deepseed.codegen.triton_kernel import Kernel, Plan
 from deepseed.codegen.triton_ops import TYPES, supported
 from deepseed.ir.program import Op, Program, Ref
@@ -71,7 +71,7 @@ def alike_parts(p: Program, memory: Collection[str], pending: Sequence[str], clo
 
 
 def _whole_sum(p: Program, op: Op, memory: Collection[str]) -> bool:
-    return op.target in REDUCTIONS and op.type.numel == 1 and p.types[op.refs[0].name].numel > 1 and not op.refs[0].name.endswith("_parts")
+    return op.target in REDUCTIONS and op.type.numel == 1 and p.types[op.refs[0].name].numel > 1 and not adds_parts(op)
 
 
 def _parts(p: Program, memory: Collection[str], targets: Sequence[str], closure: Callable[[Sequence[str]], set[str]]) -> list[Part]:

@@ -94,6 +94,16 @@ def closure_of(p: Program, memory: Collection[str], targets: Collection[str]) ->
     return found
 
 
+def parts_of(value: str) -> str:
+    """The name of what programs leave of a sum: a value in memory of its own, with a dimension in front."""
+    return f"{value}_parts"
+
+
+def adds_parts(op: Op) -> bool:
+    """Whether an op adds up what programs left: fragments are numbered, so that no other name ends so."""
+    return op.refs[0].name.endswith(parts_of(""))
+
+
 def depths(p: Program, reductions: Collection[str], beside: Mapping[str, str] | None = None) -> dict[str, int]:
     """How many of ``reductions`` each value waits for, one after another, itself among them. ``beside``: reductions that are made with another one, which they wait for."""
     beside = beside or {}

@@ -77,7 +77,7 @@ class Kernel(Reductions):
         self.after: list[str] = []
         for (value, _), name in accumulators.items():
             op = self.p.producers[value]
-            text = self._folded(op, name)
+            text = self._reduced(op, name, 0, keep=False)
             self.after.append(f"tl.store(o_{word(value)} + chunk, {text})")
 
     def _axis_r(self) -> None:
@@ -102,6 +102,7 @@ class Kernel(Reductions):
         depth = depths(self.p, [op.name for op in inner], {name: maximum.name for name, maximum in online.items()})
         stored = [t for t in self.plan.targets if "r" in self._axes(self.plan.space.index[t])]
         along = {key: name for key, name in accumulators.items() if "r" in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])}
+        of_rows = {key: name for key, name in accumulators.items() if key not in along}
         for n in sorted({depth[op.name] for op in inner}):
             now = [op for op in inner if depth[op.name] == n]
             outer = self.scopes[-1]
@@ -133,7 +134,7 @@ class Kernel(Reductions):
                 self.known[key] = self._emit(word(value), self._reduced(op, text, 1), computed(op.type.dtype), frozenset("x"))
                 self.scopes[-1].kept.append(key)
         self._stores([t for t in self.plan.targets if "r" not in self._axes(self.plan.space.index[t])])
-        self._accumulate({key: name for key, name in accumulators.items() if "r" not in self._axes(self.plan.space.index[self.p.producers[key[0]].refs[0].name])})
+        self._accumulate(of_rows)
         if stored or along:
             self._open_r()
             self._stores(stored)
@@ -214,10 +215,7 @@ class Kernel(Reductions):
     def _store_partials(self, accumulators: Mapping[tuple[str, Indices], str]) -> None:
         for (value, index), name in accumulators.items():
             op = self.p.producers[value]
-            if self.plan.rows:
-                text, axes = self._reduced(op, name, 0), self._axes(index)
-            else:
-                text, axes = self._folded(op, name), frozenset()
+            text, axes = self._reduced(op, name, 0, keep=self.plan.rows), self._axes(index) if self.plan.rows else frozenset()
             place, _, _ = self.place(flat(index, op.type.shape))
             numel = op.type.numel
             program = "pid"

@@ -10,7 +10,7 @@ from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
 from deepseed.codegen.pointwise import computed
-from deepseed.codegen.spaces import REDUCTIONS, Space, depths, ops_of, read_along
+from deepseed.codegen.spaces import REDUCTIONS, VIEWS, Space, adds_parts, depths, ops_of, read_along
 from deepseed.codegen.triton_kernel import Plan
 from deepseed.ir.program import Op, Program
 
@@ -155,7 +155,7 @@ class Plans:
             return frozenset(), False
         everything, last = frozenset(space.vars), space.vars[-1]
         for name, over in reductions.items():  # parts become complete before anything is made of them
-            if self.p.producers[name].refs[0].name.endswith("_parts") and over != everything:
+            if adds_parts(self.p.producers[name]) and over != everything:
                 return over, True
         for name, over in reductions.items():
             if over != everything and (last in over or read_along(space, name, over, ops)):
@@ -194,7 +194,7 @@ class Plans:
         rank = {name: n for n, name in enumerate(sorted(along, key=depths(self.p, along).__getitem__))}
         same: dict[str, str] = {}  # what a register of another value is
         for op in ops:
-            if op.target in ("reshape", "permute", "expand") or (op.target == "cast" and computed(op.type.dtype) == computed(self.p.types[op.refs[0].name].dtype)):
+            if op.target in (*VIEWS, "expand") or (op.target == "cast" and computed(op.type.dtype) == computed(self.p.types[op.refs[0].name].dtype)):
                 same[op.name] = same.get(op.refs[0].name, op.refs[0].name)
         when: dict[str, list[int]] = {}  # the reductions for which a value is used first and last, as they are made one after another
         for op in reversed(ops):

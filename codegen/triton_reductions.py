@@ -66,13 +66,15 @@ class Reductions(Values):
         block = ("[XB, RB]" if "r" in axes else "[XB, 1]") if self.plan.rows else "[XB]"
         return r.name if axes <= r.axes else f"({r.name} + tl.zeros({block}, {TYPES[r.dtype]}))"
 
-    def _reduced(self, op: Op, text: str, axis: int) -> str:
+    def _reduced(self, op: Op, text: str, axis: int, keep: bool = True) -> str:
+        """Of a block along an axis; not ``keep``: a number, of a block that has no other axis."""
+        kept = ", keep_dims=True" if keep else ""
         if op.target != "amax":
-            return f"tl.sum({text}, {axis}, keep_dims=True)"
+            return f"tl.sum({text}, {axis}{kept})"
         if op.type.dtype not in FLOATS:
-            return f"tl.max({text}, {axis}, keep_dims=True)"
+            return f"tl.max({text}, {axis}{kept})"
         self._call({"amax"})
-        return f"amax({text}, {axis})"
+        return f"amax({text}, {axis})" if keep else f"tl.sum(amax({text}, {axis}), {axis})"
 
     def _joined(self, op: Op, a: str, b: str) -> str:
         if op.target != "amax":
@@ -98,16 +100,7 @@ class Reductions(Values):
         self.read[base] = None
         self._count(x, n)
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
-        return self._emit(word(op.name), self._folded(op, text), dtype, frozenset())
-
-    def _folded(self, op: Op, text: str) -> str:
-        """One number of a block of one axis."""
-        if op.target != "amax":
-            return f"tl.sum({text}, 0)"
-        if op.type.dtype not in FLOATS:
-            return f"tl.max({text}, 0)"
-        self._call({"amax"})
-        return f"tl.sum(amax({text}, 0), 0)"
+        return self._emit(word(op.name), self._reduced(op, text, 0, keep=False), dtype, frozenset())
 
     def _take(self, op: Op, name: str, registers: Sequence[Register], at_level: int, whole: bool = True) -> None:
         """Add operands to an accumulator of the block's shape; not ``whole``: of its rows."""

@@ -12,7 +12,7 @@ from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.index_maps import Refine
 from deepseed.codegen.lookups import numbered, without_lookups
 from deepseed.codegen.many_tensors import HELPERS, Part, alike_parts, write_many
-from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, reduced_dims, space_of
+from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, parts_of, reduced_dims, space_of
 from deepseed.codegen.triton_kernel import Kernel
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, supported
 from deepseed.codegen.triton_plans import Plans
@@ -56,7 +56,7 @@ class Writer(Plans):
             if not known or any(t.dtype not in TYPES for t in (*op.types, *(self.fragment.types[r.name] for r in op.refs))):
                 raise CodegenError(f"%{op.name} = {op.target}" + (f" at {op.path}" if op.path else "") + f" on {', '.join(t.dtype for t in op.types)}: no Triton expression for it\n  fix: none is needed, the group runs as Python")
         self.names = dict(self.free)  # of what may have any size
-        self.p = without_lookups(numbered(self.fragment))
+        self.p = without_lookups(numbered(self.fragment), supported)
         self.heads = [f"{name} = {text}" for name, text in heads(self.p, self.names).items()]
         for op in self.p.ops if self.free else ():
             if op.target in ("bernoulli", "uniform") or (op.target in REDUCTIONS and any(stands_for(self.p.types[op.refs[0].name].shape[d], self.names)[0] for d in reduced_dims(self.p, op))):
@@ -157,7 +157,7 @@ class Writer(Plans):
         for n, value in enumerate(first.partial):
             at = 0
             for part, programs in zip(parts, written.programs, strict=True):
-                self.views[f"{part.partial[n]}_parts"] = (f"{name}_parts_{n}", at)
+                self.views[parts_of(part.partial[n])] = (f"{name}_parts_{n}", at)
                 self._replace(part.partial[n], programs, sums[value])
                 at += programs
         for t in made:
@@ -201,7 +201,7 @@ class Writer(Plans):
                 arguments += [f"{value}.stride({d})" for d in used] + [f"{value}.is_contiguous()"]
         for value in (*plan.targets, *plan.partial):
             parameters.append(f"o_{value}")
-            arguments.append(f"o_{value}" if value in plan.targets else f"o_{value}_parts")
+            arguments.append(f"o_{value}" if value in plan.targets else f"o_{parts_of(value)}")
         parameters += kernel.strides
         arguments += [f"{stride.rpartition('_s')[0]}.stride({stride.rpartition('_s')[2]})" for stride in kernel.strides]
         name = kernel.name
@@ -233,7 +233,7 @@ class Writer(Plans):
 
     def _replace(self, value: str, n: int, dtype: str) -> None:
         """From now on a value is the sum of its parts in memory."""
-        op, parts = self.p.producers[value], f"{value}_parts"
+        op, parts = self.p.producers[value], parts_of(value)
         if parts in self.memory:
             raise CodegenError(f"%{value} = {op.target}: parts of it are added up to parts again\n  fix: none is needed, the group runs as Python")
         t = Type(dtype, (n, *op.type.shape))

@@ -5,7 +5,6 @@ Their blocks are the model's (deepseed.codegen.block_sizes): on a device others 
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,9 +64,7 @@ def _source(k: Kernel) -> str:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What Triton, LLVM and the assembler raise."""
-    if importlib.util.find_spec("triton") is None:
-        return (RuntimeError,)
+    """What Triton, which is installed (``check``), LLVM and the assembler raise."""
     from triton.errors import TritonError
 
     return (TritonError, RuntimeError, ValueError)
