@@ -351,6 +351,20 @@ def test_a_lookup_in_a_sum_of_two_tensors(interpreter: Interpreter, rows: int) -
     check(interpreter, p, [torch.randn(rows, 32000), torch.randn(1, 32000), torch.full((rows, 1), 31999)], 0.0)
 
 
+@installed
+def test_what_lies_between_kernels_of_many_tensors_is_float32(interpreter: Interpreter) -> None:
+    """Each of three tensors in 16 bits is scaled by its own sum, a number of 32 bits that another kernel made."""
+    p = fragment("".join(f'%i{n} : bf16[40000] batch "i{n}"\n' for n in range(3)) + "".join(f"""
+        %s{n} = sum(%i{n}, dims=[0], keepdim=false) : bf16[]
+        %n{n} = aten.neg(%s{n}) : bf16[]
+        %y{n} = aten.mul.Tensor(%i{n}, %n{n}) : bf16[40000]""" for n in range(3)) + "\n" + "".join(f'return %y{n} output "y{n}"\n' for n in range(3)))
+    assert launches(p) < 6 and "table" in source(p)
+    inputs = random_inputs(p)
+    got, _ = interpreter.run(source(p), inputs)
+    for x, y in zip(inputs, got, strict=True):  # rounded once, where it is stored
+        assert ulps(y.float(), (x.double() * -x.double().sum()).float(), 2.0**-10) <= 1
+
+
 def test_every_rank_writes_the_same_source() -> None:
     """Whatever order a process's sets have: compiled kernels are found by their text. Several numbers of complete sums wait to be made here."""
     sums = "\n".join(f"%s{n} = {('sum', 'amax')[n % 2]}(%i{n}, dims=[0], keepdim=false) : f32[] {{}}\n%n{n} = aten.neg(%s{n}) : f32[] {{}}" for n in range(6))

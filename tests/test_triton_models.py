@@ -210,6 +210,24 @@ def test_logits_and_their_gradient_are_one_kernel(interpreter: Interpreter, word
     assert launched(p)[0].bytes_read == 3 * (loops * 4 * words + 8 + 4)
 
 
+def test_the_loss_of_long_rows_reads_logits_once(interpreter: Interpreter) -> None:
+    """Maximum, sum and the label's logit in one loop: what is looked up in a log-softmax waits for neither."""
+    p = parse("""program kernel mesh() facts()
+%i0 : f32[3, 50257] batch "i0"
+%i1 : i64[3, 1] batch "i1"
+%v0 = amax(%i0, dims=[1], keepdim=true) : f32[3, 1] {}
+%v1 = aten.sub.Tensor(%i0, %v0) : f32[3, 50257] {}
+%v2 = aten.exp(%v1) : f32[3, 50257] {}
+%v3 = sum(%v2, dims=[1], keepdim=true) : f32[3, 1] {}
+%v4 = aten.log(%v3) : f32[3, 1] {}
+%v5 = aten.sub.Tensor(%v1, %v4) : f32[3, 50257] {}
+%v6 = gather(%v5, %i1, dim=1) : f32[3, 1] {}
+return %v6 output "v6"
+""")
+    assert "for first in range" in source(p) and launches(p) == 1
+    of_a_real_model(interpreter, p)
+
+
 LONG = {  # results that wait for no sum of their row, and sums that wait for none: one loop has them all
     "a result beside its maximum": '%v0 = aten.silu(%i0) : f32[2, 40000]\n%v1 = amax(%v0, dims=[1], keepdim=true) : f32[2, 1]\nreturn %v0 output "v0"\nreturn %v1 output "v1"',
     "a sum and its squares": '%v0 = aten.add.Tensor(%i0, %i1) : f32[2, 40000]\n%v1 = aten.mul.Tensor(%v0, %v0) : f32[2, 40000]\n%v2 = sum(%v1, dims=[1], keepdim=true) : f32[2, 1]\nreturn %v0 output "v0"\nreturn %v2 output "v2"',
