@@ -351,6 +351,12 @@ def test_a_lookup_in_a_sum_of_two_tensors(interpreter: Interpreter, rows: int) -
     check(interpreter, p, [torch.randn(rows, 32000), torch.randn(1, 32000), torch.full((rows, 1), 31999)], 0.0)
 
 
+@pytest.mark.parametrize(("name", "kernels"), [("update_one", 1), ("t5_8", 1), ("llama_3", 2), ("vit_3", 2)])
+def test_what_is_small_comes_with_what_is_large(name: str, kernels: int) -> None:
+    """Though it stands first: a count of steps beside an update, labels beside their mask. Behind a loss's kernel is one that divides its sum."""
+    assert launches(parse(fragments()[name])) == kernels
+
+
 @installed
 def test_what_lies_between_kernels_of_many_tensors_is_float32(interpreter: Interpreter) -> None:
     """Each of three tensors in 16 bits is scaled by its own sum, a number of 32 bits that another kernel made."""
