@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.codegen import any_rows, cpp_attention, cpp_nests, cpp_products
+from deepseed.codegen import any_rows, cpp_attention, cpp_nests, cpp_products, cpp_updates
 from deepseed.codegen.cpp import Function, Shape, source
+from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
+from deepseed.codegen.updates import Formula
 from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ops import accumulate_mm
 
@@ -229,6 +231,27 @@ class Fixed:
         if self.plain:
             return made
         return [(read if given else made)[n].as_strided(shape, strides, (read if given else made)[n].storage_offset() + offset) for (given, n, strides, offset), shape in zip(self.outputs, self.shapes, strict=True)]
+
+
+def update(f: Formula, folder: Path) -> Update:
+    """An optimizer's update of tensors of a CPU. Raises CodegenError."""
+    return Update(f, getattr(library(LIBRARY + cpp_updates.source(f), folder), f.name))
+
+
+class Update:
+    """The function on lists of tensors, one list for each of the formula's ``each``, then ``shared``."""
+
+    def __init__(self, f: Formula, function: Any) -> None:
+        self.each, self.function = len(f.each), function
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+        function.restype = None
+
+    def __call__(self, *given: Any) -> None:
+        lists: Sequence[Sequence[Tensor]] = given[: self.each]
+        sizes = [x.numel() for x in lists[0]]
+        tensors = [x.data_ptr() for row in zip(*lists, strict=True) for x in row]
+        shared = [x.data_ptr() for x in given[self.each :]]
+        self.function(torch.get_num_threads(), len(sizes), (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(tensors))(*tensors), (ctypes.c_void_p * len(shared))(*shared))
 
 
 def _dtype(name: str) -> Any:

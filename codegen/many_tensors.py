@@ -15,29 +15,7 @@ from deepseed.codegen.triton_kernel import Kernel, Plan
 from deepseed.codegen.triton_ops import TYPES, supported
 from deepseed.ir.program import Op, Program, Ref
 
-HELPERS = '''@cache
-def chunks(sizes, size, device):
-    """Which tensor, and which chunk of it, each program has."""
-    return torch.tensor([(t, c) for t, n in enumerate(sizes) for c in range(-(-n // size))], dtype=torch.int32, device=device)
-
-
-@cache
-def lengths(sizes, device):
-    return torch.tensor(sizes, dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=256)
-def table(pointers, device):
-    """Copied to the device once: tensors of a training stay where they are."""
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
-
-
-def addresses(tensors, device):
-    return table(tuple(x.data_ptr() for row in tensors for x in row), device)
-
-
-def aligned(tensors):
-    return all(x.data_ptr() % 16 == 0 for row in tensors for x in row)'''
+HELPERS = "from deepseed.ops.many import addresses, aligned, chunks, lengths"  # of the files that have such kernels
 
 
 @dataclass
@@ -114,6 +92,18 @@ def _form(p: Program, part: Part, memory: Collection[str]) -> tuple[object, ...]
 
 
 @dataclass
+class Text:
+    """A kernel over a table of addresses. ``columns``: of a row, values that are read, then those that are stored; ``tensors``: the numbers of the columns whose tensors have more than one element;
+    ``signature``: types of the parameters but for CHUNK's, and ``{}`` for what is no column."""
+
+    kernel: str
+    columns: tuple[str, ...]
+    tensors: tuple[int, ...]
+    signature: str
+    blocks: Blocks
+
+
+@dataclass
 class Written:
     """The kernel's text, and how ``launch`` runs it."""
 
@@ -124,43 +114,45 @@ class Written:
     table_bytes: int
 
 
-def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], name: str, outputs: Callable[[str], str], dtypes: Mapping[str, str], called: set[str]) -> Written:
-    """``outputs``: the tensor of a value in ``launch``; ``dtypes``: in memory, of what is read and stored."""
-    first = parts[0]
-    root = first.reads[0] if not first.targets else first.targets[0]
-    root = next(v for v in (root, *first.reads, *first.targets) if p.types[v].shape == first.shape and p.types[v].numel > 1)
-    values = {v for op in first.ops for v in (*op.results, *(r.name for r in op.refs))}
-    sizes = [_numel(part.shape) for part in parts]
-    size = chunk_size(sum(sizes))
+def text_of(p: Program, part: Part, shared: Sequence[str], memory: Mapping[str, bool], name: str, dtypes: Mapping[str, str], called: set[str], size: int) -> Text:
+    """The kernel of parts that are like ``part``. ``shared``: what they all read, operands of the kernel; ``dtypes``: in memory, of what is read and stored; ``size``: elements of a chunk."""
+    root = part.reads[0] if not part.targets else part.targets[0]
+    root = next(v for v in (root, *part.reads, *part.targets) if p.types[v].shape == part.shape and p.types[v].numel > 1)
+    values = {v for op in part.ops for v in (*op.results, *(r.name for r in op.refs))}
     blocks = Blocks(min(size, 1024), 1, 4, size)
-    kernel = Kernel(p, Plan(space_of(p, root, values, [], {}), frozenset(), False, tuple(first.targets), tuple(first.partial), blocks), memory, name)
+    kernel = Kernel(p, Plan(space_of(p, root, values, [], {}), frozenset(), False, tuple(part.targets), tuple(part.partial), blocks), memory, name)
     before, body = kernel.write_many()
     called |= kernel.called
-    shared = [v for n, v in enumerate(first.reads) if all(part.reads[n] == v for part in parts)]
-    columns = [n for n, v in enumerate(first.reads) if v not in shared]
-    count = len(columns) + len(first.targets)
-    pointers = [(first.reads[n], dtypes[first.reads[n]]) for n in columns] + [(f"o_{t}", dtypes[t]) for t in first.targets]
-    words = [*(f"{v}" for v in shared), *(f"o_{v}" for v in first.partial)]
+    columns = [*(v for v in part.reads if v not in shared), *(f"o_{t}" for t in part.targets)]
+    words = [*shared, *(f"o_{v}" for v in part.partial)]
     lines = ["@triton.jit", f"def {name}(chunks, lengths, table, {', '.join([*words, ''])}aligned: tl.constexpr, XB: tl.constexpr, CHUNK: tl.constexpr):"]
     text = ["chunk = tl.program_id(0)", "t = tl.load(chunks + chunk * 2)", "first = tl.load(chunks + chunk * 2 + 1).to(tl.int64) * CHUNK", "n = tl.load(lengths + t)"]
-    for k, (pointer, dtype) in enumerate(pointers):
-        text.append(f"{pointer} = tl.load(table + t * {count} + {k}).to(tl.pointer_type({TYPES[dtype]}))")
-    if pointers:
-        text += ["if aligned:", *(f"    {pointer} = tl.multiple_of({pointer}, 16)" for pointer, _ in pointers)]
+    for k, column in enumerate(columns):
+        text.append(f"{column} = tl.load(table + t * {len(columns)} + {k}).to(tl.pointer_type({TYPES[dtypes[column.removeprefix('o_')]]}))")
+    tensors = tuple([k for k, column in enumerate(columns) if p.types[column.removeprefix("o_")].numel > 1])
+    if tensors:
+        text += ["if aligned:", *(f"    {columns[k]} = tl.multiple_of({columns[k]}, 16)" for k in tensors)]
     text += [*before, "for start in range(first, min(first + CHUNK, n), XB):", *(f"    {line}" for line in body), *kernel.after]
-    lines += [f"    {line}" for line in text]
-    device = f"device={p.inputs[0].name}.device"
+    types = [*(f'"{k}": "{v}"' for k, v in {"chunks": "*i32", "lengths": "*i64", "table": "*i64"}.items()), *(f'"{w}": {{{w}}}' for w in words), '"aligned": True', f'"XB": {blocks.x}', f'"CHUNK": {size}']
+    return Text("\n".join([*lines, *(f"    {line}" for line in text)]), tuple(columns), tensors, f'"{name}": ({{{{{", ".join(types)}}}}}, {blocks.warps}),', blocks)
+
+
+def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], name: str, outputs: Callable[[str], str], dtypes: Mapping[str, str], called: set[str]) -> Written:
+    """``outputs``: the tensor of a value in ``launch``; ``dtypes``: in memory, of what is read and stored."""
+    first, sizes = parts[0], [_numel(part.shape) for part in parts]
+    shared = [v for n, v in enumerate(first.reads) if all(part.reads[n] == v for part in parts)]
+    size = chunk_size(sum(sizes))
+    text = text_of(p, first, shared, memory, name, dtypes, called, size)
+    columns = [n for n, v in enumerate(first.reads) if v not in shared]
+    device = f"{p.inputs[0].name}.device"
     rows = ", ".join("(" + ", ".join([*(f"{outputs(part.reads[n])}.contiguous()" for n in columns), *(f"o_{t}" for t in part.targets), ""]) + ")" for part in parts)
     programs = [-(-n // size) for n in sizes]
-    where = device.removeprefix("device=")
-    arguments = [f"chunks({tuple(sizes)}, {size}, {where})", f"lengths({tuple(sizes)}, {where})", f"addresses(tensors, {where})", *(outputs(v) for v in shared), *(f"{name}_parts_{n}" for n in range(len(first.partial)))]
+    arguments = [f"chunks({tuple(sizes)}, {size}, {device})", f"lengths({tuple(sizes)}, {device})", f"addresses(tensors, {device})", *(outputs(v) for v in shared), *(f"{name}_parts_{n}" for n in range(len(first.partial)))]
     calls = [f"tensors = [{rows}]"]
     for n, value in enumerate(first.partial):
-        calls.append(f"{name}_parts_{n} = torch.empty(({sum(programs)},), dtype={{{value}}}, {device})")
-    calls.append(f"{name}[({sum(programs)},)]({', '.join(arguments)}, aligned=aligned(tensors), XB={blocks.x}, CHUNK={size}, num_warps={blocks.warps})")
-    described = {"chunks": "*i32", "lengths": "*i64", "table": "*i64"}
-    types = [*(f'"{k}": "{v}"' for k, v in described.items()), *(f'"{w}": {{{w}}}' for w in words), '"aligned": True', f'"XB": {blocks.x}', f'"CHUNK": {size}']
-    return Written("\n".join(lines), calls, f'"{name}": ({{{{{", ".join(types)}}}}}, {blocks.warps}),', programs, 8 * (sum(programs) + len(parts) * (1 + count)))
+        calls.append(f"{name}_parts_{n} = torch.empty(({sum(programs)},), dtype={{{value}}}, device={device})")
+    calls.append(f"{name}[({sum(programs)},)]({', '.join(arguments)}, aligned=aligned(tensors, {text.tensors}), XB={text.blocks.x}, CHUNK={size}, num_warps={text.blocks.warps})")
+    return Written(text.kernel, calls, text.signature, programs, 8 * (sum(programs) + len(parts) * (1 + len(text.columns))))
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -46,7 +46,7 @@ class _Parts:
         self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
         self.out = Source(p, looked=looked)
         self.donation = self.out.donation
-        self.update = Update(self.donation, self.out.name, self.out.emit)
+        self.update = Update(self.donation, self.out.name, self.out.emit, kernels)
         several = len({op.stage for op in p.ops if kind_of(op.part) != "once"}) > 1
         self.cut = first_backward(p)  # the loop with the first part of the second half
         waiting = after_tangents(p)
@@ -140,7 +140,7 @@ class _Parts:
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-            together: Sequence[Op] = run_from(n, self.p.ops) if op.target in KERNELS else (op,)
+            together: Sequence[Op] = run_from(n, self.p) if op.target in KERNELS else (op,)
             shown = {r for each in together for r in each.results}
             if n in self.grouped and op.name not in self.into:
                 g = self.grouped[n]

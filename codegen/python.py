@@ -27,7 +27,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
         return generate_parts(p, lane, looked, kernels)
     out = Source(p, looked=looked)
     donation = out.donation
-    update = Update(donation, out.name, out.emit)
+    update = Update(donation, out.name, out.emit, kernels)
     _prologue(out)
     _close(out, update, (-1,), [i.name for i in p.inputs])
     place = ("", "")
@@ -47,7 +47,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
             n = g.last
             continue
         if op.target in KERNELS:
-            together = run_from(n, p.ops)
+            together = run_from(n, p)
             update.optimizer(n, together)
         elif not update.waited(n, op):
             types = ", ".join(format_type(t, p.mesh) for t in op.types)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseed.codegen import any_rows
+from deepseed.codegen import any_rows, triton_updates
 from deepseed.codegen.any_rows import Free
 from deepseed.codegen.autotune import choice, on_device, operands
 from deepseed.codegen.block_sizes import Blocks, power, product_sizes
@@ -25,6 +25,7 @@ from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import COMPILED, Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
 from deepseed.codegen.triton_attention import in_order
+from deepseed.codegen.updates import Formula
 from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.program import ITEMSIZE, Op, Program
 
@@ -54,6 +55,11 @@ def of_fragment(fragment: Program, folder: Path, tell: Callable[[str], object] =
     lying = tuple(strides) if strides is not None else tuple([in_order(i.type.shape) for i in fragment.inputs])
     name = f"fragment_{hashlib.sha256(f'{fragment}{lying}'.encode()).hexdigest()[:8]}"
     return _compiled(Kernel(name, fragment, lying, function(fragment, name)), folder, tell)
+
+
+def update(f: Formula, folder: Path) -> Launch:
+    """An optimizer's update of tensors of a device. Raises CodegenError."""
+    return launch_of(f.name, triton_updates.source(f), folder)
 
 
 def traffic(fragment: Program) -> list[tuple[int, int]] | None:

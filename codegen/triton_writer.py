@@ -77,8 +77,8 @@ class Writer(Plans):
             pending = self._many(parts, pending) if parts else self._kernel(pending)
         lines = ['"""' + "\n".join(["Generated, see deepseed/codegen/triton.py.", "", *general(format_program(self.fragment), self.names).splitlines()]).replace('"""', "'''") + '\n"""', "", "import torch", "import triton", "import triton.language as tl"]
         order = [f for f in LIBRARY if f in self.called]
-        lines[-2:-2] = ["from functools import cache, lru_cache", ""] if "many" in self.called else []
-        lines += [f"\n\n{LIBRARY[f]}" for f in order] + ([f"\n\n{HELPERS}"] if "many" in self.called else [])
+        lines += ["", HELPERS] if "many" in self.called else []
+        lines += [f"\n\n{LIBRARY[f]}" for f in order]
         lines += [f"\n\n{k}" for k in self.kernels]
         lines += ["", "", "KERNELS = {  # types of the parameters, block sizes, warps", *(f"    {line}" for line in self.signatures), "}"]
         lines += ["", "", f"def launch({', '.join(i.name for i in self.p.inputs)}):", *(f"    {c}" for c in self.heads + [general(c, self.names) for c in self._allocated(outputs) + self.calls])]

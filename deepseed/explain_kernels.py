@@ -1,4 +1,7 @@
-"""What kernels read and write against the least that they could, and how many a step launches: counted from the program, no tensor is made."""
+"""What kernels read and write against the least that they could, and how many a step launches: counted from the program, no tensor is made.
+
+A kernel computes a group, or an optimizer's update of all parameters of one dtype.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 from deepseed.codegen.ahead_of_time import Compiled
 from deepseed.codegen.kernels import Kernel, kernels
 from deepseed.codegen.optim import KERNELS, run_from
+from deepseed.codegen.updates import Formula, formula
 from deepseed.counts import local_flops
 from deepseed.explain_text import amount
 from deepseed.ir.fragment import Group, fragment, groups
@@ -49,15 +53,32 @@ class KernelCount:
 
 
 @dataclass(frozen=True)
+class Update:
+    """``formula`` on tensors of ``sizes`` elements."""
+
+    formula: Formula
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """What it reads and writes: each tensor once."""
+        types, count = self.formula.program.types, len(self.sizes)
+        elements = {name: sum(self.sizes) if types[name].shape else count for name in self.formula.each} | dict.fromkeys(self.formula.shared, 1)
+        each = {name: n * ITEMSIZE[types[name].dtype] for name, n in elements.items()}
+        return sum(each.values()), sum(each[name] for name in self.formula.updated)
+
+
+@dataclass(frozen=True)
 class KernelReport:
-    """``launches``: kernels of a step, library calls included; ``alone``: those of them that are of no group, by op; ``launches_ungrouped``: of the same step with one an op. ``made``: by name, what each kernel is written
-    from. ``targets``: those that kernels were compiled for; ``machine``: what they were measured against."""
+    """``launches``: kernels of a step, library calls included; ``alone``: those of them that are of none of ``kernels``, by op; ``launches_ungrouped``: of the same step with one an op. ``made`` and ``updates``: by name, what
+    each kernel is written from. ``targets``: those that kernels were compiled for; ``machine``: what they were measured against."""
 
     kernels: tuple[KernelCount, ...]
     launches: int
     alone: Mapping[str, int]
     launches_ungrouped: int
     made: Mapping[str, Kernel] = field(default_factory=dict, repr=False)
+    updates: Mapping[str, Update] = field(default_factory=dict, repr=False)
     targets: tuple[str, ...] = ()
     machine: Machine | None = None
 
@@ -78,8 +99,9 @@ def explain_kernels(p: Program, plain: Program, traffic: Traffic = lambda fragme
     """Count a grouped program; ``plain``: the same step without groups. Of a pipeline the rank that launches most. ``traffic``: of the back end that writes the kernels."""
     steps, plains = _steps(p), _steps(plain)
     full = max(steps, key=lambda each: _launches(each, traffic))
-    made = kernels(full, *laid_out(full))
-    return KernelReport(tuple(_counted(full, traffic, made)), _launches(full, traffic), dict(_alone(full).most_common()), max(_launches(each, traffic) for each in plains), {k.name: k for k in made.values()})
+    made, updates = kernels(full, *laid_out(full)), {f"{u.formula.name}{'' if n == 0 else f'_{n}'}": u for n, u in enumerate(_updates(full))}
+    counts = (*_counted(full, traffic, made), *(_of_update(name, u) for name, u in updates.items()))
+    return KernelReport(counts, _launches(full, traffic), dict(_alone(full).most_common()), max(_launches(each, traffic) for each in plains), {k.name: k for k in made.values()}, updates)
 
 
 def _steps(p: Program) -> Sequence[Program]:
@@ -100,6 +122,23 @@ def _counted(p: Program, traffic: Traffic, made: Mapping[str, Kernel]) -> Iterat
         moved = traffic(fragment(p, g))
         reads, writes = (read, written) if moved is None else (sum(r for r, _ in moved), sum(w for _, w in moved))
         yield KernelCount(name, tuple(op.target for op in ops), reads, writes, min(least + written, reads + writes), len(alike) * (1 if moved is None else len(moved)), sum(_flops(op, p) for op in ops))
+
+
+def _updates(p: Program) -> list[Update]:
+    """One a call: all that stand side by side with the same options."""
+    out, n = list[Update](), 0
+    while n < len(p.ops):
+        run = run_from(n, p) if p.ops[n].target in KERNELS else p.ops[n : n + 1]
+        if run[0].target in KERNELS:
+            out.append(Update(formula(p, run[0]), tuple([prod(op.type.local(p.mesh)) for op in run])))
+        n += len(run)
+    return out
+
+
+def _of_update(name: str, u: Update) -> KernelCount:
+    read, written = u.nbytes
+    ops = u.formula.program.ops
+    return KernelCount(name, tuple(op.target for op in ops), read, written, read + written, 1, sum((sum(u.sizes) if op.type.shape else len(u.sizes)) for op in ops if op.target != "cast"))
 
 
 def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Mapping[str, Op]) -> tuple[int, int]:
@@ -123,23 +162,15 @@ def _flops(op: Op, p: Program) -> int:
 
 
 def _launches(p: Program, traffic: Traffic) -> int:
-    """Kernels of groups, and ops that no group has."""
+    """Kernels of groups and updates, and ops that no group has."""
     each = [traffic(fragment(p, g)) for g in groups(p)]
-    return sum(1 if moved is None else len(moved) for moved in each) + sum(_alone(p).values())
+    return sum(1 if moved is None else len(moved) for moved in each) + len(_updates(p)) + sum(_alone(p).values())
 
 
 def _alone(p: Program) -> Counter[str]:
-    """How many ops of each target no group has: views, waits and collectives aside; one fused update of many parameters is one."""
+    """How many ops of each target no group has: updates, views, waits and collectives aside."""
     _, views = laid_out(p)
-    found, n = Counter[str](), 0
-    while n < len(p.ops):
-        op = p.ops[n]
-        if op.target in KERNELS:
-            n += len(run_from(n, p.ops)) - 1
-        if not (op.kernel or views[n] or op.target in MOVES or op.target.endswith(".start")):
-            found[op.target] += 1
-        n += 1
-    return found
+    return Counter(op.target for n, op in enumerate(p.ops) if not (op.kernel or views[n] or op.target in (*MOVES, *KERNELS) or op.target.endswith(".start")))
 
 
 def _lines(r: KernelReport) -> Iterable[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deepseed.codegen import cpp_files, inductor, triton_files
 from deepseed.codegen.donation import Donation
+from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import COMPILED, Kernel, kernels
+from deepseed.codegen.optim import KERNELS
+from deepseed.codegen.updates import Formula, formula
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
+from deepseed.ops.optim import in_place
 from deepseed.rules.strides import laid_out
 from deepseed.runtime.arena import Arena
 from deepseed.runtime.executable import cache_dir
@@ -39,7 +44,7 @@ class BackEndError(ValueError):
 
 @dataclass
 class Kernels:
-    """``names``: the function of each group, by its mark; ``calls``: what runs under that name."""
+    """``names``: the function of each group, by its mark, and of each update of an optimizer, by its name; ``calls``: what runs under that name."""
 
     codegen: str = PYTHON
     names: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +86,28 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
             assert isinstance(f, cpp_files.Fixed)
             names[mark] += "".join(f"_over{i}" for i in into.values())
             calls[names[mark]] = f.reusing(into)
+    for op in p.ops:
+        if op.target in KERNELS:
+            made_of, on_host = formula(p, op), op.type.host
+            names[op.name] = name = f"{made_of.name}_on_host" if on_host else made_of.name
+            known[name] = calls[name] = known.get(name) or update(made_of, codegen, on_host, tell)
     return Kernels(codegen, names, calls)
+
+
+def update(f: Formula, codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:
+    """What a back end makes of an optimizer's update: a function of lists of tensors (deepseed.codegen.updates), which it changes; ``on_host``: wherever the model is. Torch's where it makes nothing."""
+    folder = cache_dir() / "kernels"
+    try:
+        if codegen == "triton" and not on_host:
+            return triton_files.update(f, folder)
+        here = cpp_files.update(f, folder)
+        if on_host or not torch.cuda.is_available():
+            return here
+        there = triton_files.update(f, folder)  # Inductor's device may be either
+        return lambda *given: (there if given[0][0].is_cuda else here)(*given)
+    except CodegenError as error:
+        inductor.once(tell, f"{f.name} is torch's, one tensor after another: {str(error).splitlines()[0]}")
+        return in_place(f.kind, f.each, f.shared, dict(f.options))
 
 
 def called(wanted: Sequence[Kernel], codegen: str, tell: Callable[[str], object], at: Callable[[str, int, int], object] = lambda what, done, of: None) -> Sequence[Compiled]:

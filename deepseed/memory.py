@@ -272,6 +272,6 @@ def calls(p: Program) -> dict[int, int]:
     out: dict[int, int] = {}
     for n, op in enumerate(p.ops):
         if op.target in KERNELS and n not in out:
-            last = n + len(run_from(n, p.ops)) - 1
+            last = n + len(run_from(n, p)) - 1
             out.update(dict.fromkeys(range(n, last + 1), last))
     return out

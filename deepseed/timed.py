@@ -13,18 +13,20 @@ from functools import partial
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from deepseed.calibrate import Clock, alone, per_call
 from deepseed.codegen.autotune import operands
+from deepseed.codegen.expressions import DTYPES
 from deepseed.codegen.inductor import compiler
 from deepseed.codegen.kernels import Kernel
 from deepseed.compiling import Compiling
 from deepseed.counts import local_flops
-from deepseed.explain_kernels import KernelReport
+from deepseed.explain_kernels import KernelReport, Update
 from deepseed.explain_text import amount
 from deepseed.friendly import UsageError
 from deepseed.ir.program import Op, Program
-from deepseed.kernels import called
+from deepseed.kernels import called, update
 from deepseed.machines import device_kind, measured
 from deepseed.runtime.staged import available
 from deepseed.speed import Machine
@@ -61,8 +63,12 @@ def timed(report: KernelReport, codegen: str, machine: Machine, device: torch.de
     with Compiling(True, ("measuring", "measured")) as at:
         for n, (k, call) in enumerate(zip(made, calls, strict=True)):
             at("kernels", n, len(made), k.name)
-            found[k.name] = _seconds(k, call, device, tell, clock)
-    kernels = [replace(k, seconds=t, share=None if t is None else least(report.made[k.name].fragment, k.bytes_minimum, machine) / t) for k in report.kernels for t in [found[k.name]]]
+            found[k.name] = _seconds(k.name, _bytes(k), partial(operands, k, device), call, device, tell, clock)
+        for name, u in report.updates.items():
+            at("kernels", len(made), len(made), name)
+            found[name] = _seconds(name, sum(u.nbytes), partial(_tensors, u, device), update(u.formula, codegen, False, tell), device, tell, clock)
+    fragments = {k.name: k.fragment for k in made} | {name: u.formula.program for name, u in report.updates.items()}
+    kernels = [replace(k, seconds=t, share=None if t is None else least(fragments[k.name], k.bytes_minimum, machine) / t) for k in report.kernels for t in [found[k.name]]]
     return replace(report, kernels=tuple(kernels), machine=machine)
 
 
@@ -80,14 +86,23 @@ def _seen(op: Op, p: Program) -> float:
     return (stairs * (stairs + 1) / 2 + (queries - stairs) * keys) / (queries * keys)
 
 
-def _seconds(k: Kernel, call: Callable[..., object], device: torch.device, tell: Callable[[str], object], clock: Clock) -> float | None:
-    needed, room = _bytes(k), _free(device)
+def _seconds(name: str, needed: int, given: Callable[[], Sequence[object]], call: Callable[..., object], device: torch.device, tell: Callable[[str], object], clock: Clock) -> float | None:
+    room = _free(device)
     if room is not None and needed > ROOM * room:
-        tell(f"{k.name} was not run: its operands and results are {amount(needed)}, and {amount(room)} are free\n  fix: fewer rows, or fields that make a smaller model of the same kind")
+        tell(f"{name} was not run: its operands and results are {amount(needed)}, and {amount(room)} are free\n  fix: fewer rows, or fields that make a smaller model of the same kind")
         return None
     with torch.no_grad():
-        given = operands(k, device)
-        return per_call(partial(call, *given), partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None, clock)
+        return per_call(partial(call, *given()), partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None, clock)
+
+
+def _tensors(u: Update, device: torch.device) -> list[object]:
+    """Ones, which stay numbers however often they are updated."""
+    types = u.formula.program.types
+
+    def ones(name: str, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=getattr(torch, DTYPES[types[name].dtype].removeprefix("torch.")), device=device)
+
+    return [*([ones(name, n) if types[name].shape else ones(name) for n in u.sizes] for name in u.formula.each), *(ones(name) for name in u.formula.shared)]
 
 
 def _bytes(k: Kernel) -> int:

@@ -27,8 +27,8 @@ _MOVES = (
     *MEMORIES,
 )  # fmt: skip
 OPTIMIZER = "optim."
-WIDENED = 1 << 21  # bytes of gradients that are widened for one call of an optimizer: they stay in the cache, and are never held twice
-ON_A_DEVICE = 1 << 30  # the same where kernels are a device's: a launch costs more than what its caches hold
+WIDENED = 1 << 21  # bytes of gradients that are widened for one call of torch's optimizers: they stay in the cache, and are never held twice
+ON_A_DEVICE = 1 << 30  # bytes that a group may make live longer where kernels are a device's: a launch costs more than what its caches hold
 APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has these on some devices only
 
 
@@ -45,10 +45,10 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
     joined = products == "joined"
-    p = _gather_updates(_scale_in_update(_regroup(once(p), kernels)), ON_A_DEVICE if joined else WIDENED)
+    p = _scale_in_update(_regroup(once(p), kernels), kernels)
     if not kernels:
-        return p
-    p = fuse(remade(p))
+        return _gather_updates(p)
+    p = fuse(remade(_gather_updates(_widened_in_update(p))))
     return fuse_alike(fuse_products(p), sums=True, held=ON_A_DEVICE) if joined else fuse_alike(alone(p, products == "alone"))
 
 
@@ -232,8 +232,8 @@ def _without_step(p: Program, at: Mapping[str, int], whole: Op, members: Sequenc
     return whole, [n for n in members if n not in alone]
 
 
-def _scale_in_update(p: Program) -> Program:
-    """A gradient that is scaled for its update only is scaled by the update: no scaled copy is made.
+def _scale_in_update(p: Program, kernels: bool) -> Program:
+    """A gradient that is scaled for updates only is scaled by these: no scaled copy is made. Without ``kernels`` torch's update scales it in place.
 
     before: %c = aten.mul.Tensor(%g, %factor) : f32[8]
             %w.new = optim.x(%w, %c, %lr) : f32[8]
@@ -242,8 +242,8 @@ def _scale_in_update(p: Program) -> Program:
     order = {op.name: n for n, op in enumerate(p.ops)}
     scaled = {
         op.name: op for op in p.ops
-        if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and len(p.uses[op.name]) == 1 and _updates(p.uses[op.name][0])
-        and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and _last_read_by(p, op, order)
+        if op.target == "aten.mul.Tensor" and len(op.refs) == len(op.args) == 2 and _for_updates(p, op.name)
+        and not p.types[op.refs[1].name].shape and p.types[op.refs[1].name].dtype == op.type.dtype and (kernels or (len(p.uses[op.name]) == 1 and _last_read_by(p, op, order)))
     }  # fmt: skip
     out = Builder(p)
     for op in p.ops:
@@ -254,6 +254,29 @@ def _scale_in_update(p: Program) -> Program:
         elif op.name not in scaled:
             out.emit(op)
     return out.program()
+
+
+def _widened_in_update(p: Program) -> Program:
+    """A gradient of 16 bits is widened by its update, element by element: no wide copy is made for it.
+
+    before: %g.wide = cast(%g) : f32[8]                 after: %w.new = optim.x(%w, %g, %lr) : f32[8]
+            %w.new = optim.x(%w, %g.wide, %lr) : f32[8]
+    """
+    widened = {op.name: op.refs[0] for op in p.ops if op.target == "cast" and op.type.dtype in FLOATS and (x := p.types[op.refs[0].name]).dtype in ("bf16", "f16") and x.host == op.type.host}
+    gone = {name for name in widened if _for_updates(p, name)}
+    out = Builder(p)
+    for op in p.ops:
+        grad = op.args[1] if _updates(op) else None
+        if isinstance(grad, Ref) and grad.name in widened:
+            op = replace(op, args=(op.args[0], widened[grad.name], *op.args[2:]))
+        if op.name not in gone:
+            out.emit(op)
+    return out.program()
+
+
+def _for_updates(p: Program, value: str) -> bool:
+    """Whether updates read a value as their gradient, and nothing else reads it."""
+    return bool(p.uses[value]) and all(isinstance(u, Op) and _updates(u) and [r.name for r in u.refs].count(value) == 1 and u.args[1] == Ref(value) for u in p.uses[value])
 
 
 def _updates(user: object) -> bool:
@@ -272,9 +295,9 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 
-def _gather_updates(p: Program, room: int) -> Program:
+def _gather_updates(p: Program) -> Program:
     """All updates of one optimizer with the same options side by side, where the last one stood, so that a back end can make one
-    call of them: ``room`` bytes of gradients that were widened for a call. What reads a result earlier follows them.
+    call of them; where gradients were widened for it, as many as the caches hold. What reads a result earlier follows them.
 
     before: %a.new = optim.sgd(%a, %a.g, %lr)           after: %b.g = ..
             %a.out.start = all_gather.start(%a.new)            %a.new = optim.sgd(%a, %a.g, %lr)
@@ -285,11 +308,11 @@ def _gather_updates(p: Program, room: int) -> Program:
     widened: dict[tuple[object, ...], int] = {}  # bytes of the gradients that were cast for it
     for op in p.ops:
         if op.target.startswith(OPTIMIZER):
-            key = (op.target, op.kwargs, op.args[-1], len(op.args), op.types[0].dtype, op.part, op.stage)
+            key = (op.target, op.kwargs, op.args[-1], len(op.args), *(p.types[r.name].dtype for r in op.refs[:2]), op.part, op.stage)
             cast = p.producers.get(op.refs[1].name)
             if cast is not None and cast.target == "cast" and cast.phase == "update":
                 widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
-            groups.setdefault((*key, widened.get(key, 0) // room), []).append(op)
+            groups.setdefault((*key, widened.get(key, 0) // WIDENED), []).append(op)
     last = {ops[-1].name: ops for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)

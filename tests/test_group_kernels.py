@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 from test_rules import check
 
+from deepseed.codegen.optim import run_from
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
-from deepseed.ops import OWN
+from deepseed.ops import OWN, evaluate, torch_dtype
 from deepseed.ops.optim import update
 from deepseed.passes.group_kernels import group_kernels
 from deepseed.rules import RULES
@@ -34,8 +36,9 @@ def grouped(text: str) -> Program:
     return verify(group_kernels(verify(parse(text))))
 
 
-def shown(p: Program) -> list[str]:
-    return [line for line in str(p).splitlines() if " = " in line]
+def shown(p: Program, phase: str = "") -> list[str]:
+    """Its ops; of one ``phase``, which is left out."""
+    return [line.removesuffix(f' {{phase="{phase}"}}') for line in str(p).splitlines() if " = " in line]
 
 
 SOFTMAX = """program p mesh(dp=2, tp=2) facts(explicit, lowered, placed)
@@ -207,6 +210,65 @@ def test_updates_become_the_optimizer_and_stand_side_by_side() -> None:
         "%a.out wait",
     ]
     assert "%a.new, %a.m.new = optim.adamw(%a.dp0, %a.g, %a.step.new, %a.m, %lr" in str(p) and not p.origins
+
+
+CLIPPED = """program p mesh(dp=2) facts(explicit, lowered, placed)
+%lr : f64[] hyper "lr"
+%s : f32[] batch "s"
+%a : f32[4@dp] param "a"
+%b : f32[6] param "b"
+%a.g : bf16[4@dp] batch "a.g"
+%b.g : bf16[6] batch "b.g"
+%a.wide = cast(%a.g) : f32[4@dp] {phase="update"}
+%a.c = aten.mul.Tensor(%a.wide, %s) : f32[4@dp] {phase="update"}
+%b.wide = cast(%b.g) : f32[6] {phase="update"}
+%b.c = aten.mul.Tensor(%b.wide, %s) : f32[6] {phase="update"}
+%a.new = optim.sgd(%a, %a.c, %lr, states=[]) : f32[4@dp] {phase="update"}
+%b.new = optim.sgd(%b, %b.c, %lr, states=[]) : f32[6] {phase="update"}
+return %a.new param "a"
+return %b.new param "b"
+"""
+
+
+def test_a_kernel_of_ours_scales_and_widens_gradients() -> None:
+    p = group_kernels(parse(CLIPPED), kernels=True)
+    assert shown(p, "update") == [
+        "%a.new = optim.sgd(%a, %a.g, %lr, states=[], scale=%s) : f32[4@dp]",
+        "%b.new = optim.sgd(%b, %b.g, %lr, states=[], scale=%s) : f32[6]",
+    ]
+    before, inputs = parse(CLIPPED), {i.name: torch.randn(i.type.shape).to(torch_dtype(i.type.dtype)) for i in p.inputs}
+    want, got = evaluate(before, inputs), evaluate(p, inputs)
+    assert all(torch.equal(want[name], got[name]) for name in ("a.new", "b.new"))
+
+
+def test_torchs_kernel_has_wide_gradients() -> None:
+    """It scales them in place, copies that are its own."""
+    p = grouped(CLIPPED)
+    assert shown(p, "update") == [
+        "%a.wide = cast(%a.g) : f32[4@dp]",
+        "%b.wide = cast(%b.g) : f32[6]",
+        "%a.new = optim.sgd(%a, %a.wide, %lr, states=[], scale=%s) : f32[4@dp]",
+        "%b.new = optim.sgd(%b, %b.wide, %lr, states=[], scale=%s) : f32[6]",
+    ]
+
+
+def test_a_gradient_that_something_else_reads_stays() -> None:
+    """Scaled, or widened: the kernel of ours reads the narrow one all the same, and what is scaled for two is scaled once."""
+    seen = CLIPPED.replace("return %a.new", 'return %a.c output "a.c"\nreturn %b.wide output "b.wide"\nreturn %a.new')
+    p = group_kernels(parse(seen), kernels=True)
+    assert [line.split(" = ")[1].split(" :")[0] for line in shown(p, "update")] == [
+        "cast(%a.g)", "aten.mul.Tensor(%a.wide, %s)", "cast(%b.g)", "optim.sgd(%a, %a.c, %lr, states=[])", "optim.sgd(%b, %b.g, %lr, states=[], scale=%s)",
+    ]  # fmt: skip
+
+
+def test_gradients_of_several_dtypes_are_a_call_each() -> None:
+    """Those that stand side by side in one dtype."""
+    mixed = CLIPPED.replace('%b.g : bf16[6] batch "b.g"', '%b.g : f32[6] batch "b.g"').replace("%b.wide = cast(%b.g) : f32[6]", "%b.wide = aten.neg(%b.g) : f32[6]")
+    p = group_kernels(parse(mixed), kernels=True)
+    at = [n for n, op in enumerate(p.ops) if op.target == "optim.sgd"]
+    assert [len(run_from(n, p)) for n in at] == [1, 1]
+    q = group_kernels(parse(CLIPPED), kernels=True)
+    assert len(run_from(0, q)) == 2
 
 
 def test_an_optimizer_without_a_rule_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,9 +373,10 @@ def test_the_command_runs_the_kernels(tiny: str, tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(app, [*ask, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["machine"]["memory"] == 2e9 and {k["name"] for k in found["kernels"]} == set(calls) and min(calls.values()) > 3
+    (update,) = (k["name"] for k in found["kernels"] if k["name"].startswith("update_sgd_"))
+    assert found["machine"]["memory"] == 2e9 and {k["name"] for k in found["kernels"]} - {update} == set(calls) and min(calls.values()) > 3
     for k in found["kernels"]:
-        assert 1e-7 < k["seconds"] < 1 and k["compiled"] == []
+        assert 1e-7 < k["seconds"] < 1 and k["compiled"] == [], k
         assert "aten.mm" in k["ops"] or k["share"] == pytest.approx(k["bytes_minimum"] / 2e9 / k["seconds"], rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""A process in which Triton kernels are interpreted: it reads (source, inputs) and writes (outputs, what was read and written).
+"""A process in which Triton kernels are interpreted: it reads (source, inputs) and writes (outputs, what was read and written). An input may be a list of tensors; what returns nothing gives its inputs back.
 
 The interpreter is chosen when triton is imported, so it needs a process of its own. Its casts to bfloat16 are made to round as a device's do. Tensors travel as pickles on the two pipes.
 """
@@ -13,8 +13,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Interpreter:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def run(self, source: str, inputs: list[Tensor]) -> tuple[tuple[Tensor, ...], Traffic]:
+    def run(self, source: str, inputs: list[Any]) -> tuple[Any, Traffic]:
         assert self.process.stdin is not None and self.process.stdout is not None
         pickle.dump((source, inputs), self.process.stdin)
         self.process.stdin.flush()
@@ -141,12 +139,13 @@ def main() -> None:
                     spec.loader.exec_module(module)
                     loaded[source] = module
                 state["traffic"] = Traffic()
-                state["ranges"] = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in inputs]
+                tensors = [x for given in inputs for x in (given if isinstance(given, list) else [given])]
+                state["ranges"] = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in tensors]
                 with torch.no_grad():
                     result = loaded[source].launch(*inputs)
                 account()
                 launched()
-                pickle.dump((True, (result, state["traffic"])), out)
+                pickle.dump((True, (inputs if result is None else result, state["traffic"])), out)
             except Exception:
                 reads.clear()
                 touched.clear()

@@ -99,11 +99,12 @@ def _step(
 
 
 def _fits(op: Op, operands: Sequence[Sequence[Tensor]]) -> None:
-    """A fused update reads gradient and moments with the parameter's shape and dtype, whatever they have: past their end."""
+    """A fused update reads gradient and moments with the parameter's shape and dtype, whatever they have: past their end. A gradient may be of 16 bits."""
     names = ("parameter", "gradient", *map(str, states if isinstance(states := op.kw("states"), tuple) else ()))
     for name, parts in zip(names, operands, strict=False):
         for rank, (x, parameter) in enumerate(zip(parts, operands[0], strict=True)):
-            if name != "step" and (x.shape, x.dtype) != (parameter.shape, parameter.dtype):
+            narrow = name == "gradient" and x.dtype in (torch.bfloat16, torch.float16)
+            if name != "step" and (x.shape != parameter.shape or (x.dtype != parameter.dtype and not narrow)):
                 raise OpError(f"rank {rank}: {name} is {x.dtype}{list(x.shape)}, the parameter {parameter.dtype}{list(parameter.shape)}")
             if name == "step" and x.numel() != 1:
                 raise OpError(f"rank {rank}: step has {x.numel()} elements")

@@ -1,13 +1,13 @@
-"""Fused optimizer updates as functions: torch's own kernels on copies, so that the reference interpreter can run them.
+"""Fused optimizer updates as functions: torch's own kernels, on copies for the reference interpreter, in place where no kernel of ours can be compiled.
 
 ``optim.adamw(param, grad, state, .., lr, states=[..], options)``: results are the new parameter and each new state but ``step``,
 which comes in counted up already. ``skip=``: nothing changes where it is true. ``scale=``: the gradient is multiplied by it first. These come behind
-``lr`` among the operands, in that order. Options have the names of torch.optim's.
+``lr`` among the operands, in that order. Options have the names of torch.optim's. A gradient may have fewer bits than its parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,31 @@ from torch import Tensor
 def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """``operands``: param, grad, states, lr. ``kind``: "adamw", "adam" or "sgd"."""
     more = [name for name in ("skip", "scale") if kw.get(name) is not None]
-    behind = dict(zip(more, operands[len(operands) - len(more) :], strict=True))
-    operands, scale, skip = operands[: len(operands) - len(more)], behind.get("scale"), behind.get("skip")
-    param, grad, *old = (t.clone(memory_format=torch.contiguous_format) for t in operands[:-1])
-    if scale is not None:
-        grad.mul_(scale)
-    found = {} if skip is None else {"found_inf": skip.float()}
-    lr, states = operands[-1], {name: [t] for name, t in zip(kw.get("states", ()), old, strict=True)}
+    each, (lr, *rest) = operands[: len(operands) - len(more) - 1], operands[len(operands) - len(more) - 1 :]
+    states = tuple(kw.get("states", ()))
+    param, grad, *old = (t.clone(memory_format=torch.contiguous_format) for t in each)
+    in_place(kind, ("param", "grad", *states), ("lr", *more), kw)([param], [grad], *([s] for s in old), lr, *rest)
+    return param, *(s for name, s in zip(states, old, strict=True) if name != "step")
+
+
+def in_place(kind: str, each: Sequence[str], shared: Sequence[str], kw: Mapping[str, Any]) -> Callable[..., None]:
+    """A function of a list for each of ``each`` ("param", "grad" and states), then of ``shared`` ("lr", "skip", "scale"): one tensor after another, so that one gradient is widened at a time."""
+
+    def call(*given: Any) -> None:
+        numbers = dict(zip(shared, given[len(each) :], strict=True))
+        for row in zip(*given[: len(each)], strict=True):
+            _one(kind, dict(zip(each, row, strict=True)), numbers, kw)
+
+    return call
+
+
+def _one(kind: str, each: Mapping[str, Tensor], numbers: Mapping[str, Tensor], kw: Mapping[str, Any]) -> None:
+    param, grad, lr = each["param"], each["grad"].to(each["param"].dtype), numbers["lr"]
+    lr = lr.float() if lr.is_cuda else lr  # as its kernels read it
+    if "scale" in numbers:
+        grad = grad * numbers["scale"]
+    found = {"found_inf": numbers["skip"].float()} if "skip" in numbers else {}
+    states = {name: [s] for name, s in each.items() if name not in ("param", "grad")}
     decay, maximize = float(kw.get("weight_decay", 0)), bool(kw.get("maximize", False))
     if kind == "sgd":
         torch._fused_sgd_(
@@ -38,4 +56,3 @@ def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tupl
             lr=lr, beta1=float(beta1), beta2=float(beta2), weight_decay=decay, eps=float(kw["eps"]), amsgrad=bool(kw.get("amsgrad", False)),
             maximize=maximize, **found,
         )  # fmt: skip
-    return param, *(s for name, (s,) in states.items() if name != "step")
