@@ -23,13 +23,26 @@ LIBRARY = r"""
 #include <limits>
 #include <type_traits>
 
-enum class bfloat : uint16_t {};  // a number, for a struct keeps compilers from vectors
-struct half { _Float16 value; };
+enum class bfloat : uint16_t {};  // numbers, for a struct keeps compilers from vectors; conversions of _Float16 do too
+enum class half : uint16_t {};
 template <class T> static inline T up(T x) { return x; }
 static inline float up(bfloat x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-static inline float up(half x) { return float(x.value); }
+static inline float up(half x) {
+    uint32_t bits = uint32_t(x), exponent = bits & 0x7c00, high = (bits & 0x7fff) << 13;
+    uint32_t low = __builtin_bit_cast(uint32_t, float(int32_t(bits & 0x3ff)) * 0x1p-24f);  // of a subnormal
+    uint32_t made = exponent == 0 ? low : high + (exponent == 0x7c00 ? 224u << 23 : 112u << 23);
+    return __builtin_bit_cast(float, made | (bits & 0x8000) << 16);
+}
 template <class S> struct down { template <class T> static S of(T x) { return S(x); } };
-template <> struct down<half> { static half of(float x) { return half{_Float16(x)}; } };
+template <> struct down<half> {
+    static half of(float x) {  // the same; below 2**-14 by a sum whose last place is a half's, 2**-24
+        uint32_t bits = __builtin_bit_cast(uint32_t, x), size = bits & 0x7fffffff, high = size - (112u << 23);
+        uint32_t low = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - __builtin_bit_cast(uint32_t, 0.5f);
+        uint32_t made = size < 0x38800000 ? low : (high + 0xfff + ((high >> 13) & 1)) >> 13;
+        made = size >= 0x47800000 ? 0x7c00 : made;
+        return half(uint16_t((size > 0x7f800000 ? 0x7e00 : made) | (bits & 0x80000000) >> 16));
+    }
+};
 template <> struct down<bfloat> {
     static bfloat of(float x) {  // to the nearest, ties to even
         uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -94,10 +94,32 @@ def test_16_bits_are_computed_in_32_and_rounded_where_they_are_stored(tmp_path: 
             assert ((a.double() - b.double()).abs() <= b.double().abs() * 2.0**-8 + 1e-4).all(), k.name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_converted_as_torch_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every number of 16 bits; of float32 those, the middle between two neighbours, and what is next to it on both sides: there the rounding changes."""
+    name = {torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    up, down = (cpp_files.compiled([kernel_of(f'%x : {a}[{n}] batch "x"\n%y = cast(%x) : {b}[{n}]\nreturn %y output "y"\n')], tmp_path, print)[0] for a, b, n in ((name, "f32", 1 << 16), ("f32", name, 6 << 16)))
+    (wide,) = up(every)
+    same(wide, every.float())
+    bits = every.float().view(torch.int32)
+    middle = ((every.double() + every.roll(-1).double()) / 2).float().view(torch.int32)
+    given = torch.cat([bits, bits + 1, bits - 1, middle, middle + 1, middle - 1]).view(torch.float32)
+    (narrow,) = down(given)
+    same(narrow, given.to(dtype))
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Bit for bit, but for which number is none."""
+    none = want.isnan()
+    assert torch.equal(got.isnan(), none) and torch.equal(got[~none].view(torch.int16), want[~none].view(torch.int16))
+
+
 @pytest.mark.skipif(not inductor.compiler().endswith("g++") or sys.platform != "linux", reason="its report is GCC's")
-def test_a_loop_that_stores_bf16_becomes_vectors(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("a", "b"), [("f32", "bf16"), ("f32", "f16"), ("f16", "f32"), ("bf16", "bf16"), ("f16", "f16")])
+def test_a_loop_over_16_bits_becomes_vectors(a: str, b: str, tmp_path: Path) -> None:
     """As the compiler reports: without them a store takes nine times as long."""
-    k = kernel_of('%x : f32[64, 512] batch "x"\n%y = aten.mul.Tensor(%x, 1.5) : f32[64, 512]\n%z = cast(%y) : bf16[64, 512]\nreturn %z output "z"\n')
+    k = kernel_of(f'%x : {a}[64, 512] batch "x"\n%y = aten.mul.Tensor(%x, 1.5) : {a}[64, 512]\n%z = cast(%y) : {b}[64, 512]\nreturn %z output "z"\n')
     (tmp_path / "one.cpp").write_text(cpp_nests.LIBRARY + cpp_nests.source(k).text)
     said = subprocess.run([inductor.compiler(), *cpp_files.FLAGS, "-fopt-info-vec-optimized", str(tmp_path / "one.cpp"), "-o", str(tmp_path / "one.so")], capture_output=True, text=True, check=True)
     assert "loop vectorized" in said.stderr, said.stderr
