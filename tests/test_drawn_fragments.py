@@ -1,0 +1,98 @@
+"""Fragments drawn at random through each back end that writes kernels, against the interpreter: in float64 where a compiler is at hand, in Triton's interpreter too."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from drawn_fragments import drawn, inputs_of
+from triton_worker import Interpreter
+
+from deepseed.codegen import cpp_files, cpp_nests, inductor, triton
+from deepseed.codegen.expressions import CodegenError
+from deepseed.codegen.kernels import Kernel, function
+from deepseed.ir.program import Program
+from deepseed.ops import evaluate
+from deepseed.rules.strides import contiguous, laid_out
+
+WITHIN = 1e-12  # of float64: sums in another order, products of ten numbers
+
+
+def kernel_of(p: Program, name: str) -> Kernel:
+    given = tuple([contiguous(i.type.shape) for i in p.inputs])
+    lying, views = laid_out(p, dict(zip([i.name for i in p.inputs], given, strict=True)))
+    return Kernel(name, p, given, function(p, name), tuple((tuple(lying[r] for r in op.results), view) for op, view in zip(p.ops, views, strict=True)))
+
+
+def with_inputs(seeds: range) -> Iterator[tuple[int, Program]]:
+    for seed in seeds:
+        p = drawn(seed)
+        if p.inputs:
+            yield seed, p
+
+
+def check(seed: int, p: Program, inputs: list[torch.Tensor], got: list[torch.Tensor], source: str) -> None:
+    values = evaluate(p, dict(zip([i.name for i in p.inputs], inputs, strict=True)))
+    for o, a in zip(p.outputs, got, strict=True):
+        b = values[o.key]
+        assert a.shape == b.shape and a.dtype == b.dtype, f"seed {seed}, %{o.ref.name}: {a.dtype}{list(a.shape)}\n{p}"
+        error = ((a - b).abs() / b.abs().clamp(min=1.0)).max().item() if a.numel() else 0.0
+        assert error <= WITHIN, f"seed {seed}, %{o.ref.name}: {error:.1e}\n{p}\n{source}"
+
+
+def through_cpp(seeds: range, folder: Path) -> tuple[int, int]:
+    """How many ran as C++, and how many were refused."""
+    programs, said = dict(with_inputs(seeds)), list[str]()
+    wanted = {seed: kernel_of(p, f"drawn_{seed}") for seed, p in programs.items()}
+    made = 0
+    for (seed, k), code in zip(wanted.items(), cpp_files.compiled(list(wanted.values()), folder, said.append), strict=True):
+        inputs = inputs_of(k.fragment, seed)
+        if isinstance(code, cpp_files.Fixed):
+            made += 1
+            check(seed, k.fragment, inputs, list(code(*inputs)), cpp_nests.source(k).text)
+    return made, len(wanted) - made
+
+
+def through_triton(seeds: range, interpreter: Interpreter) -> tuple[int, int]:
+    made, refused = 0, 0
+    for seed, p in with_inputs(seeds):
+        p, inputs = replace(p, name="kernel"), inputs_of(p, seed)
+        try:
+            source = triton.source(p)
+        except CodegenError:
+            refused += 1
+            continue
+        got, traffic = interpreter.run(source, inputs)
+        made += 1
+        check(seed, p, inputs, list(got), source)
+        assert traffic.launches == triton.launches(p), f"seed {seed}\n{p}"
+    return made, refused
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+needs_compiler = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+
+
+@needs_compiler
+@pytest.mark.parametrize("seeds", [range(40), *(pytest.param(range(n, n + 250), marks=pytest.mark.wide) for n in range(100, 2100, 250))], ids=str)
+def test_cpp_computes_what_was_drawn(seeds: range, tmp_path: Path) -> None:
+    made, refused = through_cpp(seeds, tmp_path)
+    assert made > 0.9 * len(seeds) and refused < 0.1 * len(seeds), (made, refused)
+
+
+@needs_triton
+@pytest.mark.parametrize("seeds", [range(40), *(pytest.param(range(n, n + 250), marks=pytest.mark.wide) for n in range(100, 2100, 250))], ids=str)
+def test_triton_computes_what_was_drawn(seeds: range, interpreter: Interpreter) -> None:
+    made, refused = through_triton(seeds, interpreter)
+    assert made > 0.9 * len(seeds) and refused < 0.1 * len(seeds), (made, refused)
