@@ -205,7 +205,8 @@ class Fixed:
         self.name, self.function, self.strides, self.outputs = k.name, function, k.strides, f.outputs
         self.makes = [(shape, strides, _dtype(dtype)) for shape, strides, dtype in f.makes]
         self.shapes = [k.fragment.types[o.ref.name].shape for o in k.fragment.outputs]
-        self.plain = [n for _, n, _, _ in f.outputs] == list(range(len(self.makes))) and not any(o[0] for o in f.outputs) and all(o[2] == s for o, (_, s, _) in zip(f.outputs, f.makes, strict=True))
+        written = [(False, n, strides, 0, shape) for n, (shape, strides, _) in enumerate(f.makes)]
+        self.plain = [(*o, shape) for o, shape in zip(f.outputs, self.shapes, strict=True)] == written  # each output is what is written, whole
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * (len(k.strides) + len(self.makes))]
         function.restype = ctypes.c_int
         self.given = [i.type.shape for i in k.fragment.inputs]

@@ -60,11 +60,10 @@ class Reductions(Values):
 
     def _masked(self, op: Op, r: Register, axes: frozenset[str]) -> str:
         """With the elements outside of the tensor, and those that a register stands for, as a reduction must see them."""
-        masks = [f"{a}_in" for a in sorted(axes, reverse=True) if self.masks[a]]
-        if masks:
-            return f"tl.where({every(masks)}, {r.name}, {self._start(op)})"
+        masked = {a for a in axes if self.masks[a]}
+        text = f"tl.where({every([f'{a}_in' for a in sorted(masked, reverse=True)])}, {r.name}, {self._start(op)})" if masked else r.name
         block = ("[XB, RB]" if "r" in axes else "[XB, 1]") if self.plan.rows else "[XB]"
-        return r.name if axes <= r.axes else f"({r.name} + tl.zeros({block}, {TYPES[r.dtype]}))"
+        return text if axes <= r.axes | masked else f"({text} + tl.zeros({block}, {TYPES[r.dtype]}))"
 
     def _reduced(self, op: Op, text: str, axis: int, keep: bool = True) -> str:
         """Of a block along an axis; not ``keep``: a number, of a block that has no other axis."""
@@ -100,14 +99,18 @@ class Reductions(Values):
         self.read[base] = None
         self._count(x, n)
         text = f"tl.load({word(base)} + {f'{offset} + ' if offset else ''}tl.arange(0, {size}){mask}).to({TYPES[dtype]})"
+        if op.target == "sum_of_squares":
+            r = self._emit(f"{word(x)}_all", text, dtype, frozenset())
+            text = f"{r.name} * {r.name}"
         return self._emit(word(op.name), self._reduced(op, text, 0, keep=False), dtype, frozenset())
 
     def _take(self, op: Op, name: str, registers: Sequence[Register], at_level: int, whole: bool = True) -> None:
         """Add operands to an accumulator of the block's shape; not ``whole``: of its rows."""
         lines = self.scopes[at_level].lines
+        along = self.plan.rows and "r" in self._axes(self.plan.space.index[op.refs[0].name])  # a register may be one number for the row, of a value that has it many times
         for register in registers:
-            text = self._masked(op, register, frozenset("xr" if self.plan.rows and (whole or "r" in register.axes) else "x"))
-            if not whole and "r" in register.axes:
+            text = self._masked(op, register, frozenset("xr" if whole and self.plan.rows or along else "x"))
+            if not whole and along:
                 text = self._reduced(op, text, 1)
             lines.append(f"{name} = {self._joined(op, name, text)}")
 

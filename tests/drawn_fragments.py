@@ -20,8 +20,9 @@ BINARY = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.maximum
 
 def drawn(seed: int, dtype: str = "f64") -> Program:
     """One to four operands, two to twelve ops, one to three results."""
-    draw = _Drawn(random.Random(seed), dtype)
-    while not draw.made:
+    rng, draw = random.Random(seed), None
+    while draw is None or not draw.made:
+        draw = _Drawn(rng, dtype)
         draw.grow()
     return draw.program()
 
