@@ -29,7 +29,7 @@ from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
-from deepseed.codegen.updates import Formula
+from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ops import accumulate_mm
 
@@ -234,25 +234,29 @@ class Fixed:
         return [(read if given else made)[n].as_strided(shape, strides, (read if given else made)[n].storage_offset() + offset) for (given, n, strides, offset), shape in zip(self.outputs, self.shapes, strict=True)]
 
 
-def update(f: Formula, folder: Path) -> Update:
-    """An optimizer's update of tensors of a CPU. Raises CodegenError."""
-    return Update(f, getattr(library(LIBRARY + cpp_updates.source(f), folder), f.name))
+def update(formulas: Sequence[Formula], folder: Path) -> Update:
+    """Optimizers' updates of tensors of a CPU. Raises CodegenError."""
+    return Update(formulas, getattr(library(LIBRARY + cpp_updates.source(formulas), folder), name_of(formulas)))
 
 
 class Update:
-    """The function on lists of tensors, one list for each of the formula's ``each``, then ``shared``."""
+    """The function on tensors: of each formula one list for each of its ``each``, then its ``shared``."""
 
-    def __init__(self, f: Formula, function: Any) -> None:
-        self.each, self.function = len(f.each), function
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    def __init__(self, formulas: Sequence[Formula], function: Any) -> None:
+        self.sizes, self.function = [(len(f.each), len(f.shared)) for f in formulas], function
+        function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4]
         function.restype = None
 
     def __call__(self, *given: Any) -> None:
-        lists: Sequence[Sequence[Tensor]] = given[: self.each]
-        sizes = [x.numel() for x in lists[0]]
-        tensors = [x.data_ptr() for row in zip(*lists, strict=True) for x in row]
-        shared = [x.data_ptr() for x in given[self.each :]]
-        self.function(torch.get_num_threads(), len(sizes), (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(tensors))(*tensors), (ctypes.c_void_p * len(shared))(*shared))
+        counts, sizes, tensors, shared, at = list[int](), list[int](), list[int](), list[int](), 0
+        for each, numbers in self.sizes:
+            lists: Sequence[Sequence[Tensor]] = given[at : at + each]
+            counts.append(len(lists[0]))
+            sizes += [x.numel() for x in lists[0]]
+            tensors += [x.data_ptr() for row in zip(*lists, strict=True) for x in row]
+            shared += [x.data_ptr() for x in given[at + each : at + each + numbers]]
+            at += each + numbers
+        self.function(torch.get_num_threads(), *[(kind * len(numbers))(*numbers) for kind, numbers in ((ctypes.c_int64, counts), (ctypes.c_int64, sizes), (ctypes.c_void_p, tensors), (ctypes.c_void_p, shared))])
 
 
 def _dtype(name: str) -> Any:

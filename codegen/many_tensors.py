@@ -93,14 +93,13 @@ def _form(p: Program, part: Part, memory: Collection[str]) -> tuple[object, ...]
 
 @dataclass
 class Text:
-    """A kernel over a table of addresses. ``columns``: of a row, values that are read, then those that are stored; ``tensors``: the numbers of the columns whose tensors have more than one element;
-    ``signature``: types of the parameters but for CHUNK's, and ``{}`` for what is no column."""
+    """What a kernel does to a tensor of a table of addresses. ``columns``: of a row, values that are read, then those that are stored; ``tensors``: the numbers of the columns whose tensors have more
+    than one element; ``words``: parameters of the kernel."""
 
-    kernel: str
+    lines: list[str]
     columns: tuple[str, ...]
     tensors: tuple[int, ...]
-    signature: str
-    blocks: Blocks
+    words: tuple[str, ...]
 
 
 @dataclass
@@ -114,27 +113,41 @@ class Written:
     table_bytes: int
 
 
-def text_of(p: Program, part: Part, shared: Sequence[str], memory: Mapping[str, bool], name: str, dtypes: Mapping[str, str], called: set[str], size: int) -> Text:
-    """The kernel of parts that are like ``part``. ``shared``: what they all read, operands of the kernel; ``dtypes``: in memory, of what is read and stored; ``size``: elements of a chunk."""
+def text_of(p: Program, part: Part, shared: Sequence[str], memory: Mapping[str, bool], dtypes: Mapping[str, str], called: set[str], blocks: Blocks, width: int = 0) -> Text:
+    """Of parts that are like ``part``. ``shared``: what they all read, operands of the kernel; ``dtypes``: in memory, of what is read and stored; ``width``: of a row of the table, 0: what it needs."""
     root = part.reads[0] if not part.targets else part.targets[0]
     root = next(v for v in (root, *part.reads, *part.targets) if p.types[v].shape == part.shape and p.types[v].numel > 1)
     values = {v for op in part.ops for v in (*op.results, *(r.name for r in op.refs))}
-    blocks = Blocks(min(size, 1024), 1, 4, size)
-    kernel = Kernel(p, Plan(space_of(p, root, values, [], {}), frozenset(), False, tuple(part.targets), tuple(part.partial), blocks), memory, name)
+    kernel = Kernel(p, Plan(space_of(p, root, values, [], {}), frozenset(), False, tuple(part.targets), tuple(part.partial), blocks), memory, "many")
     before, body = kernel.write_many()
     called |= kernel.called
     columns = [*(v for v in part.reads if v not in shared), *(f"o_{t}" for t in part.targets)]
-    words = [*shared, *(f"o_{v}" for v in part.partial)]
-    lines = ["@triton.jit", f"def {name}(chunks, lengths, table, {', '.join([*words, ''])}aligned: tl.constexpr, XB: tl.constexpr, CHUNK: tl.constexpr):"]
-    text = ["chunk = tl.program_id(0)", "t = tl.load(chunks + chunk * 2)", "first = tl.load(chunks + chunk * 2 + 1).to(tl.int64) * CHUNK", "n = tl.load(lengths + t)"]
+    lines = []
     for k, column in enumerate(columns):
-        text.append(f"{column} = tl.load(table + t * {len(columns)} + {k}).to(tl.pointer_type({TYPES[dtypes[column.removeprefix('o_')]]}))")
+        lines.append(f"{column} = tl.load(table + t * {width or len(columns)} + {k}).to(tl.pointer_type({TYPES[dtypes[column.removeprefix('o_')]]}))")
     tensors = tuple([k for k, column in enumerate(columns) if p.types[column.removeprefix("o_")].numel > 1])
     if tensors:
-        text += ["if aligned:", *(f"    {columns[k]} = tl.multiple_of({columns[k]}, 16)" for k in tensors)]
-    text += [*before, "for start in range(first, min(first + CHUNK, n), XB):", *(f"    {line}" for line in body), *kernel.after]
-    types = [*(f'"{k}": "{v}"' for k, v in {"chunks": "*i32", "lengths": "*i64", "table": "*i64"}.items()), *(f'"{w}": {{{w}}}' for w in words), '"aligned": True', f'"XB": {blocks.x}', f'"CHUNK": {size}']
-    return Text("\n".join([*lines, *(f"    {line}" for line in text)]), tuple(columns), tensors, f'"{name}": ({{{{{", ".join(types)}}}}}, {blocks.warps}),', blocks)
+        lines += ["if aligned:", *(f"    {columns[k]} = tl.multiple_of({columns[k]}, 16)" for k in tensors)]
+    lines += [*before, "for start in range(first, min(first + CHUNK, n), XB):", *(f"    {line}" for line in body), *kernel.after]
+    return Text(lines, tuple(columns), tensors, (*shared, *(f"o_{v}" for v in part.partial)))
+
+
+def kernel_of(name: str, texts: Sequence[Text]) -> str:
+    """A kernel of one text, or of several, of which each tensor has one."""
+    several = len(texts) > 1
+    words = [w for text in texts for w in text.words]
+    lines = ["chunk = tl.program_id(0)", "t = tl.load(chunks + chunk * 2)", "first = tl.load(chunks + chunk * 2 + 1).to(tl.int64) * CHUNK", "n = tl.load(lengths + t)", *(["form = tl.load(forms + t)"] if several else [])]
+    for k, text in enumerate(texts):
+        lines += [f"if form == {k}:", *(f"    {line}" for line in text.lines)] if several else text.lines
+    head = f"def {name}(chunks, lengths, table, {'forms, ' if several else ''}{', '.join([*words, ''])}aligned: tl.constexpr, XB: tl.constexpr, CHUNK: tl.constexpr):"
+    return "\n".join(["@triton.jit", head, *(f"    {line}" for line in lines)])
+
+
+def signature_of(name: str, texts: Sequence[Text], blocks: Blocks) -> str:
+    """Types of the parameters, with ``{}`` for those of words."""
+    types = {"chunks": "*i32", "lengths": "*i64", "table": "*i64", **({"forms": "*i32"} if len(texts) > 1 else {})}
+    described = [*(f'"{k}": "{v}"' for k, v in types.items()), *(f'"{w}": {{{w}}}' for text in texts for w in text.words), '"aligned": True', f'"XB": {blocks.x}', f'"CHUNK": {blocks.rows}']
+    return f'"{name}": ({{{{{", ".join(described)}}}}}, {blocks.warps}),'
 
 
 def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], name: str, outputs: Callable[[str], str], dtypes: Mapping[str, str], called: set[str]) -> Written:
@@ -142,7 +155,8 @@ def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], na
     first, sizes = parts[0], [_numel(part.shape) for part in parts]
     shared = [v for n, v in enumerate(first.reads) if all(part.reads[n] == v for part in parts)]
     size = chunk_size(sum(sizes))
-    text = text_of(p, first, shared, memory, name, dtypes, called, size)
+    blocks = chunk_blocks(size)
+    text = text_of(p, first, shared, memory, dtypes, called, blocks)
     columns = [n for n, v in enumerate(first.reads) if v not in shared]
     device = f"{p.inputs[0].name}.device"
     rows = ", ".join("(" + ", ".join([*(f"{outputs(part.reads[n])}.contiguous()" for n in columns), *(f"o_{t}" for t in part.targets), ""]) + ")" for part in parts)
@@ -151,8 +165,13 @@ def write_many(p: Program, parts: Sequence[Part], memory: Mapping[str, bool], na
     calls = [f"tensors = [{rows}]"]
     for n, value in enumerate(first.partial):
         calls.append(f"{name}_parts_{n} = torch.empty(({sum(programs)},), dtype={{{value}}}, device={device})")
-    calls.append(f"{name}[({sum(programs)},)]({', '.join(arguments)}, aligned=aligned(tensors, {text.tensors}), XB={text.blocks.x}, CHUNK={size}, num_warps={text.blocks.warps})")
-    return Written(text.kernel, calls, text.signature, programs, 8 * (sum(programs) + len(parts) * (1 + len(text.columns))))
+    calls.append(f"{name}[({sum(programs)},)]({', '.join(arguments)}, aligned=aligned(tensors, {text.tensors}), XB={blocks.x}, CHUNK={size}, num_warps={blocks.warps})")
+    return Written(kernel_of(name, [text]), calls, signature_of(name, [text], blocks), programs, 8 * (sum(programs) + len(parts) * (1 + len(text.columns))))
+
+
+def chunk_blocks(size: int) -> Blocks:
+    """Of a program that has a chunk of ``size`` elements of one tensor."""
+    return Blocks(min(size, 1024), 1, 4, size)
 
 
 def _numel(shape: Sequence[int]) -> int:

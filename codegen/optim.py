@@ -2,6 +2,7 @@
 
     optim.adamw(param, grad, states.., lr, states=[..], betas=, eps=, weight_decay=, amsgrad=, maximize=)
     optim.adam(the same)          optim.sgd(.., momentum=, dampening=, weight_decay=, nesterov=, maximize=)
+    optim.pointwise(param, states.., grad, numbers.., operands=[..], numbers=[..], body=[..], results=[..])         any other, see deepseed.ir.updates
 
 ``states`` names the state operands as torch.optim does; results are the new parameter and each new state but ``step``, which
 comes in counted up already. ``skip=`` (nothing changes) and ``scale=`` (of the gradient) are operands too. Updates that stand side by side with the same options become one call over lists: of the kernel
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import DTYPES
-from deepseed.codegen.updates import shared_of
-from deepseed.ir.program import Arg, Op, Program, Ref
+from deepseed.codegen.updates import Formula, formula
+from deepseed.ir.program import Op, Program, Ref
+from deepseed.ir.updates import POINTWISE, call_of, operands_of, updated_of
 
-KERNELS = {"optim.adamw": "torch._fused_adamw_", "optim.adam": "torch._fused_adam_", "optim.sgd": "torch._fused_sgd_"}
+FUSED = {"optim.adamw": "torch._fused_adamw_", "optim.adam": "torch._fused_adam_", "optim.sgd": "torch._fused_sgd_"}
+UPDATES = (*FUSED, POINTWISE)
 
 
 @dataclass
@@ -49,27 +52,63 @@ class Update:
                 new += ".copy" if new in self.donation.copied else ""
                 self.emit(f"{self.name(stored)}.copy_({self.name(new)})")
 
-    def optimizer(self, position: int, ops: Sequence[Op]) -> None:
+    def together(self, position: int) -> Sequence[Op]:
+        """The updates from ``position`` on that ``optimizer`` makes one call of."""
+        p = self.donation.program
+        return [op for run in call_from(position, p) for op in run] if p.ops[position].name in self.kernels else run_from(position, p)
+
+    def optimizer(self, position: int) -> None:
         """One call. The lists are named, so that a debugger shows them."""
-        first = ops[0]
-        states = _words(first.kw("states", ()))
-        columns = ["params", "grads", *(f"{name}s" for name in states)]
-        updated = [c for c in columns if c not in ("grads", "steps")]  # one result each
-        taken: set[str] = set()
-        for c, column in enumerate(columns):
-            result = updated.index(column) if column in updated else None
-            if column == "grads" and isinstance(first.kw("scale"), Ref) and first.name not in self.kernels:
-                entries = self._apart(position, ops, c)
-            else:
-                entries = [self._entry(position + n, op, c, result, taken) for n, op in enumerate(ops)]
-            self.emit(f"{column} = [{', '.join(entries)}]")
+        p = self.donation.program
+        runs = call_from(position, p) if p.ops[position].name in self.kernels else [run_from(position, p)]
+        changed = self._changed(position, [op for run in runs for op in run])
+        given, after, lists = list[str](), list[str](), list[str]()
+        for n, ops in enumerate(runs):
+            f, suffix = formula(p, ops), f"_{n}" if n else ""
+            columns = [f"{name}s{suffix}" for name in f.each]
+            for name, column in zip(f.each, columns, strict=True):
+                self.emit(f"{column} = [{', '.join(self._entries(position, ops, f, name, changed))}]")
+            position += len(ops)
+            given += [*columns, *(self.name(r.name) for r in shared_of(ops[0], f))]
+            after += [f"{', '.join(self.name(op.results[c]) for op in ops)}, = {name}s{suffix}" for c, name in enumerate(f.updated)]
+            lists += columns
+        first = runs[0][0]
         if first.name in self.kernels:
-            self.emit(f"{self.kernels[first.name]}({', '.join([*columns, *(self.name(r.name) for r in shared_of(first).values())])})")
+            self.emit(f"{self.kernels[first.name]}({', '.join(given)})")
+        elif first.target in FUSED:
+            self._fused(first, [name for name in f.each if name not in ("param", "grad")])
         else:
-            self._fused(first, states)
-        for c, column in enumerate(updated):
-            self.emit(f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column}")
-        self.emit(f"del {', '.join(columns)}")
+            self.emit(f"ops.optim.in_place({f.kind!r}, {f.each!r}, {f.shared!r}, {dict(f.options)!r})({', '.join(given)})")
+        for line in after:
+            self.emit(line)
+        self.emit(f"del {', '.join(lists)}")
+
+    def _changed(self, position: int, ops: Sequence[Op]) -> dict[str, str]:
+        """Of each old value that is updated in its own memory, the new one."""
+        out: dict[str, str] = {}
+        for n, op in enumerate(ops, position):
+            for name, result in zip(updated_of(op), op.results, strict=True):
+                old = op.args[operands_of(op).index(name)]
+                assert isinstance(old, Ref)
+                if old.name not in out and (self.donation.in_place(n, old.name, result) or self.donation.in_block(n, old.name, result)):
+                    out[old.name] = result
+        return out
+
+    def _entries(self, position: int, ops: Sequence[Op], f: Formula, name: str, changed: Mapping[str, str]) -> list[str]:
+        """A list of the call: contiguous tensors, as the kernels want them; copies of what must not change, and of what the call changes elsewhere, for it has no order."""
+        out, memory = list[str](), frozenset[str]().union(*(self.donation.roots[old] for old in changed))
+        for n, op in enumerate(ops, position):
+            ref = op.args[operands_of(op).index(name)]
+            assert isinstance(ref, Ref)
+            value, copied = self.name(ref.name), f"{self.name(ref.name)}.clone(memory_format=torch.contiguous_format)"
+            if name in f.updated:
+                out.append(value if changed.get(ref.name) == op.results[f.updated.index(name)] else copied)
+                continue
+            scaled = name == "grad" and "scale" in f.shared and op.name not in self.kernels  # in place, by torch
+            again = scaled and any(self.donation.last_use[root] > n for root in self.donation.memory(ref.name))
+            wide = f".to({DTYPES[op.type.dtype]})" if name == "grad" and op.target in FUSED and op.name not in self.kernels and self.donation.program.types[ref.name].dtype != op.type.dtype else ""
+            out.append(copied if not wide and (again or self.donation.roots[ref.name] & memory) else f"{value}{wide}.contiguous()")
+        return out
 
     def _fused(self, first: Op, states: Sequence[str]) -> None:
         """Of torch. (CUDA kernels read the learning rate as float32.)"""
@@ -94,58 +133,36 @@ class Update:
         skip = first.kw("skip")
         given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []
         given.append(f"maximize={bool(first.kw('maximize', False))}")
-        self.emit(f"{KERNELS[first.target]}({', '.join(lists + given)})")
-
-    def _apart(self, position: int, ops: Sequence[Op], column: int) -> list[str]:
-        """Gradients that are scaled in place: copies of those whose memory is read once more, by another update or by the user."""
-        out = []
-        for n, op in enumerate(ops, position):
-            ref = op.args[column]
-            assert isinstance(ref, Ref)
-            if (wide := self._widened(op)):  # a copy
-                out.append(f"{self.name(ref.name)}{wide}.contiguous()")
-                continue
-            again = any(self.donation.last_use[root] > n for root in self.donation.memory(ref.name))
-            out.append(f"{self.name(ref.name)}.clone(memory_format=torch.contiguous_format)" if again else f"{self.name(ref.name)}.contiguous()")
-        return out
-
-    def _entry(self, position: int, op: Op, column: int, result: int | None, taken: set[str]) -> str:
-        """One tensor of a list, contiguous as the kernels want it; a copy of what must not change."""
-        ref = op.args[column]
-        assert isinstance(ref, Ref)
-        name = self.name(ref.name)
-        if result is None:
-            return f"{name}{self._widened(op) if column == 1 else ''}.contiguous()"
-        done = op.results[result]
-        if ref.name not in taken and (self.donation.in_place(position, ref.name, done) or self.donation.in_block(position, ref.name, done)):
-            taken.add(ref.name)
-            return name
-        return f"{name}.clone(memory_format=torch.contiguous_format)"
-
-    def _widened(self, op: Op) -> str:
-        """Torch's kernels want gradients as wide as parameters."""
-        grad = op.args[1]
-        assert isinstance(grad, Ref)
-        narrow = self.donation.program.types[grad.name].dtype != op.type.dtype and op.name not in self.kernels
-        return f".to({DTYPES[op.type.dtype]})" if narrow else ""
+        self.emit(f"{FUSED[first.target]}({', '.join(lists + given)})")
 
 
 def run_from(position: int, p: Program) -> Sequence[Op]:
     """The updates from ``position`` on that one call can do."""
     first = p.ops[position]
     end, made = position + 1, set(first.results)
-    while end < len(p.ops) and _options(p, p.ops[end]) == _options(p, first) and not any(r.name in made for r in p.ops[end].refs):
+    while end < len(p.ops) and p.ops[end].target in UPDATES and call_of(p, p.ops[end]) == call_of(p, first) and not any(r.name in made for r in p.ops[end].refs):
         made.update(p.ops[end].results)
         end += 1
     return p.ops[position:end]
 
 
-def _options(p: Program, op: Op) -> tuple[object, ...]:
-    return op.target, op.kwargs, op.args[-1], len(op.args), *(p.types[r.name].dtype for r in op.refs[:2])
+def call_from(position: int, p: Program) -> list[Sequence[Op]]:
+    """The runs from ``position`` on whose parameters have one dtype, which one kernel updates: of parameter groups with options of their own, of several optimizers."""
+    first, out, made = p.ops[position], list[Sequence[Op]](), set[str]()
+    while position < len(p.ops) and (op := p.ops[position]).target in UPDATES and (op.type.dtype, op.type.host, op.part, op.stage) == (first.type.dtype, first.type.host, first.part, first.stage):
+        run = run_from(position, p)
+        if any(r.name in made for each in run for r in each.refs):
+            break
+        out.append(run)
+        made.update(r for each in run for r in each.results)
+        position += len(run)
+    return out
 
 
-def _words(value: Arg) -> tuple[str, ...]:
-    return tuple(str(v) for v in value) if isinstance(value, tuple) else ()
+def shared_of(op: Op, f: Formula) -> list[Ref]:
+    """What all tensors of its call read."""
+    named = dict(zip(operands_of(op), op.args, strict=False))
+    return [r for name in f.shared if isinstance(r := named.get(name, op.kw(name)), Ref)]
 
 
 def _number(op: Op, key: str) -> str:

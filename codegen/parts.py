@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from deepseed.codegen.expressions import ADDED, DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
-from deepseed.codegen.optim import KERNELS, Update, run_from
+from deepseed.codegen.optim import UPDATES, Update
 from deepseed.ir.collective import step
 from deepseed.ir.mesh import TIME, Mesh
 from deepseed.ir.program import FLOATS, GRADIENTS, Input, Op, Output, Program, Type, after_tangents
@@ -140,15 +140,15 @@ class _Parts:
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
-            together: Sequence[Op] = run_from(n, self.p) if op.target in KERNELS else (op,)
+            together = self.update.together(n) if op.target in UPDATES else (op,)
             shown = {r for each in together for r in each.results}
             if n in self.grouped and op.name not in self.into:
                 g = self.grouped[n]
                 together, shown = self.p.ops[n : g.last], set(g.makes)
                 call(out, self.p, g, self.kernels[g.kernel])
                 here.difference_update({r for each in together for r in each.results}.difference(g.makes))
-            elif op.target in KERNELS:
-                self.update.optimizer(n, together)
+            elif op.target in UPDATES:
+                self.update.optimizer(n)
             elif op.name in self.into:
                 self._add_into(op)
                 here.discard(op.name)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
-from deepseed.codegen.optim import KERNELS, Update, run_from
+from deepseed.codegen.optim import UPDATES, Update
 from deepseed.codegen.parts import generate_parts
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
@@ -46,9 +46,9 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
             _close(out, update, range(n, g.last), g.makes, inner)
             n = g.last
             continue
-        if op.target in KERNELS:
-            together = run_from(n, p)
-            update.optimizer(n, together)
+        if op.target in UPDATES:
+            together = update.together(n)
+            update.optimizer(n)
         elif not update.waited(n, op):
             types = ", ".join(format_type(t, p.mesh) for t in op.types)
             out.emit(assignment(out, op), types)

@@ -25,7 +25,7 @@ from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import COMPILED, Kernel, function
 from deepseed.codegen.triton import can_emit, launched, source
 from deepseed.codegen.triton_attention import in_order
-from deepseed.codegen.updates import Formula
+from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.program import ITEMSIZE, Op, Program
 
@@ -57,9 +57,9 @@ def of_fragment(fragment: Program, folder: Path, tell: Callable[[str], object] =
     return _compiled(Kernel(name, fragment, lying, function(fragment, name)), folder, tell)
 
 
-def update(f: Formula, folder: Path) -> Launch:
-    """An optimizer's update of tensors of a device. Raises CodegenError."""
-    return launch_of(f.name, triton_updates.source(f), folder)
+def update(formulas: Sequence[Formula], folder: Path) -> Launch:
+    """Optimizers' updates of tensors of a device. Raises CodegenError."""
+    return launch_of(name_of(formulas), triton_updates.source(formulas), folder)
 
 
 def traffic(fragment: Program) -> list[tuple[int, int]] | None:
@@ -148,8 +148,9 @@ def launch_of(name: str, text: str, folder: Path) -> Launch:
 def _guarded(launch: Launch) -> Launch:
     """On the device that has the operands: Triton launches on the current one."""
 
-    def call(*xs: Tensor) -> Sequence[Tensor]:
-        with torch.cuda.device(xs[0].device):
+    def call(*xs: Any) -> Sequence[Tensor]:
+        first = next(x for x in (each if isinstance(each, Tensor) else next(iter(each), None) for each in xs) if x is not None)
+        with torch.cuda.device(first.device):
             return launch(*xs)
 
     return call

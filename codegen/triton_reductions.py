@@ -109,7 +109,7 @@ class Reductions(Values):
         lines = self.scopes[at_level].lines
         along = self.plan.rows and "r" in self._axes(self.plan.space.index[op.refs[0].name])  # a register may be one number for the row, of a value that has it many times
         for register in registers:
-            text = self._masked(op, register, frozenset("xr" if whole and self.plan.rows or along else "x"))
+            text = self._masked(op, register, frozenset("xr" if (whole and self.plan.rows) or along else "x"))
             if not whole and along:
                 text = self._reduced(op, text, 1)
             lines.append(f"{name} = {self._joined(op, name, text)}")

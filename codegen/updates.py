@@ -2,7 +2,7 @@
 
     %w = aten.mul.Tensor(%param, %decay) ..  %m = aten.lerp.Scalar(%exp_avg, %g, 0.1) ..  return %w, %m, %v
 
-The formulas are torch.optim's: Adam (Kingma and Ba 2015, algorithm 1; AMSGrad: Reddi et al. 2018), AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013, with
+An ``optim.pointwise`` has its own ops. The formulas of the others are torch.optim's: Adam (Kingma and Ba 2015, algorithm 1; AMSGrad: Reddi et al. 2018), AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013, with
 torch's dampening). A gradient may have fewer bits than its parameter: it is widened where it is read. Numbers are made in float64 once a tensor, elements in float32, of float64 tensors in float64.
 """
 
@@ -16,8 +16,8 @@ from functools import cache
 from deepseed.codegen.pointwise import computed
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Input, Op, Output, Program, Ref, Type
+from deepseed.ir.updates import POINTWISE, SIZE, operands_of, program_of
 
-SIZE = 1 << 12  # elements of the tensor in a formula, which stands for any number
 OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "momentum", "dampening", "nesterov", "maximize")
 
 
@@ -34,18 +34,31 @@ class Formula:
     options: tuple[tuple[str, Arg], ...]
 
 
-def formula(p: Program, op: Op) -> Formula:
-    """Of an ``optim.adamw``, ``optim.adam`` or ``optim.sgd`` of ``p``."""
-    states, shared = op.kw("states", ()), shared_of(op)
-    assert isinstance(states, tuple)
-    refs = [*op.args[:-1], *shared.values()]
-    dtypes = tuple([p.types[r.name].dtype for r in refs if isinstance(r, Ref)])
-    return _formula(op.target.removeprefix("optim."), ("param", "grad", *map(str, states)), tuple(shared), dtypes, tuple([(k, v) for k, v in op.kwargs if k in OPTIONS]))
+def formula(p: Program, ops: Sequence[Op]) -> Formula:
+    """Of updates of ``p`` that are one call (deepseed.codegen.optim.run_from)."""
+    first, names = ops[0], operands_of(ops[0])
+    dtypes = [p.types[r.name].dtype for r in first.refs]
+    if first.target == POINTWISE:
+        numbers = first.kw("numbers")
+        assert isinstance(numbers, tuple)
+        shared = tuple([name for n, name in enumerate(names) if name in numbers and all(op.args[n] == first.args[n] for op in ops)])
+        return _pointwise(first.kwargs, tuple(dtypes), shared)
+    more = [k for k, v in first.kwargs if k in ("skip", "scale") and isinstance(v, Ref)]
+    return _formula(first.target.removeprefix("optim."), names[:-1], ("lr", *more), tuple(dtypes), tuple([(k, v) for k, v in first.kwargs if k in OPTIONS]))
 
 
-def shared_of(op: Op) -> dict[str, Ref]:
-    """What all tensors of an update read."""
-    return {name: r for name, r in (("lr", op.args[-1]), ("skip", op.kw("skip")), ("scale", op.kw("scale"))) if isinstance(r, Ref)}
+def name_of(formulas: Sequence[Formula]) -> str:
+    """Of the kernel that computes several."""
+    return formulas[0].name if len(formulas) == 1 else f"update_{hashlib.sha256(' '.join(f.name for f in formulas).encode()).hexdigest()[:8]}"
+
+
+@cache
+def _pointwise(kwargs: tuple[tuple[str, Arg], ...], dtypes: tuple[str, ...], shared: tuple[str, ...]) -> Formula:
+    p = program_of(dict(kwargs), dtypes)
+    each = tuple([i.name for i in p.inputs if i.name not in shared])
+    words = [op.target.removeprefix("aten.").partition(".")[0] for op in p.ops if op.type.shape and op.target != "cast"]
+    name = f"update_{'_'.join(list(dict.fromkeys(words))[:4])}_{hashlib.sha256(f'{p}{shared}'.encode()).hexdigest()[:8]}"
+    return Formula(name, p, each, shared, tuple([o.key for o in p.outputs]), "pointwise", kwargs)
 
 
 @cache

@@ -14,9 +14,8 @@ from deepseed.codegen.ahead_of_time import CompileError, check, compiled, known,
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.triton import source
-from deepseed.codegen.updates import Formula
 from deepseed.compiling import Compiling
-from deepseed.explain_kernels import KernelReport
+from deepseed.explain_kernels import KernelReport, Update
 from deepseed.friendly import UsageError
 from deepseed.runtime.executable import cache_dir
 
@@ -37,7 +36,7 @@ def check_targets(codegen: str | None, targets: Sequence[str]) -> None:
 def assembled(report: KernelReport, targets: Sequence[str]) -> KernelReport:
     """The report with each kernel's ``compiled``: empty where Triton has no source for it, so that it runs as Python. Equal sources are compiled once. Raises CompileError naming the kernel that
     Triton refuses."""
-    targets, sources = tuple(dict.fromkeys(targets)), {name: _source(k) for name, k in report.made.items()} | {name: _source(u.formula) for name, u in report.updates.items()}
+    targets, sources = tuple(dict.fromkeys(targets)), {name: _source(k) for name, k in report.made.items()} | {name: _source(u) for name, u in report.updates.items()}
     wanted = [(target, text) for text in dict.fromkeys(sources.values()) if text for target in targets]
     names = {text: name for name, text in sources.items()}
     found = {}
@@ -57,10 +56,10 @@ def assembled(report: KernelReport, targets: Sequence[str]) -> KernelReport:
     return replace(report, kernels=tuple(kernels), targets=targets)
 
 
-def _source(k: Kernel | Formula) -> str:
-    """Of its Triton kernels; "" where there is none."""
+def _source(k: Kernel | Update) -> str:
+    """Of its Triton kernels; "" where there is none, and of what the host does."""
     try:
-        return source(k.fragment) if isinstance(k, Kernel) else triton_updates.source(k)
+        return source(k.fragment) if isinstance(k, Kernel) else "" if k.on_host else triton_updates.source(k.formulas)
     except CodegenError:
         return ""
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from deepseed.codegen.ahead_of_time import Compiled
 from deepseed.codegen.kernels import Kernel, kernels
-from deepseed.codegen.optim import KERNELS, run_from
-from deepseed.codegen.updates import Formula, formula
+from deepseed.codegen.optim import UPDATES, call_from
+from deepseed.codegen.updates import Formula, formula, name_of
 from deepseed.counts import local_flops
 from deepseed.explain_text import amount
 from deepseed.ir.fragment import Group, fragment, groups
@@ -54,18 +54,26 @@ class KernelCount:
 
 @dataclass(frozen=True)
 class Update:
-    """``formula`` on tensors of ``sizes`` elements."""
+    """A call of several formulas, each on tensors of ``sizes`` elements; ``on_host``: in the host's memory."""
 
-    formula: Formula
-    sizes: tuple[int, ...]
+    formulas: tuple[Formula, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    on_host: bool = False
+
+    @property
+    def name(self) -> str:
+        return name_of(self.formulas) + ("_on_host" if self.on_host else "")
 
     @property
     def nbytes(self) -> tuple[int, int]:
         """What it reads and writes: each tensor once."""
-        types, count = self.formula.program.types, len(self.sizes)
-        elements = {name: sum(self.sizes) if types[name].shape else count for name in self.formula.each} | dict.fromkeys(self.formula.shared, 1)
-        each = {name: n * ITEMSIZE[types[name].dtype] for name, n in elements.items()}
-        return sum(each.values()), sum(each[name] for name in self.formula.updated)
+        read, written = 0, 0
+        for f, sizes in zip(self.formulas, self.sizes, strict=True):
+            types = f.program.types
+            elements = {name: sum(sizes) if types[name].shape else len(sizes) for name in f.each} | dict.fromkeys(f.shared, 1)
+            each = {name: n * ITEMSIZE[types[name].dtype] for name, n in elements.items()}
+            read, written = read + sum(each.values()), written + sum(each[name] for name in f.updated)
+        return read, written
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,9 @@ def explain_kernels(p: Program, plain: Program, traffic: Traffic = lambda fragme
     """Count a grouped program; ``plain``: the same step without groups. Of a pipeline the rank that launches most. ``traffic``: of the back end that writes the kernels."""
     steps, plains = _steps(p), _steps(plain)
     full = max(steps, key=lambda each: _launches(each, traffic))
-    made, updates = kernels(full, *laid_out(full)), {f"{u.formula.name}{'' if n == 0 else f'_{n}'}": u for n, u in enumerate(_updates(full))}
-    counts = (*_counted(full, traffic, made), *(_of_update(name, u) for name, u in updates.items()))
-    return KernelReport(counts, _launches(full, traffic), dict(_alone(full).most_common()), max(_launches(each, traffic) for each in plains), {k.name: k for k in made.values()}, updates)
+    made, updates = kernels(full, *laid_out(full)), _updates(full)
+    counts = (*_counted(full, traffic, made), *(_of_update(u, sum(other.name == name for other in updates)) for name, u in {u.name: u for u in updates}.items()))
+    return KernelReport(counts, _launches(full, traffic), dict(_alone(full).most_common()), max(_launches(each, traffic) for each in plains), {k.name: k for k in made.values()}, {u.name: u for u in updates})
 
 
 def _steps(p: Program) -> Sequence[Program]:
@@ -125,20 +133,20 @@ def _counted(p: Program, traffic: Traffic, made: Mapping[str, Kernel]) -> Iterat
 
 
 def _updates(p: Program) -> list[Update]:
-    """One a call: all that stand side by side with the same options."""
+    """One a call."""
     out, n = list[Update](), 0
     while n < len(p.ops):
-        run = run_from(n, p) if p.ops[n].target in KERNELS else p.ops[n : n + 1]
-        if run[0].target in KERNELS:
-            out.append(Update(formula(p, run[0]), tuple([prod(op.type.local(p.mesh)) for op in run])))
-        n += len(run)
+        runs = call_from(n, p) if p.ops[n].target in UPDATES else [p.ops[n : n + 1]]
+        if p.ops[n].target in UPDATES:
+            out.append(Update(tuple([formula(p, run) for run in runs]), tuple([tuple([prod(op.type.local(p.mesh)) for op in run]) for run in runs]), p.ops[n].type.host))
+        n += sum(map(len, runs))
     return out
 
 
-def _of_update(name: str, u: Update) -> KernelCount:
+def _of_update(u: Update, launches: int) -> KernelCount:
     read, written = u.nbytes
-    ops = u.formula.program.ops
-    return KernelCount(name, tuple(op.target for op in ops), read, written, read + written, 1, sum((sum(u.sizes) if op.type.shape else len(u.sizes)) for op in ops if op.target != "cast"))
+    ops = [(op, sizes) for f, sizes in zip(u.formulas, u.sizes, strict=True) for op in f.program.ops]
+    return KernelCount(u.name, tuple([op.target for op, _ in ops]), read, written, read + written, launches, sum((sum(sizes) if op.type.shape else len(sizes)) for op, sizes in ops if op.target != "cast"))
 
 
 def _read(p: Program, g: Group, strides: Mapping[str, tuple[int, ...]], free: Mapping[str, Op]) -> tuple[int, int]:
@@ -170,7 +178,7 @@ def _launches(p: Program, traffic: Traffic) -> int:
 def _alone(p: Program) -> Counter[str]:
     """How many ops of each target no group has: updates, views, waits and collectives aside."""
     _, views = laid_out(p)
-    return Counter(op.target for n, op in enumerate(p.ops) if not (op.kernel or views[n] or op.target in (*MOVES, *KERNELS) or op.target.endswith(".start")))
+    return Counter(op.target for n, op in enumerate(p.ops) if not (op.kernel or views[n] or op.target in (*MOVES, *UPDATES) or op.target.endswith(".start")))
 
 
 def _lines(r: KernelReport) -> Iterable[str]:

@@ -18,8 +18,8 @@ from deepseed.codegen import cpp_files, inductor, triton_files
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import COMPILED, Kernel, kernels
-from deepseed.codegen.optim import KERNELS
-from deepseed.codegen.updates import Formula, formula
+from deepseed.codegen.optim import UPDATES, call_from
+from deepseed.codegen.updates import Formula, formula, name_of
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
 from deepseed.ops.optim import in_place
@@ -86,28 +86,51 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
             assert isinstance(f, cpp_files.Fixed)
             names[mark] += "".join(f"_over{i}" for i in into.values())
             calls[names[mark]] = f.reusing(into)
-    for op in p.ops:
-        if op.target in KERNELS:
-            made_of, on_host = formula(p, op), op.type.host
-            names[op.name] = name = f"{made_of.name}_on_host" if on_host else made_of.name
-            known[name] = calls[name] = known.get(name) or update(made_of, codegen, on_host, tell)
+    n = 0
+    while n < len(p.ops):
+        runs = call_from(n, p) if p.ops[n].target in UPDATES else [p.ops[n : n + 1]]
+        if p.ops[n].target in UPDATES:
+            formulas, on_host = tuple([formula(p, run) for run in runs]), p.ops[n].type.host
+            name = f"{name_of(formulas)}_on_host" if on_host else name_of(formulas)
+            names.update((op.name, name) for run in runs for op in run)
+            known[name] = calls[name] = known.get(name) or update(formulas, codegen, on_host, tell)
+        n += sum(map(len, runs))
     return Kernels(codegen, names, calls)
 
 
-def update(f: Formula, codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:
-    """What a back end makes of an optimizer's update: a function of lists of tensors (deepseed.codegen.updates), which it changes; ``on_host``: wherever the model is. Torch's where it makes nothing."""
+def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:
+    """What a back end makes of updates: a function of lists of tensors (deepseed.codegen.updates), which it changes; ``on_host``: wherever the model is. Torch's where it makes nothing."""
     folder = cache_dir() / "kernels"
-    try:
-        if codegen == "triton" and not on_host:
-            return triton_files.update(f, folder)
-        here = cpp_files.update(f, folder)
-        if on_host or not torch.cuda.is_available():
-            return here
-        there = triton_files.update(f, folder)  # Inductor's device may be either
-        return lambda *given: (there if given[0][0].is_cuda else here)(*given)
-    except CodegenError as error:
-        inductor.once(tell, f"{f.name} is torch's, one tensor after another: {str(error).splitlines()[0]}")
-        return in_place(f.kind, f.each, f.shared, dict(f.options))
+    makers: dict[str, Callable[[Sequence[Formula], Path], Callable[..., Any]]] = {"cpu": cpp_files.update, "cuda": triton_files.update}
+    if codegen == "triton" and not on_host:
+        makers["cpu"] = triton_files.update  # interpreted
+    made: dict[str, Callable[..., Any]] = {}
+
+    def on(kind: str) -> Callable[..., Any]:
+        if kind not in made:
+            try:
+                made[kind] = makers[kind](formulas, folder)
+            except (CodegenError, ImportError) as error:
+                inductor.once(tell, f"{name_of(formulas)} is torch's, one tensor after another: {str(error).splitlines()[0]}")
+                made[kind] = _torchs(formulas)
+        return made[kind]
+
+    if on_host or not torch.cuda.is_available():
+        return on("cpu")
+    if codegen != "inductor":
+        return on("cuda" if codegen == "triton" else "cpu")
+    return lambda *given: on(next(x.device.type for each in given if isinstance(each, list) for x in each))(*given)
+
+
+def _torchs(formulas: Sequence[Formula]) -> Callable[..., None]:
+    each = [(in_place(f.kind, f.each, f.shared, dict(f.options)), len(f.each) + len(f.shared)) for f in formulas]
+
+    def call(*given: Any) -> None:
+        for one, n in each:
+            one(*given[:n])
+            given = given[n:]
+
+    return call
 
 
 def called(wanted: Sequence[Kernel], codegen: str, tell: Callable[[str], object], at: Callable[[str, int, int], object] = lambda what, done, of: None) -> Sequence[Compiled]:

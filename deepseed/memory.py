@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from deepseed.codegen.donation import Donation
-from deepseed.codegen.optim import KERNELS, run_from
+from deepseed.codegen.optim import UPDATES, run_from
 from deepseed.ir.collective import KEYED, MEMORIES
 from deepseed.ir.fragment import groups
 from deepseed.ir.layout import factors, part
@@ -271,7 +271,7 @@ def calls(p: Program) -> dict[int, int]:
     """For each update that shares a fused call with its neighbours: the place of the call's last one."""
     out: dict[int, int] = {}
     for n, op in enumerate(p.ops):
-        if op.target in KERNELS and n not in out:
+        if op.target in UPDATES and n not in out:
             last = n + len(run_from(n, p)) - 1
             out.update(dict.fromkeys(range(n, last + 1), last))
     return out

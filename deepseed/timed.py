@@ -7,7 +7,7 @@ Operands are numbers of the right types that lie as in a step; one call follows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -25,7 +25,7 @@ from deepseed.counts import local_flops
 from deepseed.explain_kernels import KernelReport, Update
 from deepseed.explain_text import amount
 from deepseed.friendly import UsageError
-from deepseed.ir.program import Op, Program
+from deepseed.ir.program import Op, Program, Type
 from deepseed.kernels import called, update
 from deepseed.machines import device_kind, measured
 from deepseed.runtime.staged import available
@@ -62,12 +62,13 @@ def timed(report: KernelReport, codegen: str, machine: Machine, device: torch.de
         calls = called(made, codegen, tell, at)
     with Compiling(True, ("measuring", "measured")) as at:
         for n, (k, call) in enumerate(zip(made, calls, strict=True)):
-            at("kernels", n, len(made), k.name)
+            at("kernels", n, len(made) + len(report.updates), k.name)
             found[k.name] = _seconds(k.name, _bytes(k), partial(operands, k, device), call, device, tell, clock)
-        for name, u in report.updates.items():
-            at("kernels", len(made), len(made), name)
-            found[name] = _seconds(name, sum(u.nbytes), partial(_tensors, u, device), update(u.formula, codegen, False, tell), device, tell, clock)
-    fragments = {k.name: k.fragment for k in made} | {name: u.formula.program for name, u in report.updates.items()}
+        for n, (name, u) in enumerate(report.updates.items(), len(made)):
+            at("kernels", n, len(made) + len(report.updates), name)
+            where = torch.device("cpu") if u.on_host else device
+            found[name] = _seconds(name, u.nbytes[0], partial(_tensors, u, where), update(u.formulas, codegen, u.on_host, tell), where, tell, clock)
+    fragments = {k.name: k.fragment for k in made} | {name: u.formulas[0].program for name, u in report.updates.items()}
     kernels = [replace(k, seconds=t, share=None if t is None else least(fragments[k.name], k.bytes_minimum, machine) / t) for k in report.kernels for t in [found[k.name]]]
     return replace(report, kernels=tuple(kernels), machine=machine)
 
@@ -97,12 +98,16 @@ def _seconds(name: str, needed: int, given: Callable[[], Sequence[object]], call
 
 def _tensors(u: Update, device: torch.device) -> list[object]:
     """Ones, which stay numbers however often they are updated."""
-    types = u.formula.program.types
+    out = list[object]()
+    for f, sizes in zip(u.formulas, u.sizes, strict=True):
+        types = f.program.types
 
-    def ones(name: str, *shape: int) -> Tensor:
-        return torch.ones(shape, dtype=getattr(torch, DTYPES[types[name].dtype].removeprefix("torch.")), device=device)
+        def ones(name: str, *shape: int, types: Mapping[str, Type] = types) -> Tensor:
+            return torch.ones(shape, dtype=getattr(torch, DTYPES[types[name].dtype].removeprefix("torch.")), device=device)
 
-    return [*([ones(name, n) if types[name].shape else ones(name) for n in u.sizes] for name in u.formula.each), *(ones(name) for name in u.formula.shared)]
+        out += [[ones(name, n) if types[name].shape else ones(name) for n in sizes] for name in f.each]
+        out += [ones(name) for name in f.shared]
+    return out
 
 
 def _bytes(k: Kernel) -> int:

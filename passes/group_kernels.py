@@ -7,17 +7,19 @@ and the instance checks judge the result like any other op. Decomposing then cos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
 from deepseed.ir.collective import MEMORIES
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
-from deepseed.ir.program import FLOATS, Builder, Op, Program, Ref, Type
+from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref, Type
+from deepseed.ir.updates import call_of
 from deepseed.passes.fuse import fuse, leaves_apart
 from deepseed.passes.fuse_alike import fuse_alike
 from deepseed.passes.fuse_products import alone, fuse_products
+from deepseed.passes.pointwise_updates import pointwise_updates
 from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
 from deepseed.rules import is_instance, rule_of
@@ -34,7 +36,7 @@ APART = {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"}  # torch has t
 
 @program_pass(requires={"lowered"}, provides={"grouped"})
 def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Program:
-    """Replace origin groups by their ops, then put the updates of equal options side by side. ``kernels``: what is pointwise or reduces rows stays apart, and is marked as groups for
+    """Replace origin groups by their ops, then put the updates of equal options side by side. ``kernels``: updates of other optimizers too (deepseed.passes.pointwise_updates); what is pointwise or reduces rows stays apart, and is marked as groups for
     a back end that compiles them (deepseed.passes.fuse), attention as a group of its own; ``products``, "alone": large matrix products too, "joined": all, with what works on their results (deepseed.passes.fuse_products).
 
     before: %y.amax = amax(%x, dims=[1], keepdim=true) : f32[8@dp, 1] {origin="y"}
@@ -47,8 +49,8 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
     joined = products == "joined"
     p = _scale_in_update(_regroup(once(p), kernels), kernels)
     if not kernels:
-        return _gather_updates(p)
-    p = fuse(remade(_gather_updates(_widened_in_update(p))))
+        return _gather_updates(p, WIDENED)
+    p = fuse(remade(_gather_updates(pointwise_updates(_widened_in_update(p)))))
     return fuse_alike(fuse_products(p), sums=True, held=ON_A_DEVICE) if joined else fuse_alike(alone(p, products == "alone"))
 
 
@@ -257,12 +259,12 @@ def _scale_in_update(p: Program, kernels: bool) -> Program:
 
 
 def _widened_in_update(p: Program) -> Program:
-    """A gradient of 16 bits is widened by its update, element by element: no wide copy is made for it.
+    """A gradient with fewer bits than its parameter is widened by the update, element by element: no wide copy is made for it.
 
     before: %g.wide = cast(%g) : f32[8]                 after: %w.new = optim.x(%w, %g, %lr) : f32[8]
             %w.new = optim.x(%w, %g.wide, %lr) : f32[8]
     """
-    widened = {op.name: op.refs[0] for op in p.ops if op.target == "cast" and op.type.dtype in FLOATS and (x := p.types[op.refs[0].name]).dtype in ("bf16", "f16") and x.host == op.type.host}
+    widened = {op.name: op.refs[0] for op in p.ops if op.target == "cast" and op.type.dtype in FLOATS and (x := p.types[op.refs[0].name]).dtype in FLOATS and x.host == op.type.host and ITEMSIZE[x.dtype] < ITEMSIZE[op.type.dtype]}
     gone = {name for name in widened if _for_updates(p, name)}
     out = Builder(p)
     for op in p.ops:
@@ -295,9 +297,9 @@ def _last_read_by(p: Program, scaling: Op, order: Mapping[str, int]) -> bool:
     return sum(isinstance(u, Op) and u.target == "aten.mul.Tensor" for u in p.uses[g]) == 1 and all(isinstance(u, Op) and order[u.name] <= order[scaling.name] and u.target in ("aten.mul.Tensor", "sum_of_squares") for u in p.uses[g])
 
 
-def _gather_updates(p: Program) -> Program:
-    """All updates of one optimizer with the same options side by side, where the last one stood, so that a back end can make one
-    call of them; where gradients were widened for it, as many as the caches hold. What reads a result earlier follows them.
+def _gather_updates(p: Program, room: int = 0) -> Program:
+    """All updates of parameters of one dtype side by side, where the last one stood, those with the same options first, so that a back end can make one
+    call of them; with ``room`` those with the same options, and as many as that many bytes of gradients were widened for. What reads a result earlier follows them.
 
     before: %a.new = optim.sgd(%a, %a.g, %lr)           after: %b.g = ..
             %a.out.start = all_gather.start(%a.new)            %a.new = optim.sgd(%a, %a.g, %lr)
@@ -308,17 +310,30 @@ def _gather_updates(p: Program) -> Program:
     widened: dict[tuple[object, ...], int] = {}  # bytes of the gradients that were cast for it
     for op in p.ops:
         if op.target.startswith(OPTIMIZER):
-            key = (op.target, op.kwargs, op.args[-1], len(op.args), *(p.types[r.name].dtype for r in op.refs[:2]), op.part, op.stage)
-            cast = p.producers.get(op.refs[1].name)
-            if cast is not None and cast.target == "cast" and cast.phase == "update":
-                widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
-            groups.setdefault((*key, widened.get(key, 0) // WIDENED), []).append(op)
-    last = {ops[-1].name: ops for ops in groups.values()}
+            key: tuple[object, ...] = (op.type.dtype, op.type.host, op.part, op.stage)
+            if room:
+                key, cast = (*key, call_of(p, op)), p.producers.get(op.refs[1].name)
+                if cast is not None and cast.target == "cast" and cast.phase == "update":
+                    widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
+                key = (*key, widened.get(key, 0) // room)
+            groups.setdefault(key, []).append(op)
+    last = {ops[-1].name: sorted(ops, key=_first_alike(p, ops)) for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)
     for op in _held_back(p.ops, early, last):
         out.emit(op)
     return out.program()
+
+
+def _first_alike(p: Program, ops: Sequence[Op]) -> Callable[[Op], int]:
+    """Where the first of those stands that a kernel treats alike."""
+    first: dict[tuple[object, ...], int] = {}
+    made = {r for op in ops for r in op.results}
+    if any(r.name in made for op in ops for r in op.refs):
+        return lambda op: 0  # as they stand
+    for n, op in enumerate(ops):
+        first.setdefault(call_of(p, op), n)
+    return lambda op: first[call_of(p, op)]
 
 
 def _held_back(ops: Sequence[Op], early: set[str], last: Mapping[str, Sequence[Op]]) -> Iterator[Op]:

@@ -112,6 +112,7 @@ aten.nll_loss_backward(f32[], f32[12, 24], i64[12], none, 2, -100, f32[]) : f32[
 optim.adamw(f32[12, 24], f32[12, 24], f32[], f32[12, 24], f32[12, 24], f32[], states=["step", "exp_avg", "exp_avg_sq"], betas=[0.9, 0.95], eps=0.01, weight_decay=0.1) : f32[12, 24], f32[12, 24], f32[12, 24]
 optim.adam(f32[12, 24], f32[12, 24], f32[], f32[12, 24], f32[12, 24], f32[], states=["step", "exp_avg", "exp_avg_sq"], betas=[0.9, 0.95], eps=0.01, weight_decay=0.1) : f32[12, 24], f32[12, 24], f32[12, 24]
 optim.sgd(f32[12, 24], f32[12, 24], f32[12, 24], f32[], states=["momentum_buffer"], momentum=0.9) : f32[12, 24], f32[12, 24]
+optim.pointwise(f32[12, 24], f32[12, 24], f32[12, 24], f32[], operands=["param", "exp_avg", "grad", "n0"], numbers=["n0"], body=["%v0 = aten.mul.Tensor(%exp_avg, 0.9) : f32[n]", "%v1 = aten.add.Tensor(%v0, %grad, alpha=0.1) : f32[n]", "%v2 = aten.sign(%v1) : f32[n]", "%v3 = aten.mul.Tensor(%v2, %n0) : f32[n]", "%v4 = aten.sub.Tensor(%param, %v3) : f32[n]"], results=["v4", "v1"]) : f32[12, 24], f32[12, 24]
 aten.reflection_pad1d(f32[12, 24, 6], [1, 1]) : f32[12, 24, 8]
 aten.reflection_pad1d_backward(f32[12, 24, 8], f32[12, 24, 6], [1, 1]) : f32[12, 24, 6]
 aten.replication_pad1d(f32[12, 24, 6], [1, 1]) : f32[12, 24, 8]

@@ -33,7 +33,7 @@ from deepseed.codegen.triton import source
 from deepseed.codegen.updates import Formula
 {lines}
 for label, p in found:
-    for c in compiled(triton_updates.source(p) if isinstance(p, Formula) else source(p), {target!r}, Path({folder!r})):
+    for c in compiled(triton_updates.source([p]) if isinstance(p, Formula) else source(p), {target!r}, Path({folder!r})):
         print(json.dumps([label, c.kernel, c.registers, c.spilled, c.shared, str(c.assembly)]), flush=True)
 """
 

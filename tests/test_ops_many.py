@@ -51,3 +51,19 @@ def test_a_graph_copies_its_tables_from_memory_that_was_there_before(monkeypatch
     assert not made and many._ahead[2] == [] and tables[0].data_ptr() != tables[1].data_ptr()
     many._in_graph((3, 4), CPU)
     assert made == [2] and [t.tolist() for t in many._replayed] == [[1, 2], [1, 2], [3, 4]]
+
+
+def test_a_capture_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device; what is made before one leaves pinned memory for it."""
+    device, made = torch.device("cuda"), list[int]()
+    monkeypatch.setattr(many, "_pinned", lambda n: made.append(n) or torch.empty(n, dtype=torch.int64))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(many, "_in_graph", lambda found, device: found)
+    x, y = torch.empty(1), torch.empty(1)
+    assert many.addresses([[x, y], [y]], device) == (x.data_ptr(), y.data_ptr(), y.data_ptr(), 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "tensor", lambda found, dtype, device: found)
+    others = [torch.empty(1) for _ in range(many.AHEAD + 2)]
+    assert all(many.addresses([[z, y]], device)[:2] == (z.data_ptr(), y.data_ptr()) for z in others)
+    assert made == [2] * many.AHEAD == [len(t) for t in many._ahead[2]]
+    assert many.forms((2, 0, 1), CPU) == [0, 0, 2]

@@ -18,11 +18,13 @@ from triton_worker import Interpreter
 
 import deepseed
 from deepseed import kernels as back_ends
-from deepseed.codegen import cpp_files, inductor, triton_updates
+from deepseed.codegen import cpp_files, inductor, triton_files, triton_updates
 from deepseed.codegen.expressions import DTYPES, CodegenError
+from deepseed.codegen.optim import UPDATES, call_from
 from deepseed.codegen.updates import SIZE, Formula, formula
 from deepseed.ir.program import ITEMSIZE, Program
 from deepseed.ir.text import parse
+from deepseed.lion import Lion
 from deepseed.ops.optim import in_place
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -51,7 +53,7 @@ def update(kind: str, dtype: str = "f32", grad: str = "f32", more: Sequence[str]
     given = ", ".join(f"%{name}" for name in operands if name not in more)
     op = f"{', '.join(f'%{r}.new' for r in results)} = optim.{target}({given}, states={names}, {options}{''.join(f', {k}=%{k}' for k in more)}) : {', '.join([f'{dtype}[4]'] * len(results))} {{phase=\"update\"}}"
     p = parse("\n".join(["program p mesh() facts()", *inputs, op, *(f'return %{r}.new output "{r}"' for r in results)]))
-    return p, formula(p, p.ops[0])
+    return p, formula(p, p.ops)
 
 
 def tensor(dtype: str) -> torch.dtype:
@@ -124,7 +126,7 @@ def test_cpp_is_torchs_update(kind: str, folder: Path) -> None:
     for n, (dtype, grad) in enumerate(DTYPED):
         for more in ((), ("scale",), ("skip", "scale"))[n % 2 :: 2] if kind != "adamw" else ((), ("scale",), ("skip",), ("skip", "scale")):
             _, f = update(kind, dtype, grad, more)
-            run = cpp_files.update(f, folder)
+            run = cpp_files.update([f], folder)
             for skip in (False, True) if "skip" in more else (False,):
                 check(f, run, operands(f, SIZES, skip))
 
@@ -134,7 +136,7 @@ def test_cpp_is_torchs_update(kind: str, folder: Path) -> None:
 def test_cpp_shares_elements_among_threads(threads: int, folder: Path) -> None:
     """Wherever tensors end; with all of one tensor's elements for several threads, and all tensors for one."""
     _, f = update("adamw", "f32", "bf16", ("scale",))
-    run, before = cpp_files.update(f, folder), torch.get_num_threads()
+    run, before = cpp_files.update([f], folder), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         check(f, run, operands(f, [(100_003,), (0,), (1,), (40_000,)] + [(7,)] * 50))
@@ -152,7 +154,7 @@ def test_triton_is_torchs_update(kind: str, interpreter: Interpreter) -> None:
         _, f = update(kind, dtype, grad, more)
         given = operands(f, SIZES, skip=dtype == "f16")
         want = reference(f, given)
-        got, traffic = interpreter.run(triton_updates.source(f), given)
+        got, traffic = interpreter.run(triton_updates.source([f]), given)
         close(f, got, want)
         assert traffic.launches == 1 and traffic.again == 0
         tensors = [x for each in given for x in (each if isinstance(each, list) else [each])]
@@ -165,12 +167,12 @@ def test_triton_is_torchs_update(kind: str, interpreter: Interpreter) -> None:
 @needs_triton
 def test_triton_has_nothing_to_do_without_elements(interpreter: Interpreter) -> None:
     _, f = update("adamw")
-    _, traffic = interpreter.run(triton_updates.source(f), operands(f, [(0,), (0, 4)]))
+    _, traffic = interpreter.run(triton_updates.source([f]), operands(f, [(0,), (0, 4)]))
     assert traffic.launches == 0
     _, f = update("adamw", more=("scale",))
     given = operands(f, [(150_000,)])  # more than one chunk
     want = reference(f, given)
-    got, traffic = interpreter.run(triton_updates.source(f), given)
+    got, traffic = interpreter.run(triton_updates.source([f]), given)
     close(f, got, want)
 
 
@@ -186,15 +188,15 @@ def test_tensors_that_begin_anywhere(folder: Path, shapes: list[tuple[int, ...]]
         held[offset:].copy_(x.flatten())
         return held[offset:].view(x.shape)
 
-    check(f, cpp_files.update(f, folder), [[moved(x) for x in each] if isinstance(each, list) else each for each in operands(f, shapes, seed=seed)])
+    check(f, cpp_files.update([f], folder), [[moved(x) for x in each] if isinstance(each, list) else each for each in operands(f, shapes, seed=seed)])
 
 
 def test_a_formula_is_the_same_for_all_sizes_and_another_for_other_options() -> None:
     p, f = update("adamw", "f32", "bf16", ("scale",))
     q = parse(str(p).replace("[4]", "[7, 2]"))
-    assert formula(q, q.ops[0]) is f and f.updated == ("param", "exp_avg", "exp_avg_sq") and f.shared == ("lr", "scale") and f.program.types["grad"].shape == (SIZE,)
+    assert formula(q, q.ops) is f and f.updated == ("param", "exp_avg", "exp_avg_sq") and f.shared == ("lr", "scale") and f.program.types["grad"].shape == (SIZE,)
     other = parse(str(p).replace("0.99", "0.98"))
-    assert formula(other, other.ops[0]).name != f.name
+    assert formula(other, other.ops).name != f.name
 
 
 def test_a_formula_as_text() -> None:
@@ -227,6 +229,47 @@ def test_bytes_are_those_of_each_tensor_once() -> None:
     assert (k.name, k.launches, k.bytes_read, k.bytes_written) == (f.name, 1, elements * (4 + 2 + 4 + 4) + step + shared, elements * 12) and k.bytes_minimum == k.bytes_read + k.bytes_written
 
 
+# several formulas --------------------------------------------------------------------------------------------------------
+
+GROUPS = (("adamw", ("scale",)), ("adamw, no decay, maximize", ("scale",)), ("momentum", ()), ("adamw", ("scale",)))
+
+
+def of_groups(grad: str, skip: bool = False) -> tuple[list[Formula], list[Any], list[Any]]:
+    """Formulas, operands and what torch's kernels make of them."""
+    formulas, given, want = list[Formula](), list[Any](), list[Any]()
+    for n, (kind, more) in enumerate(GROUPS):
+        _, f = update(kind, "f32", grad, (*(("skip",) if skip else ()), *more))
+        each = operands(f, SIZES[n:] if n else [], skip=skip, seed=n)  # the first group has no tensors
+        formulas.append(f)
+        want.append(reference(f, each))
+        given += each
+    return formulas, given, want
+
+
+def check_groups(formulas: list[Formula], got: list[Any], want: list[Any]) -> None:
+    for f, theirs in zip(formulas, want, strict=True):
+        n = len(f.each) + len(f.shared)
+        close(f, got[:n], theirs)
+        got = got[n:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("skip", [False, True])
+def test_parameter_groups_are_one_function(skip: bool, folder: Path) -> None:
+    formulas, given, want = of_groups("bf16", skip)
+    cpp_files.update(formulas, folder)(*given)
+    check_groups(formulas, given, want)
+
+
+@needs_triton
+@pytest.mark.parametrize("skip", [False, True])
+def test_parameter_groups_are_one_launch(skip: bool, interpreter: Interpreter) -> None:
+    formulas, given, want = of_groups("bf16", skip)
+    got, traffic = interpreter.run(triton_updates.source(formulas), given)
+    check_groups(formulas, got, want)
+    assert traffic.launches == 1 and traffic.again == 0
+
+
 # where nothing is compiled -----------------------------------------------------------------------------------------------
 
 
@@ -234,11 +277,11 @@ def test_torchs_kernels_where_nothing_can_be_compiled(monkeypatch: pytest.Monkey
     _, f = update("adamw", "f32", "bf16", ("scale",))
     said: list[str] = []
 
-    def fails(f: Formula, folder: Path) -> None:
+    def fails(formulas: Sequence[Formula], folder: Path) -> None:
         raise CodegenError("no C++ compiler\n  fix: install one")
 
     monkeypatch.setattr(cpp_files, "update", fails)
-    run = back_ends.update(f, "cpp", False, said.append)
+    run = back_ends.update((f,), "cpp", False, said.append)
     assert said == [f"{f.name} is torch's, one tensor after another: no C++ compiler"]
     check(f, run, operands(f, SIZES))
 
@@ -247,16 +290,61 @@ def test_what_triton_has_no_expression_for_is_torchs(monkeypatch: pytest.MonkeyP
     """A power of nothing."""
     p, _ = update("adamw")
     q = parse(str(p).replace("betas=[0.9, 0.99]", "betas=[0.0, 0.99]"))
-    f, said = formula(q, q.ops[0]), list[str]()
-    run = back_ends.update(f, "triton", False, said.append)
+    f, said = formula(q, q.ops), list[str]()
+    run = back_ends.update((f,), "triton", False, said.append)
     assert len(said) == 1 and "no Triton expression for powers of 0" in said[0]
     check(f, run, operands(f, SIZES))
 
 
 @needs_compiler
-def test_an_update_on_the_host_is_cpp_whatever_the_device_has() -> None:
+def test_where_a_kernel_runs_decides_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host it is C++, whatever the device has; `cpp` never asks for Triton, though a device be there."""
     _, f = update("adamw")
-    assert isinstance(back_ends.update(f, "triton", True, print), cpp_files.Update)
+    asked: list[str] = []
+    monkeypatch.setattr(triton_files, "update", lambda formulas, folder: asked.append("triton") or (lambda *given: asked.append("run")))
+    assert isinstance(back_ends.update((f,), "triton", True, print), cpp_files.Update) and not asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert isinstance(back_ends.update((f,), "cpp", False, print), cpp_files.Update) and not asked
+    run = back_ends.update((f,), "inductor", False, print)
+    check(f, run, operands(f, SIZES))
+    assert not asked
+    back_ends.update((f,), "triton", False, print)(1)
+    assert asked == ["triton", "run"]
+
+
+@needs_triton
+def test_a_launch_among_several_devices_is_on_the_operands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entered: list[torch.device] = []
+
+    class On:
+        def __init__(self, device: torch.device) -> None:
+            entered.append(device)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", On)
+    run = triton_files.launch_of("one", "def launch(*given):\n    return given", tmp_path)
+    x = torch.ones(2)
+    assert run([], [x], x)[2] is x and run(x)[0] is x and entered == [x.device, x.device]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_torchs_kernels_are_scaled_and_skipped(kind: str) -> None:
+    """What the tests above compare with."""
+    _, f = update(kind, "f64", "f64", ("skip", "scale"))
+    run, (_, plain) = in_place(f.kind, f.each, f.shared, dict(f.options)), update(kind, "f64", "f64")
+    given = operands(f, SIZES)
+    scaled = wide(given)
+    scaled[1] = [x * scaled[-1] for x in scaled[1]]
+    run(*given)
+    in_place(plain.kind, plain.each, plain.shared, dict(plain.options))(*scaled[: len(plain.each) + 1])
+    assert all(torch.equal(a, b) for name, mine, theirs in zip(f.each, given, scaled, strict=False) if name != "grad" for a, b in zip(mine, theirs, strict=True))
+    skipped = operands(f, SIZES, skip=True)
+    before = copy.deepcopy(skipped)
+    run(*skipped)
+    assert all(torch.equal(a, b) for mine, old in zip(skipped[: len(f.each)], before, strict=False) for a, b in zip(mine, old, strict=True))
 
 
 # steps -------------------------------------------------------------------------------------------------------------------
@@ -312,3 +400,106 @@ def test_a_step_that_overflows_changes_nothing() -> None:
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"loss_scale", "good_steps", "skipped_steps"}
     step(x)
     assert not torch.equal(step.state_dict()["0.weight"], before["0.weight"])
+
+
+# any optimizer ------------------------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "lion": lambda ps: Lion(ps, lr=1e-2, weight_decay=0.1),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-2, momentum=0.9, centered=True),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2, lr_decay=0.1),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps, lr=1.0, weight_decay=0.1),
+    "adamax": lambda ps: torch.optim.Adamax(ps, lr=1e-2),
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1e-2, weight_decay=0.1),
+    "radam": lambda ps: torch.optim.RAdam(ps, lr=1e-2),
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1e-2),
+    "rprop": lambda ps: torch.optim.Rprop(ps, lr=1e-2),
+    "damped": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, dampening=0.3),
+    "groups": lambda ps: torch.optim.AdamW([{"params": ps[::2], "weight_decay": 0.1, "lr": 3e-3}, {"params": ps[1::2], "weight_decay": 0.0, "betas": (0.8, 0.9)}], lr=1e-2),
+    "two": lambda ps: [torch.optim.AdamW(ps[::2], lr=1e-2), Lion(ps[1::2], lr=1e-3)],
+}
+
+
+def doubled(plan: str, codegen: str, kind: str) -> tuple[list[float], dict[str, Tensor], list[str]]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.LayerNorm(40), torch.nn.Linear(40, 8)).double()
+    step = deepseed.compile(model, plan, optimizer=OTHERS[kind](list(model.parameters())), loss_fn=lambda m, x: m(x).square().mean(), clip_grad_norm=0.1, codegen=codegen, backend="simulate")
+    g = torch.Generator().manual_seed(1)
+    losses = [float(step(torch.randn(8, 24, generator=g, dtype=torch.float64))) for _ in range(4)]
+    return losses, {**step.state_dict(), **step.optimizer_state()}, [e.source for e in step.programs.current().executables]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("plan", ["fp64", pytest.param("zero1+dp2+fp64", marks=pytest.mark.wide), pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide), pytest.param("tp2+fp64", marks=pytest.mark.wide)])
+def test_any_optimizer_that_works_element_by_element_is_one_kernel(plan: str, kind: str) -> None:
+    """In float64 the python back end's numbers, which calls torch op by op; parameters are changed in their own memory."""
+    (a, mine, sources), (b, theirs, _) = doubled(plan, "cpp", kind), doubled(plan, "python", kind)
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-12, atol=0)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=lambda said, name=name: f"{name}: {said}")
+    for source in sources:
+        assert len(re.findall(r"\n    update_\w+\(params, ", source)) == 1, source
+        assert not re.search(r"\n    (_0_weight|_3_bias|state_exp_avg\w*)\.copy_\(", source), source
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_same_through_triton(kind: str, interpreter: Interpreter) -> None:
+    """The formulas of a step in the interpreter against their own ops, on tensors of any size."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 8)).double()
+    step = deepseed.compile(model, "fp64", optimizer=OTHERS[kind](list(model.parameters())), loss_fn=lambda m, x: m(x).square().mean(), clip_grad_norm=0.1, codegen="cpp", example_batch=torch.randn(8, 24, dtype=torch.float64))
+    p = step.passes[-1].program
+    formulas = [formula(p, run) for run in call_from(next(n for n, op in enumerate(p.ops) if op.target in UPDATES), p)]
+    given, want = list[Any](), list[Any]()
+    for n, f in enumerate(formulas):
+        g = torch.Generator().manual_seed(n)
+        types = f.program.types
+
+        def drawn(name: str, shape: tuple[int, ...], types: Any = types, g: torch.Generator = g) -> Tensor:
+            x = torch.rand(shape, generator=g, dtype=torch.float64) + 0.1
+            return torch.ones(shape, dtype=torch.bool) if types[name].dtype == "bool" else (0.1 * x if name == "grad_avg" else x).to(tensor(types[name].dtype))  # whose square is below that of squares
+
+        each: list[Any] = [[drawn(name, shape if types[name].shape else ()) for shape in SIZES[1:]] for name in f.each]
+        each += [drawn(name, ()) for name in f.shared]
+        given += each
+        want.append(reference(f, each))
+    got, traffic = interpreter.run(triton_updates.source(formulas), given)
+    check_groups(formulas, got, want)
+    assert traffic.launches == 1
+
+
+@needs_compiler
+def test_a_gradient_that_is_another_parameter_is_copied() -> None:
+    """Of a product of two parameters: each is the other's gradient, and a kernel has no order."""
+    class Product(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (torch.nn.Parameter(torch.linspace(k, 1, 7)) for k in (0.1, 0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a * self.b).sum() + 0 * x.sum()
+
+    runs = []
+    for codegen in ("cpp", "python"):
+        model = Product()
+        step = deepseed.compile(model, "zero0", optimizer=torch.optim.SGD(model.parameters(), lr=0.5), loss_fn=lambda m, x: m(x), codegen=codegen)
+        step(torch.ones(2))
+        runs.append({k: v.clone() for k, v in step.state_dict().items()})
+        (e,) = step.programs.current().executables
+        lists = {line.split(" = ")[0].strip(): line for line in e.source.splitlines() if re.match(r"    (params|grads) = ", line)}
+        assert codegen == "python" or (lists["params"].count("clone") + lists["grads"].count("clone")) == 2, lists
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+    want_a = torch.linspace(0.1, 1, 7) - 0.5 * torch.linspace(0.5, 1, 7)
+    torch.testing.assert_close(runs[0]["a"], want_a)
+
+
+@needs_compiler
+def test_a_gradient_of_float32_is_widened_for_a_parameter_of_float64() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(4)]).double()
+    step = deepseed.compile(model, "fp32", optimizer=torch.optim.AdamW(model.parameters()), loss_fn=lambda m, x: m(x).square().mean(), example_batch=torch.randn(4, 512, dtype=torch.float64), codegen="cpp")
+    p = step.passes[-1].program
+    assert {p.types[op.refs[1].name].dtype for op in p.ops if op.target == "optim.adamw"} == {"f32"}
+    assert len(re.findall(r"\n    update_\w+\(params, ", step.programs.current().executables[0].source)) == 1

@@ -91,7 +91,7 @@ def _step(
         if op.target in KEYED:
             return [perform(op.target, operands[0], types[0], op.type, axis, p.mesh, operands[1])]
         return [perform(op.target, x, s, t, axis, p.mesh) for x, s, t in zip(operands, types, op.types, strict=True)]
-    if op.target.startswith("optim."):
+    if op.kw("states") is not None:
         _fits(op, operands)
     mine = local or [localize_op(op, types, p.mesh, c) for c in where]
     ranks = [run(each, [x[rank] for x in operands], p.mesh.seen_from(c)) for rank, (each, c) in enumerate(zip(mine, where, strict=True))]
@@ -99,11 +99,11 @@ def _step(
 
 
 def _fits(op: Op, operands: Sequence[Sequence[Tensor]]) -> None:
-    """A fused update reads gradient and moments with the parameter's shape and dtype, whatever they have: past their end. A gradient may be of 16 bits."""
+    """A fused update reads gradient and moments with the parameter's shape and dtype, whatever they have: past their end. A gradient may have fewer bits."""
     names = ("parameter", "gradient", *map(str, states if isinstance(states := op.kw("states"), tuple) else ()))
     for name, parts in zip(names, operands, strict=False):
         for rank, (x, parameter) in enumerate(zip(parts, operands[0], strict=True)):
-            narrow = name == "gradient" and x.dtype in (torch.bfloat16, torch.float16)
+            narrow = name == "gradient" and x.dtype.is_floating_point and x.dtype.itemsize < parameter.dtype.itemsize
             if name != "step" and (x.shape != parameter.shape or (x.dtype != parameter.dtype and not narrow)):
                 raise OpError(f"rank {rank}: {name} is {x.dtype}{list(x.shape)}, the parameter {parameter.dtype}{list(parameter.shape)}")
             if name == "step" and x.numel() != 1:

@@ -27,23 +27,31 @@ def lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64, device=device)
 
 
+@cache
+def forms(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which formula each tensor has: so many have the first, and so on."""
+    return torch.tensor([n for n, count in enumerate(counts) for _ in range(count)], dtype=torch.int32, device=device)
+
+
 def aligned(tensors: Sequence[Sequence[Tensor]], columns: Sequence[int]) -> bool:
     """Whether the tensors of these columns begin where vectors of 16 bytes do."""
     return all(row[n].data_ptr() % 16 == 0 for row in tensors for n in columns)
 
 
 def addresses(tensors: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """Where tensors lie, row by row. Copied to the device once: those of a training stay where they are. A CUDA graph that is captured copies them at each replay."""
-    found = tuple([x.data_ptr() for row in tensors for x in row])
+    """Where tensors lie, row by row, each row as long as the longest. Copied to the device once: those of a training stay where they are. A CUDA graph that is captured copies them at each replay."""
+    width = max(map(len, tensors))
+    found = tuple([p for row in tensors for p in (*(x.data_ptr() for x in row), *[0] * (width - len(row)))])
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _in_graph(found, device)
-    if (found, device) not in _tables:
+    made = _tables.get((found, device))
+    if made is None:
         if device.type == "cuda" and len(waiting := _ahead.setdefault(len(found), [])) < AHEAD:
             waiting.append(_pinned(len(found)))
-        if len(_tables) == TABLES:
-            del _tables[next(iter(_tables))]
-        _tables[found, device] = torch.tensor(found, dtype=torch.int64, device=device)
-    return _tables[found, device]
+        made = _tables[found, device] = torch.tensor(found, dtype=torch.int64, device=device)
+        while len(_tables) > TABLES:
+            _tables.pop(next(iter(_tables)), None)
+    return made
 
 
 def _in_graph(found: tuple[int, ...], device: torch.device) -> Tensor:

@@ -8,10 +8,14 @@ which comes in counted up already. ``skip=``: nothing changes where it is true. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepseed.ir.updates import program_of
+from deepseed.ir.widen import widen
 
 
 def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -27,12 +31,31 @@ def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tupl
 def in_place(kind: str, each: Sequence[str], shared: Sequence[str], kw: Mapping[str, Any]) -> Callable[..., None]:
     """A function of a list for each of ``each`` ("param", "grad" and states), then of ``shared`` ("lr", "skip", "scale"): one tensor after another, so that one gradient is widened at a time."""
 
+    one = _pointwise if kind == "pointwise" else partial(_one, kind)
+
     def call(*given: Any) -> None:
         numbers = dict(zip(shared, given[len(each) :], strict=True))
         for row in zip(*given[: len(each)], strict=True):
-            _one(kind, dict(zip(each, row, strict=True)), numbers, kw)
+            one(dict(zip(each, row, strict=True)), numbers, kw)
 
     return call
+
+
+def pointwise(operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The new values of an ``optim.pointwise`` (deepseed.ir.updates)."""
+    from deepseed.ops import dtype_name, evaluate  # which know this op too
+
+    dtypes = [dtype_name(x.dtype) for x in operands]
+    p = program_of(kw, dtypes, tuple(operands[0].shape))
+    p = p if p.types[p.outputs[0].ref.name].dtype == dtypes[0] else widen(p)  # checks compute in float64
+    values = evaluate(p, dict(zip(kw["operands"], operands, strict=True)))
+    return tuple([values[o.ref.name] for o in p.outputs])
+
+
+def _pointwise(each: Mapping[str, Tensor], numbers: Mapping[str, Tensor], kw: Mapping[str, Any]) -> None:
+    values = {**each, **numbers}
+    for name, new in zip(kw["operands"], pointwise([values[name] for name in kw["operands"]], kw), strict=False):
+        each[name].copy_(new)
 
 
 def _one(kind: str, each: Mapping[str, Tensor], numbers: Mapping[str, Tensor], kw: Mapping[str, Any]) -> None:

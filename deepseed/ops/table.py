@@ -82,6 +82,7 @@ OWN: dict[str, Callable[[Sequence[Tensor], Kwargs, Sequence[Shape], torch.dtype]
         f"optim.{kind}": lambda xs, kw, out, dtype, kind=kind: optim.update(kind, xs, kw)  # type: ignore[misc]
         for kind in ("adamw", "adam", "sgd")
     },
+    "optim.pointwise": lambda xs, kw, out, dtype: optim.pointwise(xs, kw),
 }
 
 

@@ -96,4 +96,5 @@ FUSED: dict[str, Rule] = {
     "optim.adamw": Rule(optimizer),
     "optim.adam": Rule(optimizer),
     "optim.sgd": Rule(optimizer),
+    "optim.pointwise": Rule(optimizer),
 }

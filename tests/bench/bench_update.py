@@ -55,7 +55,7 @@ def main() -> None:
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16), ("f16", torch.float16)):
         grads = [torch.rand(shape).to(dtype) for shape in shapes]
         program = parse(UPDATE.format(dtype=name))
-        own = cpp_files.update(formula(program, program.ops[0]), cache_dir() / "kernels")
+        own = cpp_files.update([formula(program, program.ops)], cache_dir() / "kernels")
         turns = {"own": lambda own=own, grads=grads: own(params, grads, steps, first, second, lr, scale), "torch": lambda grads=grads: torchs([g.float() for g in grads])}
         taken: dict[str, list[float]] = {who: [] for who in turns}
         for _ in range(a.rounds):
