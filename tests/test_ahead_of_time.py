@@ -30,10 +30,10 @@ from triton_fragments import fragments, resized, parse, retyped
 from deepseed.codegen.ahead_of_time import compiled
 from deepseed.codegen import triton_updates
 from deepseed.codegen.triton import source
-from deepseed.codegen.updates import Formula
+from deepseed.ir.program import Program
 {lines}
 for label, p in found:
-    for c in compiled(triton_updates.source([p]) if isinstance(p, Formula) else source(p), {target!r}, Path({folder!r})):
+    for c in compiled(source(p) if isinstance(p, Program) else triton_updates.source(p), {target!r}, Path({folder!r})):
         print(json.dumps([label, c.kernel, c.registers, c.spilled, c.shared, str(c.assembly)]), flush=True)
 """
 
@@ -59,7 +59,7 @@ def norms(names: tuple[str, ...], width: int) -> str:
 TEMPLATES = """from test_triton_templates import attention, product
 found = [(f"{{p.ops[0].target}} {{d}}", p) for d in {dtypes!r} for p in (product(4096, 4096, {n}, d, "gelu"), *attention(1, 32, 4, 2048, 2048, 128, 128, "none", True, d), *attention(1, 64, 1, 2048, 2048, 64, 64, "none", True, d), *attention(1, 32, 4, 2048, 2048, 128, 64, "none", True, d), *attention(1, 32, 4, 2048, 2048, 64, 128, "none", True, d))]"""
 SAMPLE = f"""from test_triton_templates import attention, product
-from test_updates import KINDS, update
+from test_updates import KINDS, of_groups, update
 def of(name, dtype="bf16", width=4096):
     return name, retyped(resized(fragments()[name], head=width // 4, **{SIZES!r}), dtype)
 found = [(f"{{name}} {{width}}", of(name, width=width)[1]) for name in ("llama_2", "llama_4", "gpt2_3", "gpt2_6") for width in (4096, 8192)]  # norms with the residual before, and their backward
@@ -67,7 +67,8 @@ found += [of(name) for name in ("llama_3", "llama_5", "bert_10")]  # cross entro
 found += [of(name, "f32") for name in ("update_one", "update_all")]  # AdamW as another optimizer's ops would be: of one tensor, of many with the gradient norm; states are float32
 found += [("aten.mm " + epilogue, product(4096, 4096, 14336, "bf16", epilogue)) for epilogue in ("gelu", "swiglu")]
 found += [(f"{{p.ops[0].target}} {{d}} {{e}}", p) for d, e in ((128, 128), (64, 64), (128, 64), (192, 128)) for p in attention(1, 32, 4, 2048, 2048, d, e, "none", True, "bf16")]
-found += [(f"{{k}} {{g}}", update(k, "f32", g, ("skip", "scale"))[1]) for k in KINDS for g in (("f32", "bf16") if k == "adamw" else ("bf16",))]"""
+found += [(f"{{k}} {{g}}", [update(k, "f32", g, ("skip", "scale"))[1]]) for k in KINDS for g in (("f32", "bf16") if k == "adamw" else ("bf16",))]
+found += [("parameter groups", of_groups("bf16", True)[0])]"""
 MODEL = """from test_triton_models import ODD, fragments_of
 found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
 
@@ -108,7 +109,7 @@ def test_what_training_launches_most_compiles_and_does_not_spill(tmp_path: Path)
         found = dict(zip(COMMON, both.map(lambda target: compile_all(tmp_path / target, target, SAMPLE), COMMON), strict=True))
     for target, made in found.items():
         assert not [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]], target
-        assert len({c["fragment"] for c in made}) == 31 and {c["kernel"] for c in made} >= {"attend", "for_queries", "for_keys"}
+        assert len({c["fragment"] for c in made}) == 32 and {c["kernel"] for c in made} >= {"attend", "for_queries", "for_keys"}
         cores = {"sm_80": "mma.sync", "sm_90": "wgmma"}[target]
         assert all(cores in Path(c["assembly"]).read_text() for c in made if c["fragment"].startswith(("aten.mm", "sdpa")) and "192" not in c["fragment"])  # those have too few rows for wgmma
 

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_triton_models import MODELS, ODD, error, fragments_of
 from test_triton_templates import WITHIN, apart, attention, drawn, product
+from test_updates import DTYPED, KINDS, SIZES, check_groups, close, of_groups, operands, update
+from test_updates import reference as reference_of
 from triton_fragments import random_inputs, reference, retyped
 
 STEPS = 7
@@ -52,6 +54,25 @@ def test_products(cuda: torch.device, folder: Path, dtype: str, epilogue: str) -
     (got,) = triton_files.of_fragment(p, folder)(*(x.to(cuda) for x in inputs))
     (want,) = reference(retyped(p, "f64") if dtype == "f32" else p if dtype == "f64" else parse_wide(p, dtype), [x if x.dtype == torch.int64 else x.double() for x in inputs])
     assert apart(got.cpu(), want) <= WITHIN[dtype]
+
+
+@pytest.mark.parametrize("dtypes", DTYPED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates(cuda: torch.device, folder: Path, kind: str, dtypes: tuple[str, str]) -> None:
+    """In place, one launch over tensors of any size, and of one that is long; parameter groups too."""
+    _, f = update(kind, *dtypes, ("skip", "scale"))
+    for skip in (False, True):
+        given = operands(f, (*SIZES, (70_001,)), skip)
+        want, there = reference_of(f, given), [[x.to(cuda) for x in each] if isinstance(each, list) else each.to(cuda) for each in given]
+        triton_files.update([f], folder)(*there)
+        close(f, [[x.cpu() for x in each] if isinstance(each, list) else each.cpu() for each in there], want)
+
+
+def test_updates_of_parameter_groups(cuda: torch.device, folder: Path) -> None:
+    formulas, given, want = of_groups("bf16")
+    there = [[x.to(cuda) for x in each] if isinstance(each, list) else each.to(cuda) for each in given]
+    triton_files.update(formulas, folder)(*there)
+    check_groups(formulas, [[x.cpu() for x in each] if isinstance(each, list) else each.cpu() for each in there], want)
 
 
 def parse_wide(p: Any, dtype: str) -> Any:
