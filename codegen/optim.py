@@ -64,24 +64,29 @@ class Update:
         changed = self._changed(position, [op for run in runs for op in run])
         given, after, lists = list[str](), list[str](), list[str]()
         for n, ops in enumerate(runs):
-            f, suffix = formula(p, ops), f"_{n}" if n else ""
-            columns = [f"{name}s{suffix}" for name in f.each]
+            f = formula(p, ops)
+            columns = [self._list(f"{name}s{f'_{n}' if n else ''}") for name in f.each]
+            column_of = dict(zip(f.each, columns, strict=True))
             for name, column in zip(f.each, columns, strict=True):
                 self.emit(f"{column} = [{', '.join(self._entries(position, ops, f, name, changed))}]")
             position += len(ops)
             given += [*columns, *(self.name(r.name) for r in shared_of(ops[0], f))]
-            after += [f"{', '.join(self.name(op.results[c]) for op in ops)}, = {name}s{suffix}" for c, name in enumerate(f.updated)]
+            after += [f"{', '.join(self.name(op.results[c]) for op in ops)}, = {column_of[name]}" for c, name in enumerate(f.updated)]
             lists += columns
         first = runs[0][0]
         if first.name in self.kernels:
             self.emit(f"{self.kernels[first.name]}({', '.join(given)})")
         elif first.target in FUSED:
-            self._fused(first, [name for name in f.each if name not in ("param", "grad")])
+            self._fused(first, column_of)
         else:
             self.emit(f"ops.optim.in_place({f.kind!r}, {f.each!r}, {f.shared!r}, {dict(f.options)!r})({', '.join(given)})")
         for line in after:
             self.emit(line)
         self.emit(f"del {', '.join(lists)}")
+
+    def _list(self, word: str) -> str:
+        """A name that no value has."""
+        return self.name(f"{word} " if word in self.donation.program.types else word)
 
     def _changed(self, position: int, ops: Sequence[Op]) -> dict[str, str]:
         """Of each old value that is updated in its own memory, the new one."""
@@ -110,18 +115,17 @@ class Update:
             out.append(copied if not wide and (again or self.donation.roots[ref.name] & memory) else f"{value}{wide}.contiguous()")
         return out
 
-    def _fused(self, first: Op, states: Sequence[str]) -> None:
-        """Of torch. (CUDA kernels read the learning rate as float32.)"""
+    def _fused(self, first: Op, lists_of: Mapping[str, str]) -> None:
+        """Of torch; ``lists_of``: the name of each list. (CUDA kernels read the learning rate as float32.)"""
         lr = first.args[-1]
         assert isinstance(lr, Ref)
         rate = self.name(lr.name)
         given = [f"lr={rate}.float() if {rate}.is_cuda else {rate}", f"weight_decay={_number(first, 'weight_decay')}"]
         if first.target == "optim.sgd":
-            lists = ["params", "grads", "momentum_buffers" if "momentum_buffer" in states else "[]"]
+            lists = [lists_of["param"], lists_of["grad"], lists_of.get("momentum_buffer", "[]")]
             given += [f"{k}={_number(first, k)}" for k in ("momentum", "dampening")] + [f"nesterov={bool(first.kw('nesterov', False))}", "is_first_step=False"]
         else:
-            most = "max_exp_avg_sqs" if "max_exp_avg_sq" in states else "[]"
-            lists = ["params", "grads", "exp_avgs", "exp_avg_sqs", most, "[s.float() for s in steps]"]
+            lists = [*(lists_of[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq")), lists_of.get("max_exp_avg_sq", "[]"), f"[s.float() for s in {lists_of['step']}]"]
             betas = first.kw("betas")
             assert isinstance(betas, tuple)
             given += [f"beta1={betas[0]!r}", f"beta2={betas[1]!r}", f"eps={_number(first, 'eps')}", f"amsgrad={bool(first.kw('amsgrad', False))}"]
@@ -129,7 +133,7 @@ class Update:
         if isinstance(scale, Ref) and first.type.dtype == "f32":  # the kernel divides, in float32
             given.append(f"grad_scale={self.name(scale.name)}.reciprocal()")
         elif isinstance(scale, Ref):
-            self.emit(f"torch._foreach_mul_(grads, {self.name(scale.name)})")
+            self.emit(f"torch._foreach_mul_({lists_of['grad']}, {self.name(scale.name)})")
         skip = first.kw("skip")
         given += [f"found_inf={self.name(skip.name)}.float()"] if isinstance(skip, Ref) else []
         given.append(f"maximize={bool(first.kw('maximize', False))}")

@@ -308,15 +308,22 @@ def _gather_updates(p: Program, room: int = 0) -> Program:
     """
     groups: dict[tuple[object, ...], list[Op]] = {}
     widened: dict[tuple[object, ...], int] = {}  # bytes of the gradients that were cast for it
+    behind, waits = set[str](), 0  # what depends on updates; after how many of these that do themselves
     for op in p.ops:
+        depends = any(r.name in behind for r in op.refs)
         if op.target.startswith(OPTIMIZER):
-            key: tuple[object, ...] = (op.type.dtype, op.type.host, op.part, op.stage)
+            if depends:
+                behind, waits = set(), waits + 1
+            depends = True
+            key: tuple[object, ...] = (op.type.dtype, op.type.host, op.part, op.stage, waits)
             if room:
                 key, cast = (*key, call_of(p, op)), p.producers.get(op.refs[1].name)
                 if cast is not None and cast.target == "cast" and cast.phase == "update":
                     widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
                 key = (*key, widened.get(key, 0) // room)
             groups.setdefault(key, []).append(op)
+        if depends:
+            behind.update(op.results)
     last = {ops[-1].name: sorted(ops, key=_first_alike(p, ops)) for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
     out = Builder(p)
@@ -328,9 +335,6 @@ def _gather_updates(p: Program, room: int = 0) -> Program:
 def _first_alike(p: Program, ops: Sequence[Op]) -> Callable[[Op], int]:
     """Where the first of those stands that a kernel treats alike."""
     first: dict[tuple[object, ...], int] = {}
-    made = {r for op in ops for r in op.results}
-    if any(r.name in made for op in ops for r in op.refs):
-        return lambda op: 0  # as they stand
     for n, op in enumerate(ops):
         first.setdefault(call_of(p, op), n)
     return lambda op: first[call_of(p, op)]

@@ -1,9 +1,10 @@
 """Optimizers of any kind as one op a tensor, where they work element by element: ``optim.pointwise`` with the ops that were captured; helper of ``group_kernels``.
 
 What makes a parameter's new value and those of its states from the gradient on, in the update, is taken together, numbers among it, as far as nothing else reads them: the gradient's cast and its
-clipping too. What other parameters read as well (one of the learning rate's) stays apart, as do new values that are numbers, a step count's.
+clipping too. What other parameters read as well (one of the learning rate's) stays apart, as do new values that are numbers, a step count's. An optimizer is left as it is where something else
+reads a new value and comes back (a norm of the new momentum), where two tensors have one new value, or states another dtype than the parameter.
 
-    before: %m = aten.mul.Tensor(%state.m/w, 0.9) : f32[8, 4]              after: %w.new, %m.new = optim.pointwise(%w, %state.m/w, %g, %rate, operands=["param", "m", "grad", "n0"], ..)
+    before: %m = aten.mul.Tensor(%state.m/w, 0.9) : f32[8, 4]              after: %w.new, %m.new = optim.pointwise(%w, %state.m/w, %g, %rate, operands=["param", "s0", "grad", "n0"], ..)
             %m.new = aten.add.Tensor(%m, %g, alpha=0.1) : f32[8, 4]
             %s = aten.mul.Tensor(%m.new, %rate) : f32[8, 4]
             %w.new = aten.sub.Tensor(%w, %s) : f32[8, 4]
@@ -11,12 +12,11 @@ clipping too. What other parameters read as well (one of the learning rate's) st
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deepseed.ir.mesh import Mesh
-from deepseed.ir.program import FLOATS, Arg, Input, Op, Output, Program, Ref, Type
+from deepseed.ir.program import FLOATS, ITEMSIZE, Arg, Input, Op, Output, Program, Ref, Type
 from deepseed.ir.updates import POINTWISE, SIZE, body_of
 from deepseed.passes.fuse import POINT, kind_of
 
@@ -48,14 +48,23 @@ def _updates(p: Program, at: Mapping[str, int]) -> Iterator[_Update]:
         root, old = _block(p, o.ref.name, stored[o.role, o.key])
         if not old or not _makes(p, root) or not p.types[root].shape:
             continue
-        t, new = p.types[root], {root: (old, "param")}
-        for s in p.outputs:
-            slot, _, key = s.key.partition("/")
-            if s.role == "state" and key == o.key and (s.role, s.key) in stored and _makes(p, s.ref.name) and _alike(p.types[s.ref.name], t) and s.ref.name not in new:
-                new[s.ref.name] = (stored[s.role, s.key], re.sub(r"\W", "_", slot))
-        ops = _slice(p, new, t, at)
-        if ops and all(_alike(p.types[name], t) for name, _ in new.values()):
-            yield _Update(new, ops)
+        t, new = p.types[root], [(root, old)]
+        new += [(s.ref.name, stored[s.role, s.key]) for s in p.outputs if s.role == "state" and s.key.partition("/")[2] == o.key and (s.role, s.key) in stored and _makes(p, s.ref.name) and _alike(p.types[s.ref.name], t)]
+        values = [value for value, _ in new]
+        if not all(_alike(p.types[name], t) for each in new for name in each) or any(values.count(value) + sum(not isinstance(u, Op) for u in p.uses[value]) > 2 for value in values):
+            continue
+        ops = _slice(p, values, t, at)
+        if ops and not _comes_back(p, values, ops):
+            yield _Update({value: (old, f"s{n - 1}" if n else "param") for n, (value, old) in enumerate(new)}, ops)
+
+
+def _comes_back(p: Program, new: Sequence[str], ops: Sequence[Op]) -> bool:
+    """Whether what the ops read depends on what they make, by ops that are not of them."""
+    inside, behind = {op.name for op in ops}, set(new)
+    for op in p.ops:
+        if op.name not in inside and any(r.name in behind for r in op.refs):
+            behind.update(op.results)
+    return any(r.name in behind and r.name not in inside for op in ops for r in op.refs)
 
 
 def _block(p: Program, new: str, old: str) -> tuple[str, str]:
@@ -77,17 +86,17 @@ def _makes(p: Program, value: str) -> bool:
 
 
 def _alike(a: Type, b: Type) -> bool:
-    return (a.shape, a.layout, a.host) == (b.shape, b.layout, b.host) and a.dtype in FLOATS
+    return (a.dtype, a.shape, a.layout, a.host) == (b.dtype, b.shape, b.layout, b.host) and a.dtype in FLOATS
 
 
-def _slice(p: Program, new: Mapping[str, object], t: Type, at: Mapping[str, int]) -> list[Op]:
+def _slice(p: Program, new: Sequence[str], t: Type, at: Mapping[str, int]) -> list[Op]:
     """The ops behind the new values that nothing else needs, in order; none where a new value is not of them."""
-    place = (p.producers[next(iter(new))].part, p.producers[next(iter(new))].stage)
+    place = (p.producers[new[0]].part, p.producers[new[0]].stage)
     inside: dict[str, Op] = {}
     pending = list(new)
     while pending:
         op = p.producers.get(pending.pop())
-        if op is None or op.name in inside or op.phase != "update" or kind_of(op, p) != POINT or (op.part, op.stage) != place or op.type.host != t.host:
+        if op is None or op.name in inside or op.phase != "update" or kind_of(op, p) != POINT or (op.part, op.stage) != place or op.type.host != t.host or _rounds(p, op):
             continue
         if op.type.shape and (op.type.shape, op.type.layout) != (t.shape, t.layout):
             continue
@@ -105,6 +114,12 @@ def _slice(p: Program, new: Mapping[str, object], t: Type, at: Mapping[str, int]
             needed.add(name)
             pending += [r.name for r in inside[name].refs]
     return [inside[name] for name in sorted(needed, key=at.__getitem__)] if all(name in needed for name in new) else []
+
+
+def _rounds(p: Program, op: Op) -> bool:
+    """Whether it is a cast to fewer bits, which a kernel that keeps more in its registers would not make."""
+    x = p.types[op.refs[0].name].dtype if op.refs else ""
+    return op.target == "cast" and x in FLOATS and op.type.dtype in FLOATS and ITEMSIZE[op.type.dtype] < ITEMSIZE[x] and bool(op.type.shape)
 
 
 def _op(p: Program, u: _Update) -> Op:

@@ -470,6 +470,92 @@ def test_the_same_through_triton(kind: str, interpreter: Interpreter) -> None:
     assert traffic.launches == 1
 
 
+class Own(torch.optim.Optimizer):
+    """A user's: ``body`` changes a parameter with its gradient and a state."""
+
+    def __init__(self, params: Any, body: Callable[[Tensor, Tensor, dict[str, Tensor], float], None], *names: str) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self.body, self.names = body, names
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                for name in self.names:
+                    if name not in state:
+                        state[name] = torch.zeros_like(p)
+                self.body(p, p.grad, state, group["lr"])
+
+
+def follow(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    p.copy_(0.9 * p + 0.1 * s["slow"] - lr * g)
+    s["slow"].copy_(p)
+
+
+def by_norm(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    s["m"].mul_(0.9).add_(g)
+    p.sub_(lr * s["m"] / (s["m"].norm() + 1e-3))
+
+
+def rounded(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    u = g + s["error"]
+    q = u.to(torch.bfloat16).to(p.dtype)
+    s["error"].copy_(u - q)
+    p.sub_(lr * q)
+
+
+def strangely_named(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    for n, name in enumerate(("grad", "param", "n0", "a b", "a-b", "1st", "a", "op", "v0", "end")):
+        s[name].mul_(0.5).add_(g, alpha=1 + n)
+        p.sub_(lr * s[name])
+
+
+def twice(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    new = 0.9 * s["u"] + 0.1 * s["w"] + g
+    s["u"].copy_(new)
+    s["w"].copy_(new)
+    p.sub_(lr * new)
+
+
+OWN = {
+    "follow": (follow, ("slow",), 0), "by norm": (by_norm, ("m",), 0), "rounded": (rounded, ("error",), 1), "twice": (twice, ("u", "w"), 0),
+    "strangely named": (strangely_named, ("grad", "param", "n0", "a b", "a-b", "1st", "a", "op", "v0", "end"), 1),
+}  # fmt: skip
+
+
+class Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.params, self.grads = torch.nn.Parameter(torch.linspace(0.1, 1, 24).view(24, 1)), torch.nn.Parameter(torch.linspace(1, 2, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.grads) @ self.params
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [*OWN, "adafactor"])
+@pytest.mark.parametrize("plan", ["fp64", "zero1+dp2+fp64", pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_optimizer_of_the_users_own(kind: str, plan: str, named: bool) -> None:
+    """Taken as a kernel or left as it is, its numbers are those of torch op by op: what reads a norm of a new state, what gives two tensors one new value, what rounds on the way; any names."""
+    runs = []
+    for codegen in ("cpp", "python"):
+        torch.manual_seed(0)
+        model = (Named() if named else torch.nn.Sequential(torch.nn.Linear(24, 10), torch.nn.Linear(10, 1))).double()
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2) if kind == "adafactor" else Own(model.parameters(), *OWN[kind][:1], *OWN[kind][1])
+        step = deepseed.compile(model, plan, optimizer=optimizer, loss_fn=lambda m, x: m(x).square().mean(), clip_grad_norm=0.5, codegen=codegen, backend="simulate")
+        g = torch.Generator().manual_seed(1)
+        losses = [float(step(torch.randn(8, 24, generator=g, dtype=torch.float64))) for _ in range(3)]
+        runs.append((losses, {**step.state_dict(), **step.optimizer_state()}))
+        if codegen == "cpp" and plan == "fp64" and kind in OWN:
+            assert len(re.findall(r"\n    update_\w+\(", step.programs.current().executables[0].source)) == OWN[kind][2]
+    (a, mine), (b, theirs) = runs
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-12, atol=0)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=lambda said, name=name: f"{name}: {said}")
+
+
 @needs_compiler
 def test_a_gradient_that_is_another_parameter_is_copied() -> None:
     """Of a product of two parameters: each is the other's gradient, and a kernel has no order."""

@@ -1,6 +1,6 @@
 """``optim.pointwise``: what an optimizer does to one tensor, element by element, as an op that carries its own ops.
 
-    %w.new, %m.new = optim.pointwise(%w, %m, %g, %rate, operands=["param", "exp_avg", "grad", "n0"], numbers=["n0"], body=["%v0 = aten.sign(%grad) : f32[n]", ..], results=["v3", "v1"]) : ..
+    %w.new, %m.new = optim.pointwise(%w, %m, %g, %rate, operands=["param", "s0", "grad", "n0"], numbers=["n0"], body=["%v0 = aten.sign(%grad) : f32[n]", ..], results=["v3", "v1"]) : ..
 
 ``operands`` names what the body reads, first the old values of its results, in their order; of ``numbers`` a tensor has one each, and n elements of all others.
 """
