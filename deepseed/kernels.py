@@ -44,10 +44,11 @@ class BackEndError(ValueError):
 
 @dataclass
 class Kernels:
-    """``names``: the function of each group, by its mark, and of each update of an optimizer, by its name; ``calls``: what runs under that name."""
+    """``names``: the function of each group, by its mark; ``updates``: of each update of an optimizer, by its name; ``calls``: what runs under that name."""
 
     codegen: str = PYTHON
     names: Mapping[str, str] = field(default_factory=dict)
+    updates: Mapping[str, str] = field(default_factory=dict)
     calls: dict[str, Compiled] = field(default_factory=dict)
 
 
@@ -86,16 +87,16 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
             assert isinstance(f, cpp_files.Fixed)
             names[mark] += "".join(f"_over{i}" for i in into.values())
             calls[names[mark]] = f.reusing(into)
-    n = 0
+    updates, n = dict[str, str](), 0
     while n < len(p.ops):
         runs = call_from(n, p) if p.ops[n].target in UPDATES else [p.ops[n : n + 1]]
         if p.ops[n].target in UPDATES:
             formulas, on_host = tuple([formula(p, run) for run in runs]), p.ops[n].type.host
             name = f"{name_of(formulas)}_on_host" if on_host else name_of(formulas)
-            names.update((op.name, name) for run in runs for op in run)
+            updates.update((op.name, name) for run in runs for op in run)
             known[name] = calls[name] = known.get(name) or update(formulas, codegen, on_host, tell)
         n += sum(map(len, runs))
-    return Kernels(codegen, names, calls)
+    return Kernels(codegen, names, updates, calls)
 
 
 def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:
@@ -111,7 +112,7 @@ def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Calla
             try:
                 made[kind] = makers[kind](formulas, folder)
             except (CodegenError, ImportError) as error:
-                inductor.once(tell, f"{name_of(formulas)} is torch's, one tensor after another: {str(error).splitlines()[0]}")
+                inductor.once(tell, f"{name_of(formulas)} is torch's, one tensor after another: {error}")
                 made[kind] = _torchs(formulas)
         return made[kind]
 

@@ -92,7 +92,10 @@ def test_codegen_from_the_config() -> None:
             engine.backward(losses[-1])
             engine.step()
         assert abs(float(losses[0].detach()) - float(losses[1].detach())) <= 1e-12
-    assert apart(other, theirs.module) <= 1e-12
+    mine, want = dict(other.module.named_parameters()), dict(theirs.module.named_parameters())
+    distance = {name: float((mine[name] - want[name]).detach().abs().max()) for name in want}
+    assert distance.pop("up.bias") <= 1e-9  # before a norm its gradient is zero: noise of 1e-16 over AdamW's eps of 1e-8, times lr
+    assert max(distance.values()) <= 1e-15
     held = [b for _, b in other.compiled.programs.cache._held.values()]
     assert theirs.compiled.programs.subject.codegen == PYTHON and any("kernel_" in e.source for b in held for e in b.executables)
 

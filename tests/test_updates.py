@@ -282,7 +282,7 @@ def test_torchs_kernels_where_nothing_can_be_compiled(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cpp_files, "update", fails)
     run = back_ends.update((f,), "cpp", False, said.append)
-    assert said == [f"{f.name} is torch's, one tensor after another: no C++ compiler"]
+    assert said == [f"{f.name} is torch's, one tensor after another: no C++ compiler\n  fix: install one"]
     check(f, run, operands(f, SIZES))
 
 
