@@ -11,14 +11,14 @@ that a back end has made of it (deepseed.codegen.updates), else of torch's fused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import DTYPES
-from deepseed.codegen.updates import Formula, formula
+from deepseed.codegen.updates import Formula, formula, name_of
 from deepseed.ir.program import Op, Program, Ref
-from deepseed.ir.updates import POINTWISE, call_of, operands_of, updated_of
+from deepseed.ir.updates import POINTWISE, formula_of, operands_of, place_of, updated_of
 
 FUSED = {"optim.adamw": "torch._fused_adamw_", "optim.adam": "torch._fused_adam_", "optim.sgd": "torch._fused_sgd_"}
 UPDATES = (*FUSED, POINTWISE)
@@ -54,13 +54,15 @@ class Update:
 
     def together(self, position: int) -> Sequence[Op]:
         """The updates from ``position`` on that ``optimizer`` makes one call of."""
+        return [op for run in self._runs(position) for op in run]
+
+    def _runs(self, position: int) -> list[Sequence[Op]]:
         p = self.donation.program
-        return [op for run in call_from(position, p) for op in run] if p.ops[position].name in self.kernels else run_from(position, p)
+        return call_from(position, p) if p.ops[position].name in self.kernels else [run_from(position, p)]
 
     def optimizer(self, position: int) -> None:
         """One call. The lists are named, so that a debugger shows them."""
-        p = self.donation.program
-        runs = call_from(position, p) if p.ops[position].name in self.kernels else [run_from(position, p)]
+        p, runs = self.donation.program, self._runs(position)
         changed = self._changed(position, [op for run in runs for op in run])
         given, after, lists = list[str](), list[str](), list[str]()
         for n, ops in enumerate(runs):
@@ -141,19 +143,19 @@ class Update:
 
 
 def run_from(position: int, p: Program) -> Sequence[Op]:
-    """The updates from ``position`` on that one call can do."""
+    """The updates from ``position`` on that have one formula."""
     first = p.ops[position]
     end, made = position + 1, set(first.results)
-    while end < len(p.ops) and p.ops[end].target in UPDATES and call_of(p, p.ops[end]) == call_of(p, first) and not any(r.name in made for r in p.ops[end].refs):
+    while end < len(p.ops) and p.ops[end].target in UPDATES and formula_of(p, p.ops[end]) == formula_of(p, first) and not any(r.name in made for r in p.ops[end].refs):
         made.update(p.ops[end].results)
         end += 1
     return p.ops[position:end]
 
 
 def call_from(position: int, p: Program) -> list[Sequence[Op]]:
-    """The runs from ``position`` on whose parameters have one dtype, which one kernel updates: of parameter groups with options of their own, of several optimizers."""
+    """The runs from ``position`` on that one kernel updates: of parameter groups with options of their own, of several optimizers."""
     first, out, made = p.ops[position], list[Sequence[Op]](), set[str]()
-    while position < len(p.ops) and (op := p.ops[position]).target in UPDATES and (op.type.dtype, op.type.host, op.part, op.stage) == (first.type.dtype, first.type.host, first.part, first.stage):
+    while position < len(p.ops) and (op := p.ops[position]).target in UPDATES and place_of(op) == place_of(first):
         run = run_from(position, p)
         if any(r.name in made for each in run for r in each.refs):
             break
@@ -161,6 +163,29 @@ def call_from(position: int, p: Program) -> list[Sequence[Op]]:
         made.update(r for each in run for r in each.results)
         position += len(run)
     return out
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of one kernel: a formula of each run of updates; ``on_host``: in the host's memory."""
+
+    runs: tuple[Sequence[Op], ...]
+    formulas: tuple[Formula, ...]
+    on_host: bool
+
+    @property
+    def name(self) -> str:
+        return name_of(self.formulas) + ("_on_host" if self.on_host else "")
+
+
+def calls_of(p: Program) -> Iterator[Call]:
+    """All updates of a program, as kernels do them."""
+    done = 0
+    for n, op in enumerate(p.ops):
+        if op.target in UPDATES and n >= done:
+            runs = call_from(n, p)
+            done = n + sum(map(len, runs))
+            yield Call(tuple(runs), tuple([formula(p, run) for run in runs]), op.type.host)
 
 
 def shared_of(op: Op, f: Formula) -> list[Ref]:

@@ -2,8 +2,8 @@
 
     %w = aten.mul.Tensor(%param, %decay) ..  %m = aten.lerp.Scalar(%exp_avg, %g, 0.1) ..  return %w, %m, %v
 
-An ``optim.pointwise`` has its own ops. The formulas of the others are torch.optim's: Adam (Kingma and Ba 2015, algorithm 1; AMSGrad: Reddi et al. 2018), AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013, with
-torch's dampening). A gradient may have fewer bits than its parameter: it is widened where it is read. Numbers are made in float64 once a tensor, elements in float32, of float64 tensors in float64.
+An ``optim.pointwise`` has its own ops. The formulas of the others are torch.optim's: Adam (Kingma and Ba 2015, algorithm 1; AMSGrad: Reddi et al. 2018), AdamW (Loshchilov and Hutter 2019,
+algorithm 2), SGD with momentum (Sutskever et al. 2013, with torch's dampening). A gradient may have fewer bits than its parameter: it is widened where it is read. Numbers are made in float64 once a tensor, elements in float32, of float64 tensors in float64.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from deepseed.codegen.kernels import WORDS
 from deepseed.codegen.pointwise import computed
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Arg, Input, Op, Output, Program, Ref, Type
@@ -49,7 +50,11 @@ def formula(p: Program, ops: Sequence[Op]) -> Formula:
 
 def name_of(formulas: Sequence[Formula]) -> str:
     """Of the kernel that computes several."""
-    return formulas[0].name if len(formulas) == 1 else f"update_{hashlib.sha256(' '.join(f.name for f in formulas).encode()).hexdigest()[:8]}"
+    return formulas[0].name if len(formulas) == 1 else _name("", " ".join(f.name for f in formulas))
+
+
+def _name(words: str, text: str) -> str:
+    return f"update_{words}{'_' if words else ''}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @cache
@@ -57,8 +62,7 @@ def _pointwise(kwargs: tuple[tuple[str, Arg], ...], dtypes: tuple[str, ...], sha
     p = program_of(dict(kwargs), dtypes)
     each = tuple([i.name for i in p.inputs if i.name not in shared])
     words = [op.target.removeprefix("aten.").partition(".")[0] for op in p.ops if op.type.shape and op.target != "cast"]
-    name = f"update_{'_'.join(list(dict.fromkeys(words))[:4])}_{hashlib.sha256(f'{p}{shared}'.encode()).hexdigest()[:8]}"
-    return Formula(name, p, each, shared, tuple([o.key for o in p.outputs]), "pointwise", kwargs)
+    return Formula(_name("_".join(list(dict.fromkeys(words))[:WORDS]), f"{p}{shared}"), p, each, shared, tuple([o.key for o in p.outputs]), "pointwise", kwargs)
 
 
 @cache
@@ -69,7 +73,7 @@ def _formula(kind: str, each: tuple[str, ...], shared: tuple[str, ...], dtypes: 
     updated = tuple(name for name in each if name in new)
     outputs = [made.stored(name, new[name]) for name in updated]
     p = Program("update", Mesh(()), tuple([Input(name, t, "batch", name) for name, t in types.items()]), tuple(made.ops), tuple([Output(o, "output", name) for o, name in zip(outputs, updated, strict=True)]))
-    return Formula(f"update_{kind}_{hashlib.sha256(str(p).encode()).hexdigest()[:8]}", p, each, shared, updated, kind, options)
+    return Formula(_name(kind, str(p)), p, each, shared, updated, kind, options)
 
 
 @dataclass

@@ -99,7 +99,7 @@ def looked(built: Built, host: Host, grouped: bool = False) -> Sequence[Executab
         local = [pipeline.run(built.program, {"localize": {"coordinate": c}}, pipeline.EACH_RANK, check=False)[-1].program for c in host.coordinates]
         found = [made(p, e.codegen, dict(e.kernels), bool(host.arenas), say) if grouped else Kernels() for p, e in zip(local, built.executables, strict=True)]
         built.looked[grouped] = [
-            Executable(generate(p, c.get(STAGES, 0), True, {**k.names, **k.updates}), f"{p.name}-looked", p.inputs, p.outputs, k.calls, k.codegen) for p, c, k in zip(local, host.coordinates, found, strict=True)
+            Executable(generate(p, c.get(STAGES, 0), True, k.functions), f"{p.name}-looked", p.inputs, p.outputs, k.calls, k.codegen) for p, c, k in zip(local, host.coordinates, found, strict=True)
         ]
     return built.looked[grouped]
 
@@ -142,7 +142,7 @@ def build(
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         kernels = made(mine, codegen, compiled, bool(host.arenas), tell, at)
-        source = generate(mine, coordinate.get(STAGES, 0), kernels={**kernels.names, **kernels.updates})
+        source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.functions)
         if graphs is None:
             executables.append(Executable(source, program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
         else:

@@ -14,8 +14,7 @@ from typing import Any
 
 from deepseed.codegen.ahead_of_time import Compiled
 from deepseed.codegen.kernels import Kernel, kernels
-from deepseed.codegen.optim import UPDATES, call_from
-from deepseed.codegen.updates import Formula, formula, name_of
+from deepseed.codegen.optim import UPDATES, Call, calls_of
 from deepseed.counts import local_flops
 from deepseed.explain_text import amount
 from deepseed.ir.fragment import Group, fragment, groups
@@ -53,16 +52,10 @@ class KernelCount:
 
 
 @dataclass(frozen=True)
-class Update:
-    """A call of several formulas, each on tensors of ``sizes`` elements; ``on_host``: in the host's memory."""
+class Update(Call):
+    """A call of updates; ``sizes``: elements of each run's tensors, of a rank."""
 
-    formulas: tuple[Formula, ...]
     sizes: tuple[tuple[int, ...], ...]
-    on_host: bool = False
-
-    @property
-    def name(self) -> str:
-        return name_of(self.formulas) + ("_on_host" if self.on_host else "")
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -133,14 +126,7 @@ def _counted(p: Program, traffic: Traffic, made: Mapping[str, Kernel]) -> Iterat
 
 
 def _updates(p: Program) -> list[Update]:
-    """One a call."""
-    out, n = list[Update](), 0
-    while n < len(p.ops):
-        runs = call_from(n, p) if p.ops[n].target in UPDATES else [p.ops[n : n + 1]]
-        if p.ops[n].target in UPDATES:
-            out.append(Update(tuple([formula(p, run) for run in runs]), tuple([tuple([prod(op.type.local(p.mesh)) for op in run]) for run in runs]), p.ops[n].type.host))
-        n += sum(map(len, runs))
-    return out
+    return [Update(c.runs, c.formulas, c.on_host, tuple([tuple([prod(op.type.local(p.mesh)) for op in run]) for run in c.runs])) for c in calls_of(p)]
 
 
 def _of_update(u: Update, launches: int) -> KernelCount:

@@ -18,8 +18,8 @@ from deepseed.codegen import cpp_files, inductor, triton_files
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import COMPILED, Kernel, kernels
-from deepseed.codegen.optim import UPDATES, call_from
-from deepseed.codegen.updates import Formula, formula, name_of
+from deepseed.codegen.optim import calls_of
+from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
 from deepseed.ops.optim import in_place
@@ -50,6 +50,11 @@ class Kernels:
     names: Mapping[str, str] = field(default_factory=dict)
     updates: Mapping[str, str] = field(default_factory=dict)
     calls: dict[str, Compiled] = field(default_factory=dict)
+
+    @property
+    def functions(self) -> Mapping[str, str]:
+        """By mark or name."""
+        return {**self.names, **self.updates}
 
 
 def resolve(codegen: str, device: torch.device) -> str:
@@ -87,15 +92,10 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
             assert isinstance(f, cpp_files.Fixed)
             names[mark] += "".join(f"_over{i}" for i in into.values())
             calls[names[mark]] = f.reusing(into)
-    updates, n = dict[str, str](), 0
-    while n < len(p.ops):
-        runs = call_from(n, p) if p.ops[n].target in UPDATES else [p.ops[n : n + 1]]
-        if p.ops[n].target in UPDATES:
-            formulas, on_host = tuple([formula(p, run) for run in runs]), p.ops[n].type.host
-            name = f"{name_of(formulas)}_on_host" if on_host else name_of(formulas)
-            updates.update((op.name, name) for run in runs for op in run)
-            known[name] = calls[name] = known.get(name) or update(formulas, codegen, on_host, tell)
-        n += sum(map(len, runs))
+    updates = dict[str, str]()
+    for c in calls_of(p):
+        updates.update((op.name, c.name) for run in c.runs for op in run)
+        known[c.name] = calls[c.name] = known.get(c.name) or update(c.formulas, codegen, c.on_host, tell)
     return Kernels(codegen, names, updates, calls)
 
 

@@ -7,7 +7,7 @@ and the instance checks judge the result like any other op. Decomposing then cos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -15,10 +15,11 @@ from deepseed.ir.collective import MEMORIES
 from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref, Type
-from deepseed.ir.updates import call_of
+from deepseed.ir.updates import formula_of, place_of
 from deepseed.passes.fuse import fuse, leaves_apart
 from deepseed.passes.fuse_alike import fuse_alike
 from deepseed.passes.fuse_products import alone, fuse_products
+from deepseed.passes.in_order import in_order
 from deepseed.passes.pointwise_updates import pointwise_updates
 from deepseed.passes.remake import remade
 from deepseed.passes.weights_per_phase import once
@@ -264,7 +265,7 @@ def _widened_in_update(p: Program) -> Program:
     before: %g.wide = cast(%g) : f32[8]                 after: %w.new = optim.x(%w, %g, %lr) : f32[8]
             %w.new = optim.x(%w, %g.wide, %lr) : f32[8]
     """
-    widened = {op.name: op.refs[0] for op in p.ops if op.target == "cast" and op.type.dtype in FLOATS and (x := p.types[op.refs[0].name]).dtype in FLOATS and x.host == op.type.host and ITEMSIZE[x.dtype] < ITEMSIZE[op.type.dtype]}
+    widened = {op.name: op.refs[0] for op in p.ops if op.target == "cast" and op.type.dtype in FLOATS and (x := p.types[op.refs[0].name]).dtype in FLOATS and ITEMSIZE[x.dtype] < ITEMSIZE[op.type.dtype]}
     gone = {name for name in widened if _for_updates(p, name)}
     out = Builder(p)
     for op in p.ops:
@@ -315,9 +316,9 @@ def _gather_updates(p: Program, room: int = 0) -> Program:
             if depends:
                 behind, waits = set(), waits + 1
             depends = True
-            key: tuple[object, ...] = (op.type.dtype, op.type.host, op.part, op.stage, waits)
+            key: tuple[object, ...] = (*place_of(op), waits)
             if room:
-                key, cast = (*key, call_of(p, op)), p.producers.get(op.refs[1].name)
+                key, cast = (*key, formula_of(p, op)), p.producers.get(op.refs[1].name)
                 if cast is not None and cast.target == "cast" and cast.phase == "update":
                     widened[key] = widened.get(key, 0) + cast.type.local_bytes(p.mesh)
                 key = (*key, widened.get(key, 0) // room)
@@ -326,39 +327,12 @@ def _gather_updates(p: Program, room: int = 0) -> Program:
             behind.update(op.results)
     last = {ops[-1].name: sorted(ops, key=_first_alike(p, ops)) for ops in groups.values()}
     early = {op.name for ops in groups.values() for op in ops[:-1]}
-    out = Builder(p)
-    for op in _held_back(p.ops, early, last):
-        out.emit(op)
-    return out.program()
+    return replace(p, ops=tuple(in_order(p, [last.get(op.name, [op]) for op in p.ops if op.name not in early])))
 
 
 def _first_alike(p: Program, ops: Sequence[Op]) -> Callable[[Op], int]:
     """Where the first of those stands that a kernel treats alike."""
     first: dict[tuple[object, ...], int] = {}
     for n, op in enumerate(ops):
-        first.setdefault(call_of(p, op), n)
-    return lambda op: first[call_of(p, op)]
-
-
-def _held_back(ops: Sequence[Op], early: set[str], last: Mapping[str, Sequence[Op]]) -> Iterator[Op]:
-    missing: set[str] = set()  # results of updates, and of ops that wait for them
-    waiting: list[Op] = []
-    for op in ops:
-        if op.name not in last:
-            if op.name in early or any(ref.name in missing for ref in op.refs):
-                missing.update(op.results)
-                if op.name not in early:
-                    waiting.append(op)
-            else:
-                yield op
-            continue
-        for update in last[op.name]:
-            yield update
-            missing.difference_update(update.results)
-        held, waiting = waiting, []
-        for other in held:
-            if any(ref.name in missing for ref in other.refs):
-                waiting.append(other)
-            else:
-                yield other
-                missing.difference_update(other.results)
+        first.setdefault(formula_of(p, op), n)
+    return lambda op: first[formula_of(p, op)]

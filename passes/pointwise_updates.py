@@ -19,6 +19,7 @@ from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, ITEMSIZE, Arg, Input, Op, Output, Program, Ref, Type
 from deepseed.ir.updates import POINTWISE, SIZE, body_of
 from deepseed.passes.fuse import POINT, kind_of
+from deepseed.passes.in_order import in_order
 
 
 @dataclass
@@ -36,8 +37,7 @@ def pointwise_updates(p: Program) -> Program:
     last: dict[str, Op] = {}
     for u in found:
         last[max((op.name for op in u.ops), key=at.__getitem__)] = _op(p, u)
-    ops = [made for op in p.ops for made in ([last[op.name]] if op.name in last else [] if op.name in gone else [op])]
-    return replace(p, ops=tuple(_ordered(p, ops))) if found else p
+    return replace(p, ops=tuple(in_order(p, [[last.get(op.name, op)] for op in p.ops if op.name in last or op.name not in gone])))
 
 
 def _updates(p: Program, at: Mapping[str, int]) -> Iterator[_Update]:
@@ -146,19 +146,3 @@ def _sized(t: Type) -> Type:
 def _bare(op: Op, names: Mapping[str, str]) -> Op:
     op = op.map_refs(lambda r: Ref(names[r.name]))
     return replace(op, results=(names[op.name],), types=(_sized(op.type),), path="", line="", origin="", part="", stage=0, kernel="")
-
-
-def _ordered(p: Program, ops: Sequence[Op]) -> Iterator[Op]:
-    """The same, but for those that come before what they read: these follow it."""
-    there, waiting = {i.name for i in p.inputs}, list[Op]()
-    for op in ops:
-        ready = [op]
-        if any(r.name not in there for r in op.refs):
-            waiting.append(op)
-            continue
-        while ready:
-            one = ready.pop(0)
-            yield one
-            there.update(one.results)
-            ready += [other for other in waiting if other not in ready and all(r.name in there for r in other.refs)]
-            waiting = [other for other in waiting if other not in ready]

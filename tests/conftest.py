@@ -56,6 +56,16 @@ def no_process_group_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def interpreter() -> Iterator[Any]:
+    """A process in which Triton kernels are interpreted."""
+    from triton_worker import Interpreter
+
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
 def no_waiting_for_the_disk() -> Iterator[None]:
     """A process that is killed loses nothing that it has written; only a machine that loses its power does."""
     with pytest.MonkeyPatch.context() as patch:

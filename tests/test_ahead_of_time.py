@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 
 from deepseed.codegen.ahead_of_time import CompileError, compiled
 
-installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 COMMON = ("sm_80", "sm_90")
 SIZES = {"rows": 8, "tokens": 1024, "inner": 14336, "words": 32000}
@@ -73,7 +72,7 @@ MODEL = """from test_triton_models import ODD, fragments_of
 found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
 
 
-@installed
+@needs.triton
 @pytest.mark.wide
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 @pytest.mark.parametrize("target", sorted(SHARED))
@@ -82,7 +81,7 @@ def test_every_kernel_of_a_training_program_compiles(tmp_path: Path, target: str
     assert len({c["fragment"] for c in made}) > 20 and all(c["spilled"] == 0 for c in made)
 
 
-@installed
+@needs.triton
 @pytest.mark.wide
 @pytest.mark.parametrize("target", sorted(SHARED))
 def test_templates_of_real_sizes_do_not_spill(tmp_path: Path, target: str) -> None:
@@ -93,7 +92,7 @@ def test_templates_of_real_sizes_do_not_spill(tmp_path: Path, target: str) -> No
     assert all(cores in Path(c["assembly"]).read_text() for c in made if c["fragment"].endswith("bf16"))
 
 
-@installed
+@needs.triton
 @pytest.mark.wide
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("width", [4096, 8192])
@@ -102,7 +101,7 @@ def test_standard_fragments_of_real_sizes_do_not_spill(tmp_path: Path, target: s
     assert all(c["spilled"] == 0 for c in made), made
 
 
-@installed
+@needs.triton
 def test_what_training_launches_most_compiles_and_does_not_spill(tmp_path: Path) -> None:
     """bfloat16, for both generations side by side. Each file once: what is compiled for one size of a model is another file for another."""
     with ThreadPoolExecutor() as both:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from test_cpp_nests import compiled, kernel_of
@@ -19,7 +20,7 @@ from deepseed.ir.verify import verify
 from deepseed.ops.attention import sdpa, sdpa_backward
 from deepseed.passes.fuse_products import alone
 
-pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+pytestmark = needs.compiler
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 Code = Callable[..., Sequence[Tensor]]
 Sizes = tuple[int, int, int, int, int, int, int]  # batch, heads, kv heads, queries, keys, width, width of values

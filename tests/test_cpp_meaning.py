@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from test_cpp_nests import apart, compiled, kernel_of
 
 from deepseed.codegen import cpp_nests, inductor
 
-pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+pytestmark = needs.compiler
 
 
 def test_rows_that_are_kept_fit_a_stack(tmp_path: Path) -> None:

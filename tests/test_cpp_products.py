@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import needs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,7 @@ from test_cpp_nests import kernel_of
 from torch import Tensor
 
 import deepseed
-from deepseed.codegen import cpp_files, cpp_products, inductor
+from deepseed.codegen import cpp_files, cpp_products
 from deepseed.explain_kernels import explain_kernels
 from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ir.program import Program
@@ -29,7 +30,7 @@ from deepseed.passes import fuse_products
 from deepseed.passes.fuse_products import alone
 from deepseed.runtime.pipeline import Messages
 
-pytestmark = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
+pytestmark = needs.compiler
 MACHINES = ("native", "skylake-avx512", "haswell", "x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else ("native",)  # with a matrix unit, perhaps; vectors of 16, 8 and 4 numbers
 LAYOUTS = {
     "as it lies": lambda k, n: torch.randn(k, n),

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from drawn_fragments import drawn, inputs_of
+from triton_fragments import as_kernel
 from triton_worker import Interpreter
 
-from deepseed.codegen import cpp_files, cpp_nests, inductor, triton
+from deepseed.codegen import cpp_files, cpp_nests, triton
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.kernels import Kernel, function
 from deepseed.ir.program import Program
 from deepseed.ops import evaluate
-from deepseed.rules.strides import contiguous, laid_out
 
 WITHIN = 1e-12  # of float64: sums in another order, products of ten numbers
-
-
-def kernel_of(p: Program, name: str) -> Kernel:
-    given = tuple([contiguous(i.type.shape) for i in p.inputs])
-    lying, views = laid_out(p, dict(zip([i.name for i in p.inputs], given, strict=True)))
-    return Kernel(name, p, given, function(p, name), tuple((tuple(lying[r] for r in op.results), view) for op, view in zip(p.ops, views, strict=True)))
 
 
 def with_inputs(seeds: range) -> Iterator[tuple[int, Program]]:
@@ -47,7 +40,7 @@ def check(seed: int, p: Program, inputs: list[torch.Tensor], got: list[torch.Ten
 def through_cpp(seeds: range, folder: Path) -> tuple[int, int]:
     """How many ran as C++, and how many were refused."""
     programs, said = dict(with_inputs(seeds)), list[str]()
-    wanted = {seed: kernel_of(p, f"drawn_{seed}") for seed, p in programs.items()}
+    wanted = {seed: as_kernel(p, f"drawn_{seed}") for seed, p in programs.items()}
     made = 0
     for (seed, k), code in zip(wanted.items(), cpp_files.compiled(list(wanted.values()), folder, said.append), strict=True):
         inputs = inputs_of(k.fragment, seed)
@@ -73,25 +66,16 @@ def through_triton(seeds: range, interpreter: Interpreter) -> tuple[int, int]:
     return made, refused
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
-needs_compiler = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
-
-
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("seeds", [range(40), *(pytest.param(range(n, n + 250), marks=pytest.mark.wide) for n in range(100, 2100, 250))], ids=str)
 def test_cpp_computes_what_was_drawn(seeds: range, tmp_path: Path) -> None:
     made, refused = through_cpp(seeds, tmp_path)
     assert made > 0.9 * len(seeds) and refused < 0.1 * len(seeds), (made, refused)
 
 
-@needs_triton
+@needs.triton
 @pytest.mark.parametrize("seeds", [range(40), *(pytest.param(range(n, n + 250), marks=pytest.mark.wide) for n in range(100, 2100, 250))], ids=str)
 def test_triton_computes_what_was_drawn(seeds: range, interpreter: Interpreter) -> None:
     made, refused = through_triton(seeds, interpreter)

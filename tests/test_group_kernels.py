@@ -9,13 +9,15 @@ import pytest
 import torch
 from test_rules import check
 
-from deepseed.codegen.optim import run_from
+from deepseed.codegen.optim import calls_of, run_from
+from deepseed.ir.contract import PassError
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.ir.verify import verify
 from deepseed.ops import OWN, evaluate, torch_dtype
 from deepseed.ops.optim import update
 from deepseed.passes.group_kernels import group_kernels
+from deepseed.passes.in_order import in_order
 from deepseed.rules import RULES
 from deepseed.rules import strategy as strategy_module
 from deepseed.rules.fused import FUSED
@@ -259,6 +261,46 @@ def test_a_gradient_that_something_else_reads_stays() -> None:
     assert [line.split(" = ")[1].split(" :")[0] for line in shown(p, "update")] == [
         "cast(%a.g)", "aten.mul.Tensor(%a.wide, %s)", "cast(%b.g)", "optim.sgd(%a, %a.c, %lr, states=[])", "optim.sgd(%b, %b.g, %lr, states=[], scale=%s)",
     ]  # fmt: skip
+
+
+def test_a_gradient_that_is_a_state_too_is_not_scaled_away() -> None:
+    """By which the state would lose its factor."""
+    both = CLIPPED.replace("%a.new = optim.sgd(%a, %a.c, %lr, states=[])", '%a.new, %m.new = optim.sgd(%a, %a.c, %a.c, %lr, states=["momentum_buffer"], momentum=0.9)').replace(": f32[4@dp] {phase=\"update\"}\n%b.new", ": f32[4@dp], f32[4@dp] {phase=\"update\"}\n%b.new")
+    lines = shown(group_kernels(parse(both), kernels=True), "update")
+    assert lines[-2].startswith("%a.new, %m.new = optim.sgd(%a, %a.c, %a.c, %lr") and "scale" not in lines[-2] and "%a.c = aten.mul.Tensor(%a.wide, %s)" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("where", ['part="once.1"', "stage=1"])
+def test_updates_of_another_place_are_another_call(where: str) -> None:
+    apart = CLIPPED.replace('%b.new = optim.sgd(%b, %b.c, %lr, states=[]) : f32[6] {phase="update"}', f'%b.new = optim.sgd(%b, %b.c, %lr, states=[]) : f32[6] {{phase="update", {where}}}')
+    p = group_kernels(parse(apart), kernels=True)
+    assert [len(c.runs) for c in calls_of(p)] == [1, 1] and [len(c.runs) for c in calls_of(group_kernels(parse(CLIPPED), kernels=True))] == [1]
+
+
+def test_parameter_groups_are_one_call_of_several_formulas() -> None:
+    """Those with the same options side by side."""
+    three = CLIPPED.replace("%b.new = optim.sgd(%b, %b.c, %lr, states=[])", "%b.new = optim.sgd(%b, %b.c, %lr, states=[], weight_decay=0.1)").replace("return %a.new", "%e.new = optim.sgd(%e, %e.g, %lr, states=[]) : f32[4@dp] {phase=\"update\"}\nreturn %e.new param \"e\"\nreturn %a.new")
+    three = three.replace("%a.g : bf16", '%e : f32[4@dp] param "e"\n%e.g : bf16[4@dp] batch "e.g"\n%a.g : bf16').replace("%e.new = optim.sgd(%e, %e.g,", '%e.wide = cast(%e.g) : f32[4@dp] {phase="update"}\n%e.c = aten.mul.Tensor(%e.wide, %s) : f32[4@dp] {phase="update"}\n%e.new = optim.sgd(%e, %e.c,')
+    (call,) = calls_of(group_kernels(parse(three), kernels=True))
+    assert [[op.name for op in run] for run in call.runs] == [["a.new", "e.new"], ["b.new"]] and len(call.formulas) == 2
+
+
+def test_what_was_moved_follows_what_it_reads() -> None:
+    """In order; what waits for itself is refused."""
+    text = """program p mesh() facts()
+%x : f32[2] batch "x"
+%a = aten.neg(%x) : f32[2] {phase="forward"}
+%b = aten.exp(%a) : f32[2] {phase="forward"}
+%c = aten.exp(%b) : f32[2] {phase="forward"}
+%d = aten.neg(%a) : f32[2] {phase="forward"}
+return %c output "c"
+return %d output "d"
+"""
+    p = parse(text)
+    a, b, c, d = p.ops
+    assert [op.name for op in in_order(p, [[d], [c], [b], [a]])] == ["a", "d", "b", "c"] and [op.name for op in in_order(p, [[c], [a, b], [d]])] == ["a", "b", "c", "d"]
+    with pytest.raises(PassError, match=r"%b = aten.exp waits for %a, which waits for it\n  fix: "):
+        list(in_order(p, [[b], [c], [d]]))
 
 
 def test_gradients_of_several_dtypes_are_a_call_each() -> None:

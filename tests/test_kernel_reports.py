@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from torch import Tensor
@@ -22,16 +23,13 @@ from typer.testing import CliRunner
 from deepseed import assembled, timed
 from deepseed import kernels as back_ends
 from deepseed.cli import app
-from deepseed.codegen import autotune, inductor
+from deepseed.codegen import autotune
 from deepseed.codegen.ahead_of_time import Compiled
 from deepseed.explain_kernels import KernelReport, explain_kernels
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.machines import path_of, save
 from deepseed.speed import Machine
-
-installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
-compiles = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
 
 # Two products that differ in how their weight lies, and so have one source; a sum over rows; and a group that Triton does not write.
 STEP = """program step mesh() facts(canonical, placed, explicit, lowered, captured)
@@ -102,7 +100,7 @@ print(json.dumps({**said, "spilling": module.assembled(given, ["sm_90"]).to_json
 """
 
 
-@installed
+@needs.triton
 def test_numbers_of_a_kernel_are_the_assemblers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers, spills and shared memory as `compiled` says them of the same source, and as ptxas says them of the assembly that is kept; spills of a kernel that must spill."""
     monkeypatch.chdir(tmp_path)
@@ -160,7 +158,7 @@ def tiny(tmp_path: Path) -> str:
     return f"{tmp_path}/tiny.py:build"
 
 
-@installed
+@needs.triton
 def test_the_command_compiles_each_kernel(tiny: str, tmp_path: Path) -> None:
     found = json.loads(run(COMMAND, "explain", tiny, "--kernels", "--codegen", "triton", "--gpu", "sm_90", "--json", folder=tmp_path))
     assert found["machine"] is None and found["kernels"] and all(k["seconds"] is None and k["share"] is None for k in found["kernels"])
@@ -214,7 +212,7 @@ def test_without_triton_or_a_compiler_the_fix_is_said(monkeypatch: pytest.Monkey
     assert "--measure with --codegen cpp: no C++ compiler" in refused(*ask, "cpp", "--measure")
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize("below", ["", "more/folders"])
 def test_a_cache_folder_that_cannot_be_is_refused_before_a_model_is_made(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -225,7 +223,7 @@ def test_a_cache_folder_that_cannot_be_is_refused_before_a_model_is_made(below: 
     assert said == f"deepseed: the cache folder {folder / 'triton'} cannot be written: Not a directory\n  fix: set DEEPSEED_CACHE_DIR to a folder that can\n"
 
 
-@installed
+@needs.triton
 def test_a_folder_that_takes_no_file_is_no_fault_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -352,7 +350,7 @@ def test_the_machine_is_the_calibrated_one_else_measured_now(monkeypatch: pytest
     assert timed.machine_for(torch.device("cpu"), pytest.fail) == Machine(memory=9.0)
 
 
-@compiles
+@needs.compiler
 def test_the_command_runs_the_kernels(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEED_CACHE_DIR", str(tmp_path))
     calls = dict[str, int]()

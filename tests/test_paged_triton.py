@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from test_paged_attention import Case
@@ -18,15 +17,8 @@ from deepseed.codegen.triton_paged import Attention, source, writes
 from deepseed.inference.attention import Packing
 from deepseed.inference.paged import reference, write
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+pytestmark = needs.triton
 DECODES, CHUNKS, MIXED = [(0, 1), (5, 1), (70, 1), (129, 1)], [(0, 9), (6, 20), (60, 7)], [(3, 1), (0, 33), (66, 1), (17, 2)]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -30,17 +29,9 @@ from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 from deepseed.rules.strides import contiguous
 
-installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
 NAMES = sorted(fragments())
 RESIZED = [name for name in NAMES if not name.startswith(("vit", "update_all", "t5_5"))]  # one shifts the labels: its 6 is another one
 F32, F64 = 1e-5, 1e-12
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -73,14 +64,14 @@ def ulps(got: Tensor, want: Tensor, least: float) -> float:
     return torch.where(same, 0.0, (got.double() - want.double()).abs() / unit).max().item()
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize("name", [name if n % 7 == 0 else pytest.param(name, marks=pytest.mark.wide) for n, name in enumerate(NAMES)])
 def test_fragments_of_real_programs(interpreter: Interpreter, name: str) -> None:
     p = parse(fragments()[name])
     check(interpreter, p, random_inputs(p), F32)
 
 
-@installed
+@needs.triton
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(RESIZED), rows=st.integers(0, 4), tokens=st.integers(1, 9), head=st.sampled_from([2, 4, 6, 18]), inner=st.integers(1, 70),
@@ -107,7 +98,7 @@ def test_any_sizes_dtypes_and_strides(
             assert ulps(a.float(), b.float(), least) <= 2, f"%{o.ref.name}\n{short}\n{source(short)}"
 
 
-@installed
+@needs.triton
 def test_the_interpreter_rounds_as_devices_do(interpreter: Interpreter) -> None:
     """To the nearest, ties to even, as torch: else two roundings would be more than the two units that bfloat16 may be off."""
     p = fragment("""
@@ -146,7 +137,7 @@ def softmax(rows: int, columns: int, dtype: str = "f32") -> Program:
     """)
 
 
-@installed
+@needs.triton
 def test_bytes_are_inputs_and_outputs_once(interpreter: Interpreter) -> None:
     """No program reads a number twice; a tensor of the iteration space's size is read by one program only, what is smaller by each that has a row of it.
     What is said without running it takes a tensor that is cut, or is a part of a cat, as read for every point."""
@@ -166,7 +157,7 @@ def test_bytes_are_inputs_and_outputs_once(interpreter: Interpreter) -> None:
         assert traffic.written == sum(p.types[o.ref.name].nbytes for o in p.outputs), f"{name}: {traffic}\n{text}"
 
 
-@installed
+@needs.triton
 def test_norms_forward_and_backward_are_one_pass(interpreter: Interpreter) -> None:
     """Backward: the sums over rows leave parts, which a second, small kernel reads; everything else is read and written once."""
     found = 0
@@ -186,7 +177,7 @@ def test_norms_forward_and_backward_are_one_pass(interpreter: Interpreter) -> No
     assert found >= 3
 
 
-@installed
+@needs.triton
 def test_one_kernel_updates_all_parameters(interpreter: Interpreter) -> None:
     """The gradient norm in one launch over all tensors, its clipping in one, AdamW in one."""
     p = parse(fragments()["update_all"])
@@ -199,7 +190,7 @@ def test_one_kernel_updates_all_parameters(interpreter: Interpreter) -> None:
             assert traffic.read[n] == x.nbytes * (1 + (i.name in norm)), f"%{i.name}"
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize("columns", [1, 7, 1024, 5000, 40_003])
 def test_rows_of_any_length(interpreter: Interpreter, columns: int) -> None:
     p = softmax(3, columns)
@@ -208,7 +199,7 @@ def test_rows_of_any_length(interpreter: Interpreter, columns: int) -> None:
     assert ("for first in range" in source(p)) == (columns > longest_row(1))
 
 
-@installed
+@needs.triton
 def test_what_is_not_finite_stays_so(interpreter: Interpreter) -> None:
     p = softmax(4, 33)
     x = torch.randn(4, 33)
@@ -223,7 +214,7 @@ def test_what_is_not_finite_stays_so(interpreter: Interpreter) -> None:
     check(interpreter, q, [x], 0.0)
 
 
-@installed
+@needs.triton
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 40), columns=st.integers(1, 70), p=st.floats(0, 1), seed=st.integers(-5, 1 << 40), step=st.integers(0, 1 << 20))
 def test_dropout_draws_the_same_bits(interpreter: Interpreter, rows: int, columns: int, p: float, seed: int, step: int) -> None:
@@ -240,7 +231,7 @@ def test_dropout_draws_the_same_bits(interpreter: Interpreter, rows: int, column
     check(interpreter, q, [torch.tensor([seed, step]), torch.full((rows, columns), 2.0)], 0.0)
 
 
-@installed
+@needs.triton
 def test_integers_and_bool(interpreter: Interpreter) -> None:
     p = fragment("""
         %i0 : i64[5, 6] batch "i0"
@@ -259,7 +250,7 @@ def test_integers_and_bool(interpreter: Interpreter) -> None:
     check(interpreter, p, [torch.randint(-9, 9, (5, 6)), torch.tensor([True, False, True, True, False, True])], 0.0)
 
 
-@installed
+@needs.triton
 def test_empty_outputs_need_no_kernel(interpreter: Interpreter) -> None:
     p = softmax(0, 5)
     check(interpreter, p, [torch.randn(0, 5), torch.zeros(0, 1, dtype=torch.int64)], 0.0)
@@ -301,7 +292,7 @@ def test_a_row_is_held_where_it_fits(name: str, dtype: str, sizes: dict[str, int
     assert max(each.blocks.r for each in launched(p) if each.blocks.reduced and each.bytes_read > 1 << 16) == row
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize(("inputs", "ops", "made"), [
     ("f32[300, 100]", "%a = sum(%i0, dims=[0], keepdim=true) : f32[1, 100]\n%b = sum(%a, dims=[1], keepdim=true) : f32[1, 1]", "b"),
     ("f32[300, 100]", "%a = sum(%i0, dims=[0], keepdim=true) : f32[1, 100]\n%b = amax(%a, dims=[0, 1], keepdim=false) : f32[]", "ab"),  # parts of parts
@@ -313,7 +304,7 @@ def test_what_a_sum_is_read_along_is_not_what_it_is_made_along(interpreter: Inte
     check(interpreter, p, random_inputs(p), F32 if "f32" in inputs else F64)
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize(("programs", "short"), [(256, 1 << 14), (1, 8)])
 @pytest.mark.parametrize("dtype", ["f32", "i64"])
 def test_the_largest_of_all(interpreter: Interpreter, dtype: str, programs: int, short: int) -> None:
@@ -336,7 +327,7 @@ def test_the_largest_of_all(interpreter: Interpreter, dtype: str, programs: int,
     assert torch.equal(got, x.max())
 
 
-@installed
+@needs.triton
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_lookup_in_a_sum_of_two_tensors(interpreter: Interpreter, rows: int) -> None:
     """In each of them; of one long row both are sums of parts."""
@@ -357,7 +348,7 @@ def test_what_is_small_comes_with_what_is_large(name: str, kernels: int) -> None
     assert launches(parse(fragments()[name])) == kernels
 
 
-@installed
+@needs.triton
 def test_what_lies_between_kernels_of_many_tensors_is_float32(interpreter: Interpreter) -> None:
     """Each of three tensors in 16 bits is scaled by its own sum, a number of 32 bits that another kernel made."""
     p = fragment("".join(f'%i{n} : bf16[40000] batch "i{n}"\n' for n in range(3)) + "".join(f"""
@@ -381,7 +372,7 @@ def test_every_rank_writes_the_same_source() -> None:
     assert len(said) == 1 and "@triton.jit" in said.pop()
 
 
-@installed
+@needs.triton
 def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
     """A clock that likes narrow blocks and one warp: what it chooses computes the same."""
     p = parse(fragments()["gpt2_3"])
@@ -400,7 +391,7 @@ def test_blocks_are_tuned_by_trial(interpreter: Interpreter) -> None:
     assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, inputs), strict=True))
 
 
-@installed
+@needs.triton
 def test_what_was_tuned_is_kept(tmp_path: Path) -> None:
     """By fragment and device: a later call times nothing. Where the ops themselves are faster, that is what is kept."""
     p = parse(fragments()["gpt2_3"])
@@ -419,7 +410,7 @@ def test_what_was_tuned_is_kept(tmp_path: Path) -> None:
         assert x.shape == i.type.shape and x.is_contiguous()
 
 
-@installed
+@needs.triton
 def test_a_fragment_alone_is_a_function(tmp_path: Path) -> None:
     code = f"""
 import sys, torch
@@ -437,7 +428,7 @@ for a, b in zip(of_fragment(p, Path({str(tmp_path)!r}))(*given), reference(p, gi
     assert list(tmp_path.glob("*.triton.py"))
 
 
-@installed
+@needs.triton
 def test_names_of_values_are_free(interpreter: Interpreter) -> None:
     """What a kernel calls its axes and counters may be what a program calls its values."""
     p = fragment("""
@@ -454,7 +445,7 @@ def test_names_of_values_are_free(interpreter: Interpreter) -> None:
     check(interpreter, p, random_inputs(p), F32)
 
 
-@installed
+@needs.triton
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.sampled_from([1, 2, 5, 37, 300]), columns=st.integers(17, 60), dtype=st.sampled_from(["f32", "f64"]), strided=st.booleans(), seed=st.integers(0, 9),
@@ -502,7 +493,7 @@ def softmax_and_sums(rows: int, columns: int, outputs: list[str], dtype: str) ->
         """ + "\n".join(f'return %{o} output "{o}"' for o in outputs))
 
 
-@installed
+@needs.triton
 def test_the_statistics_of_a_long_row_are_read_in_one_pass(interpreter: Interpreter) -> None:
     """Maximum and sum of a row together; what is not finite is what two passes make it."""
     columns = longest_row(1) + 5
@@ -522,7 +513,7 @@ def test_the_statistics_of_a_long_row_are_read_in_one_pass(interpreter: Interpre
     assert all(apart(a, b) <= F32 for a, b in zip(got, reference(p, [x]), strict=True))
 
 
-@installed
+@needs.triton
 def test_a_kernel_runs_on_the_device_of_its_operands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several devices a launch is guarded; with one it is the launch itself."""
     inside: list[object] = []
@@ -546,7 +537,7 @@ def test_a_kernel_runs_on_the_device_of_its_operands(tmp_path: Path, monkeypatch
         assert torch.equal(y, x + 1) and inside == want
 
 
-@installed
+@needs.triton
 def test_kernels_without_a_choice_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel over all parameters has no blocks to try, and its operands would be a second model; where memory ends, the model's blocks are taken."""
     casts = fragment("""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import needs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,16 +24,9 @@ from deepseed.ir.text import parse
 from deepseed.pipeline import EACH_RANK, SHARED, run
 from deepseed.plan import parse_plan
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+pytestmark = needs.triton
 MODELS = ("llama", "gpt2", "bert", "t5", "vit")
 SUMS = ("aten.mm", "sdpa", "sdpa_backward")  # many numbers make one: errors are of the largest
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 def model(name: str, heads: int, head: int, inner: int, words: int) -> nn.Module:

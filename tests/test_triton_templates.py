@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from far_strides import Far
@@ -23,15 +23,8 @@ from deepseed.codegen.triton import can_emit, launched, launches, source
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
+pytestmark = needs.triton
 WITHIN = {"f64": 1e-12, "f32": 1e-5, "f16": 2.0**-10, "bf16": 2.0**-7}  # of the largest number: 16 bits are rounded once
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 def drawn(shape: tuple[int, ...], dtype: str, g: torch.Generator, strided: bool = False) -> Tensor:

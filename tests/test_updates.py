@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from triton_worker import Interpreter
 
 import deepseed
 from deepseed import kernels as back_ends
-from deepseed.codegen import cpp_files, inductor, triton_files, triton_updates
+from deepseed.codegen import cpp_files, triton_files, triton_updates
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.optim import UPDATES, call_from
 from deepseed.codegen.updates import SIZE, Formula, formula
@@ -109,18 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("updates")
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
-
-
-needs_compiler = pytest.mark.skipif(not inductor.compiler(), reason="no C++ compiler")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'deepseed[triton]'")
-
-
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_cpp_is_torchs_update(kind: str, folder: Path) -> None:
     for n, (dtype, grad) in enumerate(DTYPED):
@@ -131,7 +120,7 @@ def test_cpp_is_torchs_update(kind: str, folder: Path) -> None:
                 check(f, run, operands(f, SIZES, skip))
 
 
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_cpp_shares_elements_among_threads(threads: int, folder: Path) -> None:
     """Wherever tensors end; with all of one tensor's elements for several threads, and all tensors for one."""
@@ -145,7 +134,7 @@ def test_cpp_shares_elements_among_threads(threads: int, folder: Path) -> None:
         torch.set_num_threads(before)
 
 
-@needs_triton
+@needs.triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_is_torchs_update(kind: str, interpreter: Interpreter) -> None:
     """One launch, which reads what the formula names once, and writes once."""
@@ -164,7 +153,7 @@ def test_triton_is_torchs_update(kind: str, interpreter: Interpreter) -> None:
         assert traffic.written == sum(x.nbytes for name, each in zip(f.each, given, strict=False) if name in f.updated for x in each)
 
 
-@needs_triton
+@needs.triton
 def test_triton_has_nothing_to_do_without_elements(interpreter: Interpreter) -> None:
     _, f = update("adamw")
     _, traffic = interpreter.run(triton_updates.source([f]), operands(f, [(0,), (0, 4)]))
@@ -176,7 +165,7 @@ def test_triton_has_nothing_to_do_without_elements(interpreter: Interpreter) -> 
     close(f, got, want)
 
 
-@needs_compiler
+@needs.compiler
 @settings(max_examples=25, deadline=None)
 @given(shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=5), seed=st.integers(0, 99), offset=st.integers(0, 3), n=st.integers(0, len(DTYPED) - 1))
 def test_tensors_that_begin_anywhere(folder: Path, shapes: list[tuple[int, ...]], seed: int, offset: int, n: int) -> None:
@@ -253,7 +242,7 @@ def check_groups(formulas: list[Formula], got: list[Any], want: list[Any]) -> No
         got = got[n:]
 
 
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("skip", [False, True])
 def test_parameter_groups_are_one_function(skip: bool, folder: Path) -> None:
     formulas, given, want = of_groups("bf16", skip)
@@ -261,7 +250,7 @@ def test_parameter_groups_are_one_function(skip: bool, folder: Path) -> None:
     check_groups(formulas, given, want)
 
 
-@needs_triton
+@needs.triton
 @pytest.mark.parametrize("skip", [False, True])
 def test_parameter_groups_are_one_launch(skip: bool, interpreter: Interpreter) -> None:
     formulas, given, want = of_groups("bf16", skip)
@@ -296,7 +285,7 @@ def test_what_triton_has_no_expression_for_is_torchs(monkeypatch: pytest.MonkeyP
     check(f, run, operands(f, SIZES))
 
 
-@needs_compiler
+@needs.compiler
 def test_where_a_kernel_runs_decides_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the host it is C++, whatever the device has; `cpp` never asks for Triton, though a device be there."""
     _, f = update("adamw")
@@ -312,7 +301,7 @@ def test_where_a_kernel_runs_decides_what_it_is(monkeypatch: pytest.MonkeyPatch)
     assert asked == ["triton", "run"]
 
 
-@needs_triton
+@needs.triton
 def test_a_launch_among_several_devices_is_on_the_operands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     entered: list[torch.device] = []
 
@@ -370,7 +359,7 @@ def nesterov(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True)
 
 
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("make", [adamw, nesterov])
 @pytest.mark.parametrize(("plan", "codegen"), [*((plan, "cpp") for plan in PLANS), ("bf16", "inductor"), ("fp16", "inductor")])
 def test_steps_are_those_of_torchs_update(plan: str, codegen: str, make: Callable[[Any], torch.optim.Optimizer]) -> None:
@@ -386,7 +375,7 @@ def test_steps_are_those_of_torchs_update(plan: str, codegen: str, make: Callabl
         torch.testing.assert_close(mine[name], theirs[name], rtol=5e-2 if narrow else 1e-4, atol=2e-2 if narrow else 1e-4, msg=lambda said, name=name: f"{name}: {said}")
 
 
-@needs_compiler
+@needs.compiler
 def test_a_step_that_overflows_changes_nothing() -> None:
     """float16 with a loss of infinity in all its gradients: parameters, moments and step counts stay as they were."""
     torch.manual_seed(0)
@@ -429,7 +418,7 @@ def doubled(plan: str, codegen: str, kind: str) -> tuple[list[float], dict[str, 
     return losses, {**step.state_dict(), **step.optimizer_state()}, [e.source for e in step.programs.current().executables]
 
 
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("plan", ["fp64", pytest.param("zero1+dp2+fp64", marks=pytest.mark.wide), pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide), pytest.param("tp2+fp64", marks=pytest.mark.wide)])
 def test_any_optimizer_that_works_element_by_element_is_one_kernel(plan: str, kind: str) -> None:
@@ -443,7 +432,7 @@ def test_any_optimizer_that_works_element_by_element_is_one_kernel(plan: str, ki
         assert not re.search(r"\n    (_0_weight|_3_bias|state_exp_avg\w*)\.copy_\(", source), source
 
 
-@needs_triton
+@needs.triton
 @pytest.mark.parametrize("kind", OTHERS)
 def test_the_same_through_triton(kind: str, interpreter: Interpreter) -> None:
     """The formulas of a step in the interpreter against their own ops, on tensors of any size."""
@@ -458,8 +447,8 @@ def test_the_same_through_triton(kind: str, interpreter: Interpreter) -> None:
         types = f.program.types
 
         def drawn(name: str, shape: tuple[int, ...], types: Any = types, g: torch.Generator = g) -> Tensor:
-            x = torch.rand(shape, generator=g, dtype=torch.float64) + 0.1
-            return torch.ones(shape, dtype=torch.bool) if types[name].dtype == "bool" else (0.1 * x if name == "grad_avg" else x).to(tensor(types[name].dtype))  # whose square is below that of squares
+            x = 0.2 * torch.rand(shape, generator=g, dtype=torch.float64) + 0.1  # so that a mean of squares is above the square of a mean, whichever state is which
+            return torch.ones(shape, dtype=torch.bool) if types[name].dtype == "bool" else x.to(tensor(types[name].dtype))
 
         each: list[Any] = [[drawn(name, shape if types[name].shape else ()) for shape in SIZES[1:]] for name in f.each]
         each += [drawn(name, ()) for name in f.shared]
@@ -533,7 +522,7 @@ class Named(torch.nn.Module):
         return (x * self.grads) @ self.params
 
 
-@needs_compiler
+@needs.compiler
 @pytest.mark.parametrize("kind", [*OWN, "adafactor"])
 @pytest.mark.parametrize("plan", ["fp64", "zero1+dp2+fp64", pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("named", [False, True])
@@ -556,7 +545,7 @@ def test_an_optimizer_of_the_users_own(kind: str, plan: str, named: bool) -> Non
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=lambda said, name=name: f"{name}: {said}")
 
 
-@needs_compiler
+@needs.compiler
 def test_a_gradient_that_is_another_parameter_is_copied() -> None:
     """Of a product of two parameters: each is the other's gradient, and a kernel has no order."""
     class Product(torch.nn.Module):
@@ -581,7 +570,7 @@ def test_a_gradient_that_is_another_parameter_is_copied() -> None:
     torch.testing.assert_close(runs[0]["a"], want_a)
 
 
-@needs_compiler
+@needs.compiler
 def test_a_gradient_of_float32_is_widened_for_a_parameter_of_float64() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(4)]).double()

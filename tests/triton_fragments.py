@@ -7,16 +7,19 @@ that ``resized`` can give them others.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from deepseed.codegen.kernels import Kernel, function
 from deepseed.codegen.python import generate
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
 from deepseed.ir.text import parse
+from deepseed.rules.strides import contiguous, laid_out
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.host import SimulatedHost
 
@@ -44,6 +47,13 @@ def resized(text: str, rows: int = 3, tokens: int = 7, head: int = 10, inner: in
 
 def retyped(p: Program, dtype: str) -> Program:
     return parse(str(p).replace("f32", dtype))
+
+
+def as_kernel(p: Program, name: str, strides: Sequence[tuple[int, ...]] | None = None) -> Kernel:
+    """A fragment on operands that lie in order, or as ``strides`` say."""
+    given = tuple(strides or [contiguous(i.type.shape) for i in p.inputs])
+    lying, views = laid_out(p, dict(zip([i.name for i in p.inputs], given, strict=True)))
+    return Kernel(name, p, given, function(p, name), tuple((tuple(lying[r] for r in op.results), view) for op, view in zip(p.ops, views, strict=True)))
 
 
 def random_inputs(p: Program, seed: int = 0, strided: bool = False) -> list[Tensor]:

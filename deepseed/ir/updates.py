@@ -38,9 +38,14 @@ def body_of(p: Program) -> tuple[str, ...]:
     return tuple([re.sub(rf"(?<=\w)\[{SIZE}\]", "[n]", line) for line in lines])
 
 
-def call_of(p: Program, op: Op) -> tuple[object, ...]:
-    """What updates have in common that one kernel does: kind and options, the dtypes of operands; of torch's own the learning rate too."""
-    return op.target, op.kwargs, len(op.args), None if op.target == POINTWISE else op.args[-1], *(p.types[r.name].dtype for r in op.refs)
+def place_of(op: Op) -> tuple[object, ...]:
+    """What updates have in common that one kernel does: when and where they run, and the dtype of parameters."""
+    return op.type.dtype, op.type.host, op.part, op.stage
+
+
+def formula_of(p: Program, op: Op) -> tuple[object, ...]:
+    """What those have in common that have one formula: kind and options, the dtypes of operands; of torch's own the learning rate too."""
+    return *place_of(op), op.target, op.kwargs, len(op.args), None if op.target == POINTWISE else op.args[-1], *(p.types[r.name].dtype for r in op.refs)
 
 
 def updated_of(op: Op) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ def update(kind: str, operands: Sequence[Tensor], kw: Mapping[str, Any]) -> tupl
 
 def in_place(kind: str, each: Sequence[str], shared: Sequence[str], kw: Mapping[str, Any]) -> Callable[..., None]:
     """A function of a list for each of ``each`` ("param", "grad" and states), then of ``shared`` ("lr", "skip", "scale"): one tensor after another, so that one gradient is widened at a time."""
-
     one = _pointwise if kind == "pointwise" else partial(_one, kind)
 
     def call(*given: Any) -> None:
