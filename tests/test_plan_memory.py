@@ -132,10 +132,10 @@ def drawn(seed: int, ops: int) -> Program:
     for i in range(ops):
         name, source = f"v{i}", draw.choice(list(rows)[-3:])
         like = [v for v in rows if rows[v] == rows[source]]
-        kind = draw.choice(("one", "two", "two", "cat", "view"))
-        n = rows[source] * (2 if kind == "cat" else 1)
+        kind = draw.choice(("one", "two", "two", "wide", "view"))
+        n = rows[source] * (2 if kind == "wide" else 1)
         text = {"one": f"aten.add.Tensor(%{source}, {i})", "two": f"aten.addcmul(%{source}, %{draw.choice(like)}, %{draw.choice(like)}, value={i})",
-                "cat": f"cat([%{source}, %{source}], dim=0)", "view": f"slice(%{source}, dim=0, start=0, step=1)"}[kind]  # fmt: skip
+                "wide": f"pad(%{source}, pads=[0, 0, 0, {rows[source]}], value={i})", "view": f"slice(%{source}, dim=0, start=0, step=1)"}[kind]  # fmt: skip
         lines.append(f'%{name} = {text} : f32[{n}, 2] {{at="m{i}", phase="forward"}}')
         rows[name] = n
     read = sorted(draw.sample([v for v in rows if v != "x"], min(ops, 4)))
