@@ -117,9 +117,9 @@ def _slice(p: Program, new: Sequence[str], t: Type, at: Mapping[str, int]) -> li
 
 
 def _rounds(p: Program, op: Op) -> bool:
-    """Whether it is a cast to fewer bits, which a kernel that keeps more in its registers would not make."""
+    """Whether it is a cast to fewer bits, which a kernel that keeps more in its registers would not make: of elements, or of a number to 16."""
     x = p.types[op.refs[0].name].dtype if op.refs else ""
-    return op.target == "cast" and x in FLOATS and op.type.dtype in FLOATS and ITEMSIZE[op.type.dtype] < ITEMSIZE[x] and bool(op.type.shape)
+    return op.target == "cast" and x in FLOATS and op.type.dtype in FLOATS and ITEMSIZE[op.type.dtype] < ITEMSIZE[x] and (bool(op.type.shape) or ITEMSIZE[op.type.dtype] == 2)
 
 
 def _op(p: Program, u: _Update) -> Op:

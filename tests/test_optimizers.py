@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 import deepseed
 from deepseed.capture import CaptureError
 from deepseed.capture.options import listed
+from deepseed.capture.state import discover
 from deepseed.closed_forms import state_bytes
 from deepseed.ir.layout import Partial
 from deepseed.noise import turned, undetermined
@@ -203,6 +204,39 @@ class Counting(Switching):
         else:
             self.total[0] += 1
         super().step()
+
+
+class Together(optim.Optimizer):
+    """Reads other parameters than the one that it changes: a norm over all, a neighbour's state, how many came before."""
+
+    def __init__(self, params: Any, what: str) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.what = what
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            self.state[p].setdefault("m", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for n, p in enumerate(params):
+            beside = {"a norm": norm, "a neighbour": self.state[params[n - 1]]["m"].norm(), "its place": 1.0 + n, "the last": params[-1].grad.norm(), "noise": 1.0}[self.what]
+            p.add_(-self.param_groups[0]["lr"] * (self.state[p]["m"] + (torch.rand_like(p) if self.what == "noise" else 0.0)) / beside)
+
+
+@pytest.mark.parametrize("what", ["a norm", "a neighbour", "its place", "the last"])
+def test_a_step_that_reads_other_parameters_is_refused(what: str) -> None:
+    """At a rate of 0 too, where a schedule may begin."""
+    refused(lambda ps: Together(ps, what), "optimizer Together does something else to a parameter where there is another one", "after two steps element", "alone", "clip_grad_norm")
+
+
+def test_noise_is_no_other_parameter() -> None:
+    before = torch.get_rng_state()
+    discover((made := Together([nn.Parameter(torch.ones(3, 4))], "noise")), made.param_groups[0], (3, 4), torch.float32)
+    made.what = "a norm"
+    with pytest.raises(CaptureError, match="another one"):
+        discover(made, made.param_groups[0], (3, 4), torch.bfloat16)
+    torch.set_rng_state(before)
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

@@ -507,8 +507,12 @@ def twice(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
     p.sub_(lr * new)
 
 
+def by_coarse_norm(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: float) -> None:
+    p.sub_(lr * g / (g.norm().to(torch.bfloat16).to(p.dtype) + 0.3))
+
+
 OWN = {
-    "follow": (follow, ("slow",), 0), "by norm": (by_norm, ("m",), 0), "rounded": (rounded, ("error",), 1), "twice": (twice, ("u", "w"), 0),
+    "follow": (follow, ("slow",), 0), "by norm": (by_norm, ("m",), 0), "rounded": (rounded, ("error",), 1), "by coarse norm": (by_coarse_norm, (), 1), "twice": (twice, ("u", "w"), 0),
     "strangely named": (strangely_named, ("grad", "param", "n0", "a b", "a-b", "1st", "a", "op", "v0", "end"), 1),
 }  # fmt: skip
 

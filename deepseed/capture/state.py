@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,9 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
     except Exception as error:
         needs = "closure" in str(error)
         raise CaptureError(f"optimizer {name} cannot be traced: its step on a parameter {list(small)} failed: {error}",
-                           fix=f"{'it wants a closure that computes the loss, and a compiled step computes it once: ' if needs else ''}use an optimizer whose step() needs no closure and works on dense gradients") from error  # fmt: skip
+                           fix=f"{'it wants a closure that computes the loss, and a compiled step computes it once: ' if needs else ''}use an optimizer whose step() needs no closure and works on dense gradients, one parameter by itself") from error  # fmt: skip
+    wide, gradient = p0.double(), g0.double()
+    _check_apart(optimizer, group, [(wide, gradient), (2 * wide + 1, -3 * gradient)])
     after = {k: _tensor(v, name, k) for k, v in kept.items()}
     fill: dict[str, float] = {}
     for slot in after:
@@ -136,6 +138,38 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
         if torch.equal(again, reached) and all(k in kept and torch.equal(_tensor(kept[k], name, k), after[k]) for k in after):
             return Slots(candidate, shapes, dtypes, False, python)
     return Slots(dict.fromkeys(after, 0.0), shapes, dtypes, True, python)
+
+
+def _check_apart(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], samples: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Whether a step does to each of two parameters (value, gradient), of one group or of two, in either order, what it does to it alone, twice over. Numbers that are drawn are the same for the first only."""
+
+    def stepped(groups: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], bool]:
+        params = {n: samples[n][0].clone() for each in groups for n in each}
+        other = shadow(optimizer, group, next(iter(params.values())), {})
+        moving = {"lr": other.param_groups[0]["lr"] or 0.1} if "lr" in other.param_groups[0] else {}  # a schedule may begin with 0
+        other.param_groups = [{**other.param_groups[0], **moving, "params": [params[n] for n in each]} for each in groups]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for seed in range(2):
+                for n, p in params.items():
+                    p.grad = samples[n][1].clone()
+                before = torch.default_generator.manual_seed(seed).get_state()
+                other.step()
+            return params, not torch.equal(before, torch.get_rng_state())
+
+    p0 = samples[0][0]
+    try:
+        alone = [stepped([[n]])[0][n] for n in range(len(samples))]
+        for groups in ([[0, 1]], [[1, 0]], [[0], [1]], [[1], [0]]):
+            together, drawn = stepped(groups)
+            for n in list(together)[: 1 if drawn else None]:
+                one, beside = alone[n].double().nan_to_num(), together[n].double().nan_to_num()
+                if float((one - beside).abs().max()) > 8 * torch.finfo(torch.float64).eps * float(one.abs().max()):  # where all lies in one tensor, vectors' lanes round another way
+                    at = int((one - beside).abs().argmax())
+                    raise ValueError(f"after two steps element {at} of {list(p0.shape)} is {float(beside.flatten()[at])} there and {float(one.flatten()[at])} alone")
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CaptureError(f"the step of optimizer {type(optimizer).__name__} does something else to a parameter where there is another one: {reason[0] if reason else type(error).__name__}",
+                           fix="make its update of each parameter from that one's value, gradient and state alone; a norm over all gradients is clip_grad_norm of deepseed.compile") from error  # fmt: skip
 
 
 def _beside(optimizer: Any, param: Tensor) -> dict[str, object]:
