@@ -308,9 +308,10 @@ def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: 
     ids=["2", "4"],
 )
 def test_real_ranks_keep_the_time_of_the_schedule(cases: list[Case]) -> None:
-    """Parts sleep for a known time: of at most twelve steps one is within 5 % of simulated time, and none below it."""
+    """Parts sleep: of at most twelve steps one is within 5 % of simulated time, of the sleeps as they were, and none below that of the sleeps as they were told."""
     got = launched(cases[0].ranks, timed, cases, 3, 12)
-    for case, (wire, took) in zip(cases, got[0], strict=True):
-        want = predicted(case, wire)
-        assert predicted(case, 0.0) <= min(took) <= CLOSE * want, f"{case}: {took} s for {want} s in simulated time"
-    assert all(steps == got[0] for steps in got)
+    for case, (_, steps) in zip(cases, got[0], strict=True):
+        assert all(took >= predicted(case, 0.0) for took, _ in steps)
+        took, simulated = min(steps, key=lambda step: step[0] / step[1])
+        assert took <= CLOSE * simulated, f"{case}: {took} s for {simulated} s in simulated time"
+    assert all(each == got[0] for each in got)

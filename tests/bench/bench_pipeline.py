@@ -29,8 +29,8 @@ def main() -> None:
     for number in said.ranks:
         kinds = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb", 1)]
         cases = [Case(name, number, 2 * number, v, said.unit / 1e3, tilt) for name, v in kinds for tilt in (0.0, 0.5)]
-        for case, (wire, took) in zip(cases, ranks(number, timed, cases, said.steps)[0], strict=True):
-            want = predicted(case, wire)
+        for case, (wire, steps) in zip(cases, ranks(number, timed, cases, said.steps)[0], strict=True):
+            want, took = predicted(case, wire), [real for real, _ in steps]
             print(
                 f"{number:3} {case.microbatches:3}  {case.name + (str(case.chunks) if case.chunks > 1 else ''):13}{case.tilt:5.1f} {1e3 * wire:7.2f} ms"
                 f" {1e3 * want:8.1f} ms {1e3 * min(took):13.1f} ms {1e3 * median(took):9.1f} ms {min(took) / want - 1:+7.1%}",

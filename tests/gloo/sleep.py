@@ -1,6 +1,7 @@
 """One rank that runs its lane of a schedule with every part replaced by a sleep of known length, and small messages between.
 
 What is left of a step is the schedule itself: the order of the instructions, who waits for whom, and what a message costs.
+A sleeper wakes when the machine lets it: simulated time is of the sleeps as they were, measured in the step it is compared with.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from deepseed.timeline import simulate
 
 WORDS = 16  # numbers in a message
 CLOSE = 1.05  # how much longer than in simulated time a step may take
+Step = tuple[float, float]  # seconds that it took, and in simulated time
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ class Case:
         }  # fmt: skip
 
 
-def asleep(rt: Runtime, s: Schedule, messages: Mapping[str, Message], seconds: Mapping[Place, float]) -> None:
-    """One step of this rank's lane. Each message says which it is, and is looked at."""
+def asleep(rt: Runtime, s: Schedule, messages: Mapping[str, Message], seconds: Mapping[Place, float]) -> dict[Place, float]:
+    """One step of this rank's lane. Each message says which it is, and is looked at. Returns how long each of its parts slept, on average."""
     here, number = rt.coordinate["pp"], {name: n for n, name in enumerate(messages)}
     posted, used, made = receives(s, here, messages), needs(s, here, messages), sends(s, here, messages)
     handles: dict[Item, Callable[[], Tensor]] = {}
+    slept: dict[Place, list[float]] = {}
 
     def receive(item: Item) -> None:
         handle = rt.receive_start((WORDS,), torch.int64, s.lane_of(messages[item[0]][0][1]))
@@ -73,10 +76,13 @@ def asleep(rt: Runtime, s: Schedule, messages: Mapping[str, Message], seconds: M
             got = handles.pop((name, microbatch))()
             if got[:2].tolist() != [number[name], microbatch]:
                 raise ValueError(f"lane {here}, {i}: %{name} of microbatch {microbatch} is due, and {got[:2].tolist()} of {list(number)} came")
+        began = time.monotonic()
         time.sleep(seconds.get((i.part, i.stage), 0.0))
+        slept.setdefault((i.part, i.stage), []).append(time.monotonic() - began)
         for name, microbatch in made[n]:
             rt.send(torch.tensor([number[name], microbatch] + [0] * (WORDS - 2)), s.lane_of(messages[name][1][1]))
     rt.flush()
+    return {place: fmean(each) for place, each in slept.items()}
 
 
 def latency(rt: Runtime, rounds: int = 40) -> float:
@@ -95,9 +101,9 @@ def latency(rt: Runtime, rounds: int = 40) -> float:
     return float(rt.broadcast(torch.tensor(median(took)), (), torch.float32, 0))
 
 
-def timed(cases: list[Case], steps: int, most: int = 0) -> list[tuple[float, list[float]]]:
-    """Of each case the latency of a message and the seconds of each step: from the moment that all ranks begin to the last one's end.
-    ``most``: steps to take until one is within ``CLOSE`` of simulated time, since other work on the machine wakes sleepers late."""
+def timed(cases: list[Case], steps: int, most: int = 0) -> list[tuple[float, list[Step]]]:
+    """Of each case the latency of a message, and of each step its seconds, from the moment that all ranks begin to the last one's end, beside simulated time.
+    ``most``: steps to take until one is within ``CLOSE`` of simulated time, since other work on the machine delays messages too."""
     torch.set_num_threads(1)
     start("gloo")
     rt = DistributedRuntime(Mesh((("pp", dist.get_world_size()),)), timeout=60.0)
@@ -105,20 +111,19 @@ def timed(cases: list[Case], steps: int, most: int = 0) -> list[tuple[float, lis
     with guarded(rt):
         for case in cases:
             s, messages, seconds = case.schedule, case.messages, case.seconds
-            wire, took = latency(rt), []
-            enough = CLOSE * predicted(case, wire)
-            while len(took) < steps or (len(took) < most and min(took) > enough):  # the same numbers on all ranks
+            wire, took = latency(rt), list[Step]()
+            while len(took) < steps or (len(took) < most and all(real > CLOSE * simulated for real, simulated in took)):  # the same numbers on all ranks
                 rt.wait(rt.all_reduce_start(torch.ones(1), "pp"))
                 began = time.monotonic()
-                asleep(rt, s, messages, seconds)
-                spans = torch.tensor([-began, time.monotonic()], dtype=torch.float64)
-                ends = rt.wait(rt.all_reduce_start(spans, "pp", "max"))  # one machine: one clock
-                took.append(float(ends.sum()))
+                slept = asleep(rt, s, messages, seconds)
+                here = torch.tensor([-began, time.monotonic(), *(slept.get(place, 0.0) for place in seconds)], dtype=torch.float64)
+                minus, end, *slept_all = rt.wait(rt.all_reduce_start(here, "pp", "max")).tolist()  # one machine: one clock
+                took.append((minus + end, predicted(case, wire, dict(zip(seconds, slept_all, strict=True)))))
             out.append((wire, took))
     stop()
     return out
 
 
-def predicted(case: Case, wire: float) -> float:
-    """Seconds of a step in simulated time."""
-    return simulate(case.schedule, case.seconds, case.messages, latency=wire).step_seconds
+def predicted(case: Case, wire: float, slept: Mapping[Place, float] | None = None) -> float:
+    """Seconds of a step in simulated time, whose parts take what they were told to sleep, or ``slept``."""
+    return simulate(case.schedule, slept or case.seconds, case.messages, latency=wire).step_seconds
