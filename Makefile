@@ -1,4 +1,4 @@
-# make demo | generate-demo | serve-demo | test | tests | test-all | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
+# make demo | generate-demo | serve-demo | test | tests | test-all | sanitize | zoo | unseen | bench | lint | docs. The first one called makes .venv; a stamp keeps it from being made twice.
 
 # 3.11 or newer
 PYTHON    ?= python3
@@ -8,6 +8,8 @@ PIP_FLAGS ?=
 WORKERS   ?= 2
 # more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH" or BENCH=--quick
 BENCH     ?=
+# test files of make sanitize
+SANITIZED ?= $(addprefix tests/test_,$(addsuffix .py,cpp cpp_accepted cpp_attention cpp_meaning cpp_nests cpp_products updates drawn_fragments paged_attention quantize inference_models))
 VENV      := .venv
 BIN       := $(VENV)/bin
 READY     := $(VENV)/.installed
@@ -17,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 # every rank that starts would compile all of the package's source again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo generate-demo serve-demo smollm2 test tests test-all zoo unseen bench lint docs clean
+.PHONY: demo generate-demo serve-demo smollm2 test tests test-all sanitize zoo unseen bench lint docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -55,6 +57,11 @@ tests: $(READY)
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# the C++ that DeepSeed writes, under AddressSanitizer (g++): a read or write outside a tensor ends the tests and says where
+sanitize: $(READY)
+	CXX=$(CURDIR)/tests/sanitized-c++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 DEEPSEED_CACHE_DIR=$(CURDIR)/build/sanitized \
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not wide' $(SANITIZED)
 
 # every model of docs/models.md under every plan
 zoo: $(READY)

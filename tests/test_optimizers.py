@@ -206,6 +206,20 @@ class Counting(Switching):
         super().step()
 
 
+class Named(optim.SGD):
+    """Keeps a state by a name of its own."""
+
+    def __init__(self, params: Any, name: Any) -> None:
+        super().__init__(params)
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault(self.name, torch.zeros_like(p)).add_(p.grad)
+        super().step()
+
+
 class Together(optim.Optimizer):
     """Reads other parameters than the one that it changes: a norm over all, a neighbour's state, how many came before."""
 
@@ -242,6 +256,8 @@ def test_noise_is_no_other_parameter() -> None:
 def test_what_cannot_be_compiled_is_refused() -> None:
     refused(Counting, "Counting", "keeps what changes from step to step in param_groups[0]['total']")
     refused(lambda ps: Counting(ps, "self"), "in self.total")
+    refused(lambda ps: Named(ps, "m/v"), "Named names a state 'm/v'", "without a '/'")
+    refused(lambda ps: Named(ps, 3), "Named names a state 3")
     refused(optim.LBFGS, "LBFGS cannot be traced", "closure")
     refused(lambda ps: [optim.SGD(ps, lr=0.1), optim.Adam(ps[:1])], "parameter 'up.weight' is in two optimizers, SGD and Adam")
 

@@ -113,6 +113,8 @@ def discover(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: 
                            fix=f"{'it wants a closure that computes the loss, and a compiled step computes it once: ' if needs else ''}use an optimizer whose step() needs no closure and works on dense gradients, one parameter by itself") from error  # fmt: skip
     wide, gradient = p0.double(), g0.double()
     _check_apart(optimizer, group, [(wide, gradient), (2 * wide + 1, -3 * gradient)])
+    if strange := [k for k in kept if not isinstance(k, str) or "/" in k]:
+        raise CaptureError(f"optimizer {name} names a state {strange[0]!r}", fix="a string without a '/', which parts it from the parameter's name in checkpoints")
     after = {k: _tensor(v, name, k) for k, v in kept.items()}
     fill: dict[str, float] = {}
     for slot in after:
