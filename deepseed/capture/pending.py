@@ -48,8 +48,9 @@ def capture_update(
     outputs += done.outputs
     ops = live(e.ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
+    stored = {o.key for o in outputs if o.role == "state"}  # it has its place, though nobody may read it
     kept = {op.origin for op in ops}
-    inputs = tuple(i for i in e.inputs if i.role in ("param", "pending") or i.name in used)
+    inputs = tuple(i for i in e.inputs if i.role in ("param", "pending") or i.name in used or (i.role == "state" and i.key in stored))
     program = Program("update", Mesh(()), inputs, ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in done.origins.items() if k in kept))
     return Captured(
         verify(program), {}, (), Reads(), Structure(model), BatchSpec({}, {}), parameters, aliases(model), {}, slots | done.state,

@@ -155,7 +155,8 @@ def capture(
     whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
     ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
     used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
-    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch", "tangent") or i.name in used]
+    stored = {o.key for o in outputs if o.role == "state"}  # it has its place, though nobody may read it
+    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch", "tangent") or i.name in used or (i.role == "state" and i.key in stored)]
     kept = {op.origin for op in ops}
     guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
