@@ -289,6 +289,8 @@ class Compiled:
                     state.fill(entry, 1.0 if slot.slot == STARTED and slot.param in stepped else slot.fill)
         if self.weights is not None:
             self.weights.read(self.host, states, read)
+        if not self.steps:
+            self._restart(built)
         self.states, built.adopted = states, True
         self._fills |= {key: slot.fill for key, slot in built.captured.state.items()}
         built.captured = replace(  # the values are in the states now: no second copy
@@ -307,6 +309,14 @@ class Compiled:
         if first and self.backend != "simulate":
             accept_whole(self.model, self.states)
         checkpoint.resume(self)
+
+    def _restart(self, built: Built) -> None:
+        """Before the first step: state that another option of the optimizer starts otherwise than the program that stored it."""
+        for key, slot in built.captured.state.items():
+            for state in (s for s in self.states if ("state", key) in s.tensors and self._fills.get(key, slot.fill) != slot.fill):
+                stored = state.tensors["state", key]
+                if bool((stored == self._fills[key]).all()):  # else it came with values of its own
+                    stored.fill_(slot.fill)
 
     # programs -------------------------------------------------------------------------------------------------------
 

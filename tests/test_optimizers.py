@@ -189,6 +189,186 @@ def refused(make: Callable[[list[nn.Parameter]], Any], *parts: str) -> None:
     assert all(part in str(caught.value) for part in (*parts, "fix:")), caught.value
 
 
+# what state starts as -------------------------------------------------------------------------------------------------------
+
+
+class Own(optim.Optimizer):
+    """A user's: ``begin(p, group)`` is its state before the first step, ``body(p, state, group)`` a step."""
+
+    def __init__(self, params: Any, begin: Callable[[Tensor, Any], Any], body: Callable[[Tensor, Any, Any], object], **options: Any) -> None:
+        super().__init__(params, {"lr": 0.05, **options})
+        self.begin, self.body = begin, body
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if (state := self.state[p]) == {}:
+                    state["s"] = self.begin(p, group)
+                self.body(p, state, group)
+
+
+def pulled(p: Tensor, state: Any, group: Any) -> None:
+    p.sub_(group["lr"] * (p.grad + 0.3 * (p - state["s"])))
+
+
+def scaled(p: Tensor, state: Any, group: Any) -> None:
+    p.sub_(group["lr"] * p.grad * state["s"])
+
+
+def averaged(p: Tensor, state: Any, group: Any) -> None:
+    p.sub_(group["lr"] * state["s"].lerp_(p.grad, 0.1))
+
+
+def largest(p: Tensor, state: Any, group: Any) -> None:
+    state["s"] = max(state["s"], float(p.grad.abs().max()))
+    p.sub_(group["lr"] * p.grad / state["s"])
+
+
+def counted(p: Tensor, state: Any, group: Any) -> None:
+    p.sub_(group["lr"] * p.grad / state["s"])
+    state["s"] += 1
+
+
+STARTS: dict[str, tuple[Callable[[Tensor, Any], Any], Callable[[Tensor, Any, Any], object]]] = {
+    "the parameter": (lambda p, g: p.clone(), pulled),
+    "the gradient": (lambda p, g: p.grad.clone(), averaged),
+    "a norm": (lambda p, g: p.norm(), scaled),
+    "a Python float of the parameter": (lambda p, g: p.norm().item(), scaled),
+    "a Python float of the gradient": (lambda p, g: -1e9, largest),
+    "the size": (lambda p, g: p.numel() ** -0.5, scaled),
+    "the shape": (lambda p, g: torch.tensor(p.shape[-1] / p.shape[0] if p.dim() > 1 else 1.0, dtype=torch.float64), scaled),
+    "an option": (lambda p, g: torch.full_like(p, g["lr"]), averaged),
+    "large or small": (lambda p, g: torch.zeros_like(p) if p.numel() < 20 else torch.ones_like(p), averaged),
+    "zeros": (lambda p, g: torch.zeros_like(p), averaged),
+    "a count": (lambda p, g: 1, counted),
+}
+
+
+class Scaled(nn.Module):
+    """With parameters of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(6, 4), nn.Linear(4, 1), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))) * self.scale
+
+
+def two_models(make: Callable[[Any], Any], plan: str, codegen: str = "python", example: bool = False) -> tuple[Any, Any, nn.Module, Any]:
+    """A compiled step and the optimizer it has, a model and an optimizer of its own."""
+    torch.manual_seed(0)
+    mine = Scaled().double()
+    theirs = copy.deepcopy(mine)
+    given = make(mine.parameters())
+    step = deepseed.compile(mine, plan, optimizer=given, loss_fn=centred, world_size=2 if plan != "zero0" else 1, codegen=codegen, example_batch=rows(0) if example else None)
+    return step, given, theirs, make(theirs.parameters())
+
+
+def centred(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - 1.0).square().mean()
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def same_steps(step: Any, theirs: nn.Module, eager: Any, numbers: Any = range(4)) -> None:
+    for n in numbers:
+        eager.zero_grad()
+        want = centred(theirs, rows(n))
+        want.backward()
+        eager.step()
+        torch.testing.assert_close(step(rows(n)), want.detach(), rtol=1e-12, atol=1e-14)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(step.state_dict()[name], p.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("plan", ["zero0", "zero3"])
+def test_state_starts_as_it_does_in_eager(plan: str, kind: str) -> None:
+    step, given, theirs, eager = two_models(lambda ps: Own(ps, *STARTS[kind]), plan)
+    same_steps(step, theirs, eager)
+    have, want = given.state_dict()["state"], eager.state_dict()["state"]
+    for index in want:
+        assert type(have[index]["s"]) is type(want[index]["s"])
+        torch.testing.assert_close(have[index]["s"], want[index]["s"], rtol=1e-10, atol=1e-12)
+    constant = kind in ("zeros", "a count", "a Python float of the gradient")
+    assert any(key.startswith("started/") for key in step.optimizer_state()) is not constant
+
+
+def test_state_starts_with_the_options_of_the_first_step() -> None:
+    """They may change after the program was compiled for an example."""
+    kinds: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+        "rprop": (lambda ps: optim.Rprop(ps, lr=0.01), {"lr": 0.05}),
+        "asgd": (lambda ps: optim.ASGD(ps, lr=0.01), {"lr": 0.05}),
+        "a number": (lambda ps: Own(ps, lambda p, g: torch.full_like(p, g["first"]), averaged, first=0.5), {"first": 0.25}),
+        "a switch": (lambda ps: Own(ps, lambda p, g: torch.ones_like(p) if g["ones"] else torch.zeros_like(p), averaged, ones=True), {"ones": False}),
+    }
+    for make, options in kinds.values():
+        step, given, theirs, eager = two_models(make, "zero1", example=True)
+        for each in (given, eager):
+            each.param_groups[0].update(options)
+        same_steps(step, theirs, eager)
+
+
+def test_state_of_only_some_steps_or_sizes_is_refused() -> None:
+    def later(p: Tensor, state: Any, group: Any) -> None:
+        if state["s"] == 1:
+            state["more"] = torch.zeros_like(p)
+        state["s"] += 1
+
+    def large(p: Tensor, state: Any, group: Any) -> None:
+        if p.numel() > 30:
+            state["rows"] = torch.zeros(p.shape[:1])
+
+    refused(lambda ps: Own(ps, lambda p, g: 0, later), "state 'more' of optimizer Own is of shape", "after a later step on a parameter", "it is not there")
+    refused(lambda ps: Own(ps, lambda p, g: 0.0, large), "state 'rows' of optimizer Own is of shape [", "step on a parameter [", "it is not there")
+
+
+def test_a_state_dict_with_a_part_of_the_state_is_refused() -> None:
+    def halves(p: Tensor, state: Any, group: Any) -> None:
+        state.setdefault("t", p.clone())
+        pulled(p, state, group)
+
+    model = mlp()
+    optimizer = Own(model.parameters(), lambda p, g: p.clone(), halves)
+    optimizer.state[model.up.weight]["t"] = torch.zeros_like(model.up.weight)
+    with pytest.raises(CaptureError, match=r"state of 'up\.weight' has 1 of 2 entries: 't' and no 's'"):
+        deepseed.compile(model, "zero0", optimizer=optimizer, loss_fn=squared_error, example_batch=data(1)[0])
+
+
+# state that nobody reads ----------------------------------------------------------------------------------------------------
+
+
+def noted(p: Tensor, state: Any, group: Any) -> None:
+    """The norm of the gradient, the gradient and the old parameter, for people to look at."""
+    state["norm"], state["grad"], state["previous"] = p.grad.norm(), p.grad.clone(), p.clone()
+    p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize(("plan", "codegen"), [("zero0", "python"), ("zero0", "auto"), ("zero1", "auto"), ("zero2", "python"), ("zero3", "auto")])
+def test_state_that_is_written_and_never_read(plan: str, codegen: str, tmp_path: Any) -> None:
+    make = lambda ps: Own(ps, lambda p, g: 0.0, noted)  # noqa: E731
+    step, given, theirs, eager = two_models(make, plan, codegen)
+    same_steps(step, theirs, eager)
+    step.save(tmp_path)
+    again, other, _, _ = two_models(make, "zero1" if plan == "zero0" else "zero0", codegen)
+    again.load(tmp_path)
+    same_steps(again, theirs, eager, [4])
+    step(rows(4))
+    want = eager.state_dict()["state"]
+    for have in (given.state_dict()["state"], other.state_dict()["state"]):
+        for index, slots in want.items():
+            assert have[index].keys() == slots.keys()
+            for slot, value in slots.items():
+                torch.testing.assert_close(have[index][slot], value, rtol=1e-10, atol=1e-12)
+
+
+# what is refused --------------------------------------------------------------------------------------------------------------
+
+
 class Counting(Switching):
     """Counts where only the whole optimizer sees it: in its group, or on itself."""
 

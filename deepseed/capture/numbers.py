@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _COMPARISONS = {"__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge", **{n: n for n in ("eq", "ne", "lt", "le", "gt", "ge")}}
+_FILLS = {"full": 1, "full_like": 1, "new_full": 2}  # where the number is that they make a tensor of
 _ALIASES = {"fabs": "abs", "pow": "pow"}  # functions of math that torch calls otherwise, or that take two numbers
 
 
@@ -63,6 +64,10 @@ class Numbers(TorchFunctionMode):
             return getattr(operator, _COMPARISONS[name])(self.known[id(args[0])], 0)
         if name == "to" and id(args[0]) in self.numbers:
             return args[0]
+        if name in ("tensor", "as_tensor") and id(args[0]) in self.numbers:
+            return args[0].to(kwargs.get("dtype") or torch.get_default_dtype())
+        if (filled := _filled(func, args, kwargs)) is not None:
+            return filled
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         beside = [a for a in given if id(a) not in self.numbers]
         if given and not beside:
@@ -82,6 +87,21 @@ class Numbers(TorchFunctionMode):
 
     def _cast(self, a: Any, dtype: torch.dtype) -> Any:
         return a.to(dtype) if isinstance(a, Tensor) and id(a) in self.numbers else a
+
+
+def _filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """``full_like(x, t)`` with a tensor ``t``, which torch would read; None for any other call."""
+    at = _FILLS.get(getattr(func, "__name__", ""))
+    if at is None or not isinstance(value := args[at] if len(args) > at else kwargs.get("fill_value"), Tensor):
+        return None
+    zeros: Tensor = func(*args[:at], 0.0, *args[at + 1 :], **{k: v for k, v in kwargs.items() if k != "fill_value"})
+    return zeros + value.to(zeros.dtype)
+
+
+class _Filling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        filled = _filled(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if filled is None else filled
 
 
 def _scaled(func: Any, word: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,6 +213,7 @@ def compiling() -> Iterator[None]:
     old = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
-        yield
+        with _Filling():
+            yield
     finally:
         torch.compiler._is_compiling_flag = old

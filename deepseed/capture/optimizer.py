@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 
+from deepseed.capture.alike import told
 from deepseed.capture.batch import DTYPES
 from deepseed.capture.convert import Emitter, convert
 from deepseed.capture.elementwise import pointwise, reshaped
@@ -34,6 +35,7 @@ FUSED = {torch.optim.AdamW: "optim.adamw", torch.optim.Adam: "optim.adam", torch
 MOST_WAYS = 16  # of one step, through branches on values
 MOST_RULES = 64  # that are kept
 _RATE = Number("lr", None)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,15 @@ def trace_rule(
     ways = [((*rate, *numbers), False)] if numbers else []
     for given, capturable in [*ways, (rate, False), *([(rate, True)] if "capturable" in group else [])]:
         try:
-            always = _trace(optimizer, group, shape, dtype, slots, list(slots.fill), capturable, given)
-            first = _trace(optimizer, group, shape, dtype, slots, [], capturable, given) if slots.two_formulas else None
+            step = _Step(optimizer, group, shape, dtype, slots, capturable, given)
+            always = step.traced(None)
+            first = step.traced({}) if slots.two_formulas or step.told({}) != step.told(slots.fill) else None
+        except CaptureError:
+            raise
         except Exception as error:
             errors.append(error)
         else:
-            return Rule(slots, always, first, given)
+            return Rule(slots if first is None else slots.of_two(), always, first, given)
     reason = str(errors[0]).strip().splitlines()
     raise CaptureError(
         f"optimizer {type(optimizer).__name__} cannot be traced: {reason[0] if reason else type(errors[0]).__name__}",
@@ -119,50 +124,81 @@ def trace_rule(
     ) from errors[0]
 
 
-def _trace(
-    optimizer: Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, slots: Slots,
-    given: Sequence[str], capturable: bool, numbers: Sequence[Number],
-) -> tuple[Way, ...]:  # fmt: skip
-    """The step once a way through its branches. ``given``: the slots that the state has; without them it is the first step."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    names = list(slots.fill)
-    with mode:
-        fakes = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)]
-        fakes += [torch.empty((), dtype=torch.float64) for _ in numbers]
-        fakes += [torch.empty(slots.shape[n], dtype=slots.dtype[n]) for n in names]
-    ways = Ways()
+class _Step:
+    """The step of one class of parameters on fake tensors, once a way through its branches.
 
-    def step(param: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    ``begun``: what the state is at its begin, by slot: None for what comes in as inputs, nothing at the first step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, slots: Slots, capturable: bool, numbers: Sequence[Number]
+    ) -> None:  # fmt: skip
+        self.optimizer, self.group, self.slots, self.capturable, self.numbers = optimizer, with_numbers(group, {}), slots, capturable, numbers
+        self.mode, self.shape = FakeTensorMode(allow_non_fake_inputs=True), shape
+        with self.mode:
+            self.fakes = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)]
+            self.fakes += [torch.empty((), dtype=torch.float64) for _ in numbers]
+            self.fakes += [torch.empty(slots.shape[n], dtype=slots.dtype[n]) for n in slots.fill]
+
+    def traced(self, begun: Mapping[str, float] | None) -> tuple[Way, ...]:
+        def trace(step: Callable[..., tuple[Tensor, ...]]) -> Flat:
+            return functional(make_fx(step, tracing_mode="fake")(*self.fakes), self.fakes, self.mode)
+
+        return tuple(Way(taken, flat) for taken, flat in self._ways(begun, trace))
+
+    def told(self, begun: Mapping[str, float]) -> list[tuple[tuple[bool, ...], list[str]]]:
+        """What it does as text."""
+        with self.mode:
+            return self._ways(begun, lambda step: told(step, self.fakes))
+
+    def _ways(self, begun: Mapping[str, float] | None, run: Callable[[Callable[..., tuple[Tensor, ...]]], R]) -> list[tuple[tuple[bool, ...], R]]:
+        ways = Ways()
+        found: list[tuple[tuple[bool, ...], R]] = []
+        todo: list[list[bool]] = [[]]
+        while todo:
+            start = todo.pop()
+            ways.taken = list(start)
+            result = run(lambda *flat: self._call(ways, begun, *flat))
+            taken = tuple(ways.taken)
+            todo += [[*taken[:n], False] for n in range(len(start), len(taken))]
+            found.append((taken, result))
+            if len(found) + len(todo) > MOST_WAYS:
+                raise ValueError(f"its step has more than {MOST_WAYS} ways through branches on values")
+        return found
+
+    def _call(self, ways: Ways, begun: Mapping[str, float] | None, param: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         ways.conditions.clear()
+        numbers, slots = self.numbers, self.slots
         moving, states = rest[: len(numbers)], rest[len(numbers) :]
         p = param.clone()
         p.grad = grad.clone()
         state: dict[str, Any] = {}
-        for name, s in zip(names, states, strict=True):
-            if name in given:
-                wide = capturable and not slots.shape[name] and s.is_floating_point()
+        for name, s in zip(slots.fill, states, strict=True):
+            if begun is None:
+                wide = self.capturable and not slots.shape[name] and s.is_floating_point()
                 state[name] = s.to(torch.float64) if wide else s.clone()
-        counts = [state[n] for n in slots.python if n in state]
-        known = [(t, n.read(group)) for t, n in zip(moving, numbers, strict=True) if n != _RATE]
+            elif name in begun:
+                state[name] = slots.python[name](begun[name]) if name in slots.python else torch.full(slots.shape[name], begun[name], dtype=slots.dtype[name])
+        counts = [state[n] for n in slots.python if isinstance(state.get(n), Tensor)]
+        known = [(t, n.read(self.group)) for t, n in zip(moving, numbers, strict=True) if n != _RATE]
         rate = [t for t, n in zip(moving, numbers, strict=True) if n == _RATE]
-        one = shadow(optimizer, with_numbers(group, dict(zip(numbers, moving, strict=True))), p, state, capturable)
-        with torch.no_grad(), words(optimizer), compiling() if capturable else Numbers(ways, *rate, *counts, known=known):
+        one = shadow(self.optimizer, with_numbers(self.group, dict(zip(numbers, moving, strict=True))), p, state, self.capturable)
+        with torch.no_grad(), words(self.optimizer), compiling() if self.capturable else Numbers(ways, *rate, *counts, known=known):
             one.step()
         kept = one.state[p]
-        return p, *(_as(kept[n], slots.dtype[n]) for n in names), *ways.conditions
+        self._check_kept(kept, begun)
+        return p, *(_as(kept[n], slots.dtype[n]) for n in slots.fill), *ways.conditions
 
-    found: list[Way] = []
-    todo: list[list[bool]] = [[]]
-    while todo:
-        begun = todo.pop()
-        ways.taken = list(begun)
-        module = make_fx(step, tracing_mode="fake")(*fakes)
-        taken = tuple(ways.taken)
-        todo += [[*taken[:n], False] for n in range(len(begun), len(taken))]
-        found.append(Way(taken, functional(module, fakes, mode)))
-        if len(found) + len(todo) > MOST_WAYS:
-            raise CaptureError(f"its step has more than {MOST_WAYS} ways through branches on values")
-    return tuple(found)
+    def _check_kept(self, kept: Mapping[str, Any], begun: Mapping[str, float] | None) -> None:
+        """Every step keeps of a parameter of any size what the first one keeps of a small one."""
+        was, now = dict(self.slots.shape), {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in kept.items()}
+        if was != now:
+            name = next(n for n in (*was, *now) if was.get(n) != now.get(n))
+            first, here = (f"of shape {list(each[name])}" if name in each else "not there" for each in (was, now))
+            raise CaptureError(
+                f"state {name!r} of optimizer {type(self.optimizer).__name__} is {here} after {'a later' if begun is None else 'the first'} step on a parameter {list(self.shape)}; after the first step on a small one it is {first}",
+                fix="make all of a parameter's state at its first step, the same for all sizes and of the parameter's own dimensions",
+            )
 
 
 @contextmanager
@@ -177,7 +213,7 @@ def _creating(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _as(value: Any, dtype: torch.dtype) -> Tensor:
-    return (value if isinstance(value, Tensor) else torch.tensor(float(value))).to(dtype)
+    return (value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)).to(dtype)
 
 
 @dataclass
@@ -282,7 +318,11 @@ class Updates:
             held = held if isinstance(held, Tensor) or held is None else torch.tensor(float(held), dtype=slots.dtype[slot])
             self._add(refs, StateSlot(name, slot, t, fill, held, False, slots.python.get(slot)))
         if slots.two_formulas:
-            begun = torch.tensor(1.0) if any(s in existing and existing[s] is not None for s in slots.fill) else None
+            there = [s for s in slots.fill if existing.get(s) is not None]
+            if there and len(there) < len(slots.fill):
+                lacks = next(s for s in slots.fill if s not in there)
+                raise CaptureError(f"the optimizer's state of {name!r} has {len(there)} of {len(slots.fill)} entries: {there[0]!r} and no {lacks!r}, which is made at the first step only", path=name, fix="give it all of its state (load_state_dict), or none")
+            begun = torch.tensor(1.0) if there else None
             self._add(refs, StateSlot(name, STARTED, Type("f32", ()), 0.0, begun, True))
         return refs
 

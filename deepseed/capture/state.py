@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Slots:
     dtype: Mapping[str, torch.dtype]
     two_formulas: bool  # the first step differs from the others
     python: Mapping[str, Callable[[Any], int | float]]  # those that are Python numbers: int or float
+
+    def of_two(self) -> Slots:
+        """The same where no number that is known ahead starts the state: the first step makes it."""
+        return replace(self, fill=dict.fromkeys(self.fill, 0.0), two_formulas=True)
 
 
 class _Recorder(dict[str, Any]):
