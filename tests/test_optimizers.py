@@ -424,6 +424,55 @@ def test_a_step_that_reads_other_parameters_is_refused(what: str) -> None:
     refused(lambda ps: Together(ps, what), "optimizer Together does something else to a parameter where there is another one", "after two steps element", "alone", "clip_grad_norm")
 
 
+class Many(optim.Optimizer):
+    """Two parameters do not show what it does."""
+
+    def __init__(self, params: Any, what: str) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.what = what
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in given]).norm() if self.what == "a norm over three" and len(given) > 2 else 1.0
+            for n, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad / norm * (0.5 if self.what == "the fourth" and n > 2 else 1.0) * (torch.rand_like(p) if self.what == "noise" else 1.0))
+                elif self.what == "without gradient":
+                    p.mul_(0.9)
+
+
+class Unused(Mlp):
+    """With a parameter that no loss reads and one that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("a norm over three", "does something else to parameter 'up.weight' where its other 5 are: element"),
+        ("the fourth", "does something else to parameter 'down.bias' where its other 5 are: element"),
+        ("without gradient", "changes parameter 'unused', which has no gradient: element 0 of a small one, [3], is"),
+        ("nothing", ""), ("noise", ""),
+    ],
+)  # fmt: skip
+def test_all_parameters_are_stepped_as_each_alone(what: str, said: str) -> None:
+    model = Unused().double()
+    names = ["up.weight", "up.bias", "down.weight", "down.bias", "unused", "frozen"]
+    optimizer = Many([dict(model.named_parameters())[name] for name in names], what)
+    compiled = lambda: deepseed.compile(model, "zero0", optimizer=optimizer, loss_fn=squared_error, example_batch=data(1)[0])  # noqa: E731
+    if not said:
+        compiled()
+        return
+    with pytest.raises(CaptureError) as caught:
+        compiled()
+    assert f"the step of optimizer Many {said}" in str(caught.value) and "after two steps and" in str(caught.value) and "fix:" in str(caught.value)
+
+
 def test_noise_is_no_other_parameter() -> None:
     before = torch.get_rng_state()
     discover((made := Together([nn.Parameter(torch.ones(3, 4))], "noise")), made.param_groups[0], (3, 4), torch.float32)

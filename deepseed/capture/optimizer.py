@@ -61,7 +61,7 @@ _kept: dict[tuple[Hashable, tuple[int, ...]], Rule] = {}  # the one that was ask
 
 def rule_of(optimizer: Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype, numbers: tuple[Number, ...] = ()) -> Rule:
     """``trace_rule``, or what it gave before for the same class of parameters, or a pointwise one for another shape."""
-    form = _alike(optimizer, group, dtype, numbers, tuple(min(n, 2) for n in shape))
+    form = form_of(optimizer, group, dtype, numbers, tuple(min(n, 2) for n in shape))
     if form is None:
         return trace_rule(optimizer, group, shape, dtype, numbers)
     found = _kept.pop((form, shape), None)
@@ -87,7 +87,7 @@ def _for_shape(rule: Rule, shape: tuple[int, ...], to: tuple[int, ...]) -> Rule 
     return Rule(slots, of(rule.always), None if rule.first is None else of(rule.first), rule.numbers)
 
 
-def _alike(optimizer: Optimizer, group: Mapping[str, Any], *asked: Hashable) -> Hashable:
+def form_of(optimizer: Optimizer, group: Mapping[str, Any], *asked: Hashable) -> Hashable:
     """What decides the rule of an optimizer of torch's own, whose step reads the options of its group and nothing else of the object; None for another's."""
     kind = type(optimizer)
     options = {k: v for k, v in group.items() if k not in ("params", "param_names")}

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseed.capture.errors import CaptureError
 from deepseed.ir.program import Type
 
+ROUNDED = 8 * torch.finfo(torch.float64).eps  # where all lies in one tensor, vectors' lanes round another way
 STARTED = "started"  # own slot, 0 before the first step: for optimizers whose first step is another formula
 
 
@@ -154,13 +155,12 @@ def _check_apart(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sam
         other = shadow(optimizer, group, next(iter(params.values())), {})
         moving = {"lr": other.param_groups[0]["lr"] or 0.1} if "lr" in other.param_groups[0] else {}  # a schedule may begin with 0
         other.param_groups = [{**other.param_groups[0], **moving, "params": [params[n] for n in each]} for each in groups]
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for seed in range(2):
-                for n, p in params.items():
-                    p.grad = samples[n][1].clone()
-                before = torch.default_generator.manual_seed(seed).get_state()
-                other.step()
-            return params, not torch.equal(before, torch.get_rng_state())
+
+        def give() -> None:
+            for n, p in params.items():
+                p.grad = samples[n][1].clone()
+
+        return params, steps_with_noise(other, give)
 
     p0 = samples[0][0]
     try:
@@ -169,13 +169,23 @@ def _check_apart(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sam
             together, drawn = stepped(groups)
             for n in list(together)[: 1 if drawn else None]:
                 one, beside = alone[n].double().nan_to_num(), together[n].double().nan_to_num()
-                if float((one - beside).abs().max()) > 8 * torch.finfo(torch.float64).eps * float(one.abs().max()):  # where all lies in one tensor, vectors' lanes round another way
+                if float((one - beside).abs().max()) > ROUNDED * float(one.abs().max()):
                     at = int((one - beside).abs().argmax())
                     raise ValueError(f"after two steps element {at} of {list(p0.shape)} is {float(beside.flatten()[at])} there and {float(one.flatten()[at])} alone")
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"the step of optimizer {type(optimizer).__name__} does something else to a parameter where there is another one: {reason[0] if reason else type(error).__name__}",
                            fix="make its update of each parameter from that one's value, gradient and state alone; a norm over all gradients is clip_grad_norm of deepseed.compile") from error  # fmt: skip
+
+
+def steps_with_noise(optimizer: Any, give: Callable[[], None]) -> bool:
+    """Two steps, ``give`` sets the gradients before each. Whether they draw numbers; torch's own generator stays as it was."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for seed in range(2):
+            give()
+            before = torch.default_generator.manual_seed(seed).get_state()
+            optimizer.step()
+        return not torch.equal(before, torch.get_rng_state())
 
 
 def _beside(optimizer: Any, param: Tensor) -> dict[str, object]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from deepseed.capture.apart import check_apart
 from deepseed.capture.batch import DTYPES
 from deepseed.capture.convert import Emitter
 from deepseed.capture.gradients import Ready
 from deepseed.capture.optimizer import Updates
-from deepseed.capture.options import Optimizers, fixed_options, owners
+from deepseed.capture.options import Optimizers, fixed_options, listed, owners
 from deepseed.capture.state import StateSlot
 from deepseed.ir.program import Op, Output, Ref
 
@@ -44,6 +45,8 @@ def update(
             new, states = updates.update(name, parameters[name], group_of[name], start[name], grad, ready.overflow)
             out.outputs.append(Output(new, "param", name))
             out.outputs += [Output(ref, "state", key) for key, ref in states.items()]
+    for each in listed(optimizer):
+        check_apart(each, parameters, ready.narrow)
     out.moved = updates.moved
     out.options = fixed_options(optimizer, out.moved)
     return out
