@@ -243,7 +243,7 @@ def load(step: Compiled, dir: str | os.PathLike[str], optimizer: bool, cast: boo
     step._half = before if before is not None and before.slots and not compare else None  # state that an earlier load has left half loaded still is
     if compare:
         for each, was in zip(optimizers, saved.optimizers, strict=True):
-            each.state.clear()
+            dict.clear(each.state)  # what is left there; a step's own is overwritten already
             restore_options(each, was)
         step.steps, step.seed = manifest["step"], manifest["seed"]
         step.programs.moving |= set(manifest["moving"])

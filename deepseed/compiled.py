@@ -132,6 +132,7 @@ class Compiled:
         self._resume: list[checkpoint.Resume] = []  # what is read of checkpoints once it is known which part each rank holds
         self._half: checkpoint.Half | None = None  # a load that failed while it overwrote values
         self._python: dict[str, Callable[[Any], int | float]] = {}  # state that the optimizer keeps as Python numbers: int or float
+        self._settles: list[Callable[[], None]] = []  # each takes over what was done to the state of an optimizer
         self._apart: frozenset[str] = frozenset()  # buffers that each data-parallel rank has its own values of
         self._looked: dict[str, frozenset[str]] = {}  # by a program's digest, the buffers that must be alike before it runs
         ALIVE.add(self)
@@ -193,6 +194,7 @@ class Compiled:
         """Optimizer state by ``slot/parameter`` (``"exp_avg/model.norm.weight"``), whole: ``optimizer.state`` is empty once the
         compiled step has taken it over. Every rank must call it."""
         checkpoint.check_whole(self)
+        self._take_state()
         return {key: self._whole((role, key)) for role, key in self.states[0].types if role == "state"} if self.states else {}
 
     @together
@@ -305,7 +307,7 @@ class Compiled:
         for optimizer in listed(self.optimizer):
             take_over(optimizer, parameters, dict(self.model.named_parameters()), [i.key for i in new if i.role == "state"])
             if first:
-                follow(optimizer, self.model, self.host, self.states, self._python)
+                self._settles.append(follow(optimizer, self.model, self.host, self.states, self._python, self._fills))
         if first and self.backend != "simulate":
             accept_whole(self.model, self.states)
         checkpoint.resume(self)
@@ -340,9 +342,14 @@ class Compiled:
         """Before state is read: it is of one checkpoint, what lies in files is whole, and what an optimizer of the user's has written into the module goes to the ranks."""
         checkpoint.check_whole(self)
         check_disks(self.states, self.model)
+        self._take_state()
         if self.states and self.optimizer is None:
             self._ready()
         self._firsts(self._apart)
+
+    def _take_state(self) -> None:
+        for settle in self._settles:
+            settle()
 
     def _firsts(self, looked: Collection[str]) -> None:
         """Buffers that somebody looks at become those of the first data-parallel rank."""
@@ -372,6 +379,7 @@ class Compiled:
         built = found.built
         if not built.adopted:
             self._adopt(built)
+        self._take_state()
         checkpoint.resume(self)  # where it failed before
         if self._apart:
             if built.digest not in self._looked:

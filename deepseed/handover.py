@@ -1,12 +1,14 @@
 """Optimizer state belongs to the compiled step: what the user's optimizer held moves there, one copy.
 
 ``optimizer.state`` is empty from then on; ``optimizer.state_dict()`` and ``load_state_dict()`` work as ever, reading and writing the
-step's own state. Under a process group every rank must call them, since no rank has all of it. ``model.load_state_dict()`` takes whole
+step's own state. ``optimizer.state.clear()``, or another dict in its place, starts the state anew, and what is put into it is written into the
+step's at the next step. Under a process group every rank must call them, since no rank has all of it. ``model.load_state_dict()`` takes whole
 tensors as ever, though the parameters are DTensors.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from deepseed.capture.state import STARTED
 from deepseed.fits import differences, tied_names
+from deepseed.logs import warn
 from deepseed.runtime import agree
 from deepseed.runtime.elsewhere import Elsewhere
 from deepseed.runtime.folder import CheckpointError
@@ -36,23 +39,46 @@ def take_over(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
         group["params"] = [bound.get(id(p), p) for p in group["params"]]
 
 
-def follow(
-    optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State], python: Mapping[str, Callable[[Any], int | float]]
-) -> None:  # fmt: skip
-    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them: what is of this
-    optimizer's parameters. ``python``: keys of what it keeps as Python numbers, and of which type."""
+class Handed(defaultdict[Any, Any]):
+    """``optimizer.state`` while a step has what it held."""
 
-    def mine() -> list[tuple[str, str, str, nn.Parameter]]:
-        """Role, key, slot and parameter of each tensor of state, without DeepSeed's bookkeeping."""
+    def __init__(self, held: Mapping[Any, Any], restart: Callable[[], None]) -> None:
+        super().__init__(dict, held)
+        self.restart, self.warned = restart, False
+
+    def clear(self) -> None:
+        super().clear()
+        self.restart()
+
+    def values(self) -> Any:
+        if not self and not self.warned:
+            self.warned = True
+            warn("optimizer.state is empty: the compiled step has the state, and what is changed here is not seen\n  fix: read optimizer.state_dict(), change that and load it, or optimizer.state.clear() to start anew")
+        return super().values()
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict, dict(self))
+
+
+def follow(
+    optimizer: torch.optim.Optimizer, model: nn.Module, host: Host, states: Sequence[State], python: Mapping[str, Callable[[Any], int | float]], fills: Mapping[str, float]
+) -> Callable[[], None]:  # fmt: skip
+    """Have ``optimizer.state_dict()`` read ``states`` (one a hosted rank), and ``load_state_dict()`` write them: what is of this
+    optimizer's parameters. ``python``: keys of what it keeps as Python numbers, and of which type. ``fills``: what state starts as. To be called
+    before each step: what comes back takes over what was done to ``optimizer.state``."""
+
+    def mine(own: bool = False) -> list[tuple[str, str, str, nn.Parameter]]:
+        """Role, key, slot and parameter of each tensor of state; DeepSeed's bookkeeping too if ``own``."""
         parameters, out = dict(model.named_parameters()), []
         here = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for role, key in states[0].types:
             slot, _slash, name = key.partition("/")
-            if role == "state" and slot != STARTED and name in parameters and id(parameters[name]) in here:
+            if role == "state" and (own or slot != STARTED) and name in parameters and id(parameters[name]) in here:
                 out.append((role, key, slot, parameters[name]))
         return out
 
     def show(_: torch.optim.Optimizer) -> None:
+        settle()
         for role, key, slot, parameter in mine():
             value = host.whole([s.tensors.get((role, key)) for s in states], states[0].types[role, key], states[0].homes[role, key])
             optimizer.state[parameter][slot] = python[key](value.item()) if key in python else value.clone()
@@ -72,10 +98,25 @@ def follow(
             if ("state", f"{STARTED}/{name}") in states[0].types:
                 write(states, ("state", f"{STARTED}/{name}"), torch.ones(()))
         hide(optimizer)
+        optimizer.state = Handed(optimizer.state, restart)
 
+    def restart() -> None:
+        for role, key, _, _ in mine(own=True):
+            for state in (s for s in states if (role, key) in s.tensors):
+                state.tensors[role, key].fill_(fills[key])
+
+    def settle() -> None:
+        if type(optimizer.state) is not Handed:
+            restart()
+            load(optimizer)
+        elif optimizer.state and any(slot in optimizer.state.get(p, ()) for _, _, slot, p in mine()):
+            load(optimizer)
+
+    optimizer.state = Handed(optimizer.state, restart)
     optimizer.register_state_dict_pre_hook(show)
     optimizer.register_state_dict_post_hook(hide)
     optimizer.register_load_state_dict_post_hook(load)
+    return settle
 
 
 def write(states: Sequence[State], key: tuple[str, str], full: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -135,6 +136,33 @@ def test_each_optimizers_state_dict_is_its_own_and_python_numbers_stay() -> None
                 torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12)
         one.load_state_dict(copy.deepcopy(have))  # and back
     assert given[1].state_dict()["state"][0]["step"] == 4
+
+
+def test_what_is_done_to_the_state_of_an_optimizer_is_done_to_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """``clear``, another dict, entries of one's own; two formulas start with the first again."""
+
+    def between(optimizers: Any, n: int) -> None:
+        for o in optimizers:
+            if n == 1:
+                o.state.clear()
+            elif n == 3:
+                o.state = defaultdict(dict)
+            elif n == 5:
+                p = o.param_groups[0]["params"][0]
+                have = o.state_dict()["state"][0]
+                o.state[p] = {slot: torch.full_like(value, 2.0) for slot, value in have.items()}
+            elif n == 6:
+                o.load_state_dict(copy.deepcopy(o.state_dict()))
+
+    for make in (lambda ps: optim.AdamW(ps, lr=1e-2), lambda ps: optim.SGD(ps, lr=1e-2, momentum=0.9, dampening=0.3)):
+        _, given, eager = trained(make, "zero1", between, steps=8)
+        copy.deepcopy(given[0].state)
+        for index, slots in eager[0].state_dict()["state"].items():
+            for slot, value in slots.items():
+                torch.testing.assert_close(given[0].state_dict()["state"][index][slot], value, rtol=1e-9, atol=1e-12)
+        assert "optimizer.state is empty" not in capsys.readouterr().err
+        list(given[0].state.values())
+        assert "optimizer.state is empty: the compiled step has the state" in capsys.readouterr().err
 
 
 def test_a_scheduler_on_each_of_several_optimizers() -> None:
