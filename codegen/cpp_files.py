@@ -100,7 +100,7 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
         if is_product(k):
             continue
         try:
-            made[k.name] = cpp_attention.source(k) if is_attention(k) else cpp_nests.source(k)
+            made[k.name] = _source(k)
         except CodegenError as error:
             once(tell, f"{k.name} runs as plain Python: {error}")
     loaded: dict[str, Any] = {}
@@ -109,6 +109,17 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
     return [Fixed(k, made[k.name], loaded[k.name]) if k.name in loaded else products.get(k.name) or python(k) for k in wanted]
+
+
+def _source(k: Kernel) -> cpp_nests.Function:
+    """Raises CodegenError."""
+    return cpp_attention.source(k) if is_attention(k) else cpp_nests.source(k)
+
+
+def traffic(k: Kernel) -> None:
+    """One kernel reads the operands and writes the results. Raises CodegenError where there is no C++, so that the group runs as its Python function."""
+    if not is_product(k):
+        _source(k)
 
 
 def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], object]) -> dict[str, Code]:

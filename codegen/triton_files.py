@@ -23,7 +23,7 @@ from deepseed.codegen.block_sizes import Blocks, power, product_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import COMPILED, Kernel, function
-from deepseed.codegen.triton import can_emit, launched, source
+from deepseed.codegen.triton import launched, source
 from deepseed.codegen.triton_attention import in_order
 from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.kernels import PRODUCT
@@ -62,9 +62,9 @@ def update(formulas: Sequence[Formula], folder: Path) -> Launch:
     return launch_of(name_of(formulas), triton_updates.source(formulas), folder)
 
 
-def traffic(fragment: Program) -> list[tuple[int, int]] | None:
-    """Bytes that each kernel of a fragment reads and writes; None where it runs as its Python function."""
-    return [(each.bytes_read, each.bytes_written) for each in launched(fragment)] if can_emit(fragment) else None
+def traffic(k: Kernel) -> list[tuple[int, int]]:
+    """Bytes that each kernel of a fragment reads and writes. Raises CodegenError where it runs as its Python function."""
+    return [(each.bytes_read, each.bytes_written) for each in launched(k.fragment)]
 
 
 def of_any_rows(wanted: Sequence[Kernel], free: Free, folder: Path) -> tuple[dict[str, Launch], dict[str, str]]:

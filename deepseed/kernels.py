@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from deepseed.codegen import cpp_files, inductor, triton_files
+from deepseed.codegen import cpp_files, cpp_updates, inductor, triton_files, triton_updates
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import COMPILED, Kernel, kernels
-from deepseed.codegen.optim import calls_of
+from deepseed.codegen.optim import Call, calls_of
 from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.fragment import groups
 from deepseed.ir.program import Program
@@ -103,7 +103,7 @@ def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Calla
     """What a back end makes of updates: a function of lists of tensors (deepseed.codegen.updates), which it changes; ``on_host``: wherever the model is. Torch's where it makes nothing."""
     folder = cache_dir() / "kernels"
     makers: dict[str, Callable[[Sequence[Formula], Path], Callable[..., Any]]] = {"cpu": cpp_files.update, "cuda": triton_files.update}
-    if codegen == "triton" and not on_host:
+    if _through_triton(codegen, on_host):
         makers["cpu"] = triton_files.update  # interpreted
     made: dict[str, Callable[..., Any]] = {}
 
@@ -166,9 +166,23 @@ def _overwritten(p: Program, reusable: Mapping[str, Sequence[tuple[int, int]]]) 
     return out
 
 
-def traffic(codegen: str) -> Callable[[Program], Sequence[tuple[int, int]] | None]:
-    """What the kernels that a back end writes for a fragment read and write, each; None where it does not say."""
-    return {"triton": triton_files.traffic}.get(codegen, lambda fragment: None)
+def _through_triton(codegen: str, on_host: bool) -> bool:
+    """Whether Triton writes an update, wherever the model is."""
+    return codegen == "triton" and not on_host
+
+
+def traffic(codegen: str) -> Callable[[Kernel | Call], Sequence[tuple[int, int]] | None]:
+    """What the kernels that a back end writes for a group, or for an update, read and write, each; None where it does not say. What is returned raises CodegenError where it writes none, as
+    ``made`` finds when it asks for the source: the group, or the update, runs as Python then."""
+    of_group: Mapping[str, Callable[[Kernel], Sequence[tuple[int, int]] | None]] = {CPP: cpp_files.traffic, "triton": triton_files.traffic}
+
+    def ask(k: Kernel | Call) -> Sequence[tuple[int, int]] | None:
+        if isinstance(k, Kernel):
+            return of_group[codegen](k) if codegen in of_group else None
+        (triton_updates if _through_triton(codegen, k.on_host) else cpp_updates).source(k.formulas)
+        return None
+
+    return ask
 
 
 def _as_python(wanted: Sequence[Kernel], _: Path, __: Callable[[str], object]) -> Sequence[Compiled]:

@@ -213,7 +213,7 @@ def test_explain_kernels_as_a_table_and_as_json(mlp: str) -> None:
     assert found["launches"] == sum(k["launches"] for k in found["kernels"]) + sum(found["alone"].values()) and found["alone"]["aten.mm"] == 3
     assert "computes no groups" in refusal(*words, "--codegen", "python")
     for kernel in found["kernels"]:
-        assert {"name", "ops", "bytes_read", "bytes_written", "bytes_minimum", "launches", "intensity"} <= kernel.keys()
+        assert {"name", "ops", "bytes_read", "bytes_written", "bytes_minimum", "calls", "launches", "intensity"} <= kernel.keys() and (kernel["runs_as"], kernel["why"]) == ("kernel", "")
         assert len(kernel["ops"]) > 1 and kernel["bytes_minimum"] <= kernel["bytes_read"] + kernel["bytes_written"]
 
 
@@ -224,6 +224,15 @@ def test_explain_kernels_of_auto_are_those_of_cpp(tmp_path: Path) -> None:
     found = json.loads(deepseed(*words).output)
     assert found == json.loads(deepseed(*words, "--codegen", "cpp").output)
     assert any("aten.addmm" in k["ops"] for k in found["kernels"])
+
+
+def test_explain_kernels_says_calls_of_a_step_and_bytes_of_a_call(mlp: str) -> None:
+    """Of two microbatches each has a call: half of the rows, so that both move what the whole batch does."""
+    words = ["explain", mlp, "--kernels", "--json", "--codegen", "triton"]
+    whole, half = ({k["ops"][0]: k for k in json.loads(deepseed(*words, "--plan", plan).output)["kernels"] if "aten.threshold_backward" in k["ops"]} for plan in ("zero0", "mb2"))
+    assert whole and whole.keys() == half.keys()
+    for name, k in half.items():
+        assert (k["calls"], whole[name]["calls"]) == (2, 1) and k["launches"] == 2 * whole[name]["launches"] and 2 * k["bytes_written"] == whole[name]["bytes_written"]
 
 
 def test_explain_as_a_table_and_as_json(mlp: str) -> None:
