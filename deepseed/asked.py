@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from deepseed.build import prepared, run_passes, say_microbatches
-from deepseed.capture import capture
+from deepseed.batches import unfit
+from deepseed.build import CompileError, prepared, run_passes, say_microbatches
+from deepseed.capture import CaptureError, capture
 from deepseed.explain import count_collectives
 from deepseed.explain_text import amount
 from deepseed.idle import notes
@@ -20,7 +22,7 @@ from deepseed.pipeline import Passed
 from deepseed.plan import Plan, parse_plan
 from deepseed.precision import precision
 from deepseed.speed import Machine
-from deepseed.target import OptimizerFactory, Target, like, load, optimizer_factory
+from deepseed.target import OptimizerFactory, Target, load, optimizer_factory, own_factory
 
 
 def captured(target: str, plan: str, world_size: int | None, optimizer: str | None, clip: float | None) -> tuple[Program, Plan, Mesh, float]:
@@ -31,11 +33,21 @@ def captured(target: str, plan: str, world_size: int | None, optimizer: str | No
     found = load(target, meta=True)
     factory = factory_of(found, optimizer)
     started = perf_counter()
-    got = capture(
-        found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())) if factory else None,
-        clip_grad_norm=clip_of(found, clip) if factory else None, **precision(parsed),
-    )  # fmt: skip
+    made = factory(list(found.model.parameters())) if factory else None
+    with fitting(found, Exception):
+        got = capture(found.model, found.batch, loss_fn=found.loss_fn, optimizer=made, clip_grad_norm=clip_of(found, clip) if factory else None, **precision(parsed))
     return got.program, parsed, mesh, perf_counter() - started
+
+
+@contextmanager
+def fitting(found: Target, kind: type[Exception] = IndexError) -> Iterator[None]:
+    """Raises CompileError, with the batch, for errors of a kind: what the model or the loss raises where it is traced, or where it runs an index that is out of range."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except kind as error:
+        raise CompileError(unfit(type(found.model).__name__, found.batch, (), error)) from error
 
 
 def passed(p: Program, plan: Plan, ranks: Mesh, seconds: float, passes: Sequence[Pass], check: bool, machine: Machine | None = None, kernels: bool = False, products: str = "") -> list[Passed]:
@@ -59,7 +71,7 @@ def tell_notes(plan: Plan, world_size: int | None) -> None:
 def factory_of(found: Target, said: str | None) -> Any:
     """What --optimizer says, else one like the target's, else AdamW. None: no optimizer."""
     if said is None and found.optimizer is not None:
-        return like(found.optimizer, found.model)
+        return own_factory(found)
     factory: OptimizerFactory | None = optimizer_factory(said or "adamw")
     return factory
 

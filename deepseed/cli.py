@@ -238,7 +238,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
-    from deepseed.asked import clip_of, factory_of, tell_notes
+    from deepseed.asked import clip_of, factory_of, fitting, tell_notes
     from deepseed.kernels import known
     from deepseed.plan import parse_plan
     from deepseed.target import load
@@ -252,10 +252,11 @@ def verify(
     found = load(target)
     tell_notes(parse_plan(plan), world_size)
     if backend == "simulate":
-        report = check(
-            found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
-            clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen, cuda_graphs=cuda_graphs,
-        )  # fmt: skip
+        with fitting(found):
+            report = check(
+                found.model, found.batch, plan, world_size=world_size, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn,
+                clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen, cuda_graphs=cuda_graphs,
+            )  # fmt: skip
     else:
 
         def tell(rank: int, each: VerifyReport) -> None:

@@ -119,18 +119,19 @@ class Profile:
 def of_target(target: str, plan: str, world_size: int | None, backend: str, steps: int, optimizer: str | None, clip: float | None, codegen: str = "python") -> Profile:
     """The last of some steps of a TARGET, on every rank's process or with simulated ranks."""
     import deepseed
-    from deepseed.asked import factory_of
+    from deepseed.asked import factory_of, fitting
     from deepseed.target import TargetError, load
 
     found = load(target)
     factory = factory_of(found, optimizer)
     if factory is None:
         raise TargetError("--optimizer none: a step without an update is not profiled\n  fix: leave it out")
-    step: Any = deepseed.compile(
-        found.model, plan, optimizer=factory(list(found.model.parameters())), loss_fn=found.loss_fn, clip_grad_norm=clip,
-        world_size=world_size if backend == "simulate" else None, backend=backend, codegen=codegen,
-    )  # fmt: skip
-    for _ in range(steps - 1):
-        step.profile(found.batch)
-    last: Profile = step.profile(found.batch)
+    with fitting(found):
+        step: Any = deepseed.compile(
+            found.model, plan, optimizer=factory(list(found.model.parameters())), loss_fn=found.loss_fn, clip_grad_norm=clip,
+            world_size=world_size if backend == "simulate" else None, backend=backend, codegen=codegen,
+        )  # fmt: skip
+        for _ in range(steps - 1):
+            step.profile(found.batch)
+        last: Profile = step.profile(found.batch)
     return last

@@ -1,7 +1,7 @@
 """What a command works on: ``path/to/file.py:name``, or ``hf:LlamaForCausalLM(num_hidden_layers=4,hidden_size=128)``.
 
 A name in a file is a callable that returns ``model, batch`` or ``model, batch, dict(loss_fn=, optimizer=, clip_grad_norm=)``,
-or such a tuple itself. A class of transformers is built small from its configuration class (``deepseed.tiny``). The same
+or such a tuple itself; ``optimizer`` is one, several, or a function of a list of parameters. A class of transformers is built small from its configuration class (``deepseed.tiny``). The same
 call notation serves optimizers: ``adamw``, ``sgd(momentum=0.9)``.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -38,7 +39,7 @@ class Target:
     model: nn.Module
     batch: Any
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None
-    optimizer: Optimizers | None = None
+    optimizer: Optimizers | OptimizerFactory | None = None
     clip_grad_norm: float | None = None
 
 
@@ -92,6 +93,8 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizers:
         given = list(parameters)
+        if not given:
+            raise TargetError(f"--optimizer {text}: the model has no parameters\n  fix: give it parameters to train")
         try:
             taken = [p for p in given if takes(p)]
             if len(taken) == len(given) or not taken:
@@ -99,7 +102,7 @@ def optimizer_factory(text: str) -> OptimizerFactory | None:
             own = {id(p) for p in taken}
             return [cls(taken, **said), torch.optim.AdamW([p for p in given if id(p) not in own])]
         except (TypeError, ValueError) as error:
-            raise TargetError(f"--optimizer {text}: {error}") from None
+            raise TargetError(f"--optimizer {text}: {error}\n  fix: give options that torch.optim.{cls.__name__} takes") from None
 
     return make
 
@@ -121,6 +124,31 @@ def like(optimizers: Optimizers, model: nn.Module) -> OptimizerFactory:
     return make
 
 
+def own_factory(found: Target) -> OptimizerFactory:
+    """Makes optimizers like the target's, which it has, for the parameters of another copy of its model. What is made raises TargetError where a function of the target's makes none."""
+    given = found.optimizer
+    if isinstance(given, torch.optim.Optimizer) or not callable(given):
+        assert given is not None
+        return like(given, found.model)
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizers:
+        fix = "fix: optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), of the list of the model's parameters"
+        try:
+            made = given(list(parameters))
+        except Exception as error:
+            raise TargetError(f"{found.name}: its function optimizer raised {raised(error)}\n  {fix}") from error
+        if not _are_optimizers(made):
+            raise TargetError(f"{found.name}: its function optimizer gives {_said(made)}, no optimizer of torch.optim\n  {fix}")
+        return made
+
+    return make
+
+
+def raised(error: BaseException) -> str:
+    """Class and first line of what other code raised."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
+
+
 def _from_file(path: Path, name: str, text: str) -> Target:
     if not path.is_file():
         fix = "give a path that is there, as seen from this folder" if path.suffix == ".py" else "write path/to/file.py:name, or hf:ClassName"
@@ -130,7 +158,12 @@ def _from_file(path: Path, name: str, text: str) -> Target:
         near = get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1, cutoff=0.4)
         raise TargetError(f"{path} has no {name!r}\n  fix: " + (f"did you mean {path}:{near[0]}?" if near else f"name a function of {path} that returns model, batch"))
     found = getattr(module, name)
-    made = found() if callable(found) and not isinstance(found, nn.Module) else found
+    made = found
+    if callable(found) and not isinstance(found, nn.Module):
+        try:
+            made = found()
+        except (Exception, SystemExit) as error:
+            raise TargetError(f"calling {name}() at {_where(path, error)} raised {raised(error)}\n  fix: make {name}() of {path} run by itself") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise TargetError(
             f"{text} gives {_said(made)}, not a model and a batch\n"
@@ -138,9 +171,44 @@ def _from_file(path: Path, name: str, text: str) -> Target:
         )
     extras = made[2] if len(made) == 3 else {}
     if not isinstance(extras, Mapping) or set(extras) - set(EXTRAS):
-        unknown = sorted(set(extras) - set(EXTRAS)) if isinstance(extras, Mapping) else type(extras).__name__
-        raise TargetError(f"{text}: the third value is a dict with {', '.join(EXTRAS)}; this one has {unknown}\n  fix: leave it out")
-    return Target(text, made[0], made[1], **extras)
+        unknown = f"this one has {', '.join(sorted(map(repr, set(extras) - set(EXTRAS))))}" if isinstance(extras, Mapping) else f"this is {_said(extras)}"
+        raise TargetError(f"{text}: the third value is a dict with {', '.join(EXTRAS)}; {unknown}\n  fix: leave it out")
+    target = Target(text, made[0], made[1], **extras)
+    if wrong := _wrong(target):
+        raise TargetError(f"{text}: {wrong}")
+    return target
+
+
+def _wrong(t: Target) -> str:
+    """What of a file's model and words is not what they are for, with the fix."""
+    if isinstance(t.model, torch.jit.ScriptModule):
+        return "its model is a script of torch.jit, whose code is not Python\n  fix: give the module that it was made from"
+    if "_parameters" not in vars(t.model):
+        return f"{type(t.model).__name__} does not call nn.Module's __init__\n  fix: super().__init__() first in its own"
+    if t.loss_fn is not None:
+        try:
+            inspect.signature(t.loss_fn).bind(t.model, t.batch)
+        except TypeError as error:
+            return f"loss_fn is called as loss_fn(model, batch), and this is {_said(t.loss_fn)}: {error}\n  fix: loss_fn=lambda model, batch: model(batch).mean(), or leave it out where the model's output has a loss"
+        except ValueError:  # of what is not written in Python nothing is known
+            pass
+    clip = t.clip_grad_norm
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip >= 0):
+        return f"clip_grad_norm is {clip!r}, no norm\n  fix: a number above 0; 0 or None: no clipping"
+    optimizer: Any = t.optimizer
+    if optimizer is None or (callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer)):
+        return ""
+    if not _are_optimizers(optimizer):
+        return f"optimizer is {_said(optimizer)}, no optimizer of torch.optim\n  fix: torch.optim.AdamW(model.parameters()), a list of such, or lambda parameters: torch.optim.AdamW(parameters)"
+    own, groups = {id(p) for p in t.model.parameters()}, [g for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for g in o.param_groups]
+    updated = [p for g in groups for p in g["params"]]
+    if strange := sum(id(p) not in own for p in updated):
+        return f"{strange} of the {len(updated)} parameters of its optimizer are none of its model's\n  fix: make the optimizer of the model that is returned"
+    return ""
+
+
+def _are_optimizers(made: Any) -> bool:
+    return isinstance(made, torch.optim.Optimizer) or (isinstance(made, list | tuple) and bool(made) and all(isinstance(o, torch.optim.Optimizer) for o in made))
 
 
 def _import(path: Path) -> Any:
@@ -156,12 +224,17 @@ def _import(path: Path) -> Any:
         sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
-        where = f"{path}:{frames[-1].lineno}" if frames else f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
-        raise TargetError(f"importing {where} raised {type(error).__name__}: {error}\n  fix: make `python {path}` run by itself") from error
+        fix = f"make `python {path}` run by itself" if isinstance(error, Exception) else 'leave only under if __name__ == "__main__":'
+        raise TargetError(f"importing {_where(path, error)} raised {raised(error)}\n  fix: {fix}") from error
     return module
+
+
+def _where(path: Path, error: BaseException) -> str:
+    """The last line of a file that an error came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
+    return f"{path}:{frames[-1].lineno}" if frames else f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
 
 
 def _said(made: Any) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from deepseed.asked import fitting
 from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
-from deepseed.target import like, load, optimizer_factory
+from deepseed.target import load, optimizer_factory, own_factory
 from deepseed.verify import VerifyReport, verify
 
 
@@ -47,5 +48,6 @@ def verify_ranks(
 def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int, codegen: str, cuda_graphs: bool) -> VerifyReport:
     found = load(target)
     said = optimizer_factory(optimizer or "adamw")
-    factory: Any = like(found.optimizer, found.model) if optimizer is None and found.optimizer is not None else said
-    return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen, cuda_graphs=cuda_graphs)
+    factory: Any = own_factory(found) if optimizer is None and found.optimizer is not None else said
+    with fitting(found):
+        return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen, cuda_graphs=cuda_graphs)

@@ -201,6 +201,106 @@ def test_a_text_that_is_no_program_names_its_line(tmp_path: Path) -> None:
     assert "line 2" in refusal("opt", str(tmp_path / "bad.ir"))
 
 
+# targets that are wrong ----------------------------------------------------------------------------------------------
+
+MISTAKES = """
+import torch
+from torch import nn
+
+model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(8, 8)
+class Bare(nn.Module):
+    def __init__(self): self.x = 1
+def loss(m, x):
+    return m(x).square().mean()
+def given(*words, **more):
+    return lambda: (*words, dict(loss_fn=loss) | more) if len(words) == 2 else words
+def raises():
+    return 1 / 0
+def leaves():
+    raise SystemExit(3)
+def needs(batch):
+    return model, batch
+
+floats_for_ids = given(nn.Embedding(8, 8), torch.ones(4, 2))
+too_large_ids = given(nn.Embedding(8, 8), torch.full((4,), 9))
+too_wide = given(model, torch.randn(8, 9))
+no_entry = given(model, {"y": x}, loss_fn=None)
+loss_raises = given(model, x, loss_fn=lambda m, x: m(x).nope())
+loss_of_output = given(model, x, loss_fn=lambda out: out.mean())
+loss_by_name = given(model, x, loss_fn="mse")
+not_scalar = given(model, x, loss_fn=lambda m, x: m(x))
+no_optimizer = given(model, x, optimizer="adamw")
+none_at_all = given(model, x, optimizer=[])
+of_another = given(model, x, optimizer=torch.optim.SGD([nn.Parameter(x)], lr=0.1))
+of_the_model = given(model, x, optimizer=lambda m: torch.optim.SGD(m.parameters()))
+gives_a_number = given(model, x, optimizer=lambda parameters: 3)
+norm_by_name = given(model, x, clip_grad_norm="one")
+norm_below = given(model, x, clip_grad_norm=-1.0)
+odd_words = lambda: (model, x, {1: loss, "los_fn": loss})
+bare = given(Bare(), x)
+generator = given((layer for layer in model), x)
+no_parameters = given(nn.ReLU(), x)
+script = lambda: (torch.jit.script(model), x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("floats_for_ids", r"^deepseed: Embedding cannot run on this batch: RuntimeError: Expected tensor .*Long.*\n  batch: input f32\[4, 2\]\n  .*wrong\.py:9\n  fix: give the batch"),
+        ("too_wide", r"^deepseed: Sequential cannot run on this batch: RuntimeError: .*\[8, 9\] X \[8, 16\].*\n  batch: input f32\[8, 9\]\n  .*last op at 0, wrong\.py:9\n  fix: "),
+        ("no_entry", r"^deepseed: Sequential cannot run on this batch: TypeError: .*unexpected keyword argument 'y'\n  batch: y f32\[8, 8\]\n  .*\n  fix: "),
+        ("loss_raises", r"^deepseed: Sequential cannot run on this batch: AttributeError: .*'nope'\n  batch: .*\n  .*wrong\.py:\d+\n  fix: "),
+        ("loss_of_output", r"wrong\.py:loss_of_output: loss_fn is called as loss_fn\(model, batch\), and this is a function: too many positional arguments\n  fix: "),
+        ("loss_by_name", r"loss_fn is called as loss_fn\(model, batch\), and this is a str: .*\n  fix: "),
+        ("not_scalar", r"the loss of Sequential is f32\[8, 8\], not one float\n  fix: "),
+        ("no_optimizer", r"optimizer is a str, no optimizer of torch\.optim\n  fix: torch\.optim\.AdamW\(model\.parameters\(\)\)"),
+        ("none_at_all", r"optimizer is a list, no optimizer of torch\.optim\n  fix: "),
+        ("of_another", r"1 of the 1 parameters of its optimizer are none of its model's\n  fix: "),
+        ("of_the_model", r"its function optimizer raised AttributeError: 'list' object has no attribute 'parameters'\n  fix: optimizer=lambda parameters: "),
+        ("gives_a_number", r"its function optimizer gives a int, no optimizer of torch\.optim\n  fix: "),
+        ("norm_by_name", r"clip_grad_norm is 'one', no norm\n  fix: "),
+        ("norm_below", r"clip_grad_norm is -1\.0, no norm\n  fix: "),
+        ("odd_words", r"the third value is a dict with loss_fn, optimizer, clip_grad_norm; this one has 'los_fn', 1\n  fix: "),
+        ("bare", r"Bare does not call nn\.Module's __init__\n  fix: "),
+        ("generator", r"gives a tuple of generator, Tensor, dict, not a model and a batch\n  fix: "),
+        ("no_parameters", r"--optimizer adamw: the model has no parameters\n  fix: "),
+        ("script", r"its model is a script of torch\.jit, whose code is not Python\n  fix: "),
+        ("raises", r"calling raises\(\) at .*wrong\.py:13 raised ZeroDivisionError: division by zero\n  fix: "),
+        ("leaves", r"calling leaves\(\) at .*wrong\.py:15 raised SystemExit: 3\n  fix: "),
+        ("needs", r"calling needs\(\) at .*wrong\.py raised TypeError: .*'batch'\n  fix: "),
+    ],
+)
+def test_a_mistake_in_a_targets_file_is_said_with_its_place_and_fix(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(MISTAKES)
+    assert re.search(says, refusal("explain", f"{tmp_path}/wrong.py:{name}"))
+
+
+@pytest.mark.parametrize("words", [("verify",), ("profile", "--backend", "simulate"), ("profile", "--backend", "simulate", "--codegen", "cpp")])
+def test_an_index_out_of_range_is_a_mistake_of_the_batch(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Which only a run sees."""
+    (tmp_path / "wrong.py").write_text(MISTAKES)
+    said = refusal(words[0], f"{tmp_path}/wrong.py:too_large_ids", *words[1:])
+    assert re.search(r"^deepseed: Embedding cannot run on this batch: IndexError: .*out of range", said, re.M) and "\n  batch: input i64[4]\n" in said
+
+
+def test_a_file_that_leaves_is_named(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(2)\n")
+    assert "leaves.py:2 raised SystemExit: 2\n  fix: leave only under if __name__" in refusal("explain", f"{tmp_path}/leaves.py:build")
+    (tmp_path / "syntax.py").write_text("x = 1\ndef build(:\n")
+    assert "syntax.py:2 raised SyntaxError: " in refusal("explain", f"{tmp_path}/syntax.py:build")
+
+
+def test_an_optimizer_may_be_a_function_of_the_parameters(tmp_path: Path, mlp: str) -> None:
+    """As --optimizer is: a class of torch.optim, or a function that makes one."""
+    whole = json.loads(deepseed("explain", mlp, "--json").output)["ranks"]
+    for n, made in enumerate(("lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)", "torch.optim.AdamW")):
+        (tmp_path / f"made{n}.py").write_text(re.sub(r"torch\.optim\.SGD\(model.*momentum=0\.9\)", made, MLP))
+        found = json.loads(deepseed("explain", f"{tmp_path}/made{n}.py:build", "--json").output)["ranks"]
+        assert (found == whole) if n == 0 else found[0]["optimizer_bytes"] > 2 * found[0]["param_bytes"]
+    deepseed("verify", f"{tmp_path}/made0.py:build", "--plan", "zero1", "--world-size", "2")
+
+
 # explain and verify --------------------------------------------------------------------------------------------------
 
 
