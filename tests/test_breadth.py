@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import deepseed
 from deepseed.capture import CaptureError, capture
+from deepseed.ops import evaluate
 from deepseed.passes.canonicalize import canonicalize
 from deepseed.rules import signature
 from deepseed.verify import verify
@@ -186,3 +188,38 @@ def test_parameters_that_share_a_gradient(plan: str) -> None:
     torch.manual_seed(0)
     report = verify(Shared(), {"x": torch.randn(6, 8)}, plan, world_size=2, steps=2)
     assert report.ok, report
+
+
+CREATED = {
+    "linspace logspace": lambda h: h * torch.linspace(0.5, 1.5, 6) + torch.linspace(torch.tensor(0.5), torch.tensor(1.5), 6) + torch.logspace(0.1, 0.7, 6),
+    "windows": lambda h: h * torch.hann_window(6) + torch.hamming_window(6) * torch.kaiser_window(6) + torch.blackman_window(6) - torch.bartlett_window(6),
+    "frequencies": lambda h: h * torch.fft.fftfreq(6) + torch.fft.rfftfreq(11),
+    "filled": lambda h: h * torch.full((6,), 0.3) + torch.ones(6) * torch.arange(0.0, 3.0, 0.5) + torch.eye(6)[0] + torch.tensor([0.5]) + torch.scalar_tensor(0.3),
+    "drawn": lambda h: h * torch.rand(6) + torch.randn(6) + torch.normal(0.0, 1.0, (6,)),
+    "of integers": lambda h: h * torch.logsumexp(torch.arange(6), 0) + torch.arange(6).sigmoid() + torch.arange(6) / 7,
+}  # fmt: skip
+
+
+class Created(nn.Module):
+    def __init__(self, created: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.created = nn.Linear(6, 6), created
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.created(self.up(x)).square().mean()
+
+
+@pytest.mark.parametrize("name", CREATED)
+def test_what_is_created_without_a_dtype_has_the_one_of_its_trace(name: str) -> None:
+    """Whatever torch's default is when it runs: float64, as verify has it, or the one that was there when it was captured."""
+    torch.manual_seed(0)
+    model, x = Created(CREATED[name]), torch.randn(4, 6)
+    report = verify(model, (x,), "zero3", world_size=2, steps=1)
+    assert report.ok, report
+    p = capture(model, (x,), want="forward").program
+    given = {"param": dict(model.named_parameters()), "batch": {i.key: x for i in p.by_role("batch")}, "rng": {"rng": torch.tensor([0, 0])}}
+    torch.set_default_dtype(torch.float64)
+    try:
+        evaluate(canonicalize(p), {i.name: given[i.role][i.key].detach() for i in p.inputs})  # which compares dtypes
+    finally:
+        torch.set_default_dtype(torch.float32)

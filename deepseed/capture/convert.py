@@ -163,13 +163,15 @@ def reachable(outputs: Iterable[Any]) -> set[fx.Node]:
 
 
 def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any]) -> Arg:
-    """``aten.<packet>.<overload>`` with the arguments where the schema has them; devices and memory formats dropped.
+    """``aten.<packet>.<overload>`` with the arguments where the schema has them; devices and memory formats dropped. What is created
+    without a dtype has the one that it was traced with: it would else follow torch's default, whatever the types say.
 
     Results that are no tensors (a gradient that was not asked for) are left out; the rest keep their order.
     """
     args: list[Arg] = []
     kwargs: dict[str, Arg] = {}
     pending: list[Arg] = []
+    names = {a.name for a in target._schema.arguments}
     for a in target._schema.arguments:
         if a.name in DROPPED:
             continue
@@ -179,7 +181,9 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
             value = _complex(emit, value, val)
         value = _plain(value, emit) if a.name in given else default
         if a.kwarg_only:
-            if a.name in given and value != default:
+            if a.name == "dtype" and value is None and "layout" in names:
+                value = type_of(val).dtype
+            if value != default:
                 kwargs["from_" if a.name == "from" else a.name] = value
         else:
             pending.append(value)
@@ -196,7 +200,7 @@ def as_aten(emit: Emitter, target: OpOverload, val: Any, given: Mapping[str, Any
     if not any(isinstance(v, Tensor) for v in values):
         raise CaptureError(f"{target} gives no tensor", path=emit.where.path, line=emit.where.line)
     types = [type_of(v) for v in values if isinstance(v, Tensor)]
-    if torch.Tag.pointwise in target.tags and all(t.dtype in FLOATS for t in types):
+    if target.namespace == "aten" and "dtype" not in names and all(t.dtype in FLOATS for t in types):
         args = _promoted(emit, args, types[0].dtype)
     results = iter(emit.op(name, args, types, **kwargs))
     out = tuple(next(results) if isinstance(v, Tensor) else None for v in values)
