@@ -124,6 +124,26 @@ def test_what_does_nothing_to_an_input_is_dropped() -> None:
         follow(number(p), parse(str(good).replace("return %x", "return %w")))
 
 
+FACTORED = """%x : f32[6, 6] batch "x"
+%n, %m, %r = aten.native_layer_norm(%x, [6], none, none, 1e-05) : f32[6, 6], f32[6, 1], f32[6, 1] {phase="forward"}
+%g, %i = aten.linalg_cholesky_ex(%n, check_errors=true) : f32[6, 6], i32[] {phase="backward"}
+%h = aten.native_layer_norm_backward(%g, %x, [6], %m, %r, none, none, [true, false, false]) : f32[6, 6] {phase="backward"}
+return %h output "0"
+"""
+
+
+def test_statistics_are_opened_and_no_more() -> None:
+    """Mean and rstd are drawn with the values that they are of; what else the backward reads stays as it was drawn. Its gradient here
+    does not run on random operands."""
+    p = program(FACTORED)
+    good = canonicalize(p)
+    numbering = number(p)
+    follow(numbering, good)
+    wrong = str(good).replace("%h.sub.2 = aten.sub.Tensor(", "%h.sub.2 = aten.add.Tensor(")
+    with pytest.raises(TranslationError, match=r"on random operands element 0 of .*; with what their operands are made of, .* does not run .*cholesky"):
+        follow(numbering, parse(wrong))
+
+
 NORM = """%x : f32[8, 4] batch "x"
 %w : f32[4] param "w"
 %b : f32[4] param "b"

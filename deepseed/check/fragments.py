@@ -83,6 +83,8 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     why = "the expressions have no operands in common"
     first: tuple[str, list[Op], list[Op]] | None = None
     step = left = 0  # leaves to open before the next run: twice as many after each, so that an expression is run few times
+    inside = False  # whether a leaf was made of the others alone: once none is, they can be drawn apart, and are
+    further = ""
     while True:
         old.close_over(after, now)
         new.close_over(before)
@@ -98,14 +100,19 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
         latest = max((n for n in apart if n in place), key=place.__getitem__, default=-1)
         opened = [each for each in (old, new) if latest in each.leaves]
         last = not all(latest in each.side.made for each in opened) or len(old.opened) + len(new.opened) > MOST_OPS
-        if first is not None and fits and (last or not opened or left <= 0):
-            if _compared(old, new, True) is None:
+        if first is not None and fits and (last or not opened or left <= 0 or (inside and not within)):
+            found = _compared(old, new, True)
+            if found is None:
                 return None
+            further = found if found != first[0] else ""
             left = step = 2 * step
+        inside = bool(within)
         if last or not opened or not all([each.open(latest) for each in opened]):
             break
         left -= 1
-    return first or (why, old.ops(), new.ops())
+    if first is None:
+        return why, old.ops(), new.ops()
+    return first if not further else (f"{first[0]}; with what their operands are made of, {further}", *first[1:])
 
 
 def _made_of(side: Numbering, n: int, others: set[int]) -> bool:
