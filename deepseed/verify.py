@@ -128,6 +128,7 @@ def verify(
         runs[0] = _runs(step, batches[0])
         reached: list[Mapping[str, Tensor]] = []  # eager's parameters and buffers after each step
         want = eager(theirs, (lambda _: reached.append(_state(theirs))) if follow else None)
+        _finite(want)
         have = _Run([], [], [])
         errors = _Errors()
         for n, each in enumerate(batches):
@@ -187,7 +188,8 @@ class _Errors:
         return bool(self.loss <= LOSS_TOLERANCE and self.grad <= TOLERANCE and self.param <= TOLERANCE)
 
     def steps(self, have: _Run, want: _Run) -> None:
-        self.loss = max(abs(a - b) / max(abs(b), 1e-300) for a, b in zip(have.losses, want.losses, strict=True))
+        far = [abs(a - b) / max(abs(b), 1e-300) for a, b in zip(have.losses, want.losses, strict=True)]
+        self.loss = max(x if x == x else float("inf") for x in far)
         self.grad, self.worst_grad = max(_compare(g, w) for g, w in zip([*have.grads, *have.norms], [*want.grads, *want.norms], strict=True))
 
     def state(self, step: TrainStep, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], unclear: Mapping[str, Tensor]) -> None:
@@ -199,6 +201,19 @@ class _Errors:
         have |= {name: torch.where(mask, params[name], have[name].to(mask.device)) for name, mask in unclear.items()}
         found = max(_compare({name: have[name] for name in want}, want) for want in (params, buffers))
         self.param, self.worst_param = max((self.param, self.worst_param), found)
+
+
+def _finite(run: _Run) -> None:
+    """Raises CompileError where eager PyTorch's own numbers are not finite: nothing can be equal to them."""
+    for n, (loss, grads) in enumerate(zip(run.losses, run.grads, strict=True)):
+        for what, x in (("loss", torch.tensor(loss)), *((f"gradient of {name}", g) for name, g in grads.items())):
+            wrong = ~torch.isfinite(x.flatten())
+            if bool(wrong.any()):
+                at = int(wrong.to(torch.uint8).argmax())
+                raise CompileError(
+                    f"eager PyTorch's own {what} is not finite in step {n}: {int(wrong.sum())} of {x.numel()} elements, {float(x.flatten()[at])!r} at {at}. There is nothing to compare\n"
+                    "  fix: another batch, or the model; compile(.., check_finite=True) or DEEPSEED_NAN=1 names the op that makes it"
+                )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
