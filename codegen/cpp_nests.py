@@ -98,11 +98,12 @@ class _Writer:
             body += lines
             nests.append(nest)
             pending = [t for t in pending if t not in nest.stored]
-        inputs = [f"const {TYPES[i.type.dtype]} *__restrict {i.name}" for i in p.inputs]
-        given = [f"{TYPES[p.types[value].dtype]} *__restrict {value}" for value in makes]
+        reused = [(n, m) for m, value in enumerate(makes) for i, n in self.inputs.items() if self.alike(i, value) and all(nest.over(i, value) if value in nest.stored else i not in nest.reads for nest in nests)]
+        over = {p.inputs[n].name for n, _ in reused} | {list(makes)[m] for _, m in reused}  # may be one memory: the compiler must not think that they are not
+        inputs = [f"const {TYPES[i.type.dtype]} *{'' if i.name in over else '__restrict '}{i.name}" for i in p.inputs]
+        given = [f"{TYPES[p.types[value].dtype]} *{'' if value in over else '__restrict '}{value}" for value in makes]
         head = f'extern "C" int {self.name}({", ".join(["int threads", *inputs, *given])}) {{'
         lines = [head, "    int wrong = 0;", *(f"    {line}" for line in (*self.own.values(), *body)), "    return wrong;", "}"]
-        reused = [(n, m) for m, value in enumerate(makes) for i, n in self.inputs.items() if self.alike(i, value) and all(nest.over(i, value) if value in nest.stored else i not in nest.reads for nest in nests)]
         return Function("\n".join(lines) + "\n", tuple([(p.types[value].shape, strides, p.types[value].dtype) for value, strides in makes.items()]), tuple(outputs), tuple(reused))
 
     def alike(self, a: str, b: str) -> bool:

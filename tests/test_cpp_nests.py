@@ -285,6 +285,26 @@ return %z output "z"
         assert not cpp_nests.source(k).reused, text
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_what_is_written_over_an_operand_is_the_same_whatever_the_width(dtype: str, tmp_path: Path) -> None:
+    """What is left of a row beside its whole vectors is read before it is written too."""
+    given = "".join(f'%{name} : {{t}}[6, {{n}}] batch "{name}"\n' for name in "abcd") + '%w : {t}[{n}] batch "w"\n'
+    ops = "%p = aten.mul.Tensor(%a, %b) : {t}[6, {n}]\n%s = aten.add.Tensor(%p, %c) : {t}[6, {n}]\n%y = aten.mul.Tensor(%s, %w) : {t}[6, {n}]\n"
+    ops += "%e = aten.sub.Tensor(%y, %d) : {t}[6, {n}]\n%q = aten.mul.Tensor(%e, %e) : {t}[6, {n}]\n%l = sum(%q, dims=[0, 1], keepdim=false) : {t}[]\n%z = aten.mul.Tensor(%e, %w) : {t}[6, {n}]\n"
+    text = given + ops + 'return %y output "y"\nreturn %z output "z"\nreturn %l output "l"\n'
+    kernels = [as_kernel(kernel_of(text.format(t=dtype, n=n)).fragment, f"wide_{n}") for n in range(1, 68)]
+    count = 0
+    for k, code in zip(kernels, cpp_files.compiled(kernels, tmp_path, print), strict=True):
+        xs = random_inputs(k.fragment)
+        assert isinstance(code, cpp_files.Fixed)
+        want = code(*xs)
+        for i, m in code.reused:
+            got = code.reusing({m: i})(*(x.clone() for x in xs))
+            assert all(map(torch.equal, got, want)), (k.name, i, m, float((got[-1] - want[-1]).abs()))
+            count += 1
+    assert count > 4 * len(kernels)
+
+
 @pytest.mark.parametrize(("ops", "row"), [
     ("%a = sum(%x, dims=[1], keepdim=false) : f64[33]\n%y = aten.add.Tensor(%a, %x) : f64[33, 33]", 33),
     ("%a = amax(%x, dims=[0], keepdim=true) : f64[1, 5]\n%c = reshape(%a) : f64[5, 1]\n%y = aten.add.Tensor(%c, %x) : f64[5, 5]", 5),

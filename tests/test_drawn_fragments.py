@@ -46,7 +46,10 @@ def through_cpp(seeds: range, folder: Path) -> tuple[int, int]:
         inputs = inputs_of(k.fragment, seed)
         if isinstance(code, cpp_files.Fixed):
             made += 1
-            check(seed, k.fragment, inputs, list(code(*inputs)), cpp_nests.source(k).text)
+            text, got = cpp_nests.source(k).text, list(code(*inputs))
+            check(seed, k.fragment, inputs, got, text)
+            for i, m in code.reused:  # in an operand's memory
+                check(seed, k.fragment, inputs, list(code.reusing({m: i})(*(x.clone() for x in inputs))), text)
     return made, len(wanted) - made
 
 
