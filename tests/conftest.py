@@ -46,6 +46,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[object], None]:
     return check
 
 
+@pytest.fixture(scope="session")
+def kernels_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests compile and need not see compiled: by content, once a process."""
+    return tmp_path_factory.getbasetemp() / "kernels"
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
     """An engine in this process makes a process group; whoever compiles after it would be one of its ranks."""

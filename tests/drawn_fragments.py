@@ -13,7 +13,7 @@ from deepseed.ir.program import Op, Program
 from deepseed.ir.text import parse
 
 Shape = tuple[int, ...]
-ROWS, COLUMNS = (1, 2, 3, 5, 7, 17), (1, 2, 7, 7, 16, 33, 65)
+ROWS, COLUMNS = (1, 2, 3, 5, 7, 17), (1, 2, 7, 7, 14, 16, 23, 30, 33, 65)  # with and without a rest beside whole vectors
 UNARY = ("aten.sigmoid", "aten.tanh", "aten.neg", "aten.relu", "aten.cos", "aten.silu", "aten.abs", "aten.square")
 BINARY = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.maximum")
 

@@ -63,7 +63,7 @@ CASES = [("f64", case, turned) for case in SIZES for turned in (True, False)] + 
 
 
 @pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, bool], tuple[Code, Code]]:
+def codes(kernels_folder: Path) -> dict[tuple[str, str, bool], tuple[Code, Code]]:
     """Forward and backward of each case, all in one library."""
     wanted = []
     for n, (dtype, case, turned) in enumerate(CASES):
@@ -75,7 +75,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, bool
             k = kernel_of(text, strides)
             wanted.append(replace(k, name=f"{way}_{n}", source=k.source.replace(k.name, f"{way}_{n}")))
     said: list[str] = []
-    made = iter(cpp_files.compiled(wanted, tmp_path_factory.mktemp("attention"), said.append))
+    made = iter(cpp_files.compiled(wanted, kernels_folder, said.append))
     assert not said
     return {case: (next(made), next(made)) for case in CASES}
 

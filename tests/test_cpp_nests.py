@@ -65,10 +65,10 @@ def compiled(k: Kernel, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["f64", pytest.param("f32", marks=pytest.mark.wide)])
-def test_groups_of_real_programs_compute_what_their_functions_do(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_groups_of_real_programs_compute_what_their_functions_do(dtype: str, kernels_folder: Path) -> None:
     """None is refused. float32: sums in another order, and exp to 2 units of its last place."""
     found, said = list(real(dtype).values()), list[str]()
-    codes = cpp_files.compiled(found, tmp_path_factory.getbasetemp() / "kernels", said.append)
+    codes = cpp_files.compiled(found, kernels_folder, said.append)
     assert not said and len(found) > 50
     for k, code in zip(found, codes, strict=True):
         xs = lying(k, random_inputs(k.fragment))

@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=MACHINES)
-def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cpp_files.Products:
+def product(request: pytest.FixtureRequest, kernels_folder: Path) -> cpp_files.Products:
     """The functions, compiled for some machine that this one can be."""
     has = torch.cpu.get_capabilities()
     if request.param == "skylake-avx512" and not all(has.get(f"avx512_{name}", False) for name in ("f", "cd", "bw", "dq", "vl")):
@@ -51,7 +51,7 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpp_files, "FLAGS", tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in cpp_files.FLAGS))
-        return cpp_files.product(tmp_path_factory.mktemp("products"))
+        return cpp_files.product(kernels_folder)
 
 
 def run(products: cpp_files.Products, a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
@@ -170,12 +170,12 @@ def test_few_rows_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("rows", "in_tiles", "own"), [(512, False, True), (513, False, False), (513, True, True)])
-def test_many_rows_are_for_a_matrix_unit(rows: int, in_tiles: bool, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_for_a_matrix_unit(rows: int, in_tiles: bool, own: bool, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By vectors the library's copies of the weights pay."""
-    functions = cpp_files.product(tmp_path)
+    functions = cpp_files.product(kernels_folder)
     monkeypatch.setattr(cpp_files, "product", lambda folder: replace(functions, in_tiles=in_tiles))
     monkeypatch.setattr(cpp_files, "pays", lambda: True)
-    (code,) = cpp_files.compiled([kernel_of(TEXT.replace("96", str(rows)))], tmp_path, lambda line: None)
+    (code,) = cpp_files.compiled([kernel_of(TEXT.replace("96", str(rows)))], kernels_folder, lambda line: None)
     assert isinstance(code, cpp_files.Product) and (code.products is not None) == own
 
 
@@ -231,9 +231,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_kernel_is_the_product_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_the_product_where_it_pays(kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else, and with several threads, the library's: to the bit."""
-    code, counts = counted(TEXT, tmp_path, monkeypatch)
+    code, counts = counted(TEXT, kernels_folder, monkeypatch)
     x, w = torch.randn(96, 40), torch.randn(40, 33)
     (own,) = code(x, w)
     assert counts.calls == 1 and bool(((own.double() - x.double() @ w.double()).abs() <= least(x, w)).all())
@@ -242,15 +242,15 @@ def test_a_kernel_is_the_product_where_it_pays(tmp_path: Path, monkeypatch: pyte
     assert counts.calls == 1 and torch.equal(many, x @ w)
     torch.set_num_threads(1)
     monkeypatch.setattr(cpp_files, "pays", lambda: False)
-    (code,) = cpp_files.compiled([kernel_of(TEXT)], tmp_path, lambda line: None)
+    (code,) = cpp_files.compiled([kernel_of(TEXT)], kernels_folder, lambda line: None)
     assert code.products is None and torch.equal(code(x, w)[0], x @ w)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("in_tiles", [False, True])
-def test_a_turned_left_operand_is_for_a_matrix_unit(in_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turned_left_operand_is_for_a_matrix_unit(in_tiles: bool, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the gradient of a weight; one that lies in neither way is the library's."""
-    code, counts = counted(TEXT, tmp_path, monkeypatch, in_tiles)
+    code, counts = counted(TEXT, kernels_folder, monkeypatch, in_tiles)
     x, w = torch.randn(40, 96).t(), torch.randn(40, 33)
     assert bool(((code(x, w)[0].double() - x.double() @ w.double()).abs() <= least(x, w)).all()) and counts.calls == in_tiles
     x = torch.randn(96, 80)[:, ::2]
@@ -258,8 +258,8 @@ def test_a_turned_left_operand_is_for_a_matrix_unit(in_tiles: bool, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_row_is_added_to_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, counts = counted(BIASED, tmp_path, monkeypatch)
+def test_a_row_is_added_to_each(kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, counts = counted(BIASED, kernels_folder, monkeypatch)
     x, w, b = torch.randn(96, 40), torch.randn(40, 33), torch.randn(33)
     right = b.double() + x.double() @ w.double()
     given = {"x": x, "w": w, "b": b}
@@ -270,8 +270,8 @@ def test_a_row_is_added_to_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_product_is_added_to_a_total_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, counts = counted(TEXT, tmp_path, monkeypatch)
+def test_a_product_is_added_to_a_total_in_place(kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, counts = counted(TEXT, kernels_folder, monkeypatch)
     x, w, total = torch.randn(96, 40), torch.randn(40, 33), torch.randn(96, 33)
     right = total.double() + x.double() @ w.double()
     bound = least(x, w) + 2.0**-24 * (right.abs() + total.double().abs())
@@ -283,9 +283,9 @@ def test_a_product_is_added_to_a_total_in_place(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("text", [TEXT.replace("96", "84"), TEXT.replace("f32", "f64")], ids=["few rows", "float64"])
-def test_what_it_is_not_made_for_is_the_librarys(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_is_not_made_for_is_the_librarys(text: str, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_files, "pays", lambda: True)
-    (code,) = cpp_files.compiled([kernel_of(text)], tmp_path, lambda line: None)
+    (code,) = cpp_files.compiled([kernel_of(text)], kernels_folder, lambda line: None)
     assert isinstance(code, cpp_files.Product) and code.products is None
 
 
