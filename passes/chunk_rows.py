@@ -24,6 +24,7 @@ from deepseed.rules.strategy import Strategy
 
 AXIS = "rows"  # of the chunks, while the pass looks for a split
 WIDER = 4  # times as large as its rows: a product that is worth cutting
+LARGEST = 100  # ops of a region: logits, loss and gradients are 17 to 32; more is a part of the model itself, which microbatches cut
 CHUNK = 1 << 26  # bytes of the product that a chunk may have, where the number of chunks is not said
 
 
@@ -172,7 +173,7 @@ def _closed(p: Program, spread: _Region, mesh: Mesh, found: Candidates, wide: in
                     pending.append(other)
     ops.sort(key=lambda op: position[op.name])
     region = _Region(spread.n, ops, {r: e for op in ops for r, e in zip(op.results, at[op.name].results, strict=True)}, at)
-    return region if _legal(p, region, wide) else None
+    return region if len(ops) <= LARGEST and _legal(p, region, wide) else None
 
 
 def _legal(p: Program, region: _Region, wide: int) -> bool:

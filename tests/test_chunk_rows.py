@@ -168,6 +168,16 @@ def test_nothing_wide_nothing_done() -> None:
     assert chunk_rows(p, chunks=4).ops == p.ops == chunk_rows(p).ops
 
 
+def test_a_part_of_the_model_is_no_region() -> None:
+    """Where the widest product is a layer's own, what follows it is most of the model, which microbatches would cut."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=6, intermediate_size=33, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=63, max_position_embeddings=16))
+    ids = torch.ones(2, 12, dtype=torch.int64)
+    p = deepseed.compile(model, "zero0", optimizer=torch.optim.SGD(model.parameters()), example_batch={"input_ids": ids, "labels": ids}).program
+    assert chunk_rows(p, chunks=2).ops == p.ops
+
+
 def test_rows_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(PassError, match=r"the 96 rows of %head.mm at head cannot be cut into 7 chunks\n  fix: chunkedN with N one of 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96, or chunked alone"):
         chunk_rows(lowered(tied=True), chunks=7)
