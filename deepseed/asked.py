@@ -93,5 +93,5 @@ def passes_table(done: Sequence[Passed]) -> list[str]:
         before = ops
     left = [name for each in done for name in each.unproved]
     if left:
-        lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands, such as %{left[0]}")
+        lines.append(f"unproved: {len(left)} values that a pass wrote differently, too large to run on small operands or NaN on all of these, such as %{left[0]}")
     return lines

@@ -66,7 +66,7 @@ class Passed:
     seconds: float
     check_seconds: float = 0.0
     instances: int = 0
-    unproved: tuple[str, ...] = ()  # values whose new expression is too large to run beside the old one: taken as equal
+    unproved: tuple[str, ...] = ()  # values whose new expression is too large to run beside the old one, or NaN on all operands: taken as equal
 
 
 class CheckError(ValueError):

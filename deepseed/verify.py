@@ -73,7 +73,7 @@ class VerifyReport:
             f"  gradients   {self.grad_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest gradient)\n"
             f"  parameters  {self.param_max_rel_error:.1e}  (allowed {TOLERANCE:.0e}, of the largest parameter)\n"
             f"  instances   {self.instances_checked} checked one by one\n"
-            + (f"  unproved    {self.unproved} expressions that passes wrote differently are too large to run on small operands\n" if self.unproved else "")
+            + (f"  unproved    {self.unproved} expressions that passes wrote differently are too large to run on small operands, or NaN on all of these\n" if self.unproved else "")
             + (f"  left out    {self.left_out} entries whose gradient is rounding noise, which the optimizer amplifies\n" if self.left_out else "")
             + (f"  rounding    eager PyTorch off by a unit in the last place comes to {self.growth:.1e}: each step was compared from eager's parameters\n" if self.growth else "")
             + (f"  peak        {amount(max(self.counted_peak_bytes))} of a rank's device, counted" if self.counted_peak_bytes else "")

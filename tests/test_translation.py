@@ -124,6 +124,18 @@ def test_what_does_nothing_to_an_input_is_dropped() -> None:
         follow(number(p), parse(str(good).replace("return %x", "return %w")))
 
 
+@pytest.mark.parametrize(("far", "says"), [(10.0, True), (1000.0, False)])
+def test_no_number_is_no_evidence(far: float, says: bool) -> None:
+    """A root of what is negative on most operands: others are drawn, and where there is no number on these either, it is said to be unproved."""
+    text = '%x : f32[4, 6] batch "x"\n%{a} = aten.sub.Tensor(%x, {c}) : f32[4, 6] {{phase="forward"}}\n%y = aten.sqrt(%{a}) : f32[4, 6] {{phase="forward"}}\nreturn %y output "0"\n'
+    numbering, other = number(program(text.format(a="a", c=far))), program(text.format(a="b", c=far + 1))
+    if says:
+        with pytest.raises(TranslationError, match="on random operands element 0"):
+            follow(numbering, other)
+    else:
+        assert follow(numbering, other).unproved == ["y"]
+
+
 FACTORED = """%x : f32[6, 6] batch "x"
 %n, %m, %r = aten.native_layer_norm(%x, [6], none, none, 1e-05) : f32[6, 6], f32[6, 1], f32[6, 1] {phase="forward"}
 %g, %i = aten.linalg_cholesky_ex(%n, check_errors=true) : f32[6, 6], i32[] {phase="backward"}

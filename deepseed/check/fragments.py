@@ -26,6 +26,8 @@ from deepseed.rules import RuleError
 
 MOST_OPS = 400  # of an expression
 RANGES = ((-2.0, 2.0), (0.1, 0.9), (1.1, 3.0))  # of operands
+FAR = ((10.0, 100.0), (-100.0, -10.0))  # where those give no number at all
+UNSEEN = "on random operands it is no number"
 
 
 @dataclass
@@ -112,6 +114,9 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
         left -= 1
     if first is None:
         return why, old.ops(), new.ops()
+    if first[0] == UNSEEN and not further:
+        _unproved(new)
+        return None
     return first if not further else (f"{first[0]}; with what their operands are made of, {further}", *first[1:])
 
 
@@ -169,8 +174,12 @@ def _agree(old: Fragment, new: Fragment, thorough: bool, known: Collection[str])
         if _elements(own) <= MOST:  # it does not run at other sizes than its own, or a number in it was taken from a size
             again, _ = _run(old, new, own, thorough)
             return (again and (why if runs else again)), set()
-    new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
+    _unproved(new)
     return None, None  # too large to run, and it cannot be made smaller
+
+
+def _unproved(new: Fragment) -> None:
+    new.side.unproved.append(new.side.made[new.root].op.name if new.root in new.side.made else f"#{new.root}")
 
 
 def _elements(shapes: Shapes) -> int:
@@ -226,7 +235,9 @@ def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> tuple[
     marks = sorted({n for op in old.ops() for n in _integers(op.args)}) if integers else []
     best: tuple[int, dict[int, Tensor], Tensor] | None = None
     failure = ""
-    for seed, (low, high, mark) in enumerate([*((*RANGES[0], m) for m in marks), *((*r, None) for r in RANGES)]):
+    for seed, (low, high, mark) in enumerate([*((*RANGES[0], m) for m in marks), *((*r, None) for r in (*RANGES, *FAR))]):
+        if (low, high) in FAR and best is not None and _seen(best[2]):
+            break
         generator = torch.Generator().manual_seed(seed)
         drawn = {n: _leaf(n, old, new, shapes, low, high, generator) for n in leaves}
         if mark is not None:
@@ -247,7 +258,14 @@ def _run(old: Fragment, new: Fragment, shapes: Shapes, thorough: bool) -> tuple[
             break
     if best is None:
         return f"the expression before the pass does not run on random operands: {failure}", False
+    if not _seen(best[2]):
+        return _differ(new, best[1], best[2], shapes) or UNSEEN, True
     return _differ(new, best[1], best[2], shapes) if best[0] or not thorough else None, True
+
+
+def _seen(whole: Tensor) -> bool:
+    """Whether there is a number in it: NaN is equal to NaN, whatever it was made of."""
+    return not (whole.dtype.is_floating_point or whole.dtype.is_complex) or not whole.numel() or not bool(whole.isnan().all())
 
 
 def _differ(new: Fragment, drawn: dict[int, Tensor], whole: Tensor, shapes: Shapes) -> str | None:

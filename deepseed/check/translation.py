@@ -74,7 +74,7 @@ class Numbering:
     numbers: dict[str, int] = field(default_factory=dict)  # by value name; what was written into has its new one
     steps: dict[str, tuple[Op, tuple[int, ...]]] = field(default_factory=dict)  # by op name: the op, and its operands
     made: dict[int, Made] = field(default_factory=dict)
-    unproved: list[str] = field(default_factory=list)  # expressions that were too large to run: taken as equal, and said so
+    unproved: list[str] = field(default_factory=list)  # expressions that were too large to run, or NaN on all operands: taken as equal, and said so
 
     def name(self, name: str, n: int) -> None:
         """Give a value its number."""
