@@ -133,7 +133,7 @@ def test_each_optimizers_state_dict_is_its_own_and_python_numbers_stay() -> None
             for slot, value in slots.items():
                 got = have["state"][index][slot]
                 assert type(got) is type(value)
-                torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
         one.load_state_dict(copy.deepcopy(have))  # and back
     assert given[1].state_dict()["state"][0]["step"] == 4
 
@@ -159,7 +159,7 @@ def test_what_is_done_to_the_state_of_an_optimizer_is_done_to_the_steps(capsys: 
         copy.deepcopy(given[0].state)
         for index, slots in eager[0].state_dict()["state"].items():
             for slot, value in slots.items():
-                torch.testing.assert_close(given[0].state_dict()["state"][index][slot], value, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(given[0].state_dict()["state"][index][slot], value, rtol=1e-12, atol=1e-12)
         assert "optimizer.state is empty" not in capsys.readouterr().err
         list(given[0].state.values())
         assert "optimizer.state is empty: the compiled step has the state" in capsys.readouterr().err
