@@ -145,7 +145,7 @@ def _under(found: Any, text: str, settings: dict[str, Any]) -> Outcome:
 
 
 def _verdict(error: Exception) -> str:
-    return "refused" if type(error).__module__.split(".")[0] == "deepseed" else "failed"
+    return "refused" if type(error).__module__.split(".")[0] == "deepseed" and not isinstance(error, targets.TargetError) else "failed"
 
 
 def _compute(captured: Program) -> dict[str, Any]:
