@@ -46,7 +46,7 @@ class ZooError(ValueError):
 
 @dataclass
 class Outcome:
-    """One target under one plan. ``verdict``: equal, differs, refused (DeepSeed said why), failed (anything else), none (the
+    """One target under one plan. ``verdict``: equal, differs, refused (DeepSeed said why), failed (anything else, such as a target that cannot be loaded), none (the
     plan does not apply). ``repeated``: the part of all ranks' matmul flops that others compute too."""
 
     plan: str
@@ -145,7 +145,9 @@ def _under(found: Any, text: str, settings: dict[str, Any]) -> Outcome:
 
 
 def _verdict(error: Exception) -> str:
-    return "refused" if type(error).__module__.split(".")[0] == "deepseed" and not isinstance(error, targets.TargetError) else "failed"
+    from deepseed.target import TargetError
+
+    return "refused" if type(error).__module__.split(".")[0] == "deepseed" and not isinstance(error, TargetError) else "failed"
 
 
 def _compute(captured: Program) -> dict[str, Any]:

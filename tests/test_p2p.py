@@ -308,7 +308,7 @@ def test_a_pipeline_rank_that_ends_is_named_by_all_others(tmp_path: Path, kind: 
     ids=["2", "4"],
 )
 def test_real_ranks_keep_the_time_of_the_schedule(cases: list[Case]) -> None:
-    """Parts sleep: of at most twelve steps one is within 5 % of simulated time, of the sleeps as they were, and none below that of the sleeps as they were told."""
+    """Parts sleep: of at most twelve steps one is within 5 % of simulated time, of the parts as they were, and none below that of the sleeps as they were told."""
     got = launched(cases[0].ranks, timed, cases, 3, 12)
     for case, (_, steps) in zip(cases, got[0], strict=True):
         assert all(took >= predicted(case, 0.0) for took, _ in steps)

@@ -1,7 +1,7 @@
 """One rank that runs its lane of a schedule with every part replaced by a sleep of known length, and small messages between.
 
 What is left of a step is the schedule itself: the order of the instructions, who waits for whom, and what a message costs.
-A sleeper wakes when the machine lets it: simulated time is of the sleeps as they were, measured in the step it is compared with.
+A sleeper wakes when the machine lets it: simulated time is of the parts as they were, measured in the step it is compared with.
 """
 
 from __future__ import annotations
@@ -59,30 +59,32 @@ class Case:
 
 
 def asleep(rt: Runtime, s: Schedule, messages: Mapping[str, Message], seconds: Mapping[Place, float]) -> dict[Place, float]:
-    """One step of this rank's lane. Each message says which it is, and is looked at. Returns how long each of its parts slept, on average."""
+    """One step of this rank's lane. Each message says which it is, and is looked at. Returns how long each of its parts took, on average, but for what it waited."""
     here, number = rt.coordinate["pp"], {name: n for n, name in enumerate(messages)}
     posted, used, made = receives(s, here, messages), needs(s, here, messages), sends(s, here, messages)
     handles: dict[Item, Callable[[], Tensor]] = {}
-    slept: dict[Place, list[float]] = {}
+    took: dict[Place, list[float]] = {}
 
     def receive(item: Item) -> None:
         handle = rt.receive_start((WORDS,), torch.int64, s.lane_of(messages[item[0]][0][1]))
         handles[item] = lambda: rt.wait(handle)
 
     for n, i in enumerate(s.lanes[here]):
+        began = time.monotonic()
         for item in posted[n]:
             receive(item)
+        waits = time.monotonic()
         for name, microbatch in used[n]:
             got = handles.pop((name, microbatch))()
             if got[:2].tolist() != [number[name], microbatch]:
                 raise ValueError(f"lane {here}, {i}: %{name} of microbatch {microbatch} is due, and {got[:2].tolist()} of {list(number)} came")
-        began = time.monotonic()
+        due = time.monotonic()
         time.sleep(seconds.get((i.part, i.stage), 0.0))
-        slept.setdefault((i.part, i.stage), []).append(time.monotonic() - began)
         for name, microbatch in made[n]:
             rt.send(torch.tensor([number[name], microbatch] + [0] * (WORDS - 2)), s.lane_of(messages[name][1][1]))
+        took.setdefault((i.part, i.stage), []).append(waits - began + time.monotonic() - due)
     rt.flush()
-    return {place: fmean(each) for place, each in slept.items()}
+    return {place: fmean(each) for place, each in took.items()}
 
 
 def latency(rt: Runtime, rounds: int = 30) -> float:
