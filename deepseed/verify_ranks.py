@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from deepseed.asked import fitting
+from deepseed.asked import factory_of, fitting
 from deepseed.on_ranks import on_ranks
 from deepseed.plan import parse_plan
-from deepseed.target import load, optimizer_factory, own_factory
+from deepseed.target import load
 from deepseed.verify import VerifyReport, verify
 
 
@@ -47,7 +46,5 @@ def verify_ranks(
 
 def _rank(target: str, plan: str, backend: str, optimizer: str | None, clip: float | None, steps: int, seed: int, codegen: str, cuda_graphs: bool) -> VerifyReport:
     found = load(target)
-    said = optimizer_factory(optimizer or "adamw")
-    factory: Any = own_factory(found) if optimizer is None and found.optimizer is not None else said
     with fitting(found):
-        return verify(found.model, found.batch, plan, optimizer_factory=factory, loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen, cuda_graphs=cuda_graphs)
+        return verify(found.model, found.batch, plan, optimizer_factory=factory_of(found, optimizer), loss_fn=found.loss_fn, clip_grad_norm=clip, steps=steps, backend=backend, seed=seed, codegen=codegen, cuda_graphs=cuda_graphs)

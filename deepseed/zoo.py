@@ -107,13 +107,14 @@ def examine(target: str, plans: Sequence[str], steps: int = 3) -> Iterator[dict[
     """What is found, piece by piece, as fields of Result and, under ``"outcome"``, of Outcome."""
     import torch
 
-    from deepseed import target as targets
+    from deepseed.asked import factory_of
     from deepseed.capture import capture
+    from deepseed.target import load
 
     torch.set_num_threads(1)
-    found = targets.load(target)
+    found = load(target)
     yield {"parameters": sum(p.numel() for p in found.model.parameters())}
-    factory: Any = targets.own_factory(found) if found.optimizer is not None else targets.optimizer_factory("adamw")
+    factory = factory_of(found, None)
     common = {"optimizer_factory": factory, "loss_fn": found.loss_fn, "clip_grad_norm": found.clip_grad_norm or 1.0}
     captured = capture(found.model, found.batch, loss_fn=found.loss_fn, optimizer=factory(list(found.model.parameters())), clip_grad_norm=common["clip_grad_norm"])
     yield {"captured": True, **_compute(captured.program)}

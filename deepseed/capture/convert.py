@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from deepseed.capture.batch import DTYPES, type_of
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.metadata import Where
-from deepseed.ir.program import FLOATS, Arg, Input, Op, Ref, Type
+from deepseed.ir.program import FLOATS, Arg, Input, Op, Output, Ref, Type
 
 DROPPED = ("device", "layout", "pin_memory", "memory_format", "generator", "non_blocking")
 
@@ -252,3 +252,10 @@ def live(ops: Sequence[Op], outputs: Iterable[Ref]) -> tuple[Op, ...]:
             kept.append(op)
             needed.update(ref.name for ref in op.refs)
     return tuple(reversed(kept))
+
+
+def kept_inputs(inputs: Iterable[Input], ops: Iterable[Op], outputs: Sequence[Output], always: Collection[str]) -> tuple[Input, ...]:
+    """Those that are read or returned, those of the roles ``always``, and state that is written: it has its place, though nobody may read it."""
+    used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
+    stored = {o.key for o in outputs if o.role == "state"}
+    return tuple(i for i in inputs if i.role in always or i.name in used or (i.role == "state" and i.key in stored))

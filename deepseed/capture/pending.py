@@ -13,7 +13,7 @@ from torch import nn
 
 from deepseed.capture.attributes import Reads
 from deepseed.capture.batch import DTYPES, BatchSpec
-from deepseed.capture.convert import Emitter, live
+from deepseed.capture.convert import Emitter, kept_inputs, live
 from deepseed.capture.gradients import LossScale, ready
 from deepseed.capture.metadata import Where
 from deepseed.capture.options import Optimizers
@@ -47,10 +47,8 @@ def capture_update(
     done = update(e, optimizer, parameters, start, final, moving, wide)
     outputs += done.outputs
     ops = live(e.ops, [o.ref for o in outputs])
-    used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
-    stored = {o.key for o in outputs if o.role == "state"}  # it has its place, though nobody may read it
     kept = {op.origin for op in ops}
-    inputs = tuple(i for i in e.inputs if i.role in ("param", "pending") or i.name in used or (i.role == "state" and i.key in stored))
+    inputs = kept_inputs(e.inputs, ops, outputs, ("param", "pending"))
     program = Program("update", Mesh(()), inputs, ops, tuple(outputs), frozenset({"captured"}), tuple((k, o) for k, o in done.origins.items() if k in kept))
     return Captured(
         verify(program), {}, (), Reads(), Structure(model), BatchSpec({}, {}), parameters, aliases(model), {}, slots | done.state,

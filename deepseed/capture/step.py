@@ -16,7 +16,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from deepseed.capture.attributes import MISSING, Reads, short
 from deepseed.capture.batch import DTYPES, BatchSpec, Call, rebuild, tensors, type_of
-from deepseed.capture.convert import Emitter, convert, live, reachable
+from deepseed.capture.convert import Emitter, convert, kept_inputs, live, reachable
 from deepseed.capture.errors import CaptureError
 from deepseed.capture.functional import Flat, as_inputs, functional
 from deepseed.capture.gradients import SCALE, LossScale, ready, reduced
@@ -154,13 +154,11 @@ def capture(
             outputs.append(Output(final.unless_skipped(e, v, refs[role, key], key), role, key))
     whole = Program(want, Mesh(()), tuple(e.inputs), live(e.ops, [o.ref for o in outputs]), tuple(outputs))
     ops = live(name_constant_masks(whole).ops, [o.ref for o in outputs])
-    used = {ref.name for op in ops for ref in op.refs} | {o.ref.name for o in outputs}
-    stored = {o.key for o in outputs if o.role == "state"}  # it has its place, though nobody may read it
-    inputs = [i for i in e.inputs if i.role in ("param", "buffer", "batch", "tangent") or i.name in used or (i.role == "state" and i.key in stored)]
+    inputs = kept_inputs(e.inputs, ops, outputs, ("param", "buffer", "batch", "tangent"))
     kept = {op.origin for op in ops}
     guards = tuple(_guard(r, traced.mode, spec, constants) for r in traced.reads)
     needed = {i.key for p in (*(g.program.inputs for g in guards), inputs) for i in p if i.role == "constant"}
-    program = Program(want, Mesh(()), tuple(inputs), ops, tuple(outputs), frozenset({"captured", *([PACKED] if any(op.target == "paged_attention" for op in ops) else [])}), tuple((k, o) for k, o in done.origins.items() if k in kept))
+    program = Program(want, Mesh(()), inputs, ops, tuple(outputs), frozenset({"captured", *([PACKED] if any(op.target == "paged_attention" for op in ops) else [])}), tuple((k, o) for k, o in done.origins.items() if k in kept))
     return Captured(
         verify(program), {key: t for key, t in constants.items() if key in needed}, guards, traced.python, structure,
         spec, parameters, aliases(model), buffers, slots | done.state, done.hyper, done.options, done.moved,
