@@ -169,13 +169,18 @@ def test_nothing_wide_nothing_done() -> None:
 
 
 def test_a_part_of_the_model_is_no_region() -> None:
-    """Where the widest product is a layer's own, what follows it is most of the model, which microbatches would cut."""
+    """Where a layer's own product is half as wide as the logits, and rows are cut between sequences, what follows it is most of the model, which microbatches would cut."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(hidden_size=6, intermediate_size=33, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=63, max_position_embeddings=16))
     ids = torch.ones(2, 12, dtype=torch.int64)
-    p = deepseed.compile(model, "zero0", optimizer=torch.optim.SGD(model.parameters()), example_batch={"input_ids": ids, "labels": ids}).program
-    assert chunk_rows(p, chunks=2).ops == p.ops
+
+    def compiled(plan: str) -> Program:
+        return deepseed.compile(model, plan, optimizer=torch.optim.SGD(model.parameters()), example_batch={"input_ids": ids, "labels": ids}).program
+
+    with pytest.raises(PassError, match=r"the 24 rows of %lm_head.mm at lm_head cannot be cut into 2 chunks\n  fix: chunkedN with N one of 3, 4"):
+        compiled("chunked2")
+    assert 0 < len({op.name.rpartition(".rows")[0] for op in compiled("chunked3").ops if ".rows" in op.name}) < 60
 
 
 def test_rows_that_cannot_be_cut_are_refused() -> None:
