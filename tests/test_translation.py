@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import deepseed
 from deepseed import pipeline
 from deepseed.asked import passes_table
+from deepseed.check import fragments
 from deepseed.check.translation import TranslationError, check_localized, follow, number
 from deepseed.ir.contract import program_pass
 from deepseed.ir.program import Program
@@ -134,6 +135,21 @@ def test_no_number_is_no_evidence(far: float, says: bool) -> None:
             follow(numbering, other)
     else:
         assert follow(numbering, other).unproved == ["y"]
+
+
+@pytest.mark.parametrize(("most", "found"), [(400, "refused"), (2, "unproved")])
+def test_expressions_that_are_cut_off_are_not_compared(most: int, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands where they were cut is another value on each side: numbers of it would say nothing."""
+    monkeypatch.setattr(fragments, "MOST_OPS", most)
+    begin, end = '%x : f32[4, 6] batch "x"\n', 'return %y output "0"\n'
+    chain = "".join(f'%{{side}}{n + 1} = aten.{{op}}(%{{side}}{n}) : f32[4, 6] {{{{phase="forward"}}}}\n' for n in range(8))
+    sides = [f"{begin}%{side}0 = aten.neg(%x) : f32[4, 6] {{phase=\"forward\"}}\n{chain.format(side=side, op=op)}%y = aten.abs(%{side}8) : f32[4, 6] {{phase=\"forward\"}}\n{end}" for side, op in (("a", "sin"), ("b", "cos"))]
+    numbering = number(program(sides[0]))
+    if found == "refused":
+        with pytest.raises(TranslationError, match="on random operands element 0"):
+            follow(numbering, program(sides[1]))
+    else:
+        assert follow(numbering, program(sides[1])).unproved == ["y"]
 
 
 FACTORED = """%x : f32[6, 6] batch "x"

@@ -49,14 +49,15 @@ class Fragment:
         self.leaves.update([m for m in made.operands if m not in self.opened])
         return True
 
-    def close_over(self, other: Numbering, but: int | None = None) -> None:
-        """Open what the other program does not have (``but`` counts as such), and constants."""
+    def close_over(self, other: Numbering, but: int | None = None) -> bool:
+        """Open what the other program does not have (``but`` counts as such), and constants. Whether that was all, before there were too many ops."""
         constant, holders, opened = self.side.table.constant, other.holders, self.opened
         pending = [n for n in self.leaves if n == but or n in constant or holders.get(n, 0) <= 0]
         while pending and len(opened) <= MOST_OPS:
             n = pending.pop()
             if n in self.leaves and self.open(n):
                 pending += [m for m in opened[n].operands if m not in opened and (m == but or m in constant or holders.get(m, 0) <= 0)]
+        return not any(n in self.leaves and n in self.side.made for n in pending)
 
     def order(self) -> list[int]:
         """Opened values, operands first."""
@@ -88,8 +89,10 @@ def disagreement(before: Numbering, after: Numbering, was: int, now: int) -> tup
     inside = False  # whether a leaf was made of the others alone: once none is, they can be drawn apart, and are
     further = ""
     while True:
-        old.close_over(after, now)
-        new.close_over(before)
+        closed = [old.close_over(after, now), new.close_over(before)]
+        if first is None and not all(closed):
+            _unproved(new)
+            return None
         fits = old.leaves <= new.leaves or new.leaves <= old.leaves
         if first is None and fits:
             found = _compared(old, new, False)
