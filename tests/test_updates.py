@@ -424,14 +424,16 @@ def doubled(plan: str, codegen: str, kind: str) -> tuple[list[float], dict[str, 
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("plan", ["fp64", pytest.param("zero1+dp2+fp64", marks=pytest.mark.wide), pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide), pytest.param("tp2+fp64", marks=pytest.mark.wide)])
 def test_any_optimizer_that_works_element_by_element_is_one_kernel(plan: str, kind: str) -> None:
-    """In float64 the python back end's numbers, which calls torch op by op; parameters are changed in their own memory."""
+    """In float64 the python back end's numbers, which calls torch op by op; parameters are changed in their own memory. But for the bias of ASGD that all ranks of tp2 have whole:
+    only its average reads its average, so each rank keeps a part of that, made of a part of the new bias behind its update."""
     (a, mine, sources), (b, theirs, _) = doubled(plan, "cpp", kind), doubled(plan, "python", kind)
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-12, atol=0)
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=lambda said, name=name: f"{name}: {said}")
     for source in sources:
         assert len(re.findall(r"\n    update_\w+\(params, ", source)) == 1, source
-        assert not re.search(r"\n    (_0_weight|_3_bias|state_exp_avg\w*)\.copy_\(", source), source
+        whole = "" if (plan, kind) == ("tp2+fp64", "asgd") else r"|_3_bias"
+        assert not re.search(rf"\n    (_0_weight{whole}|state_exp_avg\w*)\.copy_\(", source), source
 
 
 @needs.triton
