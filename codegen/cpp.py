@@ -223,7 +223,8 @@ class _Writer:
             raise CodegenError(f"%{op.name} = {op.target}: no C++ expression for it")
         x = op.refs[0].name
         if op.target == "cast":
-            return converted(self.read(x, index), self._kind(x), self._kind(op.name))
+            text = converted(self.read(x, index), self._kind(x), self._kind(op.name))
+            return f"up(down<{TYPES[op.type.dtype]}>::of({text}))" if op.type.dtype in ("bf16", "f16") else text
         if op.target == "expand":
             return self.read(x, self._spread(p.types[x], x, index))
         if op.target == "permute":

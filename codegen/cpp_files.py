@@ -35,22 +35,23 @@ from deepseed.ops import accumulate_mm
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
+EXACT = ("-ffp-contract=off", "-fwrapv")  # of what ops are written out for: each rounds, and integers wrap, as they do one by one
 VECTOR_ROWS = 512  # of a product by vectors: of more a library's copies of the weights pay
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
 
-def library(text: str, folder: Path) -> ctypes.CDLL:
-    """Raises Refused where the compiler does not take the source, CodegenError where there is none that works, or the folder cannot be written or has nothing that can be loaded."""
+def library(text: str, folder: Path, more: Sequence[str] = ()) -> ctypes.CDLL:
+    """``more``: flags of the compiler. Raises Refused where the compiler does not take the source, CodegenError where there is none that works, or the folder cannot be written or has nothing that can be loaded."""
     name = compiler()
     if not name:
         raise CodegenError("no C++ compiler\n  fix: install g++ or clang++, or set CXX")
-    digest = hashlib.sha256("\0".join([text, *FLAGS, *_identity(name), processor()]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([text, *FLAGS, *more, *_identity(name), processor()]).encode()).hexdigest()[:16]
     path = folder / f"cpp-{digest}.so"
     if path.exists():
         with suppress(OSError):  # of a disk that was full, perhaps: it is compiled again
             return ctypes.CDLL(str(path))
-    if said := _refusal(name, text, path):
+    if said := _refusal(name, text, path, more):
         with TemporaryDirectory() as elsewhere:
             if why := _refusal(name, "", Path(elsewhere, "nothing.so")):
                 raise CodegenError(f"{name} compiles nothing: {why}\n  fix: CXX=PROGRAM, a C++ compiler that works")
@@ -61,14 +62,14 @@ def library(text: str, folder: Path) -> ctypes.CDLL:
         raise CodegenError(f"compiled code cannot be loaded from {folder}: {error}\n  fix: DEEPSEED_CACHE_DIR=FOLDER, one whose files may be executed") from None
 
 
-def _refusal(name: str, text: str, path: Path) -> str:
+def _refusal(name: str, text: str, path: Path, more: Sequence[str] = ()) -> str:
     """Compile ``text`` to ``path``; why the compiler does not, or ""."""
     given, fresh = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.tmp")
     own = given.with_suffix(f".{os.getpid()}.cpp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(text)
-        done = subprocess.run([name, *FLAGS, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
+        done = subprocess.run([name, *FLAGS, *more, str(own), "-o", str(fresh)], capture_output=True, text=True, check=False)
         own.replace(given)
         if done.returncode:
             return done.stderr[:1000].strip() or f"it left with {done.returncode}"
@@ -105,7 +106,9 @@ def compiled(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], objec
             once(tell, f"{k.name} runs as plain Python: {error}")
     loaded: dict[str, Any] = {}
     try:
-        loaded = _loaded([k for k in wanted if k.name in made], made, folder, tell) if made else {}
+        for alone in (False, True):  # attention adds products up, in a library of its own: each in one step where the processor does that
+            if some := [k for k in wanted if k.name in made and is_attention(k) == alone]:
+                loaded |= _loaded(some, made, folder, tell, () if alone else EXACT)
     except CodegenError as error:
         once(tell, f"kernels run as plain Python: {error}")
     return [Fixed(k, made[k.name], loaded[k.name]) if k.name in loaded else products.get(k.name) or python(k) for k in wanted]
@@ -133,17 +136,17 @@ def _products(wanted: Sequence[Kernel], folder: Path, tell: Callable[[str], obje
     return {k.name: Product(k, found) for k in wanted}
 
 
-def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
+def _loaded(wanted: Sequence[Kernel], made: Mapping[str, cpp_nests.Function], folder: Path, tell: Callable[[str], object], more: Sequence[str]) -> dict[str, Any]:
     """The functions by name, of one library; where the compiler does not take it, of one a half, and so on, without those that it does not take alone."""
     parts = [cpp_nests.LIBRARY, *([cpp_attention.LIBRARY] if any(is_attention(k) for k in wanted) else []), *(made[k.name].text for k in wanted)]
     try:
-        found = library("\n".join(parts), folder)
+        found = library("\n".join(parts), folder, more)
     except Refused as error:
         if len(wanted) == 1:
             once(tell, f"{wanted[0].name} runs as plain Python: {error}")
             return {}
         half = len(wanted) // 2
-        return _loaded(wanted[:half], made, folder, tell) | _loaded(wanted[half:], made, folder, tell)
+        return _loaded(wanted[:half], made, folder, tell, more) | _loaded(wanted[half:], made, folder, tell, more)
     return {k.name: getattr(found, k.name) for k in wanted}
 
 
@@ -247,7 +250,7 @@ class Fixed:
 
 def update(formulas: Sequence[Formula], folder: Path) -> Update:
     """Optimizers' updates of tensors of a CPU. Raises CodegenError."""
-    return Update(formulas, getattr(library(LIBRARY + cpp_updates.source(formulas), folder), name_of(formulas)))
+    return Update(formulas, getattr(library(LIBRARY + cpp_updates.source(formulas), folder, EXACT), name_of(formulas)))
 
 
 class Update:

@@ -13,7 +13,8 @@ from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, depths
 from deepseed.ir.program import ITEMSIZE, Op, Program
 
 BLOCKS = 16  # in which sums across rows are added up
-LEAST = 32  # rows of such a block
+LEAST = 32  # rows of such a block, at least
+MOST = 512  # and at most: one float takes no more in one after another
 STRETCH = 4096  # elements of a row that are added up at a time
 WORTH = 1 << 15  # elements for which a further thread pays
 KEPT = 1 << 19  # bytes of rows that a function keeps for later passes, on a thread's stack
@@ -172,23 +173,23 @@ class Nest(Points):
         """One pass along the row."""
         names: list[tuple[Op, dict[Var, Index], str, str, str]] = []
         outer = len(self.scopes) - 1
+        *slow, fast = self.r or [Var("one", 1)]
+        stretch = fast.size > STRETCH
+        local = bool(slow) or stretch
         for op in now:
             kind, start = accumulator(op)
             for bound in self.of_index(self.space.index[op.name]):
                 self.count += 1
                 names.append((op, bound, f"s{self.count}", kind, start))
-                self.scopes[-1].lines.append(f"{kind} s{self.count} = {start};")
+                self.scopes[-1].lines.append(f"{_total(op, kind) if local else kind} s{self.count}{'_total' * local} = {start};")
         for value in keep:
             if not self._read_back(value):
                 size = prod(v.size for v in self.plan.row)
                 self.scopes[-1].lines.append(f"alignas(64) {type_of(self.p.types[value].dtype)} {value}_row[{size}];")
-        *slow, fast = self.r or [Var("one", 1)]
         for v in slow:
             self.open(f"for (int {v.name} = 0; {v.name} < {v.size}; ++{v.name})", v)
-        stretch = fast.size > STRETCH
         if stretch:
             self.open(f"for (int first = 0; first < {fast.size}; first += {STRETCH})")
-        local = slow or stretch
         if local:
             self.scopes[-1].lines += [f"{kind} {name}_part = {start};" for *_, name, kind, start in names]
         sums, highest = ([f"{n[2]}{'_part' if local else ''}" for n in names if (n[0].target == "amax") == most] for most in (False, True))
@@ -208,9 +209,11 @@ class Nest(Points):
             self._keep(value)
         self.close()
         if local:
-            self.scopes[-1].lines += [f"{name} = most({name}, {name}_part);" if op.target == "amax" else f"{name} += {name}_part;" for op, _, name, _, _ in names]
+            self.scopes[-1].lines += [f"{name}_total = most({name}_total, {name}_part);" if op.target == "amax" else f"{name}_total += {name}_part;" for op, _, name, _, _ in names]
         while len(self.scopes) - 1 > outer:
             self.close()
+        if local:
+            self.scopes[-1].lines += [f"const {kind} {name} = {kind}({name}_total);" for _, _, name, kind, _ in names]
         for op, bound, name, _, _ in names:
             index = tuple(i.put(bound) for i in self.space.index[op.name])
             self.keep((op.name, index, ()), Register(name, computed(op.type.dtype), outer))
@@ -281,7 +284,7 @@ class Nest(Points):
     # sums across rows -------------------------------------------------------------------------------------------------
 
     def _blocks(self, rows: int, columns: int) -> None:
-        block = max(LEAST, -(-rows // BLOCKS))
+        block = min(max(LEAST, -(-rows // BLOCKS)), MOST)
         blocks = -(-rows // block)
         top = self.scopes[0].lines
         for s in self.plan.sums:
@@ -301,8 +304,8 @@ class Nest(Points):
             kind, start = accumulator(op)
             place = " + ".join(f"{i} * {stride}" for i, stride in zip(_decoded("j", op.type.shape), self.lying[s], strict=True)) or "0"
             more = f"total = most(total, {s}_parts[b * {n} + j])" if op.target == "amax" else f"total += {s}_parts[b * {n} + j]"
-            stored = "total" if s in self.own else f"down<{TYPES[op.type.dtype]}>::of(total)"
-            self.scopes[0].lines += [f"for (int j = 0; j < {n}; ++j) {{", f"    {kind} total = {start};", f"    for (int b = 0; b < {blocks}; ++b) {more};", f"    {s}[{place}] = {stored};", "}"]
+            stored = "total" if s in self.own else f"down<{TYPES[op.type.dtype]}>::of({kind}(total))"
+            self.scopes[0].lines += [f"for (int j = 0; j < {n}; ++j) {{", f"    {_total(op, kind)} total = {start};", f"    for (int b = 0; b < {blocks}; ++b) {more};", f"    {s}[{place}] = {stored};", "}"]
 
     def _accumulate(self, sums: Sequence[tuple[str, Bound]]) -> None:
         for s, bound in sums:
@@ -315,6 +318,11 @@ class Nest(Points):
                 target = f"{s}_part[{place}]"
                 square = f"{text} * {text}" if op.target == "sum_of_squares" else text
                 self.scopes[-1].lines.append(f"{target} = most({target}, {kind}({text}));" if op.target == "amax" else f"{target} += {square};")
+
+
+def _total(op: Op, kind: str) -> str:
+    """In what parts are added up, of which there may be millions."""
+    return "double" if kind == "float" and op.target != "amax" else kind
 
 
 def _decoded(name: str, sizes: Sequence[int]) -> list[str]:

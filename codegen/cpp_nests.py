@@ -11,21 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from deepseed.codegen.cpp_loops import KEPT, Nest, Plan
 from deepseed.codegen.cpp_ops import LIBRARY as EXPRESSIONS
 from deepseed.codegen.cpp_ops import TYPES, computed, type_of
-from deepseed.codegen.cpp_points import Strides, variables
+from deepseed.codegen.cpp_points import LARGEST, Strides, variables
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Refine, Var
+from deepseed.codegen.index_maps import Refine, Var, covers
 from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.lookups import numbered
 from deepseed.codegen.spaces import REDUCTIONS, Space, add, closure_of, ops_of, read_along, space_of
 from deepseed.ir.layout import contiguous
 from deepseed.ir.program import Op, Program
-
-LARGEST = 1 << 31  # elements that an operand may span
 
 LIBRARY = EXPRESSIONS + r"""
 #include <memory>
@@ -175,9 +172,9 @@ def _plan(p: Program, space: Space, ops: Sequence[Op], targets: Sequence[str]) -
             blocked.update(op.results)
         elif op.name in over and s != frozenset() and (s != row or op.name not in space.index):
             blocked.add(op.name)
-            if s is not None and s == every - row and op.name in space.index and _once(space, op.refs[0].name, row):
+            if s is not None and s == every - row and op.name in space.index and covers(space.index[op.name], op.type.shape) and _once(space, op.refs[0].name, row):
                 sums.append(op.name)
-    now = [t for t in targets if t not in blocked and t in space.index and _covered(p, space, t)]
+    now = [t for t in targets if t not in blocked and t in space.index and covers(space.index[t], p.types[t].shape)]
     x = every - row - {v for v in space.vars if v.unrolled}
     now = [t for t in now if x <= variables(space.index[t])] or now
     wanted = [s for s in sums if s in targets] + [s for s in sums if s not in targets and _read(p, s, ops)]
@@ -192,10 +189,6 @@ def _once(space: Space, x: str, row: frozenset[Var]) -> bool:
 
 def _read(p: Program, value: str, ops: Sequence[Op]) -> bool:
     return any(isinstance(u, Op) and u in ops for u in p.uses[value])
-
-
-def _covered(p: Program, space: Space, target: str) -> bool:
-    return prod(v.size for v in variables(space.index[target])) == p.types[target].numel
 
 
 def _row(p: Program, space: Space, ops: Sequence[Op], over: dict[str, frozenset[Var]]) -> frozenset[Var]:

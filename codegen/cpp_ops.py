@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
-from deepseed.codegen.pointwise import added, lerp, number, rsub
+from deepseed.codegen.pointwise import added, compared, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool"}  # in memory
-_WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "bf16": 5, "f32": 6, "f64": 7}
 
 LIBRARY = r"""
 #include <cmath>
@@ -50,22 +49,29 @@ template <> struct down<bfloat> {
     }
 };
 
+static inline float fma_(float a, float b, float c) {  // rounded once where the processor does that; elsewhere the compiler is told not to (deepseed.codegen.cpp_files)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 static inline double exp_(double x) { return std::exp(x); }
 static inline float exp_(float x) {  // of all that a float holds: 2**n in two factors, the last of which rounds once to what is below 2**-126
     float bounded = x > 89.0f ? 89.0f : x;
     bounded = bounded < -104.0f ? -104.0f : bounded;
-    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f, r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float shifted = fma_(bounded, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f, r = fma_(n, 2.12194440e-4f, fma_(n, -0.693359375f, bounded));
     int32_t whole = __builtin_bit_cast(int32_t, shifted) - 0x4b400000, half_of = whole >> 1;  // the low bits of ``shifted`` are n
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = fma_(p, r, 1.3981999507e-3f); p = fma_(p, r, 8.3334519073e-3f); p = fma_(p, r, 4.1665795894e-2f); p = fma_(p, r, 1.6666665459e-1f); p = fma_(p, r, 5.0000001201e-1f);
+    p = fma_(p * r, r, r) + 1.0f;
     return p * __builtin_bit_cast(float, uint32_t(half_of + 127) << 23) * __builtin_bit_cast(float, uint32_t(whole - half_of + 127) << 23);
 }
 template <class T> static inline T sigmoid(T x) { return T(1) / (T(1) + exp_(-x)); }
 static inline double tanh_(double x) { return std::tanh(x); }
 static inline float tanh_(float x) {
     float y = x < 0 ? -x : x, e = exp_(-2.0f * y), z = x * x;
-    float near = x * (1.0f + z * (-0.3333333333f + z * (0.1333333333f + z * (-0.0539682540f + z * 0.0218694885f)))), far = (1.0f - e) / (1.0f + e);
+    float near = x * fma_(z, fma_(z, fma_(z, fma_(z, 0.0218694885f, -0.0539682540f), 0.1333333333f), -0.3333333333f), 1.0f), far = (1.0f - e) / (1.0f + e);
     return y < 0.0625f ? near : x < 0 ? -far : far;
 }
 template <class T> static inline T most(T a, T b) { return a > b || a != a ? a : b; }
@@ -118,7 +124,7 @@ _TEMPLATES = {
     "erf": "std::erf({0})", "floor": "whole<{1t}>({0}, std::floor({0}))", "ceil": "whole<{1t}>({0}, std::ceil({0}))", "reciprocal": "{1t}(1) / {0}", "square": "{0} * {0}", "sigmoid": "sigmoid({0})", "tanh": "tanh_({0})",
     "relu": "({0} <= 0 ? {1t}(0) : {0})", "silu": "{0} * sigmoid({0})", "clone": "{0}", "alias": "{0}", "detach": "{0}", "positive": "{0}", "where.self": "({0} ? {1} : {2})",
     "masked_fill.Scalar": "({1} ? {2} : {0})", "masked_fill.Tensor": "({1} ? {2} : {0})", "maximum": "most({0}, {1})", "minimum": "least({0}, {1})", "sign": "sign({0})",
-    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "{0} + {2} * ({1} - {0})", "pow.Tensor_Tensor": "power<{1t}>({0}, {1})",
+    "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}", "lerp.Tensor": "(std::abs({2}) < {1t}(0.5) ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * ({1t}(1) - {2}))", "pow.Tensor_Tensor": "power<{1t}>({0}, {1})",
     "silu_backward": "{0} * sigmoid({1}) * ({1t}(1) + {1} * ({1t}(1) - sigmoid({1})))", "tanh_backward": "{0} * ({1t}(1) - {1} * {1})", "sigmoid_backward": "{0} * ({1t}(1) - {1}) * {1}",
     "threshold_backward": "({1} <= {2} ? {1t}(0) : {0})", "softplus": "({0} > 20 ? {0} : std::log1p(std::exp({0})))", "log2": "std::log2({0})", "exp2": "std::exp2({0})", "trunc": "whole<{1t}>({0}, std::trunc({0}))",
     "fmax": "higher<{1t}>({0}, {1})", "fmin": "lower<{1t}>({0}, {1})", "atan2": "std::atan2({0}, {1})", "fmod.Tensor": "std::fmod({0}, {1})", "fmod.Scalar": "std::fmod({0}, {1})",
@@ -138,7 +144,7 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     dtype = computed(op.type.dtype)
     compares = base in _COMPARE and overload in ("Scalar", "Tensor")
     boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
-    common = _common(p, op)
+    common = compared(p, op)
     within = "bool" if name.startswith("logical") else computed(common) if compares or boolean else dtype
     if not op.target.startswith("aten.") or (base.startswith(_FLOAT_ONLY) and not compares and not boolean and dtype not in FLOATS):
         raise _unknown(op)
@@ -163,18 +169,6 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     if name not in _TEMPLATES or (name == "softplus" and len(op.args) > 1):
         raise _unknown(op)
     return _TEMPLATES[name].replace("{1t}", type_of(dtype)).format(*texts)
-
-
-def _common(p: Program, op: Op) -> str:
-    """The dtype in which operands are compared."""
-    found = ("bool", 0)
-    for a in op.args:
-        if isinstance(a, Ref):
-            t = p.types[a.name]
-            found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
-        elif isinstance(a, float) and found[0] not in FLOATS:
-            found = ("f32", 0)
-    return found[0]
 
 
 def _unknown(op: Op) -> CodegenError:

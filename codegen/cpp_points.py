@@ -16,6 +16,7 @@ from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, si
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, reduced_dims
 from deepseed.ir.program import FLOATS, Op, Program
 
+LARGEST = 1 << 31  # elements that an operand may span, and the numbers that an int does not hold
 Strides = tuple[int, ...]
 Bound = Mapping[Var, Index]
 
@@ -81,13 +82,13 @@ class Points:
 
     def place(self, e: Index) -> tuple[str, int]:
         """An index as source, and the level that it needs."""
-        level = 0
+        level, wide = 0, e.range[1] >= LARGEST
 
         def name(a: Atom) -> str:
             nonlocal level
             if isinstance(a, Var):
                 level = max(level, self.levels[a])
-                return a.name
+                return f"int64_t({a.name})" if wide else a.name
             if isinstance(a, Loaded):
                 level = max(level, self.numbers[a.name].level)
                 return a.name
@@ -262,4 +263,4 @@ def accumulator(op: Op) -> tuple[str, str]:
     return type_of(op.type.dtype), literal(float("-inf"), dtype) if dtype in FLOATS else f"std::numeric_limits<{TYPES[dtype]}>::lowest()"
 
 
-__all__ = ["Bound", "Points", "Quotient", "Register", "Scope", "Strides", "accumulator", "variables"]
+__all__ = ["LARGEST", "Bound", "Points", "Quotient", "Register", "Scope", "Strides", "accumulator", "variables"]

@@ -15,6 +15,7 @@ from deepseed.ir.collective import MEMORIES, step
 from deepseed.ir.program import Op, Output, Program
 
 STORED = ("param", "buffer", "state")
+KEPT = ("send", "collect")  # ops whose operand's memory is read after them
 _VIEWS = {"transfer", "reshape", "permute", "expand", "slice", "cast", "shard", "summand", "pad", "cat", "sum", "amax"}
 _ATEN_VIEWS = {
     "alias", "as_strided", "contiguous", "detach", "diagonal", "expand", "imag", "lift_fresh", "movedim", "narrow", "permute", "real",
@@ -70,13 +71,16 @@ class Donation:
 
     @cached_property
     def last_use(self) -> Mapping[str, int]:
-        """Value -> position of the last op that reads its memory, through any view; behind all ops where it is returned."""
+        """Value -> position of the last op that reads its memory, through any view; behind all ops where it is returned, sent, or kept for the user: a message may leave
+        later than the ops behind it run."""
         out: dict[str, int] = {}
+        end = len(self.program.ops)
         for n, op in enumerate(self.program.ops):
             for ref in op.refs:
-                out.update((root, n) for root in self.memory(ref.name))
+                for root in self.memory(ref.name):
+                    out[root] = max(end if op.target in KEPT else n, out.get(root, n))
         for o in self.program.outputs:
-            out.update((root, len(self.program.ops)) for root in self.memory(o.ref.name))
+            out.update((root, end) for root in self.memory(o.ref.name))
         return out
 
     @cached_property

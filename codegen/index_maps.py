@@ -158,6 +158,28 @@ def flat(index: Sequence[Index], shape: Sequence[int]) -> Index:
     return out
 
 
+def _whole(e: Index) -> Index:
+    """The same where an index and its rest stand side by side: ``by * (x // by) + x % by`` is x."""
+    terms = dict(e.terms)
+    for a, c in e.terms:
+        if isinstance(a, Quotient) and a.kind == "//" and c % a.by == 0 and terms.get(Quotient("%", a.of, a.by)) == c // a.by:
+            del terms[a], terms[Quotient("%", a.of, a.by)]
+            return _whole(_index(e.const, terms) + a.of * (c // a.by))
+    return e
+
+
+def covers(index: Sequence[Index], shape: Sequence[int]) -> bool:
+    """Whether an index goes through each element of a tensor once, as its variables go through their values: in some order of these, they are the digits of its place."""
+    place, at = _whole(flat(index, shape)), 1
+    if place.const or not all(isinstance(a, Var) for a, _ in place.terms):
+        return False
+    for c, size in sorted((c, a.size) for a, c in place.terms if isinstance(a, Var)):
+        if c != at:
+            return False
+        at *= size
+    return at == prod(shape)
+
+
 def unflat(place: Index, shape: Sequence[int]) -> tuple[Index, ...]:
     """The indices of the element at a row-major place."""
     out: list[Index] = []

@@ -63,7 +63,7 @@ def space_of(p: Program, root: str, closure: Collection[str], targets: Sequence[
     names: list[Var] = []
     index: list[Index] = []
     for d, size in enumerate(p.types[root].shape):
-        parts = _parts(Var(f"{'abcdefghklm'[d % 11]}", size), split)
+        parts = _parts(Var("abcdefghklm"[d % 11] * (d // 11 + 1), size), split)
         index.append(_joined(parts))
         names += [v for v in parts if v.size > 1]
     space = Space(tuple(names))

@@ -1,6 +1,6 @@
 """One pointwise op as one Triton expression on registers.
 
-16-bit floats are computed in float32; the rounding of a value to 16 bits happens where it is stored. The formulas are those of PyTorch's kernels.
+16-bit floats are computed in float32; the rounding of a value to 16 bits happens where it is stored, where the model casts it, and where it is compared. The formulas are those of PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
-from deepseed.codegen.pointwise import added, lerp, number, rsub
+from deepseed.codegen.pointwise import added, compared, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
@@ -19,7 +19,6 @@ TYPES = {
     "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16", "i64": "tl.int64", "i32": "tl.int32", "i16": "tl.int16",
     "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1",
 }  # fmt: skip
-_WIDTH = {"bool": 0, "u8": 1, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "bf16": 5, "f32": 6, "f64": 7}
 
 LIBRARY = {
     "tanh": '''@triton.jit
@@ -33,6 +32,13 @@ def tanh(x):
     "sigmoid": '''@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))''',
+    "as_bf16": '''@triton.jit
+def as_bf16(x):  # to the nearest, ties to even, as a float32: in the interpreter too
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(x != x, x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True))''',
+    "as_f16": '''@triton.jit
+def as_f16(x):
+    return x.to(tl.float16).to(tl.float32)''',
     "amax": '''@triton.jit
 def amax(x, axis: tl.constexpr):
     nan = tl.max((x != x).to(tl.int32), axis, keep_dims=True)
@@ -88,18 +94,6 @@ def converted(r: Register, dtype: str) -> str:
     return f"{r.name}.to({TYPES[dtype]})"
 
 
-def common(p: Program, op: Op) -> str:
-    """The dtype in which operands are compared."""
-    found = ("bool", 0)
-    for a in op.args:
-        if isinstance(a, Ref):
-            t = p.types[a.name]
-            found = max(found, (t.dtype, 2 if t.shape else 1), key=lambda e: (_WIDTH[e[0]] >= 5, e[1], _WIDTH[e[0]]))
-        elif isinstance(a, float) and found[0] not in FLOATS:
-            found = ("f32", 0)
-    return computed(found[0])
-
-
 _TEMPLATES = {
     "mul.Tensor": "{0} * {1}", "mul.Scalar": "{0} * {1}", "div.Tensor": "{0} / {1}", "div.Scalar": "{0} / {1}", "neg": "-{0}", "exp": "tl.exp({0})",
     "log": "tl.log({0})", "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "abs": "tl.abs({0})",
@@ -110,8 +104,9 @@ _TEMPLATES = {
     "where.self": "tl.where({0}, {1}, {2})", "masked_fill.Scalar": "tl.where({1}, {2}, {0})", "masked_fill.Tensor": "tl.where({1}, {2}, {0})",
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "bitwise_and.Tensor": "{0} & {1}", "bitwise_or.Tensor": "{0} | {1}", "bitwise_xor.Tensor": "{0} ^ {1}",
-    "lerp.Tensor": "{0} + {2} * ({1} - {0})", "sign": "({0} > 0).to({0}.dtype) - ({0} < 0).to({0}.dtype)",
+    "lerp.Tensor": "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1 - {2}))", "sign": "({0} > 0).to({0}.dtype) - ({0} < 0).to({0}.dtype)",
 }  # fmt: skip
+_WHOLE = ("floor", "ceil")  # what integers are already
 _INTEGER_MAXIMUM = {"maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BOOLEAN = {"logical_and": "{0} & {1}", "logical_or": "{0} | {1}", "logical_not": "{0} == 0", "logical_xor": "{0} ^ {1}", "bitwise_not": "{0} == 0", "isnan": "{0} != {0}"}
@@ -124,8 +119,9 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
     base = name.partition(".")[0]
     dtype = computed(op.type.dtype)
     given = iter(registers)
-    compared = base in _COMPARE or name in _BOOLEAN
-    within = common(p, op) if compared else dtype
+    compares = base in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
+    common = compared(p, op) if compares or name in _BOOLEAN else op.type.dtype
+    within = computed(common)
     if name.startswith("logical"):
         within = "bool"
     texts = []
@@ -137,12 +133,16 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
             texts.append(literal(a, want))
         else:
             texts.append("" if a is None else str(a))
-    if base in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor"):
-        return f"{texts[0]} {_COMPARE[base]} {texts[1]}", frozenset()
+        if compares and common in ("bf16", "f16") and not (isinstance(a, Ref) and p.types[a.name].dtype == common):
+            texts[-1] = f"as_{common}({texts[-1] if isinstance(a, Ref) else f'tl.full([], {texts[-1]}, tl.float32)'})"  # 0.3 is no number of 16 bits
+    if compares:
+        return f"{texts[0]} {_COMPARE[base]} {texts[1]}", frozenset(f for f in LIBRARY if any(text.startswith(f"{f}(") for text in texts))
     if name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool"):
         return _BOOLEAN[name].format(*texts), frozenset()
     if name in _FUNCTIONS:
         text = _FUNCTIONS[name](texts, op)
+    elif name in _WHOLE and dtype not in FLOATS:
+        text = texts[0]
     elif name in _INTEGER_MAXIMUM and dtype not in FLOATS:
         text = _INTEGER_MAXIMUM[name].format(*texts)
     elif name in _TEMPLATES and op.target.startswith("aten."):
@@ -155,8 +155,8 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
 def supported(op: Op) -> bool:
     """Whether a pointwise op has an expression."""
     name = op.target.removeprefix("aten.")
-    compared = name.partition(".")[0] in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
-    known = compared or name in _TEMPLATES or name in _FUNCTIONS or name in _BOOLEAN
+    compares = name.partition(".")[0] in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
+    known = compares or name in _TEMPLATES or name in _FUNCTIONS or name in _BOOLEAN
     return op.target.startswith("aten.") and known and all(t.dtype in TYPES for t in op.types)
 
 

@@ -8,7 +8,7 @@ from math import prod
 
 from deepseed.codegen.block_sizes import PROGRAMS, Blocks, block_sizes
 from deepseed.codegen.expressions import CodegenError
-from deepseed.codegen.index_maps import Var
+from deepseed.codegen.index_maps import Var, covers
 from deepseed.codegen.pointwise import computed
 from deepseed.codegen.spaces import REDUCTIONS, VIEWS, Space, adds_parts, depths, ops_of, read_along
 from deepseed.codegen.triton_kernel import Plan
@@ -107,7 +107,7 @@ class Plans:
                     partial.append(op.name)
             elif (op.name in reductions and over) or any(r.name in along for r in op.refs):
                 along.update(op.results)
-        now = [t for t in targets if t not in blocked and t in space.index and self._covered(space, t)]
+        now = [t for t in targets if t not in blocked and t in space.index and covers(space.index[t], self.p.types[t].shape)]
         now += [v for v in self._shared(ops, blocked, partial, space, along) if v not in now]
         sizes = prod(v.size for v in space.vars if v not in row and not v.unrolled), prod(v.size for v in row if not v.unrolled)
         reduced = rows and bool(row) and any(s == row for s in reductions.values())
@@ -129,7 +129,7 @@ class Plans:
         for op in ops:
             unfit = op.target in REDUCTIONS and op.name in blocked and op.name not in partial
             if unfit or op.target in _IN_PART:
-                out += [r.name for r in op.refs if r.name in along and r.name not in blocked and r.name in space.index and self._covered(space, r.name)]
+                out += [r.name for r in op.refs if r.name in along and r.name not in blocked and r.name in space.index and covers(space.index[r.name], self.p.types[r.name].shape)]
         return list(dict.fromkeys(out))
 
     def _statistics(self, sums: Sequence[str], now: Collection[str], rows: Collection[str]) -> list[str]:
@@ -143,11 +143,6 @@ class Plans:
             elif value not in self.memory and value not in now:
                 todo += [r.name for r in self.p.producers[value].refs]
         return list(found)
-
-    def _covered(self, space: Space, target: str) -> bool:
-        """Whether the points of the space make each element of a target."""
-        used = frozenset[Var]().union(*(i.vars for i in space.index[target]))
-        return prod(v.size for v in used) == self.p.types[target].numel
 
     def _row(self, space: Space, ops: Sequence[Op], reductions: dict[str, frozenset[Var]]) -> tuple[frozenset[Var], bool]:
         """The variables along which programs hold rows, and whether blocks have two axes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Index, Loaded, Var, flat, of, within
 from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, site
@@ -11,6 +13,7 @@ from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
 from deepseed.codegen.triton_places import Places, every, word
 from deepseed.ir.program import Op
+from deepseed.ops.rng import below
 
 
 class Values(Places):
@@ -37,6 +40,9 @@ class Values(Places):
             case "cast":
                 r = self.at(x, index)
                 dtype = computed(op.type.dtype)
+                if dtype != op.type.dtype and self.p.types[x].dtype != op.type.dtype:
+                    self._call({f"as_{op.type.dtype}"})
+                    return self._emit(word(value), f"as_{op.type.dtype}({converted(r, dtype)})", dtype, r.axes, r.level)
                 return r if r.dtype == dtype else self._emit(word(value), converted(r, dtype), dtype, r.axes, r.level)
             case "full":
                 return self._number(op, op.kw("value"))
@@ -163,7 +169,8 @@ class Values(Places):
             return self._emit(word(op.name), f"({drawn} < {threshold}).to({TYPES[dtype]})", dtype, axes, level)
         if op.type.dtype != "f32":
             raise CodegenError(f"%{op.name} = uniform in {op.type.dtype}: no Triton expression for it\n  fix: none is needed, the group runs as Python")
-        return self._emit(word(op.name), f"(({drawn} >> 8).to(tl.float32) + {2.0**23}) * {2.0**-24} * {float(high - low)!r} + {float(low)!r}", dtype, axes, level)
+        made = f"(({drawn} >> 8).to(tl.float32) + {2.0**23}) * {2.0**-24} * {float(high - low)!r} + {float(low)!r}"
+        return self._emit(word(op.name), f"tl.minimum({made}, {below(high, torch.float32)!r})", dtype, axes, level)
 
     def _seed(self, rng: str) -> tuple[str, str]:
         names = []

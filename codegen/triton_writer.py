@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from deepseed.codegen.any_rows import NONE, Free, general, heads, stands_for
 from deepseed.codegen.block_sizes import Blocks
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
-from deepseed.codegen.index_maps import Refine
+from deepseed.codegen.index_maps import Refine, covers
 from deepseed.codegen.lookups import numbered, without_lookups
 from deepseed.codegen.many_tensors import HELPERS, Part, alike_parts, write_many
 from deepseed.codegen.spaces import LEAVES, REDUCTIONS, add, parts_of, reduced_dims, space_of
@@ -126,7 +126,7 @@ class Writer(Plans):
         while True:
             try:
                 space = space_of(self.p, op.name, self._closure(pending), pending, split)
-                if any(t not in space.index or not self._covered(space, t) for t in pending):
+                if any(t not in space.index or not covers(space.index[t], self.p.types[t].shape) for t in pending):
                     raise CodegenError(f"%{pending[0]} is not made of %{op.name} = {op.target} element by element\n  fix: none is needed, the group runs as Python")
                 kernel = Product(self.p, op, plan_of(self.p, op, space, pending, self.chosen.get("kernel_0")), self.memory, "kernel_0", self.free)
                 body = kernel.write()

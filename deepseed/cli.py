@@ -42,12 +42,13 @@ def verify(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     optimizer: OptimizerOption = None,
     clip: ClipOption = None,
-    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, cpp, inductor or auto")] = "python",
+    codegen: Annotated[str, typer.Option(help="what computes groups of ops: python, cpp, inductor, triton or auto")] = "python",
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="replay steps as CUDA graphs from the third on; give --steps 4 or more")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train some steps in float64 beside eager PyTorch and compare. Exit code 0 only where all agree."""
     from deepseed.asked import clip_of, factory_of, fitting, tell_notes
+    from deepseed.calibrate import unfit
     from deepseed.kernels import known
     from deepseed.plan import parse_plan
     from deepseed.target import load
@@ -67,6 +68,8 @@ def verify(
                 clip_grad_norm=clip_of(found, clip), steps=steps, backend=backend, codegen=codegen, cuda_graphs=cuda_graphs,
             )  # fmt: skip
     else:
+        if (why := unfit(parse_plan(plan).mesh(world_size).ranks, backend)) is not None:
+            raise UsageError(why)
 
         def tell(rank: int, each: VerifyReport) -> None:
             typer.echo(f"rank {rank} of {each.world_size}: program sha256 {each.program_hash}", err=True)
@@ -96,6 +99,7 @@ def profile(
 ) -> None:
     """Train some steps and say where the time of the last one went, by phase, op and module; as a trace, node by node on every rank."""
     from deepseed.asked import clip_of, tell_notes
+    from deepseed.calibrate import unfit
     from deepseed.kernels import known
     from deepseed.on_ranks import on_ranks
     from deepseed.plan import parse_plan
@@ -110,6 +114,8 @@ def profile(
     said = parse_plan(plan)
     tell_notes(said, world_size)
     ranks = said.mesh(world_size).ranks
+    if (why := unfit(ranks, backend)) is not None:
+        raise UsageError(why)
     given = (target, plan, world_size, "simulate" if ranks == 1 else backend, steps, optimizer, clip_of(load(target, meta=True), clip), codegen)
     found = of_target(*given) if given[3] == "simulate" else on_ranks(of_target, ranks, *given)[0]
     if out is not None:
@@ -137,6 +143,8 @@ def calibrate(
         raise UsageError(f"unknown backend {backend!r}\n  fix: one of {', '.join(BACKENDS[1:])}")
     if (why := unfit(world_size, backend)) is not None:
         raise UsageError(why)
+    if out is not None and out.suffix != ".json":
+        raise UsageError(f"-o {out}: the file of a machine ends in .json\n  fix: -o {out}.json")
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"no folder {out.absolute().parent} for the machine\n  fix: make it, or write elsewhere")
     found = measure(world_size, backend)

@@ -78,5 +78,7 @@ def read(path: Path) -> Machine:
         return Machine(**values, rates=rates)
     except FileNotFoundError:
         raise MachineError(f"no file {path} for --machine{fix}") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except MachineError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MachineError(f"{path} holds no machine: {type(error).__name__}: {error}{fix}") from None

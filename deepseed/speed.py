@@ -149,7 +149,7 @@ def parse_machine(text: str) -> Machine:
             value = float(number)
         except ValueError:
             value = 0.0
-        if name not in known or value <= 0:
+        if name not in known or not 0 < value < float("inf"):
             raise MachineError(f"--machine {text!r}: cannot read {word!r}\n  fix: write numbers above zero for {', '.join(sorted(known))}, as in flops=300e12,link=100e9")
         said[name] = value
     return replace(Machine(), **said)

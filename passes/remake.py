@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deepseed.ir.program import ITEMSIZE, Builder, Op, Program, Ref
+from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref
 from deepseed.ir.schedule import kind_of as kind_of_part
 from deepseed.ir.schedule import loop_of
 from deepseed.passes.fuse import POINT, kind_of
@@ -17,6 +17,7 @@ from deepseed.rules.strides import laid_out
 LONGEST = 6  # ops that are done again for one value
 FEW = 64  # times fewer elements than the value: rows, which cost nothing to keep
 _VIEWS = ("reshape", "expand")
+COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def remade(p: Program) -> Program:
@@ -39,7 +40,8 @@ def remade(p: Program) -> Program:
             if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
                 for each in (each for each in chain if each.name not in again):
                     again[each.name] = out.fresh(f"{each.name}.again")
-                    out.emit(_reading(replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part), again))
+                    remade = replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part)
+                    out.emit(remade if _compares(p, each) else _reading(remade, again))
         out.emit(_reading(op, again) if op.phase == "backward" else op)
     return out.program()
 
@@ -63,6 +65,8 @@ def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str
     made = p.producers.get(name)
     if made is None or made.phase != "forward" or not _side_by_side(made, reader):
         return []
+    if _is_compared(p, name):
+        return []
     if any(not isinstance(u, Op) or (u.phase != "forward" and (u.target in _VIEWS or not kind_of(u, p))) for u in p.uses[name]):
         return []  # it is there in any case
     size, whole = _elements(p, name), _bytes(p, name)
@@ -74,7 +78,10 @@ def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str
         op = p.producers.get(value)
         if op is not None and value not in chain and op.phase == "forward" and (op.part, op.stage) == (made.part, made.stage) and len(chain) < LONGEST and _again(p, op, size, name):
             chain[value] = op
-            todo += [ref.name for ref in op.refs]
+            if _compares(p, op):
+                leaves.update(ref.name for ref in op.refs)
+            else:
+                todo += [ref.name for ref in op.refs]
         elif value not in chain:
             leaves.add(value)
     large = [leaf for leaf in leaves if _elements(p, leaf) * FEW > size]
@@ -83,6 +90,15 @@ def _chain(p: Program, name: str, reader: Op, at: dict[str, int], last: dict[str
     if not any(kind_of(op, p) == POINT for op in chain.values()) or len(large) > 1 or extra > whole or (extra == whole and stored):
         return []
     return sorted(chain.values(), key=lambda op: at[op.name])
+
+
+def _compares(p: Program, op: Op) -> bool:
+    """Whether an op's result jumps where floats are alike: they must be the very numbers that the forward had, and what is made again may be rounded less."""
+    return op.target.removeprefix("aten.").partition(".")[0] in COMPARE and any(p.types[ref.name].dtype in FLOATS for ref in op.refs)
+
+
+def _is_compared(p: Program, name: str) -> bool:
+    return any(isinstance(u, Op) and u.phase == "backward" and _compares(p, u) for u in p.uses[name])
 
 
 def _side_by_side(made: Op, reader: Op) -> bool:
@@ -94,6 +110,8 @@ def _side_by_side(made: Op, reader: Op) -> bool:
 
 def _again(p: Program, op: Op, size: int, name: str) -> bool:
     """Whether an op is done again: pointwise or a view, of the value's size, and not itself narrower than what is wanted."""
+    if _is_compared(p, op.name):
+        return False
     if op.target not in _VIEWS and (kind_of(op, p) != POINT or not op.refs):
         return False
     return _elements(p, op.name) == size and (op.name == name or _bytes(p, op.name) >= _bytes(p, name))

@@ -124,3 +124,31 @@ def test_the_part_of_a_microbatch_makes_again_what_its_own_forward_made() -> Non
     for other in (looped.replace('part="backward.1"', 'part="backward.2"'), looped.replace('part="forward.1"', 'part="once.0"'), looped.replace('part="backward.1"', 'part="once.1"'), looped.replace('part="backward.1"', 'part="backward.1", stage=1')):
         p = parse(HEAD + other.strip())
         assert remade(p).ops == p.ops
+
+
+COMPARED = """
+%x : f32[8, 64] batch "x"
+%g : f32[8, 64] batch "g"
+%w : bf16[8, 64] batch "w"
+%c = cast(%w) : f32[8, 64] {phase="forward"}
+%y = aten.exp(%c) : f32[8, 64] {phase="forward"}
+%m = amax(%y, dims=[1], keepdim=true) : f32[8, 1] {phase="forward"}
+%e = aten.eq.Tensor(%y, %m) : bool[8, 64] {phase="backward"}
+%d = aten.where.self(%e, %g, %x) : f32[8, 64] {phase="backward"}
+%f = aten.mul.Tensor(%y, %d) : f32[8, 64] {phase="backward"}
+return %f output "f"
+return %m output "m"
+"""
+
+
+def test_what_is_compared_is_not_made_again() -> None:
+    """Nor is it where another op of the backward would have it again; without the comparison it is."""
+    _, q = done(COMPARED)
+    assert not any(op.name.endswith(".again") for op in q.ops)
+    _, q = done(COMPARED.replace("aten.eq.Tensor(%y, %m)", "aten.gt.Tensor(%x, %m)"))
+    assert [op.name for op in q.ops if op.name.endswith(".again")] == ["c.again", "y.again"]
+
+
+def test_a_comparison_that_is_made_again_reads_what_the_forward_made() -> None:
+    _, q = done(COMPARED.replace('%e = aten.eq.Tensor(%y, %m) : bool[8, 64] {phase="backward"}', '%e = aten.ge.Tensor(%y, %m) : bool[8, 64] {phase="forward"}').replace("aten.mul.Tensor(%y, %d)", "aten.mul.Tensor(%x, %d)"))
+    assert all("y" in [r.name for r in op.refs] for op in q.ops if op.target == "aten.ge.Tensor")
