@@ -75,10 +75,16 @@ def test_a_rate_is_of_the_dtype() -> None:
     assert replace(slow, rates=()).seconds(p, p.ops[0]) == pytest.approx(2 * 64**3 / 1e6)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 0, "machine": {}}', '{"format": 1, "machine": {"flops": -1}}', '{"format": 1, "machine": {"speed": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 0, "machine": {}}', '{"format": 1, "machine": {"flops": -1}}', '{"format": 1, "machine": {"speed": 1}}', '{"format": 1, "machine": {"rates": [["f32", "abc"]]}}', '{"format": 1, "machine": {"rates": [["f32", 1, 2]]}}'])
 def test_no_machine_in_a_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(MachineError, match="fix: deepseed calibrate -o"):
+        read(tmp_path / "m.json")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(MachineError, match="holds no machine"):
         read(tmp_path / "m.json")
 
 
@@ -86,6 +92,8 @@ def test_no_machine_in_a_file(text: str, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["calibrate", "--backend", "mpi"], "unknown backend 'mpi'"), (["calibrate", "-o", "/no/such/m.json"], "no folder /no/such"), (["calibrate", "--backend", "nccl", "--world-size", "512"], "nccl needs a GPU a rank: 512 asked for"),
+        (["calibrate", "-o", "here"], "fix: -o here.json"), (["explain", "hf:LlamaForCausalLM", "--machine", "flops=nan"], "cannot read 'flops=nan'"), (["profile", "hf:LlamaForCausalLM", "--plan", "dp512", "--backend", "nccl"], "nccl needs a GPU a rank"),
+        (["verify", "hf:LlamaForCausalLM", "--plan", "dp512", "--backend", "nccl"], "nccl needs a GPU a rank"),
         (["explain", "hf:LlamaForCausalLM", "--plan", "zero3", "--machine", "measured"], "fix: deepseed calibrate --world-size 2"), (["explain", "hf:LlamaForCausalLM", "--machine", "none.json"], "no file none.json"),
     ],
 )  # fmt: skip

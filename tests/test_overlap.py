@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from gloo.launch import ranks as launched
+from gloo.underway import starts
 
 from deepseed import pipeline
 from deepseed.asked import captured, passed
@@ -126,11 +128,20 @@ def test_every_rank_starts_the_same_in_the_same_order() -> None:
     assert starts[0] and all(each == starts[0] for each in starts)
 
 
+def test_a_collective_starts_without_its_peers() -> None:
+    """Else nothing of it could be hidden, whatever the order: the start returns while the other rank sleeps, and the wait does not."""
+    late = 0.6
+    found = launched(2, starts, late)
+    assert len(found[0]) == 8
+    for kind, way, started, done in found[0]:
+        assert started < late / 2 and done > 0.8 * late, f"{kind} through {way}: started after {started:.3f} s, done after {done:.3f} s"
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("plan", ["zero3", "zero2", "tp2"])
 def test_on_real_ranks_over_a_link(plan: str) -> None:
     """A Llama of 12.7 M parameters on two gloo ranks, whose ops take the medians of what they took there (tests/gloo/link.py): what ranks send, and how long they stand still, is what the simulation says, to the
-    nanosecond of a sum; and they hide at least 80 % of what can be hidden."""
+    nanosecond of a sum; and they hide at least 80 % of what can be hidden, if starts wait for nobody (above)."""
     import bench_overlap
 
     found = bench_overlap.measure(plan, 5e-4, 400e6, 4, machine="flops=80e9,memory=8e9,launch=1e-5,latency=5e-4,link=400e6")
