@@ -35,7 +35,7 @@ from deepseed.ops import accumulate_mm
 
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
-EXACT = ("-ffp-contract=off", "-fwrapv")  # of what ops are written out for: each rounds, and integers wrap, as they do one by one
+EXACT = ("-ffp-contract=off",)  # of what ops are written out for: each rounds, as they do one by one
 VECTOR_ROWS = 512  # of a product by vectors: of more a library's copies of the weights pay
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]

@@ -133,6 +133,7 @@ _TEMPLATES = {
 }  # fmt: skip
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}", "isinf": "{0} == {0} && {0} - {0} != {0} - {0}", "isfinite": "{0} - {0} == {0} - {0}"}
+_WRAPS = ("add", "sub", "rsub", "mul", "neg", "abs", "square")
 _CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
 _FLOAT_ONLY = ("div.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "reciprocal", "sigmoid", "tanh", "silu", "softplus", "gelu", "lerp", "fmod", "remainder", "atan2", "hardsigmoid", "hardswish", "leaky_relu", "elu")
 
@@ -164,6 +165,14 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
         return f"{texts[0]} {_COMPARE[base]} {texts[1]}"
     if boolean:
         return _BOOLEAN[name].format(*texts)
+    if dtype not in (*FLOATS, "bool") and base in _WRAPS:  # an overflow means nothing in C++ but of what has no sign
+        if base == "abs":
+            return f"({texts[0]} < 0 ? {TYPES[dtype]}(-uint64_t({texts[0]})) : {texts[0]})"
+        return f"{TYPES[dtype]}({_written(name, [f'uint64_t({text})' for text in texts], op, dtype)})"
+    return _written(name, texts, op, dtype)
+
+
+def _written(name: str, texts: Sequence[str], op: Op, dtype: str) -> str:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name](texts, op)
     if name not in _TEMPLATES or (name == "softplus" and len(op.args) > 1):
