@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 from math import prod
-
-import torch
 
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Index, Loaded, Var, flat, of, within
@@ -13,7 +12,6 @@ from deepseed.codegen.spaces import REDUCTIONS, Indices
 from deepseed.codegen.triton_ops import TYPES, Register, computed, converted, expression, literal
 from deepseed.codegen.triton_places import Places, every, word
 from deepseed.ir.program import Op
-from deepseed.ops.rng import below
 
 
 class Values(Places):
@@ -170,7 +168,7 @@ class Values(Places):
         if op.type.dtype != "f32":
             raise CodegenError(f"%{op.name} = uniform in {op.type.dtype}: no Triton expression for it\n  fix: none is needed, the group runs as Python")
         made = f"(({drawn} >> 8).to(tl.float32) + {2.0**23}) * {2.0**-24} * {float(high - low)!r} + {float(low)!r}"
-        return self._emit(word(op.name), f"tl.minimum({made}, {below(high, torch.float32)!r})", dtype, axes, level)
+        return self._emit(word(op.name), f"tl.minimum({made}, {_below(high)!r})", dtype, axes, level)
 
     def _seed(self, rng: str) -> tuple[str, str]:
         names = []
@@ -182,3 +180,14 @@ class Values(Places):
                 self.scopes[0].kept.append(key)
             names.append(self.known[key].name)
         return names[0], names[1]
+
+
+def _below(high: float) -> float:
+    """The largest float32 below ``high``, as deepseed.ops.rng has it for each dtype."""
+    value: float = struct.unpack("<f", struct.pack("<f", high))[0]
+    if value < high:
+        return value
+    if value == 0:
+        return -(2.0**-126)
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return float(struct.unpack("<f", struct.pack("<i", bits + (-1 if value > 0 else 1)))[0])

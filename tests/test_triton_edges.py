@@ -9,7 +9,9 @@ from test_triton import check
 from torch import Tensor
 from triton_worker import Interpreter
 
+from deepseed.codegen import triton_values
 from deepseed.ir.text import parse
+from deepseed.ops import rng
 
 pytestmark = needs.triton
 X = torch.tensor([0.1, 0.2, 0.3, 0.7, 0.9, 1.1, 1.00390625, 1.01171875, -0.3, 0.0, float("inf"), float("nan")])  # two of them are halfway between numbers of bf16
@@ -71,3 +73,7 @@ def test_a_uniform_number_is_below_its_end(interpreter: Interpreter) -> None:
 %y = aten.mul.Tensor(%u, %x) : f32[1048576]
 return %y output "y"
 ''', torch.tensor([3, 5]), torch.ones(1 << 20))
+
+
+def test_the_number_below_is_the_reference_s() -> None:
+    assert all(triton_values._below(high) == rng._below(high, torch.float32) for high in (1.0, 1001.0, 0.0, -2.0, 0.1, -0.1, 2.0**-130, 2.0**24))

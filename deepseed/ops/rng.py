@@ -41,7 +41,7 @@ def bernoulli(rng: Tensor, shape: Sequence[int], p: float, site: str, dtype: tor
 def uniform(rng: Tensor, shape: Sequence[int], low: float, high: float, site: str, dtype: torch.dtype, index: Index | None = None) -> Tensor:
     """Uniform in [low, high): 24 random bits an element, 32 in float64."""
     out = torch.empty(tuple(shape), dtype=dtype, device=rng.device)
-    last = below(high, dtype)
+    last = _below(high, dtype)
 
     def draw(lanes: Tensor, part: Tensor) -> None:
         if dtype is torch.float64:
@@ -195,7 +195,7 @@ def _enumerate(factors: Sequence[tuple[int, int, int]], unit: int, device: torch
 
 
 @lru_cache(maxsize=256)
-def below(high: float, dtype: torch.dtype) -> float:
+def _below(high: float, dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` below ``high``."""
     value = torch.tensor(high, dtype=dtype)
     if value.item() < high:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseed.ops.own import amax, cast, cat, expand, full, gather, pad, permute, reshape, slice, sum
-from deepseed.ops.rng import GOLDEN, MIX1, MIX2, Index, _signed, below, indices, site_hash
+from deepseed.ops.rng import GOLDEN, MIX1, MIX2, Index, _below, _signed, indices, site_hash
 
 __all__ = ["amax", "bernoulli", "cast", "cat", "expand", "full", "gather", "iota", "pad", "permute", "reshape", "scatter_add", "slice", "sum", "uniform", "unslice"]
 
@@ -47,7 +47,7 @@ def uniform(rng: Tensor, shape: Sequence[int], low: float, high: float, site: st
     else:
         u = (lanes >> 8).to(torch.float32) + 2.0**23
         u = u * 2.0**-24 * (high - low)
-    return (u + low).to(dtype).clamp(max=below(high, dtype))
+    return (u + low).to(dtype).clamp(max=_below(high, dtype))
 
 
 def _lanes(rng: Tensor, shape: Sequence[int], site: str, index: Index | None) -> Tensor:
