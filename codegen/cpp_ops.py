@@ -12,6 +12,7 @@ from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
 from deepseed.codegen.pointwise import added, compared, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
+from deepseed.ir.kernels import COMPARE
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool"}  # in memory
@@ -131,7 +132,6 @@ _TEMPLATES = {
     "remainder.Tensor": "floored<{1t}>({0}, {1})", "remainder.Scalar": "floored<{1t}>({0}, {1})", "bitwise_and.Scalar": "{0} & {1}", "clamp_min": "({0} < {1} ? {1} : {0})", "clamp_max": "({0} > {1} ? {1} : {0})",
     "hardsigmoid": "least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "hardswish": "{0} * least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "round": "whole<{1t}>({0}, std::nearbyint({0}))",
 }  # fmt: skip
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}", "isinf": "{0} == {0} && {0} - {0} != {0} - {0}", "isfinite": "{0} - {0} == {0} - {0}"}
 _WRAPS = ("add", "sub", "rsub", "mul", "neg", "abs", "square")
 _CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
@@ -143,7 +143,7 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
     name = op.target.removeprefix("aten.")
     base, _, overload = name.partition(".")
     dtype = computed(op.type.dtype)
-    compares = base in _COMPARE and overload in ("Scalar", "Tensor")
+    compares = base in COMPARE and overload in ("Scalar", "Tensor")
     boolean = name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool")
     common = compared(p, op)
     within = "bool" if name.startswith("logical") else computed(common) if compares or boolean else dtype
@@ -162,7 +162,7 @@ def expression(p: Program, op: Op, operands: Sequence[str]) -> str:
         if compares and common in ("bf16", "f16") and not (isinstance(a, Ref) and p.types[a.name].dtype == common):
             texts[-1] = f"up(down<{TYPES[common]}>::of({texts[-1]}))"  # 0.3 is no number of 16 bits
     if compares:
-        return f"{texts[0]} {_COMPARE[base]} {texts[1]}"
+        return f"{texts[0]} {COMPARE[base]} {texts[1]}"
     if boolean:
         return _BOOLEAN[name].format(*texts)
     if dtype not in (*FLOATS, "bool") and base in _WRAPS:  # an overflow means nothing in C++ but of what has no sign

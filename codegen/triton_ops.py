@@ -13,6 +13,7 @@ from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.pointwise import Write as Write
 from deepseed.codegen.pointwise import added, compared, lerp, number, rsub
 from deepseed.codegen.pointwise import computed as computed
+from deepseed.ir.kernels import COMPARE
 from deepseed.ir.program import FLOATS, Op, Program, Ref
 
 TYPES = {
@@ -108,7 +109,6 @@ _TEMPLATES = {
 }  # fmt: skip
 _WHOLE = ("floor", "ceil")  # what integers are already
 _INTEGER_MAXIMUM = {"maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})"}
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BOOLEAN = {"logical_and": "{0} & {1}", "logical_or": "{0} | {1}", "logical_not": "{0} == 0", "logical_xor": "{0} ^ {1}", "bitwise_not": "{0} == 0", "isnan": "{0} != {0}"}
 _CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
 
@@ -119,7 +119,7 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
     base = name.partition(".")[0]
     dtype = computed(op.type.dtype)
     given = iter(registers)
-    compares = base in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
+    compares = base in COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
     common = compared(p, op) if compares or name in _BOOLEAN else op.type.dtype
     within = computed(common)
     if name.startswith("logical"):
@@ -136,7 +136,7 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
         if compares and common in ("bf16", "f16") and not (isinstance(a, Ref) and p.types[a.name].dtype == common):
             texts[-1] = f"as_{common}({texts[-1] if isinstance(a, Ref) else f'tl.full([], {texts[-1]}, tl.float32)'})"  # 0.3 is no number of 16 bits
     if compares:
-        return f"{texts[0]} {_COMPARE[base]} {texts[1]}", frozenset(f for f in LIBRARY if any(text.startswith(f"{f}(") for text in texts))
+        return f"{texts[0]} {COMPARE[base]} {texts[1]}", frozenset(f for f in LIBRARY if any(text.startswith(f"{f}(") for text in texts))
     if name in _BOOLEAN and not (name == "bitwise_not" and op.type.dtype != "bool"):
         return _BOOLEAN[name].format(*texts), frozenset()
     if name in _FUNCTIONS:
@@ -155,7 +155,7 @@ def expression(p: Program, op: Op, registers: Sequence[Register]) -> tuple[str, 
 def supported(op: Op) -> bool:
     """Whether a pointwise op has an expression."""
     name = op.target.removeprefix("aten.")
-    compares = name.partition(".")[0] in _COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
+    compares = name.partition(".")[0] in COMPARE and name.partition(".")[2] in ("Scalar", "Tensor")
     known = compares or name in _TEMPLATES or name in _FUNCTIONS or name in _BOOLEAN
     return op.target.startswith("aten.") and known and all(t.dtype in TYPES for t in op.types)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from deepseed.ir.kernels import COMPARE
 from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref
 from deepseed.ir.schedule import kind_of as kind_of_part
 from deepseed.ir.schedule import loop_of
@@ -17,7 +18,6 @@ from deepseed.rules.strides import laid_out
 LONGEST = 6  # ops that are done again for one value
 FEW = 64  # times fewer elements than the value: rows, which cost nothing to keep
 _VIEWS = ("reshape", "expand")
-COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def remade(p: Program) -> Program:
@@ -40,8 +40,8 @@ def remade(p: Program) -> Program:
             if op.phase == "backward" and name not in again and (chain := _chain(p, name, op, at, last)):
                 for each in (each for each in chain if each.name not in again):
                     again[each.name] = out.fresh(f"{each.name}.again")
-                    remade = replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part)
-                    out.emit(remade if _compares(p, each) else _reading(remade, again))
+                    anew = replace(each, results=(again[each.name],), phase=op.phase, origin="", part=op.part)
+                    out.emit(anew if _compares(p, each) else _reading(anew, again))
         out.emit(_reading(op, again) if op.phase == "backward" else op)
     return out.program()
 

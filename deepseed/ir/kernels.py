@@ -23,5 +23,8 @@ UNMASKED: Mapping[str, int] = {"sdpa": 3, "sdpa_backward": 6}
 
 PRODUCT, BIASED = "aten.mm", "aten.addmm"
 
+# Ops that compare (their names without the overload), and the sign that Python and C++ have for each.
+COMPARE: Mapping[str, str] = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
 # The fewest rows of a product that a back end for CPUs writes itself: of fewer its tiles are uneven.
 LEAST_ROWS = 85
