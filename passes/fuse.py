@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from math import prod
 
+from deepseed.ir.kernels import PRODUCT
 from deepseed.ir.mesh import TIME
-from deepseed.ir.program import Op, Program, after_tangents
+from deepseed.ir.program import FLOATS, Op, Program, after_tangents
 from deepseed.rules.pointwise import POINTWISE
 from deepseed.rules.strides import laid_out
 
@@ -76,14 +77,23 @@ def kind_of(op: Op, p: Program) -> str:
     return kind
 
 
-def leaves_apart(p: Program, members: Sequence[Op]) -> bool:
-    """Whether kernels compute all of a group that was decomposed, so that it need not be one op again: what is reduced otherwise than along rows is not read in it."""
+def leaves_apart(p: Program, members: Sequence[Op], products: bool = False) -> bool:
+    """Whether kernels compute all of a group that was decomposed, so that it need not be one op again: what is reduced otherwise than along rows is not read in it.
+    ``products``: matrix products are kernels too."""
     made = {op.name for op in members}
     for op in members:
+        if products and is_product(p, op):
+            continue
         kind = kind_of(op, p)
         if not kind or (kind == REDUCE and not _in_rows(op, p) and any(isinstance(u, Op) and u.name in made for u in p.uses[op.name])):
             return False
     return True
+
+
+def is_product(p: Program, op: Op) -> bool:
+    """Whether a kernel computes it: one float dtype, on the device, and something to compute."""
+    types = [*op.types, *(p.types[r.name] for r in op.refs)]
+    return op.target == PRODUCT and all(t.dtype == op.type.dtype and t.dtype in FLOATS and not t.host and 0 not in t.local(p.mesh) for t in types)
 
 
 def fuse(p: Program) -> Program:

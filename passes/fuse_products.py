@@ -2,7 +2,7 @@
 
 A product joins the group that works on its result element by element, if nothing reads that before the group ends: then the group does not read it from memory,
 and it is not even there if nothing else reads it. Any other product, and attention, is a group of its own. A product may move down to its first reader: nothing
-in between depends on it.
+in between depends on it. A bias is added by what follows: a product that has one is not made one op again (``group_kernels``).
 
     before: %h = aten.mm(%x, %w) : f32[8, 16]
             %a = aten.add.Tensor(%h, %b) : f32[8, 16]  {kernel="y"}
@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from deepseed.ir.fragment import groups
 from deepseed.ir.kernels import BIASED, LEAST_ROWS, PRODUCT, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
-from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, kind_of
+from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, is_product, kind_of
 
-ALONE = (PRODUCT, *UNMASKED)
 LEAST = 1 << 22  # multiplications of a product that a back end for CPUs writes (deepseed.codegen.cpp_products),
 LEAST_DEPTH, LEAST_COLUMNS = 64, 64  # with less of either, copying operands or writing results takes the time
 
@@ -85,7 +84,7 @@ def _moved(p: Program, joined: Mapping[int, _Joined]) -> Program:
                     out[-1] = replace(out[-1], results=(own[p.ops[m].name],))
         if n not in gone:
             mark = joined[n].mark if n in joined else op.kernel
-            if not mark and op.target in ALONE and _computed(p, op):
+            if not mark and (is_product(p, op) or _is_attention(p, op)):
                 mark = op.name
             out.append(_in_group(op, mark, names) if mark else op)
         if n in behind:
@@ -110,7 +109,7 @@ def _product(p: Program, at: Mapping[str, int], mark: str, members: range, waiti
         made = p.producers.get(name)
         while made is not None and made.target == "reshape" and not made.kernel:
             made = p.producers.get(made.refs[0].name)
-        if made is None or made.target != PRODUCT or made.kernel or not _computed(p, made) or _size(p, made) != size or members.start - at[made.name] > REACH:
+        if made is None or made.kernel or not is_product(p, made) or _size(p, made) != size or members.start - at[made.name] > REACH:
             continue
         if (made.part, made.stage, made.phase, made.name in waiting) != (first.part, first.stage, first.phase, first.name in waiting):
             continue
@@ -146,10 +145,9 @@ def _chain(p: Program, at: Mapping[str, int], mark: str, product: Op, members: r
     return None if early else _Joined(mark, at[product.name], tuple(sorted(within)), tuple(sorted(behind)), members.stop - 1)
 
 
-def _computed(p: Program, op: Op) -> bool:
-    """One float dtype, on the device, and something to compute."""
-    types = [p.types[r.name] for r in op.refs if op.target == PRODUCT]
-    return not op.type.host and op.type.dtype in FLOATS and all(t.dtype == op.type.dtype for t in types) and all(0 not in t.local(p.mesh) for t in (*types, *op.types))
+def _is_attention(p: Program, op: Op) -> bool:
+    """On the device, of floats, and something to compute."""
+    return op.target in UNMASKED and not op.type.host and op.type.dtype in FLOATS and all(0 not in t.local(p.mesh) for t in op.types)
 
 
 def _size(p: Program, op: Op) -> int:

@@ -48,7 +48,7 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
     after:  %y = aten._softmax(%x, -1, false) : f32[8@dp, 16]
     """
     joined = products == "joined"
-    p = _scale_in_update(_regroup(once(p), kernels), kernels)
+    p = _scale_in_update(_regroup(once(p), kernels, joined), kernels)
     if not kernels:
         return _gather_updates(p, WIDENED)
     p = fuse(remade(_gather_updates(pointwise_updates(_widened_in_update(p)))))
@@ -58,7 +58,7 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
 # groups -------------------------------------------------------------------------------------------------------------
 
 
-def _regroup(p: Program, kernels: bool = False) -> Program:
+def _regroup(p: Program, kernels: bool = False, products: bool = False) -> Program:
     at = {op.name: n for n, op in enumerate(p.ops)}
     members: dict[str, list[int]] = {}
     for n, op in enumerate(p.ops):
@@ -67,7 +67,7 @@ def _regroup(p: Program, kernels: bool = False) -> Program:
     gone: set[int] = set()
     before: dict[int, list[Op]] = {}  # position -> whole ops to emit there
     for key, whole in p.origins:
-        if kernels and not whole.target.startswith(OPTIMIZER) and leaves_apart(p, [p.ops[n] for n in members.get(key, ())]):
+        if kernels and not whole.target.startswith(OPTIMIZER) and leaves_apart(p, [p.ops[n] for n in members.get(key, ())], products):
             continue
         found = _whole_op(p, at, whole, members.get(key, ()))
         if found is not None:

@@ -191,7 +191,7 @@ return %z output "z"
     assert members(p) == [["a", "b"], ["y", "z"]]
 
 
-def test_with_kernels_a_softmax_stays_apart_and_a_product_does_not() -> None:
+def test_with_kernels_a_softmax_stays_apart_and_a_product_where_kernels_compute_it() -> None:
     text = HEAD.format(mesh="") + """%x : f32[8, 16] batch "x"
 %w : f32[16, 16] param "w"
 %b : f32[16] param "b"
@@ -209,6 +209,10 @@ return %z output "z"
     p = verify(group_kernels(verify(parse(text)), kernels=True))
     assert [op.target for op in p.ops if not op.kernel] == ["aten.addmm"]
     assert members(p) == [["y.amax", "y.sub", "y.exp", "y.sum", "y"]] and not p.origins
+    p = verify(group_kernels(verify(parse(text)), kernels=True, products="joined"))
+    assert members(p) == [["y.amax", "y.sub", "y.exp", "y.sum", "y"], ["z.mm", "z"]] and not p.origins
+    p = verify(group_kernels(verify(parse(text.replace("f32[", "i32["))), kernels=True, products="joined"))
+    assert [op.target for op in p.ops if not op.kernel] == ["aten.addmm"]
 
 
 @pytest.mark.parametrize(

@@ -56,14 +56,20 @@ def batch(name: str, rows: int, tokens: int) -> dict[str, Any]:
 
 
 @cache
-def fragments_of(name: str, rows: int, tokens: int, heads: int, head: int, inner: int, words: int) -> tuple[Program, ...]:
-    """Each once, of the step with clipping and AdamW."""
+def program_of(name: str, rows: int, tokens: int, heads: int, head: int, inner: int, words: int) -> Program:
+    """The step with clipping and AdamW."""
     m = model(name, heads, head, inner, words)
     m.train()
     got = capture(m, batch(name, rows, tokens), optimizer=torch.optim.AdamW(m.parameters(), lr=1e-3), clip_grad_norm=1.0)
     plan = parse_plan("zero0")
     p = passed(got.program, plan, plan.mesh(1), 0.0, list(SHARED), check=False, kernels=True, products="joined")[-1].program
-    p = run(p, {"localize": {"coordinate": {}}}, EACH_RANK, check=False)[-1].program
+    return run(p, {"localize": {"coordinate": {}}}, EACH_RANK, check=False)[-1].program
+
+
+@cache
+def fragments_of(name: str, *sizes: int) -> tuple[Program, ...]:
+    """Each once."""
+    p = program_of(name, *sizes)
     return tuple(dict.fromkeys(fragment(p, g) for g in groups(p)))
 
 
@@ -107,6 +113,18 @@ def test_every_kernel_of_a_training_program(interpreter: Interpreter, name: str,
         check(interpreter, p)
         if n % 3 == 0:
             check_narrow(interpreter, p)
+
+
+@pytest.mark.parametrize(("name", "sizes"), SIZES)
+def test_no_product_is_left_to_the_library(name: str, sizes: tuple[int, ...]) -> None:
+    """A bias, and the activation behind it, are added by the product's kernel, or by the one that reads the row next."""
+    p = program_of(name, *sizes)
+    assert {op.target for op in p.ops if not op.kernel}.isdisjoint({"aten.mm", "aten.addmm"})
+    biased = [op for op in p.ops if op.target == "aten.add.Tensor" and any(p.producers[r.name].target == "aten.mm" for r in op.refs if r.name in p.producers) and len(p.types[op.refs[-1].name].shape) == 1]
+    assert len(biased) == {"llama": 0, "gpt2": 8, "bert": 14, "t5": 0, "vit": 13}[name]
+    curved = [op for op in p.ops if op.target in ("aten.gelu", "aten.tanh") and op.phase == "forward" and op.path.count(".") > 1]
+    with_product = [op for op in curved if {"aten.mm", "aten.add.Tensor"} <= {each.target for each in p.ops if each.kernel == op.kernel}]
+    assert len(with_product) == {"llama": 0, "gpt2": 2, "bert": 2, "t5": 0, "vit": 2}[name]
 
 
 @pytest.mark.wide
