@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 REGISTERS = 1 << 16  # 32-bit ones of a multiprocessor
 HELD = 3 * REGISTERS // 4  # numbers of 32 bits that a program may hold: the rest is for addresses, masks and what is under way
+A_THREAD = 192  # of the 255 registers of a thread those that may hold numbers of a block
 PROGRAMS = 256  # of a reduction in two stages: about two for each multiprocessor
 UNIT = 16  # rows and columns that a matrix unit multiplies at least: a compiler refuses fewer in 16 bits
 
@@ -60,14 +61,17 @@ def _share(x: int, block: int) -> int:
     return -(-each // block) * block
 
 
-def product_sizes(m: int, n: int, k: int, bytes_each: int) -> Blocks:
-    """Of a matrix product [m, k] [k, n]: 128 by 128 where that leaves a program for each multiprocessor, less where it does not; a step of the contraction holds 128 bytes a row."""
+def product_sizes(m: int, n: int, k: int, bytes_each: int, live: int = 1) -> Blocks:
+    """Of a matrix product [m, k] [k, n]: 128 by 128 where that leaves a program for each multiprocessor, less where it does not; a step of the contraction holds 128 bytes a row.
+    ``live``: values of the block that what follows holds at once: half the block for as many warps where a thread has no registers for them."""
     x, r = (128, 128) if bytes_each < 4 else (64, 64) if bytes_each == 4 else (32, 32)
     while max(x, r) > 32 and -(-m // x) * -(-n // r) < PROGRAMS // 2:
         x, r = (x // 2, r) if x >= r else (x, r // 2)
     x, r = max(UNIT, min(x, power(m))), max(UNIT, min(r, power(n)))
-    warps = min(8, x * r // 2048) if bytes_each < 4 else max(2, min(8, x * r // 1024))  # without matrix units a thread holds whole rows of the operands
-    return Blocks(x, r, max(1, warps), k=max(UNIT, min(128 // bytes_each, power(k))), least=UNIT)
+    warps = max(1, min(8, x * r // 2048) if bytes_each < 4 else max(2, min(8, x * r // 1024)))  # without matrix units a thread holds whole rows of the operands
+    while live * x * r * max(1, bytes_each // 4) > A_THREAD * 32 * warps and max(x, r) > 32:
+        x, r = (x, r // 2) if r >= x else (x // 2, r)
+    return Blocks(x, r, warps, k=max(UNIT, min(128 // bytes_each, power(k))), least=UNIT)
 
 
 def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, kernel: str) -> Blocks:

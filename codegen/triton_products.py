@@ -13,7 +13,7 @@ from deepseed.codegen.any_rows import NONE, Free, stands_for
 from deepseed.codegen.block_sizes import Blocks, product_sizes
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Var
-from deepseed.codegen.spaces import Indices, Space
+from deepseed.codegen.spaces import VIEWS, Indices, Space
 from deepseed.codegen.triton_kernel import Kernel
 from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, every
@@ -33,7 +33,29 @@ def plan_of(p: Program, product: Op, space: Space, targets: Sequence[str], chose
     if a.dtype != b.dtype or a.dtype not in FLOATS:
         raise CodegenError(f"%{product.name} = {product.target} of {a.dtype} and {b.dtype}: no Triton product of them\n  fix: none is needed, the group runs as Python")
     columns: frozenset[Var] = space.index[product.name][1].vars
-    return Plan(space, columns, True, tuple(targets), (), chosen or product_sizes(a.shape[0], b.shape[1], a.shape[1], ITEMSIZE[a.dtype]))
+    return Plan(space, columns, True, tuple(targets), (), chosen or product_sizes(a.shape[0], b.shape[1], a.shape[1], ITEMSIZE[a.dtype], held(p, product, targets)))
+
+
+def held(p: Program, product: Op, targets: Sequence[str]) -> int:
+    """Values of the product's size that a kernel holds at once, at most, as it is written: each value when it is first asked for, backwards from what is stored."""
+    times: dict[str, list[int]] = {product.name: [0]}  # when each is made, and used
+
+    def ask(value: str) -> str:
+        """What is in its register."""
+        op = p.producers.get(value)
+        if op is not None and op.target in VIEWS:
+            return ask(op.refs[0].name)
+        if value not in times:
+            reads = [ask(r.name) for r in op.refs] if op is not None else []
+            now = 1 + max(n for each in times.values() for n in each)
+            for each in (value, *reads):
+                times.setdefault(each, []).append(now)
+        return value
+
+    for t in targets:
+        ask(t)
+    wide = [times[v] for v in times if p.types[v].numel == product.type.numel]
+    return max(1, *(sum(each[0] <= n < each[-1] for each in wide) for n in range(max(each[-1] for each in wide) + 1)))
 
 
 class Product(Kernel):

@@ -57,7 +57,8 @@ def norms(names: tuple[str, ...], width: int) -> str:
 
 TEMPLATES = """from test_triton_templates import attention, product
 found = [(f"{{p.ops[0].target}} {{d}}", p) for d in {dtypes!r} for p in (product(4096, 4096, {n}, d, "gelu"), *attention(1, 32, 4, 2048, 2048, 128, 128, "none", True, d), *attention(1, 64, 1, 2048, 2048, 64, 64, "none", True, d), *attention(1, 32, 4, 2048, 2048, 128, 64, "none", True, d), *attention(1, 32, 4, 2048, 2048, 64, 128, "none", True, d))]"""
-SAMPLE = f"""from test_triton_templates import attention, product
+SAMPLE = f"""from test_triton_models import fragments_of
+from test_triton_templates import attention, product
 from test_updates import KINDS, of_groups, update
 def of(name, dtype="bf16", width=4096):
     return name, retyped(resized(fragments()[name], head=width // 4, **{SIZES!r}), dtype)
@@ -65,11 +66,15 @@ found = [(f"{{name}} {{width}}", of(name, width=width)[1]) for name in ("llama_2
 found += [of(name) for name in ("llama_3", "llama_5", "bert_10")]  # cross entropy over all words, what is behind swiglu's and gelu's products backward
 found += [of(name, "f32") for name in ("update_one", "update_all")]  # AdamW as another optimizer's ops would be: of one tensor, of many with the gradient norm; states are float32
 found += [("aten.mm " + epilogue, product(4096, 4096, 14336, "bf16", epilogue)) for epilogue in ("gelu", "swiglu")]
+found += [("aten.mm and gelu's backward", retyped(p, "bf16")) for p in fragments_of("gpt2", 128, 64, 32, 128, 16384, 50304) if {{"aten.mm", "aten.tanh_backward"}} <= {{op.target for op in p.ops}}]
 found += [(f"{{p.ops[0].target}} {{d}} {{e}}", p) for d, e in ((128, 128), (64, 64), (128, 64), (192, 128)) for p in attention(1, 32, 4, 2048, 2048, d, e, "none", True, "bf16")]
 found += [(f"{{k}} {{g}}", [update(k, "f32", g, ("skip", "scale"))[1]]) for k in KINDS for g in (("f32", "bf16") if k == "adamw" else ("bf16",))]
 found += [("parameter groups", of_groups("bf16", True)[0])]"""
 MODEL = """from test_triton_models import ODD, fragments_of
 found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
+
+REAL = """from test_triton_models import fragments_of
+found = list({{str(q): (f"{{n}} {{d}}", q) for n, p in enumerate(fragments_of(*{sizes!r})) for d in ("bf16", "f32") for q in [retyped(p, d)]}}.values())"""
 
 
 @needs.triton
@@ -102,13 +107,24 @@ def test_standard_fragments_of_real_sizes_do_not_spill(tmp_path: Path, target: s
 
 
 @needs.triton
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("width", [4096, 8192])
+def test_every_kernel_of_real_sizes_does_not_spill(tmp_path: Path, target: str, width: int, name: str) -> None:
+    """Of 8192 tokens and 50304 words, in bfloat16 and in float32."""
+    made = compile_all(tmp_path, target, REAL.format(sizes=(name, 128, 64, width // 128, 128, 4 * width, 50304)))
+    assert len({c["fragment"] for c in made}) > 20 and not [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]]
+
+
+@needs.triton
 def test_what_training_launches_most_compiles_and_does_not_spill(tmp_path: Path) -> None:
     """bfloat16, for both generations side by side. Each file once: what is compiled for one size of a model is another file for another."""
     with ThreadPoolExecutor() as both:
         found = dict(zip(COMMON, both.map(lambda target: compile_all(tmp_path / target, target, SAMPLE), COMMON), strict=True))
     for target, made in found.items():
         assert not [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]], target
-        assert len({c["fragment"] for c in made}) == 32 and {c["kernel"] for c in made} >= {"attend", "for_queries", "for_keys"}
+        assert len({c["fragment"] for c in made}) == 33 and {c["kernel"] for c in made} >= {"attend", "for_queries", "for_keys"}
         cores = {"sm_80": "mma.sync", "sm_90": "wgmma"}[target]
         assert all(cores in Path(c["assembly"]).read_text() for c in made if c["fragment"].startswith(("aten.mm", "sdpa")) and "192" not in c["fragment"])  # those have too few rows for wgmma
 

@@ -46,6 +46,7 @@ EPILOGUES = {
     "residual": "%a = reshape(%p) : {t}[1, {m}, {n}] {{}}\n%b = reshape(%i3) : {t}[1, {m}, {n}] {{}}\n%e = aten.add.Tensor(%a, %b) : {t}[1, {m}, {n}] {{}}",
     "rows": "%e = aten.mul.Tensor(%p, %i4) : {t}[{m}, {n}] {{}}",
     "dropout": '%a = bernoulli(%i5, p=0.5, site="a") : {t}[{m}, {n}] {{}}\n%e = aten.mul.Tensor(%p, %a) : {t}[{m}, {n}] {{}}',
+    "curve": "%h = aten.add.Tensor(%i3, %i2) : {t}[{m}, {n}] {{}}\n%a = aten.tanh(%h) : {t}[{m}, {n}] {{}}\n%b = aten.tanh_backward(%p, %a) : {t}[{m}, {n}] {{}}\n%c = aten.mul.Tensor(%p, %a) : {t}[{m}, {n}] {{}}\n%d = aten.mul.Tensor(%b, %h) : {t}[{m}, {n}] {{}}\n%e = aten.add.Tensor(%d, %c) : {t}[{m}, {n}] {{}}",
     "cast": "%e = cast(%p) : f64[{m}, {n}] {{}}",
 }
 
@@ -78,6 +79,14 @@ def test_a_product_and_what_follows_it(
     (launch,) = launched(p)
     assert traffic.launches == 1 and traffic.again == 0
     assert launch.bytes_written == traffic.written == got.nbytes and launch.bytes_read == sum(traffic.once.values())
+
+
+def test_what_follows_a_product_has_registers() -> None:
+    """Of gelu's backward four values are held at once, the product, what gelu was of, its curve and the first summand; of the others three at most."""
+    blocks = {e: launched(product(4096, 4096, 4096, "bf16", e))[0].blocks for e in EPILOGUES}
+    assert blocks.pop("curve") == Blocks(128, 64, 8, k=64, least=16)
+    assert set(blocks.values()) == {Blocks(128, 128, 8, k=64, least=16)}
+    assert launched(product(4096, 4096, 4096, "f32", "curve"))[0].blocks == Blocks(64, 64, 4, k=32, least=16)
 
 
 def test_products_that_no_kernel_makes_are_refused() -> None:
