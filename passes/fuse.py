@@ -29,6 +29,7 @@ FREE = ("reshape", "permute", "expand", "slice")  # may be views
 REACH = 64  # ops between one of a group and the next: what is made far from its use would hold what it reads until then
 SPAN = 4 * REACH  # ops from the first of a group to its last
 ONE_ROW = 4096  # elements of a space of one row, at most: one processor has all of it
+WIDEST = 8192  # elements of a row, at most, whose sums across rows are made where it is at hand: a program holds them beside what it holds of the row
 _NO_KERNEL = ("c64", "c128")
 
 
@@ -78,15 +79,23 @@ def kind_of(op: Op, p: Program) -> str:
 
 
 def leaves_apart(p: Program, members: Sequence[Op], products: bool = False) -> bool:
-    """Whether kernels compute all of a group that was decomposed, so that it need not be one op again: what is reduced otherwise than along rows is not read in it.
-    ``products``: matrix products are kernels too."""
+    """Whether kernels compute all of a group that was decomposed, so that it need not be one op again: what is reduced otherwise than along rows is not read in it, but by an op
+    that goes with it (a cast of what was added up in more bits). ``products``: matrix products are kernels too."""
     made = {op.name for op in members}
+
+    def read(op: Op) -> bool:
+        return any(isinstance(u, Op) and u.name in made for u in p.uses[op.name])
+
     for op in members:
         if products and is_product(p, op):
             continue
         kind = kind_of(op, p)
-        if not kind or (kind == REDUCE and not _in_rows(op, p) and any(isinstance(u, Op) and u.name in made for u in p.uses[op.name])):
+        if not kind:
             return False
+        if kind == REDUCE and not _in_rows(op, p) and read(op):
+            behind = behind_sum(p, op)
+            if behind is None or read(behind) or not _across_rows(op, p):
+                return False
     return True
 
 
@@ -94,6 +103,13 @@ def is_product(p: Program, op: Op) -> bool:
     """Whether a kernel computes it: one float dtype, on the device, and something to compute."""
     types = [*op.types, *(p.types[r.name] for r in op.refs)]
     return op.target == PRODUCT and all(t.dtype == op.type.dtype and t.dtype in FLOATS and not t.host and 0 not in t.local(p.mesh) for t in types)
+
+
+def behind_sum(p: Program, op: Op) -> Op | None:
+    """The pointwise op that alone reads a reduction, and nothing else."""
+    users = p.uses[op.name]
+    u = users[0] if len(users) == 1 else None
+    return u if isinstance(u, Op) and kind_of(u, p) == POINT and len(u.refs) == 1 and u.type.shape == op.type.shape else None
 
 
 def fuse(p: Program) -> Program:
@@ -114,6 +130,7 @@ class _Fusion:
         self.recent: list[_Group] = []  # those that can still be in the way
         self.of: dict[int, int] = {}  # position -> group
         self.readers = [sorted({self.at[u.name] for r in op.results for u in p.uses[r] if isinstance(u, Op)}) for op in p.ops]
+        self.readers_of = {name: [self.at[u.name] for u in uses if isinstance(u, Op)] for name, uses in p.uses.items()}
         self.waiting = after_tangents(p)
         self.returned = {o.ref.name for o in p.outputs}
         self.before: list[tuple[int, ...]] = []  # ops that an op has to follow
@@ -244,7 +261,41 @@ class _Fusion:
     # ends -------------------------------------------------------------------------------------------------------------
 
     def _ending(self, n: int) -> None:
-        """A reduction that is not along rows, with the pointwise op of its operand that only it reads."""
+        """A reduction that is not along rows: of a group's rows if there is one that has them at hand, else with the pointwise op of its operand that only it reads. And the pointwise op behind it."""
+        if not self._of_rows(n):
+            self._apart(n)
+        behind = behind_sum(self.p, self.p.ops[n]) if n in self.of else None
+        if behind is not None and self._alike(n, u := self.at[behind.name]):
+            self._behind(u, self.of[n])
+
+    def _of_rows(self, n: int) -> bool:
+        """Whether a group that makes or reads the operand reduces its rows too: then one pass over them makes both."""
+        op = self.p.ops[n]
+        x = op.refs[0].name
+        near = {self.of[m] for m in (self.at.get(x, n), *self.readers_of[x]) if m in self.of}
+        for key in sorted(near, key=lambda key: -self.groups[key].last):
+            g = self.groups[key]
+            rows = g.space.rows or 0
+            if rows < 2 or g.space.mapped or prod(self._shape(x)) != g.space.size or rows * self._size(n) != g.space.size or not _across_rows(op, self.p):
+                continue
+            if self._alike(n, g.last) and abs(n - g.last) <= REACH and n - g.ops[0] <= SPAN and not self._around({*g.ops, n}):
+                self._take(n, key)
+                return True
+        return False
+
+    def _behind(self, u: int, key: int) -> None:
+        """What is made of a sum alone goes with it, unless it has others to go with."""
+        g, own = self.groups[key], self.of.get(u)
+        if (own is None or self.groups[own].ops == [u]) and u - g.ops[0] <= SPAN and not self._around({*g.ops, u}):
+            if own is not None:
+                self.groups.pop(own).ops = []
+            self._take(u, key)
+
+    def _take(self, n: int, key: int) -> None:
+        self.groups[key].ops = sorted([*self.groups[key].ops, n])
+        self.of[n] = key
+
+    def _apart(self, n: int) -> None:
         op = self.p.ops[n]
         m = self.at.get(op.refs[0].name)
         if m is None or self.kinds[m] != POINT or self.readers[m] != [n] or op.refs[0].name in self.returned or not self._alike(n, m) or n - m > REACH:
@@ -259,6 +310,7 @@ class _Fusion:
                 self.groups = {k: v for k, v in self.groups.items() if v is not g}
         if not self._around({m, n}):
             self.groups[n] = _Group(Space(self._size(m), self._size(n)), [m, n])
+            self.recent.append(self.groups[n])
             self.of |= {m: n, n: n}
 
     # finishing --------------------------------------------------------------------------------------------------------
@@ -359,6 +411,15 @@ def _in_rows(op: Op, p: Program) -> bool:
     kept = [d for d, size in enumerate(shape) if d not in dims and size != 1]
     gone = [d for d, size in enumerate(shape) if d in dims and size != 1]
     return (bool(kept) or prod(shape) <= ONE_ROW) and (not gone or max(kept, default=-1) < min(gone))
+
+
+def _across_rows(op: Op, p: Program) -> bool:
+    """Whether leading dimensions are reduced, and trailing ones are left, sizes of 1 aside: rows are added up, and are not too long to be held beside the sums."""
+    dims, shape = op.kw("dims"), p.types[op.refs[0].name].local(p.mesh)
+    assert isinstance(dims, tuple)
+    kept = [d for d, size in enumerate(shape) if d not in dims and size != 1]
+    gone = [d for d, size in enumerate(shape) if d in dims and size != 1]
+    return max(gone, default=-1) < min(kept, default=len(shape)) and prod(shape[d] for d in kept) <= WIDEST
 
 
 def _picks_one(op: Op, p: Program) -> bool:
