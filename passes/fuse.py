@@ -2,8 +2,8 @@
 
 A group has one space: ``size`` elements, and where something is reduced along trailing dimensions the ``rows`` that are left. Its values have
 an element for each point of the space or for each row, so that a row's statistics stay in registers; a kernel without rows may also read itself
-through index maps (slice, pad, cat, permute). What reduces leading dimensions ends a group of its own, with the pointwise op before it that
-nothing else reads. An op joins the groups that make its operands where the spaces agree and no other op would have to run in between. Views of what
+through index maps (slice, pad, cat, permute). What reduces leading dimensions goes with a group that has the rows at hand, or ends
+one of its own, with the pointwise op before it that nothing else reads; what is made of the sum alone, as a cast, goes with it. An op joins the groups that make its operands where the spaces agree and no other op would have to run in between. Views of what
 comes from outside stay outside: they cost nothing. Names of ops decide what an op is, never what it is for.
 """
 
@@ -112,17 +112,18 @@ def behind_sum(p: Program, op: Op) -> Op | None:
     return u if isinstance(u, Op) and kind_of(u, p) == POINT and len(u.refs) == 1 and u.type.shape == op.type.shape else None
 
 
-def fuse(p: Program) -> Program:
-    """Mark the groups, and bring their ops side by side; the mark is the name of a group's last result."""
+def fuse(p: Program, columns: bool = False) -> Program:
+    """Mark the groups, and bring their ops side by side; the mark is the name of a group's last result. ``columns``: what columns are cast to is made with the rows, as it pays where a kernel
+    keeps that for many rows; a loop over rows would cast it for each."""
     barred: set[int] = set()
-    while odd := (found := _Fusion(p, barred)).run():
+    while odd := (found := _Fusion(p, barred, columns)).run():
         barred |= odd
     return found.program()
 
 
 class _Fusion:
-    def __init__(self, p: Program, barred: set[int]) -> None:
-        self.p, self.barred = p, barred
+    def __init__(self, p: Program, barred: set[int], columns: bool) -> None:
+        self.p, self.barred, self.columns = p, barred, columns
         self.at = {r: n for n, op in enumerate(p.ops) for r in op.results}
         self.kinds = [kind_of(op, p) for op in p.ops]
         _, self.views = laid_out(p)
@@ -152,6 +153,8 @@ class _Fusion:
         for n, kind in enumerate(self.kinds):
             if kind == REDUCE and n not in self.of:
                 self._ending(n)
+        for key in list(self.groups) if self.columns else ():
+            self._of_columns(key)
         for g in list(self.groups.values()):
             self._trim(g)
         odd = [g for g in self.groups.values() if g.space.mapped and any(self._size(n) != g.space.size and self._read_outside(n, g) for n in g.ops)]
@@ -290,6 +293,19 @@ class _Fusion:
             if own is not None:
                 self.groups.pop(own).ops = []
             self._take(u, key)
+
+    def _of_columns(self, key: int) -> None:
+        """A group that casts what has one element a column, for one group with rows, goes with that: no kernel for so little."""
+        small = self.groups[key]
+        for_others = {self.of.get(u) for n in small.ops for u in self.readers[n]} - {key}
+        other = for_others.pop() if len(for_others) == 1 else None
+        if other is None or any(self.kinds[n] != POINT or len(self.p.ops[n].refs) != 1 or self.p.ops[n].name in self.returned for n in small.ops):
+            return
+        g, size = self.groups[other], small.space.size
+        if (g.space.rows or 0) < 2 or g.space.mapped or size * (g.space.rows or 0) != g.space.size or size > WIDEST:
+            return
+        if self._alike(small.last, g.last) and g.last - small.ops[0] <= SPAN and not self._around({*small.ops, *g.ops}):
+            self._merge(other, key)
 
     def _take(self, n: int, key: int) -> None:
         self.groups[key].ops = sorted([*self.groups[key].ops, n])

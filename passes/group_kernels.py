@@ -51,7 +51,7 @@ def group_kernels(p: Program, kernels: bool = False, products: str = "") -> Prog
     p = _scale_in_update(_regroup(once(p), kernels, joined), kernels)
     if not kernels:
         return _gather_updates(p, WIDENED)
-    p = fuse(remade(_gather_updates(pointwise_updates(_widened_in_update(p)))))
+    p = fuse(remade(_gather_updates(pointwise_updates(_widened_in_update(p)))), columns=joined)
     return fuse_alike(fuse_products(p), sums=True, held=ON_A_DEVICE) if joined else fuse_alike(alone(p, products == "alone"))
 
 

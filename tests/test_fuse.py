@@ -37,9 +37,9 @@ from deepseed.runtime.simulate import simulate
 HEAD = "program p mesh({mesh}) facts(explicit, lowered, placed)\n"
 
 
-def fused(text: str, mesh: str = "") -> Program:
+def fused(text: str, mesh: str = "", columns: bool = False) -> Program:
     lines = [line if "phase=" in line or " = " not in line else f'{line} {{phase="forward"}}' for line in text.strip().splitlines()]
-    return verify(fuse(verify(parse(HEAD.format(mesh=mesh) + "\n".join(lines)))))
+    return verify(fuse(verify(parse(HEAD.format(mesh=mesh) + "\n".join(lines))), columns))
 
 
 def members(p: Program) -> list[list[str]]:
@@ -85,6 +85,69 @@ return %c output "c"
 return %s output "s"
 """)
     assert members(p) == [["a", "c"], ["b", "s"]]
+
+
+ROWS = """
+%g : bf16[8, {width}] batch "g"
+%x : bf16[8, {width}] batch "x"
+%r : bf16[8, {width}] batch "r"
+%g32 = cast(%g) : f32[8, {width}]
+%x32 = cast(%x) : f32[8, {width}]
+%gx = aten.mul.Tensor(%g32, %x32) : f32[8, {width}]
+%s = sum(%gx, dims=[1], keepdim=true) : f32[8, 1]
+%d32 = aten.mul.Tensor(%x32, %s) : f32[8, {width}]
+%w32 = sum(%gx, dims=[0], keepdim=false) : f32[{width}]
+%b32 = sum(%g32, dims=[0], keepdim=false) : f32[{width}]
+%d = cast(%d32) : bf16[8, {width}]
+%w = cast(%w32) : bf16[{width}]
+%b = cast(%b32) : bf16[{width}]
+%y = aten.add.Tensor(%d, %r) : bf16[8, {width}]
+return %y output "y"
+return %w output "w"
+return %b output "b"
+"""
+
+
+def test_sums_across_rows_go_with_the_group_that_has_the_rows(golden: Callable[[object], None]) -> None:
+    """And with them what is made of such a sum alone. Everything is read once; two kernels where programs leave parts of sums, one of C++."""
+    p = fused(ROWS.format(width=16))
+    (g,) = groups(p)
+    assert (set(g.reads), set(g.makes), g.last - g.first) == ({"g", "x", "r"}, {"y", "w", "b"}, len(p.ops))
+    assert launches(fragment(p, g)) == 2
+    golden(fragment(p, g))
+
+
+def test_an_operand_from_outside_is_added_up_by_the_group_that_reads_it() -> None:
+    p = fused("""
+%g : f32[8, 16] batch "g"
+%x : f32[8, 16] batch "x"
+%gx = aten.mul.Tensor(%g, %x) : f32[8, 16]
+%s = sum(%gx, dims=[1], keepdim=true) : f32[8, 1]
+%y = aten.mul.Tensor(%x, %s) : f32[8, 16]
+%b = sum(%g, dims=[0], keepdim=false) : f32[16]
+return %y output "y"
+return %b output "b"
+""")
+    assert members(p) == [["gx", "s", "y", "b"]]
+
+
+def test_what_columns_are_cast_to_goes_with_the_rows_of_a_device() -> None:
+    text = NORM.replace('%w : f32[16] param "w"', '%v : f32[16] param "w"\n%u = cast(%v) : bf16[16]\n%w = cast(%u) : f32[16]') + 'return %y output "y"\n'
+    rows = {"h", "sq", "s", "e", "i", "n", "y"}
+    assert [set(ops) for ops in members(fused(text, columns=True))] == [{"u", "w"} | rows]
+    assert [set(ops) for ops in members(fused(text))] == [{"u", "w"}, rows]
+
+
+def test_sums_of_rows_that_are_long_are_kernels_of_their_own() -> None:
+    """They would not fit into a program beside the row."""
+    kernel_of = {op.name: op.kernel for op in fused(ROWS.format(width=10_000)).ops}
+    assert kernel_of["y"] == kernel_of["s"] and not kernel_of["w32"] and not kernel_of["b32"]
+
+
+def test_a_sum_that_more_is_made_of_takes_nothing_along() -> None:
+    p = fused(ROWS.format(width=16) + 'return %w32 output "w32"\n')
+    kernel_of = {op.name: op.kernel for op in p.ops}
+    assert kernel_of["w32"] == kernel_of["b"] and not kernel_of["w"]
 
 
 def test_an_op_that_must_run_in_between_keeps_two_apart() -> None:
@@ -213,6 +276,63 @@ return %z output "z"
     assert members(p) == [["y.amax", "y.sub", "y.exp", "y.sum", "y"], ["z.mm", "z"]] and not p.origins
     p = verify(group_kernels(verify(parse(text.replace("f32[", "i32["))), kernels=True, products="joined"))
     assert [op.target for op in p.ops if not op.kernel] == ["aten.addmm"]
+
+
+NORM_BACKWARD = HEAD.format(mesh="") + """%g : bf16[8, {width}] batch "g"
+%x : bf16[8, {width}] batch "x"
+%m : bf16[8, 1] batch "m"
+%r : bf16[8, 1] batch "r"
+%w : bf16[{width}] param "w"
+%b : bf16[{width}] param "b"
+origin "y" %y, %dw, %db = aten.native_layer_norm_backward(%g, %x, [{width}], %m, %r, %w, %b, [true, true, true]) : bf16[8, {width}], bf16[{width}], bf16[{width}] {{phase="backward"}}
+%y.g = cast(%g) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.x = cast(%x) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.m = cast(%m) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.r = cast(%r) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.w = cast(%w) : f32[{width}] {{phase="backward", origin="y"}}
+%y.sub = aten.sub.Tensor(%y.x, %y.m) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.n = aten.mul.Tensor(%y.sub, %y.r) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.gw = aten.mul.Tensor(%y.g, %y.w) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.p = aten.mul.Tensor(%y.gw, %y.n) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.s = sum(%y.p, dims=[1], keepdim=true) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.a = aten.div.Tensor(%y.s, {width}) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.t = sum(%y.gw, dims=[1], keepdim=true) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.c = aten.div.Tensor(%y.t, {width}) : f32[8, 1] {{phase="backward", origin="y"}}
+%y.d = aten.sub.Tensor(%y.gw, %y.c) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.e = aten.mul.Tensor(%y.n, %y.a) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.f = aten.sub.Tensor(%y.d, %y.e) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.h = aten.mul.Tensor(%y.r, %y.f) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.q = aten.mul.Tensor(%y.g, %y.n) : f32[8, {width}] {{phase="backward", origin="y"}}
+%y.u = sum(%y.q, dims=[0], keepdim=false) : f32[{width}] {{phase="backward", origin="y"}}
+%y.v = sum(%y.g, dims=[0], keepdim=false) : f32[{width}] {{phase="backward", origin="y"}}
+%y = cast(%y.h) : bf16[8, {width}] {{phase="backward", origin="y"}}
+%dw = cast(%y.u) : bf16[{width}] {{phase="backward", origin="y"}}
+%db = cast(%y.v) : bf16[{width}] {{phase="backward", origin="y"}}
+return %y output "y"
+return %dw output "dw"
+return %db output "db"
+"""
+
+
+@pytest.mark.parametrize(("width", "apart"), [(16, True), (8192, True), (8193, False)])
+def test_a_norm_s_backward_is_one_kernel_in_16_bits_too(width: int, apart: bool) -> None:
+    """Its sums are cast behind, as the whole op rounds them once; rows whose sums would be kernels of their own are torch's."""
+    p = verify(group_kernels(verify(parse(NORM_BACKWARD.format(width=width))), kernels=True, products="joined"))
+    if not apart:
+        assert [op.target for op in p.ops] == ["aten.native_layer_norm_backward"]
+        return
+    (g,) = groups(p)
+    assert g.last - g.first == len(p.ops) and (g.reads, set(g.makes)) == (("g", "x", "m", "r", "w"), {"y", "dw", "db"})
+    whole = verify(group_kernels(verify(parse(NORM_BACKWARD.format(width=width)))))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {i.name: torch.randn(i.type.shape, generator=generator).bfloat16() for i in p.inputs}
+    for a, b in zip(run(p, inputs, True), run(whole, inputs, False), strict=True):
+        assert float((a.float() - b.float()).abs().max()) <= 2**-7 * float(b.float().abs().max())  # a unit of bfloat16 of the largest: numbers cancel
+
+
+def test_a_sum_that_is_read_further_keeps_the_op_whole() -> None:
+    text = NORM_BACKWARD.format(width=16).replace("%db = cast(%y.v)", '%y.k = aten.neg(%y.v) : f32[16] {phase="backward", origin="y"}\n%db = cast(%y.k)')
+    assert [op.target for op in group_kernels(verify(parse(text)), kernels=True).ops] == ["aten.native_layer_norm_backward"]
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,41 @@ def test_a_training_step_through_emitted_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+NORMS = """
+import sys
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import deepseed
+
+torch.manual_seed(0)
+ids = torch.randint(0, 64, (2, 12))
+found = {}
+for codegen in ("python", sys.argv[1]):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    step = deepseed.compile(model, "bf16", optimizer=torch.optim.SGD(model.parameters(), lr=0.1), codegen=codegen, clip_grad_norm=1.0)
+    losses = [float(step({"input_ids": ids, "labels": ids})) for _ in range(3)]
+    found[codegen] = losses, step.state_dict(), [op for op in step.passes[-1].program.ops if not op.kernel]
+(a, x, whole), (b, y, alone) = found.values()
+assert sum(op.target == "aten.native_layer_norm_backward" for op in whole) == 5
+assert not [op.target for op in alone if "layer_norm" in op.target]
+assert max(abs(m - n) for m, n in zip(a, b, strict=True)) < 0.03, (a, b)
+off = max(float((x[k] - y[k]).abs().max()) for k in x)
+assert off < 1e-3, off
+"""
+
+
+@pytest.mark.parametrize("codegen", ["triton", pytest.param("cpp", marks=COMPILER)])
+def test_norms_in_16_bits_are_kernels_forward_and_backward(codegen: str, tmp_path: Path) -> None:
+    """Of a tiny GPT-2: no norm is left to torch, and what is trained is what the python back end's is, which has torch's op for each."""
+    if codegen == "triton":
+        pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).resolve().parents[:2])), "DEEPSEED_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", NORMS, codegen], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
