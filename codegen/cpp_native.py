@@ -2,6 +2,8 @@
 
 ``TEMPLATES`` are for any dtype; ``EXPORTS`` are ``product_<dtype>``, ``flat_<dtype>``, ``put_<dtype>`` and ``attend_<dtype>`` for float32, float64, bfloat16 and float16, and ``int8_<dtype>`` and
 ``fp8_<dtype>``, products with weights in eight bits that have a scale for each GROUP of an output; 16 bits are computed in float. deepseed.inference.native calls them.
+
+Compilers are told to round each op (EXACT in deepseed.codegen.cpp_files), for a step has others' ops beside; so what adds products up says ``fma_`` itself.
 """
 
 TEMPLATES = r"""
@@ -9,8 +11,10 @@ TEMPLATES = r"""
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -28,6 +32,21 @@ template <> struct Vector<float> { typedef float type __attribute__((vector_size
 template <> struct Vector<double> { typedef double type __attribute__((vector_size(BYTES))); };
 template <class C> using V = typename Vector<C>::type;
 template <class C> constexpr int LANES = BYTES / int(sizeof(C));
+
+// a * b + c, rounded once where the processor does that
+#if defined(__AVX512F__)
+static inline V<float> fma_(V<float> a, V<float> b, V<float> c) { return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline V<double> fma_(V<double> a, V<double> b, V<double> c) { return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__AVX__) && defined(__FMA__)
+static inline V<float> fma_(V<float> a, V<float> b, V<float> c) { return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline V<double> fma_(V<double> a, V<double> b, V<double> c) { return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__aarch64__)
+static inline V<float> fma_(V<float> a, V<float> b, V<float> c) { return (V<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline V<double> fma_(V<double> a, V<double> b, V<double> c) { return (V<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+static inline V<float> fma_(V<float> a, V<float> b, V<float> c) { return a * b + c; }
+static inline V<double> fma_(V<double> a, V<double> b, V<double> c) { return a * b + c; }
+#endif
 
 struct e4m3 { int8_t bits; };
 // Sign, exponent and mantissa of an e4m3 lie in a half as they are, whose exponents begin 8 lower: a scale of fp8 is 256 times as large
@@ -101,7 +120,7 @@ static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t wi
         }
         for (int r = 0; r < R; ++r) {
             V<C> b = load<C>(x + r * width + k);
-            for (int n = 0; n < N; ++n) sums[r][n] += a[n] * b;
+            for (int n = 0; n < N; ++n) sums[r][n] = fma_(a[n], b, sums[r][n]);
         }
     }
     for (int r = 0; r < R; ++r)
@@ -110,7 +129,7 @@ static inline void tile(const S *x, const W *w, const C *scale, S *y, int64_t wi
             for (int64_t i = k; i < width; ++i) {
                 C weight = up(w[n * width + i]);
                 if constexpr (sizeof(W) == 1) weight *= scale[n * groups_of(width) + i / GROUP];
-                total += up(x[r * width + i]) * weight;
+                total = fma_(C(up(x[r * width + i])), weight, total);
             }
             y[r * stride + n] = down<S>::of(total);
         }
@@ -188,7 +207,7 @@ static inline void tile_flat(const S *x, const S *w, S *y, int64_t rows, int64_t
             }
             for (int i = 0; i < R; ++i) {
                 V<C> b = C(up(x[(r + i) * width + k])) - V<C>{};
-                for (int n = 0; n < N; ++n) sums[i][n] += a[n] * b;
+                for (int n = 0; n < N; ++n) sums[i][n] = fma_(a[n], b, sums[i][n]);
             }
         }
         for (int i = 0; i < R; ++i)
@@ -212,7 +231,7 @@ static void product_flat(const S *x, const S *w, S *y, int64_t rows, int64_t wid
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t o = blocks * WIDE; o < outputs; ++o) {
             C total = 0;
-            for (int64_t k = 0; k < width; ++k) total += C(up(x[r * width + k])) * C(up(w[k * outputs + o]));
+            for (int64_t k = 0; k < width; ++k) total = fma_(C(up(x[r * width + k])), C(up(w[k * outputs + o])), total);
             y[r * outputs + o] = down<S>::of(total);
         }
 }
@@ -259,12 +278,12 @@ static inline void gathered(const C *weights, const S *values, const int64_t *pl
         for (int n = 0; n < N; ++n) sums[n] = load<C>(made + n * LANES<C>);
         for (int64_t j = 0; j < count; ++j) {
             const S *value = values + place[j] * width;
-            for (int n = 0; n < N; ++n) sums[n] += load<C>(value + n * LANES<C>) * (weights[j] - V<C>{});
+            for (int n = 0; n < N; ++n) sums[n] = fma_(load<C>(value + n * LANES<C>), weights[j] - V<C>{}, sums[n]);
         }
         for (int n = 0; n < N; ++n) __builtin_memcpy(made + n * LANES<C>, &sums[n], BYTES);
     } else {
         for (int64_t j = 0; j < count; ++j)
-            for (int64_t d = 0; d < width; ++d) made[d] += weights[j] * up(values[place[j] * width + d]);
+            for (int64_t d = 0; d < width; ++d) made[d] = fma_(weights[j], C(up(values[place[j] * width + d])), made[d]);
     }
 }
 
@@ -299,8 +318,8 @@ static void attend(const S *q, const S *keys, const S *values, S *out, const S *
                             const S *key = heads + place[j + std::min(i, n - 1)] * width;
                             parts[i] = V<C>{};
                             int64_t d = 0;
-                            for (; d + LANES<C> <= width; d += LANES<C>) parts[i] += load<C>(key + d) * load<C>(query.data() + r * width + d);
-                            for (rest[i] = 0; d < width; ++d) rest[i] += up(key[d]) * query[r * width + d];
+                            for (; d + LANES<C> <= width; d += LANES<C>) parts[i] = fma_(load<C>(key + d), load<C>(query.data() + r * width + d), parts[i]);
+                            for (rest[i] = 0; d < width; ++d) rest[i] = fma_(C(up(key[d])), query[r * width + d], rest[i]);
                         }
                         V<C> logits = (sums_of<C>(parts) + load<C>(rest)) * (C(scale) - V<C>{});
                         __builtin_memcpy(weights.data() + r * length + j, &logits, n * sizeof(C));

@@ -57,6 +57,13 @@ static inline float fma_(float a, float b, float c) {  // rounded once where the
     return a * b + c;
 #endif
 }
+static inline double fma_(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 static inline double exp_(double x) { return std::exp(x); }
 static inline float exp_(float x) {  // of all that a float holds: 2**n in two factors, the last of which rounds once to what is below 2**-126
     float bounded = x > 89.0f ? 89.0f : x;

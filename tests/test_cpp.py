@@ -224,6 +224,26 @@ def test_an_engine_without_a_compiler(broken: str, monkeypatch: pytest.MonkeyPat
     assert said == ([] if broken == "no compiler" else ["refused"])
 
 
+@pytest.mark.parametrize("tokens", [5, 40], ids=["whole step", "groups"])
+def test_ops_of_a_served_step_round_one_by_one(tokens: int) -> None:
+    """A square less the same square is zero: a product that is taken from another one unrounded is not."""
+    pytest.importorskip("transformers")
+    from inference_models import generated, ids, prompts, varied
+
+    from deepseed.inference.engine import Engine
+
+    class Act(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.clamp(min=-1e9)  # x, which no compiler knows
+            return torch.nn.functional.silu(x) + 1e12 * (x * x - y * y)
+
+    model = varied("LlamaForCausalLM")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Act()
+    want = generated(model, prompts((tokens,)), 8)
+    assert ids(Engine(model, block=4, max_length=128).generate(prompts((tokens,)), max_tokens=8)) == want
+
+
 def test_dtypes_have_c_types() -> None:
     assert set(DTYPES) <= set(cpp_files.DTYPES)
 

@@ -137,7 +137,7 @@ class Executable:
             whole, self.in_python["step"] = None, str(error)
         loaded: Any = None
         try:
-            loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels")
+            loaded = cpp_files.library("\n".join(parts), cache_dir() / "kernels", cpp_files.EXACT)
         except CodegenError as error:  # what the compiler refuses runs as Python
             say(str(error))
             made, whole = {}, None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deepseed.codegen.cpp_files import library
+from deepseed.codegen.cpp_files import EXACT, library
 from deepseed.codegen.cpp_native import EXPORTS, TEMPLATES
 from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import CodegenError
@@ -60,7 +60,7 @@ def load() -> Native | None:
     if not compiler():
         return None
     try:
-        return Native(library(LIBRARY + TEMPLATES + EXPORTS, cache_dir() / "kernels"))
+        return Native(library(LIBRARY + TEMPLATES + EXPORTS, cache_dir() / "kernels", EXACT))
     except (CodegenError, OSError) as error:  # a compiler that is not whole, a folder that cannot be written
         say(f"inference runs without C++: {error}")
         return None
