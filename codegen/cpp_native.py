@@ -185,10 +185,14 @@ static void widen(const W *w, const C *scale, S *y, int64_t rows, int64_t width)
         for (int64_t k = 0; k < width; ++k) y[r * width + k] = down<S>::of(C(up(w[r * width + k])) * scale[r * groups_of(width) + k / GROUP]);
 }
 
-// The rows of a table in eight bits that ids say
+// The rows of a table in eight bits that ids say; false where it has no such row
 template <class C, class S, class W>
-static void gather_eight(const W *table, const C *scale, const int64_t *ids, S *y, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) widen<C, S, W>(table + ids[r] * width, scale + ids[r] * groups_of(width), y + r * width, 1, width);
+static bool gather_eight(const W *table, int64_t size, const C *scale, const int64_t *ids, S *y, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+        if (ids[r] < 0 || ids[r] >= size) return false;
+        widen<C, S, W>(table + ids[r] * width, scale + ids[r] * groups_of(width), y + r * width, 1, width);
+    }
+    return true;
 }
 
 // The same with w[width, N] as it lies; N outputs are `V` vectors
@@ -249,9 +253,15 @@ static void lay(const S *x, S *y, int64_t tokens, int64_t heads, int64_t width, 
             for (int64_t d = 0; d < width; ++d) y[(t * heads + h) * width + d] = x[t * by_token + h * by_head + d * by_element];
 }
 
+// The rows of a table that ids say, below zero from its end where that is meant; false where it has no such row
 template <class S>
-static void gather(const S *table, const int64_t *ids, S *y, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(table + ids[r] * width, width, y + r * width);
+static bool gather(const S *table, int64_t size, const int64_t *ids, S *y, int64_t rows, int64_t width, bool from_end) {
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t id = from_end && ids[r] < 0 ? ids[r] + size : ids[r];
+        if (id < 0 || id >= size) return false;
+        std::copy_n(table + id * width, width, y + r * width);
+    }
+    return true;
 }
 
 // Of LANES vectors their sums, in order: each stage folds blocks of two vectors into one

@@ -1,6 +1,6 @@
 """A whole packed step of few rows as one C++ function: what is between two decoded tokens costs no Python.
 
-    step(T, L, threads, in, caches, arena, out, slots, table, lengths, news, rows, sequences, longest, pages, size)
+    step(T, L, threads, in, caches, arena, out, slots, table, lengths, news, rows, sequences, longest, pages, size) -> whether an id names no row of what it picks from
 
 One line an op: groups are calls of their functions (deepseed.codegen.cpp), products, gathers and attention of the templates (deepseed.codegen.cpp_native), views cost
 nothing. Values lie in one arena at places that are fixed when the source is written, for at most ``most`` rows: a value's place is free again after its last use.
@@ -24,7 +24,7 @@ from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 ALIGNED = 64  # bytes
 EIGHT = {"int8": "int8_t", "fp8": "e4m3"}  # weights in eight bits, as they are stored
 HEAD = (
-    'extern "C" void step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
+    'extern "C" int step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
     "const int64_t *lengths, const int64_t *news, const int64_t *rows, int64_t sequences, int64_t longest, int64_t pages, int64_t size) {"
 )
 
@@ -130,7 +130,7 @@ class _Step:
             self._used([r.name for r in op.refs], op.results)
             n += 1
         head = [*self.alone.values(), HEAD]
-        return Step("\n".join([*head, *(f"    {line}" for line in self.lines), "}"]) + "\n", self.top, self.calls)
+        return Step("\n".join([*head, *(f"    {line}" for line in self.lines), "    return 0;", "}"]) + "\n", self.top, self.calls)
 
     # ops --------------------------------------------------------------------------------------------------------------
 
@@ -166,17 +166,17 @@ class _Step:
             if len(x) > 3:
                 self._line(f"add_bias<{TYPES[op.type.dtype]}>({y}, {x[3]}, {self._number(rows)}, {outputs});", op)
         elif op.target == "eight_bits.rows":
-            ids, width, stored = op.refs[2].name, self._shape(op.refs[0].name)[1], EIGHT[str(op.kw("kind"))]
+            ids, (size, width), stored = op.refs[2].name, self._shape(op.refs[0].name), EIGHT[str(op.kw("kind"))]
             if self._lying(ids) != contiguous(self._shape(ids)):
                 raise CodegenError(f"%{op.name}: ids that lie otherwise")
-            self._line(f"gather_eight<{kind}, {stored}>(({stored} *)({self.at[op.refs[0].name]}), {x[1]}, {x[2]}, {y}, {self._number(prod(self._shape(ids)))}, {width});", op)
+            self._line(f"if (!gather_eight<{kind}, {stored}>(({stored} *)({self.at[op.refs[0].name]}), {size}, {x[1]}, {x[2]}, {y}, {self._number(prod(self._shape(ids)))}, {width})) return 1;", op)
         elif op.target == "embedding" and len(op.args) == 2 and p.types[op.refs[1].name].dtype == "i64":
-            self._gather(op, y, op.refs[0].name, op.refs[1].name, p.types[op.refs[0].name].local(p.mesh)[1:])
+            self._gather(op, y, op.refs[0].name, op.refs[1].name, p.types[op.refs[0].name].local(p.mesh))
         elif op.target == "aten.index.Tensor" and self._picks_rows(op):
             table, ids = op.refs[0].name, op.refs[1].name
             _, dims = op.args
             assert isinstance(dims, tuple)
-            self._gather(op, y, table, ids, p.types[table].local(p.mesh)[len(dims) :])
+            self._gather(op, y, table, ids, p.types[table].local(p.mesh)[len(dims) - 1 :], from_end=True)
         elif op.target == "paged_attention":
             self._attend(op, y, x, kind)
         else:
@@ -199,10 +199,13 @@ class _Step:
         )  # fmt: skip
         self.joined = ((x, stored), len(self.lines), each)
 
-    def _gather(self, op: Op, y: str, table: str, ids: str, width: Shape) -> None:
-        if self._lying(table)[-len(width) - 1 :] != (prod(width), *contiguous(width)) or self._lying(ids) != contiguous(self._shape(ids)):
+    def _gather(self, op: Op, y: str, table: str, ids: str, shape: Shape, from_end: bool = False) -> None:
+        """``shape``: of the table, from the dimension that rows are picked of; ``from_end``: an id below zero counts from its end."""
+        size, *width = shape
+        if self._lying(table)[-len(width) - 1 :] != contiguous(shape) or self._lying(ids) != contiguous(self._shape(ids)):
             raise CodegenError(f"%{op.name}: a table that lies otherwise")
-        self._line(f"gather<{TYPES[op.type.dtype]}>({self._pointer(table)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)});", op)
+        said = f"{self._pointer(table)}, {self._number(size)}, (const int64_t *)({self.at[ids]}), {y}, {self._number(prod(self._shape(ids)))}, {prod(width)}, {str(from_end).lower()}"
+        self._line(f"if (!gather<{TYPES[op.type.dtype]}>({said})) return 1;", op)
 
     def _picks_rows(self, op: Op) -> bool:
         """Whether one list of rows is picked from a tensor of one such dimension, those before it having one element."""

@@ -244,6 +244,26 @@ def test_ops_of_a_served_step_round_one_by_one(tokens: int) -> None:
     assert ids(Engine(model, block=4, max_length=128).generate(prompts((tokens,)), max_tokens=8)) == want
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("token", [199, 1 << 40, -1])
+def test_an_id_beyond_its_table_is_refused_by_a_whole_step_too(token: int, quantize: str | None) -> None:
+    pytest.importorskip("transformers")
+    from inference_models import ids, prompts, varied
+
+    from deepseed.inference.engine import Engine
+    from deepseed.inference.scheduler import Piece, Running, Step
+
+    engine = Engine(varied("LlamaForCausalLM"), block=4, max_length=128, quantize=quantize, prefix=False)
+    want = ids(engine.generate(prompts((3,)), max_tokens=4))
+    assert engine.executable.whole is not None
+    step = Step((Piece(Running(0, [5, token, 7], 3, 8, blocks=[0]), 0, 3, 1),), ())
+    for whole in (engine.executable.whole, None):
+        engine.executable.whole = whole
+        with pytest.raises(IndexError, match="out of range" if whole is None else "an index is out of range\n  fix: "):
+            engine.executable.run(step)
+    assert ids(engine.generate(prompts((3,)), max_tokens=4)) == want
+
+
 def test_dtypes_have_c_types() -> None:
     assert set(DTYPES) <= set(cpp_files.DTYPES)
 

@@ -108,7 +108,7 @@ class FewRows:
     """A whole step of at most ``FEW`` rows (deepseed.codegen.cpp_step)."""
 
     def __init__(self, function: Any, arena: int, width: Sequence[int], dtype: torch.dtype) -> None:
-        function.argtypes, function.restype = [_LONG, _LONG, _INT, *[_POINTER] * 9, *[_LONG] * 4], None
+        function.argtypes, function.restype = [_LONG, _LONG, _INT, *[_POINTER] * 9, *[_LONG] * 4], _INT
         self.function, self.width, self.dtype = function, tuple(width), dtype
         self.arena = torch.empty(arena + 64, dtype=torch.uint8)
         self.begin = -(-self.arena.data_ptr() // 64) * 64
@@ -117,15 +117,16 @@ class FewRows:
         return len(made.ids) <= FEW and len(made.last) > 0 and made.packing.few is not None and len(made.packing.few.news) == len(made.packing.news)
 
     def run(self, inputs: Sequence[Tensor], caches: Mapping[int, tuple[Tensor, Tensor]], made: Packed) -> Tensor:
-        """Logits. ``inputs``: what the program reads, contiguous."""
+        """Logits. ``inputs``: what the program reads, contiguous. Raises IndexError."""
         few, pairs = made.packing.few, [caches[n] for n in range(len(caches))]
         assert few is not None
         given, kept = (_POINTER * len(inputs))(*[x.data_ptr() for x in inputs]), (_POINTER * (2 * len(pairs)))(*[x.data_ptr() for pair in pairs for x in pair])
         out = torch.empty(len(made.last), *self.width, dtype=self.dtype)
         _, pages, size, _ = pairs[0][0].shape
-        self.function(
+        if self.function(
             len(made.ids), len(made.last), torch.get_num_threads(), given, kept, self.begin, out.data_ptr(), made.packing.slots.data_ptr(), *few.pointers, *few.table.shape, pages, size,
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise IndexError("a served step: an index is out of range\n  fix: token ids, and positions, must be below the number of rows of the tables that they pick from")
         return out
 
 
