@@ -218,10 +218,10 @@ def _unslice(out: Source, op: Op) -> str:
 
 def _sum(out: Source, op: Op) -> str:
     dims = _ints(op, "dims")
-    same = out.p.types[op.refs[0].name].dtype == op.type.dtype
+    same = out.p.types[op.refs[0].name].dtype == op.type.dtype and (op.type.dtype[0] in "fc" or op.type.dtype == "i64")  # torch adds other integers up in 64 bits, unless it is told
     if not dims:
         return f"{_x(out, op)}.to({_dtype(op)})"
-    return f"torch.sum({_x(out, op)}, {listed(dims)}, {bool(op.kw('keepdim', False))}{'' if same and op.type.dtype[0] != 'b' else f', dtype={_dtype(op)}'})"
+    return f"torch.sum({_x(out, op)}, {listed(dims)}, {bool(op.kw('keepdim', False))}{'' if same else f', dtype={_dtype(op)}'})"
 
 
 def _amax(out: Source, op: Op) -> str:
