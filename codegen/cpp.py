@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import prod
 
-from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, type_of
+from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, type_of, wrapping
 from deepseed.codegen.expressions import CodegenError
 from deepseed.ir.program import Op, Program, Type
 
@@ -154,20 +154,20 @@ class _Writer:
         outer = self._loops(tuple(1 if d in dims else n for d, n in enumerate(shape)))
         first = literal(0, kind) if op.target == "sum" else literal(float("-inf"), kind) if kind in ("f32", "f64") else f"std::numeric_limits<{TYPES[kind]}>::lowest()"
         deep = sum(i != "0" for i in outer)
-        total = f"{op.name}_total"
-        self._line(f"{TYPES[kind]} {total} = {first};", deep)
+        total, held = f"{op.name}_total", wrapping(TYPES[kind]) if op.target == "sum" else TYPES[kind]
+        self._line(f"{held} {total} = {first};", deep)
         inner = [d for d in sorted(dims) if shape[d] != 1]
         names = {d: next(self.names) for d in inner}
         for n, d in enumerate(inner):
             if d == inner[-1]:
-                self._line(f"#pragma omp simd reduction({'+' if op.target == 'sum' else 'max'}:{total})", deep + n)
+                self._line(f"#pragma omp simd reduction({'+' if op.target == 'sum' else 'highest'}:{total})", deep + n)
             self._line(f"for (int {names[d]} = 0; {names[d]} < {shape[d]}; ++{names[d]})", deep + n)
         index = tuple(names.get(d, i) for d, i in enumerate(outer))
         element = converted(self.read(x, index), self._kind(x), kind)
-        self._line(f"{total} += {element};" if op.target == "sum" else f"{{ {TYPES[kind]} element = {element}; {total} = {total} > element ? {total} : element; }}", deep + len(inner))
+        self._line(f"{total} += {element};" if op.target == "sum" else f"{total} = most({total}, {held}({element}));", deep + len(inner))
         keep = bool(op.kw("keepdim", False))
         at = tuple(i for d, i in enumerate(outer) if keep or d not in dims)
-        self._line(f"{self._target(op.name, array, at)} = {self._stored(op.name, total)};", deep)
+        self._line(f"{self._target(op.name, array, at)} = {self._stored(op.name, total if held == TYPES[kind] else f'{TYPES[kind]}({total})')};", deep)
         self._close(deep)
 
     def _loops(self, shape: Shape) -> tuple[str, ...]:

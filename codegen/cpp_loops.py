@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deepseed.codegen.cpp_ops import TYPES, computed, converted, type_of
+from deepseed.codegen.cpp_ops import TYPES, computed, converted, squared, type_of, wrapping
 from deepseed.codegen.cpp_points import Bound, Points, Register, Strides, accumulator, variables
 from deepseed.codegen.index_maps import Index, Var, flat, of
 from deepseed.codegen.spaces import REDUCTIONS, Indices, Space, depths
@@ -175,7 +175,7 @@ class Nest(Points):
         outer = len(self.scopes) - 1
         *slow, fast = self.r or [Var("one", 1)]
         stretch = fast.size > STRETCH
-        local = bool(slow) or stretch
+        local = bool(slow) or stretch or any(_part(op, accumulator(op)[0]) != accumulator(op)[0] for op in now)
         for op in now:
             kind, start = accumulator(op)
             for bound in self.of_index(self.space.index[op.name]):
@@ -191,7 +191,7 @@ class Nest(Points):
         if stretch:
             self.open(f"for (int first = 0; first < {fast.size}; first += {STRETCH})")
         if local:
-            self.scopes[-1].lines += [f"{kind} {name}_part = {start};" for *_, name, kind, start in names]
+            self.scopes[-1].lines += [f"{_part(op, kind)} {name}_part = {start};" for op, _, name, kind, start in names]
         sums, highest = ([f"{n[2]}{'_part' if local else ''}" for n in names if (n[0].target == "amax") == most] for most in (False, True))
         words = ([f"reduction(+:{', '.join(sums)})"] if sums else []) + ([f"reduction(highest:{', '.join(highest)})"] if highest else [])
         loop = f"for (int {fast.name} = {'first' if stretch else 0}; {fast.name} < " + (f"(first + {STRETCH} < {fast.size} ? first + {STRETCH} : {fast.size})" if stretch else str(fast.size)) + f"; ++{fast.name})"
@@ -203,7 +203,7 @@ class Nest(Points):
                 r = self.at(x, index)
                 text = converted(r.name, r.dtype, computed(op.type.dtype))
                 total = f"{name}{'_part' if local else ''}"
-                square = f"{text} * {text}" if op.target == "sum_of_squares" else text
+                square = squared(text, kind) if op.target == "sum_of_squares" else text
                 self.scopes[-1].lines.append(f"{total} = most({total}, {kind}({text}));" if op.target == "amax" else f"{total} += {square};")
         for value in keep:
             self._keep(value)
@@ -290,11 +290,12 @@ class Nest(Points):
         for s in self.plan.sums:
             kind, _ = accumulator(self.p.producers[s])
             n = self.p.types[s].numel
-            top.append(f"const std::unique_ptr<{kind}[]> {s}_parts(new {kind}[{blocks * n}]);")
+            part = _part(self.p.producers[s], kind)
+            top.append(f"const std::unique_ptr<{part}[]> {s}_parts(new {part}[{blocks * n}]);")
         self.open(f"#pragma omp parallel for num_threads(threads) reduction(|:wrong) if (threads > 1 && {rows * columns} > {WORTH})\nfor (int64_t block = 0; block < {blocks}; ++block)")
         for s in self.plan.sums:
             (kind, start), n = accumulator(self.p.producers[s]), self.p.types[s].numel
-            self.scopes[-1].lines += [f"{kind} *__restrict {s}_part = {s}_parts.get() + block * {n};", f"for (int j = 0; j < {n}; ++j) {s}_part[j] = {start};"]
+            self.scopes[-1].lines += [f"{_part(self.p.producers[s], kind)} *__restrict {s}_part = {s}_parts.get() + block * {n};", f"for (int j = 0; j < {n}; ++j) {s}_part[j] = {start};"]
         self.open(f"for (int64_t row = block * {block}; row < (block * {block} + {block} < {rows} ? block * {block} + {block} : {rows}); ++row)", *self.x)
         self._row()
         self.close()
@@ -304,7 +305,7 @@ class Nest(Points):
             kind, start = accumulator(op)
             place = " + ".join(f"{i} * {stride}" for i, stride in zip(_decoded("j", op.type.shape), self.lying[s], strict=True)) or "0"
             more = f"total = most(total, {s}_parts[b * {n} + j])" if op.target == "amax" else f"total += {s}_parts[b * {n} + j]"
-            stored = "total" if s in self.own else f"down<{TYPES[op.type.dtype]}>::of({kind}(total))"
+            stored = f"{kind}(total)" if s in self.own else f"down<{TYPES[op.type.dtype]}>::of({kind}(total))"
             self.scopes[0].lines += [f"for (int j = 0; j < {n}; ++j) {{", f"    {_total(op, kind)} total = {start};", f"    for (int b = 0; b < {blocks}; ++b) {more};", f"    {s}[{place}] = {stored};", "}"]
 
     def _accumulate(self, sums: Sequence[tuple[str, Bound]]) -> None:
@@ -316,13 +317,18 @@ class Nest(Points):
                 text = converted(r.name, r.dtype, computed(op.type.dtype))
                 place, _ = self.place(flat([i.put(bound) for i in self.space.index[s]], op.type.shape))
                 target = f"{s}_part[{place}]"
-                square = f"{text} * {text}" if op.target == "sum_of_squares" else text
+                square = squared(text, kind) if op.target == "sum_of_squares" else text
                 self.scopes[-1].lines.append(f"{target} = most({target}, {kind}({text}));" if op.target == "amax" else f"{target} += {square};")
 
 
 def _total(op: Op, kind: str) -> str:
     """In what parts are added up, of which there may be millions."""
-    return "double" if kind == "float" and op.target != "amax" else kind
+    return "double" if kind == "float" and op.target != "amax" else _part(op, kind)
+
+
+def _part(op: Op, kind: str) -> str:
+    """In what elements are added up."""
+    return kind if op.target == "amax" else wrapping(kind)
 
 
 def _decoded(name: str, sizes: Sequence[int]) -> list[str]:

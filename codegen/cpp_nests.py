@@ -38,7 +38,6 @@ static inline uint64_t drawn_mix(uint64_t z) {
 }
 static inline uint64_t drawn_key(int64_t seed, int64_t step, uint64_t site) { return drawn_mix(drawn_mix(uint64_t(seed) * 0x9E3779B97F4A7C15ull + site) + uint64_t(step) * 0x9E3779B97F4A7C15ull); }
 static inline int32_t drawn_lane(uint64_t key, uint64_t element) { return int32_t(uint32_t(drawn_mix(((element >> 1) + 1) * 0x9E3779B97F4A7C15ull + key) >> ((element & 1) * 32))); }
-#pragma omp declare reduction(highest : float, double, int64_t, int32_t, int16_t, int8_t, uint8_t, bool : omp_out = most(omp_out, omp_in)) initializer(omp_priv = omp_orig)
 """
 
 

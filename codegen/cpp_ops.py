@@ -83,6 +83,7 @@ static inline float tanh_(float x) {
     return y < 0.0625f ? near : x < 0 ? -far : far;
 }
 template <class T> static inline T most(T a, T b) { return a > b || a != a ? a : b; }
+#pragma omp declare reduction(highest : float, double, int64_t, int32_t, int16_t, int8_t, uint8_t, bool : omp_out = most(omp_out, omp_in)) initializer(omp_priv = omp_orig)
 template <class T> static inline T least(T a, T b) { return a < b || a != a ? a : b; }
 template <class T> static inline T higher(T a, T b) { return a != a ? b : b != b ? a : a > b ? a : b; }  // of a number and none the number
 template <class T> static inline T lower(T a, T b) { return a != a ? b : b != b ? a : a < b ? a : b; }
@@ -103,6 +104,15 @@ template <class T> static inline T sign(T x) { return T(x > 0) - T(x < 0); }
 
 def type_of(dtype: str) -> str:
     return TYPES[computed(dtype)]
+
+
+def wrapping(kind: str) -> str:
+    """The C++ type that numbers of one are added up in: an overflow means nothing in C++ but of what has no sign. What is narrower than an int is added as ints."""
+    return {"int64_t": "uint64_t", "int32_t": "uint32_t"}.get(kind, kind)
+
+
+def squared(text: str, kind: str) -> str:
+    return f"{text} * {text}" if wrapping(kind) == kind else f"{wrapping(kind)}({text}) * {wrapping(kind)}({text})"
 
 
 def literal(value: object, dtype: str) -> str:
@@ -140,7 +150,7 @@ _TEMPLATES = {
     "hardsigmoid": "least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "hardswish": "{0} * least(most({0} + 3, {1t}(0)), {1t}(6)) / {1t}(6)", "round": "whole<{1t}>({0}, std::nearbyint({0}))",
 }  # fmt: skip
 _BOOLEAN = {"logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_not": "!{0}", "logical_xor": "{0} != {1}", "bitwise_not": "!{0}", "isnan": "{0} != {0}", "isinf": "{0} == {0} && {0} - {0} != {0} - {0}", "isfinite": "{0} - {0} == {0} - {0}"}
-_WRAPS = ("add", "sub", "rsub", "mul", "neg", "abs", "square")
+_WRAPS = ("add", "sub", "rsub", "mul", "neg", "abs", "square", "pow", "addcmul")
 _CONDITIONS = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # the operand that is a mask
 _FLOAT_ONLY = ("div.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "reciprocal", "sigmoid", "tanh", "silu", "softplus", "gelu", "lerp", "fmod", "remainder", "atan2", "hardsigmoid", "hardswish", "leaky_relu", "elu")
 

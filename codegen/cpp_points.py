@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, type_of
+from deepseed.codegen.cpp_ops import TYPES, computed, converted, expression, literal, squared, type_of, wrapping
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Atom, Index, Loaded, Quotient, Var, of, within, write
 from deepseed.codegen.operands import broadcast, cuts, moved, overall, parts, site
@@ -166,7 +166,7 @@ class Points:
         if all(shape[d] == 1 for d in dims):
             r, dtype = self.at(x, index if len(index) == len(shape) else tuple(Index() if d in dims else next(given) for d in range(len(shape)))), computed(op.type.dtype)
             text = converted(r.name, r.dtype, dtype)
-            return self.emit(f"{text} * {text}" if op.target == "sum_of_squares" else text, dtype, r.level)
+            return self.emit(squared(text, TYPES[dtype]) if op.target == "sum_of_squares" else text, dtype, r.level)
         raise CodegenError(f"%{op.name} = {op.target} is read before it is made, or elsewhere")
 
     def number(self, value: str, index: Indices, size: int) -> Index:
@@ -189,7 +189,11 @@ class Points:
         row = (*index[:dim], Index(), *index[dim + 1 :])
         there, base, more = self.number(number, row, op.type.shape[dim]), self.at(x, index), self.at(added, row)
         (a, level_a), (b, level_b) = self.place(index[dim]), self.place(there)
-        return self.emit(f"{base.name} + ({a} == {b} ? {converted(more.name, more.dtype, dtype)} : {TYPES[dtype]}(0))", dtype, max(level_a, level_b, base.level, more.level))
+        held = wrapping(TYPES[dtype])
+        text = f"{base.name} + ({a} == {b} ? {converted(more.name, more.dtype, dtype)} : {TYPES[dtype]}(0))"
+        if held != TYPES[dtype]:
+            text = f"{TYPES[dtype]}({held}({base.name}) + ({a} == {b} ? {held}({more.name}) : {held}(0)))"
+        return self.emit(text, dtype, max(level_a, level_b, base.level, more.level))
 
     def pieces(self, op: Op, index: Indices) -> Register:
         """What puts tensors side by side: the one that has the element, or the number that is there instead."""

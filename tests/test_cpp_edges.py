@@ -3,6 +3,9 @@ far elements of a large tensor's dropout, values that are kept or under way whil
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from test_cpp_nests import compiled, kernel_of
 from torch import Tensor
 
 import deepseed
-from deepseed.codegen import inductor
+from deepseed.codegen import cpp_files, inductor
+from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.index_maps import Index, Quotient, Var, covers, flat, of, reshaped
 
 pytestmark = needs.compiler
@@ -108,6 +112,64 @@ return %a output "a"
 return %c output "c"
 return %d output "d"
 ''', tmp_path, torch.tensor([2**63 - 1, 5, 3037000500, -(2**63)]))
+
+
+def sums_that_wrap(folder: Path) -> None:
+    """Along a row in one stretch and in several, along several dimensions, across rows, of squares, of one element beside others, of powers; 5 rows of any number."""
+    for n, dtype in enumerate(("i64", "i32")):
+        kind = {"i64": torch.int64, "i32": torch.int32}[dtype]
+        numbers = torch.Generator().manual_seed(0)
+        x = torch.randint(torch.iinfo(kind).min, torch.iinfo(kind).max, (6, 5000), generator=numbers, dtype=kind)
+        small, number = x[:, :12].contiguous(), torch.arange(6).reshape(6, 1) * 2
+        same(f'''%x : {dtype}[6, 5000] batch "x"
+%a = sum(%x, dims=[1], keepdim=true) : {dtype}[6, 1]
+%b = sum(%x, dims=[0], keepdim=false) : {dtype}[5000]
+%c = sum(%x, dims=[0, 1], keepdim=false) : {dtype}[]
+return %a output "a"
+return %b output "b"
+return %c output "c"
+''', folder / f"{n}", x)
+        same(f'''%x : {dtype}[6, 12] batch "x"
+%n : i64[6, 1] batch "n"
+%a = sum(%x, dims=[1], keepdim=true) : {dtype}[6, 1]
+%b = aten.lt.Tensor(%a, %x) : bool[6, 12]
+%c = aten.pow.Tensor_Scalar(%x, 3) : {dtype}[6, 12]
+%d = aten.addcmul(%x, %c, %x, value=3) : {dtype}[6, 12]
+%e = scatter_add(%d, %n, %a, dim=1) : {dtype}[6, 12]
+return %a output "a"
+return %b output "b"
+return %d output "d"
+return %e output "e"
+''', folder / f"{n}", small, number)
+        k = kernel_of(f'%x : {dtype}[503, 12] batch "x"\n%a = sum(%x, dims=[1], keepdim=true) : {dtype}[503, 1]\n%b = aten.lt.Tensor(%a, %x) : bool[503, 12]\nreturn %a output "a"\nreturn %b output "b"\n')
+        made, why = cpp_files.functions({k: [(1, 1), (12, 1)]}, {503: "T"})
+        assert not why, why
+        code = cpp_files.callables({k: [(1, 1), (12, 1)]}, made, cpp_files.library(LIBRARY + made[k.name].text, folder, cpp_files.EXACT), {503: "T"})[k.name]
+        a, b = code(small)
+        want = small.sum(1, keepdim=True, dtype=kind)
+        assert torch.equal(a, want) and torch.equal(b, want < small)
+
+
+def test_sums_of_integers_wrap_where_nothing_may_overflow(tmp_path: Path) -> None:
+    """The compiler has each overflow of a number with a sign end the process."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {inductor.compiler()} -fsanitize=signed-integer-overflow -fsanitize-undefined-trap-on-error "$@"\n')
+    compiler.chmod(0o755)
+    code = f"from pathlib import Path; from test_cpp_edges import sums_that_wrap; sums_that_wrap(Path({str(tmp_path)!r}))"
+    env = {**os.environ, "CXX": str(compiler), "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
+def test_a_maximum_has_no_number_wherever_one_of_its_row_has_none(tmp_path: Path) -> None:
+    """Across rows, and of rows of any number."""
+    x = torch.randn(40, 24)
+    x[3, 5] = x[0, 7] = x[39, 7] = float("nan")
+    same('%x : f32[40, 24] batch "x"\n%m = amax(%x, dims=[0], keepdim=false) : f32[24]\n%n = amax(%x, dims=[0, 1], keepdim=false) : f32[]\nreturn %m output "m"\nreturn %n output "n"\n', tmp_path, x)
+    k = kernel_of('%x : f32[503, 24] batch "x"\n%m = amax(%x, dims=[1], keepdim=false) : f32[503]\nreturn %m output "m"\n')
+    made, _ = cpp_files.functions({k: [(1,)]}, {503: "T"})
+    (m,) = cpp_files.callables({k: [(1,)]}, made, cpp_files.library(LIBRARY + made[k.name].text, tmp_path, cpp_files.EXACT), {503: "T"})[k.name](x)
+    torch.testing.assert_close(m, x.amax(1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_masks_of_elements_beyond_an_int(tmp_path: Path) -> None:
