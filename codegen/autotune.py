@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,11 +48,23 @@ def choice(k: Kernel, folder: Path, device: str, seconds: Callable[[str], float]
     folder.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            blocks, best = _tuned(k.fragment, seconds)
-            path.write_text(json.dumps({"blocks": [(name, asdict(b)) for name, b in blocks], "library": library() < GAIN * best}))
-    found = json.loads(path.read_text())
-    return Choice(tuple([(name, Blocks(**b)) for name, b in found["blocks"]]), found["library"])
+        if (known := _read(path)) is not None:
+            return known
+        blocks, best = _tuned(k.fragment, seconds)
+        made = Choice(blocks, library() < GAIN * best)
+        fresh = path.with_suffix(f".{os.getpid()}.tmp")
+        fresh.write_text(json.dumps({"blocks": [(name, asdict(b)) for name, b in made.blocks], "library": made.library}))
+        fresh.replace(path)  # at once: a process that ends here leaves no half of it
+        return made
+
+
+def _read(path: Path) -> Choice | None:
+    """None where there is none, or what is there is not whole."""
+    try:
+        found = json.loads(path.read_text())
+        return Choice(tuple([(name, Blocks(**b)) for name, b in found["blocks"]]), found["library"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def operands(k: Kernel, device: torch.device) -> list[Tensor]:
