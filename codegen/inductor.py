@@ -241,10 +241,20 @@ def _ops_digest() -> str:
 
 @cache
 def processor() -> str:
-    flags = ""
-    with contextlib.suppress(OSError):
-        flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    """What is another word on a machine for whose processor a compiler makes other code."""
+    try:
+        known = instructions(Path("/proc/cpuinfo").read_text())
+    except OSError:  # no Linux
+        known = platform.processor()
+    return f"{platform.machine()} {hashlib.sha256(known.encode()).hexdigest()[:8]}"
+
+
+_INSTRUCTIONS = ("flags", "Features", "features", "isa", "uarch", "cpu", "CPU implementer", "CPU architecture", "CPU variant", "CPU part")  # of x86, ARM, s390, RISC-V, POWER
+
+
+def instructions(cpuinfo: str) -> str:
+    """The lines of /proc/cpuinfo that say what a processor is able to do, each once: cores may be of several kinds."""
+    return "\n".join(dict.fromkeys(" ".join(line.split()) for line in cpuinfo.splitlines() if line.partition(":")[0].strip() in _INSTRUCTIONS))
 
 
 _told: set[str] = set()

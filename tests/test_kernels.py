@@ -222,6 +222,39 @@ def test_a_word_that_means_no_back_end() -> None:
         back_ends.resolve("cpp", torch.device("cuda:0"))
 
 
+X86 = "processor\t: 0\ncpu family\t: 25\ncpu MHz\t\t: 2595.1\nflags\t\t: fpu sse2 avx2\n\n"
+ARM = "processor\t: {n}\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {more}\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: {part}\n\n"
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (X86, X86.replace("avx2", "avx512f")),
+    (ARM.format(n=0, more="sve", part="0xd40"), ARM.format(n=0, more="asimddp", part="0xd40")),
+    (ARM.format(n=0, more="sve", part="0xd40"), ARM.format(n=0, more="sve", part="0xd4f")),
+    (ARM.format(n=0, more="", part="0xd05"), ARM.format(n=0, more="", part="0xd05") + ARM.format(n=1, more="", part="0xd41")),
+    ("processor\t: 0\nisa\t: rv64imafdc\n", "processor\t: 0\nisa\t: rv64imafdcv\n"), ("cpu\t\t: POWER9\n", "cpu\t\t: POWER10\n"),
+])  # fmt: skip
+def test_another_processor_is_another_word(one: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def word(cpuinfo: str) -> str:
+        monkeypatch.setattr(inductor.Path, "read_text", lambda self: cpuinfo)
+        found: str = inductor.processor.__wrapped__()
+        return found
+
+    assert word(one) != word(other)
+    assert word(one) == word(one + one.replace(": 0\n", ": 1\n", 1).replace("2595.1", "3100.0").replace("50.00", "48.00")), "as many cores as there are, at any speed"
+
+
+def test_a_system_that_does_not_list_instructions_says_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(inductor.Path, "read_text", missing)
+    words = set[str]()
+    for name in ("arm", "i386"):
+        monkeypatch.setattr(inductor.platform, "processor", lambda name=name: name)
+        words.add(inductor.processor.__wrapped__())
+    assert len(words) == 2
+
+
 def test_auto_means_cpp_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "compiler", lambda: "g++")
     assert [back_ends.resolve("auto", torch.device(d)) for d in ("cpu", "cuda")] == ["cpp", "python"]
