@@ -65,8 +65,8 @@ def resolve(codegen: str, device: torch.device) -> str:
         known(codegen)
     if PRODUCTS.get(codegen) == "joined" and (why := triton_files.missing(device.type)):
         raise BackEndError(f"codegen='triton': {why}")
-    if codegen == CPP and device.type not in ("cpu", "meta"):
-        raise BackEndError(f"codegen='cpp' computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
+    if codegen in (CPP, "inductor") and device.type not in ("cpu", "meta"):
+        raise BackEndError(f"codegen={codegen!r} computes on a CPU, and the parameters are on {device}\n  fix: codegen='triton', or 'python'")
     return codegen
 
 
@@ -101,26 +101,12 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
 
 def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:
     """What a back end makes of updates: a function of lists of tensors (deepseed.codegen.updates), which it changes; ``on_host``: wherever the model is. Torch's where it makes nothing."""
-    folder = cache_dir() / "kernels"
-    makers: dict[str, Callable[[Sequence[Formula], Path], Callable[..., Any]]] = {"cpu": cpp_files.update, "cuda": triton_files.update}
-    if _through_triton(codegen, on_host):
-        makers["cpu"] = triton_files.update  # interpreted
-    made: dict[str, Callable[..., Any]] = {}
-
-    def on(kind: str) -> Callable[..., Any]:
-        if kind not in made:
-            try:
-                made[kind] = makers[kind](formulas, folder)
-            except (CodegenError, ImportError) as error:
-                inductor.once(tell, f"{name_of(formulas)} is torch's, one tensor after another: {error}")
-                made[kind] = _torchs(formulas)
-        return made[kind]
-
-    if on_host or not torch.cuda.is_available():
-        return on("cpu")
-    if codegen != "inductor":
-        return on("cuda" if codegen == "triton" else "cpu")
-    return lambda *given: on(next(x.device.type for each in given if isinstance(each, list) for x in each))(*given)
+    make = triton_files.update if _through_triton(codegen, on_host) else cpp_files.update
+    try:
+        return make(formulas, cache_dir() / "kernels")
+    except (CodegenError, ImportError) as error:
+        inductor.once(tell, f"{name_of(formulas)} is torch's, one tensor after another: {error}")
+        return _torchs(formulas)
 
 
 def _torchs(formulas: Sequence[Formula]) -> Callable[..., None]:

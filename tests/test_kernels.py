@@ -218,8 +218,9 @@ def test_a_kernel_writes_over_what_nothing_reads_later(monkeypatch: pytest.Monke
 def test_a_word_that_means_no_back_end() -> None:
     with pytest.raises(ValueError, match="fix: one of python, cpp, inductor, triton, auto"):
         trained("zero0", "indoctor")
-    with pytest.raises(ValueError, match="on cuda:0\n  fix: codegen='triton'"):
-        back_ends.resolve("cpp", torch.device("cuda:0"))
+    for word in ("cpp", "inductor"):
+        with pytest.raises(back_ends.BackEndError, match=f"codegen='{word}' computes on a CPU, and the parameters are on cuda:0\n  fix: codegen='triton', or 'python'"):
+            back_ends.resolve(word, torch.device("cuda:0"))
 
 
 X86 = "processor\t: 0\ncpu family\t: 25\ncpu MHz\t\t: 2595.1\nflags\t\t: fpu sse2 avx2\n\n"

@@ -289,7 +289,7 @@ def test_what_triton_has_no_expression_for_is_torchs(monkeypatch: pytest.MonkeyP
 
 @needs.compiler
 def test_where_a_kernel_runs_decides_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the host it is C++, whatever the device has; `cpp` never asks for Triton, though a device be there."""
+    """On the host it is C++, whatever the device has; `cpp` and `inductor` never ask for Triton, though a device be there."""
     _, f = update("adamw")
     asked: list[str] = []
     monkeypatch.setattr(triton_files, "update", lambda formulas, folder: asked.append("triton") or (lambda *given: asked.append("run")))
