@@ -116,7 +116,7 @@ def test_groups_on_any_number_of_rows(tmp_path: Path, dtype: str) -> None:
         wanted[k], programs[name] = lying, text.replace("f32", dtype)
     made, why = cpp_files.functions(wanted, {ROWS: "T"})
     assert not why
-    code = cpp_files.callables(wanted, made, cpp_files.library("\n".join([LIBRARY, *(f.text for f in made.values())]), tmp_path), {ROWS: "T"})
+    code = cpp_files.callables(wanted, made, cpp_files.library("\n".join([LIBRARY, *(f.text for f in made.values())]), tmp_path, cpp_files.EXACT), {ROWS: "T"})
     for name, text in programs.items():
         for n in (1, 2, 9):
             p = program(name, text.replace("1006", str(2 * n)).replace("503", str(n)))
@@ -130,7 +130,7 @@ def test_operands_that_lie_otherwise(tmp_path: Path) -> None:
     p = program("rope", GROUPS["rope"].replace("f32", "f64"))
     k, lying = kernel_of(p)
     made, _ = cpp_files.functions({k: lying}, {ROWS: "T"})
-    code = cpp_files.callables({k: lying}, made, cpp_files.library(LIBRARY + made[k.name].text, tmp_path), {ROWS: "T"})[k.name]
+    code = cpp_files.callables({k: lying}, made, cpp_files.library(LIBRARY + made[k.name].text, tmp_path, cpp_files.EXACT), {ROWS: "T"})[k.name]
     x, c, s = torch.randn(1, 16, 5, 3).double().permute(0, 2, 3, 1), torch.randn(1, 1, 5, 32).double()[..., ::2], torch.randn(1, 1, 5, 16).double()
     assert torch.equal(code(x, c, s)[0], code(x.contiguous(), c.contiguous(), s)[0])
 
@@ -156,7 +156,7 @@ def test_fragments_of_real_programs(tmp_path: Path) -> None:
         wanted[k], programs[k.name] = lying, p
     made, why = cpp_files.functions(wanted, {})
     assert len(made) >= 25, why
-    loaded = cpp_files.library("\n".join([LIBRARY, *(f.text for f in made.values())]), tmp_path)
+    loaded = cpp_files.library("\n".join([LIBRARY, *(f.text for f in made.values())]), tmp_path, cpp_files.EXACT)
     code = cpp_files.callables(wanted, made, loaded, {})
     for name in made:
         inputs = random_inputs(programs[name])
