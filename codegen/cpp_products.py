@@ -28,6 +28,7 @@ constexpr int BYTES = 16, ROWS = 6;
 typedef float V __attribute__((vector_size(BYTES)));
 constexpr int64_t LANES = BYTES / 4, WIDTH = 2 * LANES, LINE = 16;  // elements of a vector, of a panel, of a line of the cache
 constexpr int64_t DEPTH = 384, BLOCK = 18 * ROWS;                   // a panel of DEPTH, and BLOCK rows of the left operand, stay in the second cache
+constexpr int64_t HALF = DEPTH / 2;                                 // so many products are added up before their sum is added to others: rounding grows with their number
 constexpr int64_t LONG = DEPTH + LINE;                              // a row of the left block; no power of two, so that rows do not meet in a set of the cache
 constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 of them and more
 constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
@@ -62,43 +63,46 @@ static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t 
         ++a;
         panel += WIDTH;
     };
-    int64_t k = 0;
-    for (; k + LINE <= depth; k += LINE) {
-        __builtin_prefetch(next.panel, 0, 2);
-        __builtin_prefetch(next.panel + next.second, 0, 2);
-        __builtin_prefetch(next.results, 1, 3);
-        __builtin_prefetch(next.results + LINE, 1, 3);
-        next.panel += next.step;
-        next.results += c_row;
-        const float *soon = a + LINE;
-        #pragma GCC unroll 4
-        for (int u = 0; u < LINE; ++u) {
-            V left, right;
-            if (FIRST) {
-                left = load(b), right = load(b + LANES);
-                store(panel, left), store(panel + LANES, right);
-                __builtin_prefetch(b + NEAR * b_row, 0, 3);
-                __builtin_prefetch(b + NEAR * b_row + LANES, 0, 3);
-                b += b_row;
-            } else {
-                left = load(panel), right = load(panel + LANES);
+    for (int64_t k = 0, until = std::min(depth, HALF);; until = depth, start = {c, c_row}) {
+        for (; k + LINE <= until; k += LINE) {
+            __builtin_prefetch(next.panel, 0, 2);
+            __builtin_prefetch(next.panel + next.second, 0, 2);
+            __builtin_prefetch(next.results, 1, 3);
+            __builtin_prefetch(next.results + LINE, 1, 3);
+            next.panel += next.step;
+            next.results += c_row;
+            const float *soon = a + LINE;
+            #pragma GCC unroll 4
+            for (int u = 0; u < LINE; ++u) {
+                V left, right;
+                if (FIRST) {
+                    left = load(b), right = load(b + LANES);
+                    store(panel, left), store(panel + LANES, right);
+                    __builtin_prefetch(b + NEAR * b_row, 0, 3);
+                    __builtin_prefetch(b + NEAR * b_row + LANES, 0, 3);
+                    b += b_row;
+                } else {
+                    left = load(panel), right = load(panel + LANES);
+                }
+                __builtin_prefetch(panel + NEAR * WIDTH, FIRST, 3);
+                __builtin_prefetch(panel + NEAR * WIDTH + LANES, FIRST, 3);
+                __builtin_prefetch(soon + u * LONG, 0, 3);
+                add(left, right);
             }
-            __builtin_prefetch(panel + NEAR * WIDTH, FIRST, 3);
-            __builtin_prefetch(panel + NEAR * WIDTH + LANES, FIRST, 3);
-            __builtin_prefetch(soon + u * LONG, 0, 3);
-            add(left, right);
         }
-    }
-    for (; k < depth; ++k) {
-        if (FIRST) store(panel, load(b)), store(panel + LANES, load(b + LANES)), b += b_row;
-        add(load(panel), load(panel + LANES));
-    }
-    #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-        float *to = c + i * c_row;
-        if (start.x) sums[i][0] += load(start.at(i)), sums[i][1] += load(start.at(i) + LANES);
-        store(to, sums[i][0]);
-        store(to + LANES, sums[i][1]);
+        for (; k < until; ++k) {
+            if (FIRST) store(panel, load(b)), store(panel + LANES, load(b + LANES)), b += b_row;
+            add(load(panel), load(panel + LANES));
+        }
+        #pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            float *to = c + i * c_row;
+            if (start.x) sums[i][0] += load(start.at(i)), sums[i][1] += load(start.at(i) + LANES);
+            store(to, sums[i][0]);
+            store(to + LANES, sums[i][1]);
+            sums[i][0] = sums[i][1] = V{};
+        }
+        if (until == depth) return;
     }
 }
 using Tile = void (*)(int64_t, const float *, float *, float *, int64_t, Start, const float *, int64_t, Ahead);
