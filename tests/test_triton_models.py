@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import isqrt
 from typing import Any
 
 import needs
@@ -29,7 +30,12 @@ MODELS = ("llama", "gpt2", "bert", "t5", "vit")
 SUMS = ("aten.mm", "sdpa", "sdpa_backward")  # many numbers make one: errors are of the largest
 
 
-def model(name: str, heads: int, head: int, inner: int, words: int) -> nn.Module:
+def side(tokens: int) -> int:
+    """Of a picture whose patches are about as many."""
+    return 4 * max(3, isqrt(tokens))
+
+
+def model(name: str, heads: int, head: int, inner: int, words: int, tokens: int = 9) -> nn.Module:
     import transformers as hf
 
     width = heads * head
@@ -45,12 +51,12 @@ def model(name: str, heads: int, head: int, inner: int, words: int) -> nn.Module
             case "t5":
                 return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=words, d_model=width, d_kv=head, d_ff=inner, num_layers=1, num_heads=heads, decoder_start_token_id=0))
         sizes = {k: v for k, v in common.items() if k != "vocab_size"}
-        return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=12, patch_size=4, num_labels=7))
+        return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=side(tokens), patch_size=4, num_labels=7))
 
 
 def batch(name: str, rows: int, tokens: int) -> dict[str, Any]:
     if name == "vit":
-        return {"pixel_values": torch.empty(rows, 3, 12, 12, device="meta"), "labels": torch.empty(rows, dtype=torch.int64, device="meta")}
+        return {"pixel_values": torch.empty(rows, 3, side(tokens), side(tokens), device="meta"), "labels": torch.empty(rows, dtype=torch.int64, device="meta")}
     ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
     return {"input_ids": ids, "labels": ids}
 
@@ -58,7 +64,7 @@ def batch(name: str, rows: int, tokens: int) -> dict[str, Any]:
 @cache
 def program_of(name: str, rows: int, tokens: int, heads: int, head: int, inner: int, words: int) -> Program:
     """The step with clipping and AdamW."""
-    m = model(name, heads, head, inner, words)
+    m = model(name, heads, head, inner, words, tokens)
     m.train()
     got = capture(m, batch(name, rows, tokens), optimizer=torch.optim.AdamW(m.parameters(), lr=1e-3), clip_grad_norm=1.0)
     plan = parse_plan("zero0")
