@@ -36,7 +36,8 @@ from deepseed.ops import accumulate_mm
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the processor has such registers
 FLAGS = (*WIDE, "-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-w")
 EXACT = ("-ffp-contract=off",)  # of what ops are written out for: each rounds, as they do one by one
-VECTOR_ROWS = 512  # of a product by vectors: of more a library's copies of the weights pay
+VECTOR_ROWS = 512  # of a product by vectors whose left operand lies row by row: of more a library's copies of the weights pay
+VECTOR_DEPTH = 256  # of one whose left operand is turned, at least: of less copying it takes the time
 _NUMBER = re.compile(r"(?<![\w.%])\d+(?![\w.])")
 Code = Callable[..., Sequence[Tensor]]
 
@@ -158,10 +159,15 @@ def pays() -> bool:
 
 @dataclass(frozen=True)
 class Products:
-    """The functions of cpp_products. ``in_tiles``: whether a matrix unit computes them, which pays for a left operand that is turned too."""
+    """The functions of cpp_products. ``in_tiles``: whether a matrix unit computes them, which always pays."""
 
     function: Any
     in_tiles: bool
+
+    def pay(self, a: Tensor) -> bool:
+        """Whether they do for a left operand that lies like ``a``."""
+        rows, depth = a.shape
+        return (a.stride(1) == 1 and (self.in_tiles or rows <= VECTOR_ROWS)) or (a.stride(0) == 1 and (self.in_tiles or depth >= VECTOR_DEPTH))
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:
         """``out [m, n] = start + a [m, k] @ b [k, n]``; ``start``: a row for all, ``out`` itself, or nothing."""
@@ -186,7 +192,7 @@ class Product:
         *_, (rows, _), (_, columns) = self.given = [k.fragment.types[r.name].shape for r in op.refs]
         self.name, self.shape, self.python = k.name, (rows, columns), python(k)
         self.order = [[i.name for i in k.fragment.inputs].index(r.name) for r in op.refs]  # a kernel reads an operand once, that an op may name twice
-        self.products = products if op.type.dtype == "f32" and rows >= LEAST_ROWS and products is not None and (rows <= VECTOR_ROWS or products.in_tiles) else None
+        self.products = products if op.type.dtype == "f32" and rows >= LEAST_ROWS else None
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
         *row, a, b = operands = [xs[i] for i in self.order]
@@ -208,7 +214,7 @@ class Product:
         own, (*row, a, _) = self.products, operands
         if own is None or torch.get_num_threads() > 1 or [x.shape for x in operands] != self.given or any(x.stride() != (1,) for x in row):
             return None
-        return own if a.stride(1) == 1 or (own.in_tiles and a.stride(0) == 1) else None
+        return own if own.pay(a) else None
 
 
 class Fixed:

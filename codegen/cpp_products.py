@@ -1,4 +1,4 @@
-"""C++ for matrix products of float32 on one thread, where the left operand lies row by row, ``x @ w.t()`` and ``g @ w`` of a step; any of a CPU's matrix unit (cpp_tiles).
+"""C++ for matrix products of float32 on one thread: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x`` of a step, by vectors or a CPU's matrix unit (cpp_tiles).
 
 A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
 is a sixth of its time. Here a panel of the right operand is copied (turned, if it must be; else while the first rows meet it) when it has been asked for during the panel before, and so are the
@@ -112,8 +112,8 @@ template <bool FIRST, int... R> static Tile tile_of(int rows, std::integer_seque
 }
 template <bool FIRST> static Tile tile_of(int rows) { return tile_of<FIRST>(rows, std::make_integer_sequence<int, ROWS - LEAST + 1>()); }
 
-// panel[LINE, LINE of WIDTH] = the columns of LINE rows
-static inline void turn(const float *b, int64_t b_column, float *panel) {
+// to[LINE, LINE of row] = the columns of LINE rows
+template <int64_t row> static inline void turn(const float *b, int64_t b_column, float *to) {
 #if defined(__AVX512F__)
     #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
@@ -126,14 +126,14 @@ static inline void turn(const float *b, int64_t b_column, float *panel) {
         }
         __m512d low = (__m512d)_mm512_unpacklo_ps(r[0], r[1]), high = (__m512d)_mm512_unpackhi_ps(r[0], r[1]);
         __m512d low_ = (__m512d)_mm512_unpacklo_ps(r[2], r[3]), high_ = (__m512d)_mm512_unpackhi_ps(r[2], r[3]);
-        store(panel + (4 * q + 0) * WIDTH, (V)_mm512_unpacklo_pd(low, low_));
-        store(panel + (4 * q + 1) * WIDTH, (V)_mm512_unpackhi_pd(low, low_));
-        store(panel + (4 * q + 2) * WIDTH, (V)_mm512_unpacklo_pd(high, high_));
-        store(panel + (4 * q + 3) * WIDTH, (V)_mm512_unpackhi_pd(high, high_));
+        store(to + (4 * q + 0) * row, (V)_mm512_unpacklo_pd(low, low_));
+        store(to + (4 * q + 1) * row, (V)_mm512_unpackhi_pd(low, low_));
+        store(to + (4 * q + 2) * row, (V)_mm512_unpacklo_pd(high, high_));
+        store(to + (4 * q + 3) * row, (V)_mm512_unpackhi_pd(high, high_));
     }
 #else
     for (int k = 0; k < LINE; ++k)
-        for (int j = 0; j < LANES; ++j) panel[k * WIDTH + j] = b[j * b_column + k];
+        for (int j = 0; j < LANES; ++j) to[k * row + j] = b[j * b_column + k];
 #endif
 }
 """
@@ -143,7 +143,7 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
     int64_t k = 0;
     if (b_row == 1 && width == WIDTH)
         for (; k + LINE <= depth; k += LINE)
-            for (int64_t j = 0; j < WIDTH; j += LANES) turn(b + j * b_column + k, b_column, panel + k * WIDTH + j);
+            for (int64_t j = 0; j < WIDTH; j += LANES) turn<WIDTH>(b + j * b_column + k, b_column, panel + k * WIDTH + j);
     for (; k < depth; ++k)
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
@@ -162,7 +162,14 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
     for (int64_t k = 0; k < all; k += DEPTH)
         for (int64_t n = 0; n < blocks; ++n) {
             int64_t begin = rows * n / blocks, count = rows * (n + 1) / blocks - begin, tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k);
-            for (int64_t i = 0; i < count; ++i) {
+            int64_t turned = a_row == 1 && a_column != 1 && LANES == LINE ? count / LINE * LINE : 0;
+            for (int64_t d = 0; d < depth && turned; d += LINE)
+                for (int64_t i = 0; i < turned; i += LINE)
+                    if (d + LINE <= depth) turn<LONG>(a + begin + i + (k + d) * a_column, a_column, block + i * LONG + d);
+                    else
+                        for (int64_t m = 0; m < LINE; ++m)
+                            for (int64_t l = d; l < depth; ++l) block[(i + m) * LONG + l] = a[begin + i + m + (k + l) * a_column];
+            for (int64_t i = turned; i < count; ++i) {
                 const float *from = a + (begin + i) * a_row + k * a_column;
                 float *to = block + i * LONG;
                 int64_t d = 0;

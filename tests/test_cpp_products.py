@@ -168,15 +168,14 @@ def test_few_rows_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {op.name for op in alone(step(rows=84), products=True).ops if op.kernel} == {"g"}
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("rows", "in_tiles", "own"), [(512, False, True), (513, False, False), (513, True, True)])
-def test_many_rows_are_for_a_matrix_unit(rows: int, in_tiles: bool, own: bool, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By vectors the library's copies of the weights pay."""
-    functions = cpp_files.product(kernels_folder)
-    monkeypatch.setattr(cpp_files, "product", lambda folder: replace(functions, in_tiles=in_tiles))
-    monkeypatch.setattr(cpp_files, "pays", lambda: True)
-    (code,) = cpp_files.compiled([kernel_of(TEXT.replace("96", str(rows)))], kernels_folder, lambda line: None)
-    assert isinstance(code, cpp_files.Product) and (code.products is not None) == own
+@pytest.mark.parametrize(
+    ("rows", "depth", "turned", "in_tiles", "own"),
+    [(512, 40, False, False, True), (513, 40, False, False, False), (513, 40, False, True, True), (768, 256, True, False, True), (768, 255, True, False, False), (768, 40, True, True, True)],
+)  # fmt: skip
+def test_which_products_pay(rows: int, depth: int, turned: bool, in_tiles: bool, own: bool) -> None:
+    """By vectors the library's copies of the weights pay for many rows, and copying a turned operand for few tokens does not."""
+    a = torch.empty(depth, rows).t() if turned else torch.empty(rows, depth)
+    assert cpp_files.Products(None, in_tiles).pay(a) == own and not cpp_files.Products(None, in_tiles).pay(torch.empty(rows, 2 * depth)[:, ::2])
 
 
 @pytest.mark.parametrize(("depth", "columns", "own"), [(256, 64, True), (256, 63, False), (64, 8192, True), (63, 8192, False)])
@@ -211,6 +210,9 @@ class Counted:
     def into(self, *args: Tensor) -> None:
         self.calls += 1
         self.whole.into(*args)
+
+    def pay(self, a: Tensor) -> bool:
+        return replace(self.whole, in_tiles=self.in_tiles).pay(a)
 
 
 def counted(text: str, folder: Path, patch: pytest.MonkeyPatch, in_tiles: bool = False) -> tuple[Any, Counted]:
@@ -247,14 +249,14 @@ def test_a_kernel_is_the_product_where_it_pays(kernels_folder: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("in_tiles", [False, True])
-def test_a_turned_left_operand_is_for_a_matrix_unit(in_tiles: bool, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("depth", "in_tiles", "own"), [(40, False, False), (40, True, True), (256, False, True)])
+def test_a_turned_left_operand_is_copied_where_that_pays(depth: int, in_tiles: bool, own: bool, kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the gradient of a weight; one that lies in neither way is the library's."""
-    code, counts = counted(TEXT, kernels_folder, monkeypatch, in_tiles)
-    x, w = torch.randn(40, 96).t(), torch.randn(40, 33)
-    assert bool(((code(x, w)[0].double() - x.double() @ w.double()).abs() <= least(x, w)).all()) and counts.calls == in_tiles
-    x = torch.randn(96, 80)[:, ::2]
-    assert torch.equal(code(x, w)[0], x @ w) and counts.calls == in_tiles
+    code, counts = counted(TEXT.replace("40", str(depth)), kernels_folder, monkeypatch, in_tiles)
+    x, w = torch.randn(depth, 96).t(), torch.randn(depth, 33)
+    assert bool(((code(x, w)[0].double() - x.double() @ w.double()).abs() <= least(x, w)).all()) and counts.calls == own
+    x = torch.randn(96, 2 * depth)[:, ::2]
+    assert torch.equal(code(x, w)[0], x @ w) and counts.calls == own
 
 
 @pytest.mark.usefixtures("one_thread")
