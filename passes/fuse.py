@@ -2,9 +2,10 @@
 
 A group has one space: ``size`` elements, and where something is reduced along trailing dimensions the ``rows`` that are left. Its values have
 an element for each point of the space or for each row, so that a row's statistics stay in registers; a kernel without rows may also read itself
-through index maps (slice, pad, cat, permute). What reduces leading dimensions goes with a group that has the rows at hand, or ends
-one of its own, with the pointwise op before it that nothing else reads; what is made of the sum alone, as a cast, goes with it. An op joins the groups that make its operands where the spaces agree and no other op would have to run in between. Views of what
-comes from outside stay outside: they cost nothing. Names of ops decide what an op is, never what it is for.
+through index maps (slice, pad, cat, permute). What reduces leading dimensions goes with a group that has the rows at hand, or ends one of its
+own, with the pointwise op before it that nothing else reads; what is made of the sum alone, as a cast, goes with it. An op joins the groups that
+make its operands where the spaces agree and no other op would have to run in between; a group that is there never moves behind a wait for a sum.
+Views of what comes from outside stay outside: they cost nothing. Names of ops decide what an op is, never what it is for.
 """
 
 from __future__ import annotations
@@ -281,7 +282,9 @@ class _Fusion:
             rows = g.space.rows or 0
             if rows < 2 or g.space.mapped or prod(self._shape(x)) != g.space.size or rows * self._size(n) != g.space.size or not _across_rows(op, self.p):
                 continue
-            if self._alike(n, g.last) and abs(n - g.last) <= REACH and n - g.ops[0] <= SPAN and not self._around({*g.ops, n}):
+            if any(u in g.ops for u in self.readers[n]):  # rows wait for the sum: it is complete before the pass begins
+                continue
+            if self._alike(n, g.last) and self._near(n, g) and not self._around({*g.ops, n}):
                 self._take(n, key)
                 return True
         return False
@@ -289,7 +292,7 @@ class _Fusion:
     def _behind(self, u: int, key: int) -> None:
         """What is made of a sum alone goes with it, unless it has others to go with."""
         g, own = self.groups[key], self.of.get(u)
-        if (own is None or self.groups[own].ops == [u]) and u - g.ops[0] <= SPAN and not self._around({*g.ops, u}):
+        if (own is None or self.groups[own].ops == [u]) and self._near(u, g) and not self._around({*g.ops, u}):
             if own is not None:
                 self.groups.pop(own).ops = []
             self._take(u, key)
@@ -306,6 +309,10 @@ class _Fusion:
             return
         if self._alike(small.last, g.last) and g.last - small.ops[0] <= SPAN and not self._around({*small.ops, *g.ops}):
             self._merge(other, key)
+
+    def _near(self, n: int, g: _Group) -> bool:
+        """Whether a group that runs where ``n`` stands holds up nothing: others may wait for what it makes."""
+        return abs(n - g.last) <= REACH and n - g.ops[0] <= SPAN and not any(_in_order(self.p.ops[m]) for m in range(g.last + 1, n))
 
     def _take(self, n: int, key: int) -> None:
         self.groups[key].ops = sorted([*self.groups[key].ops, n])

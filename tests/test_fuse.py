@@ -131,6 +131,43 @@ return %b output "b"
     assert members(p) == [["gx", "s", "y", "b"]]
 
 
+def test_a_sum_that_rows_wait_for_stays_before_them() -> None:
+    """Columns are divided by their sums, then rows by theirs: a pass over the rows cannot begin before the first is complete."""
+    p = fused("""
+%x : f32[8, 16] batch "x"
+%s = sum(%x, dims=[0], keepdim=false) : f32[16]
+%y = aten.div.Tensor(%x, %s) : f32[8, 16]
+%t = sum(%y, dims=[1], keepdim=true) : f32[8, 1]
+%z = aten.div.Tensor(%y, %t) : f32[8, 16]
+return %z output "z"
+""")
+    assert members(p) == [["y", "t", "z"]]
+
+
+@pytest.mark.parametrize("late", ["sum", "cast"])
+def test_no_group_moves_behind_a_wait_for_a_sum(late: str) -> None:
+    """What %d is for would wait for the gathered weight too."""
+    wait = "%w = wait(%w.start) : f32[16, 16]\n"
+    p = fused(f"""
+%g : bf16[8@dp, 16] batch "g"
+%v : f32[16@dp, 16] param "v"
+%x = cast(%g) : f32[8@dp, 16]
+%s = sum(%x, dims=[1], keepdim=true) : f32[8@dp, 1]
+%d = aten.mul.Tensor(%x, %s) : f32[8@dp, 16]
+%w.start = all_gather.start(%v, axis="dp") : f32[16, 16]
+%u = aten.relu(%d) : f32[8@dp, 16]
+{wait if late == "sum" else ""}%b = sum(%x, dims=[0], keepdim=false) : f32[16] sum@dp
+{wait if late == "cast" else ""}%c = cast(%b) : bf16[16] sum@dp
+%h = aten.mm(%u, %w) : f32[8@dp, 16]
+return %h output "h"
+return %c output "c"
+""", mesh="dp=2")
+    order = [op.name for op in p.ops]
+    assert order.index("u") < order.index("w")
+    kernel_of = {op.name: op.kernel for op in p.ops}
+    assert (kernel_of["b"] == kernel_of["d"]) == (late == "cast") and kernel_of["c"] != kernel_of["d"]
+
+
 def test_what_columns_are_cast_to_goes_with_the_rows_of_a_device() -> None:
     text = NORM.replace('%w : f32[16] param "w"', '%v : f32[16] param "w"\n%u = cast(%v) : bf16[16]\n%w = cast(%u) : f32[16]') + 'return %y output "y"\n'
     rows = {"h", "sq", "s", "e", "i", "n", "y"}
