@@ -90,12 +90,15 @@ def error(p: Program, got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
-    """float32 against the python back end, to 1e-5."""
+    """float32 against the python back end, to 1e-5; where that is itself further from float64 (a norm of two numbers that nearly agree), to twice as much."""
     inputs = random_inputs(p, seed, strided)
     got, _ = interpreter.run(source(p), inputs)
-    for o, a, b in zip(p.outputs, got, reference(p, inputs), strict=True):
+    exact: list[torch.Tensor] = []
+    for n, (o, a, b) in enumerate(zip(p.outputs, got, reference(p, inputs), strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert (found := error(p, a, b)) <= 1e-5, f"%{o.ref.name}: {found:.1e}\n{p}\n{source(p)}"
+        if (found := error(p, a, b)) > 1e-5:
+            exact = exact or reference(retyped(p, "f64"), [x.double() if x.is_floating_point() else x for x in inputs])
+            assert found <= 2 * error(p, b, exact[n]), f"%{o.ref.name}: {found:.1e}\n{p}\n{source(p)}"
 
 
 def check_narrow(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
