@@ -90,15 +90,16 @@ def error(p: Program, got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
-    """float32 against the python back end, to 1e-5; where that is itself further from float64 (a norm of two numbers that nearly agree), to twice as much."""
-    inputs = random_inputs(p, seed, strided)
+    """float32 against the python back end, to 1e-5, on numbers of which float32 itself makes what float64 does to half of that: a norm of two that nearly agree has none of their digits."""
+    for drawn in range(seed, seed + 100):
+        inputs = random_inputs(p, drawn, strided)
+        want, exact = reference(p, inputs), reference(retyped(p, "f64"), [x.double() if x.is_floating_point() else x for x in inputs])
+        if all(error(p, a, b) <= 5e-6 for a, b in zip(want, exact, strict=True)):
+            break
     got, _ = interpreter.run(source(p), inputs)
-    exact: list[torch.Tensor] = []
-    for n, (o, a, b) in enumerate(zip(p.outputs, got, reference(p, inputs), strict=True)):
+    for o, a, b in zip(p.outputs, got, want, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        if (found := error(p, a, b)) > 1e-5:
-            exact = exact or reference(retyped(p, "f64"), [x.double() if x.is_floating_point() else x for x in inputs])
-            assert found <= 2 * error(p, b, exact[n]), f"%{o.ref.name}: {found:.1e}\n{p}\n{source(p)}"
+        assert (found := error(p, a, b)) <= 1e-5, f"%{o.ref.name}: {found:.1e}\n{p}\n{source(p)}"
 
 
 def check_narrow(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
