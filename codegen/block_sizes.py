@@ -76,7 +76,8 @@ def product_sizes(m: int, n: int, k: int, bytes_each: int, live: int = 1) -> Blo
 
 def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, kernel: str) -> Blocks:
     """Queries (x) and keys (r) of a block, whose features are whole: as many as leave all that a thread holds in registers on sm_80, sm_90 and gfx942 for heads of
-    up to 128, where queries see keys up to their own and blocks are whole; masks of a last block, or keys that all see, can cost a few numbers more. Without matrix units (float32 on NVIDIA) a thread holds whole rows of the operands: eight warps share a small block."""
+    up to 128, where queries see keys up to their own and blocks are whole; masks of a last block, or keys that all see, can cost a few numbers more. Without matrix units
+    (float32 on NVIDIA) a thread holds whole rows of the operands: eight warps share a small block."""
     room = -(-features // 128)  # a block has a power of two of them
     if kernel == "attend":
         x, r = (128 // room, 64 // room) if bytes_each < 4 else (64 // room, 32 // room)

@@ -10,28 +10,29 @@ Views of what comes from outside stay outside: they cost nothing. Names of ops d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from math import prod
 
-from deepseed.ir.kernels import PRODUCT
-from deepseed.ir.mesh import TIME
-from deepseed.ir.program import FLOATS, Op, Program, after_tangents
-from deepseed.rules.pointwise import POINTWISE
+from deepseed.ir.program import Op, Program, after_tangents
+from deepseed.passes.fuse_kinds import (
+    CREATE,
+    FREE,
+    INDEX,
+    ONE_ROW,
+    PICK,
+    POINT,
+    REDUCE,
+    WIDEST,
+    across_rows,
+    behind_sum,
+    in_rows,
+    kind_of,
+)
 from deepseed.rules.strides import laid_out
 
-POINT, VIEW, INDEX, REDUCE, PICK, CREATE = "point", "view", "index", "reduce", "pick", "create"
-KINDS: Mapping[str, str] = {
-    **dict.fromkeys(POINTWISE, POINT), "cast": POINT, "expand": VIEW, "reshape": VIEW, "permute": INDEX, "slice": INDEX, "unslice": INDEX, "pad": INDEX, "cat": INDEX,
-    "sum": REDUCE, "amax": REDUCE, "gather": PICK, "scatter_add": PICK, "full": CREATE, "iota": CREATE, "bernoulli": CREATE, "uniform": CREATE,
-}  # fmt: skip
-FREE = ("reshape", "permute", "expand", "slice")  # may be views
 REACH = 64  # ops between one of a group and the next: what is made far from its use would hold what it reads until then
 SPAN = 4 * REACH  # ops from the first of a group to its last
-ONE_ROW = 4096  # elements of a space of one row, at most: one processor has all of it
-WIDEST = 8192  # elements of a row, at most, whose sums across rows are made where it is at hand: a program holds them beside what it holds of the row
-_NO_KERNEL = ("c64", "c128")
 
 
 @dataclass(frozen=True)
@@ -63,54 +64,6 @@ class _Group:
     @property
     def last(self) -> int:
         return self.ops[-1]
-
-
-def kind_of(op: Op, p: Program) -> str:
-    """What an op is to a kernel; "" where none computes it."""
-    kind = KINDS.get(op.target, "")
-    if not kind or len(op.results) > 1 or op.type.host or any(t.dtype in _NO_KERNEL for t in (op.type, *(p.types[r.name] for r in op.refs))):
-        return ""
-    if kind == CREATE and op.target != "full" and op.type.layout.on(TIME) is not None:
-        return ""  # its numbers depend on the microbatch
-    if kind == REDUCE and not op.kw("dims"):
-        return POINT
-    if kind == PICK and not _picks_one(op, p):
-        return ""
-    return kind
-
-
-def leaves_apart(p: Program, members: Sequence[Op], products: bool = False) -> bool:
-    """Whether kernels compute all of a group that was decomposed, so that it need not be one op again: what is reduced otherwise than along rows is not read in it, but by an op
-    that goes with it (a cast of what was added up in more bits). ``products``: matrix products are kernels too."""
-    made = {op.name for op in members}
-
-    def read(op: Op) -> bool:
-        return any(isinstance(u, Op) and u.name in made for u in p.uses[op.name])
-
-    for op in members:
-        if products and is_product(p, op):
-            continue
-        kind = kind_of(op, p)
-        if not kind:
-            return False
-        if kind == REDUCE and not _in_rows(op, p) and read(op):
-            behind = behind_sum(p, op)
-            if behind is None or read(behind) or not _across_rows(op, p):
-                return False
-    return True
-
-
-def is_product(p: Program, op: Op) -> bool:
-    """Whether a kernel computes it: one float dtype, on the device, and something to compute."""
-    types = [*op.types, *(p.types[r.name] for r in op.refs)]
-    return op.target == PRODUCT and all(t.dtype == op.type.dtype and t.dtype in FLOATS and not t.host and 0 not in t.local(p.mesh) for t in types)
-
-
-def behind_sum(p: Program, op: Op) -> Op | None:
-    """The pointwise op that alone reads a reduction, and nothing else."""
-    users = p.uses[op.name]
-    u = users[0] if len(users) == 1 else None
-    return u if isinstance(u, Op) and kind_of(u, p) == POINT and len(u.refs) == 1 and u.type.shape == op.type.shape else None
 
 
 def fuse(p: Program, columns: bool = False) -> Program:
@@ -209,7 +162,7 @@ class _Fusion:
 
     def _begins(self, n: int) -> bool:
         """A view of what comes from outside is no kernel's work."""
-        return not self.views[n] and not (self.kinds[n] == REDUCE and not _in_rows(self.p.ops[n], self.p))
+        return not self.views[n] and not (self.kinds[n] == REDUCE and not in_rows(self.p.ops[n], self.p))
 
     def _space(self, n: int, groups: set[int]) -> Space | None:
         """The space that an op has, given that ``groups`` make some of its operands; None where it fits into none with them."""
@@ -217,7 +170,7 @@ class _Fusion:
         shape = self._shape(op.name)
         made = [r.name for r in op.refs if r.name in self.at and self.of.get(self.at[r.name]) in groups]
         if kind == REDUCE:
-            return Space(prod(self._shape(op.refs[0].name)), size) if _in_rows(op, self.p) else None
+            return Space(prod(self._shape(op.refs[0].name)), size) if in_rows(op, self.p) else None
         if kind == PICK:
             return Space(prod(self._shape(op.refs[0].name)), prod(self._shape(op.refs[1].name)))
         if kind == INDEX:
@@ -280,7 +233,7 @@ class _Fusion:
         for key in sorted(near, key=lambda key: -self.groups[key].last):
             g = self.groups[key]
             rows = g.space.rows or 0
-            if rows < 2 or g.space.mapped or prod(self._shape(x)) != g.space.size or rows * self._size(n) != g.space.size or not _across_rows(op, self.p):
+            if rows < 2 or g.space.mapped or prod(self._shape(x)) != g.space.size or rows * self._size(n) != g.space.size or not across_rows(op, self.p):
                 continue
             if any(u in g.ops for u in self.readers[n]):  # rows wait for the sum: it is complete before the pass begins
                 continue
@@ -332,7 +285,7 @@ class _Fusion:
             if not g.ops:
                 self.groups = {k: v for k, v in self.groups.items() if v is not g}
         if not self._around({m, n}):
-            self.groups[n] = _Group(Space(self._size(m), self._size(n)), [m, n])
+            self.groups[n] = _Group(Space(self._size(m)), [m, n])
             self.recent.append(self.groups[n])
             self.of |= {m: n, n: n}
 
@@ -425,32 +378,6 @@ class _Fusion:
 def _in_order(op: Op) -> bool:
     """What ranks must do in one order, or what writes into what there is."""
     return op.target.endswith(".start") or op.target.startswith("optim.") or op.target in ("wait", "send", "transfer", "accumulate", "collect", "aten.native_batch_norm")
-
-
-def _in_rows(op: Op, p: Program) -> bool:
-    """Whether trailing dimensions are reduced, and rows are left, or few elements in all: sizes of 1 aside."""
-    dims, shape = op.kw("dims"), p.types[op.refs[0].name].local(p.mesh)
-    assert isinstance(dims, tuple)
-    kept = [d for d, size in enumerate(shape) if d not in dims and size != 1]
-    gone = [d for d, size in enumerate(shape) if d in dims and size != 1]
-    return (bool(kept) or prod(shape) <= ONE_ROW) and (not gone or max(kept, default=-1) < min(gone))
-
-
-def _across_rows(op: Op, p: Program) -> bool:
-    """Whether leading dimensions are reduced, and trailing ones are left, sizes of 1 aside: rows are added up, and are not too long to be held beside the sums."""
-    dims, shape = op.kw("dims"), p.types[op.refs[0].name].local(p.mesh)
-    assert isinstance(dims, tuple)
-    kept = [d for d, size in enumerate(shape) if d not in dims and size != 1]
-    gone = [d for d, size in enumerate(shape) if d in dims and size != 1]
-    return max(gone, default=-1) < min(kept, default=len(shape)) and prod(shape[d] for d in kept) <= WIDEST
-
-
-def _picks_one(op: Op, p: Program) -> bool:
-    """gather and scatter_add that touch one element of each row: of the last dimension, and of no other."""
-    x, index, dim = p.types[op.refs[0].name].local(p.mesh), p.types[op.refs[1].name].local(p.mesh), op.kw("dim")
-    if op.target == "scatter_add" and p.types[op.refs[2].name].local(p.mesh) != index:
-        return False
-    return len(x) > 1 and dim == len(x) - 1 and x[:-1] == index[:-1] and index[-1] == 1
 
 
 def _by_rows(small: tuple[int, ...], shape: tuple[int, ...]) -> bool:

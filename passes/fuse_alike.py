@@ -16,7 +16,8 @@ from dataclasses import replace
 from math import prod
 
 from deepseed.ir.program import Op, Program, Ref, after_tangents
-from deepseed.passes.fuse import POINT, REACH, kind_of
+from deepseed.passes.fuse import REACH
+from deepseed.passes.fuse_kinds import POINT, kind_of
 
 HELD = 1 << 21  # bytes of operands that a group makes live longer: they stay in the cache
 

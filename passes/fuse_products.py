@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from deepseed.ir.fragment import groups
 from deepseed.ir.kernels import BIASED, LEAST_ROWS, PRODUCT, UNMASKED
 from deepseed.ir.program import FLOATS, Op, Program, Ref, after_tangents
-from deepseed.passes.fuse import CREATE, POINT, REACH, VIEW, is_product, kind_of
+from deepseed.passes.fuse import REACH
+from deepseed.passes.fuse_kinds import CREATE, POINT, VIEW, is_product, kind_of
 
 LEAST = 1 << 22  # multiplications of a product that a back end for CPUs writes (deepseed.codegen.cpp_products),
 LEAST_DEPTH, LEAST_COLUMNS = 64, 64  # with less of either, copying operands or writing results takes the time

@@ -16,8 +16,9 @@ from deepseed.ir.contract import program_pass
 from deepseed.ir.layout import Element, Layout, Partial
 from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref, Type
 from deepseed.ir.updates import formula_of, place_of
-from deepseed.passes.fuse import fuse, leaves_apart
+from deepseed.passes.fuse import fuse
 from deepseed.passes.fuse_alike import fuse_alike
+from deepseed.passes.fuse_kinds import leaves_apart
 from deepseed.passes.fuse_products import alone, fuse_products
 from deepseed.passes.in_order import in_order
 from deepseed.passes.pointwise_updates import pointwise_updates

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import FLOATS, ITEMSIZE, Arg, Input, Op, Output, Program, Ref, Type
 from deepseed.ir.updates import POINTWISE, SIZE, body_of
-from deepseed.passes.fuse import POINT, kind_of
+from deepseed.passes.fuse_kinds import POINT, kind_of
 from deepseed.passes.in_order import in_order
 
 

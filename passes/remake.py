@@ -12,7 +12,7 @@ from deepseed.ir.kernels import COMPARE
 from deepseed.ir.program import FLOATS, ITEMSIZE, Builder, Op, Program, Ref
 from deepseed.ir.schedule import kind_of as kind_of_part
 from deepseed.ir.schedule import loop_of
-from deepseed.passes.fuse import POINT, kind_of
+from deepseed.passes.fuse_kinds import POINT, kind_of
 from deepseed.rules.strides import laid_out
 
 LONGEST = 6  # ops that are done again for one value
