@@ -1,8 +1,8 @@
 """C++ for matrix products of float32 on one thread: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x`` of a step, by vectors or a CPU's matrix unit (cpp_tiles).
 
 A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
-is a sixth of its time. Here a panel of the right operand is copied (turned, if it must be; else while the first rows meet it) when it has been asked for during the panel before, and so are the
-results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
+is a sixth of its time. Here a panel of the right operand is copied, turned if it must be, while the last rows meet the panel before, number by number between the vectors' instructions; it has been asked
+for before that, and so are the results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ constexpr int64_t LONG = DEPTH + LINE;                              // a row of 
 constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 of them and more
 constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
 
+constexpr int64_t SHARES = 4, PIECES = WIDTH / SHARES;              // the last SHARES tiles of a panel lay the next one
 static inline V load(const float *p) { V v; memcpy(&v, p, BYTES); return v; }
 static inline void store(float *p, V v) { memcpy(p, &v, BYTES); }
 
@@ -42,15 +43,33 @@ struct Ahead {  // what is asked for during a tile: each LINE of its depth two l
     const float *results;
 };
 
+enum How { NOTHING, TURNED, COPIED };
+struct Next {  // a share of the next panel, which is laid during a tile: PIECES of its columns, or every SHARES-th of its rows
+    const float *from;
+    int64_t step;
+    float *to;
+};
+
 struct Start {  // what sums begin with: rows of numbers, one row for all (row = 0), or nothing
     const float *x;
     int64_t row;
     const float *at(int64_t i) const { return x + i * row; }
 };
 
-// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH]; FIRST: the panel is not there yet, and is copied from b
-template <int R, bool FIRST>
-static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t c_row, Start start, const float *b, int64_t b_row, Ahead next) {
+// A LINE of a row as a column of a panel, number by number: vectors are busy, and what moves single numbers is not
+static inline __attribute__((always_inline)) void piece(const float *from, float *to) {
+    #pragma GCC unroll 16
+    for (int i = 0; i < LINE; ++i) {
+        uint32_t x;
+        memcpy(&x, from + i, 4);
+        asm("" : "+r"(x));
+        memcpy(to + i * WIDTH, &x, 4);
+    }
+}
+
+// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH], and as many whole LINEs of the next panel
+template <int R, How HOW>
+static void tile(int64_t depth, const float *a, const float *panel, float *c, int64_t c_row, Start start, Ahead next, Next laid) {
     V sums[R][2];
     for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = V{};
     auto add = [&](V left, V right) __attribute__((always_inline)) {
@@ -74,26 +93,26 @@ static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t 
             const float *soon = a + LINE;
             #pragma GCC unroll 4
             for (int u = 0; u < LINE; ++u) {
-                V left, right;
-                if (FIRST) {
-                    left = load(b), right = load(b + LANES);
-                    store(panel, left), store(panel + LANES, right);
-                    __builtin_prefetch(b + NEAR * b_row, 0, 3);
-                    __builtin_prefetch(b + NEAR * b_row + LANES, 0, 3);
-                    b += b_row;
-                } else {
-                    left = load(panel), right = load(panel + LANES);
+                if (HOW == TURNED && u % (LINE / PIECES) == 0) {
+                    const float *from = laid.from + u * PIECES / LINE * laid.step;
+                    __builtin_prefetch(from + 2 * LINE, 0, 3);
+                    piece(from, laid.to + u * PIECES / LINE);
                 }
-                __builtin_prefetch(panel + NEAR * WIDTH, FIRST, 3);
-                __builtin_prefetch(panel + NEAR * WIDTH + LANES, FIRST, 3);
+                if (HOW == COPIED && u % SHARES == 0) {
+                    const float *from = laid.from + u * laid.step;
+                    __builtin_prefetch(from + 2 * LINE * laid.step, 0, 3);
+                    __builtin_prefetch(from + 2 * LINE * laid.step + LANES, 0, 3);
+                    memcpy(laid.to + u * WIDTH, from, 4 * WIDTH);
+                }
+                __builtin_prefetch(panel + NEAR * WIDTH, 0, 3);
+                __builtin_prefetch(panel + NEAR * WIDTH + LANES, 0, 3);
                 __builtin_prefetch(soon + u * LONG, 0, 3);
-                add(left, right);
+                add(load(panel), load(panel + LANES));
             }
+            laid.from += HOW == TURNED ? LINE : LINE * laid.step;
+            laid.to += LINE * WIDTH;
         }
-        for (; k < until; ++k) {
-            if (FIRST) store(panel, load(b)), store(panel + LANES, load(b + LANES)), b += b_row;
-            add(load(panel), load(panel + LANES));
-        }
+        for (; k < until; ++k) add(load(panel), load(panel + LANES));
         #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
             float *to = c + i * c_row;
@@ -105,12 +124,12 @@ static void tile(int64_t depth, const float *a, float *panel, float *c, int64_t 
         if (until == depth) return;
     }
 }
-using Tile = void (*)(int64_t, const float *, float *, float *, int64_t, Start, const float *, int64_t, Ahead);
-template <bool FIRST, int... R> static Tile tile_of(int rows, std::integer_sequence<int, R...>) {
-    static constexpr Tile known[] = {tile<LEAST + R, FIRST>...};
-    return known[rows - LEAST];
+using Tile = void (*)(int64_t, const float *, const float *, float *, int64_t, Start, Ahead, Next);
+template <int... R> static Tile tile_of(int rows, How how, std::integer_sequence<int, R...>) {
+    static constexpr Tile known[][sizeof...(R)] = {{tile<LEAST + R, NOTHING>...}, {tile<LEAST + R, TURNED>...}, {tile<LEAST + R, COPIED>...}};
+    return known[how][rows - LEAST];
 }
-template <bool FIRST> static Tile tile_of(int rows) { return tile_of<FIRST>(rows, std::make_integer_sequence<int, ROWS - LEAST + 1>()); }
+static Tile tile_of(int rows, How how) { return tile_of(rows, how, std::make_integer_sequence<int, ROWS - LEAST + 1>()); }
 
 // to[LINE, LINE of row] = the columns of LINE rows
 template <int64_t row> static inline void turn(const float *b, int64_t b_column, float *to) {
@@ -155,8 +174,9 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
 #endif
     struct alignas(64) Lines { float x[LINE]; };
     constexpr int64_t PANEL = DEPTH * WIDTH, MOST = BLOCK * 3 / 2 + ROWS;
-    thread_local std::unique_ptr<Lines[]> room(new Lines[(PANEL + ROWS * WIDTH + MOST * LONG) / LINE + 1]);
-    float *panel = room[0].x, *edge = panel + PANEL, *block = edge + ROWS * WIDTH;
+    thread_local std::unique_ptr<Lines[]> room(new Lines[(2 * PANEL + ROWS * WIDTH + MOST * LONG) / LINE + 1]);
+    float *panel = room[0].x, *other = panel + PANEL, *edge = other + PANEL, *block = edge + ROWS * WIDTH;
+    bool laid = false;
     int64_t blocks = std::max<int64_t>(1, (rows + BLOCK / 2) / BLOCK);
     for (int64_t i = 0; !all && i < rows * columns; ++i) c[i] = start ? start[i / columns * start_row + i % columns] : 0;
     for (int64_t k = 0; k < all; k += DEPTH)
@@ -181,9 +201,9 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
             }
             for (int64_t j = 0; j < columns; j += WIDTH) {
                 int64_t width = std::min(WIDTH, columns - j), follows = j + WIDTH < columns ? j + WIDTH : 0, deeper = follows ? k : k + (n + 1 == blocks) * DEPTH;
-                bool copies = b_column == 1 && width == WIDTH;
-                const float *own = b + k * b_row + j * b_column, *after = b + (deeper < all ? deeper : 0) * b_row + follows * b_column;
-                if (!copies) lay(panel, own, b_row, b_column, depth, width);
+                const float *after = b + (deeper < all ? deeper : 0) * b_row + follows * b_column;
+                if (!laid) lay(panel, b + k * b_row + j * b_column, b_row, b_column, depth, width);
+                laid = deeper + depth <= all && follows + WIDTH <= columns && (b_row == 1 || b_column == 1);  // all of it, and as deep as this one
                 for (int64_t t = 0; t < tiles; ++t) {
                     int64_t first = count * t / tiles, held = count * (t + 1) / tiles - first, at = t * (DEPTH / LINE);
                     Ahead next{after, 0, 0, c + (begin + (t + 1 < tiles ? count * (t + 1) / tiles : 0)) * columns + (t + 1 < tiles ? j : follows)};
@@ -192,11 +212,18 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
                     float *to = c + (begin + first) * columns + j;
                     bool whole = width == WIDTH;
                     Start before = k ? Start{to, columns} : start ? Start{start + (begin + first) * start_row + j, start_row} : Start{};
-                    (copies && !t ? tile_of<true>(held) : tile_of<false>(held))(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, own, b_row, next);
+                    int64_t share = t - (tiles - SHARES);
+                    How how = !laid || share < 0 ? NOTHING : b_column == 1 ? COPIED : TURNED;
+                    Next more = how == TURNED ? Next{after + share * PIECES * b_column, b_column, other + share * PIECES} : Next{after + share * b_row, b_row, other + share * WIDTH};
+                    tile_of(held, how)(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, next, more);
                     if (!whole)
                         for (int64_t i = 0; i < held; ++i)
                             for (int64_t l = 0; l < width; ++l) to[i * columns + l] = edge[i * WIDTH + l] + (before.x ? before.at(i)[l] : 0);
                 }
+                if (!laid) continue;
+                for (int64_t l = depth / LINE * LINE; l < depth; ++l)
+                    for (int64_t i = 0; i < WIDTH; ++i) other[l * WIDTH + i] = after[l * b_row + i * b_column];
+                std::swap(panel, other);
             }
         }
 }
