@@ -195,49 +195,75 @@ static bool gather_eight(const W *table, int64_t size, const C *scale, const int
     return true;
 }
 
-// The same with w[width, N] as it lies; N outputs are `V` vectors
-template <class C, class S, int R, int N>
-static inline void tile_flat(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs) {
+// sums[rows, N vectors] += x[rows, depth] w[depth, N vectors], a row of sums and of x behind another; `soon`: what is asked for, as it lies in w
+template <class C, class W, int R, int N, int DEEP>
+static inline void strip(const C *x, const W *w, int64_t w_row, C *sums, int64_t row, int64_t rows, int64_t depth, const W *soon) {
     int64_t r = 0;
-    for (; r + R <= rows; r += R) {
-        V<C> sums[R][N];
+    for (; r + R <= rows; r += R, soon = nullptr) {
+        V<C> total[R][N];
         for (int i = 0; i < R; ++i)
-            for (int n = 0; n < N; ++n) sums[i][n] = V<C>{};
-        for (int64_t k = 0; k < width; ++k) {
+            for (int n = 0; n < N; ++n) total[i][n] = load<C>(sums + (r + i) * row + n * LANES<C>);
+        for (int64_t k = 0; k < depth; ++k) {
             V<C> a[N];
             for (int n = 0; n < N; ++n) {
-                a[n] = load<C>(w + k * outputs + n * LANES<C>);
-                __builtin_prefetch(w + (k + 16) * outputs + n * LANES<C>, 0, 3);
+                a[n] = load<C>(w + k * w_row + n * LANES<C>);
+                if (soon) __builtin_prefetch(soon + k * w_row + n * LANES<C>, 0, 3);
             }
             for (int i = 0; i < R; ++i) {
-                V<C> b = C(up(x[(r + i) * width + k])) - V<C>{};
-                for (int n = 0; n < N; ++n) sums[i][n] = fma_(a[n], b, sums[i][n]);
+                V<C> b = x[(r + i) * DEEP + k] - V<C>{};
+                for (int n = 0; n < N; ++n) total[i][n] = fma_(a[n], b, total[i][n]);
             }
         }
-        for (int i = 0; i < R; ++i)
-            for (int n = 0; n < N; ++n)
-                for (int j = 0; j < LANES<C>; ++j) y[(r + i) * outputs + n * LANES<C> + j] = down<S>::of(C(sums[i][n][j]));
+        for (int i = 0; i < R; ++i) __builtin_memcpy(sums + (r + i) * row, total[i], N * BYTES);
     }
     if constexpr (R > 1)
-        if (r < rows) tile_flat<C, S, R / 2, N>(x + r * width, w, y + r * outputs, rows - r, width, outputs);
+        if (r < rows) strip<C, W, R / 2, N, DEEP>(x + r * DEEP, w, w_row, sums + r * row, row, rows - r, depth, soon);
+}
+
+// The same with w[width, outputs] as it lies, outputs begin .. end: DEEP rows of the weights at a time, read as they lie; the last outputs through a copy that is filled up with zeros
+template <class C, class S, int R>
+static void flat_of(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int64_t begin, int64_t end) {
+    constexpr int N = columns(R), DEEP = R > 2 ? 128 : 8;  // of few rows, so few of the weights' that they are read as streams
+    constexpr int64_t WIDE = N * LANES<C>, SOON = 2;  // columns of a block; so many blocks before its turn one is asked for
+    int64_t blocks = (end - begin + WIDE - 1) / WIDE, row = blocks * WIDE;
+    std::vector<C> sums(rows * row), left(rows * DEEP), near(DEEP * WIDE);
+    for (int64_t k = 0; k < width; k += DEEP) {
+        int64_t depth = std::min<int64_t>(DEEP, width - k);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < depth; ++i) left[r * DEEP + i] = up(x[r * width + k + i]);
+        for (int64_t b = 0; b < blocks; ++b) {
+            int64_t at = begin + b * WIDE, there = std::min(WIDE, end - at), next = b + SOON;
+            const S *from = w + k * outputs + at, *soon = next < blocks ? from + SOON * WIDE : w + std::min<int64_t>(k + DEEP, width - depth) * outputs + begin + (next - blocks) * WIDE;
+            C *to = sums.data() + b * WIDE;
+            if (there == WIDE) {
+                strip<C, S, R, N, DEEP>(left.data(), from, outputs, to, row, rows, depth, soon);
+                continue;
+            }
+            for (int64_t i = 0; i < depth; ++i) {
+                int64_t o = 0;
+                for (; o + LANES<C> <= there; o += LANES<C>) {
+                    V<C> v = load<C>(from + i * outputs + o);
+                    __builtin_memcpy(&near[i * WIDE + o], &v, BYTES);
+                }
+                for (; o < there; ++o) near[i * WIDE + o] = up(from[i * outputs + o]);
+            }
+            strip<C, C, R, N, DEEP>(left.data(), near.data(), WIDE, to, row, rows, depth, nullptr);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t o = begin; o < end; ++o) y[r * outputs + o] = down<S>::of(sums[r * row + o - begin]);
 }
 
 template <class C, class S>
 static void product_flat(const S *x, const S *w, S *y, int64_t rows, int64_t width, int64_t outputs, int threads) {
-    constexpr int N = 3, WIDE = N * LANES<C>;
-    int64_t blocks = outputs / WIDE;
     #pragma omp parallel for num_threads(threads) if (threads > 1 && outputs * width > (1 << 15))
-    for (int64_t b = 0; b < blocks; ++b) {
-        if (rows >= 5 && ROWS == 8) tile_flat<C, S, ROWS, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
-        else if (rows >= 3) tile_flat<C, S, 4, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
-        else tile_flat<C, S, 2, N>(x, w + b * WIDE, y + b * WIDE, rows, width, outputs);
+    for (int t = 0; t < threads; ++t) {
+        int64_t begin = outputs * t / threads / LANES<C> * LANES<C>, end = t + 1 < threads ? outputs * (t + 1) / threads / LANES<C> * LANES<C> : outputs;
+        if (rows >= 5 && ROWS == 8) flat_of<C, S, ROWS>(x, w, y, rows, width, outputs, begin, end);
+        else if (rows >= 3) flat_of<C, S, 4>(x, w, y, rows, width, outputs, begin, end);
+        else if (rows == 2) flat_of<C, S, 2>(x, w, y, rows, width, outputs, begin, end);
+        else flat_of<C, S, 1>(x, w, y, rows, width, outputs, begin, end);
     }
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t o = blocks * WIDE; o < outputs; ++o) {
-            C total = 0;
-            for (int64_t k = 0; k < width; ++k) total = fma_(C(up(x[r * width + k])), C(up(w[k * outputs + o])), total);
-            y[r * outputs + o] = down<S>::of(total);
-        }
 }
 
 template <class S>
