@@ -32,8 +32,8 @@ constexpr int64_t HALF = DEPTH / 2;                                 // so many p
 constexpr int64_t LONG = DEPTH + LINE;                              // a row of the left block; no power of two, so that rows do not meet in a set of the cache
 constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 of them and more
 constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
+constexpr int64_t SHARES = 4, PIECES = WIDTH / SHARES;              // the last SHARES tiles of a panel lay the next one, each PIECES of its columns
 
-constexpr int64_t SHARES = 4, PIECES = WIDTH / SHARES;              // the last SHARES tiles of a panel lay the next one
 static inline V load(const float *p) { V v; memcpy(&v, p, BYTES); return v; }
 static inline void store(float *p, V v) { memcpy(p, &v, BYTES); }
 
