@@ -28,7 +28,7 @@ constexpr int BYTES = 16, ROWS = 6;
 typedef float V __attribute__((vector_size(BYTES)));
 constexpr int64_t LANES = BYTES / 4, WIDTH = 2 * LANES, LINE = 16;  // elements of a vector, of a panel, of a line of the cache
 constexpr int64_t DEPTH = 384, BLOCK = 18 * ROWS;                   // a panel of DEPTH, and BLOCK rows of the left operand, stay in the second cache
-constexpr int64_t HALF = DEPTH / 2;                                 // so many products are added up before their sum is added to others: rounding grows with their number
+constexpr int64_t HALF = DEPTH / 2;                                 // so many products are added up at most before their sum is added to others: rounding grows with their number
 constexpr int64_t LONG = DEPTH + LINE;                              // a row of the left block; no power of two, so that rows do not meet in a set of the cache
 constexpr int LEAST = ROWS - 2;                                     // rows of a tile, where there are 85 of them and more
 constexpr int64_t NEAR = 8;                                         // rows of a panel that are asked for before they are read
@@ -67,9 +67,9 @@ static inline __attribute__((always_inline)) void piece(const float *from, float
     }
 }
 
-// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH], and as many whole LINEs of the next panel
+// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH], and as many whole LINEs of the next panel. The first half's sums stand aside: rows of results that lie some KiB apart meet in a set of the cache
 template <int R, How HOW>
-static void tile(int64_t depth, const float *a, const float *panel, float *c, int64_t c_row, Start start, Ahead next, Next laid) {
+static void tile(int64_t depth, const float *a, const float *panel, float *c, int64_t c_row, Start start, float *half, Ahead next, Next laid) {
     V sums[R][2];
     for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = V{};
     auto add = [&](V left, V right) __attribute__((always_inline)) {
@@ -82,7 +82,7 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
         ++a;
         panel += WIDTH;
     };
-    for (int64_t k = 0, until = std::min(depth, HALF);; until = depth, start = {c, c_row}) {
+    for (int64_t k = 0, until = depth > HALF ? (depth / 2 + LINE - 1) / LINE * LINE : depth;; until = depth, start = {half, WIDTH}) {
         for (; k + LINE <= until; k += LINE) {
             __builtin_prefetch(next.panel, 0, 2);
             __builtin_prefetch(next.panel + next.second, 0, 2);
@@ -115,7 +115,7 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
         for (; k < until; ++k) add(load(panel), load(panel + LANES));
         #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
-            float *to = c + i * c_row;
+            float *to = until < depth ? half + i * WIDTH : c + i * c_row;
             if (start.x) sums[i][0] += load(start.at(i)), sums[i][1] += load(start.at(i) + LANES);
             store(to, sums[i][0]);
             store(to + LANES, sums[i][1]);
@@ -124,7 +124,7 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
         if (until == depth) return;
     }
 }
-using Tile = void (*)(int64_t, const float *, const float *, float *, int64_t, Start, Ahead, Next);
+using Tile = void (*)(int64_t, const float *, const float *, float *, int64_t, Start, float *, Ahead, Next);
 template <int... R> static Tile tile_of(int rows, How how, std::integer_sequence<int, R...>) {
     static constexpr Tile known[][sizeof...(R)] = {{tile<LEAST + R, NOTHING>...}, {tile<LEAST + R, TURNED>...}, {tile<LEAST + R, COPIED>...}};
     return known[how][rows - LEAST];
@@ -215,7 +215,7 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
                     int64_t share = t - (tiles - SHARES);
                     How how = !laid || share < 0 ? NOTHING : b_column == 1 ? COPIED : TURNED;
                     Next more = how == TURNED ? Next{after + share * PIECES * b_column, b_column, other + share * PIECES} : Next{after + share * b_row, b_row, other + share * WIDTH};
-                    tile_of(held, how)(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, next, more);
+                    tile_of(held, how)(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, edge, next, more);
                     if (!whole)
                         for (int64_t i = 0; i < held; ++i)
                             for (int64_t l = 0; l < width; ++l) to[i * columns + l] = edge[i * WIDTH + l] + (before.x ? before.at(i)[l] : 0);
