@@ -189,32 +189,34 @@ class Product:
 
     def __init__(self, k: Kernel, products: Products | None) -> None:
         (op,) = k.fragment.ops
-        *_, (rows, _), (_, columns) = self.given = [k.fragment.types[r.name].shape for r in op.refs]
-        self.name, self.shape, self.python = k.name, (rows, columns), python(k)
+        *self.row, self.left, self.right = [torch.Size(k.fragment.types[r.name].shape) for r in op.refs]
+        self.name, self.shape, self.strides, self.python = k.name, (self.left[0], self.right[1]), (self.right[1], 1), python(k)
         self.order = [[i.name for i in k.fragment.inputs].index(r.name) for r in op.refs]  # a kernel reads an operand once, that an op may name twice
-        self.products = products if op.type.dtype == "f32" and rows >= LEAST_ROWS else None
+        self.products = products if op.type.dtype == "f32" and self.left[0] >= LEAST_ROWS else None
+        self.known: dict[Shape, bool] = {}  # by how the left operand lies: whether they pay
 
     def __call__(self, *xs: Tensor) -> Sequence[Tensor]:
-        *row, a, b = operands = [xs[i] for i in self.order]
-        if (own := self._own(operands)) is None:
+        *row, a, b = [xs[i] for i in self.order]
+        if (own := self._own(a, b)) is None or any(x.shape != shape or x.stride() != (1,) for x, shape in zip(row, self.row, strict=True)):
             return self.python(*xs)
-        out = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        out = torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
         own.into(out, a, b, *row)
         return (out,)
 
     def added(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``total`` with the product added in place."""
-        own = self._own([a, b])
-        if own is None or not total.is_contiguous():
+        if (own := self._own(a, b)) is None or not total.is_contiguous():
             return accumulate_mm(total, a, b)
         own.into(total, a, b, total)
         return total
 
-    def _own(self, operands: Sequence[Tensor]) -> Products | None:
-        own, (*row, a, _) = self.products, operands
-        if own is None or torch.get_num_threads() > 1 or [x.shape for x in operands] != self.given or any(x.stride() != (1,) for x in row):
+    def _own(self, a: Tensor, b: Tensor) -> Products | None:
+        if (own := self.products) is None or torch.get_num_threads() > 1 or a.shape != self.left or b.shape != self.right:
             return None
-        return own if own.pay(a) else None
+        strides = a.stride()
+        if (pays := self.known.get(strides)) is None:
+            pays = self.known[strides] = own.pay(a)
+        return own if pays else None
 
 
 class Fixed:
