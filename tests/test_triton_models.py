@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from math import isqrt
 from typing import Any
@@ -89,13 +90,21 @@ def error(p: Program, got: torch.Tensor, want: torch.Tensor) -> float:
     return apart(got, want)
 
 
-def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
-    """float32 against the python back end, to 1e-5, on numbers of which float32 itself makes what float64 does to half of that: a norm of two that nearly agree has none of their digits."""
+def determined(p: Program, given: Program, seed: int, strided: bool, far: Callable[[torch.Tensor, torch.Tensor], float], most: float) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Inputs of ``given`` of which float32 itself makes what float64 does, to ``most``, and what it makes: a norm of two that nearly agree, or a gelu of -5 and nothing else, has few of their digits. The last of a hundred draws
+    where none is so: nothing is skipped."""
+    exactly = retyped(p, "f64")
     for drawn in range(seed, seed + 100):
-        inputs = random_inputs(p, drawn, strided)
-        want, exact = reference(p, inputs), reference(retyped(p, "f64"), [x.double() if x.is_floating_point() else x for x in inputs])
-        if all(error(p, a, b) <= 5e-6 for a, b in zip(want, exact, strict=True)):
+        inputs = random_inputs(given, drawn, strided)
+        want, exact = (reference(q, [x.to(dtype) if x.is_floating_point() else x for x in inputs]) for q, dtype in ((p, torch.float32), (exactly, torch.float64)))
+        if all(far(a, b) <= most for a, b in zip(want, exact, strict=True) if a.is_floating_point() and a.numel()):
             break
+    return inputs, want
+
+
+def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
+    """float32 against the python back end, to 1e-5, on numbers that float32 determines to half of that."""
+    inputs, want = determined(p, p, seed, strided, lambda a, b: error(p, a, b), 5e-6)
     got, _ = interpreter.run(source(p), inputs)
     for o, a, b in zip(p.outputs, got, want, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -103,15 +112,11 @@ def check(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = F
 
 
 def check_narrow(interpreter: Interpreter, p: Program, seed: int = 0, strided: bool = False) -> None:
-    """bfloat16 within 2 units of the last place of what float32 makes of the same numbers; where numbers cancel, or a later kernel reads an output, units of the largest. On numbers of which float32
-    makes what float64 does to an eighth of a unit: of a gelu of -5 and nothing else, float32 itself has few digits."""
-    short, exactly = retyped(p, "bf16"), retyped(p, "f64")
+    """bfloat16 within 2 units of the last place of what float32 makes of the same numbers, which determines them to an eighth of a unit; where numbers cancel, or a later kernel reads an output, units
+    of the largest."""
+    short = retyped(p, "bf16")
     least = 2.0**-10 if launches(short) == 1 and not any(op.target in SUMS for op in p.ops) else 1.0
-    for drawn in range(seed, seed + 100):
-        inputs = random_inputs(short, drawn, strided)
-        want, exact = (reference(q, [x.to(dtype) if x.dtype == torch.bfloat16 else x for x in inputs]) for q, dtype in ((p, torch.float32), (exactly, torch.float64)))
-        if all(ulps(a, b, least) <= 0.125 for o, a, b in zip(short.outputs, want, exact, strict=True) if short.types[o.ref.name].dtype == "bf16" and a.numel()):
-            break
+    inputs, want = determined(p, short, seed, strided, lambda a, b: ulps(a, b, least), 0.125)
     got, _ = interpreter.run(source(short), inputs)
     for o, a, b in zip(short.outputs, got, want, strict=True):
         if a.dtype == torch.bfloat16 and a.numel():
