@@ -211,12 +211,13 @@ class Product:
         return total
 
     def _own(self, a: Tensor, b: Tensor) -> Products | None:
-        if (own := self.products) is None or torch.get_num_threads() > 1 or a.shape != self.left or b.shape != self.right:
-            return None
-        strides = a.stride()
-        if (pays := self.known.get(strides)) is None:
-            pays = self.known[strides] = own.pay(a)
-        return own if pays else None
+        return self.products if torch.get_num_threads() == 1 and a.shape == self.left and b.shape == self.right and self.takes(a.stride()) else None
+
+    def takes(self, strides: Shape) -> bool:
+        """Whether one thread computes it here where the left operand has these strides."""
+        if self.products is not None and strides not in self.known:
+            self.known[strides] = self.products.pay(torch.empty_strided(self.left, strides, device="meta"))
+        return self.known.get(strides, False)
 
 
 class Fixed:

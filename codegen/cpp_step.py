@@ -17,11 +17,11 @@ from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.cpp_ops import TYPES, computed
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
+from deepseed.codegen.places import Places
 from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.layout import contiguous
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
 
-ALIGNED = 64  # bytes
 EIGHT = {"int8": "int8_t", "fp8": "e4m3"}  # weights in eight bits, as they are stored
 HEAD = (
     'extern "C" int step(int64_t T, int64_t L, int threads, void *const *in, void *const *caches, char *arena, void *out, const int64_t *slots, const int64_t *table, '
@@ -94,8 +94,7 @@ class _Step:
     most: int
     lines: list[str] = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)  # functions of single ops, by text
-    holes: list[tuple[int, int]] = field(default_factory=list)  # free places, in order: begin, end
-    top: int = 0
+    places: Places = field(default_factory=Places)
     calls: int = 0
     joined: tuple[tuple[str, str], int, list[tuple[str, str, str, str]]] = field(default_factory=lambda: (("", ""), 0, []))  # the last products: their operand and how weights are stored, how many lines there were, weights, scales, results and sizes
 
@@ -130,7 +129,7 @@ class _Step:
             self._used([r.name for r in op.refs], op.results)
             n += 1
         head = [*self.alone.values(), HEAD]
-        return Step("\n".join([*head, *(f"    {line}" for line in self.lines), "    return 0;", "}"]) + "\n", self.top, self.calls)
+        return Step("\n".join([*head, *(f"    {line}" for line in self.lines), "    return 0;", "}"]) + "\n", self.places.top, self.calls)
 
     # ops --------------------------------------------------------------------------------------------------------------
 
@@ -222,7 +221,7 @@ class _Step:
         x, places = list(operands), list[tuple[int, int]]()
         for n, (r, shape) in enumerate(zip(op.refs[:3], shapes, strict=True)):
             if self._lying(r.name) != contiguous(shape):
-                begin, end = self._place(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
+                begin, end = self.places.take(prod(shape[1:]) * self.most * ITEMSIZE[op.type.dtype])
                 places.append((begin, end))
                 laid = f"({TYPES[op.type.dtype]} *)(arena + {begin})"
                 self._line(f"lay<{TYPES[op.type.dtype]}>({x[n]}, {laid}, {', '.join(map(self._number, (*shape, *self._lying(r.name))))});", op)
@@ -236,7 +235,7 @@ class _Step:
         sinks = x[3] if len(x) > 3 else f"(const {storage} *)nullptr"
         said = f"{op.kw('scale')!r}, {self._int(op, 'window')}, {op.kw('softcap')!r}"
         for place in places:
-            self._free(*place)
+            self.places.free(*place)
         self._line(f"attend<{kind}>({x[0]}, {keys}, {values}, {y}, {sinks}, table, lengths, news, rows, sequences, longest, {held}, {heads // held}, pages, size, {width}, {value_width}, {said}, threads);", op)
 
     def _alone(self, op: Op, g: Group) -> None:
@@ -264,20 +263,9 @@ class _Step:
                 self.at[value] = "(char *)out"
                 continue
             size = prod(n // s * self.most if (s := next((s for s in self.free if n and n % s == 0), 0)) else n for n in self._shape(value)) * ITEMSIZE[self.p.types[value].dtype]
-            begin, end = self._place(size)
+            begin, end = self.places.take(size)
             self.at[value] = f"arena + {begin}"
             self.block[value] = (begin, end, value)
-
-    def _place(self, size: int) -> tuple[int, int]:
-        size = -(-max(size, 1) // ALIGNED) * ALIGNED
-        hole = next(((a, b) for a, b in self.holes if b - a >= size), None)
-        begin = self.top if hole is None else hole[0]
-        if hole is None:
-            self.top += size
-        else:
-            self.holes.remove(hole)
-            self.holes += [(begin + size, hole[1])] if hole[1] - begin > size else []
-        return begin, begin + size
 
     def _used(self, reads: Sequence[str], makes: Sequence[str]) -> None:
         """Uses are counted for a block and all its views together: the last one frees it."""
@@ -292,16 +280,7 @@ class _Step:
             if value in self.block and self.left[self.block[value][2]] == 0:
                 begin, end, base = self.block[value]
                 self.left[base] = -1
-                self._free(begin, end)
-
-    def _free(self, begin: int, end: int) -> None:
-        joined: list[tuple[int, int]] = []
-        for a, b in sorted([*self.holes, (begin, end)]):
-            if joined and joined[-1][1] == a:
-                joined[-1] = (joined[-1][0], b)
-            else:
-                joined.append((a, b))
-        self.holes = joined
+                self.places.free(begin, end)
 
     def _line(self, text: str, op: Op) -> None:
         self.lines.append(text + (f"  // {op.path}" if op.path else ""))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deepseed.codegen.chains import Chain, Chaining, chains, write
 from deepseed.codegen.expressions import ADDED, DTYPES, CodegenError, Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import UPDATES, Update
@@ -34,15 +35,15 @@ class _Function:
     lines: list[str] = field(default_factory=list)
 
 
-def generate_parts(p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE) -> str:
+def generate_parts(p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE, chaining: Chaining | None = None) -> str:
     """The source of ``step(rt, inputs)`` for the localized program of the pipeline rank ``lane``."""
-    return _Parts(p, lane, looked, kernels).source()
+    return _Parts(p, lane, looked, kernels, chaining).source()
 
 
 class _Parts:
-    def __init__(self, p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE) -> None:
+    def __init__(self, p: Program, lane: int, looked: bool = False, kernels: Mapping[str, str] = NONE, chaining: Chaining | None = None) -> None:
         assert p.schedule is not None
-        self.kernels, self.grouped = kernels, starts(p, kernels)
+        self.kernels, self.grouped, self.chaining = kernels, starts(p, kernels), chaining
         self.p, self.schedule, self.lane = p, p.schedule, p.schedule.lanes[lane]
         self.out = Source(p, looked=looked)
         self.donation = self.out.donation
@@ -51,6 +52,7 @@ class _Parts:
         self.cut = first_backward(p)  # the loop with the first part of the second half
         waiting = after_tangents(p)
         self.functions: dict[Place, _Function] = {}
+        self.chains: list[Chain] = []
         self.at: list[Place] = []  # of each op
         for n, op in enumerate(p.ops):
             alone = op.kw("turns") is not None
@@ -114,6 +116,7 @@ class _Parts:
             self.out.lines = function.lines
             self._function(where, function)
             lines += ["", "", *function.lines]
+        lines += [line for chain in self.chains for line in ("", "", *chain.text)]
         self.out.lines = []
         if self.cut:
             self._halves()
@@ -134,9 +137,13 @@ class _Parts:
         here = set(function.reads) | {r for _, op in function.ops for r in op.results if op.target not in ("accumulate", "collect", "send")}
         place = ("", "")
         done = -1
+        found = self._chains(function)
+        ends = {chain.last: chain for chain in found.values()}
         for n, op in function.ops:
             if n <= done:
                 continue
+            if n in found:
+                out.lines = []
             if (op.path, op.phase) != place:
                 place = (op.path, op.phase)
                 out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
@@ -156,6 +163,30 @@ class _Parts:
                 self._op(op, n)
             for done, each in enumerate(together, n):
                 self._close(done, each, here, shown)
+            if done in ends:
+                lines, out.lines = out.lines, function.lines
+                self._chain(ends[done], function, lines, here)
+
+    def _chains(self, function: _Function) -> dict[int, Chain]:
+        """By the position of the first op."""
+        if self.chaining is None:
+            return {}
+        donation, written = self.donation, set(self.donation.written.values())
+
+        def alone(n: int, op: Op) -> bool:
+            return op.type.host or any(r in donation.copied for r in op.results) or (n in written and self._writes(op, n))
+
+        return chains(self.out, function.ops, self.chaining, self.grouped, self.kernels, self.into, alone, self._kept)
+
+    def _chain(self, chain: Chain, function: _Function, lines: Sequence[str], here: set[str]) -> None:
+        out = self.out
+        ops = [(n, op) for n, op in function.ops if chain.first <= n <= chain.last]
+        sums = {value for value in chain.given if value in self.p.producers and self.p.producers[value].target == "accumulate" and value not in here}
+        given = [f"v.get({out.name(value)!r})" if value in sums else out.name(value) for value in chain.given]
+        bound = [f"v[{out.name(value)!r}]" if value in sums else out.name(value) for value in chain.results]
+        stores = [self._stored(value) for value in chain.results if value not in sums and self._kept(value)]
+        write(out, chain, ops, lines, given, bound, stores, here.__contains__)
+        self.chains.append(chain)
 
     def _op(self, op: Op, n: int) -> None:
         out, types = self.out, ", ".join(format_type(t, self.p.mesh) for t in op.types)
@@ -203,7 +234,7 @@ class _Parts:
             if value in here and value in donation.copied:
                 out.emit(f"v[{out.name(value + '.copy')!r}] = {out.name(value + '.copy')}")
             if value in here and self._kept(value):
-                out.emit(f"{'v' if value in self.steplong else 'm'}[{out.name(value)!r}] = {out.name(value)}")
+                out.emit(self._stored(value))
         if self._writes(op, n):
             self.update.after(n)
         if dead := [out.name(v) for v in donation.dies.get(n, ()) if v in here]:
@@ -217,6 +248,9 @@ class _Parts:
         """Whether a value is read outside of the function that makes it."""
         late = value in self.steplong and kind_of(self.made[value][0]) != "once"
         return late or value in self.to_the_end or any(r != self.made[value] for r in self.readers.get(value, ()))
+
+    def _stored(self, value: str) -> str:
+        return f"{'v' if value in self.steplong else 'm'}[{self.out.name(value)!r}] = {self.out.name(value)}"
 
     def _load(self, value: str, where: Place) -> str:
         key = repr(self.out.name(value))

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from deepseed.codegen.chains import Chain, Chaining, chains, write
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import UPDATES, Update
 from deepseed.codegen.parts import generate_parts
+from deepseed.ir.fragment import Group
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
 
 
-def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[str, str] = NONE) -> str:
+def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[str, str] = NONE, chaining: Chaining | None = None) -> str:
     """The source of ``step(rt, inputs)`` for a localized program, of pipeline rank ``lane``. ``looked``: each value is shown to ``rt.look`` as it is made.
-    ``kernels``: the function that computes a group, by its mark: one line calls it. Raises CodegenError for an unknown own op."""
+    ``kernels``: the function that computes a group, by its mark: one line calls it; ``chaining``: what is needed to call several at once. Raises CodegenError for an unknown own op."""
     if p.schedule is not None:
-        return generate_parts(p, lane, looked, kernels)
+        return generate_parts(p, lane, looked, kernels, chaining)
     out = Source(p, looked=looked)
     donation = out.donation
     update = Update(donation, out.name, out.emit, kernels)
@@ -32,9 +34,13 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
     _close(out, update, (-1,), [i.name for i in p.inputs])
     place = ("", "")
     grouped = starts(p, kernels)
+    found = _chains(out, chaining, grouped, kernels)
+    whole, ends = out.lines, {chain.last: chain for chain in found.values()}
     n = 0
     while n < len(p.ops):
         op = p.ops[n]
+        if n in found:
+            out.lines = []
         if (op.path, op.phase) != place:
             place = (op.path, op.phase)
             out.lines.append(f"    # {op.path or '(top)'}, {op.phase}" + (f" ({op.line})" if op.line else ""))
@@ -45,6 +51,9 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
             inner = {r for each in p.ops[n : g.last] for r in each.results}.difference(g.makes)
             _close(out, update, range(n, g.last), g.makes, inner)
             n = g.last
+            if n - 1 in ends:
+                lines, out.lines = out.lines, whole
+                _chain(out, ends[n - 1], lines)
             continue
         if op.target in UPDATES:
             together = update.together(n)
@@ -57,7 +66,24 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
             n += 1
     returned = [out.name(o.ref.name + (".copy" if o.ref.name in donation.copied else "")) for o in donation.returned]
     out.emit(f"return {listed(returned)}")
-    return "\n".join(out.lines) + "\n"
+    return "\n".join([*out.lines, *(line for chain in found.values() for line in ("", "", *chain.text))]) + "\n"
+
+
+def _chains(out: Source, chaining: Chaining | None, grouped: Mapping[int, Group], kernels: Mapping[str, str]) -> dict[int, Chain]:
+    """By the position of the first op."""
+    if chaining is None:
+        return {}
+    donation, returned, written = out.donation, {o.ref.name for o in out.p.outputs}, set(out.donation.written.values())
+
+    def alone(n: int, op: Op) -> bool:
+        return op.type.host or n in written or any(r in donation.copied for r in op.results)
+
+    return chains(out, list(enumerate(out.p.ops)), chaining, grouped, kernels, {}, alone, returned.__contains__)
+
+
+def _chain(out: Source, chain: Chain, lines: Sequence[str]) -> None:
+    ops = [(n, out.p.ops[n]) for n in range(chain.first, chain.last + 1)]
+    write(out, chain, ops, lines, [out.name(value) for value in chain.given], [out.name(value) for value in chain.results], (), lambda value: True)
 
 
 def _prologue(out: Source) -> None:

@@ -142,7 +142,7 @@ def build(
         local = pipeline.run(program, args, pipeline.EACH_RANK)
         mine = local[-1].program
         kernels = made(mine, codegen, compiled, bool(host.arenas), tell, at)
-        source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.functions)
+        source = generate(mine, coordinate.get(STAGES, 0), kernels=kernels.functions, chaining=kernels.chaining)
         if graphs is None:
             executables.append(Executable(source, program.name, mine.inputs, mine.outputs, kernels.calls, kernels.codegen))
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deepseed.codegen import cpp_files, cpp_updates, inductor, triton_files, triton_updates
+from deepseed.codegen.chains import Chaining
+from deepseed.codegen.cpp_chain import Chain, runner
 from deepseed.codegen.donation import Donation
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import COMPILED, Kernel, kernels
@@ -44,12 +47,14 @@ class BackEndError(ValueError):
 
 @dataclass
 class Kernels:
-    """``names``: the function of each group, by its mark; ``updates``: of each update of an optimizer, by its name; ``calls``: what runs under that name."""
+    """``names``: the function of each group, by its mark; ``updates``: of each update of an optimizer, by its name; ``calls``: what runs under that name; ``chaining``: how several
+    are called at once (deepseed.codegen.chains), where that can be."""
 
     codegen: str = PYTHON
     names: Mapping[str, str] = field(default_factory=dict)
     updates: Mapping[str, str] = field(default_factory=dict)
     calls: dict[str, Compiled] = field(default_factory=dict)
+    chaining: Chaining | None = None
 
     @property
     def functions(self) -> Mapping[str, str]:
@@ -81,7 +86,8 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     """What computes the groups of a localized program. ``known``: by function name, what was made before, which grows; ``counted``: whether an arena counts memory; ``at`` hears how many kernels of how many are compiled."""
     if codegen == PYTHON:
         return Kernels()
-    found = kernels(p, *laid_out(p))
+    strides, views = laid_out(p)
+    found = kernels(p, strides, views)
     new = [k for k in dict.fromkeys(found.values()) if k.name not in known]
     if new:
         known.update((k.name, _seen(f) if counted else f) for k, f in zip(new, called(new, codegen, tell, at), strict=True))
@@ -96,7 +102,20 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     for c in calls_of(p):
         updates.update((op.name, c.name) for run in c.runs for op in run)
         known[c.name] = calls[c.name] = known.get(c.name) or update(c.formulas, codegen, c.on_host, tell)
-    return Kernels(codegen, names, updates, calls)
+    chaining = None
+    if codegen == CPP and not counted and (chain := _chain(tell)) is not None:
+        chaining = Chaining(strides, views, {mark: calls[name] for mark, name in names.items()})
+        calls["chain"] = chain
+    return Kernels(codegen, names, updates, calls, chaining)
+
+
+def _chain(tell: Callable[[str], object]) -> Callable[..., Any] | None:
+    """What makes chains of a source (deepseed.codegen.cpp_chain), which are called in its place."""
+    try:
+        return partial(Chain, runner(cache_dir() / "kernels"))
+    except CodegenError as error:
+        inductor.once(tell, f"kernels are called one by one: {error}")
+        return None
 
 
 def update(formulas: Sequence[Formula], codegen: str, on_host: bool, tell: Callable[[str], object]) -> Callable[..., Any]:

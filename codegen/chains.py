@@ -1,0 +1,313 @@
+"""Runs of kernels as one call of compiled code. A large product empties the nearest caches, and what the interpreter does before the next kernel (views, new tensors, the call) comes back cold: 100 us for 5.
+
+    given = [x, w]
+    del x
+    if (made := chain_2(given)) is not None:  # 9 kernels
+        y, z = made
+    else:
+        x, w = given
+        .. the ops' own lines, which run where there are several threads
+
+A chain has what lies between two ops that are no kernel in C++ and no view of one: a collective, an update, a write into what is stored. What is read outside is made as tensors; what stays inside lies in one piece
+of memory, a place free again after its last use. ``chain_2`` stands in the source, as addresses (deepseed.codegen.cpp_chain.Chain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from deepseed.codegen.cpp_chain import MOST
+from deepseed.codegen.cpp_files import Fixed, Product
+from deepseed.codegen.expressions import DTYPES, Source
+from deepseed.codegen.places import Places
+from deepseed.ir.fragment import Group
+from deepseed.ir.layout import contiguous
+from deepseed.ir.mesh import TIME
+from deepseed.ir.program import ITEMSIZE, Op
+
+Shape = tuple[int, ...]
+LEAST = 2  # kernels of a chain
+HELD = 4 << 20  # bytes of given tensors that have ended, before a chain lets go of them
+NAMES = {word: name for name, word in DTYPES.items()}
+VIEWS = ("reshape", "permute", "expand", "slice", "cast")
+
+
+@dataclass(frozen=True)
+class Chaining:
+    """Of a localized program: strides of each value, which ops make views (deepseed.rules.strides), and by mark what computes a group."""
+
+    strides: Mapping[str, Shape]
+    views: Sequence[bool]
+    codes: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``first``, ``last``: positions of ops; ``given``: values, and sums over microbatches, by the name of their ``accumulate``; ``results``: the same."""
+
+    name: str
+    first: int
+    last: int
+    kernels: int
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+    text: list[str]
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Of memory: a value that is given, or something new, which is read outside where ``shown`` lists how."""
+
+    shape: Shape
+    strides: Shape
+    dtype: str
+    value: str = ""  # that is given
+    begun: str = ""  # the sum that it begins with
+    born: int = 0
+    last: int = 0
+    shown: list[tuple[int, Shape, Shape]] = field(default_factory=list)
+    place: tuple[int, int] = (-1, 0)  # in what stays inside
+
+
+@dataclass(frozen=True)
+class _At:
+    piece: _Piece
+    offset: int  # in elements
+    strides: Shape
+
+
+def chains(
+    out: Source, ops: Sequence[tuple[int, Op]], chaining: Chaining, grouped: Mapping[int, Group], names: Mapping[str, str], into: Mapping[str, Op], alone: Callable[[int, Op], bool], kept: Callable[[str], bool]
+) -> dict[int, Chain]:
+    """Of ops that run one after another, by the position of the first. ``names``: of kernels, by mark; ``into``: the sum of a product that is added as it is made; ``alone``: what more than making
+    results happens at; ``kept``: what is read beyond ``ops``."""
+    found: dict[int, Chain] = {}
+    run, at = _Run(out, chaining, names), 0
+    donation = out.donation
+    readers: dict[str, int] = {}  # the last of ops
+    for n, op in ops:
+        readers.update((ref.name, n) for ref in op.refs)
+
+    def close() -> None:
+        nonlocal run
+        if run.kernels >= LEAST:
+            first, last = run.first, run.last
+            ended = {v for n, _ in ops if first <= n <= last for v in donation.dies.get(n, ())}
+            found[first] = run.chain(ended, lambda value: kept(value) or readers.get(value, -1) > last)
+        run = _Run(out, chaining, names)
+
+    while at < len(ops):
+        n, op = ops[at]
+        g = grouped.get(n)
+        together = [ops[at]] if g is None else ops[at : at + g.last - g.first]
+        at += len(together)
+        if any(alone(*each) for each in together):
+            done = False
+        elif g is not None:
+            done = run.add(n, g, into[op.name]) if op.name in into else run.call(n, g)
+        elif op.target == "accumulate":
+            done = op.name in run.sums if op.refs[0].name in into else run.sum(n, op)
+        else:
+            done = run.kernels == 0 or (chaining.views[n] and op.target in VIEWS and run.view(n, op))
+        if not done:
+            close()
+    close()
+    return found
+
+
+def write(out: Source, chain: Chain, ops: Sequence[tuple[int, Op]], lines: Sequence[str], given: Sequence[str], bound: Sequence[str], stores: Sequence[str], here: Callable[[str], bool]) -> None:
+    """A chain's call in the place of the ops that have the ``lines``. ``given``, ``bound``: expressions and targets, in the order of the chain's; ``stores``: what follows it; ``here``: whether a name of
+    before is known."""
+    inside = {r for _, op in ops for r in op.results}
+    dead = [v for n, _ in ops for v in out.donation.dies.get(n, ()) if (v in chain.results if v in inside else here(v))]
+    out.emit(f"given = [{', '.join(given)}]")
+    if early := [out.name(v) for v in dead if v in chain.given]:
+        out.emit(f"del {', '.join(early)}")
+    out.emit(f"if (made := {chain.name}(given)) is not None:", f"{chain.kernels} kernels")
+    for line in [f"{', '.join(bound)}{',' * (len(bound) == 1)} = made", *stores, f"del {', '.join(['made', *(out.name(v) for v in dead if v not in chain.given)])}"]:
+        out.emit(f"    {line}")
+    out.emit("else:")
+    out.emit(f"    {', '.join(['_' if '(' in x else x for x in given])}{',' * (len(given) == 1)} = given")
+    out.emit("    given.clear()")
+    out.lines += [f"    {line}" for line in lines]
+
+
+class _Run:
+    def __init__(self, out: Source, chaining: Chaining, names: Mapping[str, str]) -> None:
+        self.out, self.p, self.chaining, self.names = out, out.p, chaining, names
+        self.first, self.last, self.kernels = -1, -1, 0
+        self.at: dict[str, _At] = {}
+        self.given: dict[str, _Piece] = {}
+        self.pieces: list[_Piece] = []  # new ones
+        self.made: dict[str, int] = {}  # values, and the position of their op
+        self.sums: dict[str, _Piece] = {}
+        self.calls: list[tuple[str, list[_At], tuple[str, ...] | None]] = []  # function, tensors, and of a product the sum that it begins with, if any
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def view(self, n: int, op: Op) -> bool:
+        at = self._of(op.refs[0].name)
+        start = op.kw("start", 0) if op.target == "slice" else 0
+        offset = at.strides[int(str(op.kw("dim", 0)))] * int(str(start)) if start else 0
+        self.at[op.name] = _At(at.piece, at.offset + offset, self.chaining.strides[op.name])
+        self.made[op.name] = n
+        return True
+
+    def call(self, n: int, g: Group) -> bool:
+        code = self.chaining.codes.get(g.kernel)
+        if isinstance(code, Product):
+            return self._product(n, g, code)
+        if not isinstance(code, Fixed) or len(code.strides) + len(code.makes) > MOST:
+            return False
+        if any(not _alike(self._shape(v), strides, self.chaining.strides[v]) for v, (_, _, strides, _) in zip(g.makes, code.outputs, strict=True)):
+            return False
+        reads = [self._of(v) for v in g.reads]
+        made = [_At(_Piece(tuple(shape), tuple(strides), NAMES[str(dtype)], born=len(self.calls)), 0, tuple(strides)) if k not in code.into else reads[code.into[k]] for k, (shape, strides, dtype) in enumerate(code.makes)]
+        self.pieces += [m.piece for k, m in enumerate(made) if k not in code.into]
+        for value, (given, k, strides, offset) in zip(g.makes, code.outputs, strict=True):
+            base = (reads if given else made)[k]
+            self._made(n, value, _At(base.piece, base.offset + offset, tuple(strides)))
+        self._called(n, g.last - 1, self.names[g.kernel], [*reads, *made], None)
+        return True
+
+    def _product(self, n: int, g: Group, code: Product) -> bool:
+        operands = self._operands(g, code)
+        if operands is None:
+            return False
+        made = self._new(code)
+        self._made(n, g.makes[0], made)
+        self._called(n, g.last - 1, self.names[g.kernel], [*operands[-2:], *operands[:-2], made], ())
+        return True
+
+    def add(self, n: int, g: Group, total: Op) -> bool:
+        """A product that is added to a sum over microbatches."""
+        code = self.chaining.codes.get(g.kernel)
+        if not isinstance(code, Product) or total.name in self.sums or (operands := self._operands(g, code)) is None or len(operands) > 2:
+            return False
+        made = self._new(code)
+        made.piece.begun = total.name
+        self.sums[total.name] = made.piece
+        self._called(n, g.last - 1, self.names[g.kernel], [*operands, made], (total.name,))
+        return True
+
+    def sum(self, n: int, op: Op) -> bool:
+        """A sum over microbatches, of something that is made here."""
+        t, x = op.type, op.refs[0].name
+        if x not in self.at or t.dtype != "f32" or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(self._shape(x), self.at[x].strides, contiguous(self._shape(x))):
+            return False
+        piece = self.sums[op.name] = _Piece(self._shape(x), contiguous(self._shape(x)), t.dtype, begun=op.name, born=len(self.calls))
+        self.pieces.append(piece)
+        self._called(n, n, "sum", [self.at[x], _At(piece, 0, piece.strides)], (op.name,))
+        return True
+
+    def _operands(self, g: Group, code: Product) -> list[_At] | None:
+        """A row, where there is one, then left and right."""
+        values = [g.reads[i] for i in code.order]
+        if not code.takes(self.chaining.strides[values[-2]]) or (len(values) > 2 and (self._shape(values[0]), self.chaining.strides[values[0]]) != (tuple(code.row[0]), (1,))):
+            return None
+        return [self._of(v) for v in values]
+
+    def _new(self, code: Product) -> _At:
+        piece = _Piece(tuple(code.shape), code.strides, "f32", born=len(self.calls))
+        self.pieces.append(piece)
+        return _At(piece, 0, code.strides)
+
+    def _called(self, first: int, last: int, name: str, tensors: list[_At], start: tuple[str, ...] | None) -> None:
+        self.first = first if self.first < 0 else self.first
+        self.last, self.kernels = last, self.kernels + 1
+        for t in tensors:
+            t.piece.last = len(self.calls)
+        self.calls.append((name, tensors, start))
+
+    def _made(self, n: int, value: str, at: _At) -> None:
+        self.at[value], self.made[value] = at, n
+
+    def _of(self, value: str) -> _At:
+        """Where a value begins; one that is given has a piece of its own."""
+        if value not in self.at:
+            strides = self.chaining.strides[value]
+            piece = self.given[value] = _Piece(self._shape(value), strides, self.p.types[value].dtype, value)
+            self.at[value] = _At(piece, 0, strides)
+        return self.at[value]
+
+    def _shape(self, value: str) -> Shape:
+        return self.p.types[value].local(self.p.mesh)
+
+    # source -----------------------------------------------------------------------------------------------------------
+
+    def chain(self, ended: Collection[str], read_later: Callable[[str], bool]) -> Chain:
+        """``ended``: values that nothing reads after it."""
+        shown = [v for v, n in self.made.items() if n <= self.last and read_later(v)]
+        for v in shown:
+            at = self.at[v]
+            at.piece.shown.append((at.offset, self._shape(v), at.strides))
+        used = {id(t.piece) for _, tensors, _ in self.calls for t in tensors} | {id(self.at[v].piece) for v in shown}
+        given = [piece for piece in self.given.values() if id(piece) in used]
+        sums, makes = list(self.sums), [piece for piece in self.pieces if piece.shown or piece.begun]
+        for piece in makes:  # one tensor of it is made as it is shown
+            if (whole := next((s for s in piece.shown if s[0] == 0 and prod(s[1]) == prod(piece.shape) and not piece.begun), None)) is not None:
+                piece.shape, piece.strides = whole[1:]
+        number = {id(piece): n for n, piece in enumerate([*given, *map(self.sums.__getitem__, sums), *makes])}  # of a sum the last: the memory that it is in
+        inside = len(given) + len(sums) + len(makes)
+
+        def at_(t: _At) -> tuple[int, int]:
+            size = ITEMSIZE[t.piece.dtype] * t.offset
+            return (number[id(t.piece)], size) if id(t.piece) in number else (inside, t.piece.place[0] + size)
+
+        size = self._inside()
+        calls, dead = list[tuple[object, ...]](), list[_Piece]()
+        for n, (name, tensors, begun) in enumerate(self.calls):
+            if sum(map(_bytes, dead)) > HELD:
+                calls.append((None, *(number[id(piece)] for piece in dead)))
+                dead = []
+            dead += [piece for piece in given if piece.last == n and piece.value in ended and not piece.shown]
+            if begun is None:
+                calls.append((name, *map(at_, tensors)))
+                continue
+            total = len(given) + sums.index(begun[0]) if begun else -1
+            if name == "sum":
+                x, made = tensors
+                calls.append((name, at_(x), total, at_(made), prod(made.piece.shape)))
+                continue
+            left, right, *row, made = tensors
+            start = (total, 0, made.strides[0]) if begun else (*at_(row[0]), 0) if row else (-1, 0, 0)
+            calls.append((name, at_(left), left.strides, at_(right), right.strides, start, at_(made)))
+        results = [(number[id(self.at[v].piece)], self.at[v].offset, self._shape(v), self.at[v].strides) for v in shown]
+        results += [(number[id(piece)], 0, piece.shape, piece.strides) for piece in self.sums.values()]
+        named = self.out.name(f"chain {self.out.p.ops[self.first].name}")
+        text = [f"{named} = chain("]
+        text += _listed("reads", (((piece.shape, piece.strides), value) for piece, value in [*((g, g.value) for g in given), *((self.sums[s], s) for s in sums)]))
+        text += [f"    sums={{{', '.join(f'{len(given) + i}: {makes.index(self.sums[s])}' for i, s in enumerate(sums))}}},"]
+        text += _listed("makes", ((f"({piece.shape}, {piece.strides}, {DTYPES[piece.dtype]})", "") for piece in makes))
+        text += [f"    inside={size},"]
+        text += _listed("calls", ((f"({', '.join(map(str, call))})", "") for call in calls))
+        text += [*_listed("results", zip(results, [*shown, *sums], strict=True)), ")"]
+        return Chain(named, self.first, self.last, self.kernels, (*(g.value for g in given), *sums), (*shown, *sums), text)
+
+    def _inside(self) -> int:
+        """Bytes of what stays inside, each piece at its place from the call that makes it to the last that reads it."""
+        places = Places()
+        stay = [piece for piece in self.pieces if not piece.shown and not piece.begun]
+        for n in range(len(self.calls)):
+            for piece in stay:
+                if piece.born == n:
+                    piece.place = places.take(_bytes(piece))
+            for piece in stay:
+                if piece.last == n:
+                    places.free(*piece.place)
+        return places.top
+
+
+def _bytes(piece: _Piece) -> int:
+    return (sum((size - 1) * s for size, s in zip(piece.shape, piece.strides, strict=True)) + 1) * ITEMSIZE[piece.dtype]
+
+
+def _alike(shape: Shape, a: Shape, b: Shape) -> bool:
+    return all(size == 1 or x == y for size, x, y in zip(shape, a, b, strict=True))
+
+
+def _listed(name: str, rows: Iterable[tuple[object, str]]) -> list[str]:
+    lines = [f"        {row},{f'  # {comment}' if comment else ''}" for row, comment in rows]
+    return [f"    {name}=(", *lines, "    ),"] if lines else [f"    {name}=(),"]
