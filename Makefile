@@ -9,7 +9,7 @@ WORKERS   ?= 2
 # more arguments of the benchmark, such as BENCH="--rounds 5 --deepspeed-python PATH" or BENCH=--quick
 BENCH     ?=
 # test files of make sanitize
-SANITIZED ?= $(addprefix tests/test_,$(addsuffix .py,cpp cpp_accepted cpp_attention cpp_meaning cpp_nests cpp_products updates drawn_fragments paged_attention quantize inference_models))
+SANITIZED ?= $(addprefix tests/test_,$(addsuffix .py,cpp cpp_accepted cpp_attention chains cpp_meaning cpp_nests cpp_products updates drawn_fragments paged_attention quantize inference_models))
 VENV      := .venv
 BIN       := $(VENV)/bin
 READY     := $(VENV)/.installed

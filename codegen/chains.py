@@ -28,7 +28,7 @@ from deepseed.ir.mesh import TIME
 from deepseed.ir.program import ITEMSIZE, Op
 
 Shape = tuple[int, ...]
-LEAST = 2  # kernels of a chain
+LEAST = 4  # kernels of a chain: what is checked and made for a call costs as much as two or three lines
 HELD = 4 << 20  # bytes of given tensors that have ended, before a chain lets go of them
 NAMES = {word: name for name, word in DTYPES.items()}
 VIEWS = ("reshape", "permute", "expand", "slice", "cast")
