@@ -164,8 +164,7 @@ class _Run:
         if any(not _alike(self._shape(v), strides, self.chaining.strides[v]) for v, (_, _, strides, _) in zip(g.makes, code.outputs, strict=True)):
             return False
         reads = [self._of(v) for v in g.reads]
-        made = [_At(_Piece(tuple(shape), tuple(strides), NAMES[str(dtype)], born=len(self.calls)), 0, tuple(strides)) if k not in code.into else reads[code.into[k]] for k, (shape, strides, dtype) in enumerate(code.makes)]
-        self.pieces += [m.piece for k, m in enumerate(made) if k not in code.into]
+        made = [reads[code.into[k]] if k in code.into else self._new(tuple(shape), tuple(strides), NAMES[str(dtype)]) for k, (shape, strides, dtype) in enumerate(code.makes)]
         for value, (given, k, strides, offset) in zip(g.makes, code.outputs, strict=True):
             base = (reads if given else made)[k]
             self._made(n, value, _At(base.piece, base.offset + offset, tuple(strides)))
@@ -176,7 +175,7 @@ class _Run:
         operands = self._operands(g, code)
         if operands is None:
             return False
-        made = self._new(code)
+        made = self._new(tuple(code.shape), code.strides, "f32")
         self._made(n, g.makes[0], made)
         self._called(n, g.last - 1, self.names[g.kernel], [*operands[-2:], *operands[:-2], made], ())
         return True
@@ -186,20 +185,16 @@ class _Run:
         code = self.chaining.codes.get(g.kernel)
         if not isinstance(code, Product) or total.name in self.sums or (operands := self._operands(g, code)) is None or len(operands) > 2:
             return False
-        made = self._new(code)
-        made.piece.begun = total.name
-        self.sums[total.name] = made.piece
+        made = self._begun(total.name, tuple(code.shape), code.strides)
         self._called(n, g.last - 1, self.names[g.kernel], [*operands, made], (total.name,))
         return True
 
     def sum(self, n: int, op: Op) -> bool:
         """A sum over microbatches, of something that is made here."""
-        t, x = op.type, op.refs[0].name
-        if x not in self.at or t.dtype != "f32" or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(self._shape(x), self.at[x].strides, contiguous(self._shape(x))):
+        x, shape = op.refs[0].name, self._shape(op.name)
+        if x not in self.at or op.type.dtype != "f32" or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(shape, self.at[x].strides, contiguous(shape)):
             return False
-        piece = self.sums[op.name] = _Piece(self._shape(x), contiguous(self._shape(x)), t.dtype, begun=op.name, born=len(self.calls))
-        self.pieces.append(piece)
-        self._called(n, n, "sum", [self.at[x], _At(piece, 0, piece.strides)], (op.name,))
+        self._called(n, n, "sum", [self.at[x], self._begun(op.name, shape, contiguous(shape))], (op.name,))
         return True
 
     def _operands(self, g: Group, code: Product) -> list[_At] | None:
@@ -209,10 +204,15 @@ class _Run:
             return None
         return [self._of(v) for v in values]
 
-    def _new(self, code: Product) -> _At:
-        piece = _Piece(tuple(code.shape), code.strides, "f32", born=len(self.calls))
+    def _new(self, shape: Shape, strides: Shape, dtype: str) -> _At:
+        piece = _Piece(shape, strides, dtype, born=len(self.calls))
         self.pieces.append(piece)
-        return _At(piece, 0, code.strides)
+        return _At(piece, 0, strides)
+
+    def _begun(self, total: str, shape: Shape, strides: Shape) -> _At:
+        made = self._new(shape, strides, "f32")
+        made.piece.begun, self.sums[total] = total, made.piece
+        return made
 
     def _called(self, first: int, last: int, name: str, tensors: list[_At], start: tuple[str, ...] | None) -> None:
         self.first = first if self.first < 0 else self.first
@@ -247,33 +247,11 @@ class _Run:
         given = [piece for piece in self.given.values() if id(piece) in used]
         sums, makes = list(self.sums), [piece for piece in self.pieces if piece.shown or piece.begun]
         for piece in makes:  # one tensor of it is made as it is shown
-            if (whole := next((s for s in piece.shown if s[0] == 0 and prod(s[1]) == prod(piece.shape) and not piece.begun), None)) is not None:
+            if (whole := next((s for s in piece.shown if s[0] == 0 and _extent(*s[1:]) == _extent(piece.shape, piece.strides) and not piece.begun), None)) is not None:
                 piece.shape, piece.strides = whole[1:]
-        number = {id(piece): n for n, piece in enumerate([*given, *map(self.sums.__getitem__, sums), *makes])}  # of a sum the last: the memory that it is in
-        inside = len(given) + len(sums) + len(makes)
-
-        def at_(t: _At) -> tuple[int, int]:
-            size = ITEMSIZE[t.piece.dtype] * t.offset
-            return (number[id(t.piece)], size) if id(t.piece) in number else (inside, t.piece.place[0] + size)
-
+        number = {id(piece): n for n, piece in enumerate([*given, *self.sums.values(), *makes])}  # of a sum the last: the memory that it is in
         size = self._inside()
-        calls, dead = list[tuple[object, ...]](), list[_Piece]()
-        for n, (name, tensors, begun) in enumerate(self.calls):
-            if sum(map(_bytes, dead)) > HELD:
-                calls.append((None, *(number[id(piece)] for piece in dead)))
-                dead = []
-            dead += [piece for piece in given if piece.last == n and piece.value in ended and not piece.shown]
-            if begun is None:
-                calls.append((name, *map(at_, tensors)))
-                continue
-            total = len(given) + sums.index(begun[0]) if begun else -1
-            if name == "sum":
-                x, made = tensors
-                calls.append((name, at_(x), total, at_(made), prod(made.piece.shape)))
-                continue
-            left, right, *row, made = tensors
-            start = (total, 0, made.strides[0]) if begun else (*at_(row[0]), 0) if row else (-1, 0, 0)
-            calls.append((name, at_(left), left.strides, at_(right), right.strides, start, at_(made)))
+        calls = self._rows([piece for piece in given if piece.value in ended], number, {total: len(given) + n for n, total in enumerate(sums)}, len(given) + len(sums) + len(makes))
         results = [(number[id(self.at[v].piece)], self.at[v].offset, self._shape(v), self.at[v].strides) for v in shown]
         results += [(number[id(piece)], 0, piece.shape, piece.strides) for piece in self.sums.values()]
         named = self.out.name(f"chain {self.out.p.ops[self.first].name}")
@@ -285,6 +263,30 @@ class _Run:
         text += _listed("calls", ((f"({', '.join(map(str, call))})", "") for call in calls))
         text += [*_listed("results", zip(results, [*shown, *sums], strict=True)), ")"]
         return Chain(named, self.first, self.last, self.kernels, (*(g.value for g in given), *sums), (*shown, *sums), text)
+
+    def _rows(self, ended: Sequence[_Piece], number: Mapping[int, int], begun: Mapping[str, int], inside: int) -> list[tuple[object, ...]]:
+        """``ended``: given pieces that nothing reads after the chain; ``number``: of pieces, by identity; ``begun``: of the given sums; ``inside``: the piece of what stays inside."""
+
+        def at(t: _At) -> tuple[int, int]:
+            bytes_before = ITEMSIZE[t.piece.dtype] * t.offset
+            return (number[id(t.piece)], bytes_before) if id(t.piece) in number else (inside, t.piece.place[0] + bytes_before)
+
+        rows, dead = list[tuple[object, ...]](), list[_Piece]()
+        for n, (name, tensors, total) in enumerate(self.calls):
+            if sum(map(_bytes, dead)) > HELD:
+                rows.append((None, *(number[id(piece)] for piece in dead)))
+                dead = []
+            dead += [piece for piece in ended if piece.last == n and not piece.shown]
+            if total is None:
+                rows.append((name, *map(at, tensors)))
+            elif name == "sum":
+                x, made = tensors
+                rows.append((name, at(x), begun[total[0]], at(made), prod(made.piece.shape)))
+            else:
+                left, right, *row, made = tensors
+                start = (begun[total[0]], 0, made.strides[0]) if total else (*at(row[0]), 0) if row else (-1, 0, 0)
+                rows.append((name, at(left), left.strides, at(right), right.strides, start, at(made)))
+        return rows
 
     def _inside(self) -> int:
         """Bytes of what stays inside, each piece at its place from the call that makes it to the last that reads it."""
@@ -301,7 +303,12 @@ class _Run:
 
 
 def _bytes(piece: _Piece) -> int:
-    return (sum((size - 1) * s for size, s in zip(piece.shape, piece.strides, strict=True)) + 1) * ITEMSIZE[piece.dtype]
+    return _extent(piece.shape, piece.strides) * ITEMSIZE[piece.dtype]
+
+
+def _extent(shape: Shape, strides: Shape) -> int:
+    """Elements from the first to the last."""
+    return sum((size - 1) * s for size, s in zip(shape, strides, strict=True)) + 1
 
 
 def _alike(shape: Shape, a: Shape, b: Shape) -> bool:
