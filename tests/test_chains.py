@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -25,6 +26,8 @@ from deepseed.codegen.python import generate
 from deepseed.ir.contract import PassError
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Program
+from deepseed.ir.text import parse
+from deepseed.ir.verify import verify
 from deepseed.passes.localize import localize
 from deepseed.runtime.executable import Executable
 from deepseed.runtime.simulate import simulate
@@ -95,6 +98,36 @@ def test_a_layer_of_llama_is_in_one_chain() -> None:
     outside = [line for line in source.splitlines() if line.startswith("    ") and line[4] != " " and "chain_" not in line and "given = " not in line]
     assert not [line for line in outside if "layers_" in line and (" = kernel_" in line or "rt.accumulate(" in line or "rt.accumulate_mm(" in line) and "_update_" not in line]
     assert sorted(int(n) for n in re.findall(r"# (\d+) kernels", source))[-2:] == [28, 52]
+
+
+RETURNED = """program p mesh() facts(explicit, lowered, placed)
+%w : f32[4, 8] param "w"
+%x : f32[4, 8] batch "x"
+%a = aten.exp(%x) : f32[4, 8] {phase="forward"}
+%b = aten.neg(%a) : f32[4, 8] {phase="forward"}
+%old = reshape(%w) : f32[32] {phase="forward"}
+%c = aten.exp(%b) : f32[4, 8] {phase="forward"}
+%e = aten.neg(%c) : f32[4, 8] {phase="forward"}
+%d = aten.mul.Tensor(%e, %w) : f32[4, 8] {phase="forward"}
+return %d param "w"
+return %old output "old"
+return %b output "b"
+"""
+
+
+def test_what_is_copied_before_it_is_written_over_stands_outside() -> None:
+    """A returned view of a parameter that the program writes."""
+    p = verify(parse(RETURNED))
+    p = replace(p, ops=tuple(replace(op, kernel="" if op.target == "reshape" else f"k{n}") for n, op in enumerate(p.ops)))
+    x, w, known = torch.randn(4, 8), torch.randn(4, 8), dict[str, Any]()
+    kernels = back_ends.made(p, "cpp", known, False, lambda line: None)
+    found = []
+    for chaining in (None, kernels.chaining):
+        source, stored = generate(p, kernels=kernels.functions, chaining=chaining), w.clone()
+        (shown,) = simulate(p.mesh, [Executable(source, kernels=kernels.calls, codegen="cpp")], [[stored, x]])
+        found.append([stored, *shown])
+        assert torch.equal(shown[0], w.reshape(-1))
+    assert source.count(CHAIN) == 2 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # drawn programs -------------------------------------------------------------------------------------------------------
