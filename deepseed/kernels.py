@@ -102,10 +102,9 @@ def made(p: Program, codegen: str, known: dict[str, Compiled], counted: bool, te
     for c in calls_of(p):
         updates.update((op.name, c.name) for run in c.runs for op in run)
         known[c.name] = calls[c.name] = known.get(c.name) or update(c.formulas, codegen, c.on_host, tell)
-    chaining = None
-    if codegen == CPP and not counted and (chain := _chain(tell)) is not None:
-        chaining = Chaining(strides, views, {mark: calls[name] for mark, name in names.items()})
-        calls["chain"] = chain
+    chaining, codes = None, {mark: calls[name] for mark, name in names.items()}
+    if codegen == CPP and not counted and any(isinstance(f, cpp_files.Fixed) for f in codes.values()) and (chain := _chain(tell)) is not None:
+        chaining, calls["chain"] = Chaining(strides, views, codes), chain
     return Kernels(codegen, names, updates, calls, chaining)
 
 
