@@ -29,7 +29,7 @@ from deepseed.ir.program import ITEMSIZE, Op
 
 Shape = tuple[int, ...]
 LEAST = 4  # kernels of a chain: what is checked and made for a call costs as much as two or three lines
-HELD = 4 << 20  # bytes of given tensors that have ended, before a chain lets go of them
+HELD = 4 << 20  # bytes of given tensors that have ended, and of new ones that are made meanwhile, before a chain lets go of what has ended
 NAMES = {word: name for name, word in DTYPES.items()}
 VIEWS = ("reshape", "permute", "expand", "slice", "cast")
 
@@ -271,11 +271,13 @@ class _Run:
             bytes_before = ITEMSIZE[t.piece.dtype] * t.offset
             return (number[id(t.piece)], bytes_before) if id(t.piece) in number else (inside, t.piece.place[0] + bytes_before)
 
-        rows, dead = list[tuple[object, ...]](), list[_Piece]()
+        rows, dead, made_here = list[tuple[object, ...]](), list[_Piece](), list[_Piece]()
         for n, (name, tensors, total) in enumerate(self.calls):
-            if sum(map(_bytes, dead)) > HELD:
+            new = [piece for piece in self.pieces if piece.born == n and piece.shown]
+            if dead and sum(map(_bytes, (*dead, *made_here, *new))) > HELD:
                 rows.append((None, *(number[id(piece)] for piece in dead)))
-                dead = []
+                dead, made_here = [], []
+            made_here += new
             dead += [piece for piece in ended if piece.last == n and not piece.shown]
             if total is None:
                 rows.append((name, *map(at, tensors)))
