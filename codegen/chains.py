@@ -6,9 +6,9 @@
         y, z = made
     else:
         x, w = given
-        .. the ops' own lines, which run where there are several threads
+        .. the ops' own lines, which run where there are several threads, or where a tensor lies otherwise
 
-A chain has what lies between two ops that are no kernel in C++ and no view of one: a collective, an update, a write into what is stored. What is read outside is made as tensors; what stays inside lies in one piece
+A chain has what lies between two ops that are no kernel in C++ and no view of one: a collective, an update, a write into what is stored, a product that is torch's. What is read outside is made as tensors; what stays inside lies in one piece
 of memory, a place free again after its last use. ``chain_2`` stands in the source, as addresses (deepseed.codegen.cpp_chain.Chain).
 """
 
@@ -31,6 +31,7 @@ Shape = tuple[int, ...]
 LEAST = 4  # kernels of a chain: what is checked and made for a call costs as much as two or three lines
 HELD = 4 << 20  # bytes of given tensors that have ended, and of new ones that are made meanwhile, before a chain lets go of what has ended
 NAMES = {word: name for name, word in DTYPES.items()}
+SMALL = 1 << 16  # bytes of what is added to a sum here: a larger value is the first one's sum itself, where its op runs
 VIEWS = ("reshape", "permute", "expand", "slice", "cast")
 
 
@@ -117,11 +118,12 @@ def chains(
     return found
 
 
-def write(out: Source, chain: Chain, ops: Sequence[tuple[int, Op]], lines: Sequence[str], given: Sequence[str], bound: Sequence[str], stores: Sequence[str], here: Callable[[str], bool]) -> None:
-    """A chain's call in the place of the ops that have the ``lines``. ``given``, ``bound``: expressions and targets, in the order of the chain's; ``stores``: what follows it; ``here``: whether a name of
-    before is known."""
+def write(out: Source, chain: Chain, ops: Sequence[tuple[int, Op]], lines: Sequence[str], stores: Sequence[str], here: Callable[[str], bool]) -> None:
+    """A chain's call in the place of the ops that have the ``lines``. ``stores``: what follows it; ``here``: whether a value has a name of its own in the function, as sums have not."""
+    given = [out.name(value) if here(value) else f"v.get({out.name(value)!r})" for value in chain.given]
+    bound = [out.name(value) if here(value) else f"v[{out.name(value)!r}]" for value in chain.results]
     inside = {r for _, op in ops for r in op.results}
-    dead = [v for n, _ in ops for v in out.donation.dies.get(n, ()) if (v in chain.results if v in inside else here(v))]
+    dead = [v for n, _ in ops for v in out.donation.dies.get(n, ()) if here(v) and (v in chain.results or v not in inside)]
     out.emit(f"given = [{', '.join(given)}]")
     if early := [out.name(v) for v in dead if v in chain.given]:
         out.emit(f"del {', '.join(early)}")
@@ -129,7 +131,7 @@ def write(out: Source, chain: Chain, ops: Sequence[tuple[int, Op]], lines: Seque
     for line in [f"{', '.join(bound)}{',' * (len(bound) == 1)} = made", *stores, f"del {', '.join(['made', *(out.name(v) for v in dead if v not in chain.given)])}"]:
         out.emit(f"    {line}")
     out.emit("else:")
-    out.emit(f"    {', '.join(['_' if '(' in x else x for x in given])}{',' * (len(given) == 1)} = given")
+    out.emit(f"    {', '.join([out.name(value) if here(value) else '_' for value in chain.given])}{',' * (len(given) == 1)} = given")
     out.emit("    given.clear()")
     out.lines += [f"    {line}" for line in lines]
 
@@ -192,7 +194,7 @@ class _Run:
     def sum(self, n: int, op: Op) -> bool:
         """A sum over microbatches, of something that is made here."""
         x, shape = op.refs[0].name, self._shape(op.name)
-        if x not in self.at or op.type.dtype != "f32" or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(shape, self.at[x].strides, contiguous(shape)):
+        if x not in self.at or op.type.dtype != "f32" or 4 * prod(shape) > SMALL or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(shape, self.at[x].strides, contiguous(shape)):
             return False
         self._called(n, n, "sum", [self.at[x], self._begun(op.name, shape, contiguous(shape))], (op.name,))
         return True
@@ -273,7 +275,7 @@ class _Run:
 
         rows, dead, made_here = list[tuple[object, ...]](), list[_Piece](), list[_Piece]()
         for n, (name, tensors, total) in enumerate(self.calls):
-            new = [piece for piece in self.pieces if piece.born == n and piece.shown]
+            new = [piece for piece in self.pieces if piece.born == n and piece.shown]  # a sum is new once a step
             if dead and sum(map(_bytes, (*dead, *made_here, *new))) > HELD:
                 rows.append((None, *(number[id(piece)] for piece in dead)))
                 dead, made_here = [], []

@@ -86,9 +86,8 @@ class Chain:
     def __call__(self, given: list[Tensor | None]) -> Sequence[Tensor] | None:
         if torch.get_num_threads() > 1:
             return None
-        for x, (shape, strides) in zip(given, self.reads, strict=True):
-            if x is not None and (x.shape != shape or (x.stride() != strides and any(n > 1 and have != want for n, have, want in zip(shape, x.stride(), strides, strict=True)))):
-                return None
+        if not all(x is None or _lies(x, *lying) for x, lying in zip(given, self.reads, strict=True)):
+            return None
         inside = torch.empty(self.inside, dtype=torch.uint8) if self.inside else None
         pieces = self.pieces(*[None if x is None else x.data_ptr() for x in given])
         pieces[self.last] = None if inside is None else inside.data_ptr()
@@ -111,6 +110,10 @@ class Chain:
             assert whole is not None
             out.append(whole if lying is None else whole.as_strided(lying[0], lying[1], whole.storage_offset() + lying[2]))
         return out
+
+
+def _lies(x: Tensor, shape: torch.Size, strides: Shape) -> bool:
+    return x.shape == shape and (x.stride() == strides or all(n == 1 or have == want for n, have, want in zip(shape, x.stride(), strides, strict=True)))
 
 
 @dataclass(frozen=True)

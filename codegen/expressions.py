@@ -24,7 +24,7 @@ DTYPES = {
 _BINDINGS = frozenset(["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "neg", "rsqrt", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "relu", "erf", "abs", "sign", "floor", "ceil", "round", "reciprocal", "square", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "where.self", "maximum", "minimum", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar", "logical_and", "logical_or", "logical_not", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "bitwise_not", "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Scalar", "lerp.Tensor", "convolution", "clone", "native_layer_norm", "cumsum", "topk", "index_select", "_softmax", "_log_softmax"])
 _PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm"})  # the runtime has a way of its own for some dtypes
 _NN_BINDINGS = frozenset({"silu", "gelu"})  # in torch._C._nn
-_RESERVED = {"rt", "inputs", "torch", "ops", "device", "step", "chain", "given", "made"}
+_RESERVED = {"rt", "inputs", "torch", "ops", "device", "step", "chain", "given", "made", "_"}
 UNSHOWN = ("send", "accumulate", "collect")  # what leaves no tensor of its own name
 _IN_PARTS = {"v", "m", "mb", "part", "LANE"}  # of a scheduled program
 

@@ -181,11 +181,8 @@ class _Parts:
     def _chain(self, chain: Chain, function: _Function, lines: Sequence[str], here: set[str]) -> None:
         out = self.out
         ops = [(n, op) for n, op in function.ops if chain.first <= n <= chain.last]
-        sums = {value for value in chain.given if value in self.p.producers and self.p.producers[value].target == "accumulate" and value not in here}
-        given = [f"v.get({out.name(value)!r})" if value in sums else out.name(value) for value in chain.given]
-        bound = [f"v[{out.name(value)!r}]" if value in sums else out.name(value) for value in chain.results]
-        stores = [self._stored(value) for value in chain.results if value not in sums and self._kept(value)]
-        write(out, chain, ops, lines, given, bound, stores, here.__contains__)
+        stores = [self._stored(value) for value in chain.results if value in here and self._kept(value)]
+        write(out, chain, ops, lines, stores, here.__contains__)
         self.chains.append(chain)
 
     def _op(self, op: Op, n: int) -> None:

@@ -17,13 +17,10 @@ class Places:
     def take(self, size: int) -> tuple[int, int]:
         """Where ``size`` bytes lie: begin and end, which ``free`` is told."""
         size = -(-max(size, 1) // ALIGNED) * ALIGNED
-        hole = next(((a, b) for a, b in self._holes if b - a >= size), None)
-        begin = self.top if hole is None else hole[0]
-        if hole is None:
-            self.top += size
-        else:
-            self._holes.remove(hole)
-            self._holes += [(begin + size, hole[1])] if hole[1] - begin > size else []
+        hole = next(((a, b) for a, b in self._holes if b - a >= size or b == self.top), (self.top, self.top))  # the last one may grow
+        begin, end = hole
+        self._holes = [h for h in self._holes if h != hole] + ([(begin + size, end)] if end - begin > size else [])
+        self.top = max(self.top, begin + size)
         return begin, begin + size
 
     def free(self, begin: int, end: int) -> None:

@@ -83,7 +83,7 @@ def _chains(out: Source, chaining: Chaining | None, grouped: Mapping[int, Group]
 
 def _chain(out: Source, chain: Chain, lines: Sequence[str]) -> None:
     ops = [(n, out.p.ops[n]) for n in range(chain.first, chain.last + 1)]
-    write(out, chain, ops, lines, [out.name(value) for value in chain.given], [out.name(value) for value in chain.results], (), lambda value: True)
+    write(out, chain, ops, lines, (), lambda value: True)
 
 
 def _prologue(out: Source) -> None:

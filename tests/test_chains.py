@@ -130,6 +130,35 @@ def test_what_is_copied_before_it_is_written_over_stands_outside() -> None:
     assert source.count(CHAIN) == 2 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_buffer_that_is_a_sum_over_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends where it is added up, and is no name of the function."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(256, 256) for _ in range(3)])
+            self.register_buffer("load", torch.zeros(256))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.nn.functional.gelu(layer(x))
+            with torch.no_grad():
+                self.load.copy_(torch.softmax(x, -1).sum(0))
+            for layer in self.layers:
+                x = torch.tanh(layer(x) * x.exp())
+            return (x * x).mean()
+
+    found = []
+    for call in (RUN, lambda self, given: None):
+        monkeypatch.setattr(cpp_chain.Chain, "__call__", call)
+        torch.manual_seed(0)
+        model = Model()
+        step = deepseed.compile(model, "mb2", optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), codegen="cpp", backend="simulate")
+        found.append([step(torch.randn(512, 256)), *step.state_dict().values()])
+    assert CHAIN in step.programs.current().executables[0].source and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert float(model.load.sum()) == pytest.approx(512, rel=1e-5)
+
+
 # drawn programs -------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +234,11 @@ def test_what_has_ended_is_let_go_of_between_two_calls() -> None:
         results=((3, 0, *lies),),
     )(given)  # fmt: skip
     assert made is not None and len(made) == 1 and alive == [[True, True], [False, True], [False, False]] and not given
+    alive.clear()
+    given, known = [torch.zeros(4)], []
+    known.append(ref(given[0]))
+    chain(seen, reads=(lies,), calls=((Fake("a"), (0, 0)), (None, 0), (Fake("b"),)))(given)
+    assert alive == [[True], [False]]
 
 
 def test_a_step_lets_go_of_what_it_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +288,14 @@ def test_a_result_may_be_a_part_of_what_was_given(kernels_folder: Path) -> None:
     x = torch.randn(5, 3)[1:]
     part, whole = one([x]) or ()
     assert whole is x and torch.equal(part, x[1:3].t()) and part.data_ptr() == x[1].data_ptr()
+
+
+def test_the_last_place_grows() -> None:
+    """Of values each larger than the one before no two are there at once."""
+    places = Places()
+    for n in range(1, 20):
+        places.free(*places.take(ALIGNED * n))
+    assert places.top == ALIGNED * 19
 
 
 @drawn(200)
