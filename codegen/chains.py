@@ -14,14 +14,14 @@ of memory, a place free again after its last use. ``chain_2`` stands in the sour
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from deepseed.codegen.cpp_chain import MOST
 from deepseed.codegen.cpp_files import Fixed, Product
 from deepseed.codegen.expressions import DTYPES, Source
-from deepseed.codegen.places import Places
+from deepseed.codegen.places import Places, alike, extent, offset
 from deepseed.ir.fragment import Group
 from deepseed.ir.layout import contiguous
 from deepseed.ir.mesh import TIME
@@ -46,11 +46,10 @@ class Chaining:
 
 @dataclass(frozen=True)
 class Chain:
-    """``first``, ``last``: positions of ops; ``given``: values, and sums over microbatches, by the name of their ``accumulate``; ``results``: the same."""
+    """``ops``: with their positions; ``given``: values, and sums over microbatches, by the name of their ``accumulate``; ``results``: the same."""
 
     name: str
-    first: int
-    last: int
+    ops: Sequence[tuple[int, Op]]
     kernels: int
     given: tuple[str, ...]
     results: tuple[str, ...]
@@ -80,23 +79,28 @@ class _At:
 
 
 def chains(
-    out: Source, ops: Sequence[tuple[int, Op]], chaining: Chaining, grouped: Mapping[int, Group], names: Mapping[str, str], into: Mapping[str, Op], alone: Callable[[int, Op], bool], kept: Callable[[str], bool]
+    out: Source, ops: Sequence[tuple[int, Op]], chaining: Chaining | None, grouped: Mapping[int, Group], names: Mapping[str, str], into: Mapping[str, Op], writes: Callable[[int, Op], bool], kept: Callable[[str], bool]
 ) -> dict[int, Chain]:
-    """Of ops that run one after another, by the position of the first. ``names``: of kernels, by mark; ``into``: the sum of a product that is added as it is made; ``alone``: what more than making
-    results happens at; ``kept``: what is read beyond ``ops``."""
+    """Of ops that run one after another, by the position of the first. ``names``: of kernels, by mark; ``into``: the sum of a product that is added as it is made; ``writes``: whether what is due in
+    stored tensors after an op is written there; ``kept``: what is read beyond ``ops``."""
+    if chaining is None:
+        return {}
     found: dict[int, Chain] = {}
     run, at = _Run(out, chaining, names), 0
-    donation = out.donation
+    donation, written = out.donation, set(out.donation.written.values())
     readers: dict[str, int] = {}  # the last of ops
     for n, op in ops:
         readers.update((ref.name, n) for ref in op.refs)
 
+    def alone(n: int, op: Op) -> bool:
+        """More than making results happens at it."""
+        return op.type.host or any(r in donation.copied for r in op.results) or (n in written and writes(n, op))
+
     def close() -> None:
         nonlocal run
         if run.kernels >= LEAST:
-            first, last = run.first, run.last
-            ended = {v for n, _ in ops if first <= n <= last for v in donation.dies.get(n, ())}
-            found[first] = run.chain(ended, lambda value: kept(value) or readers.get(value, -1) > last)
+            last = run.last
+            found[run.first] = run.chain([each for each in ops if run.first <= each[0] <= last], lambda value: kept(value) or readers.get(value, -1) > last)
         run = _Run(out, chaining, names)
 
     while at < len(ops):
@@ -118,12 +122,12 @@ def chains(
     return found
 
 
-def write(out: Source, chain: Chain, ops: Sequence[tuple[int, Op]], lines: Sequence[str], stores: Sequence[str], here: Callable[[str], bool]) -> None:
-    """A chain's call in the place of the ops that have the ``lines``. ``stores``: what follows it; ``here``: whether a value has a name of its own in the function, as sums have not."""
+def write(out: Source, chain: Chain, lines: Sequence[str], stores: Sequence[str], here: Callable[[str], bool]) -> None:
+    """A chain's call in the place of its ops' ``lines``. ``stores``: what follows it; ``here``: whether a value has a name of its own in the function, as sums have not."""
     given = [out.name(value) if here(value) else f"v.get({out.name(value)!r})" for value in chain.given]
     bound = [out.name(value) if here(value) else f"v[{out.name(value)!r}]" for value in chain.results]
-    inside = {r for _, op in ops for r in op.results}
-    dead = [v for n, _ in ops for v in out.donation.dies.get(n, ()) if here(v) and (v in chain.results or v not in inside)]
+    inside = {r for _, op in chain.ops for r in op.results}
+    dead = [v for n, _ in chain.ops for v in out.donation.dies.get(n, ()) if here(v) and (v in chain.results or v not in inside)]
     out.emit(f"given = [{', '.join(given)}]")
     if early := [out.name(v) for v in dead if v in chain.given]:
         out.emit(f"del {', '.join(early)}")
@@ -151,10 +155,7 @@ class _Run:
 
     def view(self, n: int, op: Op) -> bool:
         at = self._of(op.refs[0].name)
-        start = op.kw("start", 0) if op.target == "slice" else 0
-        offset = at.strides[int(str(op.kw("dim", 0)))] * int(str(start)) if start else 0
-        self.at[op.name] = _At(at.piece, at.offset + offset, self.chaining.strides[op.name])
-        self.made[op.name] = n
+        self._made(n, op.name, _At(at.piece, at.offset + offset(op, at.strides), self.chaining.strides[op.name]))
         return True
 
     def call(self, n: int, g: Group) -> bool:
@@ -163,13 +164,13 @@ class _Run:
             return self._product(n, g, code)
         if not isinstance(code, Fixed) or len(code.strides) + len(code.makes) > MOST:
             return False
-        if any(not _alike(self._shape(v), strides, self.chaining.strides[v]) for v, (_, _, strides, _) in zip(g.makes, code.outputs, strict=True)):
+        if any(not alike(self._shape(v), strides, self.chaining.strides[v]) for v, (_, _, strides, _) in zip(g.makes, code.outputs, strict=True)):
             return False
         reads = [self._of(v) for v in g.reads]
         made = [reads[code.into[k]] if k in code.into else self._new(tuple(shape), tuple(strides), NAMES[str(dtype)]) for k, (shape, strides, dtype) in enumerate(code.makes)]
-        for value, (given, k, strides, offset) in zip(g.makes, code.outputs, strict=True):
+        for value, (given, k, strides, before) in zip(g.makes, code.outputs, strict=True):
             base = (reads if given else made)[k]
-            self._made(n, value, _At(base.piece, base.offset + offset, tuple(strides)))
+            self._made(n, value, _At(base.piece, base.offset + before, tuple(strides)))
         self._called(n, g.last - 1, self.names[g.kernel], [*reads, *made], None)
         return True
 
@@ -194,7 +195,7 @@ class _Run:
     def sum(self, n: int, op: Op) -> bool:
         """A sum over microbatches, of something that is made here."""
         x, shape = op.refs[0].name, self._shape(op.name)
-        if x not in self.at or op.type.dtype != "f32" or 4 * prod(shape) > SMALL or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not _alike(shape, self.at[x].strides, contiguous(shape)):
+        if x not in self.at or op.type.dtype != "f32" or 4 * prod(shape) > SMALL or getattr(self.p.types[x].layout.on(TIME), "op", "sum") != "sum" or not alike(shape, self.at[x].strides, contiguous(shape)):
             return False
         self._called(n, n, "sum", [self.at[x], self._begun(op.name, shape, contiguous(shape))], (op.name,))
         return True
@@ -239,8 +240,9 @@ class _Run:
 
     # source -----------------------------------------------------------------------------------------------------------
 
-    def chain(self, ended: Collection[str], read_later: Callable[[str], bool]) -> Chain:
-        """``ended``: values that nothing reads after it."""
+    def chain(self, ops: Sequence[tuple[int, Op]], read_later: Callable[[str], bool]) -> Chain:
+        """``ops``: from the first to the last."""
+        ended = {v for n, _ in ops for v in self.out.donation.dies.get(n, ())}
         shown = [v for v, n in self.made.items() if n <= self.last and read_later(v)]
         for v in shown:
             at = self.at[v]
@@ -249,7 +251,7 @@ class _Run:
         given = [piece for piece in self.given.values() if id(piece) in used]
         sums, makes = list(self.sums), [piece for piece in self.pieces if piece.shown or piece.begun]
         for piece in makes:  # one tensor of it is made as it is shown
-            if (whole := next((s for s in piece.shown if s[0] == 0 and _extent(*s[1:]) == _extent(piece.shape, piece.strides) and not piece.begun), None)) is not None:
+            if (whole := next((s for s in piece.shown if s[0] == 0 and extent(*s[1:]) == extent(piece.shape, piece.strides) and not piece.begun), None)) is not None:
                 piece.shape, piece.strides = whole[1:]
         number = {id(piece): n for n, piece in enumerate([*given, *self.sums.values(), *makes])}  # of a sum the last: the memory that it is in
         size = self._inside()
@@ -264,7 +266,7 @@ class _Run:
         text += [f"    inside={size},"]
         text += _listed("calls", ((f"({', '.join(map(str, call))})", "") for call in calls))
         text += [*_listed("results", zip(results, [*shown, *sums], strict=True)), ")"]
-        return Chain(named, self.first, self.last, self.kernels, (*(g.value for g in given), *sums), (*shown, *sums), text)
+        return Chain(named, ops, self.kernels, (*(g.value for g in given), *sums), (*shown, *sums), text)
 
     def _rows(self, ended: Sequence[_Piece], number: Mapping[int, int], begun: Mapping[str, int], inside: int) -> list[tuple[object, ...]]:
         """``ended``: given pieces that nothing reads after the chain; ``number``: of pieces, by identity; ``begun``: of the given sums; ``inside``: the piece of what stays inside."""
@@ -307,16 +309,7 @@ class _Run:
 
 
 def _bytes(piece: _Piece) -> int:
-    return _extent(piece.shape, piece.strides) * ITEMSIZE[piece.dtype]
-
-
-def _extent(shape: Shape, strides: Shape) -> int:
-    """Elements from the first to the last."""
-    return sum((size - 1) * s for size, s in zip(shape, strides, strict=True)) + 1
-
-
-def _alike(shape: Shape, a: Shape, b: Shape) -> bool:
-    return all(size == 1 or x == y for size, x, y in zip(shape, a, b, strict=True))
+    return extent(piece.shape, piece.strides) * ITEMSIZE[piece.dtype]
 
 
 def _listed(name: str, rows: Iterable[tuple[object, str]]) -> list[str]:

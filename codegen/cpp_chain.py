@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseed.codegen.cpp_files import Product, library
+from deepseed.codegen.places import alike
 
 Shape = tuple[int, ...]
 MOST = 64  # tensors of a kernel
@@ -86,7 +87,7 @@ class Chain:
     def __call__(self, given: list[Tensor | None]) -> Sequence[Tensor] | None:
         if torch.get_num_threads() > 1:
             return None
-        if not all(x is None or _lies(x, *lying) for x, lying in zip(given, self.reads, strict=True)):
+        if not all(x is None or (x.shape == shape and (x.stride() == strides or alike(shape, x.stride(), strides))) for x, (shape, strides) in zip(given, self.reads, strict=True)):
             return None
         inside = torch.empty(self.inside, dtype=torch.uint8) if self.inside else None
         pieces = self.pieces(*[None if x is None else x.data_ptr() for x in given])
@@ -110,10 +111,6 @@ class Chain:
             assert whole is not None
             out.append(whole if lying is None else whole.as_strided(lying[0], lying[1], whole.storage_offset() + lying[2]))
         return out
-
-
-def _lies(x: Tensor, shape: torch.Size, strides: Shape) -> bool:
-    return x.shape == shape and (x.stride() == strides or all(n == 1 or have == want for n, have, want in zip(shape, x.stride(), strides, strict=True)))
 
 
 @dataclass(frozen=True)

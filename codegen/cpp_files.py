@@ -29,6 +29,7 @@ from deepseed.codegen.cpp_ops import LIBRARY
 from deepseed.codegen.expressions import DTYPES, CodegenError
 from deepseed.codegen.inductor import compiler, once, processor, python, told_compiler
 from deepseed.codegen.kernels import Kernel, is_attention, is_product
+from deepseed.codegen.places import alike
 from deepseed.codegen.updates import Formula, name_of
 from deepseed.ir.kernels import LEAST_ROWS
 from deepseed.ops import accumulate_mm
@@ -341,6 +342,6 @@ class _Rows:
 
 def _lying(x: Tensor, strides: Shape) -> Tensor:
     """The same elements where the kernel looks for them."""
-    if all(n == 1 or have == want for n, have, want in zip(x.shape, x.stride(), strides, strict=True)):
+    if alike(x.shape, x.stride(), strides):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)

@@ -20,6 +20,7 @@ from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.index_maps import Refine, Var, covers
 from deepseed.codegen.kernels import Kernel
 from deepseed.codegen.lookups import numbered
+from deepseed.codegen.places import extent, offset
 from deepseed.codegen.spaces import REDUCTIONS, Space, add, closure_of, ops_of, read_along, space_of
 from deepseed.ir.layout import contiguous
 from deepseed.ir.program import Op, Program
@@ -70,11 +71,9 @@ class _Writer:
         for op, (made, view) in zip(p.ops, lying, strict=True):
             self.strides.update(zip(op.results, made, strict=True))
             if view:
-                base, _, offset = self.views.get(op.refs[0].name, (op.refs[0].name, (), 0))
-                if op.target == "slice":
-                    offset += self.strides[op.refs[0].name][int(str(op.kw("dim", 0)))] * int(str(op.kw("start", 0)))
-                self.views[op.name] = (base, made[0], offset)
-        if any(sum((n - 1) * s for n, s in zip(i.type.shape, given, strict=True)) >= LARGEST for i, given in zip(p.inputs, strides, strict=True)):
+                base, _, before = self.views.get(op.refs[0].name, (op.refs[0].name, (), 0))
+                self.views[op.name] = (base, made[0], before + offset(op, self.strides[op.refs[0].name]))
+        if any(extent(i.type.shape, given) > LARGEST for i, given in zip(p.inputs, strides, strict=True)):
             raise CodegenError(f"an operand of {name} reaches beyond {LARGEST} elements")
         self.memory: dict[str, Strides] = {i.name: s for i, s in zip(p.inputs, strides, strict=True)}
         self.own: dict[str, str] = {}  # what lies in memory of the function's own, with its declaration

@@ -17,7 +17,7 @@ from deepseed.codegen.cpp import Function, Shape, source
 from deepseed.codegen.cpp_ops import TYPES, computed
 from deepseed.codegen.expressions import CodegenError
 from deepseed.codegen.kernels import Kernel
-from deepseed.codegen.places import Places
+from deepseed.codegen.places import Places, offset
 from deepseed.ir.fragment import Group, fragment, groups
 from deepseed.ir.layout import contiguous
 from deepseed.ir.program import ITEMSIZE, Op, Program, Ref
@@ -137,8 +137,8 @@ class _Step:
         p = self.p
         if self.lies.views[n]:
             base = op.refs[0].name
-            offset = self.lies.strides[base][self._int(op, "dim")] * self._int(op, "start") if op.target == "slice" else 0
-            self.at[op.name] = self.at[base] + (f" + {self._number(offset)} * {ITEMSIZE[op.type.dtype]}" if offset else "")
+            before = offset(op, self.lies.strides[base])
+            self.at[op.name] = self.at[base] + (f" + {self._number(before)} * {ITEMSIZE[op.type.dtype]}" if before else "")
             if base in self.block:
                 self.block[op.name] = self.block[base]
             return

@@ -137,8 +137,9 @@ class _Parts:
         here = set(function.reads) | {r for _, op in function.ops for r in op.results if op.target not in ("accumulate", "collect", "send")}
         place = ("", "")
         done = -1
-        found = self._chains(function)
-        ends = {chain.last: chain for chain in found.values()}
+        found = chains(out, function.ops, self.chaining, self.grouped, self.kernels, self.into, lambda n, op: self._writes(op, n), self._kept)
+        ends = {chain.ops[-1][0]: chain for chain in found.values()}
+        self.chains += found.values()
         for n, op in function.ops:
             if n <= done:
                 continue
@@ -165,25 +166,7 @@ class _Parts:
                 self._close(done, each, here, shown)
             if done in ends:
                 lines, out.lines = out.lines, function.lines
-                self._chain(ends[done], function, lines, here)
-
-    def _chains(self, function: _Function) -> dict[int, Chain]:
-        """By the position of the first op."""
-        if self.chaining is None:
-            return {}
-        donation, written = self.donation, set(self.donation.written.values())
-
-        def alone(n: int, op: Op) -> bool:
-            return op.type.host or any(r in donation.copied for r in op.results) or (n in written and self._writes(op, n))
-
-        return chains(self.out, function.ops, self.chaining, self.grouped, self.kernels, self.into, alone, self._kept)
-
-    def _chain(self, chain: Chain, function: _Function, lines: Sequence[str], here: set[str]) -> None:
-        out = self.out
-        ops = [(n, op) for n, op in function.ops if chain.first <= n <= chain.last]
-        stores = [self._stored(value) for value in chain.results if value in here and self._kept(value)]
-        write(out, chain, ops, lines, stores, here.__contains__)
-        self.chains.append(chain)
+                write(out, ends[done], lines, [self._stored(value) for value in ends[done].results if value in here and self._kept(value)], here.__contains__)
 
     def _op(self, op: Op, n: int) -> None:
         out, types = self.out, ", ".join(format_type(t, self.p.mesh) for t in op.types)

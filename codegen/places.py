@@ -1,8 +1,11 @@
-"""Places in one piece of memory, given out and taken back while a source is written: what it holds is known before it runs."""
+"""Where values lie in memory: places in one piece of it, given out and taken back while a source is written, and what strides say."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from deepseed.ir.program import Op
 
 ALIGNED = 64  # bytes
 
@@ -31,3 +34,18 @@ class Places:
             else:
                 joined.append((a, b))
         self._holes = joined
+
+
+def offset(op: Op, strides: Sequence[int]) -> int:
+    """Elements from the beginning of its operand, which has these strides, to that of a view of it."""
+    return strides[int(str(op.kw("dim", 0)))] * int(str(op.kw("start", 0))) if op.target == "slice" else 0
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last, both counted."""
+    return sum((size - 1) * s for size, s in zip(shape, strides, strict=True)) + 1
+
+
+def alike(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether strides mean the same: those of one element in a dimension mean nothing."""
+    return all(size == 1 or x == y for size, x, y in zip(shape, a, b, strict=True))

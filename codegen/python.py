@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from deepseed.codegen.chains import Chain, Chaining, chains, write
+from deepseed.codegen.chains import Chaining, chains, write
 from deepseed.codegen.expressions import Source, assignment, listed
 from deepseed.codegen.kernels import NONE, call, starts
 from deepseed.codegen.optim import UPDATES, Update
 from deepseed.codegen.parts import generate_parts
-from deepseed.ir.fragment import Group
 from deepseed.ir.mesh import Mesh
 from deepseed.ir.program import Op, Program
 from deepseed.ir.text import format_type
@@ -34,8 +33,9 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
     _close(out, update, (-1,), [i.name for i in p.inputs])
     place = ("", "")
     grouped = starts(p, kernels)
-    found = _chains(out, chaining, grouped, kernels)
-    whole, ends = out.lines, {chain.last: chain for chain in found.values()}
+    returned = {o.ref.name for o in p.outputs}
+    found = chains(out, list(enumerate(p.ops)), chaining, grouped, kernels, {}, lambda n, op: True, returned.__contains__)
+    whole, ends = out.lines, {chain.ops[-1][0]: chain for chain in found.values()}
     n = 0
     while n < len(p.ops):
         op = p.ops[n]
@@ -53,7 +53,7 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
             n = g.last
             if n - 1 in ends:
                 lines, out.lines = out.lines, whole
-                _chain(out, ends[n - 1], lines)
+                write(out, ends[n - 1], lines, (), lambda value: True)
             continue
         if op.target in UPDATES:
             together = update.together(n)
@@ -64,26 +64,9 @@ def generate(p: Program, lane: int = 0, looked: bool = False, kernels: Mapping[s
         for each in together:
             _close(out, update, (n,), each.results)
             n += 1
-    returned = [out.name(o.ref.name + (".copy" if o.ref.name in donation.copied else "")) for o in donation.returned]
-    out.emit(f"return {listed(returned)}")
+    shown = [out.name(o.ref.name + (".copy" if o.ref.name in donation.copied else "")) for o in donation.returned]
+    out.emit(f"return {listed(shown)}")
     return "\n".join([*out.lines, *(line for chain in found.values() for line in ("", "", *chain.text))]) + "\n"
-
-
-def _chains(out: Source, chaining: Chaining | None, grouped: Mapping[int, Group], kernels: Mapping[str, str]) -> dict[int, Chain]:
-    """By the position of the first op."""
-    if chaining is None:
-        return {}
-    donation, returned, written = out.donation, {o.ref.name for o in out.p.outputs}, set(out.donation.written.values())
-
-    def alone(n: int, op: Op) -> bool:
-        return op.type.host or n in written or any(r in donation.copied for r in op.results)
-
-    return chains(out, list(enumerate(out.p.ops)), chaining, grouped, kernels, {}, alone, returned.__contains__)
-
-
-def _chain(out: Source, chain: Chain, lines: Sequence[str]) -> None:
-    ops = [(n, out.p.ops[n]) for n in range(chain.first, chain.last + 1)]
-    write(out, chain, ops, lines, (), lambda value: True)
 
 
 def _prologue(out: Source) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 
@@ -114,3 +115,11 @@ def ssh(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("# what all nodes get\nSAID=a b\n")
     return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

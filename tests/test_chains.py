@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,11 @@ wide = pytest.mark.wide
 RUN, CHAIN = cpp_chain.Chain.__call__, "made := "
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """And chains of two kernels, products on any processor."""
+@pytest.fixture(autouse=True)
+def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kernels, and products on any processor."""
     monkeypatch.setattr(chains, "LEAST", 2)
     monkeypatch.setattr(cpp_files, "pays", lambda: True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # models ---------------------------------------------------------------------------------------------------------------
@@ -270,6 +266,27 @@ def test_an_index_out_of_range_names_its_kernel() -> None:
     one = chain(lambda *_: 2, reads=(((2,), (1,)),), calls=((Fake("a"), (0, 0)), (Fake("kernel_b"), (0, 0))))
     with pytest.raises(IndexError, match=r"^kernel_b: an index is out of range\n  fix: labels and ids must be below"):
         one([torch.zeros(2)])
+
+
+def test_an_index_out_of_range_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compiled kernels: what a chain meets is said as the kernel alone says it."""
+    made, batch = tiny_model("LlamaForCausalLM", {"batch_size": 8, "sequence_length": 64, **WIDER["LlamaForCausalLM"]})
+    del batch["attention_mask"]
+    step = deepseed.compile(made, "zero0", optimizer=torch.optim.SGD(made.parameters(), lr=0.1), codegen="cpp", backend="simulate")
+    step(batch)
+    batch["labels"][0, 5] = 10**6
+    within: list[bool] = []
+
+    def call(self: cpp_chain.Chain, given: list[Any]) -> Any:
+        within.append(True)
+        out = RUN(self, given)
+        within.pop()
+        return out
+
+    monkeypatch.setattr(cpp_chain.Chain, "__call__", call)
+    with pytest.raises(Exception, match=r"kernel_\w+: an index is out of range\n  fix: labels and ids must be below") as error:
+        step(batch)
+    assert within == [True], error
 
 
 def test_a_sum_begins_with_nothing_and_goes_on_in_its_own_memory(kernels_folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import platform
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,14 +221,6 @@ def counted(text: str, folder: Path, patch: pytest.MonkeyPatch, in_tiles: bool =
     assert isinstance(code, cpp_files.Product) and not said
     code.products = counts = Counted(code.products, in_tiles)  # type: ignore[assignment]
     return code, counts
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
