@@ -16,6 +16,7 @@ from deepseed.codegen.spaces import REDUCTIONS, Indices, closure_of, depths
 from deepseed.codegen.triton_ops import TYPES, Register, computed
 from deepseed.codegen.triton_places import Plan, Scope, every, word
 from deepseed.codegen.triton_reductions import Reductions
+from deepseed.ir.program import Op
 
 __all__ = ["Kernel", "Plan"]
 
@@ -47,6 +48,7 @@ class Kernel(Reductions):
         else:
             early = {key: name for key, name in accumulators.items() if key[0] in plan.early}
             self._accumulate(early)
+            self._side_by_side()
             self._stores(self.plan.targets)
             self._accumulate({key: name for key, name in accumulators.items() if key not in early})
         if plan.partial:
@@ -97,7 +99,7 @@ class Kernel(Reductions):
     def _rows_in_blocks(self, accumulators: Mapping[tuple[str, Indices], str]) -> None:
         """The row does not fit: one loop for each reduction that waits for another, and one more for what waits for the last. What is stored, or added up over rows, is so in the first
         loop that has it."""
-        inner = [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self.needed and self.plan.space.reduced(self.p, op) == self.plan.row]
+        inner = self._inner()
         online = {op.name: maximum for op in inner if (maximum := self._rescaled(op)) is not None and any(maximum is o for o in inner)}
         depth = depths(self.p, [op.name for op in inner], {name: maximum.name for name, maximum in online.items()})
         stored = [t for t in self.plan.targets if "r" in self._axes(self.plan.space.index[t])]
@@ -140,6 +142,23 @@ class Kernel(Reductions):
             self._stores(stored)
             self._accumulate(along)
             self._close_r()
+
+    def _side_by_side(self) -> None:
+        """What one held row is reduced to, in the order of the ops, where neither waits for the other: asked for by what is stored, the first would be followed by all that waits for it alone, which is
+        held beside the row that the next one reads."""
+        inner = self._inner() if self.plan.rows else []
+        depth = depths(self.p, [op.name for op in inner])
+        reads = {op.name: closure_of(self.p, self.memory, [op.refs[0].name]) for op in inner}
+        for op in inner:
+            if any(other is not op and depth[other.name] == depth[op.name] and reads[other.name] & reads[op.name] for other in inner):
+                index = self.plan.space.index[op.name]
+                for binding in self._bindings(index):
+                    self.bound = binding
+                    self.at(op.name, tuple(i.put(binding) for i in index))
+
+    def _inner(self) -> list[Op]:
+        """What reduces rows."""
+        return [op for op in self.p.ops if op.target in REDUCTIONS and op.name in self.needed and self.plan.space.reduced(self.p, op) == self.plan.row]
 
     def _open_r(self) -> None:
         self.scopes.append(Scope())

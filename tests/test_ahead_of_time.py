@@ -76,8 +76,6 @@ found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""
 REAL = """from test_triton_models import fragments_of
 found = list({{str(q): (f"{{n}} {{d}}", q) for n, p in enumerate(fragments_of(*{sizes!r})) for d in ("bf16", "f32") for q in [retyped(p, d)]}}.values())"""
 
-SPILLED = {("sm_80", 8192, "bert"): 8}  # bytes: float32 of the embeddings' backward, which adds three gradients in front of a norm's
-
 
 @needs.triton
 @pytest.mark.wide
@@ -116,8 +114,8 @@ def test_standard_fragments_of_real_sizes_do_not_spill(tmp_path: Path, target: s
 def test_every_kernel_of_real_sizes_does_not_spill(tmp_path: Path, target: str, width: int, name: str) -> None:
     """Of 8192 tokens and 50304 words, in bfloat16 and in float32."""
     made = compile_all(tmp_path, target, REAL.format(sizes=(name, 128, 64, width // 128, 128, 4 * width, 50304)))
-    spilled = [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]]
-    assert len({c["fragment"] for c in made}) > 20 and sum(n for *_, n in spilled) <= SPILLED.get((target, width, name), 0), spilled
+    assert len({c["fragment"] for c in made}) > 20
+    assert not [(c["fragment"], c["kernel"], c["spilled"]) for c in made if c["spilled"]]
 
 
 @needs.triton

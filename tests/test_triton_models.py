@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from functools import cache
 from math import isqrt
@@ -189,6 +191,25 @@ def moves_what_is_said(interpreter: Interpreter, p: Program, inputs: list[torch.
     assert read <= loops * least[0] + parts and written <= least[1] + parts, f"read {read}, least {least[0]}; written {written}, least {least[1]}\n{p}\n{source(p)}"
     if loops == 1 and not any(op.target in SUMS for op in p.ops):
         assert traffic.again == 0, f"a program reads {traffic.again} bytes twice\n{p}\n{source(p)}"
+
+
+@pytest.mark.parametrize("name", ["gpt2_6", "bert_13"])
+def test_sums_of_a_row_that_wait_for_none_stand_together(name: str) -> None:
+    """Nothing of a row that waits for the first is made before the second: registers of one more row spilled for three gradients in front of a norm's backward."""
+    found = 0
+    for kernel in source(resized(fragments()[name], rows=1, tokens=3, head=64, inner=64, words=320)).split("@triton.jit")[1:]:
+        lines = [line.strip() for line in kernel.splitlines()]
+        sums = [n for n, line in enumerate(lines) if re.fullmatch(r"\w+ = tl\.sum\(.*, 1, keep_dims=True\)", line)]
+        for first, second in itertools.pairwise(sums):
+            waiting = {lines[first].partition(" ")[0]}
+            for line in lines[first + 1 : second]:
+                made, _, made_of = line.partition(" = ")
+                if waiting & set(re.findall(r"\w+", made_of)):
+                    waiting.add(made)
+            if not waiting & set(re.findall(r"\w+", lines[second].partition(" = ")[2])):
+                found += 1
+                assert waiting == {lines[first].partition(" ")[0]}, kernel
+    assert found
 
 
 APART = {"llama_7": "cos and sin, by a kernel of q's heads and one of k's: two groups in a program", "gpt2_0": "a row's number against a column's, as in ABOVE"}
