@@ -91,6 +91,15 @@ def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, ker
     return Blocks(max(UNIT, min(x, power(queries))), max(UNIT, min(r, power(keys))), warps, least=UNIT)
 
 
+def head_sizes(keys: int, features: int, bytes_each: int, causal: bool) -> Blocks | None:
+    """Of attention's backward where a program has all keys of a head at once; None where its registers do not hold them on sm_80, sm_90 and gfx942: 32 keys of 128 features in 16 bits,
+    64 of 64 features, 128 where all queries see all (a mask by place takes a few registers more); 32 of 64 features in 32 bits, 16 of 32 in 64."""
+    if features * bytes_each > 256:
+        return None
+    most = {2: 32 if features > 64 else 64 if causal else 128, 4: 32, 8: 16}[bytes_each]
+    return Blocks(UNIT, max(UNIT, power(keys)), 4 if bytes_each == 2 else 8, least=UNIT) if keys <= most else None
+
+
 def chunk_size(elements: int) -> int:
     """Elements of a program that works on one of many tensors: as many as leave four programs a multiprocessor, between 1024 and 65536."""
     return max(1024, min(1 << 16, power(elements // (2 * PROGRAMS))))

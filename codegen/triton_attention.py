@@ -1,10 +1,12 @@
 """Attention as Triton kernels: the softmax of a row of scores is made while keys are read, so that no score is written to memory.
 
     sdpa:           attend    programs have queries of one head, and go through the keys
-    sdpa_backward:  for_queries  programs have queries, and go through the keys: dq; and of each query the sum over features of out * gradient
+    sdpa_backward:  for_heads  programs have one head of k and v whole, where its keys are one block, and go through all queries of the heads that share it: dq, dk, dv
+                    for_queries  where they are more: programs have queries, and go through the keys: dq; and of each query the sum over features of out * gradient
                     for_keys  programs have keys of one head of k and v, and go through all queries of the heads that share it, with those sums: dk, dv
 
-Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit; so q, k, v and the gradient are read by both kernels (docs/design.md).
+Scores are made again in the backward pass. No sum is made by more than one program, so that a run repeats bit for bit; so more keys than a program holds are two kernels, and both read q, k, v and
+the gradient (docs/design.md).
 What the ops mean: deepseed/ops/attention.py.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from deepseed.codegen.block_sizes import Blocks, attention_sizes
+from deepseed.codegen.block_sizes import Blocks, attention_sizes, head_sizes
 from deepseed.codegen.expressions import DTYPES, CodegenError, listed
 from deepseed.codegen.triton_ops import LIBRARY, TYPES, computed
 from deepseed.codegen.triton_writer import POINTERS, Launch
@@ -70,6 +72,11 @@ class _Attention:
         return repr(float(value))
 
     @property
+    def whole(self) -> Blocks | None:
+        """Of a program that has all keys of a head."""
+        return head_sizes(self.keys, max(self.d, self.e), ITEMSIZE[self.dtype], self.causal)
+
+    @property
     def causal(self) -> bool:
         return bool(self.op.kw("causal", False))
 
@@ -115,19 +122,24 @@ class _Attention:
                 "acc = product(p.to(v_.dtype), v_, acc)", "most = more",
             ]),
             "some = total != 0", *self._store("out", "s[:, None]", "e[None, :]", "acc / tl.where(some, total, 1.0)[:, None]", self._inside("s", "e")),
-            f"tl.store(o_lse + (batch * {self.h} + head) * {self.s} + s, tl.where(some, most + tl.log(tl.where(some, total, 1.0)), 0.0), mask=s_in)",
+            f"tl.store(o_lse + {self._row()}, tl.where(some, most + tl.log(tl.where(some, total, 1.0)), 0.0), mask=s_in)",
         ]  # fmt: skip
-        rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
-        self._kernel("attend", ("q", "k", "v", *self._mask()), (*made, "o_lse"), body, "SB", self.s, self.h, self._loaded("q", "k", "v", *self._mask()), self._bytes_of(made, self.dtype) + rows)
+        read = ("q", "k", "v", *self._mask())
+        self._kernel("attend", read, (*made, "o_lse"), body, "SB", self.s, self.h, self._loaded(*read), self._bytes_of(made, self.dtype) + self._rows())
 
     def _backward(self) -> None:
-        rows = self.b * self.h * self.s * ITEMSIZE[self.wide]
-        wide, row = f".to({TYPES[self.wide]})", f"(batch * {self.h} + head) * {self.s} + s"
-        self.calls += ["lse = lse.contiguous()", f"inner_ = torch.empty({listed((self.b, self.h, self.s))}, dtype={DTYPES[self.wide]}, device=q.device)"]
+        self.calls.append("lse = lse.contiguous()")
         dq = {"o_dq": (self.b, self.h, self.s, self.d)}
-        dk, dv = {"o_dk": (self.b, self.h // self.group, self.t, self.d)}, {"o_dv": (self.b, self.h // self.group, self.t, self.e)}
-        self._allocate({**dq, **dk, **dv}, self.dtype)
-        read = ("q", "k", "v", *self._mask(), "g")
+        dkv = {"o_dk": (self.b, self.h // self.group, self.t, self.d), "o_dv": (self.b, self.h // self.group, self.t, self.e)}
+        self._allocate(dq | dkv, self.dtype)
+        if self.whole is not None:
+            self._for_keys("for_heads", self._inner_sum(), dq | dkv)
+            return
+        self.calls.append(f"inner_ = torch.empty({listed((self.b, self.h, self.s))}, dtype={DTYPES[self.wide]}, device=q.device)")
+        self._for_queries(dq)
+        self._for_keys("for_keys", [f"sum_ = tl.load(inner_ + {self._row()}, mask=s_in, other=0)"], dkv)
+
+    def _for_queries(self, dq: Mapping[str, tuple[int, ...]]) -> None:
         loop = [
             "t = first + tl.arange(0, TB)", f"t_in = t < {self.keys}",
             *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), f"// {self.group}"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), f"// {self.group}"),
@@ -135,19 +147,25 @@ class _Attention:
         ]  # fmt: skip
         body = [
             *self._program("s", "SB", self.h), *self._axis("d", self.d), *self._axis("e", self.e), *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")),
-            *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")), *self._load("out", "s[:, None]", "e[None, :]", self._inside("s", "e")),
-            f"sum_ = tl.sum(out_{wide} * g_{wide}, 1)", f"tl.store(inner_ + {row}, sum_, mask=s_in)", f"lse_ = tl.load(lse + {row}, mask=s_in, other=0)",
+            *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
+            *self._inner_sum(), f"tl.store(inner_ + {self._row()}, sum_, mask=s_in)", f"lse_ = tl.load(lse + {self._row()}, mask=s_in, other=0)",
             f"dq = tl.zeros([SB, DB], {TYPES[self.wide]})", f"for first in range(0, {self._keys_seen()}, TB):", *self._nested(loop),
             *self._store("dq", "s[:, None]", "d[None, :]", "dq", self._inside("s", "d")),
         ]  # fmt: skip
-        self._kernel("for_queries", (*read, "out", "lse"), ("inner_", *dq), body, "SB", self.s, self.h, self._loaded(*read, "out") + rows, self._bytes_of(dq, self.dtype) + rows)
+        read = ("q", "k", "v", *self._mask(), "g", "out")
+        self._kernel("for_queries", (*read, "lse"), ("inner_", *dq), body, "SB", self.s, self.h, self._loaded(*read) + self._rows(), self._bytes_of(dq, self.dtype) + self._rows())
 
+    def _for_keys(self, name: str, inner: list[str], made: Mapping[str, tuple[int, ...]]) -> None:
+        """``inner``: how the sums over features of out * gradient come. With dq among ``made``: of all keys, that is of one block."""
+        whole = "o_dq" in made
         loop = [
-            "s = first + tl.arange(0, SB)", f"s_in = s < {self.s}", *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")), *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")),
-            f"lse_ = tl.load(lse + {row}, mask=s_in, other=0)", f"sum_ = tl.load(inner_ + {row}, mask=s_in, other=0)",
+            "s = first + tl.arange(0, SB)", f"s_in = s < {self.s}", *self._load("g", "s[:, None]", "e[None, :]", self._inside("s", "e")), *inner,
+            *self._load("q", "s[:, None]", "d[None, :]", self._inside("s", "d")), f"lse_ = tl.load(lse + {self._row()}, mask=s_in, other=0)",
             *self._again("q_, tl.trans(k_)", "g_, tl.trans(v_)"),
             "dv = product(tl.trans(p).to(g_.dtype), g_, dv)", "dk = product(tl.trans(ds).to(q_.dtype), q_, dk)",
         ]  # fmt: skip
+        if whole:
+            loop += self._store("dq", "s[:, None]", "d[None, :]", f"product(ds.to(k_.dtype), k_, tl.zeros([SB, DB], {TYPES[self.wide]}))", self._inside("s", "d"))
         body = [
             *self._program("t", "TB", self.h // self.group, "head_k"), *self._axis("d", self.d), *self._axis("e", self.e),
             *self._load("k", "t[:, None]", "d[None, :]", self._inside("t", "d"), head="head_k"), *self._load("v", "t[:, None]", "e[None, :]", self._inside("t", "e"), head="head_k"),
@@ -156,10 +174,26 @@ class _Attention:
             *self._nested(["head = tl.cast(n, tl.int64)", f"for first in range({'tl.program_id(0) * TB' if self.causal else '0'}, {self.s}, SB):", *self._nested(loop)]),
             *self._store("dk", "t[:, None]", "d[None, :]", "dk", self._inside("t", "d"), head="head_k"), *self._store("dv", "t[:, None]", "e[None, :]", "dv", self._inside("t", "e"), head="head_k"),
         ]  # fmt: skip
-        self._kernel("for_keys", (*read, "lse", "inner_"), (*dk, *dv), body, "TB", self.t, self.h // self.group, self._loaded(*read) + 2 * rows, self._bytes_of({**dk, **dv}, self.dtype))
+        read = ("q", "k", "v", *self._mask(), "g", *(("out",) if whole else ()))
+        given = (*read, "lse", *(() if whole else ("inner_",)))
+        self._kernel(name, given, tuple(made), body, "TB", self.t, self.h // self.group, self._loaded(*read) + (1 if whole else 2) * self._rows(), self._bytes_of(made, self.dtype))
+
+    def _inner_sum(self) -> list[str]:
+        """Of each query, over the features of out * gradient."""
+        wide = f".to({TYPES[self.wide]})"
+        return [*self._load("out", "s[:, None]", "e[None, :]", self._inside("s", "e")), f"sum_ = tl.sum(out_{wide} * g_{wide}, 1)"]
+
+    def _row(self) -> str:
+        return f"(batch * {self.h} + head) * {self.s} + s"
+
+    def _rows(self) -> int:
+        """Bytes of a number for each query."""
+        return self.b * self.h * self.s * ITEMSIZE[self.wide]
 
     def _kernel(self, name: str, read: tuple[str, ...], made: tuple[str, ...], body: list[str], block: str, length: int, heads: int, bytes_read: int, bytes_written: int) -> None:
-        blocks = self.chosen.get(name) or attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], name)
+        usual = self.whole if name == "for_heads" else attention_sizes(self.s, self.t, max(self.d, self.e), ITEMSIZE[self.dtype], name)
+        blocks = self.chosen.get(name) or usual
+        assert blocks is not None
         sizes = {k: n for k, n in {"SB": blocks.x, "TB": blocks.r, "DB": _block(self.d), "EB": _block(self.e)}.items() if any(k in line for line in body)}
         types, arguments = dict[str, object](), []
         for value in (*read, *made):
@@ -229,7 +263,8 @@ class _Attention:
             lines.append("seen = seen & (s[:, None] >= t[None, :])")
         if "mask" in self.names:
             lines += self._load("mask", "s[:, None]", "t[None, :]", "seen")
-            lines.append("seen = seen & mask_.to(tl.int1)" if self.type["mask"].dtype == "bool" else "score = score + mask_")
+            bias = 'tl.where(mask_.to(tl.int1), 0.0, float("-inf"))' if self.type["mask"].dtype == "bool" else "mask_"  # added, as PyTorch does: what both masks say in one bit ended the compiler for gfx942
+            lines.append(f"score = score + {bias}")
         return [*lines, 'score = tl.where(seen, score, float("-inf"))']
 
     def _again(self, keys: str, values: str) -> list[str]:

@@ -164,7 +164,6 @@ def test_every_kernel_at_drawn_sizes(
 
 
 ABOVE = {  # groups that read more than inputs and outputs once, by the ops at their end
-    ("sdpa_backward",): "q, k, v and the gradient for dq, and again for dk and dv; the sums of each row",
     ("aten.clamp", *["aten.mul.Tensor"] * 5): "numbers of many tensors: their addresses",
     ("slice", "slice", "aten.sub.Tensor", "aten.ne.Scalar"): "each position beside the one before it: two loads of a few numbers",
     ("aten.eq.Tensor", "aten.bitwise_and.Tensor", "full", "full", "aten.where.self"): "a row's number against a column's: two loads of a few numbers",
