@@ -1,7 +1,7 @@
 """Blocks by trial: each kernel of a fragment with the candidates of the model, the fastest is kept; and what PyTorch itself does for the ops, where that is faster.
 
-What times is given: on a device, the median of several launches. What was found is kept in a folder by fragment and device, so that ranks that share it run the same code,
-as does a later process. Numbers do not depend on the choice but for the order of sums.
+What times is given: on a device, the median of several launches. What was chosen is held against PyTorch's own numbers once (deepseed.codegen.agreement); kernels that are wrong are not used.
+What was found is kept in a folder by fragment, device and versions, so that ranks that share it run the same code, as does a later process. Numbers do not depend on the choice but for the order of sums.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Choice:
-    """``blocks``: for ``source``, by kernel; ``library``: the Python function is faster than the kernels."""
+    """``blocks``: for ``source``, by kernel; ``library``: the Python function is faster than the kernels; ``wrong``: why it runs where they do not, or give other numbers."""
 
     blocks: tuple[tuple[str, Blocks], ...] = ()
     library: bool = False
+    wrong: str = ""
 
 
 def tuned(fragment: Program, seconds: Callable[[str], float]) -> tuple[tuple[str, Blocks], ...]:
@@ -42,8 +43,9 @@ def tuned(fragment: Program, seconds: Callable[[str], float]) -> tuple[tuple[str
     return _tuned(fragment, seconds)[0]
 
 
-def choice(k: Kernel, folder: Path, device: str, seconds: Callable[[str], float], library: Callable[[], float]) -> Choice:
-    """What is fastest for a kernel on ``device``. ``seconds``: of a source; ``library``: of the Python function. Timed once a folder."""
+def choice(k: Kernel, folder: Path, device: str, seconds: Callable[[str], float], library: Callable[[], float], wrong: Callable[[str], str]) -> Choice:
+    """What is fastest for a kernel on ``device`` (with the versions that compile for it). ``seconds``: of a source, infinite where it does not run; ``library``: of the Python function;
+    ``wrong``: what is wrong with a source's numbers. Timed and held against PyTorch's once a folder."""
     path = folder / f"{k.name}-{hashlib.sha256(f'{source(k.fragment)}{k.strides}{device}'.encode()).hexdigest()[:16]}.blocks.json"
     folder.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
@@ -51,9 +53,10 @@ def choice(k: Kernel, folder: Path, device: str, seconds: Callable[[str], float]
         if (known := _read(path)) is not None:
             return known
         blocks, best = _tuned(k.fragment, seconds)
-        made = Choice(blocks, library() < GAIN * best)
+        faster = library() < GAIN * best
+        made = Choice(blocks, faster, "" if faster and best < float("inf") else wrong(source(k.fragment, blocks)))
         fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps({"blocks": [(name, asdict(b)) for name, b in made.blocks], "library": made.library}))
+        fresh.write_text(json.dumps({"blocks": [(name, asdict(b)) for name, b in made.blocks], "library": made.library, "wrong": made.wrong}))
         fresh.replace(path)  # at once: a process that ends here leaves no half of it
         return made
 
@@ -62,7 +65,7 @@ def _read(path: Path) -> Choice | None:
     """None where there is none, or what is there is not whole."""
     try:
         found = json.loads(path.read_text())
-        return Choice(tuple([(name, Blocks(**b)) for name, b in found["blocks"]]), found["library"])
+        return Choice(tuple([(name, Blocks(**b)) for name, b in found["blocks"]]), found["library"], found["wrong"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -73,7 +76,7 @@ def operands(k: Kernel, device: torch.device) -> list[Tensor]:
     for i, strides in zip(k.fragment.inputs, k.strides, strict=True):
         x = torch.empty_strided(i.type.shape, strides, dtype=getattr(torch, DTYPES[i.type.dtype].removeprefix("torch.")), device=device)
         memory = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,))  # several elements may be one number
-        memory.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else memory.zero_()
+        memory.uniform_(0.5, 1.5) if i.type.dtype in FLOATS else memory.random_(0, 2) if i.type.dtype == "bool" else memory.zero_()
         out.append(x)
     return out
 

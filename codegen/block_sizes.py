@@ -91,13 +91,13 @@ def attention_sizes(queries: int, keys: int, features: int, bytes_each: int, ker
     return Blocks(max(UNIT, min(x, power(queries))), max(UNIT, min(r, power(keys))), warps, least=UNIT)
 
 
-def head_sizes(keys: int, features: int, bytes_each: int, causal: bool) -> Blocks | None:
-    """Of attention's backward where a program has all keys of a head at once; None where its registers do not hold them on sm_80, sm_90 and gfx942: 32 keys of 128 features in 16 bits,
-    64 of 64 features, 128 where all queries see all (a mask by place takes a few registers more); 32 of 64 features in 32 bits, 16 of 32 in 64."""
-    if features * bytes_each > 256:
+def head_sizes(queries: int, keys: int, features: int, bytes_each: int) -> Blocks | None:
+    """Of attention's backward where a program has all keys of a head at once, and goes through all ``queries`` of the heads that share it. None where its registers do not hold them on
+    sm_80, sm_90 and gfx942 (8 KiB of keys in 16 bits, of 64 features 64; 4 KiB in 32 and 64; where a bias is of grouped heads, or keys are no power of two, some cost up to 20 bytes a thread), and where queries are so many that programs of their own are sooner done with them."""
+    most = (8192 if bytes_each == 2 else 4096) // (bytes_each * power(max(features, 32)))
+    if keys > most or most < UNIT or queries > 512:
         return None
-    most = {2: 32 if features > 64 else 64 if causal else 128, 4: 32, 8: 16}[bytes_each]
-    return Blocks(UNIT, max(UNIT, power(keys)), 4 if bytes_each == 2 else 8, least=UNIT) if keys <= most else None
+    return Blocks(UNIT, max(UNIT, power(keys)), 4 if bytes_each == 2 else 8, least=UNIT)
 
 
 def chunk_size(elements: int) -> int:

@@ -74,7 +74,7 @@ class _Attention:
     @property
     def whole(self) -> Blocks | None:
         """Of a program that has all keys of a head."""
-        return head_sizes(self.keys, max(self.d, self.e), ITEMSIZE[self.dtype], self.causal)
+        return head_sizes(self.s * self.group, self.keys, max(self.d, self.e), ITEMSIZE[self.dtype])
 
     @property
     def causal(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseed.codegen import any_rows, triton_updates
+from deepseed.codegen.agreement import difference
 from deepseed.codegen.any_rows import Free
 from deepseed.codegen.autotune import choice, on_device, operands
 from deepseed.codegen.block_sizes import Blocks, power, product_sizes
@@ -37,7 +38,7 @@ def missing(device: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed\n  fix: pip install 'deepseed[triton]', or another back end"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton has no compiler for a CPU\n  fix: codegen=\"inductor\"; or TRITON_INTERPRET=1 before Python starts, which interprets kernels, for tests"
+        return "Triton has no compiler for a CPU\n  fix: codegen=\"auto\"; or TRITON_INTERPRET=1 before Python starts, which interprets kernels, for tests"
     return ""
 
 
@@ -116,18 +117,47 @@ def _compiled(k: Kernel, folder: Path, tell: Callable[[str], object]) -> Launch:
     except torch.OutOfMemoryError:
         tell(f"{k.name} runs with blocks that were not tried: no memory for its operands beside the model")
         return launch_of(k.name, text, folder)
-    best = choice(k, folder, torch.cuda.get_device_name(), lambda text: _seconds(text, k.name, folder, given), lambda: on_device(python(k), given))
-    return python(k) if best.library else launch_of(k.name, source(k.fragment, best.blocks), folder)
+    best = choice(k, folder, _device(), lambda text: _seconds(text, k.name, folder, given), lambda: on_device(python(k), given), lambda text: _wrong(text, k, folder, given, tell))
+    if best.wrong:
+        tell(f"{k.name} runs as plain Python: {best.wrong}")
+    return python(k) if best.library or best.wrong else launch_of(k.name, source(k.fragment, best.blocks), folder)
+
+
+def _device() -> str:
+    """The card and what compiles for it."""
+    import triton
+
+    return f"{torch.cuda.get_device_name()} {torch.version.cuda or torch.version.hip} triton {triton.__version__} torch {torch.__version__}"
 
 
 def _seconds(text: str, name: str, folder: Path, given: list[Tensor]) -> float:
-    """Of a source that may ask for more registers or shared memory than the device has."""
-    from triton.runtime.errors import OutOfResources
-
+    """Of a source that may ask for more registers or shared memory than the device has, or that Triton does not compile for it."""
     try:
         return on_device(launch_of(name, text, folder), given)
-    except OutOfResources:
-        return float("inf")
+    except Exception as error:
+        if _refused(error):
+            return float("inf")
+        raise
+
+
+def _refused(error: Exception) -> bool:
+    """Whether it is Triton that gave up, or one of its compiler's passes, which says so in no other way."""
+    from triton.errors import TritonError
+
+    return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+
+
+def _wrong(text: str, k: Kernel, folder: Path, given: list[Tensor], tell: Callable[[str], object]) -> str:
+    """What is wrong with the numbers of a source."""
+    try:
+        return difference(k, launch_of(k.name, text, folder), given)
+    except torch.OutOfMemoryError:
+        tell(f"{k.name} was not held against PyTorch's own numbers: no memory for that beside the model")
+        return ""
+    except Exception as error:
+        if _refused(error):
+            return f"Triton does not compile it for this device: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        raise
 
 
 def launch_of(name: str, text: str, folder: Path) -> Launch:

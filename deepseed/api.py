@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseed import out_of_range
 from deepseed.bucket import Bucket
 from deepseed.build import looked
 from deepseed.capture.batch import given, tensors
@@ -167,7 +168,9 @@ class Module(Compiled, Drop):  # type: ignore[misc]  # state_dict and load_state
         found, towards = self._search(given(args, kwargs))
         captured = found.built.captured
         if captured.differentiable:
-            shown = apply(Pass(self.host, self.states, self.model, found.built, self._pend, self._checks, self._scale is not None and self._scale.moves), lambda: self._given(found), lambda: self._settle(found.built), towards)
+            run = Pass(self.host, self.states, self.model, found.built, self._pend, self._checks, self._scale is not None and self._scale.moves)
+            with out_of_range.named(found.built, found.batch):
+                shown = apply(run, lambda: self._given(found), lambda: self._settle(found.built), towards)
         else:
             shown = {key: t for (role, key), t in self._run(found).items() if role == "output"}
         self.steps += 1

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from deepseed import checkpoint, graphs, pretrained
+from deepseed import checkpoint, graphs, out_of_range, pretrained
 from deepseed.arguments import check_arguments
 from deepseed.bucket import Bucket
 from deepseed.build import Built, CompileError
@@ -370,7 +370,8 @@ class Compiled:
 
     def _run_on(self, found: Found, given: list[list[Tensor]], steps: Sequence[Step] = ()) -> dict[tuple[str, str], Tensor]:
         """``steps``: what runs in the place of the executables."""
-        results = self.host.run(steps or found.built.executables, given)
+        with out_of_range.named(found.built, found.batch):
+            results = self.host.run(steps or found.built.executables, given)
         self._settle(found.built)
         return found.built.returned(self.host, results)
 

@@ -7,6 +7,7 @@ longest ago goes first, and its memory with it. Parameters and state belong to n
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -213,8 +214,7 @@ class Programs:
             self.structure = Structure(self.subject.model)
         modes = [m.training for m in self.structure.modules]
         trained = [p.requires_grad for p in self.structure.parameters()] if want not in FORWARD else []
-        digest = hashlib.sha256(bytes(modes) + b"/" + bytes(trained)).hexdigest()[:16]
-        return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={digest}" + (f" optimizer={self._options(())}" if want in UPDATES else "")
+        return want + (f" towards {sorted(towards)}" if towards else "") + f" modes={_flags(modes)} trained={_flags(trained)}" + (f" optimizer={self._options(())}" if want in UPDATES else "")
 
     def _options(self, moved: Collection[str]) -> dict[str, Any]:
         return fixed_options(self.subject.optimizer, moved) if self.subject.optimizer is not None else {}
@@ -241,8 +241,9 @@ class Programs:
         same = causes(before.batch, spec, (), (), ()) == []
         read = [(f"the value that is read at {g.path or 'the top'}, {g.line},", g.value, v) for g, v in self._read(self.latest, batch)] if same else []
         options = [(f"option {k} of the optimizer", before.options.get(k), v) for k, v in self._options(before.moved).items()] if before.options else []
-        (then, now) = (text.partition(" optimizer=")[0].split(" modes=") for text in (self._made_for, settings))
-        named = [("function", then[0], now[0]), ("training modes, or which parameters are trained,", then[1], now[1])]
+        then, now = (re.split(" modes=| trained=", text.partition(" optimizer=")[0]) for text in (self._made_for, settings))
+        named = [("function", then[0], now[0]), ("modules in training mode,", then[1], now[1])]
+        named += [("trained parameters,", then[2], now[2])] if then[2] and now[2] else []  # a forward has none
         return causes(before.batch, spec, [*named, *options], _changed(self.latest), read)
 
     def _compile(self, batch: Any, want: Wanted, why: list[Cause], towards: Collection[str]) -> Built:
@@ -310,6 +311,11 @@ class Programs:
     def _say(self, line: str) -> None:
         if not self.subject.quiet and self.subject.host.first:
             (warn if line.startswith("warning: ") else say)(line)
+
+
+def _flags(which: Sequence[bool]) -> str:
+    """How many of how many, and which; nothing for none."""
+    return f"{sum(which)} of {len(which)} ({hashlib.sha256(bytes(which)).hexdigest()[:8]})" if which else ""
 
 
 def _changed(built: Built) -> list[Change]:

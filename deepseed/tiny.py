@@ -2,7 +2,7 @@
 
 Nothing here knows a model. A configuration is shrunk by what its fields mean (``deepseed.tiny_fields``), the batch follows from
 the class's task and from what its ``forward`` takes (``deepseed.tiny_batch``), and the result is tried once, eagerly, before it
-is handed out: where the sizes that the table gives disagree, the same class is shrunk in another way. What the user says wins;
+is handed out: where the sizes that the table gives disagree, the same class is shrunk in another way; where a length that the user says does, it is refused. What the user says wins;
 what is left out follows from it (a width of 128 with 4 heads makes heads of 32).
 """
 
@@ -48,7 +48,11 @@ def _model(cls: Any, said: Mapping[str, Any], rows: int, tokens: int, meta: bool
             raise
         way = WAYS[0]  # what is said may be what it lacked
     model = _built(cls, tiny_config(cls.config_class, fields, tokens, way), meta)
-    return model, tiny_batch(model, rows, tokens)
+    batch = tiny_batch(model, rows, tokens)
+    if "sequence_length" in said and not meta:  # positions may be fewer
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+            copy.deepcopy(model)(**batch)
+    return model, batch
 
 
 def tiny_config(config_class: Any, said: Mapping[str, Any], tokens: int = TOKENS, way: str = WAYS[0]) -> Any:

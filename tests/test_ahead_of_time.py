@@ -69,9 +69,9 @@ found += [("aten.mm " + epilogue, product(4096, 4096, 14336, "bf16", epilogue)) 
 found += [("aten.mm and gelu's backward", retyped(p, "bf16")) for p in fragments_of("gpt2", 128, 64, 32, 128, 16384, 50304) if {{"aten.mm", "aten.tanh_backward"}} <= {{op.target for op in p.ops}}]
 found += [(f"{{p.ops[0].target}} {{d}} {{e}}", p) for d, e in ((128, 128), (64, 64), (128, 64), (192, 128)) for p in attention(1, 32, 4, 2048, 2048, d, e, "none", True, "bf16")]
 found += [(f"{{k}} {{g}}", [update(k, "f32", g, ("skip", "scale"))[1]]) for k in KINDS for g in (("f32", "bf16") if k == "adamw" else ("bf16",))]
-found += [("parameter groups", of_groups("bf16", True)[0]), ("keys of one block", attention(32, 12, 1, 128, 128, 64, 64, "bool", False, "bf16")[1])]"""
+found += [("parameter groups", of_groups("bf16", True)[0]), ("keys of one block", attention(32, 12, 1, 64, 64, 64, 64, "bool", False, "bf16")[1])]"""
 SHORT = """from test_triton_templates import attention
-sizes = [("bf16", 64, 128, False), ("bf16", 64, 64, True), ("bf16", 128, 32, True), ("f32", 64, 32, True)]
+sizes = [("bf16", 64, 64, False), ("bf16", 64, 64, True), ("bf16", 32, 128, True), ("bf16", 128, 32, True), ("f32", 64, 16, True)]
 found = [(f"{dtype} {d} {keys} {mask}", attention(4, 8, group, keys, keys, d, d, mask, causal, dtype)[1]) for dtype, d, keys, causal in sizes for mask, group in (("none", 2), ("bool", 1), ("bias", 1))]"""
 MODEL = """from test_triton_models import ODD, fragments_of
 found = [(str(n), p) for n, p in enumerate(fragments_of({name!r}, *ODD))]"""

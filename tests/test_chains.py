@@ -269,7 +269,7 @@ def test_an_index_out_of_range_names_its_kernel() -> None:
 
 
 def test_an_index_out_of_range_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of compiled kernels: what a chain meets is said as the kernel alone says it."""
+    """Of compiled kernels: what a chain meets is said as the kernel alone says it, and the step says whose number it is."""
     made, batch = tiny_model("LlamaForCausalLM", {"batch_size": 8, "sequence_length": 64, **WIDER["LlamaForCausalLM"]})
     del batch["attention_mask"]
     step = deepseed.compile(made, "zero0", optimizer=torch.optim.SGD(made.parameters(), lr=0.1), codegen="cpp", backend="simulate")
@@ -284,9 +284,10 @@ def test_an_index_out_of_range_in_a_step(monkeypatch: pytest.MonkeyPatch) -> Non
         return out
 
     monkeypatch.setattr(cpp_chain.Chain, "__call__", call)
-    with pytest.raises(Exception, match=r"kernel_\w+: an index is out of range\n  fix: labels and ids must be below") as error:
+    with pytest.raises(IndexError, match=r'batch entry "labels" has 1000000 at \[0, 5\]') as error:
         step(batch)
     assert within == [True], error
+    assert re.fullmatch(r"kernel_\w+: an index is out of range\n  fix: labels and ids must be below the size of what they pick from", str(error.value.__cause__))
 
 
 def test_a_sum_begins_with_nothing_and_goes_on_in_its_own_memory(kernels_folder: Path) -> None:

@@ -54,10 +54,10 @@ def program(layers: int, plan: str, optimizer: Any) -> Program:
     return step.passes[-1].program
 
 
-@pytest.mark.parametrize(("plan", "codegen", "most"), [("fp32", "functions", 0.34), ("bf16", "functions", 0.27), ("fp32", "triton", 0.35), ("bf16", "triton", 0.26)])
+@pytest.mark.parametrize(("plan", "codegen", "most"), [("fp32", "functions", 0.34), ("bf16", "functions", 0.27), ("fp32", "triton", 0.34), ("bf16", "triton", 0.253)])
 def test_a_block_launches_two_fifths_of_what_eager_does(plan: str, codegen: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of one block, the update's casts and its share of the update too: two layers less one, so that embedding and head fall out. Kernels that Triton
-    writes are counted one by one, both of attention's backward too."""
+    writes are counted one by one."""
     if codegen == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr(build, "PRODUCTS", {"functions": "joined"})

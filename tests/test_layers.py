@@ -47,7 +47,7 @@ FRONT_FOLDERS = {"engine", "importing", "inference", "serve", "utils"}  # front 
 FRONT = "the front doors: deepseed.pipeline, compile, cli and so on; they see everything and no layer sees them"
 
 # A back end may need torch where it runs or compiles what it made; each such file is named here.
-ALSO: dict[str, set[str]] = {"deepseed.codegen.inductor": {"torch", "deepseed.ops"}, "deepseed.codegen.cpp_files": {"torch", "deepseed.ops"}, "deepseed.codegen.cpp_chain": {"torch"}, "deepseed.codegen.ahead_of_time": {"triton"}, "deepseed.codegen.autotune": {"torch"}, "deepseed.codegen.triton_files": {"torch", "triton"}}
+ALSO: dict[str, set[str]] = {"deepseed.codegen.inductor": {"torch", "deepseed.ops"}, "deepseed.codegen.cpp_files": {"torch", "deepseed.ops"}, "deepseed.codegen.cpp_chain": {"torch"}, "deepseed.codegen.ahead_of_time": {"triton"}, "deepseed.codegen.agreement": {"torch", "deepseed.ops"}, "deepseed.codegen.autotune": {"torch"}, "deepseed.codegen.triton_files": {"torch", "triton"}}
 
 
 def module_of(path: Path) -> str:

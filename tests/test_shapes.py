@@ -339,6 +339,24 @@ def test_an_entry_that_changes_each_step_is_named_with_its_cure(capsys: pytest.C
     assert 'batch entry "weight" is the cause of 3 compilations in a row, now is a Python number that changed 2.0 -> 3.0\n  fix: make it a tensor: torch.tensor(3.0)' in said
 
 
+def test_only_what_changed_is_a_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss has no trained parameters, which is no change of them; modes are said as how many of how many."""
+    model = fresh()
+    step = deepseed.compile(model, "zero0", optimizer=torch.optim.SGD(model.parameters()), loss_fn=mse)
+    assert isinstance(step, TrainStep)
+    for _ in range(2):
+        step(batch(0))
+        step.loss(batch(0))
+    assert "trained" not in (said := capsys.readouterr().err) and "the function 'step' -> 'loss'" in said
+    model.eval()
+    next(model.parameters()).requires_grad_(False)
+    step(batch(0))
+    assert re.search(r"the function 'loss' -> 'step'; the modules in training mode, '(\d+) of \1 \(\w+\)' -> '0 of \1 \(\w+\)'\n", capsys.readouterr().err)
+    next(model.parameters()).requires_grad_(True)
+    step(batch(0))
+    assert re.search(r"the trained parameters, '(\d+) of (\d+) \(\w+\)' -> '\2 of \2 \(\w+\)'", capsys.readouterr().err)
+
+
 def test_a_program_that_is_dropped_is_freed_and_none_holds_a_graph() -> None:
     model = fresh()
     step = deepseed.compile(model, "zero1+dp2", optimizer=torch.optim.AdamW(model.parameters()), loss_fn=mse, max_programs=1, clip_grad_norm=1.0)

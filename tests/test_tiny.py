@@ -96,3 +96,8 @@ def test_what_cannot_be_made(name: str, says: str) -> None:
     with pytest.raises(TinyError, match=says) as refused:
         load(f"hf:{name}")
     assert "fix: " in str(refused.value)
+
+
+def test_a_length_that_the_model_has_no_positions_for() -> None:
+    with pytest.raises(TinyError, match=r"hf:RobertaForSequenceClassification\(sequence_length=64\) cannot be built: .*64.*\n  fix: give sequence_length another value"):
+        load("hf:RobertaForSequenceClassification(sequence_length=64)")

@@ -402,18 +402,18 @@ def test_what_was_tuned_is_kept(tmp_path: Path) -> None:
         timed.append(text)
         return float(re.findall(r"kernel_0\[.*num_warps=(\d+)", text)[0])
 
-    first = choice(k, tmp_path, "card", seconds, lambda: 100.0)
+    first = choice(k, tmp_path, "card", seconds, lambda: 100.0, lambda text: "")
     assert first.blocks and not first.library and len(timed) > 1
-    assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: pytest.fail("it was timed before")) == first
-    assert choice(k, tmp_path, "another card", seconds, lambda: 1e-3).library
+    assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: pytest.fail("it was timed before"), lambda text: pytest.fail("it was compared before")) == first
+    assert choice(k, tmp_path, "another card", seconds, lambda: 1e-3, lambda text: pytest.fail("it does not run")).library
     kept, others = [path for path in tmp_path.iterdir() if path.suffix != ".lock"], len(timed)
     assert len(kept) == 2 and all(path.name.endswith(".blocks.json") for path in kept)
-    for torn in ("", '{"blocks": [["kernel_0"', '{"blocks": []}', '[]', '{"blocks": [["kernel_0", {"rows": 4}]], "library": false}'):  # a disk that was full
+    for torn in ("", '{"blocks": [["kernel_0"', '{"blocks": []}', '[]', '{"blocks": [["kernel_0", {"rows": 4}]], "library": false, "wrong": ""}'):  # a disk that was full
         for path in kept:
             path.write_text(torn)
-        assert choice(k, tmp_path, "card", seconds, lambda: 100.0) == first and len(timed) > others, torn
+        assert choice(k, tmp_path, "card", seconds, lambda: 100.0, lambda text: "") == first and len(timed) > others, torn
         others = len(timed)
-    assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: 0.0) == first
+    assert choice(k, tmp_path, "card", lambda text: pytest.fail("it was timed before"), lambda: 0.0, lambda text: "") == first
     for x, i in zip(operands(k, torch.device("cpu")), p.inputs, strict=True):
         assert x.shape == i.type.shape and x.is_contiguous()
 

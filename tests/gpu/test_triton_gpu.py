@@ -81,15 +81,16 @@ def parse_wide(p: Any, dtype: str) -> Any:
     return parse(str(p).replace(dtype, "f64"))
 
 
+@pytest.mark.parametrize("tokens", [30, 150])  # keys that a program of the backward holds, and more
 @pytest.mark.parametrize("dtype", sorted(WITHIN))
 @pytest.mark.parametrize(("mask", "causal"), [("none", True), ("none", False), ("bool", False), ("bias", False)])
-def test_attention(cuda: torch.device, folder: Path, dtype: str, mask: str, causal: bool) -> None:
-    forward, backward = attention(2, 4, 2, 150, 150, 64, 64, mask, causal, dtype)
-    _, wide = attention(2, 4, 2, 150, 150, 64, 64, mask, causal, "f64")
+def test_attention(cuda: torch.device, folder: Path, dtype: str, mask: str, causal: bool, tokens: int) -> None:
+    forward, backward = attention(2, 4, 2, tokens, tokens, 64, 64, mask, causal, dtype)
+    _, wide = attention(2, 4, 2, tokens, tokens, 64, 64, mask, causal, "f64")
     g = torch.Generator().manual_seed(0)
     q, k, v = (drawn(forward.types[x].shape, dtype, g) for x in "qkv")
     grad = drawn(forward.types["out"].shape, dtype, g)
-    masks = {"none": [], "bool": [torch.rand(2, 1, 150, 150, generator=g) > 0.3], "bias": [drawn((2, 1, 150, 150), dtype, g)]}[mask]
+    masks = {"none": [], "bool": [torch.rand(2, 1, tokens, tokens, generator=g) > 0.3], "bias": [drawn((2, 1, tokens, tokens), dtype, g)]}[mask]
     out, lse = triton_files.of_fragment(forward, folder)(*(x.to(cuda) for x in (q, k, v, *masks)))
     got = triton_files.of_fragment(backward, folder)(grad.to(cuda), *(x.to(cuda) for x in (q, k, v, *masks)), out, lse)
     want = reference(wide, [x if x.dtype == torch.bool else x.double() for x in (grad, q, k, v, *masks, out.cpu(), lse.cpu())])
