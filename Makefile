@@ -52,8 +52,11 @@ lint: $(READY)
 test: $(READY)
 	$(MAKE) -j 2 lint tests
 
+# long tests take turns, by commit; TURNS= runs all of them
+TURNS     ?= $(or $(shell git rev-parse HEAD 2>/dev/null),none)
+
 tests: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not wide'
+	DEEPSEED_TURNS=$(TURNS) $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not wide'
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS)

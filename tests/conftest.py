@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -19,6 +21,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     os.environ.setdefault("DEEPSEED_REMEMBER", "0")  # what a test compiles runs every pass; tests/test_remembered.py is about the others
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where ``DEEPSEED_TURNS`` has a commit (make test), tests marked ``turn`` take turns by it: one of ``of``, of each function's cases as of the functions."""
+    if not (commit := os.environ.get("DEEPSEED_TURNS", "")):
+        return
+    cases: Counter[str] = Counter()
+    later = []
+    for item in items:
+        if (turn := item.get_closest_marker("turn")) is not None:
+            name = item.nodeid.partition("[")[0]
+            if (cases[name] + crc32(name.encode()) + crc32(commit.encode())) % turn.kwargs.get("of", 3):
+                later.append(item)
+            cases[name] += 1
+    config.hook.pytest_deselected(items=later)
+    items[:] = [item for item in items if item not in set(later)]
 
 
 def pytest_collection_finish() -> None:

@@ -45,6 +45,7 @@ def volume(stage: int) -> float:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.turn
 def test_bytes_sent_over_gloo(stage: int) -> None:
     for rank in counted(LLAMA, plan(stage), N):
         sent, e = rank["sent"]["dp"], rank["explain"]

@@ -21,6 +21,7 @@ TINY = {"model": "llama", "dtype": "fp32", "hidden": 32, "layers": 1, "vocab": 6
         "fused": True, "malloc": False, "timeout": 300, "deepspeed_python": sys.executable}  # fmt: skip
 
 
+@pytest.mark.turn
 def test_engines_live_together_and_one_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "PATIENCE", 1)
     found = turns.alternate(Namespace(**TINY), ["ddp", "nosuch", "deepseed-zero1"], lambda engine: tmp_path / engine, after=lambda engine: engine.ask("parts"))

@@ -81,6 +81,7 @@ def test_what_the_plan_offloads_stays_offloaded() -> None:
     assert all("optimizer" in each for each in s.sets) and len(s.sets) < len(SETS)
 
 
+@pytest.mark.turn
 def test_too_small_a_budget_says_what_would_do_and_what_fills_it() -> None:
     found = target()
     with pytest.raises(PlanError, match="is too small: the least is") as error:

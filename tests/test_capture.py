@@ -270,6 +270,7 @@ def _all_of_torchs() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _all_of_torchs())
+@pytest.mark.turn
 def test_a_pointwise_rule_says_the_same_of_another_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of torch's optimizers: what is taken from another shape is what a trace of this one gives, to the letter."""
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.zeros(2, 3))])

@@ -769,6 +769,7 @@ def test_a_state_dict_that_does_not_fit() -> None:
 # real ranks -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.turn
 def test_real_ranks_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
     """zero3 on two ranks -> tp2 on two, zero1 on four, and one simulated process; no rank gathers anything to save."""
     folder = str(tmp_path / "c")
@@ -790,6 +791,7 @@ def test_real_ranks_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
     goes_on(quiet("zero3+tp2+dp2", seed=4), tmp_path / "c", written[0]["losses"], want, "gloo -> simulate")
 
 
+@pytest.mark.turn
 def test_real_ranks_of_a_pipeline_write_their_parts_and_others_go_on(tmp_path: Path) -> None:
     """zero3+pp2 on four ranks -> zero1+pp4 on four, tp2 simulated; what is saved of zero3 -> zero3+pp2 on four."""
     folder = str(tmp_path / "c")

@@ -167,6 +167,7 @@ def kill_many(number: int, seed: int, folder: Path, capsys: pytest.CaptureFixtur
     return steps, partial
 
 
+@pytest.mark.turn
 def test_killed_at_random_moments_the_last_whole_one_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each run goes on from what the one before has left."""
     kill_many(12, 1, tmp_path, capsys)
@@ -186,6 +187,7 @@ def saves(step: Any, path: Path, **options: Any) -> None:
 
 
 @BOTH
+@pytest.mark.turn
 def test_latest_moves_last_and_an_old_one_goes_after_that(asynchronous: bool, tmp_path: Path) -> None:
     """At every moment ``latest`` names one that is whole: the former, then the new one, and there is no way back."""
     here, start = tmp_path / "here", tmp_path / "start"
@@ -662,6 +664,7 @@ if sys.argv[2] == "raises":
 """
 
 
+@pytest.mark.turn
 def test_a_process_that_ends_has_written_what_it_began(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)]), "OMP_NUM_THREADS": "1"}
     done = {how: subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENDS, str(tmp_path / how), how], stderr=subprocess.PIPE, text=True, env=environment) for how in ("ends", "raises", "fails")}

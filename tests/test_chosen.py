@@ -167,6 +167,7 @@ RECURRENT: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
 
 
 @pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.turn
 def test_packed_sequences(name: str) -> None:
     make, sort, how = RECURRENT[name]
     check_gradients(Recurrent(make, sort, how).double(), [ragged(0, sort), ragged(1, sort)], returned)

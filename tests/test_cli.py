@@ -369,6 +369,7 @@ def shell(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "deepseed", *words], capture_output=True, text=True, timeout=240, env=env, check=False)
 
 
+@pytest.mark.turn
 def test_verify_on_gloo_runs_the_program_that_simulate_ran(mlp: str) -> None:
     here = json.loads(shell("verify", mlp, "--plan", "zero3", "--world-size", "2", "--json").stdout)
     done = shell("verify", mlp, "--plan", "zero3", "--world-size", "2", "--backend", "gloo", "--json")

@@ -69,6 +69,7 @@ def test_a_pipe_gets_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "log", "terminal"), [(("99", "99", "python"), "", True), (("0", "0", "python"), "warning", True)])
+@pytest.mark.turn
 def test_nothing_is_said_of_what_is_quick_or_unwanted(given: tuple[str, ...], log: str, terminal: bool, tmp_path: Path) -> None:
     assert stderr_of(tmp_path, *given, terminal=terminal, log=log) == ""
 

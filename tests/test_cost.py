@@ -28,6 +28,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("target", "plan"), CASES)
+@pytest.mark.turn
 def test_real_ranks_use_what_explain_says(target: str, plan: str) -> None:
     for rank in counted(target, plan, resolved(plan).mesh().ranks, "cost_worker"):
         e = rank["explain"]
@@ -64,6 +65,7 @@ def test_real_ranks_use_what_the_closed_forms_say(target: str, plan: str) -> Non
                 assert rank["sent"]["dp"] >= volume * (1 - near)
 
 
+@pytest.mark.turn
 def test_messages_between_stages_are_counted_too() -> None:
     """dp2+pp2+mb2: what ranks of both stages store, multiply and send, over dp and to the other stage."""
     found = counted("hf:LlamaForCausalLM(vocab_size=1024,num_hidden_layers=2)", "zero1+dp2+pp2+mb2", 4, "cost_worker")

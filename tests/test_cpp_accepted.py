@@ -32,6 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("name", "plan"), [pytest.param(n, p, marks=() if (n, p) in OFTEN else pytest.mark.wide) for n in MODELS for p in PLANS])
+@pytest.mark.turn
 def test_the_compiler_takes_all_that_is_written(name: str, plan: str, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     found = load(f"hf:{name}")

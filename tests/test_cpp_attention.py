@@ -120,6 +120,7 @@ def test_threads_change_no_bit(codes: dict[tuple[str, str, bool], tuple[Code, Co
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])
+@pytest.mark.turn
 def test_elements_that_lie_apart(dtype: str, tmp_path: Path) -> None:
     """Columns of a matrix as rows of keys, values and gradients: the same bits as of rows that lie together."""
     sizes = (1, 4, 2, 37, 53, 19, 11)

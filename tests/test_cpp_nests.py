@@ -286,6 +286,7 @@ return %z output "z"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+@pytest.mark.turn
 def test_what_is_written_over_an_operand_is_the_same_whatever_the_width(dtype: str, tmp_path: Path) -> None:
     """What is left of a row beside its whole vectors is read before it is written too."""
     given = "".join(f'%{name} : {{t}}[6, {{n}}] batch "{name}"\n' for name in "abcd") + '%w : {t}[{n}] batch "w"\n'

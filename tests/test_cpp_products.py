@@ -72,6 +72,7 @@ def least(a: Tensor, b: Tensor) -> Tensor:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(LEAST_ROWS, 620), depth=st.one_of(st.integers(0, 40), st.integers(370, 400), st.integers(760, 800)), columns=st.integers(0, 140), left=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)), room=st.integers(0, 20), begins=st.integers(0, 2))
+@pytest.mark.turn
 def test_products_of_any_size_are_those_of_float64(rows: int, depth: int, columns: int, left: bool, layout: str, room: int, begins: int, product: cpp_files.Products) -> None:
     torch.manual_seed(rows * columns + depth)
     a, b = torch.randn(rows, depth + room)[:, room // 2 : room // 2 + depth], LAYOUTS[layout](depth, columns)

@@ -489,6 +489,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 # ranks ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.turn
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases: list[tuple[str, tuple[Any, ...]]] = [
         ("trains_as_ddp", (2,)), ("trains_as_ddp", (3,)), ("statistics_of_the_first_rank", (2,)), ("an_overflow_on_one_rank", (1,)), ("in_bf16", (3,)), ("offloaded", (2,)),

@@ -39,6 +39,7 @@ def test_three_ranks_hold_uneven_parts() -> None:
     equal(3, THREE)
 
 
+@pytest.mark.turn
 def test_four_ranks_are_eager_in_float64_and_run_the_simulations_program() -> None:
     equal(4, FOUR)
 
@@ -107,12 +108,14 @@ def test_the_users_module_is_usable_after_training_on_one_rank() -> None:
 # verify_ranks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.turn
 def test_verify_ranks_starts_the_ranks_itself() -> None:
     report = verify_ranks("hf:BertForMaskedLM", "zero2", world_size=2, optimizer="sgd(lr=0.01, momentum=0.9)", steps=2)
     assert report.ok, str(report)
     assert (report.backend, report.world_size, report.steps) == ("gloo", 2, 2)
 
 
+@pytest.mark.turn
 def test_verify_ranks_says_what_a_rank_said() -> None:
     with pytest.raises(PlanError, match="did you mean zero2"):
         verify_ranks("hf:BertForMaskedLM", "zer2", world_size=2)

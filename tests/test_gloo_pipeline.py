@@ -25,6 +25,7 @@ THREE_AXES: dict[int, list[Case]] = {
 }  # fmt: skip
 
 
+@pytest.mark.turn
 def test_zero3_and_two_stages_on_four_ranks_are_eager_in_float64() -> None:
     equal(4, [("llama", "zero3+dp2+pp2", "1f1b"), ("llama", "zero3+dp2+pp2", "zb")])
 

@@ -25,6 +25,7 @@ ROUTED = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "Dee
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.turn
 def test_greedy_equals_generate(name: str) -> None:
     """64 tokens, mixed steps of decodes and chunks, blocks of 4; the model's own forward is gone after capture."""
     model = varied(name)

@@ -54,6 +54,7 @@ def spoken(tmp_path: Path, name: str, plan: str = "tp1", ranks: int = 1, **field
     return emitted, launches, steps
 
 
+@pytest.mark.turn
 def test_four_tokens_of_a_llama_through_emitted_kernels(tmp_path: Path) -> None:
     """Prompts in chunks beside decodes: the python back end's tokens, as many launches as the engine says; no more than two lookups of rows are left to torch."""
     emitted, launches, steps = spoken(tmp_path, "LlamaForCausalLM", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, head_dim=16)
@@ -96,6 +97,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("name", sorted(GROUPS))
+@pytest.mark.turn
 def test_one_source_is_right_for_few_rows_and_for_many(name: str) -> None:
     """More than the stand-in's number, so that no block holds all by chance; rows that lie anyhow."""
     import torch

@@ -42,6 +42,7 @@ def trained(folder: Path) -> Any:
     return whole
 
 
+@pytest.mark.turn
 def test_a_checkpoint_of_a_training(tmp_path: Path) -> None:
     """Written under zero3, dp2 and tp2, read by one rank, by a plan, and by real ranks, each its part."""
     whole = trained(tmp_path)

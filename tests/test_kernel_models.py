@@ -42,6 +42,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("model", "plan", "codegen"), cases())
+@pytest.mark.turn
 def test_kernels_train_as_ops_do(model: str, plan: str, codegen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 sums in another order; in bf16 a group rounds fewer values between its ops, or others: a few units of 2^-8 of a loss near 4, through three steps."""
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])

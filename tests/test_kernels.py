@@ -85,6 +85,7 @@ def test_traced_moves_are_the_same() -> None:
 
 
 @COMPILER
+@pytest.mark.turn
 def test_inductor_compiles_once_and_other_strides_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     k, xs, said, counts = kernel(), operands(), list[str](), list[tuple[int, int]]()
     token = COMPILED.set(lambda done, of: counts.append((done, of)))
@@ -343,6 +344,7 @@ assert off < 1e-3, off
 
 
 @pytest.mark.parametrize("codegen", ["triton", pytest.param("cpp", marks=COMPILER)])
+@pytest.mark.turn
 def test_norms_in_16_bits_are_kernels_forward_and_backward(codegen: str, tmp_path: Path) -> None:
     """Of a tiny GPT-2: no norm is left to torch, and what is trained is what the python back end's is, which has torch's op for each."""
     if codegen == "triton":

@@ -156,6 +156,7 @@ def test_a_log_of_each_rank(script: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "code", "says"), [("raise", 1, "ended with exit code 1"), ("tree", 3, "ended with exit code 3"), ("kill", 137, "was killed by SIGKILL")])
+@pytest.mark.turn
 def test_a_rank_that_fails_ends_all(script: Path, tmp_path: Path, how: str, code: int, says: str) -> None:
     started = time.monotonic()
     done = launch("--num_gpus", 2, script, f"tree {tmp_path}/child" if how == "tree" else how)
@@ -186,6 +187,7 @@ with w.guarded():
 """
 
 
+@pytest.mark.turn
 def test_a_rank_that_hangs_is_named_with_its_place_and_ends_all(tmp_path: Path) -> None:
     path = tmp_path / "slow.py"
     path.write_text(HANGING)
@@ -241,6 +243,7 @@ def test_two_nodes_of_a_hostfile(script: Path, tmp_path: Path, ssh: dict[str, st
     assert [(r["RANK"], r["WORLD_SIZE"], r["CROSS_RANK"], r["SAID"]) for r in ranks] == [("0", "2", "0", "a b"), ("1", "2", "1", "a b")]
 
 
+@pytest.mark.turn
 def test_a_node_that_fails_ends_the_others(script: Path, tmp_path: Path, ssh: dict[str, str]) -> None:
     done = launch("--hostfile", tmp_path / "hosts", "--master_port", port(), script, "exit", environment=ssh)
     assert done.returncode == 3, done.stderr

@@ -176,6 +176,7 @@ def test_updates_of_two_stages_on_a_rank_are_counted_apart(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("codegen", ["functions", "triton"])
 @pytest.mark.parametrize("plan", ["zero0", "zero1+dp2", "zero3+dp2", "zero2+dp2+bf16", "bf16", "fp16", "chunked4", "chunked4+bf16", "mb2+bf16", "zero3+dp2+bf16+remat", "tp2+dp2+bf16", "zero2+dp2+bf16+offload(optimizer)"])
+@pytest.mark.turn
 def test_the_update_is_one_kernel(plan: str, codegen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all parameters, which have one dtype, whatever the gradients', clipping included; and nothing is widened or scaled for it. What the source calls is what `explain` counts."""
     monkeypatch.setitem(back_ends.BACK_ENDS, "functions", lambda wanted, folder, tell: [inductor.python(k) for k in wanted])

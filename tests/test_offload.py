@@ -61,6 +61,7 @@ def test_offloaded_training_is_eager_training(plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["zero0", "zero2+dp2+mb2", *QUICK, *(pytest.param(plan, marks=wide) for plan in MORE)])
+@pytest.mark.turn
 def test_the_counted_peak_is_the_predicted_one(plan: str) -> None:
     """To 1 %: the counter sees every tensor, temporaries included, and shares no code with the prediction."""
     step = trained(plan, 4 if "interleaved" in plan else 2)

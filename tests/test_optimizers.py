@@ -52,6 +52,7 @@ def check(optimizer: str, plan: str, model: str = "hf:LlamaForCausalLM") -> Any:
 
 
 @pytest.mark.parametrize(("optimizer", "plan"), SAMPLE)
+@pytest.mark.turn
 def test_an_optimizer_means_what_eager_means(optimizer: str, plan: str) -> None:
     assert check(optimizer, plan).left_out == 0
 

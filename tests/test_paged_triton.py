@@ -64,6 +64,7 @@ def test_tiles_cover_each_new_token_once() -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.turn
 def test_it_compiles_for_gpus(tmp_path: Path, target: str) -> None:
     """Decodes and chunks, in bfloat16 on matrix units, with what a model may ask; nothing spills."""
     code = f"""

@@ -18,6 +18,7 @@ def ranks_of(schedule: str, m: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("schedule", "m"), [("1f1b", 4), pytest.param("gpipe", 4, marks=wide), *(pytest.param(s, m, marks=wide) for s in ("1f1b", "gpipe") for m in (8, 16))])
+@pytest.mark.turn
 def test_the_peak_is_the_predicted_one(schedule: str, m: int) -> None:
     for n, rank in enumerate(ranks_of(schedule, m)):
         agrees(rank, n)

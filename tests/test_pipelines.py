@@ -57,6 +57,7 @@ def test_a_pipeline_means_what_eager_means(model: str, plan: str, schedule: str)
 
 
 @pytest.mark.parametrize(("model", "plan"), QUICK_HARD)
+@pytest.mark.turn
 def test_hard_models(model: str, plan: str) -> None:
     """Skips over stages, layers and heads on all of them, weights that are frozen, sizes that nothing divides."""
     check_hard(model, plan)

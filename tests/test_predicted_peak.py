@@ -115,6 +115,7 @@ def check(case: Case) -> None:
 
 @settings(max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
+@pytest.mark.turn
 def test_the_predicted_peak_is_the_counted_one(case: Case) -> None:
     check(case)
 
@@ -164,6 +165,7 @@ def agrees(model: torch.nn.Module, batch: Any, plan: str, why: str, loss_fn: Any
 
 
 @pytest.mark.parametrize("plan", ["zero0", "zero3+dp2+mb2", "pp2+mb4+zb"])
+@pytest.mark.turn
 def test_what_kernels_keep_to_themselves_is_not_predicted(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions whose inner values no account sees stand for compiled code."""
 

@@ -81,6 +81,7 @@ def test_what_is_stored_is_what_products_read(plan: str) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.turn
 def test_it_computes_as_the_model_with_those_weights(name: str, kind: str) -> None:
     """The model itself, its matrices replaced by what eight bits say of them, generates the same; so do two ranks, whose parts are those of the whole matrices."""
     model = varied(name)

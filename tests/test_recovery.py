@@ -217,6 +217,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
+@pytest.mark.turn
 def test_ranks_that_are_killed(tmp_path: Path, undisturbed: Job) -> None:
     job = Job(tmp_path, 2, config(), "--max_restarts", 3, pace=0.05)
     done = kill(job, 2, 3, seed=0)
@@ -246,6 +247,7 @@ def test_fifty_kills(tmp_path: Path, ranks: int, of: dict[str, Any], kills: int)
 
 
 @pytest.mark.parametrize("of", [config(), pytest.param({"plan": "pp2+mb2"}, marks=pytest.mark.wide)], ids=["engine", "step"])
+@pytest.mark.turn
 def test_told_to_stop_all_save_after_the_same_step(tmp_path: Path, request: pytest.FixtureRequest, of: dict[str, Any]) -> None:
     """SIGTERM to the launcher: one checkpoint of the step it was at; what is started later goes on from there."""
     job = Job(tmp_path / "job", 2, of, "--max_restarts", 3, pace=0.1)

@@ -320,6 +320,7 @@ print([float(step({"x": torch.linspace(-1, 1, 64).reshape(8, 8)})) for _ in rang
 """
 
 
+@pytest.mark.turn
 def test_ranks_that_start_again(tmp_path: Path, folder: Path) -> None:
     """Rank 0 reads it for all; names are found again in another process, whatever its hashes of strings."""
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -179,6 +179,7 @@ def real(then: str, firsts: list[str]) -> None:
             alike(unpacked(told), written(first)[1], f"{first} -> {then}, real ranks")
 
 
+@pytest.mark.turn
 def test_real_ranks_go_on_from_what_others_have_written() -> None:
     real("zero1+dp3", ["zero3+dp2", "sp2"])
 

@@ -153,6 +153,7 @@ def test_a_late_rank_is_waited_for(tmp_path: Path, through: str) -> None:
         ("sleep", 3, "rank 3 did not come to a collective", "memory"),
     ],
 )
+@pytest.mark.turn
 def test_one_ranks_trouble_ends_all_and_is_named(tmp_path: Path, kind: str, culprit: int, says: str, through: str) -> None:
     began = time.monotonic()
     done = launch(f"trouble.{kind}", tmp_path, 4, fresh=kind == "die" and through == "gloo", through=through)

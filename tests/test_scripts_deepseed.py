@@ -36,6 +36,7 @@ def test_a_script_that_calls_initialize(tmp_path: Path, name: str, stage: int, r
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["lora", *(pytest.param(n, marks=wide) for n in TRAINER if n != "lora")])
+@pytest.mark.turn
 def test_a_script_with_a_trainer(tmp_path: Path, name: str, stage: int, ranks: int) -> None:
     for package in ("accelerate", *(("peft",) if name == "lora" else ("trl", "datasets") if name == "trl_sft" else ())):
         pytest.importorskip(package)

@@ -533,6 +533,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Any, weights: Any) ->
     return made
 
 
+@pytest.mark.turn
 def test_sigterm_drains(folder: Path) -> None:
     """A stream that has begun goes on to its end, nobody new is served, and the process ends well."""
     process, stub = started(folder, "--speculative", "--draft", "3", "--quantize", "int8")

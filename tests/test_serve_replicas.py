@@ -192,6 +192,7 @@ def test_processes_of_replicas(plan: str, text: Any, weights: Any, plain: Engine
         process.wait()
 
 
+@pytest.mark.turn
 def test_replicas_that_cannot_start_are_named(tmp_path: Path) -> None:
     from deepseed.inference.errors import InferenceError
     from deepseed.serve import ranks

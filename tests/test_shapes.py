@@ -543,6 +543,7 @@ def text(seed: int, rows: int, length: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("target", "plan", "buckets"), [("hf:LlamaForCausalLM", "zero1+dp2", [TEXT]), ("hf:LlamaForCausalLM", "tp2", [TEXT, ROWS]), ("hf:BertForMaskedLM", "zero0", [TEXT, ROWS])])
+@pytest.mark.turn
 def test_padded_batches_train_as_the_batches_themselves(target: str, plan: str, buckets: list[deepseed.Bucket], capsys: pytest.CaptureFixture[str]) -> None:
     models = []
     for _ in range(2):

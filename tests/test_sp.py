@@ -48,6 +48,7 @@ def equal(model: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "plan"), SAMPLE)
+@pytest.mark.turn
 def test_a_split_sequence_means_what_eager_means(model: str, plan: str) -> None:
     equal(model, plan)
 

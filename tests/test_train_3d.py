@@ -32,6 +32,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[str, list[dict[str, float]], f
     return done.stdout + done.stderr, records, apart
 
 
+@pytest.mark.turn
 def test_two_stages_on_real_ranks_train_as_one_device_does(tmp_path: Path) -> None:
     said, records, apart = run(tmp_path, *SMALL, "--ranks", "2", "--plan", "zero3+pp2+mb4+zb", "--layers", "2")
     assert "mesh(pp=2) (gloo)" in said and len(records) == 4
@@ -39,6 +40,7 @@ def test_two_stages_on_real_ranks_train_as_one_device_does(tmp_path: Path) -> No
     assert apart <= 1e-5
 
 
+@pytest.mark.turn
 def test_three_axes_simulated_in_float64_train_as_one_device_does(tmp_path: Path) -> None:
     said, records, apart = run(tmp_path, *SMALL, "--simulate", "--dtype", "float64", "--layers", "2")
     assert "dp2+zero3+tp2+pp2+mb4 on mesh(pp=2, dp=2, tp=2) (simulate)" in said and len(records) == 4

@@ -73,6 +73,7 @@ def equal(sizes: Any, plan: tuple[str, int, int]) -> None:
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases, plans)
+@pytest.mark.turn
 def test_any_size_on_any_ranks(sizes: Any, plan: tuple[str, int, int]) -> None:
     equal(sizes, plan)
 

@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs.compiler
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.turn
 def test_cpp_is_torchs_update(kind: str, folder: Path) -> None:
     for n, (dtype, grad) in enumerate(DTYPED):
         for more in ((), ("scale",), ("skip", "scale"))[n % 2 :: 2] if kind != "adamw" else ((), ("scale",), ("skip",), ("skip", "scale")):
@@ -423,6 +424,7 @@ def doubled(plan: str, codegen: str, kind: str) -> tuple[list[float], dict[str, 
 @needs.compiler
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("plan", ["fp64", pytest.param("zero1+dp2+fp64", marks=pytest.mark.wide), pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide), pytest.param("tp2+fp64", marks=pytest.mark.wide)])
+@pytest.mark.turn
 def test_any_optimizer_that_works_element_by_element_is_one_kernel(plan: str, kind: str) -> None:
     """In float64 the python back end's numbers, which calls torch op by op; parameters are changed in their own memory. But for the bias of ASGD that all ranks of tp2 have whole:
     only its average reads its average, so each rank keeps a part of that, made of a part of the new bias behind its update."""
@@ -534,6 +536,7 @@ class Named(torch.nn.Module):
 @pytest.mark.parametrize("kind", [*OWN, "adafactor"])
 @pytest.mark.parametrize("plan", ["fp64", "zero1+dp2+fp64", pytest.param("zero3+dp2+mb2+fp64", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("named", [False, True])
+@pytest.mark.turn
 def test_an_optimizer_of_the_users_own(kind: str, plan: str, named: bool) -> None:
     """Taken as a kernel or left as it is, its numbers are those of torch op by op: what reads a norm of a new state, what gives two tensors one new value, what rounds on the way; any names."""
     runs = []

@@ -60,6 +60,7 @@ def figures(plan: str) -> dict[str, Any]:
 
 
 @plans
+@pytest.mark.turn
 def test_the_figures_are_those_of_explain(plan: str) -> None:
     _, e, ranks = program(plan)
     f = figures(plan)
@@ -79,6 +80,7 @@ def test_the_figures_are_those_of_explain(plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["zero1+dp2+offload(optimizer)", "zero3+dp2+pp2+mb2+offload(optimizer,params,activations)"])
+@pytest.mark.turn
 def test_what_is_moved_and_how_much_of_it_is_hidden(plan: str) -> None:
     p, e, ranks = program(plan)
     f = figures(plan)

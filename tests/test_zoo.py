@@ -56,6 +56,7 @@ def test_the_list_has_thirty_targets_and_plans_that_can_be_read() -> None:
         parse_plans("tp2,zer3x2")
 
 
+@pytest.mark.turn
 def test_one_targets_end_is_not_the_others(file: Path) -> None:
     said: list[str] = []
     names = ("crashes", "raises", "branches", "good")
@@ -92,6 +93,7 @@ def test_the_page_says_what_was_refused_and_why() -> None:
     assert "1/2 equal" in line(results[0]) and "tp2 refused: PlanError: two lines  (" in line(results[0])
 
 
+@pytest.mark.turn
 def test_the_command_writes_the_page_and_json(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "models.md"
     done = CliRunner().invoke(app, ["zoo", f"{file}:good", "--plans", "tp2", "--steps", "1", "--out", str(out), "--json"])
@@ -104,6 +106,7 @@ def test_the_command_writes_the_page_and_json(file: Path, tmp_path: Path) -> Non
     assert CliRunner().invoke(app, ["zoo", f"{file}:good", "--plans", "zer3"]).exit_code == 2
 
 
+@pytest.mark.turn
 def test_a_list_of_targets_whose_results_are_kept(file: Path, tmp_path: Path) -> None:
     listed, keep, out = tmp_path / "list.txt", tmp_path / "kept.jsonl", tmp_path / "page.md"
     listed.write_text(f"# Two models\n#\n# A word on them.\n\n{file}:good\n# a remark\n{file}:branches\n")
