@@ -69,7 +69,8 @@ def said(spec: BatchSpec) -> str:
 def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception, without_loss: bool = False) -> str:
     """What to say where the model raised ``error`` on a batch: the batch, the nearest one that was served, and the place."""
     spec = BatchSpec.of(batch)
-    lines = [f"{model} cannot run on this batch: {type(error).__name__}: {error}", f"  batch: {said(spec)}"]
+    text, _, fix = str(error).partition("\n  fix: ")
+    lines = [f"{model} cannot run on this batch: {type(error).__name__}: {text}", f"  batch: {said(spec)}"]
     if served:
         before = served[-1].captured.batch
         names = [{*s.types, *s.constants} for s in (before, spec)]
@@ -80,7 +81,7 @@ def unfit(model: str, batch: Any, served: Sequence[Built], error: Exception, wit
     lines += [f"  {note}" for note in getattr(error, "__notes__", [])]
     if without_loss and isinstance(error, TypeError):
         return "\n".join([*lines, "  fix: compiled(...) calls the model itself: give it what the forward takes; loss_and_grads(batch) calls loss_fn"])
-    return "\n".join([*lines, "  fix: give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed"])
+    return "\n".join([*lines, f"  fix: {fix or 'give the batch the entries, shapes and dtypes that the model and the loss take: both must run on it without DeepSeed'}"])
 
 
 def type_text(t: Type) -> str:
