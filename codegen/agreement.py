@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from deepseed import ops
 from deepseed.codegen.inductor import python
 from deepseed.codegen.kernels import Kernel, function
-from deepseed.ir.program import FLOATS, Ref
-from deepseed.ir.text import format_program, parse
+from deepseed.ir.program import Ref
+from deepseed.ir.widen import widen
 
 FARTHER = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 4.0, torch.bfloat16: 4.0}  # than PyTorch's ops: sums in another order
 ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}  # of the largest number: eight units of it
@@ -49,7 +48,7 @@ def difference(k: Kernel, launch: Callable[..., Sequence[Tensor]], given: Sequen
 
 def _exact(k: Kernel) -> Callable[..., Sequence[Tensor]]:
     name = f"{k.name}_exact"
-    wide = parse(re.sub(rf"\b(?:{'|'.join(FLOATS)})(?=\[)", "f64", format_program(k.fragment)))
+    wide = widen(k.fragment)
     return python(replace(k, name=name, fragment=wide, source=function(wide, name)))
 
 

@@ -315,7 +315,7 @@ class Programs:
 
 def _flags(which: Sequence[bool]) -> str:
     """How many of how many, and which; nothing for none."""
-    return f"{sum(which)} of {len(which)} ({hashlib.sha256(bytes(which)).hexdigest()[:8]})" if which else ""
+    return f"{sum(which)} of {len(which)} ({hashlib.sha256(bytes(which)).hexdigest()[:16]})" if which else ""
 
 
 def _changed(built: Built) -> list[Change]:
