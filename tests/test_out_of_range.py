@@ -26,6 +26,8 @@ def said(entry: str, value: int, size: int) -> str:
 
 def changed(batch: dict[str, Tensor], entry: str, value: int) -> dict[str, Tensor]:
     x = batch[entry].clone()
+    if entry == "labels":
+        x[0, 2] = -100  # does not count, and is no mistake
     x[0, 5] = value
     return batch | {entry: x}
 
