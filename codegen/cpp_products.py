@@ -1,8 +1,8 @@
 """C++ for matrix products of float32 on one thread: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x`` of a step, by vectors or a CPU's matrix unit (cpp_tiles).
 
 A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
-is a sixth of its time. Here a panel of the right operand is copied, turned if it must be, while the last rows meet the panel before, number by number between the vectors' instructions; it has been asked
-for before that, and so are the results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
+is a sixth of its time. Here a panel of the right operand is copied, turned if it must be, while the last rows meet the panel before, number by number between the vectors' instructions; rows of the left
+one are while the rows before meet the first panel; all has been asked for before that, and so are the results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ struct Ahead {  // what is asked for during a tile: each LINE of its depth two l
     const float *results;
 };
 
-enum How { NOTHING, TURNED, COPIED };
-struct Next {  // a share of the next panel, which is laid during a tile: PIECES of its columns, or every SHARES-th of its rows
+enum How { NOTHING, TURNED, COPIED, LEFT, LEFT_TURNED };
+struct Next {  // what is laid during a tile: a share of the next panel (PIECES of its columns, or every SHARES-th of its rows), or LINE rows of the left block
     const float *from;
     int64_t step;
     float *to;
@@ -56,20 +56,24 @@ struct Start {  // what sums begin with: rows of numbers, one row for all (row =
     const float *at(int64_t i) const { return x + i * row; }
 };
 
-// A LINE of a row as a column of a panel, number by number: vectors are busy, and what moves single numbers is not
-static inline __attribute__((always_inline)) void piece(const float *from, float *to) {
+// A LINE of a row as a column, number by number: vectors are busy, and what moves single numbers is not
+template <int64_t row> static inline __attribute__((always_inline)) void piece(const float *from, float *to) {
     #pragma GCC unroll 16
     for (int i = 0; i < LINE; ++i) {
         uint32_t x;
         memcpy(&x, from + i, 4);
         asm("" : "+r"(x));
-        memcpy(to + i * WIDTH, &x, 4);
+        memcpy(to + i * row, &x, 4);
     }
 }
 
-// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH], and as many whole LINEs of the next panel. The first half's sums stand aside: rows of results that lie some KiB apart meet in a set of the cache
+// c[R, WIDTH] = start + a[R, depth] panel[depth, WIDTH], and as many whole LINEs of what is laid meanwhile. Arguments in structs are given by their address: copies of them that vectors make wait until
+// the results before have reached the cache. The first half's sums stand aside: rows of results that lie some KiB apart meet in a set of the cache
 template <int R, How HOW>
-static void tile(int64_t depth, const float *a, const float *panel, float *c, int64_t c_row, Start start, float *half, Ahead next, Next laid) {
+static void tile(int64_t depth, const float *a, const float *panel, float *c, int64_t c_row, const Start &before, float *half, const Ahead &ahead, const Next &share) {
+    Start start = before;
+    Ahead next = ahead;
+    Next laid = share;
     V sums[R][2];
     for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = V{};
     auto add = [&](V left, V right) __attribute__((always_inline)) {
@@ -96,7 +100,7 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
                 if (HOW == TURNED && u % (LINE / PIECES) == 0) {
                     const float *from = laid.from + u * PIECES / LINE * laid.step;
                     __builtin_prefetch(from + 2 * LINE, 0, 3);
-                    piece(from, laid.to + u * PIECES / LINE);
+                    piece<WIDTH>(from, laid.to + u * PIECES / LINE);
                 }
                 if (HOW == COPIED && u % SHARES == 0) {
                     const float *from = laid.from + u * laid.step;
@@ -104,13 +108,20 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
                     __builtin_prefetch(from + 2 * LINE * laid.step + LANES, 0, 3);
                     memcpy(laid.to + u * WIDTH, from, 4 * WIDTH);
                 }
+                if (HOW == LEFT || HOW == LEFT_TURNED) {
+                    const float *from = laid.from + u * laid.step;
+                    __builtin_prefetch(laid.to + u * LONG + LINE, 1, 3);
+                    __builtin_prefetch(HOW == LEFT ? from + 2 * LINE : from + LINE / 4 * laid.step, 0, 3);
+                    if (HOW == LEFT_TURNED) __builtin_prefetch(from + 2 * LINE * laid.step, 0, 2);  // its rows may meet in a set of the first cache
+                    HOW == LEFT ? (void)memcpy(laid.to + u * LONG, from, 4 * LINE) : piece<LONG>(from, laid.to + u);
+                }
                 __builtin_prefetch(panel + NEAR * WIDTH, 0, 3);
                 __builtin_prefetch(panel + NEAR * WIDTH + LANES, 0, 3);
                 __builtin_prefetch(soon + u * LONG, 0, 3);
                 add(load(panel), load(panel + LANES));
             }
-            laid.from += HOW == TURNED ? LINE : LINE * laid.step;
-            laid.to += LINE * WIDTH;
+            laid.from += HOW == TURNED || HOW == LEFT ? LINE : LINE * laid.step;
+            laid.to += HOW == LEFT || HOW == LEFT_TURNED ? LINE : LINE * WIDTH;
         }
         for (; k < until; ++k) add(load(panel), load(panel + LANES));
         #pragma GCC unroll 16
@@ -124,9 +135,9 @@ static void tile(int64_t depth, const float *a, const float *panel, float *c, in
         if (until == depth) return;
     }
 }
-using Tile = void (*)(int64_t, const float *, const float *, float *, int64_t, Start, float *, Ahead, Next);
+using Tile = void (*)(int64_t, const float *, const float *, float *, int64_t, const Start &, float *, const Ahead &, const Next &);
 template <int... R> static Tile tile_of(int rows, How how, std::integer_sequence<int, R...>) {
-    static constexpr Tile known[][sizeof...(R)] = {{tile<LEAST + R, NOTHING>...}, {tile<LEAST + R, TURNED>...}, {tile<LEAST + R, COPIED>...}};
+    static constexpr Tile known[][sizeof...(R)] = {{tile<LEAST + R, NOTHING>...}, {tile<LEAST + R, TURNED>...}, {tile<LEAST + R, COPIED>...}, {tile<LEAST + R, LEFT>...}, {tile<LEAST + R, LEFT_TURNED>...}};
     return known[how][rows - LEAST];
 }
 static Tile tile_of(int rows, How how) { return tile_of(rows, how, std::make_integer_sequence<int, ROWS - LEAST + 1>()); }
@@ -163,6 +174,7 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
     if (b_row == 1 && width == WIDTH)
         for (; k + LINE <= depth; k += LINE)
             for (int64_t j = 0; j < WIDTH; j += LANES) turn<WIDTH>(b + j * b_column + k, b_column, panel + k * WIDTH + j);
+    for (; b_column == 1 && width == WIDTH && k < depth; ++k) memcpy(panel + k * WIDTH, b + k * b_row, 4 * WIDTH);
     for (; k < depth; ++k)
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
@@ -181,29 +193,24 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
     for (int64_t i = 0; !all && i < rows * columns; ++i) c[i] = start ? start[i / columns * start_row + i % columns] : 0;
     for (int64_t k = 0; k < all; k += DEPTH)
         for (int64_t n = 0; n < blocks; ++n) {
-            int64_t begin = rows * n / blocks, count = rows * (n + 1) / blocks - begin, tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k);
-            int64_t turned = a_row == 1 && a_column != 1 && LANES == LINE ? count / LINE * LINE : 0;
-            for (int64_t d = 0; d < depth && turned; d += LINE)
-                for (int64_t i = 0; i < turned; i += LINE)
-                    if (d + LINE <= depth) turn<LONG>(a + begin + i + (k + d) * a_column, a_column, block + i * LONG + d);
-                    else
-                        for (int64_t m = 0; m < LINE; ++m)
-                            for (int64_t l = d; l < depth; ++l) block[(i + m) * LONG + l] = a[begin + i + m + (k + l) * a_column];
-            for (int64_t i = turned; i < count; ++i) {
-                const float *from = a + (begin + i) * a_row + k * a_column;
-                float *to = block + i * LONG;
-                int64_t d = 0;
-                for (; a_column == 1 && d + LINE <= depth; d += LINE) {
-                    __builtin_prefetch(from + 4 * a_row + d);
-                    memcpy(to + d, from + d, sizeof(Lines));
+            int64_t begin = rows * n / blocks / LINE * LINE, end = n + 1 < blocks ? rows * (n + 1) / blocks / LINE * LINE : rows, count = end - begin;
+            int64_t tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k), lines = depth / LINE * LINE;
+            const float *left = a + begin * a_row + k * a_column;  // [count, depth]: its first rows, and what is no whole LINE, are copied here, others during the first panel's tiles
+            How rest = a_column == 1 ? LEFT : a_row == 1 ? LEFT_TURNED : NOTHING;
+            for (int64_t i = 0; i < (rest == NOTHING ? count : LINE); i += rest == LEFT_TURNED ? LINE : 1)
+                for (int64_t d = 0; d < lines; d += rest == NOTHING ? 1 : rest == LEFT ? LINE : LANES) {
+                    const float *from = left + i * a_row + d * a_column;
+                    float *to = block + i * LONG + d;
+                    rest == NOTHING ? (void)(*to = *from) : rest == LEFT ? (void)memcpy(to, from, sizeof(Lines)) : turn<LONG>(from, a_column, to);
                 }
-                for (; d < depth; ++d) to[d] = from[d * a_column];
-            }
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t d = lines; d < depth; ++d) block[i * LONG + d] = left[i * a_row + d * a_column];
+            bool free = rest == NOTHING || LINE * (tiles - SHARES + 1) >= count;  // whether the first panel's last tiles have no rows to lay
             for (int64_t j = 0; j < columns; j += WIDTH) {
                 int64_t width = std::min(WIDTH, columns - j), follows = j + WIDTH < columns ? j + WIDTH : 0, deeper = follows ? k : k + (n + 1 == blocks) * DEPTH;
                 const float *after = b + (deeper < all ? deeper : 0) * b_row + follows * b_column;
                 if (!laid) lay(panel, b + k * b_row + j * b_column, b_row, b_column, depth, width);
-                laid = deeper + depth <= all && follows + WIDTH <= columns && (b_row == 1 || b_column == 1);  // all of it, and as deep as this one
+                laid = (j || free) && deeper + depth <= all && follows + WIDTH <= columns && (b_row == 1 || b_column == 1);  // all of it, and as deep as this one
                 for (int64_t t = 0; t < tiles; ++t) {
                     int64_t first = count * t / tiles, held = count * (t + 1) / tiles - first, at = t * (DEPTH / LINE);
                     Ahead next{after, 0, 0, c + (begin + (t + 1 < tiles ? count * (t + 1) / tiles : 0)) * columns + (t + 1 < tiles ? j : follows)};
@@ -215,6 +222,11 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
                     int64_t share = t - (tiles - SHARES);
                     How how = !laid || share < 0 ? NOTHING : b_column == 1 ? COPIED : TURNED;
                     Next more = how == TURNED ? Next{after + share * PIECES * b_column, b_column, other + share * PIECES} : Next{after + share * b_row, b_row, other + share * WIDTH};
+                    if (!j && rest != NOTHING && LINE * (t + 1) < count) {
+                        int64_t from = std::min(LINE * (t + 1), count - LINE);
+                        how = rest;
+                        more = {left + from * a_row, rest == LEFT ? a_row : a_column, block + from * LONG};
+                    }
                     tile_of(held, how)(depth, block + first * LONG, panel, whole ? to : edge, whole ? columns : WIDTH, whole ? before : Start{}, edge, next, more);
                     if (!whole)
                         for (int64_t i = 0; i < held; ++i)
