@@ -1,8 +1,9 @@
 """C++ for matrix products of float32 on one thread: ``x @ w.t()``, ``g @ w`` and ``g.t() @ x`` of a step, by vectors or a CPU's matrix unit (cpp_tiles).
 
 A library's product copies its operands into panels before it multiplies, and waits for the memory meanwhile: with the few hundred rows of a microbatch, for which no copy of a weight pays for itself, that
-is a sixth of its time. Here a panel of the right operand is copied, turned if it must be, while the last rows meet the panel before, number by number between the vectors' instructions; rows of the left
-one are while the rows before meet the first panel; all has been asked for before that, and so are the results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
+is a sixth of its time. Here a panel of the right operand is copied, turned if it must be, while the last rows meet the panel before, number by number between the vectors' instructions, and so are rows
+of the left one while the rows before meet the first panel. All has been asked for before that, as have the results that sums are added to. How: Goto and van de Geijn, Anatomy of High-Performance Matrix
+Multiplication (2008); blocks of DEPTH, tiles of ROWS x 2 vectors in registers.
 """
 
 from __future__ import annotations
