@@ -180,7 +180,7 @@ static void lay(float *panel, const float *b, int64_t b_row, int64_t b_column, i
         for (int64_t j = 0; j < WIDTH; ++j) panel[k * WIDTH + j] = j < width ? b[k * b_row + j * b_column] : 0;
 }
 
-// c[rows, columns] = start + a[rows, depth] b[depth, columns] for 85 rows and more; c lies row by row, and may be what the sums begin with
+// c[rows, columns] = start + a[rows, depth] b[depth, columns] for 85 rows and more; a lies row by row or column by column, c row by row, and it may be what the sums begin with
 extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, const float *start, int64_t start_row, float *c, int64_t rows, int64_t all, int64_t columns) {
 #ifdef TILES
     if (all && tiles::usable()) return tiles::product(a, a_row, a_column, b, b_row, b_column, {start, start_row}, c, rows, all, columns);
@@ -197,21 +197,21 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
             int64_t begin = rows * n / blocks / LINE * LINE, end = n + 1 < blocks ? rows * (n + 1) / blocks / LINE * LINE : rows, count = end - begin;
             int64_t tiles = (count + ROWS - 1) / ROWS, depth = std::min(DEPTH, all - k), lines = depth / LINE * LINE;
             const float *left = a + begin * a_row + k * a_column;  // [count, depth]: its first rows, and what is no whole LINE, are copied here, others during the first panel's tiles
-            How rest = a_column == 1 ? LEFT : a_row == 1 ? LEFT_TURNED : NOTHING;
-            for (int64_t i = 0; i < (rest == NOTHING ? count : LINE); i += rest == LEFT_TURNED ? LINE : 1)
-                for (int64_t d = 0; d < lines; d += rest == NOTHING ? 1 : rest == LEFT ? LINE : LANES) {
+            How rest = a_column == 1 ? LEFT : LEFT_TURNED;
+            for (int64_t i = 0; i < LINE; i += rest == LEFT ? 1 : LINE)
+                for (int64_t d = 0; d < lines; d += rest == LEFT ? LINE : LANES) {
                     const float *from = left + i * a_row + d * a_column;
                     float *to = block + i * LONG + d;
-                    rest == NOTHING ? (void)(*to = *from) : rest == LEFT ? (void)memcpy(to, from, sizeof(Lines)) : turn<LONG>(from, a_column, to);
+                    rest == LEFT ? (void)memcpy(to, from, sizeof(Lines)) : turn<LONG>(from, a_column, to);
                 }
             for (int64_t i = 0; i < count; ++i)
                 for (int64_t d = lines; d < depth; ++d) block[i * LONG + d] = left[i * a_row + d * a_column];
-            bool free = rest == NOTHING || LINE * (tiles - SHARES + 1) >= count;  // whether the first panel's last tiles have no rows to lay
+            bool idle = LINE * (tiles - SHARES + 1) >= count;  // whether the first panel's last tiles have no rows to lay
             for (int64_t j = 0; j < columns; j += WIDTH) {
                 int64_t width = std::min(WIDTH, columns - j), follows = j + WIDTH < columns ? j + WIDTH : 0, deeper = follows ? k : k + (n + 1 == blocks) * DEPTH;
                 const float *after = b + (deeper < all ? deeper : 0) * b_row + follows * b_column;
                 if (!laid) lay(panel, b + k * b_row + j * b_column, b_row, b_column, depth, width);
-                laid = (j || free) && deeper + depth <= all && follows + WIDTH <= columns && (b_row == 1 || b_column == 1);  // all of it, and as deep as this one
+                laid = (j || idle) && deeper + depth <= all && follows + WIDTH <= columns && (b_row == 1 || b_column == 1);  // all of it, and as deep as this one
                 for (int64_t t = 0; t < tiles; ++t) {
                     int64_t first = count * t / tiles, held = count * (t + 1) / tiles - first, at = t * (DEPTH / LINE);
                     Ahead next{after, 0, 0, c + (begin + (t + 1 < tiles ? count * (t + 1) / tiles : 0)) * columns + (t + 1 < tiles ? j : follows)};
@@ -223,7 +223,7 @@ extern "C" void product(const float *a, int64_t a_row, int64_t a_column, const f
                     int64_t share = t - (tiles - SHARES);
                     How how = !laid || share < 0 ? NOTHING : b_column == 1 ? COPIED : TURNED;
                     Next more = how == TURNED ? Next{after + share * PIECES * b_column, b_column, other + share * PIECES} : Next{after + share * b_row, b_row, other + share * WIDTH};
-                    if (!j && rest != NOTHING && LINE * (t + 1) < count) {
+                    if (!j && LINE * (t + 1) < count) {
                         int64_t from = std::min(LINE * (t + 1), count - LINE);
                         how = rest;
                         more = {left + from * a_row, rest == LEFT ? a_row : a_column, block + from * LONG};
