@@ -68,7 +68,7 @@ struct Square {
     // a quarter of it, in room[SIDE, SIDE]
     void lay(int64_t quarter, float *room) const {
         int64_t u = quarter / 2 * 16, v = quarter % 2 * 16;
-        if (row == 1 && down >= SIDE && right >= SIDE) return turn(x + u + v * column, column, room + u * SIDE + v);
+        if (row == 1 && down >= SIDE && right >= SIDE) return turn<SIDE>(x + u + v * column, column, room + u * SIDE + v);
         for (int64_t i = u; i < u + 16; ++i)
             for (int64_t j = v; j < v + 16; ++j) room[i * SIDE + j] = i < down && j < right ? x[i * row + j * column] : 0;
     }

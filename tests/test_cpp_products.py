@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ from deepseed.passes.fuse_products import alone
 from deepseed.runtime.pipeline import Messages
 
 pytestmark = needs.compiler
-MACHINES = ("native", "skylake-avx512", "haswell", "x86-64-v2") if platform.machine() in ("x86_64", "AMD64") else ("native",)  # with a matrix unit, perhaps; vectors of 16, 8 and 4 numbers
+IN_SOFTWARE = "a matrix unit in software"
+MACHINES = ("native", "skylake-avx512", "haswell", "x86-64-v2", IN_SOFTWARE) if platform.machine() in ("x86_64", "AMD64") else ("native",)  # with a matrix unit, perhaps; vectors of 16, 8 and 4 numbers
 LAYOUTS = {
     "as it lies": lambda k, n: torch.randn(k, n),
     "turned": lambda k, n: torch.randn(n, k).t(),
@@ -48,9 +50,34 @@ def product(request: pytest.FixtureRequest, kernels_folder: Path) -> cpp_files.P
         pytest.skip("no AVX-512 here")
     if request.param == "haswell" and not (has.get("avx2", False) and has.get("fma3", False)):
         pytest.skip("no AVX2 here")
+    if request.param == IN_SOFTWARE:
+        if not has.get("avx512_bf16", False):
+            pytest.skip("no AVX-512 with bfloat16 here")
+        asked = "syscall(SYS_arch_prctl, 0x1023, 18) == 0"
+        assert cpp_products.SOURCE.count(asked) == 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpp_products, "SOURCE", Path(__file__).with_name("matrix_unit.h").read_text() + cpp_products.SOURCE.replace(asked, "true"))
+            made = cpp_files.product(kernels_folder)
+        assert made.in_tiles
+        return made
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpp_files, "FLAGS", tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in cpp_files.FLAGS))
         return cpp_files.product(kernels_folder)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors' flags")
+@pytest.mark.parametrize("machine", ["x86-64-v2", "haswell", "skylake-avx512", "sapphirerapids"])
+def test_compilers_take_it_for_processors_that_are_not_here(machine: str, tmp_path: Path) -> None:
+    source = tmp_path / "products.cpp"
+    source.write_text(cpp_products.SOURCE)
+    flags = [f"-march={machine}" if flag == "-march=native" else flag for flag in cpp_files.FLAGS]
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("")
+    name = cpp_files.compiler()
+    if subprocess.run([name, *flags, "-fsyntax-only", str(empty)], capture_output=True).returncode:
+        pytest.skip(f"{name} does not know {machine}")
+    done = subprocess.run([name, *flags, "-fsyntax-only", str(source)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def run(products: cpp_files.Products, a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
