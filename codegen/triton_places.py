@@ -63,7 +63,8 @@ class Places:
         self.read: dict[str, None] = {}
         self.rows_only: set[str] = set()  # values that are read as if they lay in row-major order
         self.loaded_bytes = 0  # of all loads, each address once a load: what is read in two loops counts twice
-        self.names: dict[str, int] = {}
+        self.names: dict[str, int] = {}  # how many registers a word has
+        self.given: set[str] = set()
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks
         self.looped = plan.rows and bool(plan.row) and b.reduced and b.r < self.sizes["r"]
@@ -183,10 +184,15 @@ class Places:
         return register
 
     def _fresh(self, name: str) -> str:
+        """``name``, or numbered so that it is no other's: a graph may have ``add_1`` beside the second register of ``add``."""
         pointers = {word(v) for v in self.memory}
         base = f"{name}_" if name in pointers else name
-        n = self.names[base] = self.names.get(base, -1) + 1
-        return base if n == 0 else f"{base}{'' if base.endswith('_') else '_'}{n}"
+        while True:
+            n = self.names[base] = self.names.get(base, -1) + 1
+            found = base if n == 0 else f"{base}{'' if base.endswith('_') else '_'}{n}"
+            if found not in self.given and found not in pointers:
+                self.given.add(found)
+                return found
 
     def _call(self, functions: frozenset[str] | set[str]) -> None:
         self.called |= functions

@@ -69,8 +69,6 @@ def through_triton(seeds: range, interpreter: Interpreter) -> tuple[int, int]:
     return made, refused
 
 
-
-
 @needs.compiler
 @pytest.mark.parametrize("seeds", [range(40), *(pytest.param(range(n, n + 250), marks=pytest.mark.wide) for n in range(100, 2100, 250))], ids=str)
 def test_cpp_computes_what_was_drawn(seeds: range, tmp_path: Path) -> None:
@@ -83,3 +81,9 @@ def test_cpp_computes_what_was_drawn(seeds: range, tmp_path: Path) -> None:
 def test_triton_computes_what_was_drawn(seeds: range, interpreter: Interpreter) -> None:
     made, refused = through_triton(seeds, interpreter)
     assert made > 0.9 * len(seeds) and refused < 0.1 * len(seeds), (made, refused)
+
+
+@needs.triton
+def test_two_registers_have_two_names(interpreter: Interpreter) -> None:
+    """Its lookups make a second register of ``v6_sum`` and have a value ``v6_sum_1``."""
+    assert through_triton(range(1093, 1094), interpreter) == (1, 0)
