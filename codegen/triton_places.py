@@ -64,7 +64,7 @@ class Places:
         self.rows_only: set[str] = set()  # values that are read as if they lay in row-major order
         self.loaded_bytes = 0  # of all loads, each address once a load: what is read in two loops counts twice
         self.names: dict[str, int] = {}  # how many registers a word has
-        self.given: set[str] = set()
+        self.given: set[str] = set()  # names of registers
         self.sizes = {"x": prod(v.size for v in plan.x), "r": prod(v.size for v in plan.r)}
         b = plan.blocks
         self.looped = plan.rows and bool(plan.row) and b.reduced and b.r < self.sizes["r"]
@@ -184,7 +184,7 @@ class Places:
         return register
 
     def _fresh(self, name: str) -> str:
-        """``name``, or numbered so that it is no other's: a graph may have ``add_1`` beside the second register of ``add``."""
+        """``name``, or numbered so that it is no other's: lookups may make a value ``v6_sum_1`` beside the second register of ``v6_sum``."""
         pointers = {word(v) for v in self.memory}
         base = f"{name}_" if name in pointers else name
         while True:
